@@ -1,0 +1,61 @@
+"""The alignment head [P]: M transformer blocks over [projected image tokens; q], then a linear layer on q."""
+
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from diffdis.attention import KeysValues, image_attention, joint_attention, query_attention
+from diffdis.config import HeadConfig
+
+
+class HeadBlock(nn.Module):
+    """A pre-norm transformer block whose parameters serve image tokens and query alike."""
+
+    def __init__(self, config: HeadConfig):
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(config.width)
+        self.attention = Attention(config.width, heads=config.num_heads, dim_head=config.width // config.num_heads)
+        self.norm_feed_forward = nn.LayerNorm(config.width)
+        self.feed_forward = FeedForward(config.width, activation_fn="geglu")
+
+    def add(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        x = x + attended
+        return x + self.feed_forward(self.norm_feed_forward(x))
+
+
+class AlignmentHead(nn.Module):
+    def __init__(self, config: HeadConfig, image_channels: int, embedding_dim: int):
+        super().__init__()
+        self.norm_image = nn.LayerNorm(image_channels)
+        self.image_in = nn.Linear(image_channels, config.width)
+        self.query_in = nn.Linear(embedding_dim, config.width)
+        self.blocks = nn.ModuleList(HeadBlock(config) for _ in range(config.num_layers))
+        self.norm_out = nn.LayerNorm(config.width)
+        self.query_out = nn.Linear(config.width, embedding_dim)
+
+    def encode_image(self, tokens: torch.Tensor) -> list[KeysValues]:
+        """One-way: each block's keys and values over the image's tokens [B, N, C], which no query changes."""
+        x = self.image_in(self.norm_image(tokens))  # [B, N, W]
+        memory = []
+        for block in self.blocks:
+            attended, keys_values = image_attention(block.attention, block.norm_attention(x))
+            memory.append(keys_values)
+            if len(memory) < len(self.blocks):  # the last block's image tokens are read by nobody
+                x = block.add(x, attended)
+        return memory
+
+    def one_way(self, h: torch.Tensor, memory: list[KeysValues]) -> torch.Tensor:
+        """h [B, n, D] -> the prediction [B, n, D]."""
+        q = self.query_in(h)  # [B, n, W]
+        for block, keys_values in zip(self.blocks, memory, strict=True):
+            q = block.add(q, query_attention(block.attention, block.norm_attention(q), keys_values))
+        return self.query_out(self.norm_out(q))
+
+    def joint(self, h: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """h [B, 1, D], tokens [B, N, C] -> the prediction [B, 1, D]."""
+        x, q = self.image_in(self.norm_image(tokens)), self.query_in(h)
+        for block in self.blocks:
+            x_gain, q_gain = joint_attention(block.attention, block.norm_attention(x), block.norm_attention(q))
+            x, q = block.add(x, x_gain), block.add(q, q_gain)
+        return self.query_out(self.norm_out(q))

@@ -1,0 +1,111 @@
+"""Frozen autoencoders: Stable Diffusion's AutoencoderKL, and a fixed invertible transform that needs no weights.
+
+Both have `encode_image` and `decode_latent`: images in [-1, 1], latents of about unit variance.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from einops import rearrange
+from torch import nn
+
+from diffdis.config import AutoencoderConfig
+
+
+class HaarAutoencoder(ModelMixin, ConfigMixin):
+    """An orthonormal colour transform and `levels` orthonormal 2 x 2 Haar transforms, each channel scaled to mean 0, variance 1.
+
+    [B, 3, H, W] <-> [B, 3 * 4**levels, H / 2**levels, W / 2**levels]. Against a plain pixel-unshuffle, channels that are denoised
+    apart are nearly decorrelated, so their errors do not show as a grain of neighbouring pixels.
+    """
+
+    @register_to_config
+    def __init__(self, levels: int = 1, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()):
+        super().__init__()
+        channels = 3 * 4**levels
+        for name, values in (("haar_mean", mean), ("haar_std", std)):
+            if values and len(values) != channels:
+                raise ValueError(f"model.autoencoder.{name}: {len(values)} values, {levels} levels have {channels} channels")
+        # Rows: brightness, red - blue, green - magenta; orthonormal, so the inverse is the transpose.
+        colour = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+        self.register_buffer("colour", colour / colour.norm(dim=1, keepdim=True), persistent=False)
+        haar = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
+        self.register_buffer("haar", haar / 2, persistent=False)  # symmetric: its own inverse
+        self.register_buffer("shift", torch.tensor(mean or (0.0,) * channels).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(std or (1.0,) * channels).view(1, -1, 1, 1), persistent=False)
+        self.register_parameter("anchor", nn.Parameter(torch.zeros(()), requires_grad=False))  # safetensors want one
+
+    def transform(self, image: torch.Tensor) -> torch.Tensor:
+        """The orthonormal part of `encode_image`, unscaled."""
+        x = torch.einsum("dc,bchw->bdhw", self.colour, image)
+        for _ in range(self.config.levels):
+            x = rearrange(x, "b c (h p) (w q) -> b c (p q) h w", p=2, q=2)
+            x = rearrange(torch.einsum("kp,bcphw->bckhw", self.haar, x), "b c k h w -> b (k c) h w")
+        return x
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        return (self.transform(image) - self.shift) / self.scale
+
+    def decode_latent(self, latent: torch.Tensor) -> torch.Tensor:
+        x = latent * self.scale + self.shift
+        for _ in range(self.config.levels):
+            x = rearrange(x, "b (k c) h w -> b c k h w", k=4)
+            x = torch.einsum("kp,bckhw->bcphw", self.haar, x)
+            x = rearrange(x, "b c (p q) h w -> b c (h p) (w q)", p=2, q=2)
+        return torch.einsum("dc,bdhw->bchw", self.colour, x)
+
+
+class KLAutoencoder(nn.Module):
+    """Stable Diffusion's AutoencoderKL. The latent is the posterior's mode, so that it is a constant of the image [D]."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        return self.vae.encode(image).latent_dist.mode() * self.vae.config.scaling_factor
+
+    def decode_latent(self, latent: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(latent / self.vae.config.scaling_factor).sample
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.vae.save_pretrained(folder)
+
+
+Autoencoder = HaarAutoencoder | KLAutoencoder
+
+
+def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
+    """The frozen autoencoder, in eval mode. Raises ValueError when `kl` has no path, FileNotFoundError when it is not there."""
+    if config.kind == "haar":
+        model: Autoencoder = HaarAutoencoder(config.haar_levels, config.haar_mean, config.haar_std)
+    else:
+        if not config.path:
+            raise ValueError("model.autoencoder.path: kind kl needs a folder with an AutoencoderKL (a Stable Diffusion folder)")
+        model = KLAutoencoder(AutoencoderKL.from_pretrained(component_folder(config.path, "vae")))
+    return model.eval().requires_grad_(False)
+
+
+def component_folder(path: str, component: str) -> str:
+    """`path/component` where it exists (a pipeline's folder), else `path` itself (the component's own folder, or a hub name)."""
+    inside = Path(path) / component
+    if (inside / "config.json").exists():
+        return str(inside)
+    if Path(path).is_absolute() and not (Path(path) / "config.json").exists():
+        raise FileNotFoundError(f"{path}: neither it nor its subfolder {component}/ holds a config.json")
+    return path
+
+
+def to_latents(autoencoder: Autoencoder, images: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """[B, H, W, 3] uint8 RGB -> latents [B, C, h, w]."""
+    pixels = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2)  # a copy: Arrow's buffers are read-only
+    return autoencoder.encode_image(pixels.float() / 127.5 - 1.0)
+
+
+def to_pixels(autoencoder: Autoencoder, latent: torch.Tensor) -> np.ndarray:
+    """Latents [B, C, h, w] -> [B, H, W, 3] uint8 RGB."""
+    image = autoencoder.decode_latent(latent).clamp(-1, 1)
+    return ((image + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,170 @@
+"""What a DiffDis model is (`DiffDisConfig`), how it is trained (`ObjectiveConfig`), and the presets of the former.
+
+Marks: [P] the paper says it, [D] our decision where it is silent.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The arguments of diffusers' UNet2DConditionModel that a DiffDis model chooses; the defaults are SD v1's."""
+
+    in_channels: int = 4
+    sample_size: int = 64  # of the latent, not of the image
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    attention_head_dim: int = 8  # diffusers' name; it is the *number* of heads
+    norm_num_groups: int = 32
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """`kl`: diffusers' AutoencoderKL from `path`. `haar`: the fixed invertible transform, which needs no weights."""
+
+    kind: Literal["kl", "haar"] = "kl"
+    path: str = ""  # a folder (or its `vae/` subfolder) in diffusers' layout; unused by haar
+    haar_levels: int = 1
+    # Of the haar bands over the training images, so that every channel has mean 0 and variance 1.
+    haar_mean: tuple[float, ...] = ()
+    haar_std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """`clip`: token states and the EOS state after projection. `mean_pool`: any encoder, masked mean of its states."""
+
+    kind: Literal["clip", "mean_pool"] = "clip"
+    path: str = ""  # a folder in transformers' layout (tokenizer beside it or in `tokenizer/`), or a hub name
+    max_length: int = 77  # tokens; longer captions are cut
+    token_dim: int = 768
+    embedding_dim: int = 768  # D of the text query e
+    cache_size: int = 0  # captions whose encoding is kept in memory: for data sets that repeat their captions
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The alignment head's transformer [P: 6 x 768, 12 heads]."""
+
+    num_layers: int = 6
+    width: int = 768
+    num_heads: int = 12
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Scaled-linear betas, as in Stable Diffusion, for both streams [D]."""
+
+    num_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"  # of the image stream
+    timestep_spacing: Literal["leading", "trailing"] = "leading"  # of image sampling
+    gamma: float = 1.0  # scale of the text query before noising [P], value [D]; see docs in LOG.md
+    query_prediction: Literal["x0", "epsilon"] = "x0"  # x0 [P]
+
+
+@dataclass(frozen=True)
+class DiffDisConfig:
+    """A model: everything that inference needs to know. Saved as `diffdis.json` in an exported folder."""
+
+    image_size: int = 512  # pixels
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    # joint: every token attends to every other [P]. one_way: image tokens do not attend to the query, so that the image
+    # branch runs once for any number of denoising steps and draws.
+    query_visibility: Literal["joint", "one_way"] = "joint"
+    image_dropout: float = 0.1  # share of samples whose image is masked in training, for guidance over the image [D]
+    warm_start: str = ""  # a folder in Stable Diffusion's layout whose U-Net the training starts from
+
+    def __post_init__(self) -> None:
+        unet = self.unet
+        if unet.sample_size % 2 ** (len(unet.block_out_channels) - 1):
+            raise ValueError(
+                f"model.unet.sample_size: {unet.sample_size} is not divisible by "
+                f"{2 ** (len(unet.block_out_channels) - 1)}, as {len(unet.block_out_channels)} blocks need"
+            )
+        if not 0 < self.schedule.gamma <= 1:
+            raise ValueError(f"model.schedule.gamma: {self.schedule.gamma} is not in (0, 1]")
+        if self.head.width % self.head.num_heads:
+            raise ValueError(f"model.head.width: {self.head.width} is not divisible by num_heads = {self.head.num_heads}")
+        if self.autoencoder.kind == "haar":
+            factor = 2**self.autoencoder.haar_levels
+            expected = (3 * factor**2, self.image_size // factor)
+            if (unet.in_channels, unet.sample_size) != expected:
+                raise ValueError(
+                    f"model.unet: in_channels, sample_size = {unet.in_channels}, {unet.sample_size}, but "
+                    f"{self.autoencoder.haar_levels} haar levels of {self.image_size} px give {expected[0]}, {expected[1]}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DiffDisConfig":
+        """The inverse of `to_dict`; an unknown key is an error that names it."""
+        return _build(cls, values, "")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Algorithm 1's choices: what is drawn, how the losses are weighed, and the rates [D where not marked]."""
+
+    lambda_alignment: float = 1.0  # L = L_IG + lambda * L_ITA [P]
+    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
+    query_timestep_min: int = 0  # t_e is uniform over [min, T): a floor keeps the query too noisy to be copied
+    num_draws: int = 1  # (t_e, eps_e) draws an image; more than one needs query_visibility = one_way
+    temperature: float = 0.07  # initial value of InfoNCE's learnable temperature
+    lr_unet: float = 1e-5
+    lr_new: float = 1e-4
+    weight_decay: float = 0.01
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{prefix}{unknown[0]}: no such field; there are {', '.join(known)}")
+    kwargs = {}
+    for name, value in values.items():
+        kind = known[name].type
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            value = _build(kind, value, f"{prefix}{name}.")
+        kwargs[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**kwargs)
+
+
+def sd_v1(**changes: Any) -> DiffDisConfig:
+    """The paper's size: SD v1's U-Net, CLIP ViT-L/14's text encoder, a head of 6 x 768 with 12 heads [P]."""
+    return dataclasses.replace(DiffDisConfig(), **changes)
+
+
+def tiny(**changes: Any) -> DiffDisConfig:
+    """For tests: 16 px, two levels, a 64-d text encoder; shaped like the others in everything but size."""
+    base = DiffDisConfig(
+        image_size=16,
+        unet=UNetConfig(
+            in_channels=12,
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2,
+            attention_head_dim=2,
+            norm_num_groups=8,
+        ),
+        autoencoder=AutoencoderConfig(kind="haar"),
+        text_encoder=TextEncoderConfig(kind="mean_pool", max_length=8, token_dim=32, embedding_dim=32),
+        head=HeadConfig(num_layers=2, width=32, num_heads=2),
+        schedule=ScheduleConfig(prediction_type="v_prediction", timestep_spacing="trailing", gamma=0.1),
+        query_visibility="one_way",
+        image_dropout=0.0,
+    )
+    return dataclasses.replace(base, **changes)

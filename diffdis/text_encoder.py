@@ -1,0 +1,90 @@
+"""Frozen text encoders: from captions to the text condition c = T(y) and the text query e."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+from diffdis.autoencoder import component_folder
+from diffdis.config import TextEncoderConfig
+
+
+class TextEncoder(nn.Module):
+    """A transformers text model and its tokenizer.
+
+    `encode` gives token states [B, L, token_dim] and the unit-norm text query [B, embedding_dim].
+    """
+
+    def __init__(self, config: TextEncoderConfig, model: nn.Module, tokenizer):
+        super().__init__()
+        self.config, self.model, self.tokenizer = config, model.eval().requires_grad_(False), tokenizer
+        self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        """Captions -> c [B, L, token_dim], e [B, embedding_dim]. Equal captions are encoded once."""
+        missing = [c for c in dict.fromkeys(captions) if c not in self._cache]
+        fresh = {}
+        if missing:
+            states, pooled = self._encode(missing, device)
+            fresh = {c: (states[i], pooled[i]) for i, c in enumerate(missing)}
+        encoded = [fresh[c] if c in fresh else self._cache[c] for c in captions]
+        self._remember(fresh)
+        return torch.stack([s for s, _ in encoded]).to(device), torch.stack([e for _, e in encoded]).to(device)
+
+    def _remember(self, fresh: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for caption, (states, pooled) in fresh.items() if self.config.cache_size else ():
+            self._cache[caption] = (states.clone(), pooled.clone())
+            if len(self._cache) > self.config.cache_size:
+                self._cache.popitem(last=False)
+
+    def _encode(self, captions: Sequence[str], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+        # CLIP was trained with every caption padded to its full length; the others mask their padding.
+        padding = "max_length" if self.config.kind == "clip" else "longest"
+        tokens = self.tokenizer(
+            list(captions), padding=padding, truncation=True, max_length=self.config.max_length, return_tensors="pt"
+        ).to(device)
+        mask = tokens["attention_mask"]
+        if self.config.kind == "clip":
+            out = self.model(input_ids=tokens["input_ids"])
+            pooled = out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
+            return out.last_hidden_state, F.normalize(pooled, dim=-1)
+        # Padding states become 0: without biases in the U-Net's to_k and to_v they add a constant key and no value.
+        states = self.model(**tokens).last_hidden_state * mask.unsqueeze(-1)  # [B, longest, D]
+        pooled = states.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        states = F.pad(states, (0, 0, 0, self.config.max_length - states.shape[1]))  # [B, L, D]
+        return states, F.normalize(pooled, dim=-1)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """`folder/text_encoder` and `folder/tokenizer`, as diffusers lays them out."""
+        self.model.save_pretrained(folder / "text_encoder")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
+    """Load a frozen encoder. Raises ValueError for a missing path or a width that does not fit the configuration."""
+    if not config.path:
+        raise ValueError("model.text_encoder.path: give the folder (or hub name) of a text encoder with its tokenizer")
+    folder = component_folder(config.path, "text_encoder")
+    tokenizer_folder = Path(config.path) / "tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder) if tokenizer_folder.exists() else config.path)
+    if config.kind == "clip":
+        # A Stable Diffusion folder holds CLIP's text model without the projection; a CLIP folder has it.
+        architectures = AutoConfig.from_pretrained(folder).architectures or []
+        kind = CLIPTextModel if architectures == ["CLIPTextModel"] else CLIPTextModelWithProjection
+        model = kind.from_pretrained(folder)
+        width = model.config.hidden_size
+        embedding = width if kind is CLIPTextModel else model.config.projection_dim
+    else:
+        model = AutoModel.from_pretrained(folder)
+        width = embedding = model.config.hidden_size
+    if (width, embedding) != (config.token_dim, config.embedding_dim):
+        raise ValueError(
+            f"model.text_encoder: {config.path} has token_dim, embedding_dim = {width}, {embedding}; "
+            f"the configuration says {config.token_dim}, {config.embedding_dim}"
+        )
+    return TextEncoder(config, model, tokenizer)

@@ -1,0 +1,222 @@
+"""One small door to folders and `s3://` alike. Nothing else in the platform knows fsspec or s3fs.
+
+Credentials, region and endpoint come from the usual AWS places (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ~/.aws, roles).
+Whatever goes wrong becomes a `DataError` of one line that names the URL, never the credentials.
+"""
+
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+from botocore.exceptions import (  # type: ignore[import-untyped]
+    BotoCoreError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
+from fsspec.implementations.local import LocalFileSystem
+
+from ray_platform.contracts import DataError
+
+# s3fs tries each call five times by itself. Botocore's own tries would multiply that to minutes at a dead endpoint.
+_S3_CLIENT = {"connect_timeout": 5, "read_timeout": 60, "retries": {"total_max_attempts": 1}}
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file in storage: its absolute path or `s3://` URL, and its size in bytes."""
+
+    url: str
+    size: int
+
+
+def list_files(source: str) -> tuple[StoredFile, ...]:
+    """The files that `source` names, sorted by URL: a file, a folder (not what is below its subfolders), a glob
+    (`s3://bucket/part-*/*.tar`) or a brace pattern (`s3://bucket/{00000..00009}.tar`).
+
+    Raises DataError when a file, folder or bucket is missing. An empty folder, and a glob without match, give nothing.
+    """
+    with _errors(source):
+        filesystem, path = _resolve(source)
+        if "{" in path:
+            return _list_expanded(filesystem, path)
+        if any(char in path for char in "*?["):
+            found = filesystem.glob(path, detail=True)
+            if not found:
+                # fsspec calls a missing bucket or folder an empty match; listing what precedes the pattern tells.
+                filesystem.ls(re.split(r"[*?\[]", path)[0].rpartition("/")[0])
+            entries = list(found.values())
+        else:
+            info = filesystem.info(path)
+            entries = filesystem.ls(path, detail=True) if info["type"] == "directory" else [info]
+        files = (_stored_file(filesystem, entry) for entry in entries if entry["type"] == "file")
+        # S3 consoles mark a folder by an empty object whose name ends in "/".
+        return tuple(sorted((file for file in files if not file.url.endswith("/")), key=lambda file: file.url))
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole content of a file. Raises DataError."""
+    with _errors(url):
+        filesystem, path = _resolve(url)
+        return filesystem.cat_file(path)
+
+
+@contextmanager
+def open_read(url: str) -> Iterator[IO[bytes]]:
+    """A seekable binary file; on S3, ranges are fetched as they are read. Raises DataError, in the block too."""
+    with _errors(url):
+        filesystem, path = _resolve(url)
+        with filesystem.open(path, "rb") as file:
+            yield file
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write a whole file; a reader sees either the old content or the new one. Raises DataError."""
+    with _errors(url):
+        filesystem, path = _resolve(url)
+        if not isinstance(filesystem, LocalFileSystem):
+            filesystem.pipe_file(path, data)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        try:
+            unfinished.write_bytes(data)
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def put_folder(folder: Path, url: str) -> None:
+    """Copy every file below the local `folder` to below `url`, keeping relative names. Raises DataError."""
+    sources = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not sources:
+        raise DataError(f"{folder}: cannot copy it to {url}: there are no files in it")
+    with _errors(url):
+        filesystem, path = _resolve(url)
+        targets = [f"{path}/{source.relative_to(folder).as_posix()}" for source in sources]
+        filesystem.put([str(source) for source in sources], targets)
+
+
+def get_folder(url: str, folder: Path) -> None:
+    """Copy every file below `url` to below the local `folder`, keeping relative names. Raises DataError."""
+    with _errors(url):
+        filesystem, path = _resolve(url)
+        sources = [source for source in filesystem.find(path) if not source.endswith("/")]
+        if not sources:
+            raise FileNotFoundError(path)
+        targets = [folder / os.path.relpath(source, path) for source in sources]
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        filesystem.get(sources, [str(target) for target in targets])
+
+
+def exists(url: str) -> bool:
+    """Whether a file or folder is there. Raises DataError when that cannot be told (wrong credentials, no endpoint)."""
+    with _errors(url):
+        filesystem, path = _resolve(url)
+        return filesystem.exists(path)
+
+
+def join(url: str, *parts: str) -> str:
+    """`url` and `parts` joined by single slashes."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def _resolve(url: str) -> tuple[Any, str]:
+    """The file system of a URL and the path inside it. Local paths become absolute: workers have another folder."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return LocalFileSystem(auto_mkdir=True), os.path.abspath(os.path.expanduser(url))
+    if scheme == "file":
+        return LocalFileSystem(auto_mkdir=True), os.path.abspath(rest)
+    if scheme != "s3":
+        raise DataError(f"{url}: cannot read {scheme}://; give a folder or an s3:// URL")
+    if not rest.strip("/"):
+        raise DataError(f"{url}: names no bucket; write s3://bucket/folder")
+    client: dict[str, Any] = dict(_S3_CLIENT)
+    if _own_endpoint():
+        # An own S3 server seldom has a DNS name per bucket.
+        client["s3"] = {"addressing_style": "path"}
+    # What other processes write must be seen: no cached listings.
+    return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=client), rest.rstrip("/")
+
+
+def _own_endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _stored_file(filesystem: Any, entry: dict[str, Any]) -> StoredFile:
+    name = entry["name"]
+    return StoredFile(name if isinstance(filesystem, LocalFileSystem) else f"s3://{name}", int(entry["size"]))
+
+
+def _list_expanded(filesystem: Any, pattern: str) -> tuple[StoredFile, ...]:
+    """The files that a brace pattern names, each of which must be there. One listing a folder, not a request a file."""
+    wanted = expand_braces(pattern)
+    folders = sorted({path.rpartition("/")[0] for path in wanted})
+    entries = chain.from_iterable(filesystem.ls(folder, detail=True) for folder in folders)
+    there = {entry["name"]: entry for entry in entries if entry["type"] == "file"}
+    missing = [path for path in wanted if path not in there]
+    if missing:
+        raise DataError(
+            f"{pattern}: {len(missing)} of its {len(wanted)} files are not there, the first is {missing[0]}; "
+            "correct the range or write the missing files"
+        )
+    return tuple(_stored_file(filesystem, there[path]) for path in sorted(wanted))
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`{08..10}` to 08, 09, 10 (padded as its first number is) and `{a,b}` to a, b; several braces multiply.
+
+    Raises DataError for any other use of braces.
+    """
+    head, opened, rest = pattern.partition("{")
+    if not opened:
+        return [pattern]
+    inner, closed, tail = rest.partition("}")
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
+    if bounds and int(bounds[1]) <= int(bounds[2]):
+        middles = [f"{number:0{len(bounds[1])}d}" for number in range(int(bounds[1]), int(bounds[2]) + 1)]
+    elif closed and "," in inner and "{" not in inner:
+        middles = inner.split(",")
+    else:
+        raise DataError(f"{pattern}: cannot read its braces; write a range as {{00000..00009}} or a list as {{a,b}}")
+    tails = expand_braces(tail)
+    return [f"{head}{middle}{end}" for middle in middles for end in tails]
+
+
+@contextmanager
+def _errors(url: str) -> Iterator[None]:
+    """Turn what fsspec, s3fs and botocore raise into one line that says what to do."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if "bucket does not exist" in str(error):
+            raise DataError(f"{url}: its bucket does not exist; correct the name or create it") from None
+        raise DataError(f"{url}: no such file or folder; correct the path") from None
+    except PermissionError:
+        if url.startswith("s3://"):
+            raise DataError(
+                f"{url}: refused (403): the credentials are wrong or lack the right; "
+                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
+            ) from None
+        raise DataError(f"{url}: permission denied; correct the owner or the mode of the file") from None
+    except (NoCredentialsError, PartialCredentialsError):
+        raise DataError(
+            f"{url}: found no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role"
+        ) from None
+    except (BotoCoreError, TimeoutError, ConnectionError) as error:
+        endpoint = _own_endpoint() or "AWS's own"
+        raise DataError(
+            f"{url}: cannot reach the S3 endpoint ({endpoint.rpartition('@')[2]}; {type(error).__name__}); "
+            "check AWS_ENDPOINT_URL and the network"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{url}: {' '.join(str(error).split())}; check that it can be read and written there") from None

@@ -1,0 +1,32 @@
+"""What all tests share: one Ray cluster."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Read when Ray is first imported, so before any test module does. A cluster on loopback for one test run needs no token.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+# Train's, Data's and Tune's usage pings and long stacks are no part of a test.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A cluster of this test run's own, 4 CPUs, whose workers find the three packages. Started once, by whoever asks first."""
+    import ray
+
+    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "platform", ROOT / "jobs"))
+    context = ray.init(
+        address="local",  # never a cluster that the environment names
+        num_cpus=4,
+        num_gpus=0,
+        object_store_memory=512 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+    )
+    yield context
+    ray.shutdown()

@@ -1,0 +1,202 @@
+"""The method against diffusers and against plain torch written anew."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from diffdis import schedule
+from diffdis.config import ObjectiveConfig, ScheduleConfig
+from diffdis.image_branch import walk
+from diffdis.attention import image_attention
+
+
+def test_generation_pass_is_the_stock_unet_bit_for_bit(make_task, batch):
+    model = make_task().module.model
+    z, t, c = torch.randn(3, 12, 8, 8), torch.tensor([0, 500, 999]), torch.randn(3, 8, 32)
+    assert torch.equal(model.predict_image(z, t, c), model.unet(z, t, c).sample)
+
+
+def test_walk_equals_the_stock_middle_block_bit_for_bit(make_task):
+    unet = make_task().module.model.unet
+    z, t, c = torch.randn(3, 12, 8, 8), torch.tensor([0, 500, 999]), torch.randn(3, 8, 32)
+    seen = []
+    unet.mid_block.register_forward_hook(lambda module, args, output: seen.append(output))
+    unet(z, t, c)
+    assert torch.equal(walk(unet, z, t, c, lambda site, layer, attention, x: image_attention(attention, x)[0]), seen[0])
+
+
+def test_exported_unet_opens_in_diffusers_with_the_same_output(make_task, tmp_path):
+    task = make_task()
+    task.save_pretrained(task.module.state_dict(), tmp_path)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    z, t, c = torch.randn(3, 12, 8, 8), torch.tensor([0, 500, 999]), torch.randn(3, 8, 32)
+    assert torch.equal(unet(z, t, c).sample, task.module.model.predict_image(z, t, c))
+
+
+def _reference_loss(module, inputs, draws, visibility):
+    """Algorithm 1 once more, from METHOD's equations: no code of diffdis but the submodules that hold the weights."""
+    unet, stream, head = module.model.unet, module.model.stream, module.model.head
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    abar = (1 - betas).cumprod(0)
+
+    a = abar[draws.t_z].view(-1, 1, 1, 1)
+    z, eps = inputs["latent"], draws.noise_z
+    c = torch.stack([inputs["null_states"][0] if d else s for d, s in zip(draws.drop_caption, inputs["token_states"])])
+    out = unet(a.sqrt() * z + (1 - a).sqrt() * eps, draws.t_z, c).sample
+    generation = ((out - (a.sqrt() * eps - (1 - a).sqrt() * z)) ** 2).mean()
+
+    e, width, gamma = inputs["query"], inputs["query"].shape[1], module.model.config.schedule.gamma
+    a = abar[draws.t_e]  # [B, 1]
+    e_t = gamma * a.sqrt() * width**0.5 * e + (1 - a).sqrt() * draws.noise_e[:, 0]  # [B, D]
+    time = stream.time.embedding(stream.time.sinusoid(draws.t_e[:, 0]))
+    h, noised = torch.zeros_like(e_t), e_t + time
+    null = inputs["null_states"].expand(len(z), -1, -1)
+
+    def attend(attention, tokens, blind_image):
+        """Plain softmax attention; with `blind_image` the last token is hidden from all but itself."""
+        q, k, v = (
+            p(tokens).unflatten(2, (attention.heads, -1)).transpose(1, 2)
+            for p in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+        if blind_image:
+            scores[:, :, :-1, -1] = -torch.inf
+        return attention.to_out[0]((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    def site(transformer, block, x, h):
+        q = block.fc_in(h + noised)
+        size = x.shape
+        tokens = transformer.proj_in(transformer.norm(x)).flatten(2).transpose(1, 2)
+        for layer, own in zip(transformer.transformer_blocks, block.layers):
+            normed = torch.cat([layer.norm1(tokens), own.norm_attention(q)[:, None]], 1)
+            gain = attend(layer.attn1, normed, visibility == "one_way")
+            tokens, q = tokens + gain[:, :-1], q + gain[:, -1]
+            tokens = tokens + layer.attn2(layer.norm2(tokens), encoder_hidden_states=null)
+            tokens = tokens + layer.ff(layer.norm3(tokens))
+            q = q + own.feed_forward(own.norm_feed_forward(q))
+        return x + transformer.proj_out(tokens.transpose(1, 2).reshape(size)), block.fc_out(q)
+
+    temb = unet.time_embedding(unet.time_proj(torch.zeros(len(z), dtype=torch.long)))
+    x, blocks = unet.conv_in(z), iter(stream.blocks)
+    for down in unet.down_blocks:
+        for resnet, transformer in zip(down.resnets, down.attentions):
+            x, h = site(transformer, next(blocks), resnet(x, temb), h)
+        for downsampler in down.downsamplers or []:
+            x = downsampler(x)
+    x, h = site(unet.mid_block.attentions[0], next(blocks), unet.mid_block.resnets[0](x, temb), h)
+    x = unet.mid_block.resnets[1](x, temb)
+
+    tokens = torch.cat(
+        [head.image_in(head.norm_image(x.flatten(2).transpose(1, 2))), head.query_in(h + noised)[:, None]], 1
+    )
+    for block in head.blocks:
+        tokens = tokens + attend(block.attention, block.norm_attention(tokens), visibility == "one_way")
+        tokens = tokens + block.feed_forward(block.norm_feed_forward(tokens))
+    predicted = F.normalize(head.query_out(head.norm_out(tokens[:, -1])), dim=-1)
+
+    logits = predicted @ e.T * module.model.temperature.log_scale.exp()
+    total = 0.0
+    ids = inputs["caption_ids"].tolist()
+    for matrix in (logits, logits.T):
+        for i, row in enumerate(matrix):
+            others = [row[j] for j in range(len(ids)) if j == i or ids[j] != ids[i]]
+            total = total + torch.logsumexp(torch.stack(others), 0) - row[i]
+    return generation + module.objective.lambda_alignment * total / (2 * len(ids))
+
+
+def test_sum_of_losses_and_gradients_equal_plain_torch(make_task, batch, visibility):
+    task = make_task(ObjectiveConfig(lambda_alignment=0.7, caption_dropout=0.5), query_visibility=visibility)
+    inputs = task.inputs(batch, torch.device("cpu"))
+    loss, _ = task.module(inputs, torch.Generator().manual_seed(3))
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in task.module.named_parameters()}
+    task.module.zero_grad()
+    reference = _reference_loss(task.module, inputs, task.module.draw(inputs, torch.Generator().manual_seed(3)), visibility)
+    reference.backward()
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
+    for name, parameter in task.module.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("num_steps", [1, 7, 50])
+def test_ddim_steps_equal_diffusers(prediction_type, spacing, num_steps):
+    theirs = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=spacing == "trailing",
+        steps_offset=1 if spacing == "leading" else 0,
+        prediction_type=prediction_type,
+        timestep_spacing=spacing,
+    )
+    theirs.set_timesteps(num_steps)
+    abar = schedule.alphas_cumprod(ScheduleConfig())
+    steps = schedule.inference_timesteps(num_steps, 1000, spacing)
+    assert steps == theirs.timesteps.tolist()
+    generator = torch.Generator().manual_seed(0)
+    x = expected = torch.randn(2, 4, 8, 8, generator=generator)
+    for t, previous in zip(steps, schedule.previous_alphas_cumprod(abar, steps, spacing), strict=True):
+        out = torch.randn(x.shape, generator=generator)
+        x0 = (schedule.x0_from_v if prediction_type == "v_prediction" else schedule.x0_from_noise)(x, out, abar[t])
+        x = schedule.ddim_step(x, x0, abar[t], previous)
+        expected = theirs.step(out, t, expected).prev_sample
+        torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_way_features_do_not_change_with_the_query_and_joint_ones_do(make_task, batch, visibility):
+    """Where the image branch depends on e_t, so does the gradient of its features to e_t."""
+    task = make_task(query_visibility=visibility)
+    model, inputs = task.module.model, task.inputs(batch, torch.device("cpu"))
+    features = []
+    model.unet.mid_block.resnets[1].register_forward_hook(lambda module, args, output: features.append(output))
+    time = torch.full((len(batch.captions), 1), 999)
+    for seed in range(2):
+        e_t = torch.randn(len(batch.captions), 1, 32, generator=torch.Generator().manual_seed(seed))
+        model.predict_query(model.see(inputs["latent"], inputs["null_states"]), e_t, time)
+    assert torch.equal(*features) == (visibility == "one_way")
+
+
+def test_one_way_inference_from_kept_keys_equals_the_uncached_path(make_task, batch):
+    """K = 1: the cached image memory against one pass over [image tokens; query] with the mask written out."""
+    task = make_task(ObjectiveConfig(caption_dropout=0.0))
+    pipeline = task.pipeline(task.module.state_dict())
+    cached = pipeline.embed_image(batch.images, keys=list("abcdef"), num_steps=1)
+
+    model = pipeline.model
+    inputs = task.inputs(batch, torch.device("cpu"))
+    from diffdis.pipeline import _noise
+
+    e_t = torch.stack([_noise(f"embed/{key}/0", (32,)) for key in "abcdef"])[:, None]
+    uncached = torch.cat(
+        [  # every image walked by itself and anew
+            model.predict_query(
+                model.encode_image(inputs["latent"][i : i + 1], inputs["null_states"]), e_t[i : i + 1], torch.tensor([[999]])
+            )
+            for i in range(len(e_t))
+        ]
+    )[:, 0]
+    torch.testing.assert_close(cached, uncached, rtol=1e-4, atol=1e-6)
+
+
+def test_draws_of_one_image_do_not_see_each_other(make_task, batch):
+    task = make_task()
+    model, inputs = task.module.model, task.inputs(batch, torch.device("cpu"))
+    memory = model.encode_image(inputs["latent"], inputs["null_states"])
+    e_t, time = torch.randn(len(batch.captions), 3, 32), torch.randint(0, 1000, (len(batch.captions), 3))
+    together = model.predict_query(memory, e_t, time)
+    for draw in range(3):
+        alone = model.predict_query(memory, e_t[:, draw : draw + 1], time[:, draw : draw + 1])
+        torch.testing.assert_close(together[:, draw : draw + 1], alone, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_of_an_image_depends_on_its_key_not_on_its_batch(make_task, batch):
+    task = make_task()
+    pipeline = task.pipeline(task.module.state_dict())
+    whole = pipeline.embed_image(batch.images, num_steps=3, num_draws=2)
+    parts = [pipeline.embed_image(np.ascontiguousarray(batch.images[i : i + 1]), num_steps=3, num_draws=2) for i in range(6)]
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-6)

@@ -1,0 +1,153 @@
+import pytest
+
+from ray_platform import storage
+from ray_platform.contracts import DataError
+
+
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
+def base(request, tmp_path) -> str:
+    """An empty place to write to, in a folder and in S3."""
+    if request.param == "folder":
+        return str(tmp_path / "base")
+    return storage.join(request.getfixturevalue("s3_url"), request.node.name.replace("[", "-").rstrip("]"))
+
+
+def names(files) -> list[str]:
+    return [file.url.rpartition("/")[2] for file in files]
+
+
+def test_what_was_written_is_listed_and_read(base):
+    storage.write_bytes(storage.join(base, "00000.tar"), b"0123456789")
+    storage.write_bytes(storage.join(base, "notes", "a.txt"), b"below a subfolder")
+    storage.write_bytes(storage.join(base, "00001.tar"), b"old")
+    storage.write_bytes(storage.join(base, "00001.tar"), b"newer")
+
+    assert storage.list_files(base) == (
+        storage.StoredFile(storage.join(base, "00000.tar"), 10),
+        storage.StoredFile(storage.join(base, "00001.tar"), 5),
+    )
+    assert storage.list_files(f"{base}/") == storage.list_files(base)
+    assert storage.read_bytes(storage.join(base, "00001.tar")) == b"newer"
+    with storage.open_read(storage.join(base, "00000.tar")) as file:
+        file.seek(4)
+        assert file.read(3) == b"456"
+    assert storage.exists(base)
+    assert storage.exists(storage.join(base, "notes/a.txt"))
+    assert not storage.exists(storage.join(base, "nothing"))
+
+
+def test_sources_are_files_globs_and_braces(base):
+    for name in ("a/000.tar", "a/001.tar", "a/000.json", "b/000.tar"):
+        storage.write_bytes(storage.join(base, name), b"x")
+    assert names(storage.list_files(storage.join(base, "a/000.tar"))) == ["000.tar"]
+    assert names(storage.list_files(storage.join(base, "*/*.tar"))) == ["000.tar", "001.tar", "000.tar"]
+    assert names(storage.list_files(storage.join(base, "a/{000..001}.tar"))) == ["000.tar", "001.tar"]
+    assert len(storage.list_files(storage.join(base, "{a,b}/000.tar"))) == 2
+    assert storage.list_files(storage.join(base, "a/*.parquet")) == ()
+
+
+def test_folders_go_there_and_back(base, tmp_path):
+    source = tmp_path / "source"
+    (source / "unet").mkdir(parents=True)
+    (source / "config.json").write_bytes(b"{}")
+    (source / "unet" / "weights").write_bytes(b"\0" * 100_000)
+    storage.put_folder(source, storage.join(base, "model"))
+    storage.get_folder(storage.join(base, "model"), tmp_path / "back")
+    assert (tmp_path / "back/config.json").read_bytes() == b"{}"
+    assert (tmp_path / "back/unet/weights").read_bytes() == b"\0" * 100_000
+    with pytest.raises(DataError, match="there are no files in it"):
+        storage.put_folder(tmp_path / "nothing", storage.join(base, "nothing"))
+
+
+@pytest.mark.parametrize("read", [storage.list_files, storage.read_bytes])
+def test_what_is_missing_is_named(base, read):
+    with pytest.raises(DataError, match=r"nowhere: no such file or folder"):
+        read(storage.join(base, "nowhere"))
+
+
+def test_missing_folders_of_patterns_are_named(base, tmp_path):
+    storage.write_bytes(storage.join(base, "000.tar"), b"x")
+    with pytest.raises(DataError, match=r"2 of its 3 files are not there, the first is .*001\.tar"):
+        storage.list_files(storage.join(base, "{000..002}.tar"))
+    with pytest.raises(DataError, match="no such file or folder"):
+        storage.get_folder(storage.join(base, "nowhere"), tmp_path / "back")
+    with pytest.raises(DataError, match="no such file or folder"):
+        storage.list_files(storage.join(base, "nowhere/*.tar"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expanded"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("{08..10}.tar", ["08.tar", "09.tar", "10.tar"]),
+        ("{0..1}/{a,b}", ["0/a", "0/b", "1/a", "1/b"]),
+    ],
+)
+def test_braces(pattern, expanded):
+    assert storage.expand_braces(pattern) == expanded
+
+
+@pytest.mark.parametrize("pattern", ["{3..1}", "{1..", "{a}", "{a..c}", "{a,{b,c}}"])
+def test_braces_that_mean_nothing(pattern):
+    with pytest.raises(DataError, match="cannot read its braces"):
+        storage.expand_braces(pattern)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/a", "https://host/a", "s3://"])
+def test_urls_of_no_use(url):
+    with pytest.raises(DataError, match=url):
+        storage.list_files(url)
+
+
+def test_a_path_that_goes_through_a_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match="file/below"):
+        storage.write_bytes(str(tmp_path / "file" / "below"), b"")
+
+
+def test_a_failed_write_leaves_no_rubbish(tmp_path):
+    (tmp_path / "target").mkdir()
+    with pytest.raises(DataError, match="target"):
+        storage.write_bytes(str(tmp_path / "target"), b"a folder is in the way")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.s3
+def test_a_missing_bucket_is_named(s3_url):
+    for url in ("s3://no-such-bucket/folder", "s3://no-such-bucket/*.tar", "s3://no-such-bucket/{0..3}.tar"):
+        with pytest.raises(DataError, match="its bucket does not exist"):
+            storage.list_files(url)
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("access", ["read_bytes", "list_files", "exists"])
+def test_wrong_credentials_are_refused_and_not_shown(s3_url, monkeypatch, forget_s3_sessions, access):
+    forget_s3_sessions()
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-wrong-secret")
+    with pytest.raises(DataError, match=r"s3://tests/ready: refused \(403\)") as caught:
+        getattr(storage, access)("s3://tests/ready")
+    assert "a-wrong-secret" not in str(caught.value)
+    assert caught.value.__suppress_context__
+    with pytest.raises(DataError, match="refused"):
+        storage.write_bytes("s3://tests/x", b"x")
+
+
+def test_no_credentials(monkeypatch, forget_s3_sessions, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    forget_s3_sessions()
+    with pytest.raises(DataError, match="found no S3 credentials; set AWS_ACCESS_KEY_ID"):
+        storage.list_files("s3://bucket/folder")
+
+
+def test_an_endpoint_that_is_not_there(monkeypatch, forget_s3_sessions):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
+    forget_s3_sessions()
+    with pytest.raises(DataError, match=r"cannot reach the S3 endpoint \(http://127.0.0.1:9;") as caught:
+        storage.read_bytes("s3://bucket/file")
+    assert "a-secret" not in str(caught.value)

@@ -1,0 +1,100 @@
+"""Small random checkpoints in the layouts that users have: a CLIP text model, a mean-pooled encoder, a Stable Diffusion folder."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+WIDTH = 32
+
+
+def save_tokenizer(folder: Path) -> int:
+    """A character tokenizer with [CLS] and [SEP]; returns the size of its vocabulary."""
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    vocabulary = {token: i for i, token in enumerate(special + [chr(c) for c in range(32, 127)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def save_mean_pool_encoder(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=save_tokenizer(folder),
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def save_clip_text_encoder(model_folder: Path, tokenizer_folder: Path, *, projection: bool) -> None:
+    torch.manual_seed(0)
+    tokenizer_folder.mkdir(parents=True, exist_ok=True)
+    letters = [chr(c) for c in range(33, 127)]
+    tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    (tokenizer_folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (tokenizer_folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(str(tokenizer_folder / "vocab.json"), str(tokenizer_folder / "merges.txt")).save_pretrained(
+        tokenizer_folder, model_max_length=77
+    )
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=WIDTH,
+        bos_token_id=len(tokens) - 2,
+        eos_token_id=len(tokens) - 1,
+    )
+    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+    kind(config).save_pretrained(model_folder)
+
+
+def save_stable_diffusion(folder: Path) -> Path:
+    """unet/ vae/ text_encoder/ tokenizer/ scheduler/, shaped like SD v1 at a fraction of its size (16 px images)."""
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    ).save_pretrained(folder / "unet")
+    AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    ).save_pretrained(folder / "vae")
+    save_clip_text_encoder(folder / "text_encoder", folder / "tokenizer", projection=False)
+    DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(folder / "scheduler")
+    return folder
