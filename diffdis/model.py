@@ -30,10 +30,10 @@ class Temperature(nn.Module):
 
     def __init__(self, temperature: float):
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
+        self.log_scale = nn.Parameter(torch.tensor([1 / temperature]).log())  # [1]: DeepSpeed cannot save a scalar
 
     def forward(self) -> torch.Tensor:
-        return self.log_scale.exp().clamp(max=100.0)
+        return self.log_scale.exp().clamp(max=100.0).squeeze()
 
 
 class DiffDis(nn.Module):

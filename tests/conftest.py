@@ -7,8 +7,9 @@ import pytest
 
 # Read when Ray is first imported, so before any test module does. A cluster on loopback for one test run needs no token.
 os.environ["RAY_AUTH_MODE"] = "disabled"
-# Train's, Data's and Tune's usage pings and long stacks are no part of a test.
+# Tests call nobody: neither Ray's usage statistics nor a cloud's metadata service in search of credentials.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 
 ROOT = Path(__file__).parents[1]
 

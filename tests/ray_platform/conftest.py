@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -161,6 +160,3 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for opened in sockets:
             opened.close()
-
-
-os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")  # no request to a cloud when a test takes the credentials away

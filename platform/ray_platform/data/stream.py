@@ -223,8 +223,9 @@ def _context(config: DataConfig, world_size: int) -> ray.data.DataContext:
     # Each rank's dataset believes itself alone: by default each would fill half of the object store.
     share = ray.cluster_resources().get("object_store_memory", 0) / 2 / world_size
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=share)
-    # Two lines about every dataset's start and end are no news; errors and warnings still show.
+    # Lines about every dataset's start and end, and a warning that bars are off, are no news; other warnings still show.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     return context
 
 

@@ -1,0 +1,31 @@
+"""Pretrain DiffDis: `ray job submit --working-dir . -- python jobs/pretrain.py --recipe demo --output_dir … --data.sources …`."""
+
+import json
+import sys
+
+import _bootstrap  # noqa: F401
+
+from ray_platform import storage
+from ray_platform.contracts import ConfigError, DataError
+from ray_platform.train.launch import TrainingError
+from recipes.command_line import parse
+
+
+def main() -> None:
+    command = parse(sys.argv[1:])
+    run = command.config.run(command.recipe)
+    if command.dry_run:
+        print(command.yaml)
+        print(json.dumps(run.dry_run(), indent=2))
+        return
+    run.check()
+    storage.write_bytes(storage.join(command.config.output_dir, "config.yaml"), command.yaml.encode())
+    run.fit()
+    print(f"done: the model is in {storage.join(command.config.output_dir, 'export')}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ConfigError, DataError, TrainingError) as error:
+        sys.exit(f"error: {error}")

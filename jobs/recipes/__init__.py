@@ -1,0 +1,1 @@
+"""Recipes: functions that return a whole, typed configuration. A variant changes fields of its parent."""

@@ -1,0 +1,38 @@
+"""The configuration of a pretraining run: where the two libraries meet."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from diffdis.config import DiffDisConfig, ObjectiveConfig
+from diffdis.task import DiffDisTask
+from ray_platform.contracts import ConfigError
+from ray_platform.data.config import DataConfig
+from ray_platform.tracking import TrackingConfig
+from ray_platform.train.config import TrainConfig
+from ray_platform.train.launch import Run
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that a run is started from; saved with it as config.yaml."""
+
+    output_dir: str = ""  # absolute folder or s3:// URL for checkpoints, the exported model and the tracker's default store
+    model: DiffDisConfig = field(default_factory=DiffDisConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    preview_captions: tuple[str, ...] = ("a red apple", "a blue car", "a green tree", "a yellow sun")
+
+    def run(self, recipe: str) -> Run:
+        """Join model, objective and data. Raises ConfigError where they do not fit each other."""
+        if self.data.image_size != self.model.image_size:
+            raise ConfigError(f"data.image_size: {self.data.image_size}, but model.image_size is {self.model.image_size}")
+        if not self.model.text_encoder.path:
+            raise ConfigError("model.text_encoder.path: give the folder (or hub name) of the text encoder")
+        if self.model.autoencoder.kind == "kl" and not self.model.autoencoder.path:
+            raise ConfigError("model.autoencoder.path: give the folder (or hub name) of the AutoencoderKL")
+        build_task: Callable[[], Any] = functools.partial(DiffDisTask, self.model, self.objective, self.preview_captions)
+        return Run(build_task, self.data, self.train, self.tracking, self.output_dir, {"recipe": recipe} | asdict(self))

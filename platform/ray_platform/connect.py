@@ -1,0 +1,71 @@
+"""The only `ray.init` of the project."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import ray
+
+from ray_platform.contracts import ConfigError
+
+_ROOT = Path(__file__).resolve().parents[2]
+_TIMEOUT_S = 10.0
+
+
+class ClusterError(ConfigError):
+    """No cluster can be used. The message is one line that says which was tried and what to do."""
+
+
+def connect(address: str = "") -> None:
+    """Attach this process, the driver, to a Ray cluster whose workers will find `ray_platform` and the root's packages.
+
+    Args:
+        address: `host:port` of the cluster, used only where the environment names none in RAY_ADDRESS, as
+            `ray job submit` does. A process that is attached already stays as it is.
+
+    Raises:
+        ClusterError: no cluster is named, or the one named does not answer.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS", "") or address
+    if not address:
+        raise ClusterError("no Ray cluster is named: start this with `ray job submit`, or set RAY_ADDRESS to host:port")
+    _check_answers(address)
+    try:
+        ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": _worker_path()}}, logging_level="WARNING")
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise ClusterError(f"the Ray cluster at {address} refused this driver: {_reason(error)}") from error
+
+
+def _worker_path() -> str:
+    """PYTHONPATH of the workers.
+
+    A submitted job's workers run in their node's copy of the working dir, whose root is on their path already, so the
+    path is relative to it. Any other driver shares its files with the workers: one machine, one image or one mount.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    if job.get("runtime_env", {}).get("working_dir"):
+        return "platform"
+    return os.pathsep.join((str(_ROOT), str(_ROOT / "platform")))
+
+
+def _reason(error: Exception) -> str:
+    if "InvalidAuthToken" in str(error.__cause__):
+        return "its token and this one differ: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+    return str(error).strip().split("\n")[0]
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself waits for many minutes for a cluster that is not there."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise ClusterError(
+            f"RAY_ADDRESS={address} is not the host:port of a Ray cluster: to go through a dashboard, "
+            f"use `ray job submit`"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(f"no Ray cluster answers at {address} ({error}): start one, or correct RAY_ADDRESS") from None

@@ -1,0 +1,270 @@
+"""A Ray head of our own on this machine, beside any others, that leaves nothing behind; and jobs submitted to it."""
+
+import contextlib
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import psutil
+
+MARKER = "DIFFDIS_LOCAL_HEAD"  # in the environment of every process of a head; its value is that head's own
+
+_HOST = "127.0.0.1"
+_OBJECT_STORE_BYTES = 2**30
+_START_TIMEOUT_S = 90.0
+_GRACE_S = 2.0
+_LOG_TAIL_LINES = 30
+# Below the range from which the kernel takes ports for outgoing connections: a port chosen here is still free when
+# Ray binds it, seconds later.
+_PORTS = range(20_000, 32_000)
+# They would lead the head, or a client of it, to another cluster or to another token.
+_FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_HEADERS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+# If this process is killed without a chance to clean up, the kernel tells the head (Linux only). It survives exec.
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+_RAY = ("-m", "ray.scripts.scripts")
+
+
+class HeadError(RuntimeError):
+    """The head did not start. The message ends with the last lines of its log."""
+
+
+class LocalHead:
+    """A Ray head on loopback for the length of a `with` block.
+
+    All its ports, its temp dir and its token are its own, so it disturbs no other cluster and nobody without the token
+    uses it. However the block ends (also by Ctrl-C or SIGTERM), every process of the head, its jobs and whatever was
+    started with `env` ends too, and nothing else does. Enter it from the main thread: the kernel ends the head with
+    the thread that started it. If this process is killed outright, the processes still go (on Linux, within a minute),
+    but the temp dir stays.
+    """
+
+    def __init__(self, num_cpus: int | None = None) -> None:
+        """Start nothing yet. `num_cpus`: CPUs that the head offers; all of the machine's by default."""
+        self._num_cpus = num_cpus
+        self._marker = uuid.uuid4().hex
+        self._ports = dict(zip(_PORT_NAMES, _free_ports(len(_PORT_NAMES)), strict=True))
+        self._folder: Path
+        self._handler: Any = signal.SIG_DFL
+        self.address = f"http://{_HOST}:{self._ports['dashboard-port']}"
+        self.gcs_address = f"{_HOST}:{self._ports['port']}"
+        self.env = self._environment()
+
+    def __enter__(self) -> "LocalHead":
+        """Start the head and wait until it takes jobs.
+
+        Raises:
+            HeadError: it ended early or did not get ready in time.
+        """
+        # Ray's unix sockets lie below, and their paths have at most 107 bytes: the platform's own choice may be too long.
+        self._folder = Path(tempfile.mkdtemp(prefix="ddhead-", dir="/tmp"))
+        if _in_main_thread():
+            self._handler = signal.signal(signal.SIGTERM, _exit_on_signal) or signal.SIG_DFL
+        try:
+            self._start()
+        except BaseException:
+            self._clean_up()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End every process of the head and remove its files."""
+        self._clean_up()
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes alive that carry this head's marker."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARKER) == self._marker:
+                    found.append(process)
+        return found
+
+    def _environment(self) -> dict[str, str]:
+        env = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
+        no_proxy = ",".join(filter(None, (env.get("no_proxy") or env.get("NO_PROXY"), _HOST, "localhost")))
+        return env | {
+            MARKER: self._marker,
+            "PATH": os.pathsep.join((str(Path(sys.executable).parent), env.get("PATH", ""))),  # `python` is this one
+            "no_proxy": no_proxy,
+            "NO_PROXY": no_proxy,
+            "RAY_API_SERVER_ADDRESS": self.address,  # for `ray job …`
+            "RAY_ADDRESS": self.gcs_address,  # for drivers; Ray sets it anew for submitted ones
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # Misnamed: without it Ray replaces 127.0.0.1 by the machine's address and listens to the network.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # Ray's process titles would overwrite the environment, and with it the marker.
+            "SPT_NOENV": "1",
+        }
+
+    def _command(self) -> list[str]:
+        command = [sys.executable, "-S", "-c", _DIE_WITH_PARENT, *_RAY, "start", "--head", "--block"]
+        command += [f"--{name}={port}" for name, port in self._ports.items() if name in _PORT_OPTIONS]
+        command += [
+            f"--node-ip-address={_HOST}",
+            f"--dashboard-host={_HOST}",
+            "--min-worker-port=0",  # 0: the kernel chooses
+            "--max-worker-port=0",
+            f"--temp-dir={self._folder}",
+            f"--object-store-memory={_OBJECT_STORE_BYTES}",
+            "--disable-usage-stats",
+        ]
+        if self._num_cpus is not None:
+            command.append(f"--num-cpus={self._num_cpus}")
+        return command
+
+    def _start(self) -> None:
+        # The head refuses a RAY_ADDRESS of its own; two metrics ports are no options.
+        env = {name: value for name, value in self.env.items() if name not in _FOREIGN}
+        env |= {name: str(self._ports[name]) for name in _PORT_VARIABLES}
+        log = self._folder / "start.log"
+        with log.open("wb") as stream:
+            head = subprocess.Popen(
+                self._command(),
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C in the terminal is for us, and we end the head
+            )
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not self._ready():
+            if head.poll() is not None:
+                raise HeadError(f"the Ray head ended with code {head.returncode} at its start:\n{_tail(log)}")
+            if time.monotonic() > deadline:
+                raise HeadError(f"the Ray head was not ready after {_START_TIMEOUT_S:.0f} s:\n{_tail(log)}")
+            time.sleep(0.05)
+
+    def _ready(self) -> bool:
+        """The dashboard answers, and knows of a node that is alive."""
+        request = urllib.request.Request(
+            f"{self.address}/api/v0/nodes", headers={"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"}
+        )
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with direct.open(request, timeout=5) as reply:
+                nodes = json.load(reply)["data"]["result"]["result"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return any(node["state"] == "ALIVE" for node in nodes)
+
+    def _clean_up(self) -> None:
+        main = _in_main_thread()
+        if main:
+            # A second Ctrl-C must not leave half of the processes behind; this takes seconds at most.
+            on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) or signal.SIG_DFL
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            self._end_processes()
+            shutil.rmtree(self._folder, ignore_errors=True)
+        finally:
+            if main:
+                signal.signal(signal.SIGINT, on_interrupt)
+                signal.signal(signal.SIGTERM, self._handler)
+
+    def _end_processes(self) -> None:
+        # Several rounds: a process may have started another one while we looked.
+        for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
+            processes = self.processes()
+            for process in processes:
+                with contextlib.suppress(psutil.Error):
+                    end(process)
+            psutil.wait_procs(processes, timeout=_GRACE_S)
+
+
+def submit(head: LocalHead, entrypoint: Sequence[str], working_dir: Path, env_vars: Mapping[str, str]) -> int:
+    """Run a job on `head`, its output in this terminal, and wait for its end. An interrupt stops the job.
+
+    Args:
+        head: a started head.
+        entrypoint: the command, as `["python", "jobs/pretrain.py"]`; `python` is the one that runs this.
+        working_dir: the folder in which the command runs; a copy of it, without what its `.gitignore` names, is made.
+        env_vars: added to the environment of the driver and the workers.
+
+    Returns:
+        0 when the job succeeded.
+    """
+    job = f"diffdis-{uuid.uuid4().hex[:12]}"
+    client = subprocess.Popen(
+        [
+            *(sys.executable, *_RAY, "--logging-level=error", "job", "submit"),  # else it lists what it does not upload
+            f"--address={head.address}",
+            f"--submission-id={job}",
+            f"--working-dir={working_dir}",
+            f"--runtime-env-json={json.dumps({'env_vars': dict(env_vars)})}",
+            *("--", *entrypoint),
+        ],
+        env=head.env,
+        start_new_session=True,  # it stays to show the end of the job that we stop on Ctrl-C
+    )
+    try:
+        return client.wait()
+    except BaseException:
+        stop = [sys.executable, *_RAY, "job", "stop", f"--address={head.address}", job]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(stop, env=head.env, timeout=20, start_new_session=True, check=False)
+        client.terminate()
+        client.wait()
+        raise
+
+
+_PORT_OPTIONS = (
+    "port",
+    "dashboard-port",
+    "ray-client-server-port",
+    "node-manager-port",
+    "object-manager-port",
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+)
+_PORT_VARIABLES = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
+_PORT_NAMES = _PORT_OPTIONS + _PORT_VARIABLES
+
+
+def _free_ports(count: int) -> list[int]:
+    free: list[int] = []
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((_HOST, port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise HeadError(f"fewer than {count} free ports from {_PORTS.start} to {_PORTS.stop}")
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)

@@ -1,0 +1,103 @@
+"""Training through Ray Data, Ray Train and DeepSpeed against one plain torch loop, and against itself after a resume."""
+
+import json
+
+import pytest
+import torch
+
+from diffdis.pipeline import DiffDisPipeline
+from diffdis.task import Draws
+from ray_platform.contracts import ConfigError
+from ray_platform.data.catalog import list_shards
+from ray_platform.data.stream import stream
+from ray_platform.train.engine import rate_factor
+from ray_platform.train.launch import TrainingError
+from tests.end_to_end.conftest import write_shards
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+# fp32; ranks sum in another order than one process does, and Adam's first steps divide small numbers by small ones.
+TOLERANCE = {"rtol": 2e-3, "atol": 2e-4}
+
+
+def plain_loop(run):
+    """The same batches in one process: AdamW and clipping by hand; no DeepSpeed, no process group."""
+    config = run.train
+    torch.manual_seed(config.seed)
+    task = run.build_task()
+    module = task.module
+    optimizer = torch.optim.AdamW(task.parameter_groups(), betas=(0.9, 0.999))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    shards = list_shards(run.data.sources)
+    streams = [
+        stream(shards, run.data, batch_size=config.micro_batch_size, seed=config.seed, rank=rank,
+               world_size=config.num_workers, num_batches=config.num_steps)
+        for rank in range(config.num_workers)
+    ]  # fmt: skip
+    losses = {}
+    for step, batches in enumerate(zip(*streams, strict=True)):
+        inputs = [task.inputs(batch, torch.device("cpu")) for batch in batches]
+        generators = [
+            torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 65_537 + rank) for rank in range(len(inputs))
+        ]
+        draws = Draws(*(torch.cat(d) for d in zip(*(module.draw(i, g) for i, g in zip(inputs, generators, strict=True)), strict=True)))
+        whole = {name: torch.cat([i[name] for i in inputs]) for name in inputs[0]} | {"null_states": inputs[0]["null_states"]}
+        generation = module.generation(whole, draws).mean()
+        alignment, _ = module.alignment(whole, draws)
+        losses[step + 1] = (float(generation), float(alignment))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * rate_factor(config)(step)
+        optimizer.zero_grad()
+        (generation + module.objective.lambda_alignment * alignment).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), config.gradient_clipping)
+        optimizer.step()
+    return losses
+
+
+def assert_equal_curves(ours, expected, **tolerance):
+    assert ours.keys() == expected.keys()
+    for step in expected:
+        torch.testing.assert_close(torch.tensor(ours[step]), torch.tensor(expected[step]), **tolerance, msg=lambda m, s=step: f"step {s}: {m}")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return {}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_two_workers_at_every_zero_stage_follow_the_plain_loop(make_run, losses, reference, tmp_path, zero_stage):
+    run = make_run(tmp_path, zero_stage=zero_stage)
+    run.fit()
+    if not reference:
+        reference.update(plain_loop(run))
+    assert_equal_curves(losses(tmp_path), reference, **TOLERANCE)
+    DiffDisPipeline.from_pretrained(tmp_path / "export")
+
+
+def test_a_resumed_run_continues_with_the_losses_of_one_never_stopped(make_run, losses, tmp_path):
+    """Step 3 of 6 is inside a shard; the resumed run's last steps are compared to the last bit."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    make_run(whole, zero_stage=2, checkpoint_every=3).fit()
+    checkpoint = next((whole / "checkpoints").glob("*/step_00000003"))
+    make_run(stopped, zero_stage=2, resume=str(checkpoint)).fit()
+    resumed = losses(stopped)
+    assert sorted(resumed) == [4, 5, 6]
+    assert resumed == {step: values for step, values in losses(whole).items() if step > 3}
+    with pytest.raises(ConfigError, match="already holds a run"):
+        make_run(whole, zero_stage=2).fit()
+    with pytest.raises(TrainingError, match=r"train\.num_workers: 1, but the checkpoint"):
+        make_run(tmp_path / "other", zero_stage=2, num_workers=1, resume=str(checkpoint)).fit()
+
+
+def test_an_undecodable_image_and_an_unreadable_caption_are_skipped_and_counted(make_run, tmp_path):
+    import webdataset
+
+    folder = write_shards(tmp_path / "data", num_shards=2, samples_a_shard=60)
+    with webdataset.TarWriter(str(folder / "00002.tar")) as tar:
+        tar.write({"__key__": "a", "png": b"not an image", "txt": b"red heart"})
+        tar.write({"__key__": "b", "png": b"not an image either", "txt": b"\xff\xfe"})
+    make_run(tmp_path / "out", sources=folder, num_workers=1, num_steps=35).fit()
+    skipped = json.loads((tmp_path / "out" / "train_summary.json").read_text())["skipped"]
+    assert sum(skipped.values()) >= 2
+    assert "image_undecodable" in skipped

@@ -1,0 +1,97 @@
+"""Which cluster a driver attaches to, and what it says when there is none. The attaching itself: test_local_head.py."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from ray_platform import connect as module
+from ray_platform.connect import ClusterError, connect
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def attached(monkeypatch):
+    """What would have been given to `ray.init`, in a process that is attached to nothing."""
+    calls: list[dict] = []
+    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(module.ray, "init", lambda **options: calls.append(options))
+    for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.fixture
+def listening():
+    """The address of something that answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_the_environments_address_comes_first(attached, listening, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", listening)
+    connect("127.0.0.1:1")
+    assert attached[0]["address"] == listening
+
+
+def test_a_direct_drivers_workers_get_absolute_paths(attached, listening):
+    connect(listening)
+    paths = attached[0]["runtime_env"]["env_vars"]["PYTHONPATH"].split(os.pathsep)
+    assert paths == [str(ROOT), str(ROOT / "platform")]
+
+
+def test_a_submitted_jobs_workers_get_the_path_in_their_copy(attached, listening, monkeypatch):
+    job = {"runtime_env": {"working_dir": "gcs://package.zip", "env_vars": {}}, "metadata": {}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    connect(listening)
+    assert attached[0]["runtime_env"] == {"env_vars": {"PYTHONPATH": "platform"}}
+
+
+def test_no_address_is_an_error(attached):
+    with pytest.raises(ClusterError, match="ray job submit"):
+        connect()
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "auto", "127.0.0.1", ":6379"])
+def test_what_is_no_host_and_port_is_an_error(attached, address):
+    with pytest.raises(ClusterError, match="host:port"):
+        connect(address)
+
+
+def test_no_cluster_at_the_address_is_one_line_at_once(attached, listening):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, so nobody else listens there
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=f"no Ray cluster answers at {address}") as caught:
+            connect(address)
+    assert "\n" not in str(caught.value)
+    assert not attached
+
+
+def test_rays_refusal_becomes_one_line(attached, listening, monkeypatch):
+    def refuse(**_options):
+        raise ConnectionError("Failed to connect\nand much more")
+
+    monkeypatch.setattr(module.ray, "init", refuse)
+    with pytest.raises(ClusterError, match=r"refused this driver: Failed to connect$"):
+        connect(listening)
+
+
+def test_a_process_that_is_attached_stays_as_it_is(ray_cluster, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    connect()
+    assert ray.is_initialized()
+
+
+def test_a_job_finds_the_packages_from_anywhere(tmp_path):
+    """A driver of a submitted job has neither the root nor `platform/` on its path."""
+    job = "import sys; sys.path[:0] = [sys.argv[1]]; import _bootstrap; import ray_platform.contracts, platform, diffdis"
+    program = f"{job}; assert platform.system()"
+    command = [sys.executable, "-c", program, str(ROOT / "jobs")]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, check=True)

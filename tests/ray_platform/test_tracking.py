@@ -1,0 +1,203 @@
+"""A real SQLite store, read back with MLflow's own client; and what happens when there is no usable store."""
+
+import logging
+import math
+import shlex
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from mlflow import MlflowClient
+
+from ray_platform.tracking import Tracker, TrackerHandle, TrackingConfig, start_tracker, tracking_uri, ui_command
+
+CONFIG = {"train": {"lr": 3e-4, "betas": [0.9, 0.99]}, "data": {"sources": "x" * 9000}, "folder": Path("/data")}
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """One output folder for the module: a first use creates the tables, which takes two seconds."""
+    return str(tmp_path_factory.mktemp("output"))
+
+
+def read(output: str) -> MlflowClient:
+    return MlflowClient(tracking_uri(TrackingConfig(), output))
+
+
+def history(output: str, run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in read(output).get_metric_history(run_id, name)]
+
+
+def test_what_is_logged_can_be_read_back(output, tmp_path):
+    tracker = Tracker(TrackingConfig(run_name="first"), output)
+    tracker.log_params(CONFIG)
+    tracker.log_metrics({"loss/generation": 1.5, "loss/alignment": 2.5}, step=1)
+    tracker.log_metrics({"loss/generation": 1.25}, step=2)
+    tracker.log_bytes(b"png", "previews/step_000002.png")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    tracker.log_folder(str(tmp_path), "model")
+    tracker.end("FINISHED")
+
+    run = read(output).get_run(tracker.run_id())
+    assert run.info.run_name == "first"
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.lr"] == "0.0003"
+    assert len(run.data.params["data.sources"]) == 500
+    assert history(output, tracker.run_id(), "loss/generation") == [(1, 1.5), (2, 1.25)]
+    artifacts = Path(output) / "mlartifacts" / tracker.run_id() / "artifacts"
+    assert (artifacts / "previews" / "step_000002.png").read_bytes() == b"png"
+    assert (artifacts / "model" / "unet" / "config.json").exists()
+    assert "x" * 9000 in (artifacts / "config.yaml").read_text()
+
+
+def test_many_params_are_all_kept(output):
+    tracker = Tracker(TrackingConfig(), output)
+    tracker.log_params({f"field_{i}": i for i in range(250)})
+    assert len(read(output).get_run(tracker.run_id()).data.params) == 250
+
+
+def test_a_resumed_run_goes_on_in_the_same_run(output, caplog):
+    first = Tracker(TrackingConfig(), output)
+    first.log_params({"steps": 10})
+    first.log_metrics({"loss": 2.0}, step=1)
+    first.end("FAILED")
+    second = Tracker(TrackingConfig(), output, run_id=first.run_id())
+    assert second.run_id() == first.run_id()
+    assert read(output).get_run(first.run_id()).info.status == "RUNNING"
+    second.log_params({"steps": 20, "added": 1})  # a param cannot change; config.yaml can
+    second.log_metrics({"loss": 1.0}, step=2)
+    second.end("FINISHED")
+    run = read(output).get_run(first.run_id())
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"steps": "10", "added": "1"}
+    assert history(output, first.run_id(), "loss") == [(1, 2.0), (2, 1.0)]
+    config = Path(output) / "mlartifacts" / first.run_id() / "artifacts" / "config.yaml"
+    assert "steps: 20" in config.read_text()
+    assert not caplog.records
+
+
+def test_an_unknown_run_is_replaced_by_a_new_one(output, caplog):
+    tracker = Tracker(TrackingConfig(), output, run_id="0" * 32)
+    assert tracker.run_id() not in ("", "0" * 32)
+    assert "going on with run" in caplog.text
+
+
+def test_bad_metric_values_do_not_raise_and_spoil_no_others(output, caplog):
+    tracker = Tracker(TrackingConfig(), output)
+    values: dict[str, Any] = {"nan": math.nan, "inf": math.inf, "none": None, "good": 1.0}
+    tracker.log_metrics(values, step=1)
+    tracker.log_metrics(values, step=2)
+    assert history(output, tracker.run_id(), "good") == [(1, 1.0), (2, 1.0)]
+    assert [math.isnan(value) for _, value in history(output, tracker.run_id(), "nan")] == [True, True]
+    assert len(history(output, tracker.run_id(), "inf")) == 2
+    assert len(caplog.records) == 1, "once for each kind"
+    assert "metric none" in caplog.text
+
+
+def test_latest_is_what_was_logged_last(output):
+    tracker = Tracker(TrackingConfig(), output)
+    assert tracker.latest() == (-1, {})
+    tracker.log_metrics({"loss": 3.0}, step=7)
+    assert tracker.latest() == (7, {"loss": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("uri", "output"),
+    [
+        ("sqlite:////proc/no/such/folder/mlflow.db", "unused"),
+        ("http://127.0.0.1:9", "unused"),
+        ("no-such-scheme://host", "unused"),
+        ("", "s3://bucket/run"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_one_warning(uri, output, tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = Tracker(TrackingConfig(uri=uri), output)
+    assert tracker.run_id() == ""
+    tracker.log_params(CONFIG)
+    tracker.log_metrics({"loss": 1.0}, step=1)
+    tracker.log_bytes(b"png", "previews/a.png")
+    tracker.log_folder(str(tmp_path), "model")
+    tracker.end("FINISHED")
+    assert tracker.latest() == (1, {"loss": 1.0})
+    assert [record.levelno for record in caplog.records if record.name == "ray_platform.tracking"] == [logging.WARNING]
+
+
+def test_a_store_that_goes_away_is_one_warning_a_kind(tmp_path, caplog):
+    tracker = Tracker(TrackingConfig(), str(tmp_path / "gone"))
+    tracker._client.set_terminated(tracker.run_id(), "FINISHED")
+    read(str(tmp_path / "gone")).delete_run(tracker.run_id())  # a deleted run takes nothing
+    for step in range(3):
+        tracker.log_metrics({"loss": 1.0}, step=step)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+@pytest.mark.slow
+def test_the_ui_command_serves_the_pages(output):
+    Tracker(TrackingConfig(), output)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = shlex.split(ui_command(tracking_uri(TrackingConfig(), output), port))
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        assert "MLflow" in _page(f"http://127.0.0.1:{port}/", server)
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def _page(url: str, server: subprocess.Popen) -> str:
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as reply:
+                return reply.read().decode()
+        except OSError:
+            assert server.poll() is None, "the server ended"
+            assert time.monotonic() < deadline, "the server did not answer"
+            time.sleep(0.2)
+
+
+def test_the_ui_of_a_server_is_its_address():
+    assert ui_command("https://mlflow.example").endswith("-m webbrowser https://mlflow.example")
+
+
+@ray.remote(num_cpus=0)
+def log_from_a_worker(tracker: TrackerHandle) -> None:
+    for step in range(3):
+        tracker.log_metrics({"loss": float(step)}, step)
+    tracker.log_bytes(b"png", "previews/a.png")
+
+
+def test_a_worker_writes_through_the_actor(ray_cluster, output):
+    tracker = start_tracker(TrackingConfig(), output)
+    tracker.log_params({"steps": 3})
+    run_id = tracker.run_id()
+    ray.get(log_from_a_worker.remote(tracker))
+    tracker.end("FINISHED")
+    assert tracker.latest() == (2, {"loss": 2.0})
+    run = read(output).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"steps": "3"}
+    assert history(output, run_id, "loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
+
+
+def test_the_actors_death_is_one_warning(ray_cluster, output, caplog):
+    tracker = start_tracker(TrackingConfig(), output)
+    tracker.log_metrics({"loss": 1.0}, step=1)
+    assert tracker.run_id()  # it has started
+    assert tracker.latest() == (1, {"loss": 1.0})
+    ray.kill(tracker._actor)
+    for step in range(5):
+        tracker.log_metrics({"loss": 2.0}, step)
+    assert tracker.latest() == (1, {"loss": 1.0})
+    tracker.end("FAILED")
+    assert tracker.run_id() == ""
+    assert len([record for record in caplog.records if record.name == "ray_platform.tracking"]) == 1
