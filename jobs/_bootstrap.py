@@ -4,6 +4,7 @@
 driver's, so neither finds `ray_platform`. `ray_platform.connect` does the same for the workers.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,3 +12,5 @@ _ROOT = Path(__file__).resolve().parents[1]
 for _folder in (str(_ROOT / "platform"), str(_ROOT)):
     if _folder not in sys.path:
         sys.path.insert(0, _folder)
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar a loaded file is no news

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from demo_data.builder import build
+from demo_data.builder import PINS, build
 from demo_data.errors import DemoDataError
 
 
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=num_cpus, help="processes that draw (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        print(build(options.output, options.icons_package, options.jobs))
+        print(build(options.output, options.icons_package, options.jobs, PINS))
     except DemoDataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

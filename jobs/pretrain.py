@@ -4,7 +4,6 @@ import json
 import sys
 
 import _bootstrap  # noqa: F401
-
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.train.launch import TrainingError

@@ -1,6 +1,7 @@
 """From a recipe's name and overrides to a typed configuration: `--recipe demo --train.lr_schedule constant`."""
 
 import difflib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -15,6 +16,9 @@ from recipes.sd_v1_laion import sd_v1_laion, sd_v1_laion_one_way
 RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     recipe.__name__: recipe for recipe in (demo, sd_v1_laion, sd_v1_laion_one_way)
 }
+
+
+LISTS = ("--data.sources", "--preview_captions")
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class _Parser(ArgumentParser):
 
 def parse(arguments: Sequence[str]) -> CommandLine:
     """Raises ConfigError, in one line, for a recipe, field or value that does not exist."""
-    name = _recipe_name(arguments)
+    name, arguments = _recipe_name(arguments), _as_lists(arguments)
     parser = _Parser(prog="jobs/pretrain.py", description=f"Pretrain DiffDis. Recipes: {', '.join(RECIPES)}.")
     parser.add_argument("--recipe", default=name, help="the configuration to start from")
     parser.add_argument("--config", action="config", help="a saved config.yaml to start from")
@@ -57,6 +61,15 @@ def _recipe_name(arguments: Sequence[str]) -> str:
     if name not in RECIPES:
         raise ConfigError(f"--recipe {name}: no such recipe; there are {', '.join(RECIPES)}")
     return name
+
+
+def _as_lists(arguments: Sequence[str]) -> list[str]:
+    """One plain value stands for a list of one: `--data.sources s3://bucket/folder`."""
+    plain = list(arguments)
+    for i, flag in enumerate(plain[:-1]):
+        if flag in LISTS and not plain[i + 1].startswith("["):
+            plain[i + 1] = json.dumps([plain[i + 1]])
+    return plain
 
 
 def _check_fields(parser: ArgumentParser, arguments: Sequence[str]) -> None:

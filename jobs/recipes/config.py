@@ -35,4 +35,4 @@ class PretrainConfig:
         if self.model.autoencoder.kind == "kl" and not self.model.autoencoder.path:
             raise ConfigError("model.autoencoder.path: give the folder (or hub name) of the AutoencoderKL")
         build_task: Callable[[], Any] = functools.partial(DiffDisTask, self.model, self.objective, self.preview_captions)
-        return Run(build_task, self.data, self.train, self.tracking, self.output_dir, {"recipe": recipe} | asdict(self))
+        return Run(build_task, self.data, self.train, self.tracking, self.output_dir, {"recipe": recipe, **asdict(self)})

@@ -62,8 +62,7 @@ def _check_answers(address: str) -> None:
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
         raise ClusterError(
-            f"RAY_ADDRESS={address} is not the host:port of a Ray cluster: to go through a dashboard, "
-            f"use `ray job submit`"
+            f"RAY_ADDRESS={address} is not the host:port of a Ray cluster: to go through a dashboard, use `ray job submit`"
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_TIMEOUT_S).close()

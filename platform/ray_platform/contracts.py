@@ -3,13 +3,17 @@
 A Task comes from outside (`diffdis.task`, say) and satisfies `Task` by shape alone: neither library imports the other.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # every read worker imports this file, and torch would double its start and its memory
+    import torch
 
 
 class DataError(Exception):

@@ -65,8 +65,10 @@ def ui_command(uri: str, port: int = 5000) -> str:
     """The one command that opens MLflow's pages over the store at `uri`."""
     if uri.startswith(("http://", "https://")):
         return shlex.join((sys.executable, "-m", "webbrowser", uri))
-    mlflow = (sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port))
-    return shlex.join(("env", "MLFLOW_DISABLE_TELEMETRY=true", *mlflow))
+    # One reader needs neither four servers nor MLflow's job runners, which take seconds to start and to end.
+    settings = ("env", "MLFLOW_DISABLE_TELEMETRY=true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false")
+    server = (sys.executable, "-m", "mlflow", "ui", "--workers", "1")
+    return shlex.join((*settings, *server, "--backend-store-uri", uri, "--port", str(port)))
 
 
 class Tracker:

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from diffdis import schedule
+from diffdis.attention import image_attention
 from diffdis.config import ObjectiveConfig, ScheduleConfig
 from diffdis.image_branch import walk
-from diffdis.attention import image_attention
 
 
 def test_generation_pass_is_the_stock_unet_bit_for_bit(make_task, batch):
@@ -88,9 +88,7 @@ def _reference_loss(module, inputs, draws, visibility):
     x, h = site(unet.mid_block.attentions[0], next(blocks), unet.mid_block.resnets[0](x, temb), h)
     x = unet.mid_block.resnets[1](x, temb)
 
-    tokens = torch.cat(
-        [head.image_in(head.norm_image(x.flatten(2).transpose(1, 2))), head.query_in(h + noised)[:, None]], 1
-    )
+    tokens = torch.cat([head.image_in(head.norm_image(x.flatten(2).transpose(1, 2))), head.query_in(h + noised)[:, None]], 1)
     for block in head.blocks:
         tokens = tokens + attend(block.attention, block.norm_attention(tokens), visibility == "one_way")
         tokens = tokens + block.feed_forward(block.norm_feed_forward(tokens))

@@ -40,7 +40,9 @@ def plain_loop(run):
         generators = [
             torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 65_537 + rank) for rank in range(len(inputs))
         ]
-        draws = Draws(*(torch.cat(d) for d in zip(*(module.draw(i, g) for i, g in zip(inputs, generators, strict=True)), strict=True)))
+        draws = Draws(
+            *(torch.cat(d) for d in zip(*(module.draw(i, g) for i, g in zip(inputs, generators, strict=True)), strict=True))
+        )
         whole = {name: torch.cat([i[name] for i in inputs]) for name in inputs[0]} | {"null_states": inputs[0]["null_states"]}
         generation = module.generation(whole, draws).mean()
         alignment, _ = module.alignment(whole, draws)
@@ -57,7 +59,9 @@ def plain_loop(run):
 def assert_equal_curves(ours, expected, **tolerance):
     assert ours.keys() == expected.keys()
     for step in expected:
-        torch.testing.assert_close(torch.tensor(ours[step]), torch.tensor(expected[step]), **tolerance, msg=lambda m, s=step: f"step {s}: {m}")
+        torch.testing.assert_close(
+            torch.tensor(ours[step]), torch.tensor(expected[step]), **tolerance, msg=lambda m, s=step: f"step {s}: {m}"
+        )
 
 
 @pytest.fixture(scope="module")

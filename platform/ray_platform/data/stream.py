@@ -7,6 +7,7 @@ Only `_blocks`, `_context` and `_check_cpus` know Ray.
 """
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -16,6 +17,7 @@ from itertools import islice
 import numpy as np
 import ray
 import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import RayTaskError
 
 from ray_platform import storage
@@ -33,6 +35,7 @@ Block = Mapping[str, np.ndarray]
 BLOCK_SAMPLES = 128
 # Items of one Ray dataset, over however many epochs. The next dataset starts cold, but only once in so many shards.
 DATASET_ITEMS = 256
+PAUSE_SECONDS = 0.05
 SHOWN_REJECTS = 3  # of each cause, by key, as warnings
 ENOUGH_SAMPLES = 100  # to judge the skipped share by
 
@@ -213,11 +216,23 @@ def _blocks(
             raise
 
 
+class _Paced(ExecutionCallback):
+    """A pause in each turn of Ray Data's scheduling loop, which runs in a thread of the trainer's process.
+
+    While a rank trains, its reads wait with full hands, and the loop turns without pause: it took half of the process's
+    time, and the global interpreter lock with it. See LOG.md.
+    """
+
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(PAUSE_SECONDS)
+
+
 def _context(config: DataConfig, world_size: int) -> ray.data.DataContext:
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Paced]
     # Otherwise a task collects 128 MiB before it hands anything on.
     context.target_max_block_size = BLOCK_SAMPLES * config.image_size**2 * 3
     # Each rank's dataset believes itself alone: by default each would fill half of the object store.

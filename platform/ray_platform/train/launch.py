@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray.train
-from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_platform import storage
 from ray_platform.connect import connect
@@ -57,7 +57,9 @@ class Run:
                 "give an absolute path or an s3:// URL"
             )
         if "://" in self.output_dir and not self.tracking.uri:
-            raise ConfigError(f"tracking.uri: give an MLflow server or sqlite:/// path, as {self.output_dir} cannot hold a database")
+            raise ConfigError(
+                f"tracking.uri: give an MLflow server or sqlite:/// path, as {self.output_dir} cannot hold a database"
+            )
         shards = list_shards(self.data.sources)
         items_per_epoch(len(shards), 0, self.train.num_workers)
         if self.train.resume == "none" and (found := checkpoint.newest(self.output_dir)):

@@ -18,10 +18,10 @@ from ray_platform.contracts import Batch, Position, Task
 from ray_platform.data.catalog import Shard, digest
 from ray_platform.data.config import DataConfig
 from ray_platform.data.stream import stream
+from ray_platform.tracking import TrackerHandle
 from ray_platform.train import checkpoint
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.engine import Engine
-from ray_platform.tracking import TrackerHandle
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,9 @@ class Job:
 
 def train_worker(job: Job) -> None:
     """The training function of one rank."""
+    if not job.train.gpus_per_worker:
+        # Ray leaves torch with one thread a core in every worker, whatever share of the cores a worker has.
+        torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
     torch.manual_seed(job.train.seed)  # equal initial weights on every rank
     task = job.build_task()
     Trainer(job, task, Engine(task, job.train)).run()

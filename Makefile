@@ -1,0 +1,39 @@
+# `make demo` and `make test` do all their own set-up. Everything else is for developers.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCES := diffdis platform/ray_platform jobs tests
+
+.PHONY: demo test test-slow lint setup clean-demo
+
+demo: setup
+	@$(PYTHON) jobs/run_demo.py
+
+test: setup lint
+	$(PYTHON) -m pytest
+
+test-slow: setup
+	$(PYTHON) -m pytest -m slow
+
+lint: setup
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/ruff format --check $(SOURCES)
+	$(PYTHON) -m mypy diffdis platform/ray_platform jobs
+	PYTHONPATH=platform $(VENV)/bin/lint-imports
+
+setup: $(VENV)/.installed
+
+# torch first and pinned: a later resolve that wants another torch would fetch its CUDA packages.
+# deepspeed without build isolation: its set-up imports torch; DS_BUILD_OPS=0 compiles nothing.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (a few minutes, once) …"
+	@python3 -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@test -x $(PYTHON) || python3 -m venv $(VENV)
+	@$(PIP) torch setuptools wheel ninja packaging
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation --editable ".[demo,dev]"
+	@touch $@
+
+clean-demo:
+	rm -rf outputs/demo

@@ -1,0 +1,50 @@
+import json
+
+import pytest
+import torch
+
+from diffdis.config import DiffDisConfig, ObjectiveConfig, UNetConfig, sd_v1, tiny
+from diffdis.model import DiffDis
+from diffdis.task import JointLoss
+
+
+def test_sd_v1_builds_at_full_size_on_the_meta_device():
+    with torch.device("meta"):
+        model = DiffDis(sd_v1())
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert count["unet"] == 859_520_964  # Stable Diffusion v1's
+    # By hand, at width C and D = 768: a site is FC_in + FC_out + 2 norms + a GEGLU feed-forward of 4 C.
+    site = {c: 768 * c + c + c * 768 + 768 + 4 * c + (c * 8 * c + 8 * c) + (4 * c * c + c) for c in (320, 640, 1280)}
+    time = 2 * (768 * 768 + 768)
+    assert count["stream"] == 2 * site[320] + 2 * site[640] + 2 * site[1280] + site[1280] + time
+    w = 768
+    block = 4 * w + 3 * w * w + (w * w + w) + (w * 8 * w + 8 * w) + (4 * w * w + w)
+    assert count["head"] == 6 * block + 2 * 1280 + (1280 * w + w) + (768 * w + w) + 2 * w + (w * 768 + 768)
+    assert count["temperature"] == 1
+
+
+def test_a_config_survives_json():
+    config = tiny(query_visibility="joint")
+    assert DiffDisConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_an_unknown_key_is_named():
+    with pytest.raises(ValueError, match=r"unet\.chanels: no such field"):
+        DiffDisConfig.from_dict({"unet": {"chanels": 3}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unet": UNetConfig(sample_size=9)}, "unet.sample_size: 9 is not divisible by 8"),
+        ({"image_size": 64}, "1 haar levels of 64 px give 12, 32"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+def test_several_draws_need_the_one_way_mask():
+    with pytest.raises(ValueError, match="num_draws"):
+        JointLoss(DiffDis(tiny(query_visibility="joint")), ObjectiveConfig(num_draws=2))

@@ -1,0 +1,90 @@
+"""The command line: overrides, saved configurations, and one clear line for bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ray_platform.contracts import ConfigError, DataError
+from recipes.command_line import RECIPES, parse
+from tests.end_to_end.conftest import write_shards
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_parses_to_itself(recipe):
+    assert parse(["--recipe", recipe]).config == RECIPES[recipe]()
+
+
+def test_any_field_can_be_overridden(tmp_path):
+    config = parse(["--train.zero_stage", "3", "--model.schedule.gamma=0.5", "--data.sources", "s3://b/x"]).config
+    assert (config.train.zero_stage, config.model.schedule.gamma, config.data.sources) == (3, 0.5, ("s3://b/x",))
+    assert parse(["--data.sources", '["a", "b"]']).config.data.sources == ("a", "b")
+
+
+def test_a_saved_configuration_can_be_started_from_again(tmp_path):
+    first = parse(["--recipe", "demo", "--train.seed", "7", "--output_dir", "/x"])
+    (tmp_path / "config.yaml").write_text(first.yaml)
+    assert parse(["--config", str(tmp_path / "config.yaml")]).config == first.config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "dmo"], "--recipe dmo: no such recipe; there are demo"),
+        (["--train.zero_stge", "1"], r"--train.zero_stge: no such field; did you mean --train.zero_stage\?"),
+        (["--train.num_steps", "many"], r'train\.num_steps".*many'),
+        (["--train.num_steps", "0"], r"train\.num_steps: 0 is below 1"),
+        (["--model.schedule.gamma", "3"], r"model\.schedule\.gamma: 3.0 is not in \(0, 1\]"),
+        (["--train.zero_stage", "7"], "train.zero_stage"),
+    ],
+)
+def test_bad_fields_are_one_line(arguments, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        parse(arguments)
+    assert "\n" not in str(raised.value)
+
+
+def run_of(tmp_path, *arguments):
+    command = parse(["--output_dir", str(tmp_path / "out"), *arguments])
+    return command.config.run(command.recipe)
+
+
+def test_dry_run_says_what_would_run(tmp_path):
+    folder = write_shards(tmp_path / "data")
+    plan = run_of(tmp_path, "--data.sources", str(folder)).dry_run()
+    assert (plan["shards"], plan["workers"], plan["starts_from"]) == (4, 2, "the beginning")
+    json.dumps(plan)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ([], DataError, "data.sources"),
+        (["--data.sources", "/none"], DataError, "/none: no such file or folder"),
+        (["--data.sources", "EMPTY"], DataError, "EMPTY.*tar"),
+        (["--data.sources", "DATA", "--train.num_workers", "9"], ConfigError, "9 workers but only 4 shards"),
+        (["--data.sources", "DATA", "--output_dir", "outputs/x"], ConfigError, "output_dir: outputs/x is relative"),
+        (["--data.sources", "DATA", "--data.image_size", "64"], ConfigError, "data.image_size: 64, but model.image_size is 32"),
+        (["--data.sources", "DATA", "--train.resume", "/none"], ConfigError, "/none is no complete checkpoint"),
+        (["--data.sources", "DATA", "--output_dir", "s3://b/x"], ConfigError, "tracking.uri"),
+    ],
+)
+def test_what_cannot_run_is_one_line(tmp_path, arguments, error, message):
+    write_shards(tmp_path / "DATA")
+    (tmp_path / "EMPTY").mkdir()
+    arguments = [str(tmp_path / a) if a in ("DATA", "EMPTY") else a for a in arguments]
+    with pytest.raises(error, match=message) as raised:
+        run_of(tmp_path, *arguments).dry_run()
+    assert "\n" not in str(raised.value)
+
+
+def test_the_script_exits_with_the_line_and_a_status():
+    command = [sys.executable, "jobs/pretrain.py", "--recipe", "demo", "--data.sources", "/none", "--output_dir", "/tmp/none"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: /none: no such file or folder")
