@@ -30,7 +30,8 @@ class AlignmentHead(nn.Module):
         self.norm_image = nn.LayerNorm(image_channels)
         self.image_in = nn.Linear(image_channels, config.width)
         self.query_in = nn.Linear(embedding_dim, config.width)
-        self.blocks = nn.ModuleList(HeadBlock(config) for _ in range(config.num_layers))
+        blocks = (HeadBlock(config) for _ in range(config.num_layers))
+        self.blocks: list[HeadBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm_out = nn.LayerNorm(config.width)
         self.query_out = nn.Linear(config.width, embedding_dim)
 

@@ -46,7 +46,7 @@ class DualStreamBlock(nn.Module):
     def __init__(self, embedding_dim: int, width: int, num_layers: int):
         super().__init__()
         self.fc_in = nn.Linear(embedding_dim, width)
-        self.layers = nn.ModuleList(QueryLayer(width) for _ in range(num_layers))
+        self.layers: list[QueryLayer] = nn.ModuleList(QueryLayer(width) for _ in range(num_layers))  # type: ignore[assignment]
         self.fc_out = nn.Linear(width, embedding_dim)
 
 
@@ -56,9 +56,8 @@ class QueryStream(nn.Module):
     def __init__(self, sites: list[Transformer2DModel], embedding_dim: int):
         super().__init__()
         self.time = QueryTime(embedding_dim)
-        self.blocks = nn.ModuleList(
-            DualStreamBlock(embedding_dim, site.inner_dim, len(site.transformer_blocks)) for site in sites
-        )
+        blocks = (DualStreamBlock(embedding_dim, site.inner_dim, len(site.transformer_blocks)) for site in sites)
+        self.blocks: list[DualStreamBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
 
     def one_way(self, noised: torch.Tensor, attentions: list[list[Attention]], image: list[list[KeysValues]]) -> torch.Tensor:
         """Run the query past an image that was walked before. noised = e_t + TimeEmbed(t_e) [B, n, D] -> h [B, n, D]."""

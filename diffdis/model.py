@@ -39,6 +39,8 @@ class Temperature(nn.Module):
 class DiffDis(nn.Module):
     """The trainable network: the U-Net, the query's stream, the alignment head and InfoNCE's temperature."""
 
+    abar: torch.Tensor  # [T]
+
     def __init__(self, config: DiffDisConfig, temperature: float = 0.07):
         super().__init__()
         self.config = config

@@ -95,7 +95,7 @@ class JointLoss(nn.Module):
         result = alignment_loss(gather(predicted), queries, ids, scale)
         mine = slice(self._rank_offset(len(e), len(queries)), None)
         local = [x[:, mine][:, : len(e)].detach() for x in result]  # [n, B]
-        metrics = _binned(*local, draws.t_e.T, model.config.schedule.num_timesteps)
+        metrics = _binned(local[0], local[1], draws.t_e.T, model.config.schedule.num_timesteps)
         with torch.no_grad():
             wrong = self._retrieval_of_wrong_images(image, e_t, draws, queries, ids, mine.start)
         metrics["alignment/retrieval_shuffled_images"] = wrong

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ class TextEncoder(nn.Module):
     `encode` gives token states [B, L, token_dim] and the unit-norm text query [B, embedding_dim].
     """
 
-    def __init__(self, config: TextEncoderConfig, model: nn.Module, tokenizer):
+    def __init__(self, config: TextEncoderConfig, model: Any, tokenizer: Any):
         super().__init__()
         self.config, self.model, self.tokenizer = config, model.eval().requires_grad_(False), tokenizer
         self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
@@ -72,6 +73,7 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
     folder = component_folder(config.path, "text_encoder")
     tokenizer_folder = Path(config.path) / "tokenizer"
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder) if tokenizer_folder.exists() else config.path)
+    tokenizer.model_max_length = config.max_length  # what an exported folder tells diffusers
     if config.kind == "clip":
         # A Stable Diffusion folder holds CLIP's text model without the projection; a CLIP folder has it.
         architectures = AutoConfig.from_pretrained(folder).architectures or []

@@ -1,5 +1,6 @@
 """What all tests share: one Ray cluster."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -31,3 +32,18 @@ def ray_cluster():
     )
     yield context
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def text_encoder_folder(tmp_path_factory):
+    from tests.tiny_checkpoints import save_mean_pool_encoder
+
+    return save_mean_pool_encoder(tmp_path_factory.mktemp("text_encoder"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(text_encoder_folder):
+    """The `tiny` preset with a text encoder that exists."""
+    from diffdis.config import tiny
+
+    return dataclasses.replace(tiny(), text_encoder=dataclasses.replace(tiny().text_encoder, path=str(text_encoder_folder)))

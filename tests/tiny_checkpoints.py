@@ -1,4 +1,4 @@
-"""Small random checkpoints in the layouts that users have: a CLIP text model, a mean-pooled encoder, a Stable Diffusion folder."""
+"""Small random checkpoints in the layouts that users have: CLIP's text model, a mean-pooled encoder, Stable Diffusion."""
 
 import json
 from pathlib import Path

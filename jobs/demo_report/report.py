@@ -64,7 +64,7 @@ def table(summary: dict[str, Any]) -> str:
             for name in ("loss_generation", "loss_alignment")
         ),
         "",
-        f"{'zero-shot':<16}{'acc1':>8}{'x chance':>10}{'acc5':>8}{'100-way':>9}{'shuffled':>10}{'untrained':>11}{'classes':>9}{'images':>8}",
+        "zero-shot           acc1  x chance    acc5  100-way  shuffled  untrained  classes  images",
     ]
     for split in SPLITS:
         s = summary["zero_shot"][split]

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffdis.config import ObjectiveConfig, tiny
+from diffdis.config import ObjectiveConfig
 from diffdis.task import DiffDisTask
-from tests.tiny_checkpoints import save_mean_pool_encoder
 
 CAPTIONS = ("red heart", "blue circle", "green leaf", "yellow star", "red heart", "black cat")
 
@@ -18,14 +17,12 @@ def visibility(request):
 
 
 @pytest.fixture
-def make_task(text_encoder_folder):
-    """make_task(objective fields…, **config fields) -> a tiny task with fixed initial weights."""
+def make_task(tiny_model):
+    """make_task(objective, **config fields) -> a tiny task with fixed initial weights."""
 
     def make(objective: ObjectiveConfig | None = None, **changes) -> DiffDisTask:
-        config = tiny(**changes)
-        encoder = dataclasses.replace(config.text_encoder, path=str(text_encoder_folder))
         torch.manual_seed(0)
-        return DiffDisTask(dataclasses.replace(config, text_encoder=encoder), objective or ObjectiveConfig(), CAPTIONS[:2])
+        return DiffDisTask(dataclasses.replace(tiny_model, **changes), objective or ObjectiveConfig(), CAPTIONS[:2])
 
     return make
 
@@ -34,8 +31,3 @@ def make_task(text_encoder_folder):
 def batch():
     images = np.random.default_rng(0).integers(0, 256, (len(CAPTIONS), 16, 16, 3), dtype=np.uint8)
     return SimpleNamespace(images=images, captions=CAPTIONS)
-
-
-@pytest.fixture(scope="session")
-def text_encoder_folder(tmp_path_factory):
-    return save_mean_pool_encoder(tmp_path_factory.mktemp("text_encoder"))

@@ -31,5 +31,5 @@ def test_wrong_number_of_scales_is_named():
 def test_kl_without_a_path_or_with_a_wrong_one(tmp_path):
     with pytest.raises(ValueError, match=r"model\.autoencoder\.path"):
         build_autoencoder(AutoencoderConfig(kind="kl"))
-    with pytest.raises(FileNotFoundError, match="holds a config.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds a config\.json"):
         build_autoencoder(AutoencoderConfig(kind="kl", path=str(tmp_path)))

@@ -43,7 +43,9 @@ def _reference_loss(module, inputs, draws, visibility):
 
     a = abar[draws.t_z].view(-1, 1, 1, 1)
     z, eps = inputs["latent"], draws.noise_z
-    c = torch.stack([inputs["null_states"][0] if d else s for d, s in zip(draws.drop_caption, inputs["token_states"])])
+    c = torch.stack(
+        [inputs["null_states"][0] if d else s for d, s in zip(draws.drop_caption, inputs["token_states"], strict=True)]
+    )
     out = unet(a.sqrt() * z + (1 - a).sqrt() * eps, draws.t_z, c).sample
     generation = ((out - (a.sqrt() * eps - (1 - a).sqrt() * z)) ** 2).mean()
 
@@ -69,7 +71,7 @@ def _reference_loss(module, inputs, draws, visibility):
         q = block.fc_in(h + noised)
         size = x.shape
         tokens = transformer.proj_in(transformer.norm(x)).flatten(2).transpose(1, 2)
-        for layer, own in zip(transformer.transformer_blocks, block.layers):
+        for layer, own in zip(transformer.transformer_blocks, block.layers, strict=True):
             normed = torch.cat([layer.norm1(tokens), own.norm_attention(q)[:, None]], 1)
             gain = attend(layer.attn1, normed, visibility == "one_way")
             tokens, q = tokens + gain[:, :-1], q + gain[:, -1]
@@ -81,7 +83,7 @@ def _reference_loss(module, inputs, draws, visibility):
     temb = unet.time_embedding(unet.time_proj(torch.zeros(len(z), dtype=torch.long)))
     x, blocks = unet.conv_in(z), iter(stream.blocks)
     for down in unet.down_blocks:
-        for resnet, transformer in zip(down.resnets, down.attentions):
+        for resnet, transformer in zip(down.resnets, down.attentions, strict=True):
             x, h = site(transformer, next(blocks), resnet(x, temb), h)
         for downsampler in down.downsamplers or []:
             x = downsampler(x)

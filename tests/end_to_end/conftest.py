@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import io
 import json
@@ -8,13 +7,12 @@ import pytest
 import webdataset
 from PIL import Image
 
-from diffdis.config import ObjectiveConfig, tiny
+from diffdis.config import ObjectiveConfig
 from diffdis.task import DiffDisTask
 from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.launch import Run
-from tests.tiny_checkpoints import save_mean_pool_encoder
 
 WORDS = ("red", "green", "blue", "heart", "circle", "star", "cat", "tree")
 
@@ -36,12 +34,6 @@ def write_shards(folder, num_shards=4, samples_a_shard=12):
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards"))
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    folder = save_mean_pool_encoder(tmp_path_factory.mktemp("text_encoder"))
-    return dataclasses.replace(tiny(), text_encoder=dataclasses.replace(tiny().text_encoder, path=str(folder)))
 
 
 @pytest.fixture

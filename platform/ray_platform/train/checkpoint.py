@@ -1,6 +1,6 @@
 """Which checkpoint a worker starts from, and when one counts as complete.
 
-A checkpoint is a folder `<output_dir>/checkpoints/<launch>/step_<n>` with every rank's part of the engine and its `rank_<r>.json`.
+A checkpoint is `<output_dir>/checkpoints/<launch>/step_<n>` with every rank's part of the engine and its `rank_<r>.json`.
 `complete.json` is written last, after every rank's upload: without it the folder does not exist for us.
 """
 

@@ -1,4 +1,4 @@
-"""The driver's side of a training run: check everything that can be checked, start the workers, show progress, say what failed."""
+"""The driver's side of a training run: check what can be checked, start the workers, show progress, say what failed."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray.train
@@ -21,7 +21,7 @@ from ray_platform.data.catalog import Shard, list_shards
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import items_per_epoch
 from ray_platform.data.stream import inspect_first_samples
-from ray_platform.tracking import TrackerHandle, TrackingConfig, start_tracker, tracking_uri
+from ray_platform.tracking import RunStatus, TrackerHandle, TrackingConfig, start_tracker, tracking_uri
 from ray_platform.train import checkpoint
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.loop import Job, train_worker
@@ -77,7 +77,7 @@ class Run:
         return {
             "shards": len(shards),
             "bytes": sum(shard.size for shard in shards),
-            "first_samples": samples,
+            "first_samples": asdict(samples),
             "workers": train.num_workers,
             "zero_stage": train.zero_stage,
             "steps": train.num_steps,
@@ -98,7 +98,7 @@ class Run:
         # Named by time: a later launch's name sorts after an earlier one's.
         launch = time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}"
         job = Job(self.build_task, self.data, self.train, shards, self.output_dir, launch, tracker)
-        status = "FAILED"
+        status: RunStatus = "FAILED"
         try:
             with _progress(tracker, self.train.num_steps):
                 self._trainer(job).fit()

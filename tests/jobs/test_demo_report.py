@@ -1,0 +1,76 @@
+"""The demo's scoring on small wds_* folders."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from demo_report.report import table, write_report
+from demo_report.scores import ZeroShotSet, zero_shot
+
+NAMES = [f"colour {i}" for i in range(60)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """wds_heldout_style and wds_heldout_names: one image of a flat colour a class."""
+    for split in ("heldout_style", "heldout_names"):
+        folder = tmp_path / "data" / f"wds_{split}" / "test"
+        folder.mkdir(parents=True)
+        (folder.parent / "classnames.txt").write_text("\n".join(NAMES) + "\n")
+        (folder.parent / "zeroshot_classification_templates.txt").write_text("{c}\n")
+        with webdataset.TarWriter(str(folder / "0.tar")) as tar:
+            for i in range(len(NAMES)):
+                buffer = io.BytesIO()
+                Image.new("RGB", (16, 16), (4 * i, 255 - 4 * i, 100)).save(buffer, format="PNG")
+                tar.write({"__key__": f"s{i:07d}", "png": buffer.getvalue(), "cls": str(i).encode()})
+    return tmp_path / "data"
+
+
+def test_a_perfect_model_scores_one_and_its_shuffled_images_do_not(data):
+    """A stand-in whose image query is the class's own embedding: what is tested is the scoring."""
+    loaded = ZeroShotSet.read(data / "wds_heldout_style")
+    assert len(loaded.images) == loaded.labels.numel() == 60
+    import torch
+
+    perfect = SimpleNamespace(
+        embed_image=lambda images, **kw: torch.eye(60)[[np.asarray(i)[0, 0, 0] // 4 for i in images]],
+        embed_classes=lambda names, templates: torch.eye(60),
+    )
+    scores = zero_shot(perfect, loaded)
+    assert scores["acc1"] == scores["acc1_100way"] == 1.0
+    assert scores["acc1_shuffled_images"] < 0.15
+    assert scores["chance"] == 1 / 60
+
+
+def test_the_report_of_an_untrained_model_is_complete_and_at_chance(data, tiny_model, tmp_path):
+    import torch
+
+    from diffdis.config import ObjectiveConfig
+    from diffdis.task import DiffDisTask
+
+    torch.manual_seed(1)
+    task = DiffDisTask(tiny_model, ObjectiveConfig())
+    output = tmp_path / "out"
+    task.save_pretrained(task.module.state_dict(), output / "export")
+    losses = {"loss_generation": 1.0, "loss_alignment": 4.0}
+    training = {
+        "num_workers": 2, "zero_stage": 2, "num_steps": 1, "num_samples_seen": 8, "samples_per_second": 1.0, "seconds": 8.0,
+        "first": losses, "last": losses, "skipped": {}, "export_dir": str(output / "export"),
+    }  # fmt: skip
+    (output / "train_summary.json").write_text(json.dumps(training))
+    uri = f"sqlite:///{output / 'mlflow.db'}"
+    (output / "mlflow.json").write_text(json.dumps({"tracking_uri": uri, "experiment": "x", "run_id": ""}))
+    summary = write_report(output, data, ("red heart",))
+    assert json.loads((output / "summary.json").read_text()) == summary
+    for scores in summary["zero_shot"].values():
+        # 60 images of 60 classes: 8 or more right have a probability of 1e-5 at chance.
+        assert max(scores[name] for name in ("acc1", "acc1_shuffled_images", "acc1_untrained")) < 8 / 60
+        assert scores["num_classes"] == scores["num_images"] == 60
+    assert 0 <= summary["colour"]["share_nearer_to_own"] <= 1
+    assert "heldout_names" in table(summary)
+    assert Image.open(summary["grid"]).width > 100
