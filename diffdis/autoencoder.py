@@ -34,12 +34,9 @@ class HaarAutoencoder(ModelMixin, ConfigMixin):
         self.register_buffer("colour", colour / colour.norm(dim=1, keepdim=True), persistent=False)
         haar = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
         self.register_buffer("haar", haar / 2, persistent=False)  # symmetric: its own inverse
-        self.register_buffer(
-            "shift", torch.tensor(mean or (0.0,) * channels, dtype=torch.float32).view(1, -1, 1, 1), persistent=False
-        )
-        self.register_buffer(
-            "scale", torch.tensor(std or (1.0,) * channels, dtype=torch.float32).view(1, -1, 1, 1), persistent=False
-        )
+        shift, scale = torch.FloatTensor(mean or (0.0,) * channels), torch.FloatTensor(std or (1.0,) * channels)
+        self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
         self.register_parameter("anchor", nn.Parameter(torch.zeros(()), requires_grad=False))  # safetensors want one
 
     def transform(self, image: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
 
 NUM_INFERENCE_STEPS = 10
+NUM_DRAWS = 8  # averaged; one image pass serves all of them
 SPLITS = ("heldout_style", "heldout_names")
 
 
@@ -44,7 +45,7 @@ class ZeroShotSet:
 def zero_shot(pipeline: DiffDisPipeline, data: ZeroShotSet, batch_size: int = 128) -> dict[str, Any]:
     """Accuracies from pure noise, and that of the same queries with the images permuted."""
     parts = [data.images[i : i + batch_size] for i in range(0, len(data.images), batch_size)]
-    queries = torch.cat([pipeline.embed_image(part, num_steps=NUM_INFERENCE_STEPS) for part in parts])
+    queries = torch.cat([pipeline.embed_image(part, num_steps=NUM_INFERENCE_STEPS, num_draws=NUM_DRAWS) for part in parts])
     similarity = queries @ pipeline.embed_classes(data.class_names, data.templates).T  # [N, C]
     return {
         "acc1": top_k_accuracy(similarity, data.labels),
@@ -55,6 +56,7 @@ def zero_shot(pipeline: DiffDisPipeline, data: ZeroShotSet, batch_size: int = 12
         "num_images": len(data.images),
         "chance": 1 / len(data.class_names),
         "num_inference_steps": NUM_INFERENCE_STEPS,
+        "num_draws": NUM_DRAWS,
     }
 
 

@@ -38,7 +38,7 @@ def test_a_perfect_model_scores_one_and_its_shuffled_images_do_not(data):
     import torch
 
     perfect = SimpleNamespace(
-        embed_image=lambda images, **kw: torch.eye(60)[[np.asarray(i)[0, 0, 0] // 4 for i in images]],
+        embed_image=lambda images, **kw: torch.eye(60)[[int(np.asarray(i)[0, 0, 0]) // 4 for i in images]],
         embed_classes=lambda names, templates: torch.eye(60),
     )
     scores = zero_shot(perfect, loaded)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import ray.train
@@ -77,7 +77,11 @@ class Run:
         return {
             "shards": len(shards),
             "bytes": sum(shard.size for shard in shards),
-            "first_samples": asdict(samples),
+            "first_samples": {
+                "good": samples.good,
+                "rejected": dict(samples.rejected),
+                "example": {"key": samples.example.key, "caption": samples.example.caption},
+            },
             "workers": train.num_workers,
             "zero_stage": train.zero_stage,
             "steps": train.num_steps,
@@ -144,26 +148,26 @@ class Run:
 @contextmanager
 def _progress(tracker: TrackerHandle, num_steps: int):
     """Print a line whenever new metrics have come in."""
-    done = threading.Event()
+    done, shown = threading.Event(), [-1]
 
     def show() -> None:
-        shown = -1
-        while not done.wait(1.0):
-            step, metrics = tracker.latest()
-            if step > shown:
-                shown = step
-                print(progress_line(step, num_steps, metrics), flush=True)
+        step, metrics = tracker.latest()
+        if step > shown[0]:
+            shown[0] = step
+            print(progress_line(step, num_steps, metrics), flush=True)
 
-    thread = threading.Thread(target=show, daemon=True)
+    def watch() -> None:
+        while not done.wait(1.0):
+            show()
+
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
-        step, metrics = tracker.latest()
-        if step == num_steps:
-            print(progress_line(step, num_steps, metrics), flush=True)
+        show()
 
 
 def progress_line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
