@@ -17,10 +17,11 @@ import importlib.util, sys
 for name in ("ray_platform", "diffdis", "recipes"):
     assert importlib.util.find_spec(name) is None, name
 from pathlib import Path
-sys.path.insert(0, "platform")
+root = Path(sys.argv[1])
+sys.path.insert(0, str(root / "platform"))
 from ray_platform.local_head import LocalHead, submit
 with LocalHead(num_cpus=2) as head:
-    sys.exit(submit(head, ["python", "jobs/pretrain.py", *sys.argv[1:]], Path.cwd(), {}))
+    sys.exit(submit(head, ["python", "jobs/pretrain.py", *sys.argv[2:]], root, {}))
 """
 
 
@@ -40,7 +41,11 @@ def test_a_submitted_job_needs_only_the_dependencies(shards, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_AUTH_MODE", "VIRTUAL_ENV")}
     environment["PATH"] = os.pathsep.join([str(bare / "bin"), str(Path(sys.executable).parent), environment["PATH"]])
     done = subprocess.run(
-        [str(bare / "bin" / "python"), "-c", SCRIPT, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+        [str(bare / "bin" / "python"), "-c", SCRIPT, str(ROOT), *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     summary = json.loads((output / "train_summary.json").read_text())

@@ -34,5 +34,5 @@ class TrainConfig:
         for name in ("num_workers", "num_steps", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is below 1")
-        if self.zero_stage == 0 and self.precision == "fp16" and not self.gpus_per_worker:
+        if self.precision == "fp16" and not self.gpus_per_worker:
             raise ConfigError("train.precision: fp16 needs an accelerator; take fp32 or bf16")
