@@ -12,6 +12,7 @@ from torch import nn
 from diffdis import schedule
 from diffdis.autoencoder import build_autoencoder, to_latents
 from diffdis.config import DiffDisConfig, ObjectiveConfig
+from diffdis.encoder import PRECOMPUTED
 from diffdis.losses import alignment_loss, gather, generation_loss
 from diffdis.model import DiffDis, ImageMemory
 from diffdis.pictures import grid
@@ -175,16 +176,19 @@ class DiffDisTask:
 
     @torch.no_grad()
     def inputs(self, batch: Any, device: torch.device) -> Inputs:
-        """images [B, H, W, 3] uint8 and captions -> latent, token_states, query, caption_ids [B], null_states [1, L, D_c]."""
+        """A batch, of images [B, H, W, 3] uint8 or precomputed -> latent, token_states, query, caption_ids [B] and
+        null_states [1, L, D_c]."""
         if self._null_states is None:
             self.autoencoder.to(device)
             self.text_encoder.to(device)
             self._null_states = self.text_encoder.encode([""], device)[0]
-        states, query = self.text_encoder.encode(batch.captions, device)
-        return {
-            "latent": to_latents(self.autoencoder, batch.images, device),
-            "token_states": states,
-            "query": query,
+        if "latent" in batch.tensors:
+            encoded = {name: torch.from_numpy(batch.tensors[name]).to(device).float() for name in PRECOMPUTED}
+        else:
+            states, query = self.text_encoder.encode(batch.captions, device)
+            latent = to_latents(self.autoencoder, batch.tensors["image"], device)
+            encoded = dict(zip(PRECOMPUTED, (latent, states, query), strict=True))
+        return encoded | {
             "caption_ids": torch.tensor([_caption_id(c) for c in batch.captions], device=device),
             "null_states": self._null_states,
         }

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from diffdis.config import DiffDisConfig, ObjectiveConfig
+from diffdis.encoder import describe_encoders
 from diffdis.task import DiffDisTask
 from ray_platform.contracts import ConfigError
 from ray_platform.data.config import DataConfig
@@ -35,4 +36,12 @@ class PretrainConfig:
         if self.model.autoencoder.kind == "kl" and not self.model.autoencoder.path:
             raise ConfigError("model.autoencoder.path: give the folder (or hub name) of the AutoencoderKL")
         build_task: Callable[[], Any] = functools.partial(DiffDisTask, self.model, self.objective, self.preview_captions)
-        return Run(build_task, self.data, self.train, self.tracking, self.output_dir, {"recipe": recipe, **asdict(self)})
+        return Run(
+            build_task,
+            self.data,
+            self.train,
+            self.tracking,
+            self.output_dir,
+            {"recipe": recipe, **asdict(self)},
+            functools.partial(describe_encoders, self.model),
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,26 +24,38 @@ class ConfigError(Exception):
     """A field, or a combination of fields, that cannot work. The message names it and says what to do."""
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where one rank stands in its stream: `item` counts (epoch, shard) pairs, `order` samples inside that item.
+class Mark(NamedTuple):
+    """Samples start..stop of a unit (a shard, or a part of one) were consumed, unusable ones included; it has `total`.
 
-    Both count what was consumed, so a stream started at a position goes on with the next sample.
+    Samples are counted in the order in which that epoch reads the unit.
     """
 
-    item: int = 0
-    order: int = 0
+    pool: int
+    epoch: int
+    unit: int
+    start: int
+    stop: int
+    total: int
 
 
 @dataclass(frozen=True)
 class Batch:
     """What a rank's stream yields. B = micro_batch_size, always."""
 
-    images: np.ndarray  # [B, H, W, 3] uint8 RGB
+    # Either `image`, [B, H, W, 3] uint8 RGB, or what the Task's encoders made of images and captions before (precomputed).
+    tensors: Mapping[str, np.ndarray]
     captions: Sequence[str]  # B
-    keys: Sequence[str]  # B; "<shard file name>/<key in the tar>", unique in the source
-    position: Position  # of the last sample of the batch
+    keys: Sequence[str]  # B; "<shard name>/<key in the tar>", unique in the source
+    consumed: Sequence[Mark]  # since the batch before: this batch's samples, and those that were skipped on the way
     skipped: Mapping[str, int]  # cause -> samples skipped since the stream began, on this rank
+
+
+class Encoder(Protocol):
+    """The frozen half of a Task, whose results can be computed before training."""
+
+    def encode(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """images [B, H, W, 3] uint8 -> arrays of B rows each, in half precision."""
+        ...
 
 
 class Task(Protocol):
@@ -60,7 +72,7 @@ class Task(Protocol):
         ...
 
     def inputs(self, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
-        """Frozen encoders and tokenisation: from uint8 images and captions to what `module` takes."""
+        """From a batch's images and captions, or from what was precomputed of them, to what `module` takes."""
         ...
 
     def preview(self, state_dict: Mapping[str, torch.Tensor]) -> bytes:

@@ -7,12 +7,12 @@ Whatever goes wrong becomes a `DataError` of one line that names the URL, never 
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import fsspec
 from botocore.exceptions import (  # type: ignore[import-untyped]
@@ -25,7 +25,18 @@ from fsspec.implementations.local import LocalFileSystem
 from ray_platform.contracts import DataError
 
 # s3fs tries each call five times by itself. Botocore's own tries would multiply that to minutes at a dead endpoint.
-_S3_CLIENT = {"connect_timeout": 5, "read_timeout": 60, "retries": {"total_max_attempts": 1}}
+_S3_CLIENT = {"connect_timeout": 5, "read_timeout": 20, "retries": {"total_max_attempts": 1}}
+
+
+class StorageError(DataError):
+    """What storage answered. `kind` tells whether trying again can help: only what is `unavailable` comes back by itself."""
+
+    def __init__(self, message: str, kind: Literal["missing", "forbidden", "unavailable"]) -> None:
+        super().__init__(message, kind)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 @dataclass(frozen=True)
@@ -60,11 +71,22 @@ def list_files(source: str) -> tuple[StoredFile, ...]:
         return tuple(sorted((file for file in files if not file.url.endswith("/")), key=lambda file: file.url))
 
 
-def read_bytes(url: str) -> bytes:
-    """The whole content of a file. Raises DataError."""
+def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> bytes:
+    """The content of a file, or bytes start..stop of it (fewer where it ends before). Raises StorageError."""
     with _errors(url):
         filesystem, path = _resolve(url)
-        return filesystem.cat_file(path)
+        return filesystem.cat_file(path, start=start, end=stop)
+
+
+def read_many(urls: Sequence[str]) -> dict[str, bytes]:
+    """The contents of many small files, fetched side by side. One that cannot be read is left out."""
+    if not urls:
+        return {}
+    with _errors(urls[0]):
+        filesystem, _ = _resolve(urls[0])
+        by_path = {_resolve(url)[1]: url for url in urls}
+        found = filesystem.cat(list(by_path), on_error="omit")
+        return {by_path[path]: content for path, content in found.items()}
 
 
 @contextmanager
@@ -199,24 +221,27 @@ def _errors(url: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         if "bucket does not exist" in str(error):
-            raise DataError(f"{url}: its bucket does not exist; correct the name or create it") from None
-        raise DataError(f"{url}: no such file or folder; correct the path") from None
+            raise StorageError(f"{url}: its bucket does not exist; correct the name or create it", "missing") from None
+        raise StorageError(f"{url}: no such file or folder; correct the path", "missing") from None
     except PermissionError:
         if url.startswith("s3://"):
-            raise DataError(
+            raise StorageError(
                 f"{url}: refused (403): the credentials are wrong or lack the right; "
-                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
+                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy",
+                "forbidden",
             ) from None
-        raise DataError(f"{url}: permission denied; correct the owner or the mode of the file") from None
+        raise StorageError(f"{url}: permission denied; correct the owner or the mode of the file", "forbidden") from None
     except (NoCredentialsError, PartialCredentialsError):
-        raise DataError(
-            f"{url}: found no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role"
+        raise StorageError(
+            f"{url}: found no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role", "forbidden"
         ) from None
     except (BotoCoreError, TimeoutError, ConnectionError) as error:
         endpoint = _own_endpoint() or "AWS's own"
-        raise DataError(
+        raise StorageError(
             f"{url}: cannot reach the S3 endpoint ({endpoint.rpartition('@')[2]}; {type(error).__name__}); "
-            "check AWS_ENDPOINT_URL and the network"
+            "check AWS_ENDPOINT_URL and the network",
+            "unavailable",
         ) from None
     except OSError as error:
-        raise DataError(f"{url}: {' '.join(str(error).split())}; check that it can be read and written there") from None
+        what = " ".join(str(error).split())
+        raise StorageError(f"{url}: {what}; check that it can be read and written there", "unavailable") from None

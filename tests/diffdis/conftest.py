@@ -30,4 +30,4 @@ def make_task(tiny_model):
 @pytest.fixture
 def batch():
     images = np.random.default_rng(0).integers(0, 256, (len(CAPTIONS), 16, 16, 3), dtype=np.uint8)
-    return SimpleNamespace(images=images, captions=CAPTIONS)
+    return SimpleNamespace(images=images, tensors={"image": images}, captions=CAPTIONS)

@@ -8,6 +8,7 @@ import webdataset
 from PIL import Image
 
 from diffdis.config import ObjectiveConfig
+from diffdis.encoder import describe_encoders
 from diffdis.task import DiffDisTask
 from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackingConfig
@@ -53,6 +54,7 @@ def make_run(tiny_model, shards):
             TrackingConfig(),
             str(output_dir),
             {"recipe": "test"},
+            functools.partial(describe_encoders, tiny_model),
         )
 
     return make

@@ -8,8 +8,9 @@ import torch
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import Draws
 from ray_platform.contracts import ConfigError
-from ray_platform.data.catalog import list_shards
-from ray_platform.data.stream import stream
+from ray_platform.data.catalog import build_catalog
+from ray_platform.data.ledger import Ledger
+from ray_platform.data.stream import Reader, stream
 from ray_platform.train.engine import rate_factor
 from ray_platform.train.launch import TrainingError
 from tests.end_to_end.conftest import write_shards
@@ -28,12 +29,12 @@ def plain_loop(run):
     module = task.module
     optimizer = torch.optim.AdamW(task.parameter_groups(), betas=(0.9, 0.999))
     rates = [group["lr"] for group in optimizer.param_groups]
-    shards = list_shards(run.data.sources)
+    catalog = build_catalog(run.data)
+    nothing = Ledger(catalog.num_units)
+    readers = [Reader(config.seed, rank, config.num_workers, nothing, nothing) for rank in range(config.num_workers)]
     streams = [
-        stream(shards, run.data, batch_size=config.micro_batch_size, seed=config.seed, rank=rank,
-               world_size=config.num_workers, num_batches=config.num_steps)
-        for rank in range(config.num_workers)
-    ]  # fmt: skip
+        stream(catalog, run.data, reader, batch_size=config.micro_batch_size, num_batches=config.num_steps) for reader in readers
+    ]
     losses = {}
     for step, batches in enumerate(zip(*streams, strict=True)):
         inputs = [task.inputs(batch, torch.device("cpu")) for batch in batches]

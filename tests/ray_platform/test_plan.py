@@ -5,56 +5,72 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_platform.contracts import ConfigError, Position
-from ray_platform.data.catalog import Shard
-from ray_platform.data.plan import items_per_epoch, plan, shuffled
+from ray_platform.contracts import ConfigError, Mark
+from ray_platform.data.catalog import Catalog, Shard, Unit
+from ray_platform.data.ledger import Ledger
+from ray_platform.data.plan import check_world_size, groups, shuffled
 
 
-def make_shards(count: int) -> list[Shard]:
-    return [Shard(f"/data/{number:05d}.tar", 1, f"{number:05d}.tar") for number in range(count)]
+def catalog_of(num_shards: int) -> Catalog:
+    units = tuple(Unit(Shard(f"/data/{i:05d}.tar", 1, f"{i:05d}.tar", 10), 0, 1) for i in range(num_shards))
+    return Catalog(tuple(unit.shard for unit in units), (units,), (1.0,))
 
 
-@given(st.integers(1, 40), st.integers(1, 8), st.integers(0, 3), st.integers(0, 2**40))
-def test_every_epoch_reads_every_shard_exactly_once(num_shards, world_size, epoch, seed):
-    if world_size > num_shards:
-        return
-    shards, read = make_shards(num_shards), Counter()
-    for rank in range(world_size):
-        per_epoch = items_per_epoch(num_shards, rank, world_size)
-        items = list(islice(plan(shards, seed, rank, world_size), per_epoch * (epoch + 1)))
-        assert [item.number for item in items] == list(range(len(items)))
-        assert [item.epoch for item in items] == sorted(item.epoch for item in items)
-        read.update(item.shard for item in items if item.epoch == epoch)
-    assert read == Counter(shards)
+def items_of(catalog, rank=0, world_size=1, *, count, seed=0, size=1, base=None, consumed=None):
+    base = base or Ledger(catalog.num_units)
+    planned = groups(catalog, seed, rank, world_size, base, consumed or base, size)
+    return list(islice((item for group in planned for item in group), count))
 
 
-@given(st.integers(0, 50), st.integers(0, 1000))
-def test_a_plan_goes_on_where_it_was_left(item, order):
-    shards = make_shards(7)
-    whole = list(islice(plan(shards, 3, 1, 2), 60))
-    rest = list(islice(plan(shards, 3, 1, 2, Position(item, order)), 10))
-    assert [(entry.number, entry.epoch, entry.shard) for entry in rest] == [
-        (entry.number, entry.epoch, entry.shard) for entry in whole[item : item + 10]
-    ]
-    assert [entry.skip for entry in rest] == [order] + [0] * 9
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**40))
+def test_every_epoch_reads_every_shard_exactly_once(num_shards, world_size, epochs, size, seed):
+    catalog = catalog_of(num_shards)
+    planned = [groups(catalog, seed, r, world_size, *[Ledger([num_shards])] * 2, size) for r in range(world_size)]
+    read: Counter[tuple[int, int]] = Counter()
+    for _ in range(epochs * num_shards):  # far more turns than are needed
+        read.update((item.epoch, item.number) for rank in planned for item in next(rank))
+    assert set(read.values()) == {1}
+    assert {(epoch, number) for epoch in range(epochs) for number in range(num_shards)} <= read.keys()
 
 
 def test_epochs_and_seeds_differ():
-    shards = make_shards(20)
-    first, second = (list(islice(plan(shards, 0, 0, 1), 40))[start : start + 20] for start in (0, 20))
-    other = list(islice(plan(shards, 1, 0, 1), 20))
-    orders = [tuple(item.shard.name for item in items) for items in (first, second, other)]
-    assert len(set(orders)) == 3
+    catalog = catalog_of(20)
+    items, other = items_of(catalog, count=40), items_of(catalog, count=20, seed=1)
+    orders = {tuple(item.number for item in part) for part in (items[:20], items[20:], other)}
+    assert len(orders) == 3
+    assert [item.epoch for item in items] == [0] * 20 + [1] * 20
+
+
+def test_what_was_consumed_is_left_out_and_groups_stay_as_they_were():
+    catalog = catalog_of(12)
+    base = Ledger([12])
+    whole = list(islice(groups(catalog, 0, 1, 2, base, base, 3), 4))
+    consumed = base.copy()
+    first, second = whole[0][1].number, whole[1][2].number
+    consumed.add([Mark(0, 0, first, 0, 10, 10), Mark(0, 0, second, 2, 4, 10)])
+    rest = list(islice(groups(catalog, 0, 1, 2, base, consumed, 3), 4))
+    assert [[item.number for item in group] for group in rest] == [
+        [item.number for item in group if item.number != first or item.epoch] for group in whole
+    ]
+    assert rest[1][2].consumed == [(2, 4)]
+
+
+def test_another_world_size_shares_out_what_is_left():
+    catalog = catalog_of(9)
+    base = Ledger([9])
+    done = [item.number for item in items_of(catalog, 0, 3, count=3)]
+    base.add([Mark(0, 0, number, 0, 10, 10) for number in done])
+    found = [item for rank in range(2) for item in items_of(catalog, rank, 2, count=3, base=base)]
+    assert sorted(item.number for item in found) == sorted(set(range(9)) - set(done))
+    assert {item.epoch for item in found} == {0}
 
 
 def test_the_order_is_part_of_what_a_checkpoint_means():
-    # Positions in checkpoints count on it: if this changes, old runs resume with other samples.
+    # Ledgers in checkpoints count on it: if this changes, old runs resume with other samples.
     assert shuffled(range(8), 0, 0) == [0, 2, 1, 4, 6, 7, 3, 5]
-    assert shuffled("abcd", 1, 2, "00000.tar") == ["d", "c", "b", "a"]
+    assert [item.number for item in items_of(catalog_of(8), count=8)] == [6, 7, 3, 1, 0, 2, 5, 4]
 
 
 def test_more_workers_than_shards():
     with pytest.raises(ConfigError, match="3 workers but only 2 shards"):
-        plan(make_shards(2), 0, 0, 3)
-    with pytest.raises(ConfigError, match="rank 2 is not one of world_size 2"):
-        plan(make_shards(5), 0, 2, 2)
+        check_world_size(catalog_of(2), 3)

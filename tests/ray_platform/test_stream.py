@@ -1,234 +1,291 @@
 import logging
-from collections import Counter
-from itertools import chain, islice
+import os
+import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ray_platform import storage
-from ray_platform.contracts import Batch, ConfigError, DataError, Position
-from ray_platform.data.catalog import Shard, list_shards
+from ray_platform.contracts import Batch, ConfigError, DataError
+from ray_platform.data.catalog import Catalog, build_catalog
 from ray_platform.data.config import DataConfig
-from ray_platform.data.plan import START, items_per_epoch, plan
-from ray_platform.data.stream import Tally, inspect_first_samples, read_item, rebatch, stream
+from ray_platform.data.ledger import Ledger
+from ray_platform.data.plan import groups
+from ray_platform.data.source import read_group, unpack
+from ray_platform.data.stream import Batcher, Reader, stream
+from ray_platform.data.tally import Tally
 
-CONFIG = DataConfig(image_size=8)
 NUM_SAMPLES = 60  # in shard_folder
 
 
-@pytest.fixture(scope="module")
-def shards(shard_folder) -> tuple[Shard, ...]:
-    return list_shards([str(shard_folder)])
+def config_of(folder, **fields) -> DataConfig:
+    return DataConfig(**({"sources": (str(folder),), "image_size": 8, "retry_seconds": 1.0} | fields))
 
 
-@pytest.fixture
-def write_shards(tmp_path, build_tar):
-    """write_shards({name: members or bytes}) -> the shards."""
-
-    def write(contents) -> tuple[Shard, ...]:
-        for name, content in contents.items():
-            (tmp_path / name).write_bytes(content if isinstance(content, bytes) else build_tar(content))
-        return list_shards([str(tmp_path)])
-
-    return write
+def reader_of(catalog: Catalog, rank=0, world_size=1, *, seed=0, base=None, consumed=None) -> Reader:
+    base = base or Ledger(catalog.num_units)
+    return Reader(seed, rank, world_size, base, consumed or base.copy())
 
 
-def without_ray(shards, config=CONFIG, *, batch_size, num_batches, seed=0, rank=0, world_size=1, start=START):
+def without_ray(catalog, config, reader, *, batch_size, num_batches) -> list[Batch]:
     """The same stream, from its plain parts."""
-    tally = Tally(rank, config.max_skipped_share, start.item, items_per_epoch(len(shards), rank, world_size))
-    items = plan(shards, seed, rank, world_size, start)
-    blocks = chain.from_iterable(read_item(item, seed, config.image_size) for item in items)
-    return list(islice(rebatch(blocks, batch_size, tally), num_batches))
+    planned = groups(catalog, reader.seed, reader.rank, reader.world_size, reader.base, reader.consumed, config.interleave)
+    blocks = (unpack(table) for group in planned for table in read_group(group, config, reader.seed))
+    batcher = Batcher(batch_size, Tally(reader.rank, config.max_skipped_share))
+    return list(islice(batcher.batches(blocks), num_batches))
 
 
-def with_ray(shards, config=CONFIG, *, batch_size, num_batches, seed=0, rank=0, world_size=1, start=START):
-    return list(
-        stream(
-            shards,
-            config,
-            batch_size=batch_size,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            start=start,
-            num_batches=num_batches,
-        )
-    )
+def with_ray(catalog, config, reader, *, batch_size, num_batches) -> list[Batch]:
+    return list(stream(catalog, config, reader, batch_size=batch_size, num_batches=num_batches))
+
+
+def after(catalog, batches) -> Ledger:
+    ledger = Ledger(catalog.num_units)
+    ledger.add(mark for batch in batches for mark in batch.consumed)
+    return ledger
 
 
 def assert_same(batches: list[Batch], others: list[Batch]) -> None:
     assert len(batches) == len(others)
     for batch, other in zip(batches, others, strict=True):
-        np.testing.assert_array_equal(batch.images, other.images)
-        assert (batch.captions, batch.keys, batch.position) == (other.captions, other.keys, other.position)
+        assert batch.tensors["image"].tobytes() == other.tensors["image"].tobytes()
+        assert (batch.captions, batch.keys, batch.consumed) == (other.captions, other.keys, other.consumed)
 
 
 def captions_of(batches: list[Batch]) -> list[str]:
     return [caption for batch in batches for caption in batch.captions]
 
 
-def test_two_ranks_cover_every_epoch_exactly(shards):
-    for epoch in range(3):
-        seen = Counter()
-        for rank in range(2):
-            for item in islice(plan(shards, 5, rank, 2), 20):
-                if item.epoch == epoch:
-                    seen.update(key for block in read_item(item, 5, 8) for key in block["key"])
-        assert len(seen) == NUM_SAMPLES
-        assert set(seen.values()) == {1}
+@pytest.fixture(scope="module")
+def config(shard_folder) -> DataConfig:
+    return config_of(shard_folder)
 
 
-def test_epochs_follow_each_other_in_other_orders(shards):
-    batches = without_ray(shards, batch_size=NUM_SAMPLES, num_batches=3)
+@pytest.fixture(scope="module")
+def catalog(config) -> Catalog:
+    return build_catalog(config)
+
+
+@pytest.fixture
+def write(tmp_path, build_tar):
+    """write({name: members or bytes}, **DataConfig fields) -> (catalog, config) of shards in a folder of their own."""
+
+    def written(contents, **fields):
+        for name, content in contents.items():
+            (tmp_path / name).write_bytes(content if isinstance(content, bytes) else build_tar(content))
+        config = config_of(tmp_path, **fields)
+        return build_catalog(config), config
+
+    return written
+
+
+def test_epochs_follow_each_other_in_other_orders(catalog, config):
+    batches = without_ray(catalog, config, reader_of(catalog), batch_size=NUM_SAMPLES, num_batches=3)
     orders = [tuple(batch.captions) for batch in batches]
     assert len(set(orders)) == 3
     assert all(sorted(order) == sorted(orders[0]) for order in orders)
-    assert [batch.position.item for batch in batches] == [4, 9, 14]
 
 
-def test_within_a_shard_the_order_is_another_in_each_epoch_and_seed(shards):
-    orders = {
-        (seed, item.epoch): tuple(chain.from_iterable(block["key"] for block in read_item(item, seed, 8)))
-        for seed in (0, 1)
-        for item in islice(plan(shards[:1], seed, 0, 1), 2)
-    }
-    assert len(set(orders.values())) == 4
+def test_samples_of_several_shards_are_mixed_within_the_window(catalog, config):
+    keys = without_ray(catalog, config, reader_of(catalog), batch_size=20, num_batches=1)[0].keys
+    shards = [key.partition("/")[0] for key in keys]
+    assert len(set(shards)) > 1
+    assert shards != sorted(shards)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_a_stream_resumes_with_the_very_next_sample(shards, batch_size):
-    whole = without_ray(shards, batch_size=batch_size, num_batches=25)
+def test_the_tail_of_an_epoch_is_in_the_next_ones_first_batch(catalog, config):
+    batches = without_ray(catalog, config, reader_of(catalog), batch_size=7, num_batches=9)
+    assert {mark.epoch for mark in batches[8].consumed} == {0, 1}
+    assert set(captions_of(batches[:8])) | set(batches[8].captions[:4]) == {f"sample {n}" for n in range(NUM_SAMPLES)}
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"crop": "random", "aspect_ratios": (0.5, 1, 2), "size_step": 4}], ids=["square", "buckets"]
+)
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_a_stream_resumes_with_the_very_same_bytes(write, fields, batch_size):
+    shapes = [(16, 16), (30, 12), (10, 24)]
+    members = [
+        (
+            (f"{n:03d}.png", png_of(n, *shapes[n % 3])) if n % 9 else (f"{n:03d}.png", b"no image"),
+            (f"{n:03d}.txt", f"sample {n}".encode()),
+        )
+        for n in range(60)
+    ]
+    shards = {f"{s}.tar": [member for pair in members[s::4] for member in pair] for s in range(4)}
+    catalog, config = write(shards, max_skipped_share=0.5, **fields)
+    whole = without_ray(catalog, config, reader_of(catalog), batch_size=batch_size, num_batches=25)
     for done in (1, 8, 24):
-        rest = without_ray(shards, batch_size=batch_size, num_batches=25 - done, start=whole[done - 1].position)
-        assert_same(rest, whole[done:])
+        consumed = Ledger.from_bytes(after(catalog, whole[:done]).to_bytes())
+        reader = reader_of(catalog, consumed=consumed)
+        assert_same(without_ray(catalog, config, reader, batch_size=batch_size, num_batches=25 - done), whole[done:])
+    if fields:
+        assert {batch.tensors["image"].shape[1:3] for batch in whole} == {(8, 8), (12, 4), (4, 12)}
 
 
-def test_the_stream_does_not_depend_on_where_blocks_end(shards, monkeypatch):
-    whole = without_ray(shards, batch_size=9, num_batches=10)
-    monkeypatch.setattr("ray_platform.data.stream.BLOCK_SAMPLES", 4)
-    assert_same(without_ray(shards, batch_size=9, num_batches=10), whole)
+def png_of(seed: int, height: int, width: int) -> bytes:
+    import io
+
+    from PIL import Image
+
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
-def test_rejects_are_counted_as_of_the_batch_and_shown_by_key(write_shards, build_samples, caplog):
+def test_the_stream_does_not_depend_on_where_blocks_end(catalog, config, monkeypatch):
+    whole = without_ray(catalog, config, reader_of(catalog), batch_size=9, num_batches=10)
+    monkeypatch.setattr("ray_platform.data.source.BLOCK_BYTES", 600)
+    assert_same(without_ray(catalog, config, reader_of(catalog), batch_size=9, num_batches=10), whole)
+
+
+def test_parts_of_a_large_shard_give_the_whole_shard(write, build_samples):
+    catalog, config = write({"a.tar": build_samples(0, 40, size=128)}, max_read_mb=1)
+    assert len(catalog.pools[0]) == 2
+    batches = without_ray(catalog, config, reader_of(catalog), batch_size=40, num_batches=2)
+    for batch in batches:
+        assert sorted(batch.captions) == sorted(f"sample {n}" for n in range(40))
+
+
+def test_sources_are_mixed_by_weight(tmp_path, build_tar, build_samples):
+    for number, name in enumerate(("many", "few")):
+        (tmp_path / name).mkdir()
+        for shard in range(3):
+            (tmp_path / name / f"{shard}.tar").write_bytes(build_tar(build_samples(1000 * number + 100 * shard, 10)))
+    config = config_of(tmp_path, sources=(str(tmp_path / "many"), str(tmp_path / "few")), weights=(3.0, 1.0))
+    catalog = build_catalog(config)
+    batches = without_ray(catalog, config, reader_of(catalog), batch_size=10, num_batches=40)
+    of_few = sum(key.startswith("few/") for batch in batches for key in batch.keys)
+    assert 80 <= of_few <= 120
+    assert after(catalog, batches).first_epoch in ([10, 3], [9, 3], [9, 4], [10, 2])
+
+
+def test_rejects_are_counted_as_of_the_batch_and_shown_by_key(write, build_samples, caplog):
     members = build_samples(0, 40)
     members[1] = ("00000.txt", b"")
     members[20] = ("00010.png", b"no image")
-    shards = write_shards({"a.tar": members})
+    catalog, config = write({"a.tar": members}, max_skipped_share=0.5)
     with caplog.at_level(logging.WARNING):
-        batches = without_ray(shards, DataConfig(image_size=8, max_skipped_share=0.5), batch_size=2, num_batches=190)
+        batches = without_ray(catalog, config, reader_of(catalog), batch_size=2, num_batches=190)
     assert "a.tar/00000: caption_empty" in caplog.text
     assert "a.tar/00010: image_undecodable; further ones are only counted" in caplog.text
     assert len(caplog.records) == 6
     assert batches[-1].skipped == {"caption_empty": 10, "image_undecodable": 10}
-    totals = [sum(batch.skipped.values()) for batch in batches]
-    assert totals == sorted(totals)
-    for number, (batch, total) in enumerate(zip(batches, totals, strict=True)):
-        # Every sample up to the batch's last was either in a batch or skipped.
-        samples = batch.position.item * 40 + batch.position.order
-        assert samples == total + 2 * (number + 1)
+    for number, batch in enumerate(batches):
+        # Every sample marked as consumed so far was either in a batch or skipped.
+        marked = sum(mark.stop - mark.start for b in batches[: number + 1] for mark in b.consumed)
+        assert marked == sum(batch.skipped.values()) + 2 * (number + 1)
 
 
-def test_too_many_rejects_stop_the_run(write_shards, build_samples):
+def test_filtered_samples_are_counted_but_are_not_bad(write, build_samples):
+    catalog, config = write({"a.tar": [*build_samples(0, 60), *build_samples(60, 60, size=20)]}, max_skipped_share=0.0)
+    config = config_of(config.sources[0], filters=type(config.filters)(min_size=20), max_skipped_share=0.0)
+    (batch,) = without_ray(catalog, config, reader_of(catalog), batch_size=60, num_batches=1)
+    assert set(batch.captions) == {f"sample {n}" for n in range(60, 120)}
+    assert batch.skipped.keys() == {"filtered_size"}
+
+
+def test_too_many_rejects_stop_the_run(write, build_samples):
     members = build_samples(0, 150)
     for number in range(0, 300, 30):
         members[number] = (members[number][0], b"no image")
-    shards = write_shards({"a.tar": members, "b.tar": build_samples(200, 150)})
+    catalog, config = write({"a.tar": members, "b.tar": build_samples(200, 150)}, max_skipped_share=0.02)
     message = r"rank 0 had to skip \d+ of \d+ samples \(image_undecodable \d\.\d%\), more than data.max_skipped_share = 2"
     with pytest.raises(DataError, match=message):
-        without_ray(shards, DataConfig(image_size=8, max_skipped_share=0.02), batch_size=10, num_batches=30)
-    assert without_ray(shards, DataConfig(image_size=8, max_skipped_share=0.1), batch_size=10, num_batches=30)
+        without_ray(catalog, config, reader_of(catalog), batch_size=10, num_batches=30)
+    assert without_ray(
+        catalog, config_of(config.sources[0], max_skipped_share=0.1), reader_of(catalog), batch_size=10, num_batches=30
+    )
 
 
-def test_few_samples_are_judged_after_a_whole_epoch(write_shards, build_samples):
-    members = build_samples(0, 10)
-    members[0] = ("00000.png", b"no image")
-    shards = write_shards({"a.tar": members})
-    assert len(without_ray(shards, batch_size=9, num_batches=1)) == 1
-    with pytest.raises(DataError, match=r"skip 1 of 10 samples \(image_undecodable 10\.0%\)"):
-        without_ray(shards, batch_size=9, num_batches=2)
+def test_data_without_a_good_sample_ends_the_run(write):
+    catalog, config = write({"a.tar": [("README", b"x")], "b.tar": b"\xab" * 3000})
+    with pytest.raises(DataError, match=r"samples \(.*shard_empty 50.0%.*\)"):
+        without_ray(catalog, config, reader_of(catalog), batch_size=1, num_batches=1)
 
 
-def test_an_epoch_without_a_good_sample_ends(write_shards):
-    shards = write_shards({"a.tar": [("README", b"x")], "b.tar": b"\xab" * 3000})
-    with pytest.raises(DataError, match=r"2 of 2 samples \(.*shard_empty 50.0%.*\)"):
-        without_ray(shards, batch_size=1, num_batches=1)
+def test_a_lost_shard_counts_for_its_samples_and_is_consumed(write, build_samples):
+    catalog, config = write({f"{n}.tar": build_samples(100 * n, 20) for n in range(6)}, max_skipped_share=0.3)
+    last_read = next(groups(catalog, 0, 0, 1, *[Ledger([6])] * 2, 6))[-1].unit.shard
+    Path(last_read.url).unlink()
+    batches = without_ray(catalog, config, reader_of(catalog), batch_size=51, num_batches=2)
+    assert batches[-1].skipped == {"shard_missing": 20}
+    assert after(catalog, batches).first_epoch == [1]
+    strict = config_of(config.sources[0], max_skipped_share=0.05)
+    with pytest.raises(DataError, match=r"shard_missing \d+\.\d%"):
+        without_ray(catalog, strict, reader_of(catalog), batch_size=50, num_batches=4)
 
 
-def test_inspection_is_a_dry_run(write_shards, build_samples, shards):
-    members = build_samples(0, 10)
-    members[0] = ("00000.png", b"no image")
-    found = inspect_first_samples(write_shards({"a.tar": members}), CONFIG, 5)
-    assert (found.good, found.rejected) == (4, {"image_undecodable": 1})
-    assert (found.example.key, found.example.caption) == ("a.tar/00001", "sample 1")
-    assert inspect_first_samples(shards, CONFIG, 100).good == 20
-    with pytest.raises(DataError, match=r"none of its first 1 samples can be used \(1 × image_undecodable\)"):
-        inspect_first_samples(write_shards({"a.tar": members}), CONFIG, 1)
+def test_a_shard_that_changed_under_the_run_is_named(write, build_samples, build_tar):
+    catalog, config = write({"a.tar": build_samples(0, 50)})
+    Path(catalog.shards[0].url).write_bytes(build_tar(build_samples(0, 90)))
+    with pytest.raises(DataError, match=r"a\.tar: changed since the run began: \d+ bytes where the catalog has \d+; shards must"):
+        without_ray(catalog, config, reader_of(catalog), batch_size=5, num_batches=4)
 
 
 @pytest.mark.usefixtures("ray_cluster")
 class TestWithRay:
-    def test_it_is_what_the_plain_parts_give(self, shards):
+    def test_it_is_what_the_plain_parts_give(self, catalog, config):
         for rank in range(2):
-            whole = with_ray(shards, batch_size=7, num_batches=12, seed=3, rank=rank, world_size=2)
-            assert_same(whole, without_ray(shards, batch_size=7, num_batches=12, seed=3, rank=rank, world_size=2))
-            rest = with_ray(shards, batch_size=7, num_batches=7, seed=3, rank=rank, world_size=2, start=whole[4].position)
-            assert_same(rest, whole[5:])
+            reader = reader_of(catalog, rank, 2, seed=3)
+            whole = with_ray(catalog, config, reader, batch_size=7, num_batches=12)
+            assert_same(whole, without_ray(catalog, config, reader, batch_size=7, num_batches=12))
+            reader = reader_of(catalog, rank, 2, seed=3, consumed=after(catalog, whole[:5]))
+            assert_same(with_ray(catalog, config, reader, batch_size=7, num_batches=7), whole[5:])
 
-    def test_batches_are_exact_and_the_callers_own(self, shards):
-        for batch in with_ray(shards, batch_size=64, num_batches=2):
-            assert batch.images.shape == (64, 8, 8, 3)
-            assert batch.images.dtype == np.uint8
-            assert batch.images.flags.writeable
+    def test_batches_are_exact_and_the_callers_own(self, catalog, config):
+        for batch in with_ray(catalog, config, reader_of(catalog), batch_size=64, num_batches=2):
+            images = batch.tensors["image"]
+            assert (images.shape, images.dtype) == ((64, 8, 8, 3), np.uint8)
+            assert images.flags.writeable
             assert len(batch.captions) == len(batch.keys) == 64
 
-    def test_one_dataset_after_the_other(self, shards, monkeypatch):
-        monkeypatch.setattr("ray_platform.data.stream.DATASET_ITEMS", 3)
-        assert_same(with_ray(shards, batch_size=30, num_batches=6), without_ray(shards, batch_size=30, num_batches=6))
+    def test_one_dataset_after_the_other(self, catalog, config, monkeypatch):
+        monkeypatch.setattr("ray_platform.data.stream.DATASET_GROUPS", 3)
+        reader = reader_of(catalog)
+        whole = with_ray(catalog, config, reader, batch_size=30, num_batches=6)
+        assert_same(whole, without_ray(catalog, config, reader, batch_size=30, num_batches=6))
 
-    def test_resuming_at_the_very_end_of_an_item(self, shards):
-        whole = without_ray(shards, batch_size=5, num_batches=40)
-        later, start = next((n + 1, b.position) for n, b in enumerate(whole) if b.position.order == 20)
-        assert_same(with_ray(shards, batch_size=5, num_batches=40 - later, start=start), whole[later:])
+    def test_not_deterministic_is_still_exact(self, catalog, shard_folder):
+        config = config_of(shard_folder, deterministic=False, interleave=1)
+        batches = with_ray(catalog, config, reader_of(catalog), batch_size=6, num_batches=40)
+        assert after(catalog, batches).first_epoch >= [3]  # raises where a sample came twice in an epoch
 
-    def test_bad_shards_between_good_ones(self, write_shards, build_samples):
+    def test_bad_shards_between_good_ones(self, write, build_samples):
         good = {f"{number}.tar": build_samples(number * 100, 50) for number in range(3)}
-        shards = write_shards({**good, "empty.tar": [], "garbage.tar": b"\xab" * 3000})
-        batches = with_ray(shards, batch_size=50, num_batches=4)
+        catalog, config = write({**good, "empty.tar": [], "garbage.tar": b"\xab" * 3000}, max_skipped_share=0.9)
+        batches = with_ray(catalog, config, reader_of(catalog), batch_size=50, num_batches=4)
         assert set(captions_of(batches[:3])) == {f"sample {n}" for first in (0, 100, 200) for n in range(first, first + 50)}
         assert batches[3].skipped.keys() == {"shard_empty", "tar_truncated"}
 
-    def test_no_good_sample_at_all(self, write_shards):
-        shards = write_shards({f"{number}.tar": [] for number in range(3)})
+    def test_no_good_sample_at_all(self, write):
+        catalog, config = write({f"{number}.tar": [] for number in range(3)})
         with pytest.raises(DataError, match=r"shard_empty 100\.0%"):
-            with_ray(shards, batch_size=50, num_batches=1)
+            with_ray(catalog, config, reader_of(catalog), batch_size=50, num_batches=1)
 
-    def test_a_shard_that_went_away_is_named_in_one_line(self, write_shards, build_samples):
-        shards = write_shards({"a.tar": build_samples(0, 5), "b.tar": build_samples(5, 5)})
-        Path(shards[1].url).unlink()
-        with pytest.raises(DataError, match=r"b\.tar: no such file or folder; correct the path$"):
-            with_ray(shards, batch_size=5, num_batches=4)
-
-    def test_a_stream_can_be_left_early(self, shards):
-        batches = stream(shards, CONFIG, batch_size=2, seed=0, rank=0, world_size=1, num_batches=10**9)
-        assert next(batches).position == Position(0, 2)
+    def test_a_stream_can_be_left_early(self, catalog, config):
+        batches = stream(catalog, config, reader_of(catalog), batch_size=2, num_batches=10**9)
+        assert len(next(batches).captions) == 2
         batches.close()
 
-    def test_what_cannot_work_is_said_at_once(self, shards):
+    def test_what_cannot_work_is_said_at_once(self, catalog, config, shard_folder):
         with pytest.raises(ConfigError, match="6 workers but only 5 shards"):
-            stream(shards, CONFIG, batch_size=2, seed=0, rank=0, world_size=6, num_batches=1)
-        greedy = DataConfig(image_size=8, reads_per_rank=3, cpus_per_read=1.0)
+            stream(catalog, config, reader_of(catalog, 0, 6), batch_size=2, num_batches=1)
+        greedy = config_of(shard_folder, reads_per_rank=3, cpus_per_read=1.0)
         with pytest.raises(ConfigError, match=r"each need 6 CPUs, but the cluster has 4; lower one of these"):
-            stream(shards, greedy, batch_size=2, seed=0, rank=0, world_size=2, num_batches=1)
+            stream(catalog, greedy, reader_of(catalog, 0, 2), batch_size=2, num_batches=1)
 
-    def test_two_workers_on_a_full_cluster(self, shards):
+    def test_two_workers_on_a_full_cluster(self, catalog, shard_folder):
         """As in training: each rank in an actor, and actors and reads together just fit."""
         import ray
 
         def read(rank: int) -> list[str]:
-            return captions_of(with_ray(shards, config, batch_size=5, num_batches=20, rank=rank, world_size=2))
+            return captions_of(with_ray(catalog, config, reader_of(catalog, rank, 2), batch_size=5, num_batches=20))
 
-        config = DataConfig(image_size=8, cpus_per_read=0.5)
+        config = config_of(shard_folder, cpus_per_read=0.5)
 
         @ray.remote(num_cpus=1)
         class Worker:
@@ -238,21 +295,64 @@ class TestWithRay:
         workers = [Worker.remote() for _ in range(2)]
         found = ray.get([worker.run.remote(rank) for rank, worker in enumerate(workers)])
         for rank in range(2):
-            expected = without_ray(shards, config, batch_size=5, num_batches=20, rank=rank, world_size=2)
+            expected = without_ray(catalog, config, reader_of(catalog, rank, 2), batch_size=5, num_batches=20)
             assert found[rank] == captions_of(expected)
         for worker in workers:
             ray.kill(worker)
 
-    @pytest.mark.s3
-    def test_from_s3(self, s3_url, shard_folder, shards, monkeypatch):
-        """In a worker whose environment holds the credentials, as a pod's does; its reads inherit them."""
-        import os
 
+@pytest.mark.s3
+@pytest.mark.usefixtures("ray_cluster")
+class TestFromS3:
+    """In workers whose environment holds the credentials, as a pod's does; their reads inherit them."""
+
+    @pytest.fixture
+    def remote(self, s3_url, shard_folder, forget_s3_sessions):
+        """(config, run), where run(function, *arguments) calls it in such a worker."""
         import ray
 
         storage.put_folder(shard_folder, f"{s3_url}/stream")
-        remote = list_shards([f"{s3_url}/stream/{{00000..00004}}.tar"])
         environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-        read = ray.remote(num_cpus=0, runtime_env={"env_vars": environment})(with_ray)
-        batches = ray.get(read.remote(remote, batch_size=16, num_batches=8))
-        assert_same(batches, without_ray(shards, batch_size=16, num_batches=8))
+        config = config_of(f"{s3_url}/stream/{{00000..00004}}.tar", retry_seconds=60.0)
+        return config, lambda function: ray.remote(num_cpus=0, runtime_env={"env_vars": environment})(function).remote
+
+    def test_it_is_what_a_folder_gives(self, remote, catalog):
+        import ray
+
+        config, run = remote
+        batches = ray.get(run(with_ray)(build_catalog(config), config, reader_of(catalog), batch_size=16, num_batches=8))
+        local = config_of(Path(catalog.shards[0].url).parent)
+        assert_same(batches, without_ray(catalog, local, reader_of(catalog), batch_size=16, num_batches=8))
+
+    def test_a_server_that_is_killed_and_comes_back_costs_time_but_no_sample(self, remote, s3_server):
+        import ray
+
+        config, _ = remote
+        catalog = build_catalog(config)
+
+        @ray.remote(num_cpus=0)
+        class Consumer:
+            def start(self, catalog, config, reader):
+                self.batches = stream(catalog, config, reader, batch_size=6, num_batches=10**9)
+
+            def take(self, count):
+                return list(islice(self.batches, count))
+
+        environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        consumer = Consumer.options(runtime_env={"env_vars": environment}).remote()
+        ray.get(
+            consumer.start.remote(
+                catalog, config_of(config.sources[0], interleave=1, reads_per_rank=1, retry_seconds=60.0), reader_of(catalog)
+            )
+        )
+        batches = ray.get(consumer.take.remote(2))
+        s3_server.stop()
+        try:
+            pending = consumer.take.remote(60)  # six epochs: more than can have been read ahead
+            time.sleep(2)
+        finally:
+            s3_server.start()
+        batches += ray.get(pending)
+        assert batches[-1].skipped == {}
+        assert after(catalog, batches).first_epoch >= [6]
+        ray.kill(consumer)

@@ -1,19 +1,25 @@
-"""Which shards there are."""
+"""Which shards there are, how large, and how many samples they hold."""
 
+import functools
 import hashlib
 import json
 import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
+from ray_platform.data.config import DataConfig
+
+MANIFEST = "manifest.json"  # beside precomputed shards: which encoders made them
+SUFFIXES = (".tar", ".arrow")
+NOMINAL_BYTES = 40_000  # a sample of unknown size
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A tar of samples.
+class Shard(NamedTuple):
+    """A tar of samples, or an Arrow file of precomputed ones.
 
     `name` is its URL below the deepest folder that all shards of the source share: the file name, for shards in one
     folder. Order, shuffling and sample keys go by it, so they stay the same when the whole source is moved.
@@ -22,36 +28,179 @@ class Shard:
     url: str
     size: int  # bytes
     name: str
+    num_samples: int = -1  # by img2dataset's `_stats.json` beside it; -1: unknown
 
 
-def list_shards(sources: Sequence[str]) -> tuple[Shard, ...]:
-    """All tars that `sources` name (see `storage.list_files`; of a folder, all its *.tar), once each, sorted by name.
+class Unit(NamedTuple):
+    """What one read takes of a shard: bytes start..stop, all of them but for a very large one."""
 
-    Raises DataError for no sources, a missing one, or one that holds no tars or only empty files.
+    shard: Shard
+    start: int
+    stop: int
+
+    @property
+    def whole(self) -> bool:
+        return self.stop - self.start == self.shard.size
+
+    @property
+    def nominal_samples(self) -> int:
+        """What to go by where nothing is known: 40 kB a sample."""
+        return max(1, round((self.stop - self.start) / NOMINAL_BYTES))
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """All shards of a configuration, in pools that are mixed by weight."""
+
+    shards: tuple[Shard, ...]  # of all pools, sorted by name
+    pools: tuple[tuple[Unit, ...], ...]
+    weights: tuple[float, ...]  # one a pool, summing to 1
+    manifest: dict[str, Any] | None = None  # of precomputed shards
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hex digits that change when a shard is added, removed, renamed or resized, not when the source is moved."""
+        text = json.dumps([[(unit.shard.name, unit.shard.size, unit.start) for unit in pool] for pool in self.pools])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def num_units(self) -> tuple[int, ...]:
+        return tuple(len(pool) for pool in self.pools)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def num_samples(self) -> int | None:
+        """None where it is not known of every shard."""
+        counts = [shard.num_samples for shard in self.shards]
+        return sum(counts) if min(counts) >= 0 else None
+
+    @functools.cached_property
+    def _bytes_a_sample(self) -> float:
+        known = [shard for shard in self.shards if shard.num_samples > 0]
+        return sum(s.size for s in known) / sum(s.num_samples for s in known) if known else NOMINAL_BYTES
+
+    def estimated_samples(self, unit: Unit) -> float:
+        """By the shard's count where that is known, else by its size."""
+        shard, length = unit.shard, unit.stop - unit.start
+        return shard.num_samples * length / max(1, shard.size) if shard.num_samples > 0 else length / self._bytes_a_sample
+
+
+def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
+    """List all shards that `config.sources` name (of a folder, all its *.tar or *.arrow), once each.
+
+    Args:
+        config: the sources, their weights, and how large a unit may be.
+        cached: an earlier `to_json`, so that counts need not be read again.
+
+    Raises DataError for no sources, a missing one, or one that holds no shards or only empty files.
     """
-    if not sources:
+    if not config.sources:
         raise DataError("data.sources is empty; name a folder, glob or brace pattern of tars, local or s3://")
-    tars: dict[str, int] = {}
-    for source in sources:
+    found: dict[str, int] = {}  # url -> source
+    listed: dict[str, storage.StoredFile] = {}
+    sidecars: set[str] = set()
+    for number, source in enumerate(config.sources):
         files = storage.list_files(source)
-        found = {file.url: file.size for file in files if file.url.endswith(".tar")}
-        if not any(found.values()):
+        shards = [file for file in files if file.url.endswith(SUFFIXES)]
+        if not any(file.size for file in shards):
             raise DataError(f"{source}: no .tar shards in it; {_what_is_there(files)}; correct the source")
-        tars.update(found)
-    parents = {url.rpartition("/")[0] for url in tars}
-    shared = posixpath.commonpath(parents) if len({"://" in url for url in tars}) == 1 else ""
-    return tuple(
-        sorted(
-            (Shard(url, size, _below(url, shared)) for url, size in tars.items()),
-            key=lambda shard: shard.name,
+        for file in shards:
+            if config.weights and found.get(file.url, number) != number:
+                raise DataError(f"{file.url}: is in two of data.sources that have data.weights; name it in one of them")
+            found.setdefault(file.url, number)
+            listed[file.url] = file
+        sidecars |= {file.url for file in files if file.url.endswith("_stats.json")}
+    kinds = {posixpath.splitext(url)[1]: url for url in sorted(listed)}
+    if len(kinds) > 1:
+        raise DataError(
+            f"data.sources: hold both .tar shards ({kinds['.tar']}) and precomputed .arrow shards ({kinds['.arrow']}); "
+            "name one kind, by a pattern such as *.tar where they share a folder"
         )
+    counts = _counts(list(listed.values()), sidecars, cached)
+    parents = {url.rpartition("/")[0] for url in listed}
+    shared = posixpath.commonpath(parents) if len({"://" in url for url in listed}) == 1 else ""
+    named = {url: Shard(url, file.size, _below(url, shared), counts.get(url, -1)) for url, file in listed.items()}
+    pools: list[list[Unit]] = [[] for _ in (config.weights or (1.0,))]
+    for shard in sorted(named.values(), key=lambda shard: shard.name):
+        pools[found[shard.url] if config.weights else 0].extend(_units(shard, config.max_read_mb * 2**20))
+    total = sum(config.weights) or 1.0
+    return Catalog(
+        tuple(sorted(named.values(), key=lambda shard: shard.name)),
+        tuple(tuple(pool) for pool in pools),
+        tuple(weight / total for weight in config.weights or (1.0,)),
+        _manifest(sorted(parents)) if ".arrow" in kinds else None,
     )
 
 
-def digest(shards: Sequence[Shard]) -> str:
-    """16 hex digits that change when a shard is added, removed, renamed or resized, not when the source is moved."""
-    text = json.dumps(sorted((shard.name, shard.size) for shard in shards))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def to_json(catalog: Catalog) -> bytes:
+    """The shards and their counts, to be kept with a run."""
+    return json.dumps({"digest": catalog.digest, "shards": [list(shard) for shard in catalog.shards]}).encode()
+
+
+def difference(saved: bytes, catalog: Catalog) -> str:
+    """What changed since `saved`, in a line; empty where nothing did."""
+    values = json.loads(saved)
+    if values["digest"] == catalog.digest:
+        return ""
+    before = {name: size for _, size, name, *_ in values["shards"]}
+    now = {shard.name: shard.size for shard in catalog.shards}
+    changes = {
+        "added": sorted(now.keys() - before.keys()),
+        "removed": sorted(before.keys() - now.keys()),
+        "resized": sorted(name for name in now.keys() & before.keys() if now[name] != before[name]),
+    }
+    told = [f"{len(names)} {change} ({names[0]}{', …' if len(names) > 1 else ''})" for change, names in changes.items() if names]
+    return ", ".join(told) or "the same shards in other pools or parts (data.weights, data.max_read_mb)"
+
+
+def _units(shard: Shard, max_bytes: int) -> list[Unit]:
+    """Tars can be cut at multiples of their block size; Arrow files cannot."""
+    if shard.size <= max_bytes or not shard.url.endswith(".tar"):
+        return [Unit(shard, 0, shard.size)]
+    starts = range(0, shard.size, max_bytes)
+    return [Unit(shard, start, min(start + max_bytes, shard.size)) for start in starts]
+
+
+def _counts(files: Sequence[storage.StoredFile], sidecars: set[str], cached: bytes | None) -> dict[str, int]:
+    """Samples by URL, from img2dataset's sidecars: one small request each, so they are asked for once a run."""
+    known = {}
+    if cached:
+        sizes = {file.url: file.size for file in files}
+        known = {url: count for url, size, _, count in json.loads(cached)["shards"] if sizes.get(url) == size and count >= 0}
+    wanted = {f"{file.url[:-4]}_stats.json": file.url for file in files if file.url not in known}
+    for sidecar, content in storage.read_many(sorted(wanted.keys() & sidecars)).items():
+        try:
+            known[wanted[sidecar]] = max(-1, int(json.loads(content)["successes"]))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue  # a count is a help, not a need
+    return known
+
+
+def _manifest(folders: Sequence[str]) -> dict[str, Any]:
+    """What made the precomputed shards in `folders`."""
+    manifests = {}
+    for folder in folders:
+        url = storage.join(folder, MANIFEST)
+        try:
+            manifests[folder] = json.loads(storage.read_bytes(url))
+            made, complete = manifests[folder]["encoders"], manifests[folder].get("complete")
+        except storage.StorageError as error:
+            if error.kind != "missing":
+                raise
+            raise DataError(
+                f"{url}: is not there, so that nothing tells which encoders made the .arrow shards beside it; "
+                "name a folder that jobs/precompute.py wrote"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise DataError(f"{url}: is no manifest of precomputed shards; run jobs/precompute.py again") from None
+        if not complete:
+            raise DataError(f"{folder}: its precomputation did not end ({MANIFEST}); run jobs/precompute.py again to go on")
+        if made != manifests[folders[0]]["encoders"]:
+            raise DataError(f"data.sources: {folders[0]} and {folder} were precomputed with different encoders; use one of them")
+    return manifests[folders[0]]
 
 
 def _below(url: str, folder: str) -> str:
@@ -62,8 +211,8 @@ def _below(url: str, folder: str) -> str:
 def _what_is_there(files: Sequence[storage.StoredFile]) -> str:
     if not files:
         return "it is empty"
-    if any(file.url.endswith(".tar") for file in files):
-        return "its tars are empty files (0 bytes)"
+    if any(file.url.endswith(SUFFIXES) for file in files):
+        return "its shards are empty files (0 bytes)"
     suffixes = Counter(posixpath.splitext(file.url)[1] or "no suffix" for file in files)
     kinds = ", ".join(f"{count} × {suffix}" for suffix, count in sorted(suffixes.items()))
     return f"there are {kinds} instead, such as {posixpath.basename(files[0].url)}"

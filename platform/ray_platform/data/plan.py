@@ -1,63 +1,88 @@
-"""Who reads which shard when: pure arithmetic, the same on every rank and in every run.
+"""Who reads what when: pure arithmetic, the same on every rank and in every run.
 
-Each epoch shuffles the shards by (seed, epoch); rank r takes those at r, r + world_size, … of that order. A rank's
-items run on over the epochs without end, so nothing waits at an epoch's border.
+Each epoch of a pool shuffles its units by (seed, epoch). One endless sequence takes from the pools in proportion to
+their weights, and rank r reads the items r, r + world_size, … of it. It begins with what a *base* ledger leaves: a run that
+goes on at another world_size takes what was consumed as its new base, and shares out the rest.
 """
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import islice
 
-from ray_platform.contracts import ConfigError, Position
-from ray_platform.data.catalog import Shard
-
-START = Position()
-T = TypeVar("T")
+from ray_platform.contracts import ConfigError
+from ray_platform.data.catalog import Catalog, Unit
+from ray_platform.data.ledger import Ledger, Ranges
 
 
 @dataclass(frozen=True)
 class Item:
-    """One shard in one epoch, read by one rank."""
+    """One unit in one epoch of its pool, read by one rank."""
 
-    number: int  # counts this rank's items over all epochs; `Position.item`
+    pool: int
     epoch: int
-    shard: Shard
-    skip: int  # samples of it that were consumed before; `Position.order`
+    number: int  # of the unit in its pool
+    unit: Unit
+    consumed: Ranges  # what need not be read of it
 
 
-def items_per_epoch(num_shards: int, rank: int, world_size: int) -> int:
-    """How many of an epoch's shards are `rank`'s. Raises ConfigError when a rank would have none."""
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"rank {rank} is not one of world_size {world_size}; ranks count from 0")
-    if world_size > num_shards:
+def check_world_size(catalog: Catalog, world_size: int) -> None:
+    """Raises ConfigError when a rank would have nothing to read."""
+    if world_size > sum(catalog.num_units):
         raise ConfigError(
-            f"{world_size} workers but only {num_shards} shards: a worker would have nothing to read; "
+            f"{world_size} workers but only {len(catalog.shards)} shards: a worker would have nothing to read; "
             "use fewer workers or write the data as more shards"
         )
-    return len(range(rank, num_shards, world_size))
 
 
-def plan(shards: Sequence[Shard], seed: int, rank: int, world_size: int, start: Position = START) -> Iterator[Item]:
-    """`rank`'s items from `start` on, without end. Over the ranks of one world_size, each shard is in every epoch once.
+def groups(
+    catalog: Catalog, seed: int, rank: int, world_size: int, base: Ledger, consumed: Ledger, size: int
+) -> Iterator[tuple[Item, ...]]:
+    """`rank`'s items without end, up to `size` at a time, without what was `consumed`.
 
-    Raises ConfigError, at once, when world_size exceeds the number of shards.
+    A group does not depend on what was consumed since `base`, only which of its items are left.
     """
-    per_epoch = items_per_epoch(len(shards), rank, world_size)
-
-    def items() -> Iterator[Item]:
-        number = start.item
-        while True:
-            epoch, first = divmod(number, per_epoch)
-            own = shuffled(shards, seed, epoch)[rank::world_size]
-            for shard in own[first:]:
-                yield Item(number, epoch, shard, start.order if number == start.item else 0)
-                number += 1
-
-    return items()
+    own = islice(_sequence(catalog, seed, base), rank, None, world_size)
+    for group in _groups(own, size):
+        left = [
+            Item(pool, epoch, number, catalog.pools[pool][number], consumed.ranges(pool, epoch, number))
+            for pool, epoch, number in group
+            if not consumed.is_complete(pool, epoch, number)
+        ]
+        if left:
+            yield tuple(left)
 
 
-def shuffled(values: Sequence[T], *seeds: object) -> list[T]:
+def _groups(items: Iterator[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:
+    """At most `size` items each, of one epoch of their pool: its samples are not mixed with the next epoch's."""
+    group: list[tuple[int, int, int]] = []
+    for pool, epoch, number in items:
+        if len(group) == size or any(pool == other and epoch != other_epoch for other, other_epoch, _ in group):
+            yield group
+            group = []
+        group.append((pool, epoch, number))
+
+
+def _sequence(catalog: Catalog, seed: int, base: Ledger) -> Iterator[tuple[int, int, int]]:
+    """(pool, epoch, unit) of all ranks, without end: always of the pool that is furthest behind its weight."""
+    pools = [_pool_units(len(units), seed, pool, base) for pool, units in enumerate(catalog.pools)]
+    progress = [0.0] * len(pools)
+    while True:
+        pool = min(range(len(pools)), key=progress.__getitem__) if len(pools) > 1 else 0
+        epoch, number = next(pools[pool])
+        progress[pool] += catalog.estimated_samples(catalog.pools[pool][number]) / catalog.weights[pool]
+        yield pool, epoch, number
+
+
+def _pool_units(num_units: int, seed: int, pool: int, base: Ledger) -> Iterator[tuple[int, int]]:
+    epoch = base.first_epoch[pool]
+    while True:
+        left = set(base.remaining(pool, epoch).tolist())
+        yield from ((epoch, number) for number in shuffled(range(num_units), seed, pool, epoch) if number in left)
+        epoch += 1
+
+
+def shuffled(values: Sequence[int], *seeds: object) -> list[int]:
     """`values` in an order that depends on `seeds` alone, whatever the process, platform or numpy version."""
     order = list(values)
     # A text as seed goes through SHA-512, so neighbouring seeds give unrelated orders.

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, Position
+from ray_platform.contracts import ConfigError
+from ray_platform.data.ledger import Ledger
 
 COMPLETE = "complete.json"
 
@@ -96,7 +97,6 @@ def check_fits(url: str, saved: Manifest, now: Manifest) -> None:
 class RankState:
     """What one rank knows besides the engine."""
 
-    position: Position
     skipped: dict[str, int]
 
     def save(self, folder: Path, rank: int) -> None:
@@ -104,8 +104,18 @@ class RankState:
 
     @classmethod
     def load(cls, folder: Path, rank: int) -> "RankState":
-        values = json.loads((folder / f"rank_{rank}.json").read_text())
-        return cls(Position(**values["position"]), values["skipped"])
+        return cls(**json.loads((folder / f"rank_{rank}.json").read_text()))
+
+
+def save_ledgers(folder: Path, base: Ledger, consumed: Ledger) -> None:
+    """What the plan of all ranks began with, and what has been consumed since; one rank writes them."""
+    (folder / "base.json").write_bytes(base.to_bytes())
+    (folder / "consumed.json").write_bytes(consumed.to_bytes())
+
+
+def load_ledgers(folder: Path) -> tuple[Ledger, Ledger]:
+    """(base, consumed)."""
+    return Ledger.from_bytes((folder / "base.json").read_bytes()), Ledger.from_bytes((folder / "consumed.json").read_bytes())
 
 
 @contextmanager

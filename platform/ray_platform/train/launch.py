@@ -17,10 +17,11 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray_platform import storage
 from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError, Task
-from ray_platform.data.catalog import Shard, list_shards
+from ray_platform.data import precomputed
+from ray_platform.data.catalog import Catalog, build_catalog, difference, to_json
 from ray_platform.data.config import DataConfig
-from ray_platform.data.plan import items_per_epoch
-from ray_platform.data.stream import inspect_first_samples
+from ray_platform.data.inspection import inspect_first_samples
+from ray_platform.data.plan import check_world_size
 from ray_platform.tracking import RunStatus, TrackerHandle, TrackingConfig, start_tracker, tracking_uri
 from ray_platform.train import checkpoint
 from ray_platform.train.config import TrainConfig
@@ -29,6 +30,7 @@ from ray_platform.train.loop import Job, train_worker
 logger = logging.getLogger(__name__)
 
 INSPECTED_SAMPLES = 64
+CATALOG = "catalog.json"  # in output_dir: the shards that the run was begun with
 TRACKED = "mlflow.json"  # in output_dir: the run to go on in after a resume
 
 
@@ -46,9 +48,11 @@ class Run:
     tracking: TrackingConfig
     output_dir: str  # absolute, or s3://
     params: dict[str, Any]  # the whole resolved configuration, for the tracker
+    # What the model's frozen encoders are, to compare with what made precomputed shards; called only for those.
+    describe_encoders: Callable[[], dict[str, Any]]
 
-    def check(self) -> tuple[Shard, ...]:
-        """The data's shards, after every check that needs no cluster. Raises ConfigError or DataError."""
+    def check(self) -> Catalog:
+        """The data's catalog, after every check that needs no cluster. Raises ConfigError or DataError."""
         if not self.output_dir:
             raise ConfigError("output_dir: give the folder (absolute) or s3:// URL that the run's results go to")
         if "://" not in self.output_dir and not os.path.isabs(self.output_dir):
@@ -60,23 +64,38 @@ class Run:
             raise ConfigError(
                 f"tracking.uri: give an MLflow server or sqlite:/// path, as {self.output_dir} cannot hold a database"
             )
-        shards = list_shards(self.data.sources)
-        items_per_epoch(len(shards), 0, self.train.num_workers)
+        catalog = self._catalog()
+        check_world_size(catalog, self.train.num_workers)
         if self.train.resume == "none" and (found := checkpoint.newest(self.output_dir)):
             raise ConfigError(
                 f"output_dir: {self.output_dir} already holds a run (up to {found.rsplit('/', 1)[1]}); "
                 "go on with it by --train.resume auto, or give another output_dir"
             )
-        return shards
+        return catalog
+
+    def _catalog(self) -> Catalog:
+        """The source's, compared with the one that a resumed run was begun with, and with the model's encoders."""
+        url = storage.join(self.output_dir, CATALOG)
+        saved = storage.read_bytes(url) if storage.exists(url) else None
+        catalog = build_catalog(self.data, saved)
+        if saved and self.train.resume == "auto" and (changes := difference(saved, catalog)):
+            raise DataError(
+                f"data.sources: changed since this run began: {changes}; restore what it was, "
+                "or begin anew with another output_dir"
+            )
+        if catalog.manifest is not None:
+            precomputed.check_encoders(catalog.manifest, self.describe_encoders())
+        return catalog
 
     def dry_run(self) -> dict[str, Any]:
         """What would run, after reading the first samples of the data. Raises as `check`."""
-        shards = self.check()
+        catalog = self.check()
         train = self.train
-        samples = inspect_first_samples(shards, self.data, INSPECTED_SAMPLES)
+        samples = inspect_first_samples(catalog, self.data, INSPECTED_SAMPLES)
         return {
-            "shards": len(shards),
-            "bytes": sum(shard.size for shard in shards),
+            "shards": len(catalog.shards),
+            "bytes": catalog.num_bytes,
+            "samples_in_source": catalog.num_samples,
             "first_samples": {
                 "good": samples.good,
                 "rejected": dict(samples.rejected),
@@ -86,7 +105,7 @@ class Run:
             "zero_stage": train.zero_stage,
             "steps": train.num_steps,
             "global_batch_size": train.num_workers * train.micro_batch_size,
-            "samples": train.num_steps * train.num_workers * train.micro_batch_size,
+            "samples_to_train_on": train.num_steps * train.num_workers * train.micro_batch_size,
             "starts_from": checkpoint.choose(train.resume, self.output_dir, "none yet") or "the beginning",
             "output_dir": self.output_dir,
         }
@@ -96,12 +115,13 @@ class Run:
 
         Raises ConfigError and DataError before anything starts, and TrainingError, in one line, when the run fails.
         """
-        shards = self.check()
+        catalog = self.check()
         connect()
+        storage.write_bytes(storage.join(self.output_dir, CATALOG), to_json(catalog))
         tracker, tracked = self._start_tracker()
         # Named by time: a later launch's name sorts after an earlier one's.
         launch = time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}"
-        job = Job(self.build_task, self.data, self.train, shards, self.output_dir, launch, tracker)
+        job = Job(self.build_task, self.data, self.train, catalog, self.output_dir, launch, tracker)
         status: RunStatus = "FAILED"
         try:
             with _progress(tracker, self.train.num_steps):

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 
 from ray_platform import storage
-from ray_platform.contracts import Batch, Position, Task
-from ray_platform.data.catalog import Shard, digest
+from ray_platform.contracts import Batch, Mark, Task
+from ray_platform.data.catalog import Catalog
 from ray_platform.data.config import DataConfig
-from ray_platform.data.stream import stream
+from ray_platform.data.ledger import Ledger
+from ray_platform.data.stream import Reader, join, spilled_bytes, stream
 from ray_platform.tracking import TrackerHandle
 from ray_platform.train import checkpoint
 from ray_platform.train.config import TrainConfig
@@ -35,7 +36,7 @@ class Job:
     build_task: Callable[[], Task]
     data: DataConfig
     train: TrainConfig
-    shards: tuple[Shard, ...]
+    catalog: Catalog
     output_dir: str
     launch: str  # names this launch's checkpoints
     tracker: TrackerHandle
@@ -62,7 +63,9 @@ class Trainer:
         self.job, self.config, self.task, self.engine = job, job.train, task, engine
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.step = 0
-        self.position = Position()
+        self.base = Ledger(job.catalog.num_units)  # the plan of this and all ranks begins with what it leaves
+        self.consumed = self.base.copy()  # by all ranks, as of the last checkpoint
+        self.marks: list[Mark] = []  # consumed by this rank since then
         self.skipped_before: dict[str, int] = {}  # by runs that this one goes on from
         self.skipped: dict[str, int] = {}
         self.meter = Meter()
@@ -72,16 +75,9 @@ class Trainer:
 
     def run(self) -> None:
         self._restore()
-        batches = stream(
-            self.job.shards,
-            self.job.data,
-            batch_size=self.config.micro_batch_size,
-            seed=self.config.seed,
-            rank=self.rank,
-            world_size=self.world_size,
-            start=self.position,
-            num_batches=self.config.num_steps - self.step,
-        )
+        reader = Reader(self.config.seed, self.rank, self.world_size, self.base, self.consumed.copy())
+        size, left = self.config.micro_batch_size, self.config.num_steps - self.step
+        batches = stream(self.job.catalog, self.job.data, reader, batch_size=size, num_batches=left)
         started = asked = time.perf_counter()
         for batch in batches:
             self._train_on(batch, waited=time.perf_counter() - asked)
@@ -103,7 +99,10 @@ class Trainer:
         # Noise depends on (seed, step, rank) alone, so a resumed run draws what an uninterrupted one would have drawn.
         generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.step) * 65_537 + self.rank)
         metrics = self.engine.step(self.task.inputs(batch, self.engine.device), generator)
-        self.step, self.position = self.step + 1, batch.position
+        self.step += 1
+        self.marks.extend(batch.consumed)
+        words = torch.tensor([float(sum(len(caption.split()) for caption in batch.captions)), float(len(batch.captions))])
+        metrics["data/caption_words"] = words.to(self.engine.device)
         self.skipped = _add(self.skipped_before, batch.skipped)
         self.meter.add(metrics, samples=len(batch.captions), waited=waited, worked=time.perf_counter() - begun)
 
@@ -112,6 +111,9 @@ class Trainer:
         metrics["train/grad_norm"] = self.engine.grad_norm
         metrics |= {f"train/lr_{name}": rate for name, rate in self.engine.learning_rates().items()}
         metrics |= {f"data/skipped_{cause}": float(n) for cause, n in self._all_skipped().items()}
+        if self.rank == 0:
+            metrics["data/spilled_bytes"] = spilled_bytes()
+            metrics["data/epochs_complete"] = float(min(self.consumed.first_epoch))
         metrics["train/samples_seen"] = float(self._samples_seen())
         metrics["train/seconds_left"] = metrics["train/seconds_a_step"] * (self.config.num_steps - self.step)
         self.first, self.last = self.first or metrics, metrics
@@ -137,15 +139,18 @@ class Trainer:
             zero_stage=config.zero_stage,
             micro_batch_size=config.micro_batch_size,
             seed=config.seed,
-            source_digest=digest(self.job.shards),
+            source_digest=self.job.catalog.digest,
         )
 
     def _save_checkpoint(self) -> None:
         """Every rank's part through Ray Train; complete once all of them are uploaded."""
         name = checkpoint.checkpoint_name(self.step)
+        self._gather_consumed()
         with tempfile.TemporaryDirectory(prefix="checkpoint_") as folder:
             self.engine.save(Path(folder))
-            checkpoint.RankState(self.position, self.skipped).save(Path(folder), self.rank)
+            checkpoint.RankState(self.skipped).save(Path(folder), self.rank)
+            if self.rank == 0:
+                checkpoint.save_ledgers(Path(folder), self.base, self.consumed)
             ray.train.report(
                 {"step": self.step},
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
@@ -156,6 +161,14 @@ class Trainer:
             url = storage.join(checkpoint.checkpoints_dir(self.job.output_dir), self.job.launch, name)
             checkpoint.write_manifest(url, self._manifest())
         dist.barrier()
+
+    def _gather_consumed(self) -> None:
+        """Bring every rank's ledger up to date with what all ranks consumed. Every rank must call it."""
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, join(self.marks))
+        for part in parts:
+            self.consumed.add(part)
+        self.marks = []
 
     def _restore(self) -> None:
         """Every rank starts from the checkpoint that rank 0 chose."""
@@ -170,8 +183,8 @@ class Trainer:
         checkpoint.check_fits(url, saved, self._manifest())
         with checkpoint.local_copy(url) as folder:
             self.engine.load(folder)
-            state = checkpoint.RankState.load(folder, self.rank)
-        self.step, self.position, self.skipped_before = saved.step, state.position, state.skipped
+            self.step, self.skipped_before = saved.step, checkpoint.RankState.load(folder, self.rank).skipped
+            self.base, self.consumed = checkpoint.load_ledgers(folder)
         if self.rank == 0:
             logger.warning("resumed from %s at step %d", url, self.step)
 

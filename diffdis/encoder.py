@@ -1,0 +1,65 @@
+"""The frozen half of DiffDis: images to latents, captions to token states and text queries.
+
+What it makes can be computed once and stored, in half precision, instead of at every step.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffdis.autoencoder import build_autoencoder, component_folder, to_latents
+from diffdis.config import DiffDisConfig
+from diffdis.text_encoder import build_text_encoder
+
+PRECOMPUTED = ("latent", "token_states", "query")
+
+
+class FrozenEncoder:
+    """Autoencoder and text encoder of a configuration, on one device."""
+
+    def __init__(self, config: DiffDisConfig, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.autoencoder = build_autoencoder(config.autoencoder).to(self.device)
+        self.text_encoder = build_text_encoder(config.text_encoder).to(self.device)
+
+    @torch.no_grad()
+    def encode(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """images [B, H, W, 3] uint8 -> latent [B, C, h, w], token_states [B, L, D_c] and query [B, D], float16."""
+        states, query = self.text_encoder.encode(captions, self.device)
+        made = (to_latents(self.autoencoder, images, self.device), states, query)
+        return {name: value.half().cpu().numpy() for name, value in zip(PRECOMPUTED, made, strict=True)}
+
+
+def describe_encoders(config: DiffDisConfig) -> dict[str, Any]:
+    """Settings and digests of all that `FrozenEncoder`'s results depend on. Equal descriptions give equal results.
+
+    Raises FileNotFoundError for a path that is not there. A hub name stands for itself: it has no digest.
+    """
+    described: dict[str, Any] = {"image_size": config.image_size}
+    for name, component, settings in (
+        ("autoencoder", "vae", asdict(config.autoencoder)),
+        ("text_encoder", "text_encoder", asdict(config.text_encoder)),
+    ):
+        settings.pop("cache_size", None)
+        path = settings.pop("path")
+        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+        described[name] = settings | ({"digest": _digest(path, component)} if path else {})
+    return described
+
+
+def _digest(path: str, component: str) -> str:
+    """16 hex digits of a component's files; the name itself for a hub's."""
+    folder = Path(component_folder(path, component))
+    if not folder.is_dir():
+        return path
+    hashed = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors", ".bin", ".txt")):
+        hashed.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
+        with file.open("rb") as opened:
+            hashed.update(hashlib.file_digest(opened, "sha256").digest())
+    return hashed.hexdigest()[:16]

@@ -1,0 +1,50 @@
+"""From a command line to typed configurations: `--data.sources s3://bucket/folder`. Shared by the jobs."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+from ray_platform.contracts import ConfigError
+
+LISTS = ("--data.sources", "--preview_captions")
+
+
+class Parser(ArgumentParser):
+    """Whatever it refuses is a ConfigError of one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(" ".join(message.split()))
+
+
+def resolve(parser: Parser, arguments: Sequence[str]) -> tuple[Namespace, str]:
+    """(the instantiated values, the same as YAML). Raises ConfigError, in one line, for a field or value that does not exist."""
+    arguments = _as_lists(arguments)
+    _check_fields(parser, arguments)
+    values = parser.parse_args(arguments)
+    yaml = parser.dump(values.clone(with_meta=False), skip_none=False)
+    try:
+        return parser.instantiate(values), yaml
+    except ValueError as error:  # what a config's own checks say
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _as_lists(arguments: Sequence[str]) -> list[str]:
+    """One plain value stands for a list of one: `--data.sources s3://bucket/folder`."""
+    plain = list(arguments)
+    for i, flag in enumerate(plain[:-1]):
+        if flag in LISTS and not plain[i + 1].startswith("["):
+            plain[i + 1] = json.dumps([plain[i + 1]])
+    return plain
+
+
+def _check_fields(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    """A misspelt field is an error that offers the nearest one."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag.rstrip("+") not in known:
+            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+            raise ConfigError(f"{flag}: no such field" + (f"; did you mean {near[0]}?" if near else "; see --help"))

@@ -1,0 +1,43 @@
+"""Why a sample is not used."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Bad = Literal[
+    "image_missing",
+    "image_empty",
+    "image_undecodable",
+    "image_too_large",  # would take hundreds of megabytes; Pillow calls it a decompression bomb
+    "caption_missing",
+    "caption_empty",
+    "caption_not_utf8",
+    "json_invalid",
+    "score_missing",  # a filter asks for a field that the .json lacks
+    "key_repeated",  # the same file name twice in a tar: which caption belongs to which image cannot be told
+    "tar_truncated",  # the tar ends early or turns to garbage; what precedes that is used
+    "shard_empty",  # a tar in which there are no samples
+    "shard_missing",  # storage says that it is not there (404)
+    "shard_forbidden",  # storage refuses it (403)
+    "shard_unavailable",  # storage did not answer, or with errors (5xx, stalls)
+    "shard_unreadable",  # a precomputed shard that is no Arrow file
+]
+Filtered = Literal["filtered_size", "filtered_similarity", "filtered_unsafe", "filtered_watermark", "filtered_aesthetic"]
+Cause = Bad | Filtered
+BAD: tuple[str, ...] = get_args(Bad)
+FILTERED: tuple[str, ...] = get_args(Filtered)
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A sample, or a part of a shard, that is not used."""
+
+    key: str
+    cause: Cause
+
+
+class Unusable(Exception):
+    """Raised while a sample is decoded; becomes its Reject."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(cause)
+        self.cause: Cause = cause

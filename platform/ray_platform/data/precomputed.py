@@ -1,0 +1,80 @@
+"""Shards of what the encoders made: Arrow files with one row a sample, in half precision, beside its key and caption."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ray_platform.contracts import DataError
+from ray_platform.data.causes import Reject
+
+
+def to_arrow(keys: Sequence[str], captions: Sequence[str], tensors: Mapping[str, np.ndarray]) -> bytes:
+    """tensors: [N, …] each."""
+    columns: dict[str, pa.Array] = {"key": pa.array(keys, pa.string()), "caption": pa.array(captions, pa.string())}
+    for name, array in tensors.items():
+        flat = pa.array(np.ascontiguousarray(array).reshape(-1))
+        columns[name] = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(array.shape[1:])))
+    shapes = {name: list(array.shape[1:]) for name, array in tensors.items()}
+    table = pa.table(columns).replace_schema_metadata({"shapes": json.dumps(shapes)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def from_arrow(data: bytes) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
+    """The inverse of `to_arrow`; the arrays are views of `data`. Other files raise pa.ArrowInvalid, KeyError or ValueError."""
+    table = pa.ipc.open_file(pa.py_buffer(data)).read_all().combine_chunks()
+    shapes = json.loads((table.schema.metadata or {})[b"shapes"])
+    tensors = {}
+    for name, shape in shapes.items():
+        column = table[name].chunk(0) if table.num_rows else table[name].combine_chunks()
+        tensors[name] = column.values.to_numpy(zero_copy_only=True).reshape(table.num_rows, *shape)
+    return table["key"].to_pylist(), table["caption"].to_pylist(), tensors
+
+
+def check_encoders(manifest: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise DataError when the shards were made by other encoders than the model's `own`."""
+    made = manifest["encoders"]
+    for name in sorted(made.keys() | own.keys()):
+        if made.get(name) != own.get(name):
+            raise DataError(
+                f"data.sources: precomputed with {name} = {json.dumps(made.get(name))}, but the model has "
+                f"{json.dumps(own.get(name))}; run jobs/precompute.py with this model, or take the encoders of the manifest"
+            )
+
+
+class EncodedUnit:
+    """The samples of one such file."""
+
+    def __init__(self, contents: tuple[list[str], list[str], dict[str, np.ndarray]], build: Callable[..., Any]):
+        self.keys, self.captions, self.tensors = contents
+        self.build = build
+
+    @classmethod
+    def open(cls, data: bytes, name: str, build: Callable[..., Any]) -> Any:
+        try:
+            opened = cls(from_arrow(data), build)
+        except (pa.ArrowInvalid, KeyError, ValueError, TypeError):
+            return _Single(Reject(f"{name}/", "shard_unreadable"))
+        return opened if opened.keys else _Single(Reject(f"{name}/", "shard_empty"))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def sample(self, place: int) -> Any:
+        return self.build(self.keys[place], self.captions[place], {name: array[place] for name, array in self.tensors.items()})
+
+
+class _Single:
+    def __init__(self, reject: Reject):
+        self.reject = reject
+
+    def __len__(self) -> int:
+        return 1
+
+    def sample(self, place: int) -> Reject:
+        return self.reject

@@ -1,0 +1,303 @@
+"""Our Ray Data source: one task reads, filters, decodes and resizes a group of units, and yields contiguous blocks.
+
+A block is a table of one row: each tensor of its samples as one binary value, which crosses processes without a copy, and
+a JSON header with all else. Ray neither splits nor joins such blocks, and images of several shapes fit in one.
+"""
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from ray_platform import storage
+from ray_platform.contracts import DataError
+from ray_platform.data import captions, decode
+from ray_platform.data.catalog import Unit as CatalogUnit
+from ray_platform.data.causes import Bad, Reject, Unusable
+from ray_platform.data.config import DataConfig
+from ray_platform.data.plan import Item
+from ray_platform.data.precomputed import EncodedUnit
+from ray_platform.data.tar import Record, read_part, read_tar
+
+BLOCK_BYTES = 16 * 2**20
+_MAX_BLOCK_SAMPLES = 512
+_BEHIND_PART = 2**20  # bytes read behind a part, for its last sample
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 20.0
+_LOST: dict[str, Bad] = {"missing": "shard_missing", "forbidden": "shard_forbidden", "unavailable": "shard_unavailable"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What training sees of one sample."""
+
+    key: str
+    caption: str
+    tensors: dict[str, np.ndarray]
+
+
+class Unit(Protocol):
+    """An opened unit: its samples by their place in it."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, place: int) -> Sample | Reject: ...
+
+
+class TarUnit:
+    """The samples of a tar, decoded when they are asked for."""
+
+    def __init__(self, records: Sequence[Record | Reject], config: DataConfig, seed: str):
+        self.records, self.config, self.seed = records, config, seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def sample(self, place: int) -> Sample | Reject:
+        return decode_record(self.records[place], self.config, self.seed)
+
+
+class LostUnit:
+    """Stands for a unit that could not be read."""
+
+    def __init__(self, key: str, cause: Bad, consumed: int):
+        self.reject, self.count = Reject(key, cause), consumed + 1
+
+    def __len__(self) -> int:
+        return self.count
+
+    def sample(self, place: int) -> Reject:
+        return self.reject
+
+
+def decode_record(record: Record | Reject, config: DataConfig, seed: str) -> Sample | Reject:
+    """Never raises for what is in the record."""
+    if isinstance(record, Reject):
+        return record
+    try:
+        if record.repeated:
+            raise Unusable("key_repeated")
+        # Texts first: they cost nothing, an image does.
+        caption = captions.caption(record.members, config)
+        if cause := captions.filtered(record.members, config.filters):
+            raise Unusable(cause)
+        return Sample(record.key, caption, {"image": decode.image(record.members, config, f"{seed}/{record.key}")})
+    except Unusable as unusable:
+        return Reject(record.key, unusable.cause)
+
+
+def open_unit(item: Item, config: DataConfig, seed: int) -> Unit:
+    """Read a unit. One that storage does not give becomes a LostUnit; DataError for one that is not what was catalogued."""
+    shard = item.unit.shard
+    try:
+        return with_retries(lambda: _read(item, config, f"{seed}/{item.epoch}"), config.retry_seconds)
+    except storage.StorageError as error:
+        return LostUnit(f"{shard.name}/", _LOST[error.kind], max((stop for _, stop in item.consumed), default=0))
+
+
+def with_retries(read: Callable[[], Any], seconds: float) -> Any:
+    """Call `read` again, after growing pauses, while storage is unavailable. What is missing or forbidden is asked for twice."""
+    deadline, wait, tries = time.monotonic() + seconds, _FIRST_WAIT_S, 0
+    while True:
+        try:
+            return read()
+        except storage.StorageError as error:
+            tries += 1
+            wait = min(wait * (1 + random.random()), _LONGEST_WAIT_S)  # not all readers at once
+            last = tries == 2 if error.kind != "unavailable" else time.monotonic() + wait > deadline
+            if last:
+                raise
+            time.sleep(wait)
+
+
+def _read(item: Item, config: DataConfig, seed: str) -> Unit:
+    unit, shard = item.unit, item.unit.shard
+    if unit.whole:
+        data = storage.read_bytes(shard.url)
+        _check_length(shard, len(data), shard.size)
+        if shard.url.endswith(".arrow"):
+            return EncodedUnit.open(data, shard.name, Sample)
+        return TarUnit(read_tar(data, shard.name), config, seed)
+    behind, last = _BEHIND_PART, unit.stop == shard.size
+    while True:
+        stop = min(unit.stop + behind, shard.size)
+        data = storage.read_bytes(shard.url, unit.start, stop)
+        _check_length(shard, len(data), stop - unit.start)
+        ends = stop == shard.size
+        records = read_part(data, shard.name, unit.stop - unit.start, first=unit.start == 0, last=last or ends)
+        if records is not None:
+            return TarUnit(records, config, seed)
+        behind *= 8
+
+
+def _check_length(shard: Any, length: int, expected: int) -> None:
+    if length != expected:
+        raise DataError(
+            f"{shard.url}: changed since the run began: {length} bytes where the catalog has {expected}; "
+            "shards must not change under a run: write the new ones elsewhere, or begin anew"
+        )
+
+
+def reading_order(group: Sequence[Item], units: Sequence[Unit], seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """In which order a group's samples are read.
+
+    Every sample draws a number from (seed, epoch, unit); each unit is read in the order of its numbers, and the units of a
+    group are merged by them. So what is left of a group keeps its order when some of it is left out.
+
+    Returns [N, 2] (unit in the group, order in the unit), without what was consumed, and for each unit order -> place.
+    """
+    drawn, rows, places = [], [], []
+    for index, (item, unit) in enumerate(zip(group, units, strict=True)):
+        digest = hashlib.sha256(f"{seed}/{item.epoch}/{item.unit.shard.name}/{item.unit.start}".encode()).digest()
+        numbers = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).random(len(unit))
+        order = np.argsort(numbers, kind="stable")
+        left = np.ones(len(unit), dtype=bool)
+        for start, stop in item.consumed:
+            left[start:stop] = False
+        kept = np.flatnonzero(left)
+        drawn.append(numbers[order][kept])
+        rows.append(np.stack([np.full(len(kept), index), kept], axis=1))
+        places.append(order)
+    return np.concatenate(rows)[np.argsort(np.concatenate(drawn), kind="stable")], places
+
+
+def read_group(group: Sequence[Item], config: DataConfig, seed: int) -> Iterator[pa.Table]:
+    """A group's samples, decoded, as blocks. Raises DataError."""
+    torch.set_num_threads(1)  # as many tasks run at once as there are cores for them
+    units = [open_unit(item, config, seed) for item in group]
+    order, places = reading_order(group, units, seed)
+    totals = [len(unit) for unit in units]
+    packer = Packer(group, totals)
+    for index, number in order.tolist():
+        packer.add(index, number, units[index].sample(int(places[index][number])))
+        if packer.full:
+            yield packer.block()
+            packer = Packer(group, totals)
+    if packer.rows:
+        yield packer.block()
+
+
+class Packer:
+    """Builds one block. Samples of equal shapes are written side by side as they come, into one contiguous array."""
+
+    def __init__(self, group: Sequence[Item], totals: Sequence[int]):
+        self.items = [
+            (item.pool, item.epoch, item.number, total, _known_samples(item.unit), item.unit.nominal_samples)
+            for item, total in zip(group, totals, strict=True)
+        ]
+        self.rows: list[tuple[int, int, str, str, str]] = []  # item, order, key, caption, cause
+        self.stacks: dict[tuple, _Stack] = {}
+        self.num_bytes = 0
+
+    @property
+    def full(self) -> bool:
+        return self.num_bytes >= BLOCK_BYTES or len(self.rows) == _MAX_BLOCK_SAMPLES
+
+    def add(self, index: int, number: int, sample: Sample | Reject) -> None:
+        """`number` is the sample's place in its item's order of reading."""
+        if isinstance(sample, Reject):
+            self.rows.append((index, number, sample.key, "", sample.cause))
+            return
+        signature = tuple((name, str(t.dtype), t.shape) for name, t in sample.tensors.items())
+        if signature not in self.stacks:
+            self.stacks[signature] = _Stack(sample.tensors)
+        self.num_bytes += self.stacks[signature].add(sample.tensors, len(self.rows))
+        self.rows.append((index, number, sample.key, sample.caption, ""))
+
+    def block(self) -> pa.Table:
+        """All that was added, as a table of one row."""
+        names = ("item", "order", "key", "caption", "cause")
+        header: dict[str, Any] = {"items": self.items} | dict(zip(names, zip(*self.rows, strict=True), strict=True))
+        header["stacks"] = [{"tensors": tensors, "rows": stack.rows} for tensors, stack in self.stacks.items()]
+        columns = {"header": pa.array([json.dumps(header)], pa.large_string())}
+        arrays = [array for stack in self.stacks.values() for array in stack.binary()]
+        return pa.table(columns | {f"tensor_{i}": array for i, array in enumerate(arrays)})
+
+
+class _Stack:
+    """Samples whose tensors have equal shapes."""
+
+    def __init__(self, like: dict[str, np.ndarray]):
+        self.sample_bytes = sum(tensor.nbytes for tensor in like.values())
+        # Room for a whole block, from Arrow's pool: what was freed comes back, without new pages to be zeroed.
+        room = min(_MAX_BLOCK_SAMPLES, -(-BLOCK_BYTES // max(1, self.sample_bytes)))
+        self.buffers = {name: pa.allocate_buffer(room * tensor.nbytes) for name, tensor in like.items()}
+        self.arrays = {
+            name: np.frombuffer(buffer, dtype=like[name].dtype).reshape(room, *like[name].shape)
+            for name, buffer in self.buffers.items()
+        }
+        self.rows: list[int] = []
+
+    def add(self, tensors: dict[str, np.ndarray], row: int) -> int:
+        """Returns the bytes that were added."""
+        for name, tensor in tensors.items():
+            self.arrays[name][len(self.rows)] = tensor
+        self.rows.append(row)
+        return self.sample_bytes
+
+    def binary(self) -> list[pa.Array]:
+        """The bytes of each tensor as one value, not copied."""
+        sizes = [len(self.rows) * array[0].nbytes for array in self.arrays.values()]
+        offsets = [pa.py_buffer(np.array([0, size], dtype=np.int64)) for size in sizes]
+        return [
+            pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offset, buffer.slice(0, size)])
+            for offset, buffer, size in zip(offsets, self.buffers.values(), sizes, strict=True)
+        ]
+
+
+def _known_samples(unit: CatalogUnit) -> int:
+    return unit.shard.num_samples if unit.whole else -1
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a `Packer` packed."""
+
+    header: dict[str, Any]
+    stacks: list[dict[str, np.ndarray]]
+    place: dict[int, tuple[int, int]]  # row -> (stack, index in it)
+
+
+def unpack(table: pa.Table) -> Block:
+    """The arrays are views of the table's memory."""
+    header = json.loads(table["header"][0].as_py())
+    stacks: list[dict[str, np.ndarray]] = []
+    place: dict[int, tuple[int, int]] = {}
+    column = 0
+    for number, stack in enumerate(header["stacks"]):
+        arrays = {}
+        for name, dtype, shape in stack["tensors"]:
+            value = table[f"tensor_{column}"].chunk(0)
+            arrays[name] = np.frombuffer(value[0].as_buffer(), dtype=dtype).reshape(len(stack["rows"]), *shape)
+            column += 1
+        stacks.append(arrays)
+        place |= {row: (number, index) for index, row in enumerate(stack["rows"])}
+    return Block(header, stacks, place)
+
+
+class ShardSource(Datasource):
+    """One Ray Data read task a group, in their order."""
+
+    def __init__(self, groups: Sequence[Sequence[Item]], config: DataConfig, seed: int):
+        super().__init__()
+        self._groups, self._config, self._seed = groups, config, seed
+
+    def estimate_inmemory_data_size(self) -> None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        config, seed = self._config, self._seed
+
+        def task(group: Sequence[Item]) -> Callable[[], Iterator[pa.Table]]:
+            return lambda: read_group(group, config, seed)
+
+        return [ReadTask(task(group), unknown) for group in self._groups]

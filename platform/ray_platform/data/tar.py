@@ -1,0 +1,134 @@
+"""From the bytes of a tar to undecoded samples. Plain Python: no Ray, no storage.
+
+The layout is LAION's, as img2dataset writes it: `00012.jpg`, `00012.txt` and `00012.json` make one sample, their key is
+what precedes the first dot. Nothing in a tar can raise: what cannot be used becomes a `Reject`.
+"""
+
+import io
+import posixpath
+import tarfile
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ray_platform.data.causes import Reject
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+TEXT_SUFFIXES = ("txt", "json")
+_BLOCK = tarfile.BLOCKSIZE
+_LONGEST_HEADER = 2**16  # bytes, with the long names and dates that may precede it
+
+
+@dataclass
+class Record:
+    """The undecoded members of one key. They are views: the tar's bytes are not copied."""
+
+    key: str
+    members: dict[str, memoryview] = field(default_factory=dict)  # suffix -> content
+    repeated: bool = False
+
+
+def read_tar(data: bytes, shard_name: str) -> list[Record | Reject]:
+    """Group the members of a tar by key, in the order in which keys first appear.
+
+    The list is never empty: it ends with a `tar_truncated` reject when the tar does not end as a tar does, and a tar
+    without samples gives `shard_empty`.
+    """
+    members, ending = _members(data, 0)
+    return _grouped(members, ending != "whole", shard_name)
+
+
+def read_part(data: bytes, shard_name: str, length: int, *, first: bool, last: bool) -> list[Record | Reject] | None:
+    """The samples of one part of a tar too large to be held whole.
+
+    `data` begins with the part and may go on behind its `length` bytes; `last` says that it goes on to the tar's end. A
+    sample belongs to the part in which it begins, a sample's beginning being the first member whose key differs from that
+    of the first member at or behind the border: so both neighbours of a border agree. Members of a key must stand
+    together, and none be a tar itself: its headers would be taken for the shard's.
+
+    Returns None when `data` ends before the part's last sample does: call again with more. A part in which no sample
+    begins, as within a very large member, gives `shard_empty`: its neighbours have what there is.
+    """
+    begin = 0 if first else _first_header(data, length)
+    if begin is None:
+        return _grouped([], False, shard_name)
+    members, ending = _members(data, begin)
+    behind = _behind_border(data, members, length)
+    if not behind and ending == "cut" and not last:
+        return None
+    stop = behind[0][2] if behind else len(data)
+    own = members if first else _behind_border(data, members, 0)
+    return _grouped([member for member in own if member[2] < stop], not behind and ending != "whole", shard_name)
+
+
+Member = tuple[str, memoryview, int]  # name, content, offset in the data of the header that directly precedes it
+Ending = Literal["whole", "cut", "garbage"]  # as a tar ends; where the data ends; before it
+
+
+def _behind_border(data: bytes, members: list[Member], border: int) -> list[Member]:
+    """The members from the first new key behind the first header at or behind `border` on."""
+    behind = [member for member in members if member[2] >= border]
+    # By the name in the header itself: a longer one stands before it, which the border may have cut off.
+    keys = (_key(tarfile.TarInfo.frombuf(data[at : at + _BLOCK], "utf-8", "surrogateescape").name) for _, _, at in behind)
+    before = next(keys, None)
+    begins = (number for number, key in enumerate(keys, 1) if key != before)
+    return behind[next(begins, len(behind)) :]
+
+
+def _grouped(members: list[Member], truncated: bool, shard_name: str) -> list[Record | Reject]:
+    records: dict[str, Record] = {}
+    for name, content, _ in members:
+        suffix = posixpath.basename(name).partition(".")[2].lower()
+        if suffix not in IMAGE_SUFFIXES + TEXT_SUFFIXES:
+            continue
+        # A name that is not UTF-8 holds lone surrogates, which Arrow refuses.
+        key = posixpath.join(shard_name, _key(name)).encode("utf-8", "backslashreplace").decode()
+        record = records.setdefault(key, Record(key))
+        record.repeated |= suffix in record.members
+        record.members[suffix] = content
+    found: list[Record | Reject] = list(records.values())
+    if truncated:
+        found.append(Reject(f"{shard_name}/", "tar_truncated"))
+    return found or [Reject(f"{shard_name}/", "shard_empty")]
+
+
+def _key(name: str) -> str:
+    folder, base = posixpath.split(posixpath.normpath(name).lstrip("/"))
+    return posixpath.join(folder, base.partition(".")[0])
+
+
+def _first_header(data: bytes, length: int) -> int | None:
+    """The offset of the first tar header in the first `length` bytes; None where there is none."""
+    for offset in range(0, min(length, len(data) - _BLOCK + 1), _BLOCK):
+        if data[offset + 257 : offset + 262] == b"ustar":
+            try:
+                tarfile.TarInfo.frombuf(data[offset : offset + _BLOCK], "utf-8", "surrogateescape")
+                return offset
+            except tarfile.HeaderError:
+                continue
+    return None
+
+
+def _members(data: bytes, begin: int) -> tuple[list[Member], Ending]:
+    """The regular files of a tar, and how it ends."""
+    view = memoryview(data)
+    found: list[Member] = []
+    at = begin
+    try:
+        file = io.BytesIO(data)
+        file.seek(begin)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                at = end = member.offset_data + member.size
+                if end > len(data):
+                    return found, "cut"
+                if member.isreg() and not member.issparse():
+                    found.append((member.name, view[member.offset_data : end], member.offset_data - _BLOCK))
+            # tarfile takes a broken header after the first for the end, and a hole in the file too. The true end is
+            # at least a block of zeros, and nothing else.
+            left = len(data) - tar.offset
+            if left < _BLOCK:
+                return found, "cut"
+            return found, "whole" if data.count(0, tar.offset) == left else "garbage"
+    except Exception:
+        # Garbage makes tarfile raise far more than its own errors (ValueError, UnicodeError, RecursionError, …).
+        return found, "cut" if len(data) - at < _LONGEST_HEADER else "garbage"

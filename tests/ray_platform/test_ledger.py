@@ -1,0 +1,159 @@
+"""The ledger alone, and the whole data plane's exactness over random crashes and world sizes, without Ray."""
+
+from collections import Counter
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ray_platform.contracts import Mark
+from ray_platform.data import source
+from ray_platform.data.catalog import Catalog, Shard, Unit
+from ray_platform.data.causes import Reject
+from ray_platform.data.config import DataConfig
+from ray_platform.data.ledger import Ledger
+from ray_platform.data.plan import groups
+from ray_platform.data.stream import Batcher
+from ray_platform.data.tally import Tally
+
+
+def mark(unit: int, start: int, stop: int, total: int = 10, epoch: int = 0, pool: int = 0) -> Mark:
+    return Mark(pool, epoch, unit, start, stop, total)
+
+
+def test_ranges_join_until_a_unit_is_complete():
+    ledger = Ledger([2])
+    ledger.add([mark(0, 4, 6), mark(0, 0, 2)])
+    assert ledger.ranges(0, 0, 0) == [(0, 2), (4, 6)]
+    ledger.add([mark(0, 2, 4)])
+    assert ledger.ranges(0, 0, 0) == [(0, 6)]
+    assert not ledger.is_complete(0, 0, 0)
+    ledger.add([mark(0, 6, 10)])
+    assert ledger.is_complete(0, 0, 0)
+    assert ledger.remaining(0, 0).tolist() == [1]
+
+
+def test_epochs_close_in_their_order_and_each_pool_by_itself():
+    ledger = Ledger([1, 1])
+    ledger.add([mark(0, 0, 10, epoch=1)])
+    assert ledger.first_epoch == [0, 0]
+    ledger.add([mark(0, 0, 10, epoch=0)])
+    assert ledger.first_epoch == [2, 0]
+    assert ledger.is_complete(0, 1, 0)
+    assert ledger.remaining(0, 1).size == 0
+    assert ledger.remaining(1, 0).tolist() == [0]
+
+
+@pytest.mark.parametrize("again", [mark(0, 3, 4), mark(0, 0, 10), mark(0, 4, 6), mark(1, 9, 10)])
+def test_consuming_a_sample_twice_is_an_error(again):
+    ledger = Ledger([3])
+    ledger.add([mark(0, 2, 5), mark(1, 0, 10)])
+    with pytest.raises(ValueError, match="consumed twice"):
+        ledger.add([again])
+
+
+def test_bytes_hold_all_of_it():
+    ledger = Ledger([70, 3])
+    ledger.add([mark(unit, 0, 10) for unit in range(0, 70, 3)])
+    ledger.add([mark(1, 3, 5), mark(1, 7, 8), mark(2, 0, 10, pool=1), mark(1, 0, 1, pool=1, epoch=4)])
+    again = Ledger.from_bytes(ledger.to_bytes())
+    assert again.to_bytes() == ledger.to_bytes()
+    assert again.ranges(0, 0, 1) == [(3, 5), (7, 8)]
+    assert again.remaining(0, 0).tolist() == ledger.remaining(0, 0).tolist()
+    again.add([mark(1, 5, 7)])
+    assert ledger.ranges(0, 0, 1) == [(3, 5), (7, 8)]
+
+
+class FakeUnit:
+    """Samples whose keys name their epoch; every fifth is unusable, and they come in two shapes."""
+
+    def __init__(self, item, size):
+        self.name, self.size = f"{item.unit.shard.name}@{item.epoch}", size
+
+    def __len__(self):
+        return self.size
+
+    def sample(self, place):
+        key = f"{self.name}/{place}"
+        if place % 5 == 4:
+            return Reject(key, "image_undecodable")
+        return source.Sample(key, "", {"image": np.zeros((1, 1 + place % 2, 3), np.uint8)})
+
+
+def catalog_of(pools: list[list[int]]) -> Catalog:
+    """Shards of 40 kB a sample; one pool for each list of sizes."""
+    units = [
+        tuple(Unit(Shard(f"/{p}-{i}.tar", size, f"{p}-{i}.tar", size), 0, size) for i, size in enumerate(sizes))
+        for p, sizes in enumerate(pools)
+    ]
+    return Catalog(tuple(unit.shard for pool in units for unit in pool), tuple(units), (1 / len(pools),) * len(pools))
+
+
+class Run:
+    """What a training run does with the data plane: streams of all ranks in step, and checkpoints of the ledgers."""
+
+    def __init__(self, catalog: Catalog, interleave: int, batch_size: int):
+        self.catalog, self.batch_size = catalog, batch_size
+        self.config = DataConfig(image_size=1, interleave=interleave, max_skipped_share=0.9)
+        self.base = Ledger(catalog.num_units)
+        self.consumed = self.base.copy()
+        self.world_size = 0
+        self.seen: Counter[str] = Counter()  # as of the last checkpoint
+
+    def go_on(self, world_size: int, steps: int, lost_steps: int) -> None:
+        """Resume, train, write a checkpoint after `steps`, crash `lost_steps` later."""
+        self.base, self.consumed = (Ledger.from_bytes(ledger.to_bytes()) for ledger in (self.base, self.consumed))
+        if world_size != self.world_size:
+            self.base, self.world_size = self.consumed.copy(), world_size
+        streams = [self.batches(rank) for rank in range(world_size)]
+        batches = [next(stream) for _ in range(steps) for stream in streams]
+        for _ in range(lost_steps):
+            for stream in streams:
+                next(stream)
+        self.consumed.add(mark for batch in batches for mark in batch.consumed)
+        self.seen.update(key for batch in batches for key in batch.keys)
+
+    def batches(self, rank: int):
+        planned = groups(self.catalog, 3, rank, self.world_size, self.base, self.consumed.copy(), self.config.interleave)
+        tables = (table for group in planned for table in source.read_group(group, self.config, 3))
+        return Batcher(self.batch_size, Tally(rank, 0.9)).batches(map(source.unpack, tables))
+
+    def good_keys(self, pool: int, epoch: int) -> set[str]:
+        return {
+            f"{unit.shard.name}@{epoch}/{place}"
+            for unit in self.catalog.pools[pool]
+            for place in range(unit.shard.size)
+            if place % 5 != 4
+        }
+
+
+legs = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=6)
+pools = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=7), min_size=1, max_size=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pools=pools, legs=legs, interleave=st.integers(1, 3), batch_size=st.integers(1, 4))
+def test_every_epoch_gives_every_sample_exactly_once_whatever_crashes(pools, legs, interleave, batch_size):
+    catalog = catalog_of(pools)
+    run = Run(catalog, interleave, batch_size)
+    with mock.patch.object(source, "open_unit", lambda item, config, seed: FakeUnit(item, item.unit.shard.size)):
+        for world_size, steps, lost in [*legs, (2, 25, 0)]:
+            run.go_on(min(world_size, sum(catalog.num_units)), steps, lost)
+    assert set(run.seen.values()) <= {1}, "a sample twice in an epoch"
+    for pool, first_open in enumerate(run.consumed.first_epoch):
+        for epoch in range(first_open):
+            assert run.good_keys(pool, epoch) <= run.seen.keys(), "a sample lost from an epoch that is over"
+
+
+def test_weights_share_out_the_samples():
+    catalog = catalog_of([[10] * 5, [10] * 5])
+    catalog = Catalog(catalog.shards, catalog.pools, (0.75, 0.25))
+    run = Run(catalog, 2, 8)
+    with mock.patch.object(source, "open_unit", lambda item, config, seed: FakeUnit(item, 10)):
+        run.go_on(2, 60, 0)
+    from_first = sum(key.startswith("0-") for key in run.seen)
+    assert 0.7 < from_first / run.seen.total() < 0.8
+    assert set(run.seen.values()) == {1}
+    assert run.consumed.first_epoch[0] >= 5

@@ -1,0 +1,90 @@
+"""A real S3 server, seaweedfs, on free ports of loopback: for tests and benchmarks."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+
+ACCESS_KEY, SECRET_KEY = "diffdis-tests", "the-secret-of-the-tests"
+
+
+class S3Server:
+    """`start` and `stop` as often as wanted: its data stay in `folder`, its port the same."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
+        actions = ["Admin", "Read", "Write", "List", "Tagging"]
+        identities = [{"name": "tests", "credentials": credentials, "actions": actions}]
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+        self.ports = _free_ports(8)
+        self.endpoint = f"http://127.0.0.1:{self.ports[3]}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        master, volume, filer, s3, *grpc = self.ports
+        command = [
+            str(Path(sys.executable).with_name("weed")), "-logtostderr=true", "server", "-dir=data",
+            "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+            f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}",
+            "-s3", f"-s3.port={s3}", "-s3.config=s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0",
+            f"-master.port.grpc={grpc[0]}", f"-volume.port.grpc={grpc[1]}", f"-filer.port.grpc={grpc[2]}",
+            f"-s3.port.grpc={grpc[3]}",
+            "-master.volumeSizeLimitMB=128", "-volume.max=0", "-volume.preStopSeconds=0",
+            "-master.electionTimeout=1s", "-master.heartbeatInterval=100ms", "-master.telemetry=false",
+        ]  # fmt: skip
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
+        self._wait_until_it_stores()
+
+    def stop(self) -> None:
+        """At once: it takes its time to stop politely, and keeps what was written even so."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a client's environment needs."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def _wait_until_it_stores(self) -> None:
+        """Its S3 port answers seconds before the first write succeeds, so that is what counts."""
+        filesystem = fsspec.filesystem(
+            "s3", key=ACCESS_KEY, secret=SECRET_KEY, endpoint_url=self.endpoint, skip_instance_cache=True,
+            config_kwargs={"retries": {"total_max_attempts": 1}, "s3": {"addressing_style": "path"}},
+            client_kwargs={"region_name": "us-east-1"},
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                filesystem.mkdirs("tests", exist_ok=True)
+                filesystem.pipe_file("tests/ready", b"yes")
+                return
+            except Exception as error:
+                if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"seaweedfs did not start: {(self.folder / 'log').read_text()[-2000:]}") from error
+                time.sleep(0.1)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for opened in sockets:
+            opened.bind(("127.0.0.1", 0))
+        return [opened.getsockname()[1] for opened in sockets]
+    finally:
+        for opened in sockets:
+            opened.close()
