@@ -24,7 +24,7 @@ class CommandLine:
 
 def parse(arguments: Sequence[str]) -> CommandLine:
     """Raises ConfigError, in one line, for a recipe, field or value that does not exist."""
-    name = _recipe_name(arguments)
+    name = recipe_name(arguments)
     parser = Parser(prog="jobs/pretrain.py", description=f"Pretrain DiffDis. Recipes: {', '.join(RECIPES)}.")
     parser.add_argument("--recipe", default=name, help="the configuration to start from")
     parser.add_argument("--config", action="config", help="a saved config.yaml to start from")
@@ -35,7 +35,8 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     return CommandLine(built.recipe, built.dry_run, PretrainConfig(**fields), yaml)
 
 
-def _recipe_name(arguments: Sequence[str]) -> str:
+def recipe_name(arguments: Sequence[str]) -> str:
+    """The recipe that `arguments` ask for, else demo. Raises ConfigError for one that does not exist."""
     name = "demo"
     for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
         if flag == "--recipe" or flag.startswith("--recipe="):

@@ -29,12 +29,7 @@ class PretrainConfig:
 
     def run(self, recipe: str) -> Run:
         """Join model, objective and data. Raises ConfigError where they do not fit each other."""
-        if self.data.image_size != self.model.image_size:
-            raise ConfigError(f"data.image_size: {self.data.image_size}, but model.image_size is {self.model.image_size}")
-        if not self.model.text_encoder.path:
-            raise ConfigError("model.text_encoder.path: give the folder (or hub name) of the text encoder")
-        if self.model.autoencoder.kind == "kl" and not self.model.autoencoder.path:
-            raise ConfigError("model.autoencoder.path: give the folder (or hub name) of the AutoencoderKL")
+        check_model(self.model, self.data)
         build_task: Callable[[], Any] = functools.partial(DiffDisTask, self.model, self.objective, self.preview_captions)
         return Run(
             build_task,
@@ -45,3 +40,13 @@ class PretrainConfig:
             {"recipe": recipe, **asdict(self)},
             functools.partial(describe_encoders, self.model),
         )
+
+
+def check_model(model: DiffDisConfig, data: DataConfig) -> None:
+    """Raises ConfigError where the two do not fit each other, or weights are not named."""
+    if data.image_size != model.image_size:
+        raise ConfigError(f"data.image_size: {data.image_size}, but model.image_size is {model.image_size}")
+    if not model.text_encoder.path:
+        raise ConfigError("model.text_encoder.path: give the folder (or hub name) of the text encoder")
+    if model.autoencoder.kind == "kl" and not model.autoencoder.path:
+        raise ConfigError("model.autoencoder.path: give the folder (or hub name) of the AutoencoderKL")

@@ -13,6 +13,7 @@ from ray_platform.data.plan import Item
 from ray_platform.data.source import open_unit
 
 ENCODERS = {"vae": "a", "text": "b"}
+COMPLETE = {"encoders": ENCODERS, "settings": {}, "complete": True, "shards": {"00000.arrow": 3, "00001.arrow": 4}}
 
 
 def catalog_of(*sources, cached=None, **fields) -> Catalog:
@@ -197,7 +198,7 @@ def test_a_large_shard_is_read_in_parts(build_tar, build_samples, tmp_path):
 
 @pytest.mark.parametrize("pattern", ["", "*.arrow", "*", "{00000..00001}.arrow", "00000.arrow", "../*/*.arrow"])
 def test_precomputed_shards_come_with_their_manifest(tmp_path, pattern):
-    manifest = {"encoders": ENCODERS, "complete": True}
+    manifest = COMPLETE
     folder = precomputed(tmp_path / "made", manifest)
     catalog = catalog_of(f"{folder}/{pattern}", max_read_mb=1)
     assert catalog.manifest == manifest
@@ -205,13 +206,13 @@ def test_precomputed_shards_come_with_their_manifest(tmp_path, pattern):
 
 
 def test_precomputed_shards_are_never_cut(tmp_path):
-    folder = precomputed(tmp_path / "made", {"encoders": ENCODERS, "complete": True})
+    folder = precomputed(tmp_path / "made", COMPLETE)
     (folder / "00000.arrow").write_bytes(b"x" * (2**20 + 1))
     assert all(unit.whole for unit in catalog_of(folder, max_read_mb=1).pools[0])
 
 
 def test_tars_and_precomputed_shards_do_not_mix(shard_folder, data, tmp_path):
-    made = precomputed(tmp_path / "made", {"encoders": ENCODERS, "complete": True})
+    made = precomputed(tmp_path / "made", COMPLETE)
     assert "both .tar shards" in refused(shard_folder, made)
     shutil.copy(made / "00000.arrow", data)
     assert "both .tar shards" in refused(data)
@@ -231,17 +232,26 @@ def test_a_manifest_that_is_none(tmp_path, manifest):
 
 
 def test_an_unfinished_precomputation(tmp_path):
-    for name, manifest in (("a", {"encoders": ENCODERS, "complete": False}), ("b", {"encoders": ENCODERS})):
-        folder = precomputed(tmp_path / name, manifest)
-        assert refused(folder).startswith(f"{folder}: its precomputation did not end")
+    folder = precomputed(tmp_path / "made", {"encoders": ENCODERS, "settings": {}, "complete": False})
+    assert refused(folder).startswith(f"{folder}: its precomputation did not end")
+
+
+def test_counts_of_precomputed_shards_come_from_the_manifest(tmp_path):
+    folder = precomputed(tmp_path / "made", COMPLETE)
+    assert [shard.num_samples for shard in catalog_of(folder).shards] == [3, 4]
+    (folder / "00002.arrow").write_bytes(b"left by another run")
+    assert f"{folder}/00002.arrow: is not in the manifest.json beside it" in refused(folder)
+    assert catalog_of(folder / "{00000..00001}.arrow").num_samples == 7
 
 
 def test_shards_of_different_encoders(tmp_path):
-    one = precomputed(tmp_path / "one", {"encoders": ENCODERS, "complete": True})
-    other = precomputed(tmp_path / "other", {"encoders": ENCODERS | {"vae": "c"}, "complete": True})
-    same = precomputed(tmp_path / "same", {"encoders": ENCODERS, "complete": True, "version": 2})
+    one = precomputed(tmp_path / "one", COMPLETE)
+    other = precomputed(tmp_path / "other", COMPLETE | {"encoders": ENCODERS | {"vae": "c"}})
+    same = precomputed(tmp_path / "same", COMPLETE | {"version": 2})
     assert f"{one} and {other} were precomputed with different encoders" in refused(one, other)
     assert "different encoders" in refused(tmp_path / "o*" / "*.arrow")
+    cropped = precomputed(tmp_path / "cropped", COMPLETE | {"settings": {"crop": "random"}})
+    assert "different encoders or settings" in refused(one, cropped)
     assert len(catalog_of(one, same).shards) == 4
 
 
@@ -264,7 +274,7 @@ def test_shards_in_s3(s3_url, shard_folder):
 
 @pytest.mark.s3
 def test_precomputed_shards_in_s3(s3_url, tmp_path):
-    manifest = {"encoders": ENCODERS, "complete": True}
+    manifest = COMPLETE
     storage.put_folder(precomputed(tmp_path / "made", manifest), f"{s3_url}/precomputed/made")
     for source in ("made", "made/*.arrow", "m*/*.arrow"):
         assert catalog_of(f"{s3_url}/precomputed/{source}").manifest == manifest

@@ -118,7 +118,7 @@ class Run:
     def batches(self, rank: int):
         planned = groups(self.catalog, 3, rank, self.world_size, self.base, self.consumed.copy(), self.config.interleave)
         tables = (table for group in planned for table in source.read_group(group, self.config, 3))
-        return Batcher(self.batch_size, Tally(rank, 0.9)).batches(map(source.unpack, tables))
+        return Batcher(self.batch_size, Tally(f"rank {rank}", 0.9)).batches(map(source.unpack, tables))
 
     def good_keys(self, pool: int, epoch: int) -> set[str]:
         return {

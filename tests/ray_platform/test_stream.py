@@ -33,7 +33,7 @@ def without_ray(catalog, config, reader, *, batch_size, num_batches) -> list[Bat
     """The same stream, from its plain parts."""
     planned = groups(catalog, reader.seed, reader.rank, reader.world_size, reader.base, reader.consumed, config.interleave)
     blocks = (unpack(table) for group in planned for table in read_group(group, config, reader.seed))
-    batcher = Batcher(batch_size, Tally(reader.rank, config.max_skipped_share))
+    batcher = Batcher(batch_size, Tally(f"rank {reader.rank}", config.max_skipped_share))
     return list(islice(batcher.batches(blocks), num_batches))
 
 

@@ -119,8 +119,9 @@ def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
             f"data.sources: hold both .tar shards ({kinds['.tar']}) and precomputed .arrow shards ({kinds['.arrow']}); "
             "name one kind, by a pattern such as *.tar where they share a folder"
         )
-    counts = _counts(list(listed.values()), sidecars, cached)
     parents = {url.rpartition("/")[0] for url in listed}
+    manifests = _manifests(sorted(parents)) if ".arrow" in kinds else {}
+    counts = _manifest_counts(list(listed), manifests) if manifests else _counts(list(listed.values()), sidecars, cached)
     shared = posixpath.commonpath(parents) if len({"://" in url for url in listed}) == 1 else ""
     named = {url: Shard(url, file.size, _below(url, shared), counts.get(url, -1)) for url, file in listed.items()}
     pools: list[list[Unit]] = [[] for _ in (config.weights or (1.0,))]
@@ -131,7 +132,7 @@ def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
         tuple(sorted(named.values(), key=lambda shard: shard.name)),
         tuple(tuple(pool) for pool in pools),
         tuple(weight / total for weight in config.weights or (1.0,)),
-        _manifest(sorted(parents)) if ".arrow" in kinds else None,
+        next(iter(manifests.values()), None),
     )
 
 
@@ -179,14 +180,16 @@ def _counts(files: Sequence[storage.StoredFile], sidecars: set[str], cached: byt
     return known
 
 
-def _manifest(folders: Sequence[str]) -> dict[str, Any]:
-    """What made the precomputed shards in `folders`."""
-    manifests = {}
+def _manifests(folders: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What made the precomputed shards in each of `folders`: the same in all of them."""
+    manifests: dict[str, dict[str, Any]] = {}
     for folder in folders:
         url = storage.join(folder, MANIFEST)
         try:
-            manifests[folder] = json.loads(storage.read_bytes(url))
-            made, complete = manifests[folder]["encoders"], manifests[folder].get("complete")
+            found = manifests[folder] = json.loads(storage.read_bytes(url))
+            complete, made = found["complete"], (found["encoders"], found["settings"])
+            if complete and not all(isinstance(count, int) for count in found["shards"].values()):
+                raise ValueError
         except storage.StorageError as error:
             if error.kind != "missing":
                 raise
@@ -198,9 +201,21 @@ def _manifest(folders: Sequence[str]) -> dict[str, Any]:
             raise DataError(f"{url}: is no manifest of precomputed shards; run jobs/precompute.py again") from None
         if not complete:
             raise DataError(f"{folder}: its precomputation did not end ({MANIFEST}); run jobs/precompute.py again to go on")
-        if made != manifests[folders[0]]["encoders"]:
-            raise DataError(f"data.sources: {folders[0]} and {folder} were precomputed with different encoders; use one of them")
-    return manifests[folders[0]]
+        first = manifests[folders[0]]
+        if made != (first["encoders"], first["settings"]):
+            raise DataError(
+                f"data.sources: {folders[0]} and {folder} were precomputed with different encoders or settings; use one of them"
+            )
+    return manifests
+
+
+def _manifest_counts(urls: Sequence[str], manifests: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Samples by URL. Raises DataError for a shard that its manifest does not know."""
+    counts = {storage.join(folder, name): n for folder, found in manifests.items() for name, n in found["shards"].items()}
+    for url in urls:
+        if url not in counts:
+            raise DataError(f"{url}: is not in the {MANIFEST} beside it; remove it, or run jobs/precompute.py in a new folder")
+    return {url: counts[url] for url in urls}
 
 
 def _below(url: str, folder: str) -> str:

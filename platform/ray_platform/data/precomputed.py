@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,10 @@ import pyarrow as pa
 
 from ray_platform.contracts import DataError
 from ray_platform.data.causes import Reject
+from ray_platform.data.config import DataConfig
+
+# Fields of DataConfig that were decided when the shards were made.
+SETTINGS = ("aspect_ratios", "crop", "decoder", "caption_field", "clean_captions", "filters")
 
 
 def to_arrow(keys: Sequence[str], captions: Sequence[str], tensors: Mapping[str, np.ndarray]) -> bytes:
@@ -44,6 +49,18 @@ def check_encoders(manifest: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             raise DataError(
                 f"data.sources: precomputed with {name} = {json.dumps(made.get(name))}, but the model has "
                 f"{json.dumps(own.get(name))}; run jobs/precompute.py with this model, or take the encoders of the manifest"
+            )
+
+
+def check_settings(manifest: Mapping[str, Any], config: DataConfig) -> None:
+    """Raise DataError for a setting that was given, but differs from what the shards were made with."""
+    default, made = asdict(DataConfig()), manifest["settings"]
+    for name in SETTINGS:
+        own = json.loads(json.dumps(asdict(config)[name]))
+        if own not in (made[name], json.loads(json.dumps(default[name]))):
+            raise DataError(
+                f"data.{name}: {json.dumps(own)}, but the precomputed shards were made with {json.dumps(made[name])}; "
+                "leave it out, or run jobs/precompute.py with it"
             )
 
 

@@ -169,18 +169,18 @@ def reading_order(group: Sequence[Item], units: Sequence[Unit], seed: int) -> tu
     return np.concatenate(rows)[np.argsort(np.concatenate(drawn), kind="stable")], places
 
 
-def read_group(group: Sequence[Item], config: DataConfig, seed: int) -> Iterator[pa.Table]:
+def read_group(group: Sequence[Item], config: DataConfig, seed: int, block_bytes: int = BLOCK_BYTES) -> Iterator[pa.Table]:
     """A group's samples, decoded, as blocks. Raises DataError."""
     torch.set_num_threads(1)  # as many tasks run at once as there are cores for them
     units = [open_unit(item, config, seed) for item in group]
     order, places = reading_order(group, units, seed)
     totals = [len(unit) for unit in units]
-    packer = Packer(group, totals)
+    packer = Packer(group, totals, block_bytes)
     for index, number in order.tolist():
         packer.add(index, number, units[index].sample(int(places[index][number])))
         if packer.full:
             yield packer.block()
-            packer = Packer(group, totals)
+            packer = Packer(group, totals, block_bytes)
     if packer.rows:
         yield packer.block()
 
@@ -188,7 +188,8 @@ def read_group(group: Sequence[Item], config: DataConfig, seed: int) -> Iterator
 class Packer:
     """Builds one block. Samples of equal shapes are written side by side as they come, into one contiguous array."""
 
-    def __init__(self, group: Sequence[Item], totals: Sequence[int]):
+    def __init__(self, group: Sequence[Item], totals: Sequence[int], block_bytes: int):
+        self.block_bytes = block_bytes
         self.items = [
             (item.pool, item.epoch, item.number, total, _known_samples(item.unit), item.unit.nominal_samples)
             for item, total in zip(group, totals, strict=True)
@@ -199,7 +200,7 @@ class Packer:
 
     @property
     def full(self) -> bool:
-        return self.num_bytes >= BLOCK_BYTES or len(self.rows) == _MAX_BLOCK_SAMPLES
+        return self.num_bytes >= self.block_bytes or len(self.rows) == _MAX_BLOCK_SAMPLES
 
     def add(self, index: int, number: int, sample: Sample | Reject) -> None:
         """`number` is the sample's place in its item's order of reading."""
@@ -208,7 +209,7 @@ class Packer:
             return
         signature = tuple((name, str(t.dtype), t.shape) for name, t in sample.tensors.items())
         if signature not in self.stacks:
-            self.stacks[signature] = _Stack(sample.tensors)
+            self.stacks[signature] = _Stack(sample.tensors, self.block_bytes)
         self.num_bytes += self.stacks[signature].add(sample.tensors, len(self.rows))
         self.rows.append((index, number, sample.key, sample.caption, ""))
 
@@ -225,10 +226,10 @@ class Packer:
 class _Stack:
     """Samples whose tensors have equal shapes."""
 
-    def __init__(self, like: dict[str, np.ndarray]):
+    def __init__(self, like: dict[str, np.ndarray], block_bytes: int):
         self.sample_bytes = sum(tensor.nbytes for tensor in like.values())
         # Room for a whole block, from Arrow's pool: what was freed comes back, without new pages to be zeroed.
-        room = min(_MAX_BLOCK_SAMPLES, -(-BLOCK_BYTES // max(1, self.sample_bytes)))
+        room = min(_MAX_BLOCK_SAMPLES, -(-block_bytes // max(1, self.sample_bytes)))
         self.buffers = {name: pa.allocate_buffer(room * tensor.nbytes) for name, tensor in like.items()}
         self.arrays = {
             name: np.frombuffer(buffer, dtype=like[name].dtype).reshape(room, *like[name].shape)
@@ -286,18 +287,18 @@ def unpack(table: pa.Table) -> Block:
 class ShardSource(Datasource):
     """One Ray Data read task a group, in their order."""
 
-    def __init__(self, groups: Sequence[Sequence[Item]], config: DataConfig, seed: int):
+    def __init__(self, groups: Sequence[Sequence[Item]], config: DataConfig, seed: int, block_bytes: int = BLOCK_BYTES):
         super().__init__()
-        self._groups, self._config, self._seed = groups, config, seed
+        self._groups, self._config, self._seed, self._block_bytes = groups, config, seed, block_bytes
 
     def estimate_inmemory_data_size(self) -> None:
         return None
 
     def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        config, seed = self._config, self._seed
+        config, seed, block_bytes = self._config, self._seed, self._block_bytes
 
         def task(group: Sequence[Item]) -> Callable[[], Iterator[pa.Table]]:
-            return lambda: read_group(group, config, seed)
+            return lambda: read_group(group, config, seed, block_bytes)
 
         return [ReadTask(task(group), unknown) for group in self._groups]

@@ -5,14 +5,11 @@ task was, so at one seed and world_size the stream is the same sample for sample
 Only `_blocks`, `_context` and `check_cpus` know Ray.
 """
 
-import logging
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from statistics import fmean
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +21,7 @@ from ray.exceptions import RayTaskError
 from ray_platform.contracts import Batch, ConfigError, DataError, Mark
 from ray_platform.data.catalog import Catalog
 from ray_platform.data.config import DataConfig
+from ray_platform.data.execution import data_context
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Item, check_world_size, groups
 from ray_platform.data.source import Block, ShardSource, unpack
@@ -54,7 +52,7 @@ def stream(catalog: Catalog, config: DataConfig, reader: Reader, *, batch_size: 
     check_world_size(catalog, reader.world_size)
     check_cpus(config, reader.world_size)
     planned = groups(catalog, reader.seed, reader.rank, reader.world_size, reader.base, reader.consumed, config.interleave)
-    batcher = Batcher(batch_size, Tally(reader.rank, config.max_skipped_share))
+    batcher = Batcher(batch_size, Tally(f"rank {reader.rank}", config.max_skipped_share))
 
     def run() -> Iterator[Batch]:
         # No group is without a row, so more groups than samples are never needed; a short run need not set up many.
@@ -75,7 +73,6 @@ class Batcher:
         self.batch_size, self.tally = batch_size, tally
         self.waiting: dict[str, list[tuple[Block, int]]] = {}
         self.passed: list[tuple[Block, int]] = []  # skipped since the last batch
-        self.unit_samples: dict[tuple[int, ...], int] = {}  # of units that could be read
 
     def batches(self, blocks: Iterable[Block]) -> Iterator[Batch]:
         for block in blocks:
@@ -83,26 +80,17 @@ class Batcher:
             shapes = [str(stack["tensors"]) for stack in header["stacks"]]
             for row, (key, cause, index) in enumerate(zip(header["key"], header["cause"], header["item"], strict=True)):
                 item = header["items"][index]
-                self.tally.count(key, cause, self._lost(cause, item))
                 if cause:
+                    self.tally.count_reject(key, cause, item)
                     self.passed.append((block, row))
                     continue
+                self.tally.count_good(item)
                 waiting = self.waiting.setdefault(shapes[block.place[row][0]], [])
                 waiting.append((block, row))
                 if len(waiting) == self.batch_size:
                     yield self._batch(waiting)
                     waiting.clear()
                     self.passed = []
-
-    def _lost(self, cause: str, item: list[int]) -> int:
-        """How many samples a row stands for: a reject of a whole shard, or of its end, for all that it took along."""
-        *unit, total, known, nominal = item
-        if not cause.startswith("shard_"):
-            self.unit_samples[tuple(unit)] = total
-            return max(1, known - (total - 1)) if cause == "tar_truncated" else 1
-        if known > 0:
-            return known
-        return round(fmean(self.unit_samples.values())) if self.unit_samples else nominal
 
     def _batch(self, rows: list[tuple[Block, int]]) -> Batch:
         places = [(block, *block.place[row]) for block, row in rows]
@@ -171,30 +159,13 @@ class _Paced(ExecutionCallback):
 
 
 def _context(config: DataConfig, world_size: int) -> ray.data.DataContext:
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    context = data_context()
     context.execution_options.preserve_order = config.deterministic
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Paced]
-    context.target_max_block_size = 1  # blocks go on as they are: each is one row, which cannot be cut
     # Each rank's dataset believes itself alone: by default each would fill half of the object store.
     share = ray.cluster_resources().get("object_store_memory", 0) / 2 / world_size
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=share)
-    # Lines about every dataset's start and end, and a warning that bars are off, are no news; other warnings still show.
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     return context
-
-
-def spilled_bytes() -> float:
-    """What this cluster's object store wrote to disk since it started, because memory was short; 0 is as it should be."""
-    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
-
-    try:
-        reply: Any = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address))
-        return float(reply.store_stats.spilled_bytes_total)
-    except Exception:  # Ray's own internals, and a number that nothing depends on
-        return float("nan")
 
 
 def check_cpus(config: DataConfig, world_size: int) -> None:

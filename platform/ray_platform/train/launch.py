@@ -85,6 +85,7 @@ class Run:
             )
         if catalog.manifest is not None:
             precomputed.check_encoders(catalog.manifest, self.describe_encoders())
+            precomputed.check_settings(catalog.manifest, self.data)
         return catalog
 
     def dry_run(self) -> dict[str, Any]:

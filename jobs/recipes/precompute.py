@@ -1,0 +1,60 @@
+"""The command line of jobs/precompute.py: model and data as a recipe of jobs/pretrain.py has them."""
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from diffdis.config import DiffDisConfig
+from diffdis.encoder import FrozenEncoder, describe_encoders
+from ray_platform.contracts import ConfigError
+from ray_platform.data.config import DataConfig
+from ray_platform.data.precompute import Encoders
+from recipes.arguments import Parser, resolve
+from recipes.command_line import RECIPES, recipe_name
+from recipes.config import check_model
+
+
+@dataclass(frozen=True)
+class PrecomputeConfig:
+    """What is encoded, by what, and where it goes."""
+
+    output_dir: str = ""  # absolute folder or s3:// URL of the precomputed shards
+    num_encoders: int = 1  # actors, side by side
+    gpus_per_encoder: float = 0.0  # 0.5: two share a GPU; 0: on CPUs
+    cpus_per_encoder: float = 1.0
+    batch_size: int = 64  # images that an encoder takes at a time
+    model: DiffDisConfig = field(default_factory=DiffDisConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        if "://" not in self.output_dir and not os.path.isabs(self.output_dir):
+            raise ConfigError(f"output_dir: {self.output_dir or 'empty'}; give an absolute folder or an s3:// URL")
+        if self.num_encoders < 1 or self.batch_size < 1:
+            raise ConfigError("num_encoders and batch_size: at least 1")
+        if self.gpus_per_encoder < 0 or self.cpus_per_encoder <= 0:
+            raise ConfigError("gpus_per_encoder cannot be negative, and cpus_per_encoder must be above 0")
+
+    def encoders(self) -> Encoders:
+        check_model(self.model, self.data)
+        return Encoders(
+            functools.partial(FrozenEncoder, self.model),
+            describe_encoders(self.model),
+            self.num_encoders,
+            self.gpus_per_encoder,
+            self.cpus_per_encoder,
+            self.batch_size,
+        )
+
+
+def parse(arguments: Sequence[str]) -> PrecomputeConfig:
+    """Raises ConfigError, in one line, for a recipe, field or value that does not exist."""
+    name = recipe_name(arguments)
+    recipe = RECIPES[name]()
+    parser = Parser(prog="jobs/precompute.py", description="Encode images and captions once, for many epochs and runs.")
+    parser.add_argument("--recipe", default=name, help=f"whose model and data to take; one of {', '.join(RECIPES)}")
+    # No instance as the default: without an output_dir there is none that is valid.
+    parser.add_class_arguments(PrecomputeConfig)
+    parser.set_defaults(model=recipe.model, data=recipe.data)
+    values, _ = resolve(parser, arguments)
+    return PrecomputeConfig(**{name: getattr(values, name) for name in PrecomputeConfig.__dataclass_fields__})
