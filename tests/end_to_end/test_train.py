@@ -10,7 +10,8 @@ from diffdis.task import Draws
 from ray_platform.contracts import ConfigError
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.ledger import Ledger
-from ray_platform.data.stream import Reader, stream
+from ray_platform.data.plan import Reader
+from ray_platform.data.stream import stream
 from ray_platform.train.engine import rate_factor
 from ray_platform.train.launch import TrainingError
 from tests.end_to_end.conftest import write_shards

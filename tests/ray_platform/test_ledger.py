@@ -14,8 +14,8 @@ from ray_platform.data.catalog import Catalog, Shard, Unit
 from ray_platform.data.causes import Reject
 from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import Ledger
-from ray_platform.data.plan import groups
-from ray_platform.data.stream import Batcher
+from ray_platform.data.plan import Reader, groups
+from ray_platform.data.stream import Batcher, merged
 from ray_platform.data.tally import Tally
 
 
@@ -94,9 +94,9 @@ def catalog_of(pools: list[list[int]]) -> Catalog:
 class Run:
     """What a training run does with the data plane: streams of all ranks in step, and checkpoints of the ledgers."""
 
-    def __init__(self, catalog: Catalog, interleave: int, batch_size: int):
+    def __init__(self, catalog: Catalog, interleave: int, batch_size: int, reads_per_rank: int = 2):
         self.catalog, self.batch_size = catalog, batch_size
-        self.config = DataConfig(image_size=1, interleave=interleave, max_skipped_share=0.9)
+        self.config = DataConfig(image_size=1, interleave=interleave, reads_per_rank=reads_per_rank, max_skipped_share=0.9)
         self.base = Ledger(catalog.num_units)
         self.consumed = self.base.copy()
         self.world_size = 0
@@ -116,9 +116,16 @@ class Run:
         self.seen.update(key for batch in batches for key in batch.keys)
 
     def batches(self, rank: int):
-        planned = groups(self.catalog, 3, rank, self.world_size, self.base, self.consumed.copy(), self.config.interleave)
-        tables = (table for group in planned for table in source.read_group(group, self.config, 3))
-        return Batcher(self.batch_size, Tally(f"rank {rank}", 0.9)).batches(map(source.unpack, tables))
+        reader = Reader(3, rank, self.world_size, self.base, self.consumed.copy())
+
+        def lane(number: int):
+            planned = groups(self.catalog, reader, self.config.interleave, self.config.reads_per_rank)
+            for group in planned:
+                if group.lane == number:
+                    yield from map(source.unpack, source.read_group(group, self.config, 3))
+
+        rows = merged([lane(number) for number in range(self.config.reads_per_rank)])
+        return Batcher(self.batch_size, Tally(f"rank {rank}", 0.9)).batches(rows)
 
     def good_keys(self, pool: int, epoch: int) -> set[str]:
         return {
@@ -134,10 +141,10 @@ pools = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=7), min_size=1
 
 
 @settings(max_examples=60, deadline=None)
-@given(pools=pools, legs=legs, interleave=st.integers(1, 3), batch_size=st.integers(1, 4))
-def test_every_epoch_gives_every_sample_exactly_once_whatever_crashes(pools, legs, interleave, batch_size):
+@given(pools=pools, legs=legs, interleave=st.integers(1, 3), reads=st.integers(1, 3), batch_size=st.integers(1, 4))
+def test_every_epoch_gives_every_sample_exactly_once_whatever_crashes(pools, legs, interleave, reads, batch_size):
     catalog = catalog_of(pools)
-    run = Run(catalog, interleave, batch_size)
+    run = Run(catalog, interleave, batch_size, reads)
     with mock.patch.object(source, "open_unit", lambda item, config, seed: FakeUnit(item, item.unit.shard.size)):
         for world_size, steps, lost in [*legs, (2, 25, 0)]:
             run.go_on(min(world_size, sum(catalog.num_units)), steps, lost)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ray_platform.contracts import ConfigError, Mark
 from ray_platform.data.catalog import Catalog, Shard, Unit
 from ray_platform.data.ledger import Ledger
-from ray_platform.data.plan import check_world_size, groups, shuffled
+from ray_platform.data.plan import Reader, check_world_size, groups, shuffled
 
 
 def catalog_of(num_shards: int) -> Catalog:
@@ -18,17 +18,18 @@ def catalog_of(num_shards: int) -> Catalog:
 
 def items_of(catalog, rank=0, world_size=1, *, count, seed=0, size=1, base=None, consumed=None):
     base = base or Ledger(catalog.num_units)
-    planned = groups(catalog, seed, rank, world_size, base, consumed or base, size)
-    return list(islice((item for group in planned for item in group), count))
+    planned = groups(catalog, Reader(seed, rank, world_size, base, consumed or base), size, 1)
+    return list(islice((item for group in planned for item in group.items), count))
 
 
-@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**40))
-def test_every_epoch_reads_every_shard_exactly_once(num_shards, world_size, epochs, size, seed):
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**40))
+def test_every_epoch_reads_every_shard_exactly_once(num_shards, world_size, epochs, size, lanes, seed):
     catalog = catalog_of(num_shards)
-    planned = [groups(catalog, seed, r, world_size, *[Ledger([num_shards])] * 2, size) for r in range(world_size)]
+    nothing = Ledger([num_shards])
+    planned = [groups(catalog, Reader(seed, r, world_size, nothing, nothing), size, lanes) for r in range(world_size)]
     read: Counter[tuple[int, int]] = Counter()
     for _ in range(epochs * num_shards):  # far more turns than are needed
-        read.update((item.epoch, item.number) for rank in planned for item in next(rank))
+        read.update((item.epoch, item.number) for rank in planned for item in next(rank).items)
     assert set(read.values()) == {1}
     assert {(epoch, number) for epoch in range(epochs) for number in range(num_shards)} <= read.keys()
 
@@ -44,15 +45,28 @@ def test_epochs_and_seeds_differ():
 def test_what_was_consumed_is_left_out_and_groups_stay_as_they_were():
     catalog = catalog_of(12)
     base = Ledger([12])
-    whole = list(islice(groups(catalog, 0, 1, 2, base, base, 3), 4))
+    whole = list(islice(groups(catalog, Reader(0, 1, 2, base, base), 3, 1), 4))
     consumed = base.copy()
-    first, second = whole[0][1].number, whole[1][2].number
+    first, second = whole[0].items[1].number, whole[1].items[2].number
     consumed.add([Mark(0, 0, first, 0, 10, 10), Mark(0, 0, second, 2, 4, 10)])
-    rest = list(islice(groups(catalog, 0, 1, 2, base, consumed, 3), 4))
-    assert [[item.number for item in group] for group in rest] == [
-        [item.number for item in group if item.number != first or item.epoch] for group in whole
+    rest = list(islice(groups(catalog, Reader(0, 1, 2, base, consumed), 3, 1), 4))
+    assert [[item.number for item in group.items] for group in rest] == [
+        [item.number for item in group.items if item.number != first or item.epoch] for group in whole
     ]
-    assert rest[1][2].consumed == [(2, 4)]
+    assert rest[1].items[2].consumed == [(2, 4)]
+
+
+def test_lanes_share_out_each_window_and_no_window_crosses_an_epoch():
+    catalog, nothing = catalog_of(7), Ledger([7])
+    whole = list(islice(groups(catalog, Reader(0, 0, 1, nothing, nothing), 2, 2), 12))
+    numbers = [[len(g.items) for g in whole if g.window == window] for window in range(4)]
+    assert numbers == [[2, 2], [1, 2], [2, 2], [1, 2]]
+    for window in range(4):
+        assert {item.epoch for g in whole if g.window == window for item in g.items} == {window // 2}
+    consumed = nothing.copy()
+    consumed.add(Mark(0, 0, item.number, 0, 10, 10) for item in whole[0].items)
+    rest = list(islice(groups(catalog, Reader(0, 0, 1, nothing, consumed), 2, 2), 11))
+    assert rest == whole[1:]
 
 
 def test_another_world_size_shares_out_what_is_left():

@@ -14,8 +14,9 @@ from ray_platform.data import precomputed
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig, FilterConfig
 from ray_platform.data.ledger import Ledger
+from ray_platform.data.plan import Reader
 from ray_platform.data.precompute import Encoders, check, precompute
-from ray_platform.data.stream import Reader, stream
+from ray_platform.data.stream import stream
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -178,7 +179,7 @@ def test_settings_of_the_run_and_of_the_shards():
     manifest = json.loads(json.dumps(manifest | {"settings": manifest["settings"] | {"decoder": "fast", "filters": {}}}))
     precomputed.check_settings(manifest, DataConfig())  # what is not given is what it was made with
     precomputed.check_settings(manifest, DataConfig(decoder="fast"))
-    with pytest.raises(DataError, match='data.crop: "random", but the precomputed shards were made with "centre"'):
+    with pytest.raises(DataError, match=r'data\.crop: "random", but the precomputed shards were made with "centre"'):
         precomputed.check_settings(manifest, DataConfig(crop="random"))
     with pytest.raises(DataError, match=r"data.filters: .*leave it out"):
         precomputed.check_settings(manifest, DataConfig(filters=FilterConfig(min_size=9)))
@@ -193,10 +194,10 @@ def test_precomputing_in_s3(s3_url, ray_cluster, shard_folder):
     out = f"{s3_url}/encoded"
     unit = catalog.pools[0][0]
     actor = module.EncodeBlock(encoders(), out, {0: module.stem(unit)}, retry_seconds=1.0)
-    from ray_platform.data.plan import Item
+    from ray_platform.data.plan import Group, Item
     from ray_platform.data.source import read_group
 
-    (block,) = read_group((Item(0, 0, 0, unit, []),), config, 0)
+    (block,) = read_group(Group(0, 0, (Item(0, 0, 0, unit, []),)), config, 0)
     record = json.loads(actor(block)["record"][0].as_py())
     assert record["samples"] == 20
     keys, _, tensors = precomputed.from_arrow(storage.read_bytes(storage.join(out, record["shard"])))

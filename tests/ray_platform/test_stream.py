@@ -12,9 +12,9 @@ from ray_platform.contracts import Batch, ConfigError, DataError
 from ray_platform.data.catalog import Catalog, build_catalog
 from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import Ledger
-from ray_platform.data.plan import groups
+from ray_platform.data.plan import Reader, groups
 from ray_platform.data.source import read_group, unpack
-from ray_platform.data.stream import Batcher, Reader, stream
+from ray_platform.data.stream import Batcher, merged, stream
 from ray_platform.data.tally import Tally
 
 NUM_SAMPLES = 60  # in shard_folder
@@ -31,10 +31,14 @@ def reader_of(catalog: Catalog, rank=0, world_size=1, *, seed=0, base=None, cons
 
 def without_ray(catalog, config, reader, *, batch_size, num_batches) -> list[Batch]:
     """The same stream, from its plain parts."""
-    planned = groups(catalog, reader.seed, reader.rank, reader.world_size, reader.base, reader.consumed, config.interleave)
-    blocks = (unpack(table) for group in planned for table in read_group(group, config, reader.seed))
+
+    def lane(number: int):
+        for group in groups(catalog, reader, config.interleave, config.reads_per_rank):
+            if group.lane == number:
+                yield from map(unpack, read_group(group, config, reader.seed))
+
     batcher = Batcher(batch_size, Tally(f"rank {reader.rank}", config.max_skipped_share))
-    return list(islice(batcher.batches(blocks), num_batches))
+    return list(islice(batcher.batches(merged([lane(number) for number in range(config.reads_per_rank)])), num_batches))
 
 
 def with_ray(catalog, config, reader, *, batch_size, num_batches) -> list[Batch]:
@@ -209,7 +213,7 @@ def test_data_without_a_good_sample_ends_the_run(write):
 
 def test_a_lost_shard_counts_for_its_samples_and_is_consumed(write, build_samples):
     catalog, config = write({f"{n}.tar": build_samples(100 * n, 20) for n in range(6)}, max_skipped_share=0.3)
-    last_read = next(groups(catalog, 0, 0, 1, *[Ledger([6])] * 2, 6))[-1].unit.shard
+    last_read = next(groups(catalog, Reader(0, 0, 1, *[Ledger([6])] * 2), 6, 1)).items[-1].unit.shard
     Path(last_read.url).unlink()
     batches = without_ray(catalog, config, reader_of(catalog), batch_size=51, num_batches=2)
     assert batches[-1].skipped == {"shard_missing": 20}

@@ -26,6 +26,26 @@ class Item:
     consumed: Ranges  # what need not be read of it
 
 
+@dataclass(frozen=True)
+class Reader:
+    """Which part of the data one rank reads, from where on."""
+
+    seed: int
+    rank: int
+    world_size: int
+    base: Ledger  # the plan begins with what this leaves
+    consumed: Ledger  # of the plan, what need not be read any more; at first the same as `base`
+
+
+@dataclass(frozen=True)
+class Group:
+    """Items that one task reads. The groups of a window, one a lane, are read side by side and merged into one order."""
+
+    window: int
+    lane: int
+    items: tuple[Item, ...]
+
+
 def check_world_size(catalog: Catalog, world_size: int) -> None:
     """Raises ConfigError when a rank would have nothing to read."""
     if world_size > sum(catalog.num_units):
@@ -35,32 +55,33 @@ def check_world_size(catalog: Catalog, world_size: int) -> None:
         )
 
 
-def groups(
-    catalog: Catalog, seed: int, rank: int, world_size: int, base: Ledger, consumed: Ledger, size: int
-) -> Iterator[tuple[Item, ...]]:
-    """`rank`'s items without end, up to `size` at a time, without what was `consumed`.
+def groups(catalog: Catalog, reader: Reader, size: int, lanes: int) -> Iterator[Group]:
+    """The rank's items without end, up to `size` a group, without what was consumed; window after window.
 
-    A group does not depend on what was consumed since `base`, only which of its items are left.
+    A window does not depend on what was consumed since `base`, only which of its items are left.
     """
-    own = islice(_sequence(catalog, seed, base), rank, None, world_size)
-    for group in _groups(own, size):
-        left = [
-            Item(pool, epoch, number, catalog.pools[pool][number], consumed.ranges(pool, epoch, number))
-            for pool, epoch, number in group
-            if not consumed.is_complete(pool, epoch, number)
-        ]
-        if left:
-            yield tuple(left)
+    own = islice(_sequence(catalog, reader.seed, reader.base), reader.rank, None, reader.world_size)
+    for window, items in enumerate(_windows(own, size * lanes)):
+        for lane in range(lanes):
+            # Where there are fewer items than lanes, another lane gets the first in each window.
+            dealt = items[(lane - window) % lanes :: lanes]
+            left = tuple(
+                Item(pool, epoch, number, catalog.pools[pool][number], reader.consumed.ranges(pool, epoch, number))
+                for pool, epoch, number in dealt
+                if not reader.consumed.is_complete(pool, epoch, number)
+            )
+            if left:
+                yield Group(window, lane, left)
 
 
-def _groups(items: Iterator[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:
+def _windows(items: Iterator[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:
     """At most `size` items each, of one epoch of their pool: its samples are not mixed with the next epoch's."""
-    group: list[tuple[int, int, int]] = []
+    window: list[tuple[int, int, int]] = []
     for pool, epoch, number in items:
-        if len(group) == size or any(pool == other and epoch != other_epoch for other, other_epoch, _ in group):
-            yield group
-            group = []
-        group.append((pool, epoch, number))
+        if len(window) == size or any(pool == other and epoch != other_epoch for other, other_epoch, _ in window):
+            yield window
+            window = []
+        window.append((pool, epoch, number))
 
 
 def _sequence(catalog: Catalog, seed: int, base: Ledger) -> Iterator[tuple[int, int, int]]:

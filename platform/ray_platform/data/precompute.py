@@ -26,7 +26,7 @@ from ray_platform.data import precomputed
 from ray_platform.data.catalog import MANIFEST, Catalog, Unit
 from ray_platform.data.config import DataConfig
 from ray_platform.data.execution import data_context
-from ray_platform.data.plan import Item
+from ray_platform.data.plan import Group, Item
 from ray_platform.data.source import ShardSource, unpack, with_retries
 from ray_platform.data.tally import Tally
 
@@ -111,8 +111,8 @@ def check_cluster(encoders: Encoders) -> None:
         if amount > there.get(kind, 0):
             raise ConfigError(
                 f"num_encoders: {encoders.count} with {encoders.cpus:g} CPUs and {encoders.gpus:g} GPUs each, and a CPU to "
-                f"decode, need {amount:g} {kind}s, but the cluster has {there.get(kind, 0):g}; lower num_encoders, cpus_per_encoder "
-                "or gpus_per_encoder"
+                f"decode, need {amount:g} {kind}s, but the cluster has {there.get(kind, 0):g}; "
+                "lower num_encoders, cpus_per_encoder or gpus_per_encoder"
             )
 
 
@@ -150,7 +150,7 @@ def _records(units: dict[int, Unit], config: DataConfig, encoders: Encoders, out
     """What the encoders report of each block, in any order."""
     if not units:
         return
-    groups = [(Item(0, 0, number, unit, []),) for number, unit in units.items()]
+    groups = [Group(0, 0, (Item(0, 0, number, unit, []),)) for number, unit in units.items()]
     with ray.data.DataContext.current(data_context()):
         blocks = ray.data.read_datasource(
             ShardSource(groups, config, seed=0, block_bytes=BLOCK_BYTES), override_num_blocks=len(groups), num_cpus=1

@@ -24,7 +24,7 @@ from ray_platform.data import captions, decode
 from ray_platform.data.catalog import Unit as CatalogUnit
 from ray_platform.data.causes import Bad, Reject, Unusable
 from ray_platform.data.config import DataConfig
-from ray_platform.data.plan import Item
+from ray_platform.data.plan import Group, Item
 from ray_platform.data.precomputed import EncodedUnit
 from ray_platform.data.tar import Record, read_part, read_tar
 
@@ -146,16 +146,17 @@ def _check_length(shard: Any, length: int, expected: int) -> None:
         )
 
 
-def reading_order(group: Sequence[Item], units: Sequence[Unit], seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
+def reading_order(group: Group, units: Sequence[Unit], seed: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """In which order a group's samples are read.
 
     Every sample draws a number from (seed, epoch, unit); each unit is read in the order of its numbers, and the units of a
-    group are merged by them. So what is left of a group keeps its order when some of it is left out.
+    group, as the groups of a window, are merged by them. So what is left keeps its order when some of it is left out.
 
-    Returns [N, 2] (unit in the group, order in the unit), without what was consumed, and for each unit order -> place.
+    Returns the numbers [N], ascending; [N, 2] (unit in the group, order in the unit), both without what was consumed; and
+    for each unit order -> place.
     """
     drawn, rows, places = [], [], []
-    for index, (item, unit) in enumerate(zip(group, units, strict=True)):
+    for index, (item, unit) in enumerate(zip(group.items, units, strict=True)):
         digest = hashlib.sha256(f"{seed}/{item.epoch}/{item.unit.shard.name}/{item.unit.start}".encode()).digest()
         numbers = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).random(len(unit))
         order = np.argsort(numbers, kind="stable")
@@ -166,18 +167,19 @@ def reading_order(group: Sequence[Item], units: Sequence[Unit], seed: int) -> tu
         drawn.append(numbers[order][kept])
         rows.append(np.stack([np.full(len(kept), index), kept], axis=1))
         places.append(order)
-    return np.concatenate(rows)[np.argsort(np.concatenate(drawn), kind="stable")], places
+    merged = np.argsort(np.concatenate(drawn), kind="stable")
+    return np.concatenate(drawn)[merged], np.concatenate(rows)[merged], places
 
 
-def read_group(group: Sequence[Item], config: DataConfig, seed: int, block_bytes: int = BLOCK_BYTES) -> Iterator[pa.Table]:
+def read_group(group: Group, config: DataConfig, seed: int, block_bytes: int = BLOCK_BYTES) -> Iterator[pa.Table]:
     """A group's samples, decoded, as blocks. Raises DataError."""
     torch.set_num_threads(1)  # as many tasks run at once as there are cores for them
-    units = [open_unit(item, config, seed) for item in group]
-    order, places = reading_order(group, units, seed)
+    units = [open_unit(item, config, seed) for item in group.items]
+    drawn, order, places = reading_order(group, units, seed)
     totals = [len(unit) for unit in units]
     packer = Packer(group, totals, block_bytes)
-    for index, number in order.tolist():
-        packer.add(index, number, units[index].sample(int(places[index][number])))
+    for number, (index, row) in zip(drawn.tolist(), order.tolist(), strict=True):
+        packer.add(index, row, number, units[index].sample(int(places[index][row])))
         if packer.full:
             yield packer.block()
             packer = Packer(group, totals, block_bytes)
@@ -188,13 +190,13 @@ def read_group(group: Sequence[Item], config: DataConfig, seed: int, block_bytes
 class Packer:
     """Builds one block. Samples of equal shapes are written side by side as they come, into one contiguous array."""
 
-    def __init__(self, group: Sequence[Item], totals: Sequence[int], block_bytes: int):
-        self.block_bytes = block_bytes
+    def __init__(self, group: Group, totals: Sequence[int], block_bytes: int):
+        self.window, self.block_bytes = group.window, block_bytes
         self.items = [
             (item.pool, item.epoch, item.number, total, _known_samples(item.unit), item.unit.nominal_samples)
-            for item, total in zip(group, totals, strict=True)
+            for item, total in zip(group.items, totals, strict=True)
         ]
-        self.rows: list[tuple[int, int, str, str, str]] = []  # item, order, key, caption, cause
+        self.rows: list[tuple[int, int, float, str, str, str]] = []  # item, order, drawn, key, caption, cause
         self.stacks: dict[tuple, _Stack] = {}
         self.num_bytes = 0
 
@@ -202,21 +204,23 @@ class Packer:
     def full(self) -> bool:
         return self.num_bytes >= self.block_bytes or len(self.rows) == _MAX_BLOCK_SAMPLES
 
-    def add(self, index: int, number: int, sample: Sample | Reject) -> None:
-        """`number` is the sample's place in its item's order of reading."""
+    def add(self, index: int, order: int, drawn: float, sample: Sample | Reject) -> None:
+        """`order` is the sample's place in its item's order of reading, by the number that it has `drawn`."""
         if isinstance(sample, Reject):
-            self.rows.append((index, number, sample.key, "", sample.cause))
+            self.rows.append((index, order, drawn, sample.key, "", sample.cause))
             return
         signature = tuple((name, str(t.dtype), t.shape) for name, t in sample.tensors.items())
         if signature not in self.stacks:
             self.stacks[signature] = _Stack(sample.tensors, self.block_bytes)
         self.num_bytes += self.stacks[signature].add(sample.tensors, len(self.rows))
-        self.rows.append((index, number, sample.key, sample.caption, ""))
+        self.rows.append((index, order, drawn, sample.key, sample.caption, ""))
 
     def block(self) -> pa.Table:
         """All that was added, as a table of one row."""
-        names = ("item", "order", "key", "caption", "cause")
-        header: dict[str, Any] = {"items": self.items} | dict(zip(names, zip(*self.rows, strict=True), strict=True))
+        names = ("item", "order", "drawn", "key", "caption", "cause")
+        header: dict[str, Any] = {"window": self.window, "items": self.items} | dict(
+            zip(names, zip(*self.rows, strict=True), strict=True)
+        )
         header["stacks"] = [{"tensors": tensors, "rows": stack.rows} for tensors, stack in self.stacks.items()]
         columns = {"header": pa.array([json.dumps(header)], pa.large_string())}
         arrays = [array for stack in self.stacks.values() for array in stack.binary()]
@@ -264,6 +268,7 @@ class Block:
 
     header: dict[str, Any]
     stacks: list[dict[str, np.ndarray]]
+    shapes: list[str]  # of each stack's tensors: equal for those that fit in one batch
     place: dict[int, tuple[int, int]]  # row -> (stack, index in it)
 
 
@@ -281,13 +286,13 @@ def unpack(table: pa.Table) -> Block:
             column += 1
         stacks.append(arrays)
         place |= {row: (number, index) for index, row in enumerate(stack["rows"])}
-    return Block(header, stacks, place)
+    return Block(header, stacks, [str(stack["tensors"]) for stack in header["stacks"]], place)
 
 
 class ShardSource(Datasource):
     """One Ray Data read task a group, in their order."""
 
-    def __init__(self, groups: Sequence[Sequence[Item]], config: DataConfig, seed: int, block_bytes: int = BLOCK_BYTES):
+    def __init__(self, groups: Sequence[Group], config: DataConfig, seed: int, block_bytes: int = BLOCK_BYTES):
         super().__init__()
         self._groups, self._config, self._seed, self._block_bytes = groups, config, seed, block_bytes
 
@@ -298,7 +303,7 @@ class ShardSource(Datasource):
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         config, seed, block_bytes = self._config, self._seed, self._block_bytes
 
-        def task(group: Sequence[Item]) -> Callable[[], Iterator[pa.Table]]:
+        def task(group: Group) -> Callable[[], Iterator[pa.Table]]:
             return lambda: read_group(group, config, seed, block_bytes)
 
         return [ReadTask(task(group), unknown) for group in self._groups]

@@ -1,14 +1,14 @@
 """From a catalog to a rank's endless, resumable stream of batches.
 
-Ray Data runs `source.read_group` for the rank's groups, in the plan's order; blocks arrive in that order however fast each
-task was, so at one seed and world_size the stream is the same sample for sample, and a `Ledger` says where to go on.
-Only `_blocks`, `_context` and `check_cpus` know Ray.
+Ray Data runs `source.read_group` for the rank's groups, several side by side, and `merged` gives their samples one order,
+however fast each read was: at one seed and world_size the stream is the same sample for sample, and a `Ledger` says where
+to go on. Only `_blocks`, `_context` and `check_cpus` know Ray.
 """
 
+import heapq
 import time
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from itertools import islice
 
 import numpy as np
@@ -22,25 +22,13 @@ from ray_platform.contracts import Batch, ConfigError, DataError, Mark
 from ray_platform.data.catalog import Catalog
 from ray_platform.data.config import DataConfig
 from ray_platform.data.execution import data_context
-from ray_platform.data.ledger import Ledger
-from ray_platform.data.plan import Item, check_world_size, groups
+from ray_platform.data.plan import Group, Reader, check_world_size, groups
 from ray_platform.data.source import Block, ShardSource, unpack
 from ray_platform.data.tally import Tally
 
 # Items of one Ray dataset, over however many epochs. The next dataset starts cold, but only once in so many groups.
 DATASET_GROUPS = 256
 PAUSE_SECONDS = 0.05
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Which part of the data one rank reads, from where on."""
-
-    seed: int
-    rank: int
-    world_size: int
-    base: Ledger  # the plan begins with what this leaves
-    consumed: Ledger  # of the plan, what need not be read any more; at first the same as `base`
 
 
 def stream(catalog: Catalog, config: DataConfig, reader: Reader, *, batch_size: int, num_batches: int) -> Iterator[Batch]:
@@ -51,16 +39,29 @@ def stream(catalog: Catalog, config: DataConfig, reader: Reader, *, batch_size: 
     """
     check_world_size(catalog, reader.world_size)
     check_cpus(config, reader.world_size)
-    planned = groups(catalog, reader.seed, reader.rank, reader.world_size, reader.base, reader.consumed, config.interleave)
     batcher = Batcher(batch_size, Tally(f"rank {reader.rank}", config.max_skipped_share))
 
     def run() -> Iterator[Batch]:
         # No group is without a row, so more groups than samples are never needed; a short run need not set up many.
         at_once = min(DATASET_GROUPS, num_batches * batch_size)
-        with closing(_blocks(planned, config, reader, at_once)) as blocks:
-            yield from islice(batcher.batches(map(unpack, blocks)), num_batches)
+        with ExitStack() as stack:
+            lanes = [stack.enter_context(closing(lane)) for lane in _lanes(catalog, config, reader, at_once)]
+            yield from islice(batcher.batches(merged([map(unpack, lane) for lane in lanes])), num_batches)
 
     return run()
+
+
+def merged(lanes: Sequence[Iterable[Block]]) -> Iterator[tuple[Block, int]]:
+    """The rows of all lanes: window after window, by what each sample drew. Needs no more than a block of each lane."""
+
+    def rows(blocks: Iterable[Block]) -> Iterator[tuple[int, float, Block, int]]:
+        for block in blocks:
+            for row, drawn in enumerate(block.header["drawn"]):
+                yield block.header["window"], drawn, block, row
+
+    if len(lanes) == 1:  # already in order, or in whatever order it was asked for
+        return ((block, row) for _, _, block, row in rows(lanes[0]))
+    return ((block, row) for _, _, block, row in heapq.merge(*map(rows, lanes), key=lambda row: row[:2]))
 
 
 class Batcher:
@@ -74,23 +75,21 @@ class Batcher:
         self.waiting: dict[str, list[tuple[Block, int]]] = {}
         self.passed: list[tuple[Block, int]] = []  # skipped since the last batch
 
-    def batches(self, blocks: Iterable[Block]) -> Iterator[Batch]:
-        for block in blocks:
+    def batches(self, rows: Iterable[tuple[Block, int]]) -> Iterator[Batch]:
+        for block, row in rows:
             header = block.header
-            shapes = [str(stack["tensors"]) for stack in header["stacks"]]
-            for row, (key, cause, index) in enumerate(zip(header["key"], header["cause"], header["item"], strict=True)):
-                item = header["items"][index]
-                if cause:
-                    self.tally.count_reject(key, cause, item)
-                    self.passed.append((block, row))
-                    continue
-                self.tally.count_good(item)
-                waiting = self.waiting.setdefault(shapes[block.place[row][0]], [])
-                waiting.append((block, row))
-                if len(waiting) == self.batch_size:
-                    yield self._batch(waiting)
-                    waiting.clear()
-                    self.passed = []
+            key, cause, item = header["key"][row], header["cause"][row], header["items"][header["item"][row]]
+            if cause:
+                self.tally.count_reject(key, cause, item)
+                self.passed.append((block, row))
+                continue
+            self.tally.count_good(item)
+            waiting = self.waiting.setdefault(block.shapes[block.place[row][0]], [])
+            waiting.append((block, row))
+            if len(waiting) == self.batch_size:
+                yield self._batch(waiting)
+                waiting.clear()
+                self.passed = []
 
     def _batch(self, rows: list[tuple[Block, int]]) -> Batch:
         places = [(block, *block.place[row]) for block, row in rows]
@@ -123,10 +122,22 @@ def join(marks: Iterable[Mark]) -> tuple[Mark, ...]:
     return tuple(joined)
 
 
-def _blocks(
-    planned: Iterator[tuple[Item, ...]], config: DataConfig, reader: Reader, at_once: int
-) -> Generator[pa.Table, None, None]:
-    """The blocks of all groups, in order, through one Ray dataset after the other."""
+def _lanes(catalog: Catalog, config: DataConfig, reader: Reader, at_once: int) -> list[Generator[pa.Table, None, None]]:
+    """A stream of blocks for each of the reads that go on side by side; just one where their order does not matter.
+
+    In one ordered dataset, all reads but the first would soon wait, with full buffers, for it to end.
+    """
+    if not config.deterministic:
+        return [_blocks(groups(catalog, reader, config.interleave, 1), config, reader, at_once)]
+
+    def lane(number: int) -> Iterator[Group]:
+        return (g for g in groups(catalog, reader, config.interleave, config.reads_per_rank) if g.lane == number)
+
+    return [_blocks(lane(number), config, reader, at_once) for number in range(config.reads_per_rank)]
+
+
+def _blocks(planned: Iterator[Group], config: DataConfig, reader: Reader, at_once: int) -> Generator[pa.Table, None, None]:
+    """The blocks of the groups through one Ray dataset after the other, in order where that matters."""
     context = _context(config, reader.world_size)
     while True:
         batch = list(islice(planned, at_once))
@@ -136,7 +147,7 @@ def _blocks(
                 ShardSource(batch, config, reader.seed),
                 override_num_blocks=len(batch),
                 num_cpus=config.cpus_per_read,
-                compute=ray.data.TaskPoolStrategy(size=config.reads_per_rank),
+                compute=ray.data.TaskPoolStrategy(size=1 if config.deterministic else config.reads_per_rank),
             )
         try:
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -162,8 +173,9 @@ def _context(config: DataConfig, world_size: int) -> ray.data.DataContext:
     context = data_context()
     context.execution_options.preserve_order = config.deterministic
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Paced]
-    # Each rank's dataset believes itself alone: by default each would fill half of the object store.
-    share = ray.cluster_resources().get("object_store_memory", 0) / 2 / world_size
+    # Each dataset believes itself alone: by default each would fill half of the object store.
+    datasets = world_size * (config.reads_per_rank if config.deterministic else 1)
+    share = ray.cluster_resources().get("object_store_memory", 0) / 2 / datasets
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=share)
     return context
 

@@ -19,7 +19,8 @@ from ray_platform.data.catalog import Catalog
 from ray_platform.data.config import DataConfig
 from ray_platform.data.execution import spilled_bytes
 from ray_platform.data.ledger import Ledger
-from ray_platform.data.stream import Reader, join, stream
+from ray_platform.data.plan import Reader
+from ray_platform.data.stream import join, stream
 from ray_platform.tracking import TrackerHandle
 from ray_platform.train import checkpoint
 from ray_platform.train.config import TrainConfig
