@@ -171,7 +171,8 @@ def test_precomputed_shards_have_counts_and_captions(tmp_path):
     tensors = {"latent": np.zeros((3, 4, 2, 2), np.float16)}
     (tmp_path / "0.arrow").write_bytes(to_arrow(["k0", "k1", "k2"], ["a", "b c", "<i>d</i>"], tensors))
     (tmp_path / "1.arrow").write_bytes(b"no arrow")
-    (tmp_path / "manifest.json").write_text(json.dumps({"encoders": {}, "complete": True}))
+    manifest = {"encoders": {}, "settings": {}, "complete": True, "shards": {"0.arrow": 3, "1.arrow": 2}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     catalog = build_catalog(DataConfig(sources=(str(tmp_path),)))
     found = merged(inspect_unit(unit, CONFIG) for unit in catalog.pools[0])
     assert (found.used, found.lost_units, found.shapes) == (3, {"shard_unreadable": 1}, {})

@@ -43,6 +43,11 @@ class Unit(NamedTuple):
         return self.stop - self.start == self.shard.size
 
     @property
+    def known_samples(self) -> int:
+        """-1 where it is not known."""
+        return self.shard.num_samples if self.whole else -1
+
+    @property
     def nominal_samples(self) -> int:
         """What to go by where nothing is known: 40 kB a sample."""
         return max(1, round((self.stop - self.start) / NOMINAL_BYTES))

@@ -82,7 +82,7 @@ def inspect_unit(unit: Unit, config: DataConfig) -> Statistics:
     except DataError:
         return _lost(unit, SHARD_CHANGED)
     found = Statistics(units=1, num_bytes=unit.stop - unit.start, read_seconds=time.perf_counter() - begun)
-    known = _known_samples(unit)
+    known = max(0, unit.known_samples)
     for place in range(len(opened)):
         begun = time.thread_time()  # not the clock's: others may be using this CPU too
         sample = opened.sample(place)
@@ -102,13 +102,9 @@ def inspect_unit(unit: Unit, config: DataConfig) -> Statistics:
     return found
 
 
-def _known_samples(unit: Unit) -> int:
-    return max(0, unit.shard.num_samples) if unit.whole else 0
-
-
 def _lost(unit: Unit, cause: str) -> Statistics:
     found = Statistics(units=1, unusable_units=1, num_bytes=unit.stop - unit.start)
-    found.count_reject(f"{unit.shard.name}/", cause, _known_samples(unit))
+    found.count_reject(f"{unit.shard.name}/", cause, max(0, unit.known_samples))
     return found
 
 

@@ -150,10 +150,10 @@ def _records(units: dict[int, Unit], config: DataConfig, encoders: Encoders, out
     """What the encoders report of each block, in any order."""
     if not units:
         return
-    groups = [Group(0, 0, (Item(0, 0, number, unit, []),)) for number, unit in units.items()]
+    tasks = [[Group(0, 0, (Item(0, 0, number, unit, []),))] for number, unit in units.items()]
     with ray.data.DataContext.current(data_context()):
         blocks = ray.data.read_datasource(
-            ShardSource(groups, config, seed=0, block_bytes=BLOCK_BYTES), override_num_blocks=len(groups), num_cpus=1
+            ShardSource(tasks, config, seed=0, block_bytes=BLOCK_BYTES), override_num_blocks=len(tasks), num_cpus=1
         )
         records = blocks.map_batches(
             EncodeBlock,

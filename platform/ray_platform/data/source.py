@@ -21,7 +21,6 @@ from ray.data.block import BlockMetadata
 from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data import captions, decode
-from ray_platform.data.catalog import Unit as CatalogUnit
 from ray_platform.data.causes import Bad, Reject, Unusable
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Group, Item
@@ -193,7 +192,7 @@ class Packer:
     def __init__(self, group: Group, totals: Sequence[int], block_bytes: int):
         self.window, self.block_bytes = group.window, block_bytes
         self.items = [
-            (item.pool, item.epoch, item.number, total, _known_samples(item.unit), item.unit.nominal_samples)
+            (item.pool, item.epoch, item.number, total, item.unit.known_samples, item.unit.nominal_samples)
             for item, total in zip(group.items, totals, strict=True)
         ]
         self.rows: list[tuple[int, int, float, str, str, str]] = []  # item, order, drawn, key, caption, cause
@@ -209,7 +208,7 @@ class Packer:
         if isinstance(sample, Reject):
             self.rows.append((index, order, drawn, sample.key, "", sample.cause))
             return
-        signature = tuple((name, str(t.dtype), t.shape) for name, t in sample.tensors.items())
+        signature = tuple((name, t.dtype.str, t.shape) for name, t in sample.tensors.items())
         if signature not in self.stacks:
             self.stacks[signature] = _Stack(sample.tensors, self.block_bytes)
         self.num_bytes += self.stacks[signature].add(sample.tensors, len(self.rows))
@@ -258,10 +257,6 @@ class _Stack:
         ]
 
 
-def _known_samples(unit: CatalogUnit) -> int:
-    return unit.shard.num_samples if unit.whole else -1
-
-
 @dataclass(frozen=True)
 class Block:
     """What a `Packer` packed."""
@@ -281,8 +276,11 @@ def unpack(table: pa.Table) -> Block:
     for number, stack in enumerate(header["stacks"]):
         arrays = {}
         for name, dtype, shape in stack["tensors"]:
+            # By its buffers: a scalar's `as_buffer` copies.
             value = table[f"tensor_{column}"].chunk(0)
-            arrays[name] = np.frombuffer(value[0].as_buffer(), dtype=dtype).reshape(len(stack["rows"]), *shape)
+            _, offsets, values = value.buffers()
+            start, stop = np.frombuffer(offsets, dtype=np.int64)[value.offset : value.offset + 2].tolist()
+            arrays[name] = np.frombuffer(values.slice(start, stop - start), dtype=dtype).reshape(len(stack["rows"]), *shape)
             column += 1
         stacks.append(arrays)
         place |= {row: (number, index) for index, row in enumerate(stack["rows"])}
@@ -290,11 +288,11 @@ def unpack(table: pa.Table) -> Block:
 
 
 class ShardSource(Datasource):
-    """One Ray Data read task a group, in their order."""
+    """Ray Data read tasks, each of one or more groups, all in their order."""
 
-    def __init__(self, groups: Sequence[Group], config: DataConfig, seed: int, block_bytes: int = BLOCK_BYTES):
+    def __init__(self, tasks: Sequence[Sequence[Group]], config: DataConfig, seed: int, block_bytes: int = BLOCK_BYTES):
         super().__init__()
-        self._groups, self._config, self._seed, self._block_bytes = groups, config, seed, block_bytes
+        self._tasks, self._config, self._seed, self._block_bytes = tasks, config, seed, block_bytes
 
     def estimate_inmemory_data_size(self) -> None:
         return None
@@ -303,7 +301,7 @@ class ShardSource(Datasource):
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         config, seed, block_bytes = self._config, self._seed, self._block_bytes
 
-        def task(group: Group) -> Callable[[], Iterator[pa.Table]]:
-            return lambda: read_group(group, config, seed, block_bytes)
+        def task(groups: Sequence[Group]) -> Callable[[], Iterator[pa.Table]]:
+            return lambda: (block for group in groups for block in read_group(group, config, seed, block_bytes))
 
-        return [ReadTask(task(group), unknown) for group in self._groups]
+        return [ReadTask(task(groups), unknown) for groups in self._tasks]

@@ -6,6 +6,7 @@ to go on. Only `_blocks`, `_context` and `check_cpus` know Ray.
 """
 
 import heapq
+import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -26,9 +27,10 @@ from ray_platform.data.plan import Group, Reader, check_world_size, groups
 from ray_platform.data.source import Block, ShardSource, unpack
 from ray_platform.data.tally import Tally
 
-# Items of one Ray dataset, over however many epochs. The next dataset starts cold, but only once in so many groups.
-DATASET_GROUPS = 256
-PAUSE_SECONDS = 0.05
+# Of one Ray dataset, over however many epochs. The next dataset starts cold, but only once in so many groups.
+DATASET_GROUPS = 1024
+TASK_SAMPLES = 8192
+PAUSE_SECONDS, WAITING_PAUSE_SECONDS = 0.05, 0.01
 
 
 def stream(catalog: Catalog, config: DataConfig, reader: Reader, *, batch_size: int, num_batches: int) -> Iterator[Batch]:
@@ -140,17 +142,19 @@ def _blocks(planned: Iterator[Group], config: DataConfig, reader: Reader, at_onc
     """The blocks of the groups through one Ray dataset after the other, in order where that matters."""
     context = _context(config, reader.world_size)
     while True:
-        batch = list(islice(planned, at_once))
+        tasks = list(_tasks(islice(planned, at_once), TASK_SAMPLES if config.deterministic else 0))
         # A dataset takes a copy of the context that it is created in: nobody else's datasets are touched.
         with ray.data.DataContext.current(context):
             dataset = ray.data.read_datasource(
-                ShardSource(batch, config, reader.seed),
-                override_num_blocks=len(batch),
+                ShardSource(tasks, config, reader.seed),
+                override_num_blocks=len(tasks),
                 num_cpus=config.cpus_per_read,
-                compute=ray.data.TaskPoolStrategy(size=1 if config.deterministic else config.reads_per_rank),
+                compute=ray.data.TaskPoolStrategy(size=1 if config.deterministic else min(config.reads_per_rank, len(tasks))),
             )
         try:
-            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+            blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+            while (block := _next(blocks)) is not None:
+                yield block
         except RayTaskError as error:
             if isinstance(error.cause, DataError):
                 # Ray appends lines of its own to the message.
@@ -158,20 +162,46 @@ def _blocks(planned: Iterator[Group], config: DataConfig, reader: Reader, at_onc
             raise
 
 
+def _tasks(planned: Iterable[Group], least_samples: int) -> Iterator[list[Group]]:
+    """Small groups together: from the end of one task to the start of the next, a lane stands still for a moment."""
+    task: list[Group] = []
+    samples = 0
+    for group in planned:
+        task.append(group)
+        samples += sum(max(item.unit.known_samples, 0) or item.unit.nominal_samples for item in group.items)
+        if samples >= least_samples:
+            yield task
+            task, samples = [], 0
+    if task:
+        yield task
+
+
+def _next(blocks: Iterator[pa.Table]) -> pa.Table | None:
+    _Paced.wanted.set()
+    try:
+        return next(blocks, None)
+    finally:
+        _Paced.wanted.clear()
+
+
 class _Paced(ExecutionCallback):
     """A pause in each turn of Ray Data's scheduling loop, which runs in a thread of the trainer's process.
 
     While a rank trains, its reads wait with full hands, and the loop turns without pause: it took half of the process's
-    time, and the global interpreter lock with it. See LOG.md.
+    time, and the global interpreter lock with it. See LOG.md. While the rank itself waits, the pause is short.
     """
 
+    wanted = threading.Event()  # this process waits for a block
+
     def on_execution_step(self, executor: object) -> None:
-        time.sleep(PAUSE_SECONDS)
+        time.sleep(WAITING_PAUSE_SECONDS)
+        self.wanted.wait(PAUSE_SECONDS - WAITING_PAUSE_SECONDS)
 
 
 def _context(config: DataConfig, world_size: int) -> ray.data.DataContext:
     context = data_context()
     context.execution_options.preserve_order = config.deterministic
+    context._max_num_blocks_in_streaming_gen_buffer = 4  # a read may be that far ahead of a turn of the scheduling loop
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Paced]
     # Each dataset believes itself alone: by default each would fill half of the object store.
     datasets = world_size * (config.reads_per_rank if config.deterministic else 1)
