@@ -175,7 +175,7 @@ def test_precomputed_shards_have_counts_and_captions(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     catalog = build_catalog(DataConfig(sources=(str(tmp_path),)))
     found = merged(inspect_unit(unit, CONFIG) for unit in catalog.pools[0])
-    assert (found.used, found.lost_units, found.shapes) == (3, {"shard_unreadable": 1}, {})
+    assert (found.used, found.rejected, found.shapes) == (3, {"shard_unreadable": 2}, {})
     assert sum(found.histograms["caption_words"].counts) == 3
     assert not any(found.histograms["width"].counts)
     html = page(summarise(catalog, CONFIG, found, 1), found.thumbnails, CONFIG)
