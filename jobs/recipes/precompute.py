@@ -28,8 +28,6 @@ class PrecomputeConfig:
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
-        if "://" not in self.output_dir and not os.path.isabs(self.output_dir):
-            raise ConfigError(f"output_dir: {self.output_dir or 'empty'}; give an absolute folder or an s3:// URL")
         if self.num_encoders < 1 or self.batch_size < 1:
             raise ConfigError("num_encoders and batch_size: at least 1")
         if self.gpus_per_encoder < 0 or self.cpus_per_encoder <= 0:
@@ -53,8 +51,9 @@ def parse(arguments: Sequence[str]) -> PrecomputeConfig:
     recipe = RECIPES[name]()
     parser = Parser(prog="jobs/precompute.py", description="Encode images and captions once, for many epochs and runs.")
     parser.add_argument("--recipe", default=name, help=f"whose model and data to take; one of {', '.join(RECIPES)}")
-    # No instance as the default: without an output_dir there is none that is valid.
-    parser.add_class_arguments(PrecomputeConfig)
-    parser.set_defaults(model=recipe.model, data=recipe.data)
+    parser.add_class_arguments(PrecomputeConfig, default=PrecomputeConfig(model=recipe.model, data=recipe.data))
     values, _ = resolve(parser, arguments)
-    return PrecomputeConfig(**{name: getattr(values, name) for name in PrecomputeConfig.__dataclass_fields__})
+    config = PrecomputeConfig(**{name: getattr(values, name) for name in PrecomputeConfig.__dataclass_fields__})
+    if "://" not in config.output_dir and not os.path.isabs(config.output_dir):
+        raise ConfigError(f"output_dir: {config.output_dir or 'empty'}; give an absolute folder or an s3:// URL")
+    return config

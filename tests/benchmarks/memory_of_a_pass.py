@@ -43,7 +43,7 @@ def main() -> None:
         for copy in range(copies):
             (Path(scratch) / f"{copy:02d}").symlink_to(folder.resolve())
         ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=2**30, log_to_driver=False)
-        config = DataConfig(sources=(f"{scratch}/*/*.tar",), cpus_per_read=1.0)
+        config = DataConfig(sources=tuple(f"{scratch}/{copy:02d}" for copy in range(copies)), cpus_per_read=1.0)
         catalog = build_catalog(config)
         nothing, peaks, done = Ledger(catalog.num_units), {}, threading.Event()
         watcher = threading.Thread(target=watch, args=(peaks, done))

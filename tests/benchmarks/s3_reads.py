@@ -25,7 +25,9 @@ def by_s3fs(path: str) -> int:
 
 def by_pyarrow(path: str) -> int:
     endpoint = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
-    filesystem = S3FileSystem(ACCESS_KEY, SECRET_KEY, endpoint_override=endpoint, scheme="http", region="us-east-1")
+    filesystem = S3FileSystem(
+        access_key=ACCESS_KEY, secret_key=SECRET_KEY, endpoint_override=endpoint, scheme="http", region="us-east-1"
+    )
     with filesystem.open_input_file(path) as file:
         return file.read_buffer(file.size()).size
 

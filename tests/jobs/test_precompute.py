@@ -1,0 +1,82 @@
+"""The job: what it writes and prints, how it goes on, and how it ends."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from ray_platform.contracts import ConfigError
+from ray_platform.data import precomputed
+from recipes.precompute import parse
+from tests.ray_platform.conftest import samples_of, tar_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.tar").write_bytes(tar_of(samples_of(10 * number, 5)))
+    return folder
+
+
+def run_script(monkeypatch, *arguments: str) -> str | int | None:
+    """What jobs/precompute.py exits with."""
+    monkeypatch.setattr(sys, "argv", ["precompute.py", *arguments])
+    monkeypatch.syspath_prepend(str(ROOT / "jobs"))
+    try:
+        runpy.run_path(str(ROOT / "jobs" / "precompute.py"), run_name="__main__")
+    except SystemExit as ended:
+        return ended.code
+    return None
+
+
+def test_the_demos_encoders(ray_cluster, shards, monkeypatch, capfd):
+    out = shards.parent / "out"
+    command = ("--data.sources", str(shards), "--output_dir", str(out), "--cpus_per_encoder", "0.5")
+    assert run_script(monkeypatch, *command) is None
+    printed = capfd.readouterr().out
+    assert "3 of 3 shards, 15 samples" in printed
+    assert f"done: precomputed shards are in {out}" in printed
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["samples"] == 15
+    assert manifest["encoders"].keys() == {"image_size", "autoencoder", "text_encoder"}
+    keys, captions, tensors = precomputed.from_arrow(next(out.glob("*.arrow")).read_bytes())
+    assert len(keys) == len(captions) == 5
+    assert {name: array.shape[1:] for name, array in tensors.items()} == {
+        "latent": (12, 16, 16),
+        "token_states": (tensors["token_states"].shape[1], 384),
+        "query": (384,),
+    }
+    assert run_script(monkeypatch, *command) is None
+    assert "nothing was left to do" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--output_dir", "made"), "output_dir: made; give an absolute folder or an s3:// URL"),
+        (("--output_dir", "/x", "--batch_size", "0"), "num_encoders and batch_size: at least 1"),
+        (("--output_dir", "/x", "--cpus_per_encoder", "0"), "cpus_per_encoder must be above 0"),
+        (("--output_dir", "/x", "--recipe", "none"), "--recipe none: no such recipe"),
+        (("--output_dir", "/x", "--num_encoder", "2"), "--num_encoder: no such field; did you mean --num_encoders"),
+    ],
+)
+def test_what_is_refused_in_one_line(arguments, message):
+    with pytest.raises(ConfigError) as raised:
+        parse(arguments)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_model_of_another_size(monkeypatch, shards):
+    ended = run_script(monkeypatch, "--data.sources", str(shards), "--output_dir", "/x", "--data.image_size", "64")
+    assert ended == "error: data.image_size: 64, but model.image_size is 32"
+
+
+def test_no_sources(monkeypatch):
+    assert str(run_script(monkeypatch, "--output_dir", "/x")).startswith("error: data.sources is empty")
