@@ -1,9 +1,11 @@
-"""One small door to folders and `s3://` alike. Nothing else in the platform knows fsspec or s3fs.
+"""One small door to folders and `s3://` alike. Nothing else in the platform knows fsspec, s3fs or
+Arrow's file systems.
 
 Credentials, region and endpoint come from the usual AWS places (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ~/.aws, roles).
 Whatever goes wrong becomes a `DataError` of one line that names the URL, never the credentials.
 """
 
+import functools
 import os
 import re
 import uuid
@@ -14,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import botocore.session  # type: ignore[import-untyped]
 import fsspec
 from botocore.exceptions import (  # type: ignore[import-untyped]
     BotoCoreError,
@@ -21,6 +24,7 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
     PartialCredentialsError,
 )
 from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem, resolve_s3_region
 
 from ray_platform.contracts import DataError
 
@@ -75,7 +79,36 @@ def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> b
     """The content of a file, or bytes start..stop of it (fewer where it ends before). Raises StorageError."""
     with _errors(url):
         filesystem, path = _resolve(url)
+        if not isinstance(filesystem, LocalFileSystem):
+            try:
+                return _read_by_arrow(path, start, stop)
+            except OSError:
+                pass  # s3fs says more clearly what is wrong, and knows credentials that Arrow does not
         return filesystem.cat_file(path, start=start, end=stop)
+
+
+def _read_by_arrow(path: str, start: int | None, stop: int | None) -> bytes:
+    """Twice to three times as fast as s3fs, at a fifth of its CPU time (tests/benchmarks/s3_reads.py)."""
+    variables = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+    with _arrow_filesystem(variables, path.partition("/")[0]).open_input_file(path) as file:
+        if start is None and stop is None:
+            return file.read()
+        size, start = file.size(), start or 0
+        return file.read_at(max(0, min(size if stop is None else stop, size) - start), start)
+
+
+@functools.lru_cache(maxsize=8)
+def _arrow_filesystem(variables: tuple[tuple[str, str], ...], bucket: str) -> S3FileSystem:
+    """`variables` are those that Arrow's SDK reads: with others, it is another file system."""
+    endpoint = _own_endpoint()
+    scheme, _, host = endpoint.rpartition("://") if endpoint else ("https", "", None)
+    region = botocore.session.get_session().get_config_variable("region")
+    if not region:
+        region = "us-east-1" if endpoint else resolve_s3_region(bucket)
+    return S3FileSystem(
+        endpoint_override=host, scheme=scheme or "https", region=region, connect_timeout=5, request_timeout=20,
+        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=2),
+    )  # fmt: skip
 
 
 def read_many(urls: Sequence[str]) -> dict[str, bytes]:

@@ -36,6 +36,26 @@ def test_what_was_written_is_listed_and_read(base):
     assert not storage.exists(storage.join(base, "nothing"))
 
 
+@pytest.mark.parametrize(
+    ("start", "stop", "found"), [(2, 5, b"234"), (None, 3, b"012"), (8, 99, b"89"), (3, 3, b""), (10, 12, b"")]
+)
+def test_parts_of_files(base, start, stop, found):
+    url = storage.join(base, "digits")
+    storage.write_bytes(url, b"0123456789")
+    assert storage.read_bytes(url, start, stop) == found
+
+
+@pytest.mark.s3
+def test_what_arrow_refuses_is_read_by_s3fs(s3_url, monkeypatch):
+    storage.write_bytes(f"{s3_url}/fallback", b"content")
+
+    def refuse(*_):
+        raise OSError("AWS Error ACCESS_DENIED during HeadObject operation")
+
+    monkeypatch.setattr(storage, "_read_by_arrow", refuse)
+    assert storage.read_bytes(f"{s3_url}/fallback", 0, 4) == b"cont"
+
+
 def test_sources_are_files_globs_and_braces(base):
     for name in ("a/000.tar", "a/001.tar", "a/000.json", "b/000.tar"):
         storage.write_bytes(storage.join(base, name), b"x")
