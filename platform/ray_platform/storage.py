@@ -1,5 +1,4 @@
-"""One small door to folders and `s3://` alike. Nothing else in the platform knows fsspec, s3fs or
-Arrow's file systems.
+"""One small door to folders and `s3://` alike. Nothing else in the platform knows fsspec, s3fs or Arrow's file systems.
 
 Credentials, region and endpoint come from the usual AWS places (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ~/.aws, roles).
 Whatever goes wrong becomes a `DataError` of one line that names the URL, never the credentials.
@@ -29,7 +28,8 @@ from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem, resolve_s3_regi
 from ray_platform.contracts import DataError
 
 # s3fs tries each call five times by itself. Botocore's own tries would multiply that to minutes at a dead endpoint.
-_S3_CLIENT = {"connect_timeout": 5, "read_timeout": 20, "retries": {"total_max_attempts": 1}}
+READ_TIMEOUT_S = 20  # without a byte
+_S3_CLIENT = {"connect_timeout": 5, "read_timeout": READ_TIMEOUT_S, "retries": {"total_max_attempts": 1}}
 
 
 class StorageError(DataError):
@@ -82,8 +82,10 @@ def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> b
         if not isinstance(filesystem, LocalFileSystem):
             try:
                 return _read_by_arrow(path, start, stop)
-            except OSError:
-                pass  # s3fs says more clearly what is wrong, and knows credentials that Arrow does not
+            except OSError as error:
+                if "curlCode" in str(error):  # no answer, or too late: s3fs would wait as long again
+                    raise TimeoutError from None
+                # s3fs says more clearly what is wrong, and knows credentials that Arrow does not.
         return filesystem.cat_file(path, start=start, end=stop)
 
 
@@ -106,7 +108,7 @@ def _arrow_filesystem(variables: tuple[tuple[str, str], ...], bucket: str) -> S3
     if not region:
         region = "us-east-1" if endpoint else resolve_s3_region(bucket)
     return S3FileSystem(
-        endpoint_override=host, scheme=scheme or "https", region=region, connect_timeout=5, request_timeout=20,
+        endpoint_override=host, scheme=scheme or "https", region=region, connect_timeout=5, request_timeout=READ_TIMEOUT_S,
         retry_strategy=AwsStandardS3RetryStrategy(max_attempts=2),
     )  # fmt: skip
 

@@ -1,3 +1,7 @@
+import http.server
+import threading
+import time
+
 import pytest
 
 from ray_platform import storage
@@ -171,3 +175,42 @@ def test_an_endpoint_that_is_not_there(monkeypatch, forget_s3_sessions):
     with pytest.raises(DataError, match=r"cannot reach the S3 endpoint \(http://127.0.0.1:9;") as caught:
         storage.read_bytes("s3://bucket/file")
     assert "a-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("behaviour", ["answers 503", "never answers", "stops in the middle"])
+def test_a_server_in_trouble_is_unavailable(monkeypatch, forget_s3_sessions, behaviour):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if behaviour == "never answers":
+                time.sleep(3)
+                return
+            self.send_response(503 if behaviour == "answers 503" else 200)
+            for name, value in (("Content-Length", "1000"), ("ETag", '"a"'), ("Last-Modified", "Tue, 24 Nov 2026 09:00:00 GMT")):
+                self.send_header(name, value)
+            self.end_headers()
+            if behaviour == "stops in the middle" and self.command == "GET":
+                self.wfile.write(b"x" * 10)
+                self.wfile.flush()
+                time.sleep(3)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
+    forget_s3_sessions()
+    try:
+        with pytest.raises(storage.StorageError) as raised:
+            storage.read_bytes("s3://bucket/file")
+    finally:
+        server.shutdown()
+        thread.join()
+    assert raised.value.kind == "unavailable"
+    assert "a-secret" not in str(raised.value)
