@@ -30,7 +30,7 @@ def to_arrow(keys: Sequence[str], captions: Sequence[str], tensors: Mapping[str,
     return sink.getvalue().to_pybytes()
 
 
-def from_arrow(data: bytes) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
+def from_arrow(data: bytes | pa.Buffer) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
     """The inverse of `to_arrow`; the arrays are views of `data`. Other files raise pa.ArrowInvalid, KeyError or ValueError."""
     table = pa.ipc.open_file(pa.py_buffer(data)).read_all().combine_chunks()
     shapes = json.loads((table.schema.metadata or {})[b"shapes"])
@@ -72,7 +72,7 @@ class EncodedUnit:
         self.build = build
 
     @classmethod
-    def open(cls, data: bytes, name: str, build: Callable[..., Any]) -> Any:
+    def open(cls, data: pa.Buffer, name: str, build: Callable[..., Any]) -> Any:
         try:
             opened = cls(from_arrow(data), build)
         except (pa.ArrowInvalid, KeyError, ValueError, TypeError):

@@ -120,10 +120,12 @@ def with_retries(read: Callable[[], Any], seconds: float) -> Any:
 def _read(item: Item, config: DataConfig, seed: str) -> Unit:
     unit, shard = item.unit, item.unit.shard
     if unit.whole:
+        if shard.url.endswith(".arrow"):
+            encoded = storage.read_buffer(shard.url)
+            _check_length(shard, encoded.size, shard.size)
+            return EncodedUnit.open(encoded, shard.name, Sample)
         data = storage.read_bytes(shard.url)
         _check_length(shard, len(data), shard.size)
-        if shard.url.endswith(".arrow"):
-            return EncodedUnit.open(data, shard.name, Sample)
         return TarUnit(read_tar(data, shard.name), config, seed)
     behind, last = _BEHIND_PART, unit.stop == shard.size
     while True:

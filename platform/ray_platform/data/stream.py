@@ -96,9 +96,15 @@ class Batcher:
     def _batch(self, rows: list[tuple[Block, int]]) -> Batch:
         places = [(block, *block.place[row]) for block, row in rows]
         names = places[0][0].stacks[places[0][1]].keys()
+        tensors = {}
+        for name in names:
+            samples = [block.stacks[stack][name][index] for block, stack, index in places]
+            # Copied, so a batch is writable and does not pin Ray's shared memory; into memory of Arrow's pool (see `source`).
+            buffer = pa.allocate_buffer(len(samples) * samples[0].nbytes)
+            tensors[name] = np.frombuffer(buffer, samples[0].dtype).reshape(len(samples), *samples[0].shape)
+            np.stack(samples, out=tensors[name])
         return Batch(
-            # The stack copies, so a batch is writable and does not pin Ray's shared memory.
-            {name: np.stack([block.stacks[stack][name][index] for block, stack, index in places]) for name in names},
+            tensors,
             tuple(block.header["caption"][row] for block, row in rows),
             tuple(block.header["key"][row] for block, row in rows),
             _marks([*self.passed, *rows]),
