@@ -4,6 +4,7 @@ import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from diffdis.attention import KeysValues, image_attention, joint_attention, query_attention
 from diffdis.config import HeadConfig
@@ -24,6 +25,18 @@ class HeadBlock(nn.Module):
         return x + self.feed_forward(self.norm_feed_forward(x))
 
 
+class PooledHead(nn.Module):
+    """The `clip` task's: the mean of the image's normed tokens, projected. [B, N, C] -> [B, D]"""
+
+    def __init__(self, image_channels: int, embedding_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(image_channels)
+        self.projection = nn.Linear(image_channels, embedding_dim)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.projection(self.norm(tokens).mean(dim=1))
+
+
 class AlignmentHead(nn.Module):
     def __init__(self, config: HeadConfig, image_channels: int, embedding_dim: int):
         super().__init__()
@@ -34,6 +47,12 @@ class AlignmentHead(nn.Module):
         self.blocks: list[HeadBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm_out = nn.LayerNorm(config.width)
         self.query_out = nn.Linear(config.width, embedding_dim)
+        self.gradient_checkpointing = False  # compute a block's feed-forward again in the backward pass
+
+    def _add(self, block: HeadBlock, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block.add, x, attended, use_reentrant=False)
+        return block.add(x, attended)
 
     def encode_image(self, tokens: torch.Tensor) -> list[KeysValues]:
         """One-way: each block's keys and values over the image's tokens [B, N, C], which no query changes."""
@@ -43,14 +62,14 @@ class AlignmentHead(nn.Module):
             attended, keys_values = image_attention(block.attention, block.norm_attention(x))
             memory.append(keys_values)
             if len(memory) < len(self.blocks):  # the last block's image tokens are read by nobody
-                x = block.add(x, attended)
+                x = self._add(block, x, attended)
         return memory
 
     def one_way(self, h: torch.Tensor, memory: list[KeysValues]) -> torch.Tensor:
         """h [B, n, D] -> the prediction [B, n, D]."""
         q = self.query_in(h)  # [B, n, W]
         for block, keys_values in zip(self.blocks, memory, strict=True):
-            q = block.add(q, query_attention(block.attention, block.norm_attention(q), keys_values))
+            q = self._add(block, q, query_attention(block.attention, block.norm_attention(q), keys_values))
         return self.query_out(self.norm_out(q))
 
     def joint(self, h: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -58,5 +77,5 @@ class AlignmentHead(nn.Module):
         x, q = self.image_in(self.norm_image(tokens)), self.query_in(h)
         for block in self.blocks:
             x_gain, q_gain = joint_attention(block.attention, block.norm_attention(x), block.norm_attention(q))
-            x, q = block.add(x, x_gain), block.add(q, q_gain)
+            x, q = self._add(block, x, x_gain), self._add(block, q, q_gain)
         return self.query_out(self.norm_out(q))

@@ -5,6 +5,7 @@ Both have `encode_image` and `decode_latent`: images in [-1, 1], latents of abou
 
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
@@ -86,8 +87,25 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     else:
         if not config.path:
             raise ValueError("model.autoencoder.path: kind kl needs a folder with an AutoencoderKL (a Stable Diffusion folder)")
-        model = KLAutoencoder(AutoencoderKL.from_pretrained(component_folder(config.path, "vae")))
+        model = KLAutoencoder(AutoencoderKL.from_pretrained(**component_of(config.path, "vae")))
     return model.eval().requires_grad_(False)
+
+
+def component_of(path: str, component: str) -> dict[str, str]:
+    """What `from_pretrained` takes to read a component of a pipeline's folder or hub repository, or the component's own."""
+    if Path(path).exists() or Path(path).is_absolute():
+        return {"pretrained_model_name_or_path": component_folder(path, component)}
+    inside = _is_on_the_hub(path, f"{component}/config.json")
+    return {"pretrained_model_name_or_path": path} | ({"subfolder": component} if inside else {})
+
+
+def _is_on_the_hub(repository: str, file: str) -> bool:
+    if isinstance(huggingface_hub.try_to_load_from_cache(repository, file), str):
+        return True
+    try:
+        return huggingface_hub.file_exists(repository, file)
+    except (OSError, ValueError):  # offline, or no such repository: who loads it says so more clearly
+        return False
 
 
 def component_folder(path: str, component: str) -> str:

@@ -7,6 +7,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Task = Literal["joint", "generation", "alignment", "clip"]
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -82,7 +84,12 @@ class DiffDisConfig:
     # branch runs once for any number of denoising steps and draws.
     query_visibility: Literal["joint", "one_way"] = "joint"
     image_dropout: float = 0.1  # share of samples whose image is masked in training, for guidance over the image [D]
-    warm_start: str = ""  # a folder in Stable Diffusion's layout whose U-Net the training starts from
+    # A folder in Stable Diffusion's layout, a bare U-Net's, or a model that DiffDis exported: what the training starts from. Its
+    # autoencoder and text encoder serve where no other path is given.
+    warm_start: str = ""
+    # What the model can do; training sets it to objective.task. clip: an image's features, pooled and projected, instead of a
+    # query that is denoised.
+    trained_for: Task = "joint"
 
     def __post_init__(self) -> None:
         unet = self.unet
@@ -117,11 +124,18 @@ class DiffDisConfig:
 class ObjectiveConfig:
     """Algorithm 1's choices: what is drawn, how the losses are weighed, and the rates [D where not marked]."""
 
+    # generation and alignment are the joint task's two halves alone. clip: the same image encoder, pooled and projected,
+    # against e with the same loss, without diffusion. All else is shared, for a comparison that differs in the task only.
+    task: Task = "joint"
     lambda_alignment: float = 1.0  # L = L_IG + lambda * L_ITA [P]
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
     query_timestep_min: int = 0  # t_e is uniform over [min, T): a floor keeps the query too noisy to be copied
     num_draws: int = 1  # (t_e, eps_e) draws an image; more than one needs query_visibility = one_way
     temperature: float = 0.07  # initial value of InfoNCE's learnable temperature
+    # The texts that an image is told apart from: those of one micro-batch of all ranks, or, where gradients are accumulated,
+    # of the whole step, at the price of a second forward pass of the alignment (gradient caching).
+    negatives: Literal["micro_batch", "step"] = "micro_batch"
+    freeze: tuple[str, ...] = ()  # patterns of parameters that stay as they are, such as unet.down_blocks.*
     lr_unet: float = 1e-5
     lr_new: float = 1e-4
     weight_decay: float = 0.01

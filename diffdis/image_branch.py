@@ -1,13 +1,16 @@
 """The U-Net, kept diffusers' own: generation calls its forward; alignment walks its down and middle blocks by hand."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from einops import rearrange
+from torch.utils.checkpoint import checkpoint
 
 from diffdis.config import UNetConfig
 
@@ -43,21 +46,37 @@ def walk(
     for block in unet.down_blocks:
         attentions = getattr(block, "attentions", [None] * len(block.resnets))
         for resnet, transformer in zip(block.resnets, attentions, strict=True):
-            h = resnet(h, time)
+            h = _run(unet, resnet, h, time)
             if transformer is not None:
-                h = _transformer(transformer, site, h, token_states, self_attention)
+                h = _transformer(unet, transformer, site, h, token_states, self_attention)
                 site += 1
         for downsampler in block.downsamplers or []:
             h = downsampler(h)
-    h = unet.mid_block.resnets[0](h, time)
+    h = _run(unet, unet.mid_block.resnets[0], h, time)
     for transformer, resnet in zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True):
-        h = _transformer(transformer, site, h, token_states, self_attention)
+        h = _transformer(unet, transformer, site, h, token_states, self_attention)
         site += 1
-        h = resnet(h, time)
+        h = _run(unet, resnet, h, time)
     return h
 
 
+def _run(unet: UNet2DConditionModel, part: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> torch.Tensor:
+    """`part(*arguments)`, whose activations are computed again in the backward pass where the U-Net's are.
+
+    Not for self-attention: in the joint walk, a second run of it would find the query further on.
+    """
+    if unet.is_gradient_checkpointing and torch.is_grad_enabled():
+        return checkpoint(part, *arguments, use_reentrant=False)
+    return part(*arguments)
+
+
+def _after_self_attention(block: BasicTransformerBlock, x: torch.Tensor, token_states: torch.Tensor) -> torch.Tensor:
+    x = block.attn2(block.norm2(x), encoder_hidden_states=token_states) + x
+    return block.ff(block.norm3(x)) + x
+
+
 def _transformer(
+    unet: UNet2DConditionModel,
     transformer: Transformer2DModel,
     site: int,
     h: torch.Tensor,
@@ -79,7 +98,6 @@ def _transformer(
     x = transformer.proj_in(to_tokens(x)) if linear else to_tokens(transformer.proj_in(x))
     for layer, block in enumerate(transformer.transformer_blocks):
         x = self_attention(site, layer, block.attn1, block.norm1(x)) + x
-        x = block.attn2(block.norm2(x), encoder_hidden_states=token_states) + x
-        x = block.ff(block.norm3(x)) + x
+        x = _run(unet, functools.partial(_after_self_attention, block), x, token_states)
     x = to_map(transformer.proj_out(x)) if linear else transformer.proj_out(to_map(x))
     return x + h

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import nn
 
 from diffdis import schedule
-from diffdis.alignment_head import AlignmentHead
+from diffdis.alignment_head import AlignmentHead, PooledHead
 from diffdis.attention import KeysValues, image_attention
 from diffdis.config import DiffDisConfig
 from diffdis.fusion import JointWalk, QueryStream
@@ -37,7 +37,8 @@ class Temperature(nn.Module):
 
 
 class DiffDis(nn.Module):
-    """The trainable network: the U-Net, the query's stream, the alignment head and InfoNCE's temperature."""
+    """The trainable network: the U-Net and, as far as `config.trained_for` needs them, the query's stream, the alignment head (or
+    the pooled one) and InfoNCE's temperature."""
 
     abar: torch.Tensor  # [T]
 
@@ -45,9 +46,14 @@ class DiffDis(nn.Module):
         super().__init__()
         self.config = config
         self.unet = build_unet(config.unet, config.text_encoder.token_dim)
-        self.stream = QueryStream(attention_sites(self.unet), config.text_encoder.embedding_dim)
-        self.head = AlignmentHead(config.head, config.unet.block_out_channels[-1], config.text_encoder.embedding_dim)
-        self.temperature = Temperature(temperature)
+        channels, width = config.unet.block_out_channels[-1], config.text_encoder.embedding_dim
+        if config.trained_for in ("joint", "alignment"):
+            self.stream = QueryStream(attention_sites(self.unet), width)
+            self.head = AlignmentHead(config.head, channels, width)
+        if config.trained_for == "clip":
+            self.pooled = PooledHead(channels, width)
+        if config.trained_for != "generation":
+            self.temperature = Temperature(temperature)
         self.register_buffer("abar", schedule.alphas_cumprod(config.schedule), persistent=False)
 
     # --- pass A: generation. The query is left out, so this is exactly Stable Diffusion. -------------------------------
@@ -96,7 +102,15 @@ class DiffDis(nn.Module):
             out = self.head.joint(joint.h + noised, features)
         if self.config.schedule.query_prediction == "epsilon":
             out = schedule.x0_from_noise(e_t, out, self.abar[t_e], self.config.schedule.gamma)
-        return F.normalize(out, dim=-1)
+        return F.normalize(out.float(), dim=-1)
+
+    def pooled_query(self, latent: torch.Tensor, null_states: torch.Tensor) -> torch.Tensor:
+        """The `clip` task's query of an image, with unit norm. latent [B, C, H, W] -> [B, D]."""
+
+        def attend(site: int, layer: int, attention, x: torch.Tensor) -> torch.Tensor:
+            return image_attention(attention, x)[0]
+
+        return F.normalize(self.pooled(self._walk(latent, null_states, attend)).float(), dim=-1)
 
     def see(self, latent: torch.Tensor, null_states: torch.Tensor):
         """What `predict_query` takes as its image, by the configured mask."""

@@ -22,16 +22,16 @@ from diffdis.autoencoder import Autoencoder, build_autoencoder, to_latents, to_p
 from diffdis.config import DiffDisConfig
 from diffdis.model import DiffDis
 from diffdis.text_encoder import TextEncoder, build_text_encoder
+from diffdis.warm_start import ALIGNMENT_WEIGHTS
 
 CONFIG_NAME = "diffdis.json"
-ALIGNMENT_WEIGHTS = "alignment/model.safetensors"  # what a Stable Diffusion folder does not have
 
 
 class DiffDisPipeline:
     def __init__(self, config: DiffDisConfig, model: DiffDis, autoencoder: Autoencoder, text_encoder: TextEncoder):
         self.config, self.model = config, model.eval()
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
-        self.device = torch.device("cpu")
+        self.device = model.abar.device
 
     def to(self, device: torch.device | str) -> "DiffDisPipeline":
         for module in (self.model, self.autoencoder, self.text_encoder):
@@ -43,15 +43,24 @@ class DiffDisPipeline:
 
     @torch.no_grad()
     def generate(
-        self, captions: Sequence[str], *, num_steps: int = 50, guidance_scale: float = 7.5, seed: int = 0
+        self,
+        captions: Sequence[str],
+        *,
+        num_steps: int = 50,
+        guidance_scale: float = 7.5,
+        seed: int = 0,
+        places: Sequence[int] | None = None,
     ) -> list[Image.Image]:
         """One image a caption by DDIM with classifier-free guidance: eps = uncond + guidance_scale (cond - uncond).
 
-        guidance_scale is the usual one, the paper's w plus 1. The noise of image i depends on (seed, i) alone, not on the batch.
+        guidance_scale is the usual one, the paper's w plus 1. The noise of an image depends on (seed, its place) alone, not on
+        the batch; `places` are 0, 1, … unless given. Raises ValueError for a model that was not trained to generate.
         """
+        if self.config.trained_for in ("alignment", "clip"):
+            raise ValueError(f"this model was trained for {self.config.trained_for} alone: it cannot generate images")
         unet = self.config.unet
         shape = (unet.in_channels, unet.sample_size, unet.sample_size)
-        noise = [_noise(f"generate/{seed}/{i}", shape) for i in range(len(captions))]
+        noise = [_noise(f"generate/{seed}/{place}", shape) for place in places or range(len(captions))]
         latent = torch.stack(noise).to(self.device)  # [B, C, H, W]
         states, _ = self.text_encoder.encode(captions, self.device)
         null, _ = self.text_encoder.encode([""], self.device)
@@ -84,14 +93,25 @@ class DiffDisPipeline:
 
         images: PIL images of any size, or uint8 [B, H, W, 3] of the model's size. The noise of an image depends on its key (by
         default a digest of its pixels) and the draw, never on its place in the batch. `guidance` is the paper's w, over the
-        image condition; it needs a model trained with image_dropout.
+        image condition; it needs a model trained with image_dropout. A model of the `clip` task knows neither steps nor draws.
         """
         if guidance and not self.config.image_dropout:
             raise ValueError("guidance: the model was trained with image_dropout = 0 and does not know a masked image")
         pixels = self._pixels(images)
         keys = keys or [hashlib.sha256(p.tobytes()).hexdigest() for p in pixels]
         latent = to_latents(self.autoencoder, pixels, self.device)
+        return self.embed_latent(latent, keys, num_steps, num_draws, guidance)
+
+    @torch.no_grad()
+    def embed_latent(
+        self, latent: torch.Tensor, keys: Sequence[str], num_steps: int = 10, num_draws: int = 1, guidance: float = 0.0
+    ) -> torch.Tensor:
+        """`embed_image` of latents [B, C, H, W]. Raises ValueError for a model that was trained to generate alone."""
+        if self.config.trained_for == "generation":
+            raise ValueError("this model was trained for generation alone: it cannot tell which text belongs to an image")
         null, _ = self.text_encoder.encode([""], self.device)
+        if self.config.trained_for == "clip":
+            return self.model.pooled_query(latent, null)
         image = self.model.see(latent, null)
         masked = self.model.see(torch.zeros_like(latent), null) if guidance else None
         width = self.config.text_encoder.embedding_dim

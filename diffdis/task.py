@@ -1,168 +1,68 @@
-"""What a trainer needs of DiffDis: a module that computes L of a batch, parameter groups, previews and an export."""
+"""What a trainer needs of DiffDis: a module that computes the loss of a batch, parameter groups, scores, previews, an export."""
 
+import dataclasses
+import fnmatch
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
-from diffdis import schedule
 from diffdis.autoencoder import build_autoencoder, to_latents
 from diffdis.config import DiffDisConfig, ObjectiveConfig
 from diffdis.encoder import PRECOMPUTED
-from diffdis.losses import alignment_loss, gather, generation_loss
-from diffdis.model import DiffDis, ImageMemory
+from diffdis.metrics.retrieval import recall_at_k
+from diffdis.metrics.zero_shot import top_k_accuracy
+from diffdis.model import DiffDis
+from diffdis.objective import Inputs, Objective
 from diffdis.pictures import grid
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
-from diffdis.warm_start import load_unet
+from diffdis.warm_start import load, resolved
 
-NUM_TIMESTEP_BINS = 4  # of t_e, for the logged loss and accuracy: the shortcut shows as a slope over them
-Inputs = dict[str, torch.Tensor]
-Metrics = dict[str, torch.Tensor]
-
-
-class Draws(NamedTuple):
-    """All randomness of one step on one rank."""
-
-    t_z: torch.Tensor  # [B]
-    noise_z: torch.Tensor  # [B, C, H, W]
-    drop_caption: torch.Tensor  # [B] bool
-    t_e: torch.Tensor  # [B, n]
-    noise_e: torch.Tensor  # [B, n, D]
-    drop_image: torch.Tensor  # [B] bool
-
-
-class JointLoss(nn.Module):
-    """L = L_IG + lambda L_ITA of a batch [P, Algorithm 1]; in alignment the negatives are the texts of all ranks."""
-
-    def __init__(self, model: DiffDis, objective: ObjectiveConfig):
-        super().__init__()
-        if objective.num_draws > 1 and model.config.query_visibility == "joint":
-            raise ValueError("objective.num_draws: more than one draw an image needs model.query_visibility = one_way")
-        self.model, self.objective = model, objective
-
-    def forward(self, inputs: Inputs, generator: torch.Generator) -> tuple[torch.Tensor, Metrics]:
-        """inputs as `DiffDisTask.inputs` makes them -> the loss to minimise (scalar) and metrics, each [sum, weight]."""
-        draws = self.draw(inputs, generator)
-        generation = self.generation(inputs, draws)  # [B]
-        alignment, metrics = self.alignment(inputs, draws)  # scalar
-        loss = generation.mean() + self.objective.lambda_alignment * alignment
-        weight = loss.new_tensor(float(len(generation)))
-        metrics["loss_generation"] = torch.stack([generation.detach().sum(), weight])
-        metrics["loss"] = torch.stack([loss.detach() * weight, weight])
-        return loss, metrics
-
-    def draw(self, inputs: Inputs, generator: torch.Generator) -> Draws:
-        """Drawn on the CPU, so that a seed gives the same numbers on every device."""
-        z, e, choice = inputs["latent"], inputs["query"], self.objective
-        size, n, num_timesteps = len(z), choice.num_draws, self.model.config.schedule.num_timesteps
-
-        def uniform(*shape: int) -> torch.Tensor:
-            return torch.rand(shape, generator=generator)
-
-        draws = Draws(
-            t_z=torch.randint(num_timesteps, (size,), generator=generator),
-            noise_z=torch.randn(z.shape, generator=generator),
-            drop_caption=uniform(size) < choice.caption_dropout,
-            t_e=torch.randint(choice.query_timestep_min, num_timesteps, (size, n), generator=generator),
-            noise_e=torch.randn((size, n, e.shape[-1]), generator=generator),
-            drop_image=uniform(size) < self.model.config.image_dropout,
-        )
-        return Draws(*(d.to(z.device, z.dtype if d.is_floating_point() else None) for d in draws))
-
-    def generation(self, inputs: Inputs, draws: Draws) -> torch.Tensor:
-        """L_IG a sample, [B]: the query is left out; some captions are replaced by the empty one."""
-        z, null = inputs["latent"], inputs["null_states"]
-        abar = self.model.abar[draws.t_z]
-        states = torch.where(draws.drop_caption[:, None, None], null, inputs["token_states"])
-        target = draws.noise_z
-        if self.model.config.schedule.prediction_type == "v_prediction":
-            target = schedule.v_target(z, draws.noise_z, abar)
-        z_t = schedule.add_noise(z, draws.noise_z, abar)
-        return generation_loss(self.model.predict_image(z_t, draws.t_z, states), target)
-
-    def alignment(self, inputs: Inputs, draws: Draws) -> tuple[torch.Tensor, Metrics]:
-        """L_ITA over the global batch, and the metrics of this rank's images."""
-        model, e = self.model, inputs["query"]
-        z = inputs["latent"].masked_fill(draws.drop_image[:, None, None, None], 0.0)
-        e_t = model.noise_query(e, draws.noise_e, draws.t_e)
-        image = model.see(z, inputs["null_states"])
-        predicted = model.predict_query(image, e_t, draws.t_e)  # [B, n, D]
-        queries, ids, scale = gather(e), gather(inputs["caption_ids"]), model.temperature()
-        result = alignment_loss(gather(predicted), queries, ids, scale)
-        mine = slice(self._rank_offset(len(e), len(queries)), None)
-        local = [x[:, mine][:, : len(e)].detach() for x in result]  # [n, B]
-        metrics = _binned(local[0], local[1], draws.t_e.T, model.config.schedule.num_timesteps)
-        with torch.no_grad():
-            wrong = self._retrieval_of_wrong_images(image, e_t, draws, queries, ids, mine.start)
-        metrics["alignment/retrieval_shuffled_images"] = wrong
-        metrics["temperature"] = torch.stack([1 / scale.detach(), torch.ones_like(scale)])
-        return result.loss.mean(), metrics
-
-    def _rank_offset(self, local: int, total: int) -> int:
-        return 0 if local == total else torch.distributed.get_rank() * local
-
-    def _retrieval_of_wrong_images(self, image, e_t, draws: Draws, queries, ids, offset: int) -> torch.Tensor:
-        """The control: a quarter of the queries with another one's image. Above chance means that e_t itself is copied."""
-        count = max(2, len(e_t) // 4)
-        part = slice(0, min(count, len(e_t)))
-
-        def shuffled(x: torch.Tensor) -> torch.Tensor:
-            return x[part].roll(1, dims=0)
-
-        if isinstance(image, ImageMemory):
-            sites = [[(shuffled(k), shuffled(v)) for k, v in site] for site in image.sites]
-            image = ImageMemory(sites, [(shuffled(k), shuffled(v)) for k, v in image.head])
-        else:
-            image = shuffled(image[0]), image[1]
-        predicted = self.model.predict_query(image, e_t[part], draws.t_e[part])[:, 0]  # [B / 4, D]
-        logits = predicted @ queries.T
-        own = torch.arange(offset, offset + len(predicted), device=logits.device)
-        same = ids[own][:, None] == ids[None, :]
-        same[torch.arange(len(own)), own] = False
-        correct = (logits.masked_fill(same, float("-inf")).argmax(dim=1) == own).float()
-        return torch.stack([correct.sum(), correct.new_tensor(float(len(correct)))])
-
-
-def _binned(loss: torch.Tensor, correct: torch.Tensor, t_e: torch.Tensor, num_timesteps: int) -> Metrics:
-    """Loss and retrieval accuracy in all and by bins of t_e; all arguments [n, B]."""
-    ones = torch.ones_like(loss)
-    metrics = {
-        "loss_alignment": torch.stack([loss.sum(), ones.sum()]),
-        "alignment/retrieval": torch.stack([correct.sum(), ones.sum()]),
-    }
-    width = -(-num_timesteps // NUM_TIMESTEP_BINS)
-    for low in range(0, num_timesteps, width):
-        inside = ((t_e >= low) & (t_e < low + width)).float()
-        name = f"t{low:03d}-{min(low + width, num_timesteps):03d}"
-        metrics[f"alignment/loss_{name}"] = torch.stack([(loss * inside).sum(), inside.sum()])
-        metrics[f"alignment/retrieval_{name}"] = torch.stack([(correct * inside).sum(), inside.sum()])
-    return metrics
+# Of the U-Net, these are used by generation alone: the alignment's walk ends behind the middle block.
+_UP_PATH = ("unet.up_blocks.*", "unet.conv_norm_out.*", "unet.conv_out.*")
 
 
 class DiffDisTask:
     """Satisfies the platform's Task by shape."""
 
     def __init__(self, config: DiffDisConfig, objective: ObjectiveConfig, preview_captions: tuple[str, ...] = ()):
-        self.config, self.objective, self.preview_captions = config, objective, preview_captions
-        self.autoencoder = build_autoencoder(config.autoencoder)
-        self.text_encoder = build_text_encoder(config.text_encoder)
-        model = DiffDis(config, objective.temperature)
-        if config.warm_start:
-            load_unet(model.unet, config.warm_start)
-        self.module = JointLoss(model, objective)
+        self.config = dataclasses.replace(resolved(config), trained_for=objective.task)
+        self.objective, self.preview_captions = objective, preview_captions
+        self.autoencoder = build_autoencoder(self.config.autoencoder)
+        self.text_encoder = build_text_encoder(self.config.text_encoder)
+        model = DiffDis(self.config, objective.temperature)
+        self.warm_start = load(model, config.warm_start) if config.warm_start else None
+        self.module = Objective(model, objective)
+        self._freeze()
         self._null_states: torch.Tensor | None = None
+
+    def _freeze(self) -> None:
+        """What the task does not use, and what `objective.freeze` names, is left as it is."""
+        names = [name for name, _ in self.module.model.named_parameters()]
+        unused = _UP_PATH if self.objective.task in ("alignment", "clip") else ()
+        for pattern in self.objective.freeze:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"objective.freeze: no parameter is called {pattern}; there are {names[0]}, …, {names[-1]}")
+        for name, parameter in self.module.model.named_parameters():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in (*unused, *self.objective.freeze)):
+                parameter.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.module.parameters()):
+            raise ValueError("objective.freeze: nothing is left to train")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The U-Net's rate and the new parameters' rate; no decay on norms, biases and the temperature."""
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for name, parameter in self.module.named_parameters():
-            part = "unet" if name.startswith("model.unet.") else "new"
-            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+            if parameter.requires_grad:
+                part = "unet" if name.startswith("model.unet.") else "new"
+                groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
         rates = {"unet": self.objective.lr_unet, "new": self.objective.lr_new}
         return [
             {
@@ -173,6 +73,12 @@ class DiffDisTask:
             }
             for (part, decayed), parameters in groups.items()
         ]
+
+    def enable_activation_checkpointing(self) -> None:
+        """Of the U-Net, in both passes, and of the alignment head."""
+        self.module.model.unet.enable_gradient_checkpointing()
+        if hasattr(self.module.model, "head"):
+            self.module.model.head.gradient_checkpointing = True
 
     @torch.no_grad()
     def inputs(self, batch: Any, device: torch.device) -> Inputs:
@@ -193,24 +99,85 @@ class DiffDisTask:
             "null_states": self._null_states,
         }
 
+    def prepare(self, inputs: Sequence[Inputs], seeds: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+        """With `objective.negatives` = step, the alignment's gradient over all micro-batches of the step (gradient caching)."""
+        if self.objective.negatives == "micro_batch" or self.objective.task == "generation" or len(inputs) == 1:
+            return [{} for _ in inputs]
+        with torch.no_grad():
+            found = [self.module(part, seed, only_queries=True) for part, seed in zip(inputs, seeds, strict=True)]
+        cached = self.module.cache(inputs, [predicted for predicted, _ in found], found[0][1])
+        return [{"cached": part} for part in cached]
+
+    # --- scores and previews: every rank calls them with its share, for under ZeRO 3 the weights are shared out ---------------
+
+    def represent(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        """Each image's text query from pure noise in one step, its true one [B, D] and its caption's number [B]."""
+        if self.objective.task == "generation":
+            return {}
+        latent = inputs["latent"]
+        keys = [hashlib.sha256(part.float().cpu().numpy().tobytes()).hexdigest() for part in latent]
+        predicted = self._live().embed_latent(latent, keys, num_steps=1)
+        return {"predicted": predicted, "query": inputs["query"], "caption_ids": inputs["caption_ids"]}
+
+    def score(self, rows: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Zero-shot accuracy over the distinct captions, and retrieval both ways among all pairs; rows of `represent`."""
+        if not rows:
+            return {}
+        predicted, query, ids = rows["predicted"], rows["query"], rows["caption_ids"]
+        _, labels = ids.unique(return_inverse=True)
+        classes = torch.stack([query[labels == label][0] for label in range(int(labels.max()) + 1)])  # [num_classes, D]
+        similarity, right = predicted @ query.T, ids[:, None] == ids[None, :]
+        return {
+            "heldout/acc1": top_k_accuracy(predicted @ classes.T, labels),
+            "heldout/acc5": top_k_accuracy(predicted @ classes.T, labels, k=5),
+            "heldout/image_to_text_r1": recall_at_k(similarity, right),
+            "heldout/text_to_image_r1": recall_at_k(similarity.T, right),
+        }
+
+    def preview(self, rank: int, world_size: int) -> dict[int, np.ndarray]:
+        """This rank's share of images of `preview_captions`, by their place: [H, W, 3] uint8, always from the same noise."""
+        if self.objective.task in ("alignment", "clip") or not self.preview_captions:
+            return {}
+        places = range(rank, len(self.preview_captions), world_size)
+        # A rank without a caption draws the first one as well, so that all ranks run the U-Net equally often.
+        drawn = list(places) or [0]
+        captions = [self.preview_captions[place] for place in drawn]
+        images = self._live().generate(captions, num_steps=20, guidance_scale=3.0, places=drawn)
+        return {place: np.asarray(image) for place, image in zip(places, images, strict=False)}
+
+    def preview_page(self, images: Mapping[int, np.ndarray]) -> bytes:
+        """All images of `preview` as a PNG grid, with their captions."""
+        places = sorted(images)
+        page = grid([Image.fromarray(images[place]) for place in places], [self.preview_captions[place] for place in places])
+        buffer = io.BytesIO()
+        page.save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    def _live(self) -> DiffDisPipeline:
+        """On the weights in training."""
+        return DiffDisPipeline(self.config, self.module.model, self.autoencoder, self.text_encoder)
+
+    # --- what comes out --------------------------------------------------------------------------------------------------
+
     def pipeline(self, state_dict: Mapping[str, torch.Tensor]) -> DiffDisPipeline:
         """The model with a trainer's weights, apart from the module in training (which may be sharded)."""
         model = DiffDis(self.config)
         model.load_state_dict({name.removeprefix("model."): value for name, value in state_dict.items()})
         return DiffDisPipeline(self.config, model.eval(), self.autoencoder, self.text_encoder)
 
-    def preview(self, state_dict: Mapping[str, torch.Tensor]) -> bytes:
-        """A PNG grid of `preview_captions`, always from the same noise."""
-        pipeline = self.pipeline(state_dict)
-        if self._null_states is not None:
-            pipeline.to(self._null_states.device)
-        images = pipeline.generate(self.preview_captions, num_steps=20, guidance_scale=3.0)
-        buffer = io.BytesIO()
-        grid(images, self.preview_captions).save(buffer, format="PNG")
-        return buffer.getvalue()
-
     def save_pretrained(self, state_dict: Mapping[str, torch.Tensor], folder: Path) -> None:
+        """A folder for `DiffDisPipeline.from_pretrained`; its components open in diffusers and transformers."""
         self.pipeline(state_dict).save_pretrained(folder)
+
+    def describe(self) -> dict[str, Any]:
+        """Parameters by part, those that are trained, and what the warm start loaded, left new and ignored."""
+        parts: dict[str, dict[str, int]] = {}
+        for name, parameter in self.module.model.named_parameters():
+            count = parts.setdefault(name.partition(".")[0], {"trained": 0, "frozen": 0})
+            # Under ZeRO 3 a rank's parameter is empty, and says how large it is.
+            count["trained" if parameter.requires_grad else "frozen"] += getattr(parameter, "ds_numel", parameter.numel())
+        described: dict[str, Any] = {"task": self.objective.task, "parameters": parts}
+        return described | ({"warm_start": self.warm_start.summary()} if self.warm_start else {})
 
 
 def _caption_id(caption: str) -> int:

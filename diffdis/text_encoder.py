@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-from diffdis.autoencoder import component_folder
+from diffdis.autoencoder import component_of
 from diffdis.config import TextEncoderConfig
 
 
@@ -70,19 +70,22 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
     """Load a frozen encoder. Raises ValueError for a missing path or a width that does not fit the configuration."""
     if not config.path:
         raise ValueError("model.text_encoder.path: give the folder (or hub name) of a text encoder with its tokenizer")
-    folder = component_folder(config.path, "text_encoder")
+    source = component_of(config.path, "text_encoder")
     tokenizer_folder = Path(config.path) / "tokenizer"
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder) if tokenizer_folder.exists() else config.path)
+    if "subfolder" in source:
+        tokenizer = AutoTokenizer.from_pretrained(config.path, subfolder="tokenizer")
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder) if tokenizer_folder.exists() else config.path)
     tokenizer.model_max_length = config.max_length  # what an exported folder tells diffusers
     if config.kind == "clip":
         # A Stable Diffusion folder holds CLIP's text model without the projection; a CLIP folder has it.
-        architectures = AutoConfig.from_pretrained(folder).architectures or []
+        architectures = AutoConfig.from_pretrained(**source).architectures or []
         kind = CLIPTextModel if architectures == ["CLIPTextModel"] else CLIPTextModelWithProjection
-        model = kind.from_pretrained(folder)
+        model = kind.from_pretrained(**source)
         width = model.config.hidden_size
         embedding = width if kind is CLIPTextModel else model.config.projection_dim
     else:
-        model = AutoModel.from_pretrained(folder)
+        model = AutoModel.from_pretrained(**source)
         width = embedding = model.config.hidden_size
     if (width, embedding) != (config.token_dim, config.embedding_dim):
         raise ValueError(

@@ -1,24 +1,75 @@
-"""Start the U-Net from a folder in Stable Diffusion's layout."""
+"""Start from weights that exist: Stable Diffusion's U-Net, or a model that DiffDis exported."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 
-from diffdis.autoencoder import component_folder
+from diffdis.autoencoder import component_of
+from diffdis.config import DiffDisConfig
+from diffdis.model import DiffDis
+
+ALIGNMENT_WEIGHTS = "alignment/model.safetensors"  # of an exported folder; what a Stable Diffusion folder does not have
 
 
-def load_unet(unet: UNet2DConditionModel, path: str) -> None:
-    """Copy the weights of `path/unet` (or of `path`) into `unet`; every tensor must be there and fit.
+@dataclass(frozen=True)
+class WarmStart:
+    """What became of the tensors of a model and of the folder that it started from."""
 
-    Raises ValueError with the first tensor that differs: a warm start that is only half one trains a different model.
+    path: str
+    loaded: tuple[str, ...]  # tensors of the model
+    new: tuple[str, ...]  # tensors of the model that the folder lacks
+    ignored: tuple[str, ...]  # tensors of the folder that the model lacks
+
+    def summary(self) -> dict[str, Any]:
+        """Counts of tensors by the model's part; what is ignored, by name."""
+        return {"path": self.path, "loaded": _by_part(self.loaded), "new": _by_part(self.new), "ignored": list(self.ignored)}
+
+
+def resolved(config: DiffDisConfig) -> DiffDisConfig:
+    """With `warm_start` as the path of the autoencoder and the text encoder where they have none."""
+    if not config.warm_start:
+        return config
+    autoencoder, text_encoder = config.autoencoder, config.text_encoder
+    if autoencoder.kind == "kl" and not autoencoder.path:
+        autoencoder = dataclasses.replace(autoencoder, path=config.warm_start)
+    if not text_encoder.path:
+        text_encoder = dataclasses.replace(text_encoder, path=config.warm_start)
+    return dataclasses.replace(config, autoencoder=autoencoder, text_encoder=text_encoder)
+
+
+def load(model: DiffDis, path: str) -> WarmStart:
+    """Copy the U-Net of `path/unet` (or of `path`, or of a hub's repository) into the model, and, from a folder that DiffDis
+    exported, what it has of the model's other parts.
+
+    Raises ValueError with the first tensor that differs: a U-Net that is only half loaded is a different model.
     """
-    source = UNet2DConditionModel.from_pretrained(component_folder(path, "unet"), torch_dtype=torch.float32).state_dict()
-    target = unet.state_dict()
-    for name in sorted(source.keys() ^ target.keys()):
+    unet = UNet2DConditionModel.from_pretrained(**component_of(path, "unet"), torch_dtype=torch.float32).state_dict()
+    source = {f"unet.{name}": tensor for name, tensor in unet.items()}
+    if (others := Path(path) / ALIGNMENT_WEIGHTS).exists():
+        source |= load_file(others)
+    target = model.state_dict()
+    differing = {name for name in source.keys() ^ target.keys() if name.startswith("unet.")}
+    for name in sorted(differing):
         where = "the configured U-Net" if name in source else path
-        raise ValueError(f"model.warm_start: {where} has no tensor {name}; model.unet must describe the U-Net of {path}")
-    for name, tensor in target.items():
-        if source[name].shape != tensor.shape:
+        raise ValueError(
+            f"model.warm_start: {where} has no tensor {name.removeprefix('unet.')}; model.unet must describe the U-Net of {path}"
+        )
+    shared = sorted(source.keys() & target.keys())
+    for name in shared:
+        if source[name].shape != target[name].shape:
             raise ValueError(
-                f"model.warm_start: {name} is {tuple(source[name].shape)} in {path}, {tuple(tensor.shape)} in model.unet"
+                f"model.warm_start: {name.removeprefix('unet.')} is {tuple(source[name].shape)} in {path}, "
+                f"{tuple(target[name].shape)} in the configured model"
             )
-    unet.load_state_dict(source)
+    model.load_state_dict({name: source[name] for name in shared}, strict=False)
+    return WarmStart(path, tuple(shared), tuple(sorted(target.keys() - source)), tuple(sorted(source.keys() - target)))
+
+
+def _by_part(names: tuple[str, ...]) -> dict[str, int]:
+    parts = [name.partition(".")[0] for name in names]
+    return {part: parts.count(part) for part in sorted(set(parts))}

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ray_platform.contracts import ConfigError
 
-LISTS = ("--data.sources", "--preview_captions")
+LISTS = ("--data.sources", "--train.heldout_sources", "--objective.freeze", "--preview_captions")
 
 
 class Parser(ArgumentParser):

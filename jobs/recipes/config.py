@@ -8,6 +8,8 @@ from typing import Any
 from diffdis.config import DiffDisConfig, ObjectiveConfig
 from diffdis.encoder import describe_encoders
 from diffdis.task import DiffDisTask
+from diffdis.warm_start import resolved
+from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackingConfig
@@ -29,8 +31,11 @@ class PretrainConfig:
 
     def run(self, recipe: str) -> Run:
         """Join model, objective and data. Raises ConfigError where they do not fit each other."""
-        check_model(self.model, self.data)
-        build_task: Callable[[], Any] = functools.partial(DiffDisTask, self.model, self.objective, self.preview_captions)
+        check_model(resolved(self.model), self.data)
+        with_folders = storage.with_cached_folders  # paths may be s3:// URLs
+        build_task: Callable[[], Any] = functools.partial(
+            with_folders, DiffDisTask, self.model, self.objective, self.preview_captions
+        )
         return Run(
             build_task,
             self.data,
@@ -38,7 +43,7 @@ class PretrainConfig:
             self.tracking,
             self.output_dir,
             {"recipe": recipe, **asdict(self)},
-            functools.partial(describe_encoders, self.model),
+            functools.partial(with_folders, describe_encoders, resolved(self.model)),
         )
 
 

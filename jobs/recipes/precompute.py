@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from diffdis.config import DiffDisConfig
 from diffdis.encoder import FrozenEncoder, describe_encoders
+from diffdis.warm_start import resolved
+from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.data.config import DataConfig
 from ray_platform.data.precompute import Encoders
@@ -34,10 +36,11 @@ class PrecomputeConfig:
             raise ConfigError("gpus_per_encoder cannot be negative, and cpus_per_encoder must be above 0")
 
     def encoders(self) -> Encoders:
-        check_model(self.model, self.data)
+        model = resolved(self.model)
+        check_model(model, self.data)
         return Encoders(
-            functools.partial(FrozenEncoder, self.model),
-            describe_encoders(self.model),
+            functools.partial(storage.with_cached_folders, FrozenEncoder, model),
+            storage.with_cached_folders(describe_encoders, model),
             self.num_encoders,
             self.gpus_per_encoder,
             self.cpus_per_encoder,

@@ -61,8 +61,11 @@ class Encoder(Protocol):
 class Task(Protocol):
     """What a trainer needs to know of a model.
 
-    `module(inputs, generator)` returns the loss to minimise and the metrics of the batch. A metric is a [2] tensor: a weighted
-    sum and its weight; sums and weights add up over ranks and steps and are divided only when they are logged.
+    `module(inputs, seed, **more)` returns the loss to minimise and the metrics of a micro-batch, with all its randomness drawn
+    from `seed`. A metric is a [2] tensor: a weighted sum and its weight; sums and weights add up over ranks, micro-batches
+    and steps and are divided only when they are logged.
+
+    Every rank calls every method that runs `module` equally often: under ZeRO 3 each call is a collective.
     """
 
     module: torch.nn.Module
@@ -71,14 +74,44 @@ class Task(Protocol):
         """AdamW groups over `module`'s trainable parameters: `params`, `lr`, `weight_decay` and a `name` for the log."""
         ...
 
+    def enable_activation_checkpointing(self) -> None:
+        """From now on compute activations again in the backward pass instead of keeping them."""
+        ...
+
     def inputs(self, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
         """From a batch's images and captions, or from what was precomputed of them, to what `module` takes."""
         ...
 
-    def preview(self, state_dict: Mapping[str, torch.Tensor]) -> bytes:
-        """A PNG that shows what the weights do: always the same captions and noise."""
+    def prepare(self, inputs: Sequence[dict[str, torch.Tensor]], seeds: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+        """What `module` takes besides for each micro-batch of one optimiser step: keyword arguments, none if empty.
+
+        Called before the first of them is run: here a loss over the whole step's samples can look at all of them.
+        """
+        ...
+
+    def represent(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What `score` needs of held-out samples: tensors of B rows each. Called without gradients."""
+        ...
+
+    def score(self, rows: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Metrics over all ranks' rows of all held-out samples, each sample once."""
+        ...
+
+    def preview(self, rank: int, world_size: int) -> dict[int, np.ndarray]:
+        """This rank's share of the preview images, by their place: [H, W, 3] uint8, always the same captions and noise.
+
+        Called without gradients.
+        """
+        ...
+
+    def preview_page(self, images: Mapping[int, np.ndarray]) -> bytes:
+        """All ranks' preview images as one PNG."""
         ...
 
     def save_pretrained(self, state_dict: Mapping[str, torch.Tensor], folder: Path) -> None:
         """Write a folder from which the model can be used without this platform."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What was built, for the log: counts of parameters, what a warm start loaded, left new and ignored."""
         ...

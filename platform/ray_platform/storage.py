@@ -4,18 +4,25 @@ Credentials, region and endpoint come from the usual AWS places (AWS_ACCESS_KEY_
 Whatever goes wrong becomes a `DataError` of one line that names the URL, never the credentials.
 """
 
+import contextlib
+import dataclasses
 import functools
+import hashlib
 import os
+import random
 import re
+import tempfile
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar
 
 import botocore.session  # type: ignore[import-untyped]
+import filelock
 import fsspec
 import pyarrow as pa
 from botocore.exceptions import (  # type: ignore[import-untyped]
@@ -30,7 +37,10 @@ from ray_platform.contracts import DataError
 
 # s3fs tries each call five times by itself. Botocore's own tries would multiply that to minutes at a dead endpoint.
 READ_TIMEOUT_S = 20  # without a byte
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 20.0  # of `with_retries`
 _S3_CLIENT = {"connect_timeout": 5, "read_timeout": READ_TIMEOUT_S, "retries": {"total_max_attempts": 1}}
+
+T = TypeVar("T")
 
 
 class StorageError(DataError):
@@ -50,6 +60,21 @@ class StoredFile:
 
     url: str
     size: int
+
+
+def with_retries(call: Callable[[], T], seconds: float) -> T:
+    """Call `call` again, after growing pauses, while storage is unavailable. What is missing or forbidden is asked for twice."""
+    deadline, wait, tries = time.monotonic() + seconds, _FIRST_WAIT_S, 0
+    while True:
+        try:
+            return call()
+        except StorageError as error:
+            tries += 1
+            wait = min(wait * (1 + random.random()), _LONGEST_WAIT_S)  # not all callers at once
+            last = tries == 2 if error.kind != "unavailable" else time.monotonic() + wait > deadline
+            if last:
+                raise
+            time.sleep(wait)
 
 
 def list_files(source: str) -> tuple[StoredFile, ...]:
@@ -155,10 +180,20 @@ def write_bytes(url: str, data: bytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
-            unfinished.write_bytes(data)
+            with unfinished.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # a machine that goes down must not leave a name without its content
             unfinished.replace(target)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def delete(url: str) -> None:
+    """Remove a file, or a folder with all that is below it. What is not there is no error. Raises DataError."""
+    with _errors(url), contextlib.suppress(FileNotFoundError):
+        filesystem, path = _resolve(url)
+        filesystem.rm(path, recursive=True)
 
 
 def put_folder(folder: Path, url: str) -> None:
@@ -183,6 +218,44 @@ def get_folder(url: str, folder: Path) -> None:
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
         filesystem.get(sources, [str(target) for target in targets])
+
+
+def cached_folder(url: str) -> str:
+    """A folder of this machine with what is below an s3:// URL, fetched once by whoever asks first; any other path as it is.
+
+    What changed there is fetched anew. Raises DataError.
+    """
+    if not url.startswith("s3://"):
+        return url
+    with _errors(url):
+        filesystem, path = _resolve(url)
+        entries = filesystem.find(path, detail=True)
+        if not entries:
+            raise FileNotFoundError(path)
+    listing = [(name, entry["size"], entry.get("ETag", "")) for name, entry in sorted(entries.items())]
+    name = hashlib.sha256(repr((url, listing)).encode()).hexdigest()[:24]
+    cache = Path(tempfile.gettempdir()) / f"diffdis-cache-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    with filelock.FileLock(cache / f"{name}.lock"):
+        folder = cache / name
+        if not folder.exists():
+            unfinished = cache / f".{name}.{uuid.uuid4().hex}"
+            get_folder(url, unfinished)
+            unfinished.replace(folder)
+    return str(folder)
+
+
+def with_cached_folders(build: Callable[..., T], *arguments: Any) -> T:
+    """`build(*arguments)`, with every s3:// URL in arguments that are dataclasses replaced by its `cached_folder`."""
+    return build(*(_localized(argument) for argument in arguments))
+
+
+def _localized(value: Any) -> Any:
+    if isinstance(value, str):
+        return cached_folder(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{f.name: _localized(getattr(value, f.name)) for f in dataclasses.fields(value)})
+    return value
 
 
 def exists(url: str) -> bool:

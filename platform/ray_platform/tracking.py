@@ -118,7 +118,7 @@ class Tracker:
         for name, value in metrics.items():
             with self._tolerated(f"metric {name}"):
                 numbers[name] = float(value)
-        self._latest = (step, numbers)
+        self._latest = (step, self._latest[1] | numbers if step == self._latest[0] else numbers)
         if self._client is None:
             return
         with self._tolerated("metrics"):

@@ -5,7 +5,7 @@ import torch
 
 from diffdis.config import DiffDisConfig, ObjectiveConfig, UNetConfig, sd_v1, tiny
 from diffdis.model import DiffDis
-from diffdis.task import JointLoss
+from diffdis.objective import Objective
 
 
 def test_sd_v1_builds_at_full_size_on_the_meta_device():
@@ -47,4 +47,4 @@ def test_values_that_cannot_work_are_refused(changes, message):
 
 def test_several_draws_need_the_one_way_mask():
     with pytest.raises(ValueError, match="num_draws"):
-        JointLoss(DiffDis(tiny(query_visibility="joint")), ObjectiveConfig(num_draws=2))
+        Objective(DiffDis(tiny(query_visibility="joint")), ObjectiveConfig(num_draws=2))

@@ -1,6 +1,7 @@
 import functools
 import io
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -39,21 +40,22 @@ def shards(tmp_path_factory):
 
 @pytest.fixture
 def make_run(tiny_model, shards):
-    """make_run(output_dir, sources, **TrainConfig fields) -> a Run of two workers over the tiny model."""
+    """make_run(output_dir, sources, objective fields, **TrainConfig fields) -> a Run of two workers over the tiny model."""
 
-    def make(output_dir, sources=None, **train) -> Run:
-        objective = ObjectiveConfig(lr_unet=1e-3, lr_new=1e-3)
+    def make(output_dir, sources=None, objective=None, **train) -> Run:
+        objective = ObjectiveConfig(lr_unet=1e-3, lr_new=1e-3, **(objective or {}))
         fields = {
             "num_workers": 2, "num_steps": 6, "micro_batch_size": 4, "warmup_steps": 2, "log_every": 1, "preview_every": 0,
             "cpus_per_worker": 0.5, "max_failures": 0,
         }  # fmt: skip
+        config = TrainConfig(**(fields | train))
         return Run(
             functools.partial(DiffDisTask, tiny_model, objective, ("red heart",)),
             DataConfig(sources=(str(sources or shards),), image_size=tiny_model.image_size),
-            TrainConfig(**(fields | train)),
+            config,
             TrackingConfig(),
             str(output_dir),
-            {"recipe": "test"},
+            {"recipe": "test", "model": asdict(tiny_model), "objective": asdict(objective), "train": asdict(config)},
             functools.partial(describe_encoders, tiny_model),
         )
 

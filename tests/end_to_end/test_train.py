@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from diffdis.objective import Draws
 from diffdis.pipeline import DiffDisPipeline
-from diffdis.task import Draws
 from ray_platform.contracts import ConfigError
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.ledger import Ledger
@@ -14,6 +14,7 @@ from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
 from ray_platform.train.engine import rate_factor
 from ray_platform.train.launch import TrainingError
+from ray_platform.train.loop import step_seed
 from tests.end_to_end.conftest import write_shards
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -39,12 +40,8 @@ def plain_loop(run):
     losses = {}
     for step, batches in enumerate(zip(*streams, strict=True)):
         inputs = [task.inputs(batch, torch.device("cpu")) for batch in batches]
-        generators = [
-            torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 65_537 + rank) for rank in range(len(inputs))
-        ]
-        draws = Draws(
-            *(torch.cat(d) for d in zip(*(module.draw(i, g) for i, g in zip(inputs, generators, strict=True)), strict=True))
-        )
+        drawn = [module.draw(part, step_seed(config.seed, step, rank, 0)) for rank, part in enumerate(inputs)]
+        draws = Draws(*(torch.cat(values) for values in zip(*drawn, strict=True)))
         whole = {name: torch.cat([i[name] for i in inputs]) for name in inputs[0]} | {"null_states": inputs[0]["null_states"]}
         generation = module.generation(whole, draws).mean()
         alignment, _ = module.alignment(whole, draws)
@@ -69,7 +66,11 @@ def reference():
     return {}
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+# Fast tests of the engine alone cover every stage (tests/ray_platform/test_engine.py).
+STAGES = [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3]
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
 def test_two_workers_at_every_zero_stage_follow_the_plain_loop(make_run, losses, reference, tmp_path, zero_stage):
     run = make_run(tmp_path, zero_stage=zero_stage)
     run.fit()
@@ -90,8 +91,8 @@ def test_a_resumed_run_continues_with_the_losses_of_one_never_stopped(make_run, 
     assert resumed == {step: values for step, values in losses(whole).items() if step > 3}
     with pytest.raises(ConfigError, match="already holds a run"):
         make_run(whole, zero_stage=2).fit()
-    with pytest.raises(TrainingError, match=r"train\.num_workers: 1, but the checkpoint"):
-        make_run(tmp_path / "other", zero_stage=2, num_workers=1, resume=str(checkpoint)).fit()
+    with pytest.raises(TrainingError, match=r"train\.seed: 1, but the checkpoint"):
+        make_run(tmp_path / "other", zero_stage=2, seed=1, resume=str(checkpoint)).fit()
 
 
 def test_an_undecodable_image_and_an_unreadable_caption_are_skipped_and_counted(make_run, tmp_path):

@@ -27,7 +27,7 @@ from ray_platform.data.catalog import MANIFEST, Catalog, Unit
 from ray_platform.data.config import DataConfig
 from ray_platform.data.execution import data_context
 from ray_platform.data.plan import Group, Item
-from ray_platform.data.source import ShardSource, unpack, with_retries
+from ray_platform.data.source import ShardSource, unpack
 from ray_platform.data.tally import Tally
 
 # Decoded bytes a file is made of, at most 512 images: at 256 px and Stable Diffusion's sizes it has 64 MB, a good size to read.
@@ -205,7 +205,7 @@ class EncodeBlock:
         encoded = {tensor: np.concatenate([part[tensor] for part in parts]) for tensor in parts[0]}
         content = precomputed.to_arrow(keys, captions, encoded)
         write = functools.partial(storage.write_bytes, storage.join(self.output_dir, name), content)
-        with_retries(write, self.retry_seconds)
+        storage.with_retries(write, self.retry_seconds)
 
 
 def _collect(record: dict[str, Any], done: dict[int, Done], tally: Tally) -> tuple[int, Done] | None:

@@ -6,8 +6,6 @@ a JSON header with all else. Ray neither splits nor joins such blocks, and image
 
 import hashlib
 import json
-import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,7 +28,6 @@ from ray_platform.data.tar import Record, read_part, read_tar
 BLOCK_BYTES = 16 * 2**20
 _MAX_BLOCK_SAMPLES = 512
 _BEHIND_PART = 2**20  # bytes read behind a part, for its last sample
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 20.0
 _LOST: dict[str, Bad] = {"missing": "shard_missing", "forbidden": "shard_forbidden", "unavailable": "shard_unavailable"}
 
 
@@ -97,24 +94,9 @@ def open_unit(item: Item, config: DataConfig, seed: int) -> Unit:
     """Read a unit. One that storage does not give becomes a LostUnit; DataError for one that is not what was catalogued."""
     shard = item.unit.shard
     try:
-        return with_retries(lambda: _read(item, config, f"{seed}/{item.epoch}"), config.retry_seconds)
+        return storage.with_retries(lambda: _read(item, config, f"{seed}/{item.epoch}"), config.retry_seconds)
     except storage.StorageError as error:
         return LostUnit(f"{shard.name}/", _LOST[error.kind], max((stop for _, stop in item.consumed), default=0))
-
-
-def with_retries(read: Callable[[], Any], seconds: float) -> Any:
-    """Call `read` again, after growing pauses, while storage is unavailable. What is missing or forbidden is asked for twice."""
-    deadline, wait, tries = time.monotonic() + seconds, _FIRST_WAIT_S, 0
-    while True:
-        try:
-            return read()
-        except storage.StorageError as error:
-            tries += 1
-            wait = min(wait * (1 + random.random()), _LONGEST_WAIT_S)  # not all readers at once
-            last = tries == 2 if error.kind != "unavailable" else time.monotonic() + wait > deadline
-            if last:
-                raise
-            time.sleep(wait)
 
 
 def _read(item: Item, config: DataConfig, seed: str) -> Unit:

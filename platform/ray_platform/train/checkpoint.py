@@ -1,33 +1,55 @@
-"""Which checkpoint a worker starts from, and when one counts as complete.
+"""What a checkpoint is, which one a run goes on from, and how it is read.
 
-A checkpoint is `<output_dir>/checkpoints/<launch>/step_<n>` with every rank's part of the engine and its `rank_<r>.json`.
-`complete.json` is written last, after every rank's upload: without it the folder does not exist for us.
+A checkpoint is the folder `<output_dir>/checkpoints/<launch>/step_<n>`: files of whole tensors in safetensors' format (weights,
+moments, EMA, each by its parameter's name, shared out among the ranks that wrote them), one JSON file a rank, the two ledgers,
+and `complete.json`. That one is written last and lists the others with sizes and digests: without it, there is no checkpoint.
+Nothing in it depends on the number of ranks or the ZeRO stage, so any other number and stage can take it.
 """
 
+import hashlib
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError
+from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.ledger import Ledger
 
 COMPLETE = "complete.json"
+BASE, CONSUMED = "base", "consumed"  # the two ledgers
+TENSORS = ".safetensors"
+RETRY_SECONDS = 120.0  # while storage does not answer
+
+
+class CorruptCheckpoint(DataError):
+    """A complete checkpoint whose files are not what its manifest says."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What must be equal, or known, for a run to go on from a checkpoint."""
+    """What is in a checkpoint, and what it was made by."""
 
+    token: str  # in the names of its files
     step: int
+    num_updates: int  # steps that changed the weights
+    samples_seen: int
     world_size: int
     zero_stage: int
-    micro_batch_size: int
+    global_batch_size: int
     seed: int
     source_digest: str  # of the data's catalog
+    metrics: dict[str, float]  # the last that were logged
+    code_version: str
+    config: dict[str, Any]
+    files: dict[str, tuple[int, str]]  # name -> (bytes, SHA-256)
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
 
 
 def checkpoint_name(step: int) -> str:
@@ -38,89 +60,159 @@ def checkpoints_dir(output_dir: str) -> str:
     return storage.join(output_dir, "checkpoints")
 
 
-def newest(output_dir: str, launch: str = "") -> str | None:
-    """The complete checkpoint with the most steps in a run's folder, or in one launch of it; None where there is none."""
-    folder = storage.join(checkpoints_dir(output_dir), launch) if launch else checkpoints_dir(output_dir)
-    if not storage.exists(folder):
-        return None
-    pattern = storage.join(folder, "step_*" if launch else "*/step_*", COMPLETE)
-    found = [file.url.rsplit("/", 1)[0] for file in storage.list_files(pattern)]
+def complete_ones(output_dir: str, launch: str = "*") -> list[str]:
+    """The complete checkpoints of a run's folder, or of one launch of it, the newest first."""
+    folder = storage.join(checkpoints_dir(output_dir), launch)
+    if not storage.exists(folder.removesuffix("/*")):
+        return []
+    found = [file.url.rsplit("/", 1)[0] for file in storage.list_files(storage.join(folder, "step_*", COMPLETE))]
     # Two launches may hold the same step; the later launch's is the newer (launches are named by time).
-    return max(found, key=lambda url: (url.rsplit("/", 1)[1], url), default=None)
+    return sorted(found, key=lambda url: (url.rsplit("/", 1)[1], url), reverse=True)
 
 
-def choose(resume: str, output_dir: str, launch: str) -> str | None:
-    """The one place that decides where a worker starts, in this order:
+def candidates(resume: str, output_dir: str, launch: str) -> list[str]:
+    """Where a group of workers may start from, the best first. The one place that decides, in this order:
 
-    1. a worker that was restarted goes on from this launch's newest checkpoint;
-    2. `resume` = a path: that checkpoint;
-    3. `resume` = auto: the newest one in the run's folder;
-    4. from the beginning.
+    1. workers that were restarted, or whose number changed: from this launch's newest checkpoint;
+    2. `resume` = auto: from the newest one in the run's folder; `resume` = a path: from that checkpoint, of whatever run;
+    3. none of these: from the Task as it was built, which has the weights of its own warm start, if any, or fresh ones.
+
+    The older ones follow, for the case that a newer one is damaged.
     """
-    if restarted := newest(output_dir, launch):
-        return restarted
+    own = complete_ones(output_dir, launch)
     if resume == "none":
-        return None
+        return own
     if resume == "auto":
-        return newest(output_dir)
+        return own + [url for url in complete_ones(output_dir) if url not in own]
     if not storage.exists(storage.join(resume, COMPLETE)):
         raise ConfigError(f"train.resume: {resume} is no complete checkpoint (it has no {COMPLETE}); give a step_* folder")
-    return resume.rstrip("/")
+    return [*own, resume.rstrip("/")]
 
 
 def read_manifest(url: str) -> Manifest:
-    return Manifest(**json.loads(storage.read_bytes(storage.join(url, COMPLETE))))
+    values = json.loads(storage.with_retries(lambda: storage.read_bytes(storage.join(url, COMPLETE)), RETRY_SECONDS))
+    values["files"] = {name: tuple(entry) for name, entry in values["files"].items()}
+    return Manifest(**values)
 
 
-def write_manifest(url: str, manifest: Manifest) -> None:
-    """Declare a checkpoint complete: call it after every rank's part was uploaded."""
-    storage.write_bytes(storage.join(url, COMPLETE), json.dumps(asdict(manifest), indent=2).encode())
-
-
-def check_fits(url: str, saved: Manifest, now: Manifest) -> None:
-    """Raise ConfigError when a run with `now`'s settings cannot go on from `saved`."""
-    for field in ("world_size", "zero_stage", "micro_batch_size", "seed"):
-        if getattr(saved, field) != getattr(now, field):
-            name = "num_workers" if field == "world_size" else field
-            raise ConfigError(
-                f"train.{name}: {getattr(now, field)}, but the checkpoint {url} was written with {getattr(saved, field)}; "
-                "go on with that, or begin anew with --train.resume none and another output_dir"
-            )
-    if saved.source_digest != now.source_digest:
-        raise ConfigError(
-            f"data.sources: the shards differ from those that the checkpoint {url} was trained on; "
-            "restore them, or begin anew with --train.resume none and another output_dir"
+def read_file(url: str, manifest: Manifest, name: str) -> bytes:
+    """Raises CorruptCheckpoint when the file is missing, or is not what was written."""
+    try:
+        data = storage.with_retries(lambda: storage.read_bytes(storage.join(url, name)), RETRY_SECONDS)
+    except storage.StorageError as error:
+        if error.kind != "missing":
+            raise
+        raise CorruptCheckpoint(f"{url}: {name} is missing; go on from another checkpoint by --train.resume PATH") from None
+    size, digest = manifest.files[name]
+    if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
+        raise CorruptCheckpoint(
+            f"{url}: {name} is damaged ({len(data)} bytes of {size}); go on from another checkpoint by --train.resume PATH"
         )
+    return data
+
+
+def tensor_files(manifest: Manifest) -> list[str]:
+    return sorted(name for name in manifest.files if name.endswith(TENSORS))
+
+
+def tensors(url: str, manifest: Manifest, names: list[str]) -> dict[str, torch.Tensor]:
+    """The tensors of the files `names`, on the CPU."""
+    found: dict[str, torch.Tensor] = {}
+    for name in names:
+        found |= safetensors.torch.load(read_file(url, manifest, name))
+    return found
+
+
+def weights_of(url: str, which: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(parameter, tensor) of a checkpoint: `which` is weights or ema. Without Ray or ranks; a file at a time.
+
+    What has no EMA (frozen parameters, buffers) comes from the weights. Raises ConfigError where nothing has one.
+    """
+    manifest = read_manifest(url)
+    averaged: set[str] = set()
+    plain: dict[str, torch.Tensor] = {}
+    for name in tensor_files(manifest):
+        for key, tensor in tensors(url, manifest, [name]).items():
+            state, _, parameter = key.partition("/")
+            if state == which:
+                averaged.add(parameter)
+                yield parameter, tensor
+            elif state == "weights":
+                plain[parameter] = tensor
+    if not averaged:
+        raise ConfigError(f"{url} has no {which}: it was trained with train.ema_decay 0; take weights")
+    yield from ((parameter, tensor) for parameter, tensor in plain.items() if parameter not in averaged)
+
+
+def shared_reader(mine: Mapping[str, torch.Tensor], device: torch.device) -> Callable[[str, torch.Size], torch.Tensor | None]:
+    """For `Engine.load_state`: every rank holds some of the tensors, and gives each to all when its turn comes.
+
+    Every rank must make it, and ask for the same names in the same order. Raises ConfigError for a tensor of another shape.
+    """
+    rank = dist.get_rank()
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in mine.items()})
+    owners = {name: owner for owner, part in enumerate(parts) for name in part}
+
+    def get(name: str, shape: torch.Size) -> torch.Tensor | None:
+        if name not in owners:
+            return None
+        saved_shape, dtype = parts[owners[name]][name]
+        if tuple(shape) != saved_shape:
+            raise ConfigError(
+                f"model: {name.partition('/')[2]} is {tuple(shape)}, but {saved_shape} in the checkpoint; "
+                "give the model that it was trained with"
+            )
+        own = owners[name] == rank
+        tensor = mine[name].to(device) if own else torch.empty(saved_shape, dtype=dtype, device=device)
+        dist.broadcast(tensor, src=owners[name])
+        return tensor
+
+    return get
+
+
+def load_ledgers(url: str, manifest: Manifest) -> tuple[Ledger, Ledger]:
+    """(what the plan of all ranks began with, what was consumed by then)."""
+    base, consumed = (Ledger.from_bytes(read_file(url, manifest, json_name(name, manifest.token))) for name in (BASE, CONSUMED))
+    return base, consumed
+
+
+def load_rank_state(url: str, manifest: Manifest, rank: int) -> dict[str, Any]:
+    return json.loads(read_file(url, manifest, json_name(rank_name(rank), manifest.token)))
+
+
+def rank_name(rank: int) -> str:
+    return f"rank_{rank:05d}"
+
+
+def json_name(name: str, token: str) -> str:
+    return f"{name}.{token}.json"
 
 
 @dataclass(frozen=True)
-class RankState:
-    """What one rank knows besides the engine."""
+class Keep:
+    """Which checkpoints of a run stay: the newest ones, and the best one by a metric."""
 
-    skipped: dict[str, int]
+    output_dir: str
+    num_newest: int
+    best_metric: str = ""  # empty: none
+    best_mode: Literal["max", "min"] = "max"
 
-    def save(self, folder: Path, rank: int) -> None:
-        (folder / f"rank_{rank}.json").write_text(json.dumps(asdict(self)))
-
-    @classmethod
-    def load(cls, folder: Path, rank: int) -> "RankState":
-        return cls(**json.loads((folder / f"rank_{rank}.json").read_text()))
-
-
-def save_ledgers(folder: Path, base: Ledger, consumed: Ledger) -> None:
-    """What the plan of all ranks began with, and what has been consumed since; one rank writes them."""
-    (folder / "base.json").write_bytes(base.to_bytes())
-    (folder / "consumed.json").write_bytes(consumed.to_bytes())
-
-
-def load_ledgers(folder: Path) -> tuple[Ledger, Ledger]:
-    """(base, consumed)."""
-    return Ledger.from_bytes((folder / "base.json").read_bytes()), Ledger.from_bytes((folder / "consumed.json").read_bytes())
+    def prune(self, newest: str) -> None:
+        """Remove the others, and what never became complete. To be called after `newest` did, and before another begins."""
+        ordered = complete_ones(self.output_dir)
+        kept = {newest, *ordered[: self.num_newest]}
+        if self.best_metric:
+            scores = {url: value for url in ordered if (value := read_manifest(url).metrics.get(self.best_metric)) is not None}
+            if scores:
+                kept.add((max if self.best_mode == "max" else min)(scores, key=lambda url: scores[url]))
+        for url in sorted(set(_folders(self.output_dir)) - kept):
+            # First of all it must no longer be taken for a whole one.
+            storage.delete(storage.join(url, COMPLETE))
+            storage.delete(url)
 
 
-@contextmanager
-def local_copy(url: str) -> Iterator[Path]:
-    """The checkpoint as a folder of this machine."""
-    with tempfile.TemporaryDirectory(prefix="checkpoint_") as folder:
-        storage.get_folder(url, Path(folder))
-        yield Path(folder)
+def _folders(output_dir: str) -> list[str]:
+    """All checkpoints, complete or not."""
+    files = storage.list_files(storage.join(checkpoints_dir(output_dir), "*", "step_*", "*"))
+    return sorted({file.url.rsplit("/", 1)[0] for file in files})

@@ -1,102 +1,266 @@
-"""One optimisation step under DeepSpeed ZeRO. Nothing else imports deepspeed."""
+"""One optimisation step under DeepSpeed ZeRO, and its whole state as named tensors. Nothing else imports deepspeed.
 
+The state is told apart by parameter, not by rank: whatever wrote it, any number of ranks at any ZeRO stage can take it.
+"""
+
+import contextlib
 import math
 import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, at deepspeed's import
 
 import deepspeed
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 
 from ray_platform.contracts import Task
 from ray_platform.train.config import TrainConfig
+from ray_platform.train.optimizer import EMA, AdamW
 
-_TAG = "engine"
+WEIGHTS = "weights"  # state name; the others are the optimizer's
+Inputs = dict[str, torch.Tensor]
+Metrics = dict[str, torch.Tensor]
 
 
 class Engine:
-    """A Task's module, its optimizer and its schedule, sharded over the ranks of the current process group."""
+    """A Task's module and its optimizer, sharded over the ranks of the current process group."""
 
-    def __init__(self, task: Task, config: TrainConfig):
-        self.config = config
-        self.engine, self.optimizer, _, self.schedule = deepspeed.initialize(
+    def __init__(self, task: Task, config: TrainConfig, micro_batch_size: int, num_micro_batches: int):
+        self.task, self.config = task, config
+        if config.activation_checkpointing:
+            task.enable_activation_checkpointing()
+        if config.channels_last:
+            task.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        groups = task.parameter_groups()
+        self.base_rates = [group["lr"] for group in groups]
+        self.adam = AdamW(groups, config.ema_decay)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=task.module,
-            model_parameters=task.parameter_groups(),
-            config=deepspeed_config(config),
-            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(config)),
+            optimizer=self.adam,
+            config=deepspeed_config(config, micro_batch_size, num_micro_batches),
             dist_init_required=False,
         )
+        self.adam.begin(self._shards())
+        if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):  # ZeRO 1 and 2
+            self.optimizer._lazy_init_hp_params_optimizer_state()
         self.device = torch.device(self.engine.device)
+        self.num_micro_batches = num_micro_batches
+        self.grad_norm = float("nan")  # before clipping, of the last step
+        self._autocast = _autocast(self.device, config.precision)
+        task.module.forward = self._autocast(task.module.forward)
 
-    def step(self, inputs: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Forward, backward and update; the metrics of this rank's batch, each [weighted sum, weight]."""
-        loss, metrics = self.engine(inputs, generator)
-        self.engine.backward(loss)
+    # --- a step ----------------------------------------------------------------------------------------------------------
+
+    def backward(self, micro_batches: Sequence[Inputs], seeds: Sequence[int]) -> tuple[torch.Tensor, Metrics]:
+        """Forward and backward of all micro-batches of a step: this rank's mean loss (scalar), and its metrics summed."""
+        micro_batches = [self._placed(inputs) for inputs in micro_batches]
+        more = self.task.prepare(micro_batches, seeds)
+        losses: list[torch.Tensor] = []
+        metrics: Metrics = {}
+        for inputs, seed, extra in zip(micro_batches, seeds, more, strict=True):
+            loss, parts = self.engine(inputs, seed, **extra)
+            self.engine.backward(loss)
+            if len(losses) < len(micro_batches) - 1:
+                self.engine.step()  # counts the micro-batch; the last one's is `update`
+            losses.append(loss.detach())
+            for name, value in parts.items():
+                metrics[name] = metrics[name] + value.detach() if name in metrics else value.detach()
+        return torch.stack(losses).mean(), metrics
+
+    def update(self, step: int, skip: bool = False) -> bool:
+        """Clip, and take the optimizer's step at the rates of `step`. Returns whether the weights were changed.
+
+        They are not where `skip` says so, or where a gradient is not finite on any rank.
+        """
+        factor = rate_factor(self.config)(step)
+        for group, rate in zip(self.adam.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
+        finite = True
+        if self.config.zero_stage == 0:  # the other stages look themselves
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+            finite = math.isfinite(self.grad_norm)
+        self.adam.skip = skip or not finite
         self.engine.step()
-        return metrics
-
-    @property
-    def grad_norm(self) -> float:
-        """The global norm before clipping, of the last step."""
-        norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        if self.config.zero_stage:
+            finite = not self.optimizer.overflow
+            norm = self.engine.get_global_grad_norm()
+            self.grad_norm = float("nan") if norm is None or not finite else float(norm)
+        return finite and not skip
 
     def learning_rates(self) -> dict[str, float]:
         """By the name of the Task's parameter group."""
-        return {group.get("name", str(i)): group["lr"] for i, group in enumerate(self.optimizer.param_groups)}
+        return {group["name"]: group["lr"] for group in self.adam.param_groups}
 
-    def state_dict(self) -> dict[str, torch.Tensor] | None:
-        """The module's full weights in float32 on rank 0's CPU, None elsewhere. Every rank must call it."""
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Around calls of the Task that need no gradient."""
+        self.engine.eval()
+        try:
+            with torch.no_grad(), self._autocast:
+                yield
+        finally:
+            self.engine.train()
+
+    def compile(self) -> None:
+        """Have torch compile the module from its next call on."""
+        self.engine.compile()
+
+    def _placed(self, inputs: Inputs) -> Inputs:
+        if not self.config.channels_last:
+            return inputs
+        return {n: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for n, x in inputs.items()}
+
+    # --- its state -------------------------------------------------------------------------------------------------------
+
+    def state(self, names: Sequence[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+        """(`<state name>/<parameter>`, the whole tensor) of weights, moments and EMA in float32, or of `names` alone; and the
+        buffers. Every rank must go through all of it; all see the same tensors, one at a time.
+        """
+        names = names or (WEIGHTS, *self.adam.state_names)
+        for parameter_name, parameter in self.engine.module.named_parameters():
+            for name in (WEIGHTS,) if not parameter.requires_grad else names:
+                yield f"{name}/{parameter_name}", self._get(parameter, name)
+        trained = {name for name, _ in self.engine.module.named_parameters()}
+        for buffer_name, buffer in self.engine.module.state_dict().items():
+            if buffer_name not in trained:
+                yield f"{WEIGHTS}/{buffer_name}", buffer
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """What a user would take: the EMA where there is one, else the weights; whole, on rank 0's CPU, None elsewhere.
+
+        Every rank must call it.
+        """
         keep = torch.distributed.get_rank() == 0
-        weights = {}
-        for name, parameter in self.engine.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.config.zero_stage == 3):
-                if keep:
-                    weights[name] = parameter.detach().float().cpu().clone()
-        for name, value in self.engine.module.state_dict().items():
-            if keep and name not in weights:  # buffers
-                weights[name] = value.detach().cpu().clone()
-        return weights if keep else None
+        best = EMA if self.config.ema_decay else WEIGHTS
+        whole = {}
+        for name, tensor in self.state((best,)):
+            if keep:
+                whole[name.partition("/")[2]] = tensor.detach().cpu().clone()
+        return whole if keep else None
 
-    def save(self, folder: Path) -> None:
-        """This rank's part of module, optimizer and schedule. Every rank must call it."""
-        self.engine.save_checkpoint(str(folder), tag=_TAG)
+    def load_state(self, num_updates: int, get: Callable[[str, torch.Size], torch.Tensor | None]) -> list[str]:
+        """The inverse of `state`: `get(name, shape)` gives each tensor, on every rank, or None for one that it lacks.
 
-    def load(self, folder: Path) -> None:
-        """The inverse of `save`, at the same number of ranks and ZeRO stage. Every rank must call it."""
-        self.engine.load_checkpoint(str(folder), tag=_TAG)
+        Returns the names of those that it lacked. An EMA that it lacks begins with the weights.
+        """
+        lacking = []
+        self.adam.num_updates = num_updates
+        for parameter_name, parameter in self.engine.module.named_parameters():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            weights = get(f"{WEIGHTS}/{parameter_name}", shape)
+            if weights is None:
+                lacking.append(f"{WEIGHTS}/{parameter_name}")
+                continue
+            self._set(parameter, WEIGHTS, weights)
+            for name in self.adam.state_names if parameter.requires_grad else ():
+                value = get(f"{name}/{parameter_name}", shape)
+                if value is None and name != EMA:
+                    lacking.append(f"{name}/{parameter_name}")
+                    continue
+                self._set(parameter, name, weights if value is None else value)
+        if hasattr(self.optimizer, "update_lp_params"):
+            self.optimizer.update_lp_params()
+        self._load_buffers(get)
+        return lacking
+
+    def _load_buffers(self, get: Callable[[str, torch.Size], torch.Tensor | None]) -> None:
+        known = {name for name, _ in self.engine.module.named_parameters()}
+        for name, buffer in self.engine.module.state_dict().items():
+            if name not in known and (value := get(f"{WEIGHTS}/{name}", buffer.shape)) is not None:
+                buffer.copy_(value)
+
+    def _shards(self) -> list[torch.Tensor]:
+        """What the optimizer updates on this rank."""
+        if self.config.zero_stage == 3:
+            return self.optimizer.fp32_partitioned_groups_flat
+        return [parameter for group in self.adam.param_groups for parameter in group["params"]]
+
+    def _get(self, parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
+        if self.config.zero_stage and parameter.requires_grad:
+            whole = safe_get_full_fp32_param(parameter) if name == WEIGHTS else safe_get_full_optimizer_state(parameter, name)
+            return whole.detach()
+        if name != WEIGHTS:
+            return self.adam.state[parameter][name]
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self.config.zero_stage == 3):
+            return parameter.detach().float().clone()
+
+    def _set(self, parameter: Any, name: str, value: torch.Tensor) -> None:
+        value = value.to(self.device)
+        if self.config.zero_stage == 3 and parameter.requires_grad:
+            # By this rank's part: for a size that the number of ranks does not divide, DeepSpeed's call with the whole fails.
+            size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
+            padded = F.pad(value.flatten(), (0, size * torch.distributed.get_world_size() - value.numel()))
+            part = padded[rank * size :][:size]
+            if name == WEIGHTS:
+                safe_set_local_fp32_param(parameter, part)
+            else:
+                safe_set_local_optimizer_state(parameter, part, name)
+        elif self.config.zero_stage and parameter.requires_grad:
+            if name == WEIGHTS:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, name)
+        elif name != WEIGHTS:
+            self.adam.state[parameter][name].copy_(value)
+        if name == WEIGHTS:  # and what the module computes with
+            gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.config.zero_stage == 3)
+            with gathered, torch.no_grad():
+                parameter.copy_(value)
+
+
+def _autocast(device: torch.device, precision: str) -> Any:
+    """Parameters stay float32 (their casts are cached within a pass), so norms, losses and schedules keep their precision."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
 
 def rate_factor(config: TrainConfig) -> Callable[[int], float]:
-    """What each group's rate is multiplied by at a step: a linear warm-up, then constant or a cosine down to 0."""
+    """What each group's rate is multiplied by at a step (the first is 0): a linear warm-up, then the schedule."""
 
     def factor(step: int) -> float:
         if step < config.warmup_steps:
             return (step + 1) / config.warmup_steps
-        if config.lr_schedule == "constant":
-            return 1.0
-        progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        progress = min(1.0, (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps))
+        if config.lr_schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return 1.0 - progress if config.lr_schedule == "linear" else 1.0
 
     return factor
 
 
-def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """DeepSpeed's own configuration, generated from ours."""
-    return {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": 1,
+def deepspeed_config(config: TrainConfig, micro_batch_size: int, num_micro_batches: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration: generated from ours, extended by `train.deepspeed`."""
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    generated = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": config.gradient_clipping,
-        # The rates stand in the parameter groups. DeepSpeed's fused Adams want a compiler on every node.
-        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "betas": [0.9, 0.999]}},
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()},
-        "bf16": {"enabled": config.precision == "bf16"},
-        "fp16": {"enabled": config.precision == "fp16"},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # ours is torch's fused AdamW, which has a kernel for CPUs too
         "steps_per_print": 10**9,  # our own progress line says it
     }
+    return _merged(generated, config.deepspeed)
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = _merged(merged[name], value) if both else value
+    return merged

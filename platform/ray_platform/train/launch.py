@@ -1,15 +1,14 @@
-"""The driver's side of a training run: check what can be checked, start the workers, show progress, say what failed."""
+"""The driver's side of a training run: check what can be checked, start the workers, and again if lost, say what failed."""
 
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -24,12 +23,18 @@ from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
 from ray_platform.tracking import RunStatus, TrackerHandle, TrackingConfig, start_tracker, tracking_uri
 from ray_platform.train import checkpoint
+from ray_platform.train.code_version import code_version
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.loop import Job, train_worker
+from ray_platform.train.guard import Diverged
+from ray_platform.train.heldout import read_heldout
+from ray_platform.train.loop import Interrupted, Job, train_worker
+from ray_platform.train.overseer import Overseer
+from ray_platform.train.watch import start_watch
 
 logger = logging.getLogger(__name__)
 
 INSPECTED_SAMPLES = 64
+RESIZE_SECONDS = 60.0  # between looks whether an elastic run can have more workers: each change costs a restart
 CATALOG = "catalog.json"  # in output_dir: the shards that the run was begun with
 TRACKED = "mlflow.json"  # in output_dir: the run to go on in after a resume
 
@@ -65,10 +70,10 @@ class Run:
                 f"tracking.uri: give an MLflow server or sqlite:/// path, as {self.output_dir} cannot hold a database"
             )
         catalog = self._catalog()
-        check_world_size(catalog, self.train.num_workers)
-        if self.train.resume == "none" and (found := checkpoint.newest(self.output_dir)):
+        check_world_size(catalog, self.train.max_workers)
+        if self.train.resume == "none" and (found := checkpoint.complete_ones(self.output_dir)):
             raise ConfigError(
-                f"output_dir: {self.output_dir} already holds a run (up to {found.rsplit('/', 1)[1]}); "
+                f"output_dir: {self.output_dir} already holds a run (up to {found[0].rsplit('/', 1)[1]}); "
                 "go on with it by --train.resume auto, or give another output_dir"
             )
         return catalog
@@ -93,6 +98,11 @@ class Run:
         catalog = self.check()
         train = self.train
         samples = inspect_first_samples(catalog, self.data, INSPECTED_SAMPLES)
+        starts = checkpoint.candidates(train.resume, self.output_dir, "none yet")
+        saved = checkpoint.read_manifest(starts[0]) if starts else None
+        global_batch = train.global_batch_size or (
+            saved.global_batch_size if saved else train.max_workers * train.micro_batch_size
+        )
         return {
             "shards": len(catalog.shards),
             "bytes": catalog.num_bytes,
@@ -105,35 +115,83 @@ class Run:
             "workers": train.num_workers,
             "zero_stage": train.zero_stage,
             "steps": train.num_steps,
-            "global_batch_size": train.num_workers * train.micro_batch_size,
-            "samples_to_train_on": train.num_steps * train.num_workers * train.micro_batch_size,
-            "starts_from": checkpoint.choose(train.resume, self.output_dir, "none yet") or "the beginning",
+            "global_batch_size": global_batch,
+            "samples_to_train_on": (train.num_steps - (saved.step if saved else 0)) * global_batch,
+            "starts_from": starts[0] if starts else "the beginning",
             "output_dir": self.output_dir,
         }
 
     def fit(self) -> dict[str, Any]:
         """Train to the last step. Returns where it is tracked: {tracking_uri, experiment, run_id}.
 
-        Raises ConfigError and DataError before anything starts, and TrainingError, in one line, when the run fails.
+        Raises ConfigError and DataError before anything starts, and TrainingError, in one line, when the run fails or is
+        stopped by SIGTERM (which it answers with a checkpoint).
         """
         catalog = self.check()
+        heldout = None
+        if self.train.heldout_sources:
+            heldout = read_heldout(self.data, self.train.heldout_sources, self.train.heldout_samples)
         connect()
         storage.write_bytes(storage.join(self.output_dir, CATALOG), to_json(catalog))
         tracker, tracked = self._start_tracker()
-        # Named by time: a later launch's name sorts after an earlier one's.
-        launch = time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}"
-        job = Job(self.build_task, self.data, self.train, catalog, self.output_dir, launch, tracker)
+        job = Job(
+            self.build_task,
+            self._data(),
+            self.train,
+            catalog,
+            self.output_dir,
+            # Named by time: a later launch's name sorts after an earlier one's.
+            time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}",
+            tracker,
+            start_watch(),
+            ray.put(heldout) if heldout is not None else None,
+            self.params,
+            code_version(),
+        )
         status: RunStatus = "FAILED"
         try:
-            with _progress(tracker, self.train.num_steps):
-                self._trainer(job).fit()
+            with Overseer(job.watch, tracker, self.train) as overseer:
+                self._train_to_the_end(job, overseer)
             tracker.log_folder(job.export_dir, "model")
             status = "FINISHED"
-        except TrainingFailedError as error:
-            raise TrainingError(_cause(error)) from error
         finally:
             tracker.end(status)
+            storage.delete(self._ray_dir)
         return tracked
+
+    @property
+    def _ray_dir(self) -> str:
+        """Ray Train wants a place for checkpoints of its own, which it is never given."""
+        return storage.join(self.output_dir, "ray_train")
+
+    def _data(self) -> DataConfig:
+        """An elastic run's workers hold the CPUs of their reads themselves: Ray counts how many workers there is room for."""
+        if not self.train.elastic:
+            return self.data
+        return replace(self.data, cpus_per_read=0.0)
+
+    def _train_to_the_end(self, job: Job, overseer: Overseer) -> None:
+        """Start the workers again, from the newest checkpoint, until they are done, or have failed too often at one place."""
+        failures, newest = 0, ""
+        while True:
+            try:
+                self._trainer(job).fit()
+                return
+            except TrainingFailedError as error:
+                cause, line = cause_of(error)
+                line = overseer.last_hang or line
+                if overseer.stopping and isinstance(cause, Interrupted):
+                    raise TrainingError(f"{line}; go on with --train.resume auto") from None
+                if is_final(cause):
+                    raise TrainingError(line) from error
+                overseer.workers_are_gone()
+                made = next(iter(checkpoint.complete_ones(self.output_dir, job.launch)), "")
+                if made != newest:
+                    failures, newest = 0, made
+                failures += not isinstance(cause, Interrupted)
+                if failures > self.train.max_failures:
+                    raise TrainingError(f"{line} (failure {failures} without a new checkpoint; train.max_failures)") from error
+                logger.warning("%s; going on from %s", line, made or "where this launch began")
 
     def _start_tracker(self) -> tuple[TrackerHandle, dict[str, str]]:
         """The tracker's run: the one that a resumed run began in, else a new one."""
@@ -150,65 +208,48 @@ class Run:
     def _trainer(self, job: Job) -> TorchTrainer:
         train = self.train
         resources = {"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})
+        workers: dict[str, Any] = {"num_workers": train.max_workers}
+        if train.elastic:
+            resources["CPU"] += self.data.reads_per_rank * self.data.cpus_per_read
+            workers = {"num_workers": train.num_workers, "elastic_resize_monitor_interval_s": RESIZE_SECONDS}
         return TorchTrainer(
             train_worker,
             train_loop_config=job,
             torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=train.num_workers, use_gpu=bool(train.gpus_per_worker), resources_per_worker=resources
+                use_gpu=bool(train.gpus_per_worker), resources_per_worker=resources, **workers
             ),
             run_config=ray.train.RunConfig(
-                name=job.launch,
-                storage_path=checkpoint.checkpoints_dir(self.output_dir),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train.keep_checkpoints),
-                failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
+                name=f"{job.launch}-{time.monotonic_ns()}",  # a name that Ray knows would resume
+                storage_path=self._ray_dir,
+                # Every failure comes back here, where a new checkpoint counts for more than a count of failures.
+                failure_config=ray.train.FailureConfig(max_failures=0),
             ),
         )
 
 
-@contextmanager
-def _progress(tracker: TrackerHandle, num_steps: int):
-    """Print a line whenever new metrics have come in."""
-    done, shown = threading.Event(), [-1]
-
-    def show() -> None:
-        step, metrics = tracker.latest()
-        if step > shown[0]:
-            shown[0] = step
-            print(progress_line(step, num_steps, metrics), flush=True)
-
-    def watch() -> None:
-        while not done.wait(1.0):
-            show()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        show()
+def is_final(cause: BaseException) -> bool:
+    """Whether to start again would only end the same way."""
+    if isinstance(cause, storage.StorageError):
+        return cause.kind != "unavailable"
+    return isinstance(cause, ConfigError | DataError | Diverged)
 
 
-def progress_line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
-    """`step 120/780  loss_generation 0.412  loss_alignment 3.101  113 samples/s  waiting for data 2 %  left 5:32`"""
-    losses = "  ".join(f"{n} {v:.3f}" for n, v in sorted(metrics.items(), reverse=True) if n.startswith("loss_"))
-    minutes, seconds = divmod(int(metrics.get("train/seconds_left", 0)), 60)
-    return (
-        f"step {step}/{num_steps}  {losses}  {metrics.get('train/samples_per_second', 0):.0f} samples/s  "
-        f"waiting for data {metrics.get('data/share_waiting', 0):.0%}  left {minutes}:{seconds:02d}"
-    )
+def cause_of(error: TrainingFailedError) -> tuple[BaseException, str]:
+    """(what a rank raised, one line): an error of ours speaks for itself, another one is named by its type."""
+    failures = sorted(getattr(error, "worker_failures", {}).items()) or [(-1, error)]
+    causes = [(rank, _unwrapped(failure)) for rank, failure in failures]
+    # Where one rank fails, the others' collectives fail after it: what is ours is the cause.
+    ours = (ConfigError, DataError, Diverged, Interrupted)
+    rank, cause = next(((r, c) for r, c in causes if isinstance(c, ours)), causes[0])
+    line = _first_line(cause)
+    return cause, line if isinstance(cause, ours) else f"worker {rank}: {type(cause).__name__}: {line}"
 
 
-def _cause(error: TrainingFailedError) -> str:
-    """The first rank's failure; an error of ours speaks for itself, another one is named by its type."""
-    rank, failure = min(getattr(error, "worker_failures", {}).items(), default=(-1, error))
+def _unwrapped(failure: BaseException) -> BaseException:
     while getattr(failure, "cause", None) is not None:  # Ray wraps what a task or an actor raised
-        failure = failure.cause
-    if isinstance(failure, ConfigError | DataError):
-        return _first_line(failure)
-    return f"worker {rank}: {type(failure).__name__}: {_first_line(failure)}"
+        failure = failure.cause  # type: ignore[attr-defined]
+    return failure
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,56 @@
+"""The command line of jobs/export.py."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from diffdis.config import DiffDisConfig, ObjectiveConfig
+from diffdis.task import DiffDisTask
+from diffdis.warm_start import resolved
+from ray_platform import storage
+from ray_platform.contracts import ConfigError
+from ray_platform.train import checkpoint
+from ray_platform.train.checkpoint import Manifest
+from recipes.arguments import Parser, resolve
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Which checkpoint, and where the model goes."""
+
+    checkpoint: str = ""  # a step_* folder, or a run's output_dir: then its newest one; local or s3://
+    output_dir: str = ""  # absolute folder or s3:// URL
+    weights: Literal["best", "ema", "weights"] = "best"  # best: the EMA where there is one
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise ConfigError("checkpoint: give a step_* folder of a run's checkpoints, or the run's output_dir")
+        if "://" not in self.output_dir and not os.path.isabs(self.output_dir):
+            raise ConfigError(f"output_dir: {self.output_dir or 'empty'}; give an absolute folder or an s3:// URL")
+
+    def find(self) -> tuple[str, Manifest]:
+        """Raises ConfigError where there is no complete checkpoint."""
+        url = self.checkpoint.rstrip("/")
+        if not storage.exists(storage.join(url, checkpoint.COMPLETE)):
+            found = checkpoint.complete_ones(url)
+            if not found:
+                raise ConfigError(f"checkpoint: {url} is no complete checkpoint, and no run that has one")
+            url = found[0]
+        return url, checkpoint.read_manifest(url)
+
+
+def build_task(config: dict[str, Any]) -> DiffDisTask:
+    """The Task that a run's configuration describes; its weights are still to come, so it starts from none."""
+    model = resolved(DiffDisConfig.from_dict(config["model"]))
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in config["objective"].items()}
+    objective = ObjectiveConfig(**values)
+    return storage.with_cached_folders(DiffDisTask, replace(model, warm_start=""), objective)
+
+
+def parse(arguments: Sequence[str]) -> ExportConfig:
+    """Raises ConfigError, in one line, for a field or value that does not exist."""
+    parser = Parser(prog="jobs/export.py", description="Write the model of a checkpoint as a pipeline folder.")
+    parser.add_class_arguments(ExportConfig)
+    values, _ = resolve(parser, arguments)
+    return ExportConfig(**{name: getattr(values, name) for name in ExportConfig.__dataclass_fields__})

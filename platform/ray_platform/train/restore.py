@@ -1,0 +1,136 @@
+"""Where a run stands in its steps and its data, and how that and the engine's state come back from a checkpoint."""
+
+import base64
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ray_platform import storage
+from ray_platform.contracts import ConfigError
+from ray_platform.data.catalog import Catalog
+from ray_platform.data.ledger import Ledger
+from ray_platform.train import checkpoint
+from ray_platform.train.checkpoint import RETRY_SECONDS, CorruptCheckpoint, Manifest
+from ray_platform.train.config import TrainConfig
+from ray_platform.train.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose files are as they were written."""
+
+    url: str
+    manifest: Manifest
+    share: dict[str, torch.Tensor]  # this rank's of the tensors, on the CPU
+
+    def into(self, engine: Engine) -> None:
+        """Give weights, moments and EMA to an engine of any number of ranks and any ZeRO stage. Every rank must call it."""
+        lacking = engine.load_state(self.manifest.num_updates, checkpoint.shared_reader(self.share, engine.device))
+        if lacking and dist.get_rank() == 0:
+            logger.warning("%s lacks %d tensors, which stay as built, such as %s", self.url, len(lacking), lacking[0])
+
+
+def find(resume: str, output_dir: str, launch: str) -> Found | None:
+    """The best of `checkpoint.candidates` that is not damaged; None where there is none to go on from. Every rank must call it.
+
+    Raises CorruptCheckpoint, on all ranks, when all of them are damaged.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    said: list[Any] = [None]
+    if rank == 0:
+        said = [storage.with_retries(lambda: checkpoint.candidates(resume, output_dir, launch), RETRY_SECONDS)]
+    dist.broadcast_object_list(said)
+    damages: list[Any] = [""] * world_size
+    for url in said[0]:
+        share, damage = {}, ""
+        try:
+            manifest = checkpoint.read_manifest(url)
+            share = checkpoint.tensors(url, manifest, checkpoint.tensor_files(manifest)[rank::world_size])
+        except CorruptCheckpoint as error:
+            damage = str(error)
+        dist.all_gather_object(damages, damage)
+        if not any(damages):
+            return Found(url, manifest, share)
+        if rank == 0:
+            logger.warning("%s", next(filter(None, damages)))
+    if any(damages):
+        raise CorruptCheckpoint(next(filter(None, damages)))
+    return None
+
+
+@dataclass(frozen=True)
+class Position:
+    """As this rank knows it. The ledgers are all ranks'."""
+
+    step: int
+    samples_seen: int
+    global_batch_size: int
+    base: Ledger  # the plan of all ranks begins with what it leaves
+    consumed: Ledger  # of the plan, by all ranks, as of the last checkpoint
+    skipped: dict[str, int] = field(default_factory=dict)  # by this rank, in the runs that this one goes on from
+    usual_loss: float = 0.0  # see Guard
+    num_good: int = 0
+    url: str = ""  # of the checkpoint
+
+    @classmethod
+    def start(cls, catalog: Catalog, train: TrainConfig) -> "Position":
+        nothing = Ledger(catalog.num_units)
+        global_batch_size = train.global_batch_size or train.max_workers * train.micro_batch_size
+        return cls(0, 0, global_batch_size, nothing, nothing.copy())
+
+    def of(self, found: Found, catalog: Catalog, train: TrainConfig) -> "Position":
+        """Where the checkpoint stands, for ranks that may be others than those that wrote it.
+
+        The same number of ranks goes on in its plan, sample for sample. Another one shares out anew what is left of it. Other
+        shards, of a run that starts from another run's checkpoint, are read from their beginning.
+        """
+        rank, world_size, url, manifest = dist.get_rank(), dist.get_world_size(), found.url, found.manifest
+        check_seed(url, manifest, train)
+        base, consumed = self.base, self.consumed
+        if manifest.source_digest == catalog.digest:
+            base, consumed = checkpoint.load_ledgers(url, manifest)
+            if manifest.world_size != world_size:
+                base = consumed.copy()
+        elif rank == 0:
+            logger.warning("%s was trained on other shards: the data are read from their beginning", url)
+        # Whatever the rank's number, what was skipped is counted once.
+        states = [checkpoint.load_rank_state(url, manifest, r) for r in range(rank, manifest.world_size, world_size)]
+        if manifest.world_size == world_size:
+            torch.set_rng_state(_to_tensor(states[0]["rng"]))
+        skipped: dict[str, int] = {}
+        for state in states:
+            skipped = {cause: skipped.get(cause, 0) + state["skipped"].get(cause, 0) for cause in skipped | state["skipped"]}
+        first = checkpoint.load_rank_state(url, manifest, 0)
+        return replace(
+            self,
+            step=manifest.step,
+            samples_seen=manifest.samples_seen,
+            global_batch_size=train.global_batch_size or manifest.global_batch_size,
+            base=base,
+            consumed=consumed,
+            skipped=skipped,
+            usual_loss=first["usual_loss"],
+            num_good=first["num_good"],
+            url=url,
+        )
+
+
+def rank_state(skipped: dict[str, int], usual_loss: float, num_good: int) -> dict[str, Any]:
+    """What one rank knows besides the engine's state and the ledgers."""
+    rng = base64.b64encode(bytes(torch.get_rng_state().tolist())).decode()
+    return {"skipped": skipped, "usual_loss": usual_loss, "num_good": num_good, "rng": rng}
+
+
+def _to_tensor(rng: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(rng)), dtype=torch.uint8)
+
+
+def check_seed(url: str, manifest: Manifest, train: TrainConfig) -> None:
+    """Raises ConfigError: the ledger counts a shard's samples in the order that the seed gives them."""
+    if manifest.seed != train.seed:
+        raise ConfigError(f"train.seed: {train.seed}, but the checkpoint {url} was written with {manifest.seed}; go on with that")

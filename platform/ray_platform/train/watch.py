@@ -1,0 +1,126 @@
+"""Who is where: every rank says so every few seconds, the driver sees which one the others wait for, and has orders for them."""
+
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+BEAT_SECONDS = 2.0
+_SILENT_SECONDS = 5 * BEAT_SECONDS  # then a process is taken to be stopped, or its machine to be gone
+# In the file names of frames that wait for other ranks.
+_COLLECTIVE = ("torch/distributed/", "deepspeed/comm/")
+
+
+@dataclass(frozen=True)
+class Beat:
+    rank: int
+    step: int
+    doing: str  # what the rank's loop is at
+    place: str  # file:line function where its thread stands
+    waits_for_ranks: bool
+    host: str
+    pid: int
+    node: str  # Ray's id
+    actor: Any = field(compare=False)  # to kill it by
+
+
+@dataclass
+class _Seen:
+    beat: Beat
+    heard: float  # when
+    moved: float  # when its step, or what it was doing, last changed
+
+
+class Watch:
+    """An actor of the driver's. Time is its own clock."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[int, _Seen] = {}
+        self._stop = ""
+
+    def beat(self, beat: Beat) -> str:
+        """Returns why the rank has to save and stop; empty: it need not."""
+        now, seen = time.monotonic(), self._ranks.get(beat.rank)
+        same = seen is not None and (seen.beat.pid, seen.beat.step, seen.beat.doing) == (beat.pid, beat.step, beat.doing)
+        self._ranks[beat.rank] = _Seen(beat, now, seen.moved if seen and same else now)
+        return self._stop
+
+    def order_stop(self, reason: str) -> None:
+        self._stop = reason
+
+    def forget(self) -> None:
+        """The workers are gone; others will start."""
+        self._ranks, self._stop = {}, ""
+
+    def nodes(self) -> set[str]:
+        return {seen.beat.node for seen in self._ranks.values()}
+
+    def hanging(self, seconds: float) -> tuple[str, list[Any]]:
+        """Where no rank has moved for so long: (a line that names the one to blame, the actors of all). Else ("", [])."""
+        now = time.monotonic()
+        if not self._ranks or any(now - seen.moved < seconds for seen in self._ranks.values()):
+            return "", []
+        silent = [seen.beat for seen in self._ranks.values() if now - seen.heard > max(_SILENT_SECONDS, 0)]
+        busy = [seen.beat for seen in self._ranks.values() if not seen.beat.waits_for_ranks]
+        return blame(silent, busy, len(self._ranks), seconds), [seen.beat.actor for seen in self._ranks.values()]
+
+
+def blame(silent: list[Beat], busy: list[Beat], num_ranks: int, seconds: float) -> str:
+    """One line about the ranks that keep the others waiting: those that say nothing any more, else those that do not wait."""
+    blamed = sorted(silent or busy, key=lambda beat: beat.rank)
+    if not blamed:
+        return f"all {num_ranks} ranks wait for each other for {seconds:.0f} s: look at the network between their nodes"
+    names = ", ".join(f"rank {b.rank} ({b.host}, pid {b.pid}) in step {b.step + 1}" for b in blamed)
+    how = "does not answer any more" if silent else f"hangs while {blamed[0].doing}, at {blamed[0].place}"
+    return f"no step for {seconds:.0f} s: {names} {how}; the other {num_ranks - len(blamed)} of {num_ranks} ranks wait"
+
+
+class Heart:
+    """A thread of a rank that beats until it is stopped. A watch that does not answer changes nothing."""
+
+    def __init__(self, watch: Any, rank: int):
+        self.watch, self.rank = watch, rank
+        self.step, self.doing = 0, "starting"
+        self.order = ""  # why to save and stop
+        self._thread_id = threading.get_ident()  # the training's
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="heart")
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._done.set()
+
+    def _beat(self) -> None:
+        context = ray.get_runtime_context()
+        here = (socket.gethostname(), os.getpid(), context.get_node_id(), context.current_actor)
+        call: Any = None
+        while not self._done.is_set():
+            try:
+                if call is None:
+                    place, waits = self._place()
+                    call = self.watch.beat.remote(Beat(self.rank, self.step, self.doing, place, waits, *here))
+                if ray.wait([call], timeout=BEAT_SECONDS)[0]:
+                    self.order, call = ray.get(call), None
+            except ray.exceptions.RayError:
+                call = None
+            self._done.wait(BEAT_SECONDS)
+
+    def _place(self) -> tuple[str, bool]:
+        """(where the training's thread stands, whether it waits for other ranks there)."""
+        frame, inside = sys._current_frames().get(self._thread_id), []
+        while frame is not None:
+            inside.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+            frame = frame.f_back
+        waits = any(part in name.replace(os.sep, "/") for name, _, _ in inside for part in _COLLECTIVE)
+        ours = [entry for entry in inside if "site-packages" not in entry[0]] or inside
+        name, line, function = ours[0] if ours else ("?", 0, "?")
+        return f"{os.path.basename(name)}:{line} {function}", waits
+
+
+def start_watch() -> Any:
+    return ray.remote(num_cpus=0)(Watch).remote()

@@ -1,0 +1,228 @@
+"""The tasks, what each of them trains, and what a trainer may ask of them."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffdis.config import ObjectiveConfig
+from diffdis.pipeline import DiffDisPipeline
+from tests.ranks import Ranks
+
+CPU = torch.device("cpu")
+TASKS = ("joint", "generation", "alignment", "clip")
+
+
+def gradients(task):
+    return {name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None}
+
+
+def assert_gradients_close(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_trains_all_that_it_lists_and_can_do_what_it_was_trained_for(make_task, batch, tmp_path, name):
+    task = make_task(ObjectiveConfig(task=name))
+    listed = [p for group in task.parameter_groups() for p in group["params"]]
+    assert {id(p) for p in listed} == {id(p) for p in task.module.parameters() if p.requires_grad}
+    loss, metrics = task.module(task.inputs(batch, CPU), 3)
+    loss.backward()
+    assert all(p.grad is not None for p in listed)
+    assert ("loss_generation" in metrics, "loss_alignment" in metrics) == (
+        name in ("joint", "generation"), name != "generation",
+    )  # fmt: skip
+    task.save_pretrained(task.module.state_dict(), tmp_path)
+    opened = DiffDisPipeline.from_pretrained(tmp_path)
+    if name == "generation":
+        with pytest.raises(ValueError, match="trained for generation alone"):
+            opened.classify(batch.images, ["cat", "tree"])
+    else:
+        assert opened.classify(batch.images, ["cat", "tree"], num_steps=2).shape == (6, 2)
+    if name in ("alignment", "clip"):
+        with pytest.raises(ValueError, match=f"trained for {name} alone"):
+            opened.generate(["cat"])
+    else:
+        assert len(opened.generate(["cat"], num_steps=2)) == 1
+
+
+def test_the_joint_loss_is_the_sum_of_its_halves(make_task, batch):
+    """On equal weights and seeds: a single-task model differs from the joint one in nothing but the task."""
+    losses = {}
+    for name in ("joint", "generation", "alignment"):
+        task = make_task(ObjectiveConfig(task=name, lambda_alignment=0.5))
+        losses[name] = task.module(task.inputs(batch, CPU), 3)[0]
+    torch.testing.assert_close(losses["joint"], losses["generation"] + 0.5 * losses["alignment"])
+
+
+def test_the_unet_is_the_same_at_first_whatever_the_task(make_task):
+    weights = [make_task(ObjectiveConfig(task=name)).module.model.unet.state_dict() for name in TASKS]
+    assert all(torch.equal(value, other[name]) for other in weights[1:] for name, value in weights[0].items())
+
+
+def test_frozen_parameters_stay(make_task):
+    task = make_task(ObjectiveConfig(freeze=("unet.down_blocks.*", "unet.conv_in.*")))
+    frozen = {name for name, p in task.module.model.named_parameters() if not p.requires_grad}
+    assert frozen
+    assert all(name.startswith(("unet.down_blocks.", "unet.conv_in.")) for name in frozen)
+    assert task.describe()["parameters"]["unet"]["frozen"] > 0
+    with pytest.raises(ValueError, match=r"objective\.freeze: no parameter is called unet\.dwn\.\*; there are unet\."):
+        make_task(ObjectiveConfig(freeze=("unet.dwn.*",)))
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        make_task(ObjectiveConfig(freeze=("*",)))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_activations_that_are_computed_again_give_the_same_gradients(make_task, batch, visibility, name):
+    found = []
+    for checkpointing in (False, True):
+        task = make_task(ObjectiveConfig(task=name), query_visibility=visibility)
+        if checkpointing:
+            task.enable_activation_checkpointing()
+        task.module.train()
+        task.module(task.inputs(batch, CPU), 3)[0].backward()
+        found.append(gradients(task))
+    assert_gradients_close(found[1], found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_bfloat16_computes_about_the_same(make_task, batch, visibility, name):
+    losses, norms = [], []
+    for enabled in (False, True):
+        task = make_task(ObjectiveConfig(task=name), query_visibility=visibility)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss, metrics = task.module(task.inputs(batch, CPU), 3)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert all(value.isfinite().all() for value in metrics.values())
+        losses.append(loss)
+        norms.append(torch.nn.utils.get_total_norm(gradients(task).values()))
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
+    torch.testing.assert_close(norms[1], norms[0], rtol=0.1, atol=0)
+
+
+def accumulated(task, inputs, num_parts):
+    """The gradients of a step of several micro-batches, as a trainer makes them, and the mean of their losses."""
+    size = len(inputs["latent"]) // num_parts
+    parts = [{k: v if k == "null_states" else v[i * size : (i + 1) * size] for k, v in inputs.items()} for i in range(num_parts)]
+    seeds = list(range(num_parts))
+    losses = []
+    for part, seed, more in zip(parts, seeds, task.prepare(parts, seeds), strict=True):
+        loss, metrics = task.module(part, seed, **more)
+        (loss / num_parts).backward()
+        losses.append((loss.item(), (metrics["loss_alignment"][0] / metrics["loss_alignment"][1]).item()))
+    return losses, gradients(task), [task.module.draw(part, seed) for part, seed in zip(parts, seeds, strict=True)]
+
+
+def make_alignment_task(make_task, negatives="step", **fields):
+    return make_task(ObjectiveConfig(task="alignment", negatives=negatives, caption_dropout=0.0, **fields))
+
+
+@pytest.mark.parametrize("num_draws", [1, 2])
+def test_gradient_caching_equals_one_large_batch(make_task, batch, num_draws):
+    task = make_alignment_task(make_task, num_draws=num_draws)
+    inputs = task.inputs(batch, CPU)
+    losses, found, draws = accumulated(task, inputs, 3)
+    whole = make_alignment_task(make_task, num_draws=num_draws)
+    together = type(draws[0])(*(torch.cat(values) for values in zip(*draws, strict=True)))
+    loss, _ = whole.module.alignment(inputs, together)
+    loss.backward()
+    torch.testing.assert_close(sum(total for total, _ in losses) / 3, loss.item())
+    torch.testing.assert_close(sum(logged for _, logged in losses) / 3, loss.item())
+    assert_gradients_close(found, gradients(whole), rtol=1e-3, atol=1e-6)
+    alone = make_alignment_task(make_task, "micro_batch", num_draws=num_draws)
+    assert accumulated(alone, inputs, 3)[0][0][0] < losses[0][0], "fewer negatives are easier"
+
+
+def cached_on_a_rank(rank, world_size, task, inputs, num_parts):
+    size = len(inputs["latent"]) // world_size
+    mine = {k: v if k == "null_states" else v[rank * size : (rank + 1) * size] for k, v in inputs.items()}
+    task.module.draw = fixed_draws(task, inputs, rank * num_parts, size // num_parts)
+    return accumulated(task, mine, num_parts)[1]
+
+
+def fixed_draws(task, inputs, first, size):
+    """Of sample i of the global batch, whoever takes it."""
+    whole = type(task.module).draw(task.module, inputs, 5)
+
+    def draw(part, seed):
+        start = (first + seed) * size
+        return type(whole)(*(values[start : start + size] for values in whole))
+
+    return draw
+
+
+def test_gradient_caching_over_two_ranks_equals_one_large_batch(make_task, batch):
+    inputs = make_alignment_task(make_task).inputs(batch, CPU)
+    found = []
+    for world_size, num_parts in ((1, 1), (2, 3)):
+        group = Ranks(world_size)
+        results = group.run(cached_on_a_rank, world_size, make_alignment_task(make_task), inputs, num_parts)
+        group.stop()
+        found.append({name: torch.stack([r[name] for r in results]).mean(dim=0) for name in results[0]})
+    assert_gradients_close(found[1], found[0], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["joint", "clip"])
+def test_the_held_out_score_does_not_depend_on_the_batch(make_task, batch, name):
+    task = make_task(ObjectiveConfig(task=name))
+    inputs = task.inputs(batch, CPU)
+    with torch.no_grad():
+        whole = task.represent(inputs)
+        parts = [task.represent({k: v if k == "null_states" else v[i : i + 2] for k, v in inputs.items()}) for i in (4, 0, 2)]
+    joined = {name: torch.cat([part[name] for part in parts]) for name in whole}
+    torch.testing.assert_close(joined["predicted"][2:], whole["predicted"][:4], rtol=1e-4, atol=1e-5)
+    assert task.score(joined) == task.score(whole)
+    assert set(task.score(whole)) == {f"heldout/{n}" for n in ("acc1", "acc5", "image_to_text_r1", "text_to_image_r1")}
+
+
+def test_a_perfect_prediction_scores_one_and_equal_captions_are_one_class(make_task, batch):
+    task = make_task()
+    inputs = task.inputs(batch, CPU)
+    rows = {"predicted": inputs["query"], "query": inputs["query"], "caption_ids": inputs["caption_ids"]}
+    assert set(task.score(rows).values()) == {1.0}
+    wrong = rows | {"predicted": inputs["query"].roll(1, dims=0)}
+    assert task.score(wrong)["heldout/acc1"] == 0.0
+
+
+def test_previews_are_the_same_however_many_ranks_draw_them(make_task):
+    task = make_task()
+    with torch.no_grad():
+        alone = task.preview(0, 1)
+        shared = [task.preview(rank, 3) for rank in range(3)]
+    assert [sorted(part) for part in shared] == [[0], [1], []]
+    for part in shared:
+        for place, image in part.items():
+            assert np.abs(image.astype(int) - alone[place]).max() <= 1
+    page = Image.open(io.BytesIO(task.preview_page(alone)))
+    assert page.format == "PNG"
+    assert make_task(ObjectiveConfig(task="clip")).preview(0, 1) == {}
+
+
+def test_a_model_that_was_exported_starts_another_one(make_task, batch, tmp_path):
+    first = make_task()
+    with torch.no_grad():
+        for parameter in first.module.parameters():
+            parameter.add_(0.01)
+    first.save_pretrained(first.module.state_dict(), tmp_path)
+    second = make_task(warm_start=str(tmp_path))
+    for name, value in first.module.state_dict().items():
+        assert torch.equal(second.module.state_dict()[name], value), name
+    report = second.describe()["warm_start"]
+    assert (report["new"], report["ignored"]) == ({}, [])
+    clip = make_task(ObjectiveConfig(task="clip"), warm_start=str(tmp_path)).describe()["warm_start"]
+    assert clip["new"] == {"pooled": 4}
+    assert "temperature" in clip["loaded"]
+    assert any(name.startswith("stream.") for name in clip["ignored"])
+    with pytest.raises(ValueError, match=r"model\.warm_start: .* is \(16,.*, \(24,.*in the configured model"):
+        make_task(warm_start=str(tmp_path), unet=wider(first.config.unet))
+
+
+def wider(unet):
+    import dataclasses
+
+    return dataclasses.replace(unet, block_out_channels=(24, 32))

@@ -1,0 +1,60 @@
+"""Groups of ranks without Ray: processes on loopback with gloo up, which stay for many tests: their imports take seconds."""
+
+import os
+import tempfile
+import traceback
+
+import torch
+import torch.multiprocessing as mp
+
+_TIMEOUT_S = 180
+
+
+class Ranks:
+    """`world_size` processes. A failure breaks the group; the next call starts another one."""
+
+    def __init__(self, world_size):
+        self.world_size, self.processes = world_size, []
+
+    def run(self, function, *arguments):
+        """[function(rank, *arguments) of each rank]. What failed is raised, with its traceback."""
+        if not self.processes:
+            self._start()
+        for asked in self.asked:
+            asked.put((function, arguments))
+        results = [None] * self.world_size
+        for _ in range(self.world_size):
+            rank, ok, result = self.answered.get(timeout=_TIMEOUT_S)
+            if not ok:
+                self.stop()
+                raise AssertionError(f"rank {rank}: {result}")
+            results[rank] = result
+        return results
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes = []
+
+    def _start(self):
+        context = mp.get_context("spawn")
+        self.asked, self.answered = [context.Queue() for _ in range(self.world_size)], context.Queue()
+        self.folder = tempfile.TemporaryDirectory()
+        for rank, asked in enumerate(self.asked):
+            arguments = (rank, self.world_size, self.folder.name, asked, self.answered)
+            self.processes.append(context.Process(target=_serve, args=arguments, daemon=True))
+            self.processes[-1].start()
+
+
+def _serve(rank, world_size, folder, asked, answered):
+    torch.set_num_threads(1)
+    mp.set_sharing_strategy("file_system")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+    while True:
+        function, arguments = asked.get()
+        try:
+            answered.put((rank, True, function(rank, *arguments)))
+        except Exception:
+            answered.put((rank, False, traceback.format_exc()))

@@ -1,0 +1,75 @@
+"""What every rank of a run trained on, written down as it goes: to compare a run that lost workers with one that did not."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from ray_platform.train.loop import step_seed
+
+
+def recording(folder, build_task, *arguments):
+    """The Task that `build_task(*arguments)` builds, which writes (seed, time, keys) of every step into a file a process.
+
+    Seeds are unique to a step and rank. With one micro-batch a step.
+    """
+    task = build_task(*arguments)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = (Path(folder) / f"{time.time_ns()}-{os.getpid()}.jsonl").open("w")
+    inputs, prepare, keys = task.inputs, task.prepare, []
+
+    def recorded_inputs(batch, device):
+        keys[:] = batch.keys
+        return inputs(batch, device)
+
+    def recorded_prepare(parts, seeds):
+        file.write(json.dumps([seeds[0], time.time(), list(keys)]) + "\n")
+        file.flush()
+        return prepare(parts, seeds)
+
+    task.inputs, task.prepare = recorded_inputs, recorded_prepare
+    return task
+
+
+class Records:
+    """What was written into a folder."""
+
+    def __init__(self, folder, seed=0, num_steps=0, world_size=2):
+        self.folder = Path(folder)
+        places = [(step, rank) for step in range(num_steps) for rank in range(world_size)]
+        self.places = {step_seed(seed, step, rank, 0): (step, rank) for step, rank in places}
+
+    def entries(self):
+        for file in self.folder.glob("*.jsonl"):
+            for line in file.read_text().splitlines():
+                if line.endswith("]"):  # the last one may be cut off
+                    yield json.loads(line)
+
+    def count(self):
+        """Steps, of one rank or another, done twice or not."""
+        return sum(1 for _ in self.entries())
+
+    def last(self):
+        """(the highest step that was begun, when for the first time)."""
+        when = {}
+        for seed, time_, _ in self.entries():
+            step = self.places[seed][0]
+            when[step] = min(when.get(step, time_), time_)
+        return max(when.items(), default=(-1, 0.0))
+
+    def trained_on(self):
+        """{(step, rank): keys} in the history that counts: of a step that was done twice, the later time."""
+        last = {}
+        for seed, when, keys in self.entries():
+            if when > last.get(self.places[seed], (0.0, None))[0]:
+                last[self.places[seed]] = (when, keys)
+        return {place: keys for place, (_, keys) in sorted(last.items())}
+
+
+def loss_curve(output):
+    """{step: loss} as MLflow has it; of a step that was done twice, the later."""
+    from mlflow import MlflowClient
+
+    tracked = json.loads((Path(output) / "mlflow.json").read_text())
+    history = MlflowClient(tracked["tracking_uri"]).get_metric_history(tracked["run_id"], "loss")
+    return {metric.step: metric.value for metric in sorted(history, key=lambda metric: metric.timestamp)}
