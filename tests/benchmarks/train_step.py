@@ -1,11 +1,12 @@
 """What the framework costs a training step, what the joint task costs over its halves, and what global negatives take of memory.
 
-    PYTHONPATH=platform:jobs:. python tests/benchmarks/train_step.py [--rounds 3] [--steps 40]
+    PYTHONPATH=platform:jobs:. python tests/benchmarks/train_step.py [--rounds 3]
 
-Three contenders train the demo's model on samples of equal size, two processes each, one after the other in every round: (a) the
+Three contenders train a model of the demo's kind at 256 px on pictures of equal size, one after the other in every round: (a) the
 worker loop under Ray Train and DeepSpeed, fed by the data plane; (b) the same engine and model in a bare loop over batches in
-memory; (c) the same model under torch's DDP. Rates are medians over the rounds, ratios medians of the rounds' ratios. Ends in one
-JSON line.
+memory; (c) the same model under torch's DDP. Once with as many workers as there are cores, so that whatever Ray and the reads
+take is taken from training; and once with a core less, as hosts of accelerators have cores to spare. Rates are medians over the
+rounds, ratios medians of the rounds' ratios. Ends in one JSON line.
 """
 
 import argparse
@@ -28,41 +29,53 @@ import torch
 import webdataset
 from PIL import Image
 
+from diffdis.config import AutoencoderConfig
 from diffdis.task import DiffDisTask
 from ray_platform.contracts import Batch
 from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train.launch import Run
+from recipes.config import PretrainConfig
 from recipes.demo import demo
 from tests.benchmarks.contrastive_memory import LOCAL, WIDTH
 from tests.ranks import Ranks
 from tests.recording import Records, recording
 
-WARM_UP = 8  # steps that are not timed
-NUM_SHARDS, SAMPLES_A_SHARD = 16, 256
+WARM_UP, TIMED = 4, 24  # steps
+FILLING = (
+    60  # more steps of (a) that are not timed: so long the reads fill their buffers, and take more than they need afterwards
+)
+NUM_SHARDS, SAMPLES_A_SHARD, SIZE = 16, 64, 256
+MICRO_BATCH = 8
 WORDS = ("red", "green", "blue", "heart", "circle", "star", "cat", "tree", "car", "apple")
 
 
-def write_source(folder: Path, size: int) -> tuple[np.ndarray, list[str]]:
-    """PNGs with some structure, as drawings have it; also returns what a batch of each would hold."""
+def configuration() -> PretrainConfig:
+    base = demo()
+    unet = replace(base.model.unet, in_channels=192, sample_size=32)
+    model = replace(base.model, image_size=SIZE, unet=unet, autoencoder=AutoencoderConfig(kind="haar", haar_levels=3))
+    train = replace(
+        base.train, micro_batch_size=MICRO_BATCH, warmup_steps=2, max_failures=0, checkpoint_every=10**6, preview_every=0
+    )
+    return replace(base, model=model, train=train, data=DataConfig(image_size=SIZE, reads_per_rank=1))
+
+
+def write_source(folder: Path) -> tuple[np.ndarray, list[str]]:
+    """JPEGs with some structure; also returns what a batch of each would hold."""
     rng = np.random.default_rng(0)
     images, captions = [], []
     for shard in range(NUM_SHARDS):
         with webdataset.TarWriter(str(folder / f"{shard:05d}.tar")) as tar:
             for i in range(SAMPLES_A_SHARD):
-                small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-                image = Image.fromarray(small).resize((size, size), Image.Resampling.NEAREST)
+                small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+                image = small.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+                buffer = io.BytesIO()
+                image.save(buffer, format="JPEG", quality=90)
                 caption = " ".join(rng.choice(WORDS, 2))
-                tar.write({"__key__": f"{shard:05d}{i:04d}", "png": encoded(image), "txt": caption.encode()})
+                tar.write({"__key__": f"{shard:05d}{i:04d}", "jpg": buffer.getvalue(), "txt": caption.encode()})
                 images.append(np.asarray(image))
                 captions.append(caption)
     return np.stack(images), captions
-
-
-def encoded(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 class Clock:
@@ -79,56 +92,56 @@ class Clock:
         return (len(self.times) - 1 - WARM_UP) / (self.times[-1] - self.times[WARM_UP])
 
 
-def ours(config, sources: Path, steps: int) -> float:
-    """Samples/s of (a), by when each step was begun."""
+def ours(config: PretrainConfig, sources: Path, num_workers: int) -> float:
+    """Steps/s of (a), by when each step was begun."""
+    first, steps = FILLING + WARM_UP, FILLING + WARM_UP + TIMED
     with tempfile.TemporaryDirectory() as output:
-        train = replace(
-            config.train, num_steps=steps, checkpoint_every=10**6, preview_every=0, log_every=10, warmup_steps=2, max_failures=0
-        )
         run = Run(
             functools.partial(recording, f"{output}/records", DiffDisTask, config.model, config.objective),
-            DataConfig(sources=(str(sources),), image_size=config.model.image_size),
-            train, TrackingConfig(), output, {"train": {}}, dict,
-        )  # fmt: skip
+            replace(config.data, sources=(str(sources),)),
+            replace(config.train, num_workers=num_workers, num_steps=steps),
+            TrackingConfig(),
+            output,
+            {"train": {}},
+            dict,
+        )
         run.fit()
-        records = Records(f"{output}/records", num_steps=steps)
+        records = Records(f"{output}/records", num_steps=steps, world_size=num_workers)
         begun = {}
         for seed, when, _ in records.entries():
             step, rank = records.places[seed]
             if rank == 0:
                 begun[step] = when
-        return (steps - 1 - WARM_UP) / (begun[steps - 1] - begun[WARM_UP]) * train.max_workers * train.micro_batch_size
+        return (steps - 1 - first) / (begun[steps - 1] - begun[first])
 
 
-def batches(images: np.ndarray, captions: list[str], rank: int, size: int, steps: int) -> list[Batch]:
+def batches(images: np.ndarray, captions: list[str], rank: int, steps: int) -> list[Batch]:
     rng = np.random.default_rng(rank)
-    chosen = [rng.choice(len(images), size, replace=False) for _ in range(steps)]
+    chosen = [rng.choice(len(images), MICRO_BATCH, replace=False) for _ in range(steps)]
     return [Batch({"image": images[c]}, [captions[i] for i in c], [str(i) for i in c], (), {}) for c in chosen]
 
 
-def bare(rank: int, config, images: np.ndarray, captions: list[str], steps: int) -> float:
+def bare(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[str]) -> float:
     """Steps/s of (b): the engine alone."""
     from ray_platform.train.engine import Engine
 
-    size = config.train.micro_batch_size
     task = DiffDisTask(config.model, config.objective)
-    engine = Engine(task, config.train, size, 1)
+    engine = Engine(task, config.train, MICRO_BATCH, 1)
     clock = Clock()
-    for step, batch in enumerate(batches(images, captions, rank, size, steps)):
+    for step, batch in enumerate(batches(images, captions, rank, WARM_UP + TIMED)):
         clock.tick()
         engine.backward([task.inputs(batch, engine.device)], [step * 2 + rank])
         engine.update(step)
     return clock.rate
 
 
-def ddp(rank: int, config, images: np.ndarray, captions: list[str], steps: int) -> float:
+def ddp(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[str]) -> float:
     """Steps/s of (c): torch alone."""
-    size = config.train.micro_batch_size
     task = DiffDisTask(config.model, config.objective)
     module = torch.nn.parallel.DistributedDataParallel(task.module)
     optimizer = torch.optim.AdamW(task.parameter_groups(), fused=True)
     clock = Clock()
-    for step, batch in enumerate(batches(images, captions, rank, size, steps)):
+    for step, batch in enumerate(batches(images, captions, rank, WARM_UP + TIMED)):
         clock.tick()
         loss, _ = module(task.inputs(batch, torch.device("cpu")), step * 2 + rank)
         optimizer.zero_grad()
@@ -138,15 +151,15 @@ def ddp(rank: int, config, images: np.ndarray, captions: list[str], steps: int) 
     return clock.rate
 
 
-def tasks(rank: int, config, images: np.ndarray, captions: list[str], steps: int) -> dict[str, float]:
+def tasks(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[str], steps: int) -> dict[str, float]:
     """Median seconds of a step of each task, taken in turns."""
     from ray_platform.train.engine import Engine
 
-    size, engines, seconds = config.train.micro_batch_size, {}, {}
+    engines, seconds = {}, {}
     for name in ("joint", "generation", "alignment"):
         task = DiffDisTask(config.model, replace(config.objective, task=name))
-        engines[name], seconds[name] = Engine(task, config.train, size, 1), []
-    for step, batch in enumerate(batches(images, captions, rank, size, steps)):
+        engines[name], seconds[name] = Engine(task, config.train, MICRO_BATCH, 1), []
+    for step, batch in enumerate(batches(images, captions, rank, steps)):
         for name, engine in engines.items():
             torch.distributed.barrier()
             begun = time.perf_counter()
@@ -165,50 +178,48 @@ def memory(which: str, global_batch: int) -> float:
     return float(done.stdout.split()[-1])
 
 
-def rounds(config, sources: Path, images: np.ndarray, captions: list[str], number: int, steps: int) -> list[dict[str, float]]:
-    size, found = 2 * config.train.micro_batch_size, []
-    for _ in range(number):
-        own_ray.start(num_cpus=2)
-        rates = {"ours": ours(config, sources, steps)}
-        own_ray.stop()
-        group = Ranks(2)
-        rates["bare"] = statistics.mean(group.run(bare, config, images, captions, steps)) * size
-        rates["ddp"] = statistics.mean(group.run(ddp, config, images, captions, steps)) * size
-        group.stop()
-        print(json.dumps(rates), flush=True)
-        found.append(rates)
-    return found
+def one_round(config: PretrainConfig, sources: Path, pictures: tuple, num_workers: int) -> dict[str, float]:
+    """Samples/s of every contender."""
+    own_ray.start(num_cpus=2)
+    rates = {"ours": ours(config, sources, num_workers)}
+    own_ray.stop()
+    group = Ranks(num_workers)
+    rates["bare"] = statistics.mean(group.run(bare, config, *pictures))
+    rates["ddp"] = statistics.mean(group.run(ddp, config, *pictures))
+    group.stop()
+    rates = {name: rate * num_workers * MICRO_BATCH for name, rate in rates.items()}
+    print(num_workers, "workers:", json.dumps({name: round(rate, 2) for name, rate in rates.items()}), flush=True)
+    return rates
+
+
+def summary(found: list[dict[str, float]], suffix: str = "") -> dict[str, float]:
+    rates = {f"samples_per_second_{n}{suffix}": round(statistics.median(r[n] for r in found), 2) for n in found[0]}
+    ratios = {
+        f"ratio_to_{other}{suffix}": round(statistics.median(r["ours"] / r[other] for r in found), 3) for other in ("bare", "ddp")
+    }
+    return rates | ratios
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
     arguments = parser.parse_args()
-    config = demo()
+    config = configuration()
     with tempfile.TemporaryDirectory() as folder:
-        images, captions = write_source(Path(folder), config.model.image_size)
-        found = rounds(config, Path(folder), images, captions, arguments.rounds, arguments.steps)
+        pictures = write_source(Path(folder))
+        found: dict[int, list[dict[str, float]]] = {2: [], 1: []}
+        for _ in range(arguments.rounds):
+            for num_workers, rounds in found.items():
+                rounds.append(one_round(config, Path(folder), pictures, num_workers))
         group = Ranks(2)
-        seconds = group.run(tasks, config, images, captions, 12)[0]
+        seconds = group.run(tasks, config, *pictures, 16)[0]
         group.stop()
-    median = {name: statistics.median(rates[name] for rates in found) for name in found[0]}
-    print(
-        json.dumps(
-            {f"samples_per_second_{name}": round(rate, 1) for name, rate in median.items()}
-            | {
-                "ratio_to_bare": round(statistics.median(r["ours"] / r["bare"] for r in found), 3),
-                "ratio_to_ddp": round(statistics.median(r["ours"] / r["ddp"] for r in found), 3),
-                "joint_cost_ratio": round(seconds["joint"] / (seconds["generation"] + seconds["alignment"]), 3),
-                "seconds_a_step": {name: round(value, 3) for name, value in seconds.items()},
-                "contrastive_local_batch": LOCAL,
-                "contrastive_width": WIDTH,
-                "contrastive_gb_chunked_32k": memory("chunked", 32768),
-                "contrastive_gb_chunked_16k": memory("chunked", 16384),
-                "contrastive_gb_plain_16k": memory("plain", 16384),
-            }
-        )
-    )
+    result = summary(found[2]) | summary(found[1], "_with_a_core_to_spare")
+    result["joint_cost_ratio"] = round(seconds["joint"] / (seconds["generation"] + seconds["alignment"]), 3)
+    result |= {f"seconds_a_step_{name}": round(value, 3) for name, value in seconds.items()}
+    for which, global_batch in (("chunked", 32768), ("chunked", 16384), ("plain", 16384), ("plain", 8192)):
+        result[f"contrastive_gb_{which}_{global_batch // 1024}k"] = memory(which, global_batch)
+    print(json.dumps(result | {"contrastive_local_batch": LOCAL, "contrastive_width": WIDTH}))
 
 
 if __name__ == "__main__":
