@@ -119,9 +119,10 @@ def component_folder(path: str, component: str) -> str:
 
 
 def to_latents(autoencoder: Autoencoder, images: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    """[B, H, W, 3] uint8 RGB -> latents [B, C, h, w]."""
+    """[B, H, W, 3] uint8 RGB -> latents [B, C, h, w], the same ones whatever autocast surrounds it."""
     pixels = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2)  # a copy: Arrow's buffers are read-only
-    return autoencoder.encode_image(pixels.float() / 127.5 - 1.0)
+    with torch.autocast(pixels.device.type, enabled=False):
+        return autoencoder.encode_image(pixels.float() / 127.5 - 1.0)
 
 
 def to_pixels(autoencoder: Autoencoder, latent: torch.Tensor) -> np.ndarray:

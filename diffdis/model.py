@@ -59,8 +59,8 @@ class DiffDis(nn.Module):
     # --- pass A: generation. The query is left out, so this is exactly Stable Diffusion. -------------------------------
 
     def predict_image(self, z_t: torch.Tensor, t_z: torch.Tensor, token_states: torch.Tensor) -> torch.Tensor:
-        """Phi(z_t, t_z, c): the noise, or v. [B, C, H, W] -> [B, C, H, W]"""
-        return self.unet(z_t, t_z, encoder_hidden_states=token_states, return_dict=False)[0]
+        """Phi(z_t, t_z, c): the noise, or v, in float32. [B, C, H, W] -> [B, C, H, W]"""
+        return self.unet(z_t, t_z, encoder_hidden_states=token_states, return_dict=False)[0].float()
 
     # --- pass B: alignment. The image is clean, its text masked by `null_states`, and the noised query rides along. ------
 

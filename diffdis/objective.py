@@ -149,7 +149,10 @@ class Objective(nn.Module):
         ]
 
     def _retrieval_of_wrong_images(self, predicted: Predicted, draws: Draws, inputs: Inputs) -> torch.Tensor:
-        """The control: a quarter of the queries with another one's image. Above chance means that e_t itself is copied."""
+        """The control: a quarter of the queries with another one's image. Above chance means that e_t itself is copied.
+
+        An image of the same caption is none of another; so a micro-batch of one sample counts nothing.
+        """
         image, e_t = predicted.image, predicted.e_t
         part = slice(0, min(max(2, len(e_t) // 4), len(e_t)))
 
@@ -162,12 +165,15 @@ class Objective(nn.Module):
         else:
             image = shuffled(image[0]), image[1]
         queries, ids = gather(inputs["query"]), gather(inputs["caption_ids"])
-        logits = self.model.predict_query(image, e_t[part], draws.t_e[part])[:, 0] @ queries.T.float()  # [B / 4, all]
+        predicted_queries = self.model.predict_query(image, e_t[part], draws.t_e[part])[:, 0]  # [B / 4, D]
+        with torch.autocast(queries.device.type, enabled=False):  # as `alignment_loss`: half precision would tie many texts
+            logits = predicted_queries @ queries.T.float()  # [B / 4, all]
         own = torch.arange(len(logits), device=logits.device) + first_of_rank(len(e_t))
         same = ids[own][:, None] == ids[None, :]
         same[torch.arange(len(own)), own] = False
         correct = (logits.masked_fill(same, float("-inf")).argmax(dim=1) == own).float()
-        return torch.stack([correct.sum(), correct.new_tensor(float(len(correct)))])
+        wrong = (ids[own] != ids[own].roll(1)).float()
+        return torch.stack([(correct * wrong).sum(), wrong.sum()])
 
 
 def _summed(result: Alignment) -> Metrics:

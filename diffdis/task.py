@@ -135,7 +135,10 @@ class DiffDisTask:
         }
 
     def preview(self, rank: int, world_size: int) -> dict[int, np.ndarray]:
-        """This rank's share of images of `preview_captions`, by their place: [H, W, 3] uint8, always from the same noise."""
+        """This rank's share of images of `preview_captions`, by their place: [H, W, 3] uint8, always from the same noise.
+
+        Empty on every rank for a task that cannot generate.
+        """
         if self.objective.task in ("alignment", "clip") or not self.preview_captions:
             return {}
         places = range(rank, len(self.preview_captions), world_size)
@@ -146,7 +149,7 @@ class DiffDisTask:
         return {place: np.asarray(image) for place, image in zip(places, images, strict=False)}
 
     def preview_page(self, images: Mapping[int, np.ndarray]) -> bytes:
-        """All images of `preview` as a PNG grid, with their captions."""
+        """All images of `preview`, at least one, as a PNG grid with their captions."""
         places = sorted(images)
         page = grid([Image.fromarray(images[place]) for place in places], [self.preview_captions[place] for place in places])
         buffer = io.BytesIO()
@@ -154,7 +157,10 @@ class DiffDisTask:
         return buffer.getvalue()
 
     def _live(self) -> DiffDisPipeline:
-        """On the weights in training."""
+        """On the weights in training, and their device; it leaves the model in eval mode."""
+        device = self.module.model.abar.device
+        self.autoencoder.to(device)
+        self.text_encoder.to(device)
         return DiffDisPipeline(self.config, self.module.model, self.autoencoder, self.text_encoder)
 
     # --- what comes out --------------------------------------------------------------------------------------------------

@@ -27,11 +27,16 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-        """Captions -> c [B, L, token_dim], e [B, embedding_dim]. Equal captions are encoded once."""
+        """Captions -> c [B, L, token_dim], e [B, embedding_dim]. Equal captions are encoded once.
+
+        In the model's own precision, whatever autocast surrounds it: a score or preview must not leave other numbers in the cache
+        than training would.
+        """
         missing = [c for c in dict.fromkeys(captions) if c not in self._cache]
         fresh = {}
         if missing:
-            states, pooled = self._encode(missing, device)
+            with torch.autocast(torch.device(device).type, enabled=False):
+                states, pooled = self._encode(missing, device)
             fresh = {c: (states[i], pooled[i]) for i, c in enumerate(missing)}
         encoded = [fresh[c] if c in fresh else self._cache[c] for c in captions]
         self._remember(fresh)

@@ -1,6 +1,7 @@
 """Start from weights that exist: Stable Diffusion's U-Net, or a model that DiffDis exported."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,25 +22,33 @@ class WarmStart:
     """What became of the tensors of a model and of the folder that it started from."""
 
     path: str
-    loaded: tuple[str, ...]  # tensors of the model
-    new: tuple[str, ...]  # tensors of the model that the folder lacks
-    ignored: tuple[str, ...]  # tensors of the folder that the model lacks
+    # Each a tensor's name and its number of elements.
+    loaded: dict[str, int]  # of the model
+    new: dict[str, int]  # of the model, not in the folder: initialised
+    ignored: dict[str, int]  # of the folder, not in the model
 
     def summary(self) -> dict[str, Any]:
-        """Counts of tensors by the model's part; what is ignored, by name."""
+        """Counts of tensors and of their elements by the model's part; what is ignored, by name."""
         return {"path": self.path, "loaded": _by_part(self.loaded), "new": _by_part(self.new), "ignored": list(self.ignored)}
 
 
 def resolved(config: DiffDisConfig) -> DiffDisConfig:
-    """With `warm_start` as the path of the autoencoder and the text encoder where they have none."""
+    """With `warm_start` as the path of the autoencoder and the text encoder where they have none and it holds one.
+
+    A hub's repository is taken to hold both.
+    """
     if not config.warm_start:
         return config
     autoencoder, text_encoder = config.autoencoder, config.text_encoder
-    if autoencoder.kind == "kl" and not autoencoder.path:
+    if autoencoder.kind == "kl" and not autoencoder.path and _may_hold(config.warm_start, "vae"):
         autoencoder = dataclasses.replace(autoencoder, path=config.warm_start)
-    if not text_encoder.path:
+    if not text_encoder.path and _may_hold(config.warm_start, "text_encoder"):
         text_encoder = dataclasses.replace(text_encoder, path=config.warm_start)
     return dataclasses.replace(config, autoencoder=autoencoder, text_encoder=text_encoder)
+
+
+def _may_hold(path: str, component: str) -> bool:
+    return (Path(path) / component).is_dir() or not Path(path).exists()
 
 
 def load(model: DiffDis, path: str) -> WarmStart:
@@ -67,9 +76,18 @@ def load(model: DiffDis, path: str) -> WarmStart:
                 f"{tuple(target[name].shape)} in the configured model"
             )
     model.load_state_dict({name: source[name] for name in shared}, strict=False)
-    return WarmStart(path, tuple(shared), tuple(sorted(target.keys() - source)), tuple(sorted(source.keys() - target)))
+    new, ignored = sorted(target.keys() - source), sorted(source.keys() - target)
+    return WarmStart(path, _sizes(target, shared), _sizes(target, new), _sizes(source, ignored))
 
 
-def _by_part(names: tuple[str, ...]) -> dict[str, int]:
-    parts = [name.partition(".")[0] for name in names]
-    return {part: parts.count(part) for part in sorted(set(parts))}
+def _sizes(tensors: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, int]:
+    return {name: tensors[name].numel() for name in names}
+
+
+def _by_part(sizes: dict[str, int]) -> dict[str, dict[str, int]]:
+    parts: dict[str, dict[str, int]] = {}
+    for name, size in sizes.items():
+        count = parts.setdefault(name.partition(".")[0], {"tensors": 0, "parameters": 0})
+        count["tensors"] += 1
+        count["parameters"] += size
+    return parts

@@ -1,6 +1,7 @@
 """Groups of ranks without Ray: processes on loopback with gloo up, which stay for many tests: their imports take seconds."""
 
 import os
+import pickle  # by itself: torch would put tensors into shared memory, whose manager is slow under load
 import tempfile
 import traceback
 
@@ -21,14 +22,14 @@ class Ranks:
         if not self.processes:
             self._start()
         for asked in self.asked:
-            asked.put((function, arguments))
+            asked.put(pickle.dumps((function, arguments)))
         results = [None] * self.world_size
         for _ in range(self.world_size):
             rank, ok, result = self.answered.get(timeout=_TIMEOUT_S)
             if not ok:
                 self.stop()
                 raise AssertionError(f"rank {rank}: {result}")
-            results[rank] = result
+            results[rank] = pickle.loads(result)
         return results
 
     def stop(self):
@@ -49,12 +50,11 @@ class Ranks:
 
 def _serve(rank, world_size, folder, asked, answered):
     torch.set_num_threads(1)
-    mp.set_sharing_strategy("file_system")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
     while True:
-        function, arguments = asked.get()
+        function, arguments = pickle.loads(asked.get())
         try:
-            answered.put((rank, True, function(rank, *arguments)))
+            answered.put((rank, True, pickle.dumps(function(rank, *arguments))))
         except Exception:
             answered.put((rank, False, traceback.format_exc()))

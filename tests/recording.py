@@ -5,13 +5,14 @@ import os
 import time
 from pathlib import Path
 
+import torch
+
 from ray_platform.train.loop import step_seed
 
 
 def recording(folder, build_task, *arguments):
-    """The Task that `build_task(*arguments)` builds, which writes (seed, time, keys) of every step into a file a process.
-
-    Seeds are unique to a step and rank. With one micro-batch a step.
+    """The Task that `build_task(*arguments)` builds, which writes (seed, time, keys, world size) of every step into a file a
+    process. The seed of a step's first micro-batch is unique to the step and the rank.
     """
     task = build_task(*arguments)
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -19,12 +20,13 @@ def recording(folder, build_task, *arguments):
     inputs, prepare, keys = task.inputs, task.prepare, []
 
     def recorded_inputs(batch, device):
-        keys[:] = batch.keys
+        keys.extend(batch.keys)
         return inputs(batch, device)
 
     def recorded_prepare(parts, seeds):
-        file.write(json.dumps([seeds[0], time.time(), list(keys)]) + "\n")
+        file.write(json.dumps([seeds[0], time.time(), keys, torch.distributed.get_world_size()]) + "\n")
         file.flush()
+        keys.clear()
         return prepare(parts, seeds)
 
     task.inputs, task.prepare = recorded_inputs, recorded_prepare
@@ -52,18 +54,19 @@ class Records:
     def last(self):
         """(the highest step that was begun, when for the first time)."""
         when = {}
-        for seed, time_, _ in self.entries():
+        for seed, time_, *_ in self.entries():
             step = self.places[seed][0]
             when[step] = min(when.get(step, time_), time_)
         return max(when.items(), default=(-1, 0.0))
 
     def trained_on(self):
-        """{(step, rank): keys} in the history that counts: of a step that was done twice, the later time."""
-        last = {}
-        for seed, when, keys in self.entries():
-            if when > last.get(self.places[seed], (0.0, None))[0]:
-                last[self.places[seed]] = (when, keys)
-        return {place: keys for place, (_, keys) in sorted(last.items())}
+        """{(step, rank): keys} in the history that counts: of a step that was done twice, the later time and its ranks."""
+        last, ranks = {}, {}
+        for seed, when, keys, world_size in self.entries():
+            step, rank = self.places[seed]
+            last[step, rank] = max(last.get((step, rank), (0.0, [])), (when, keys))
+            ranks[step] = max(ranks.get(step, (0.0, 0)), (when, world_size))
+        return {(step, rank): keys for (step, rank), (_, keys) in sorted(last.items()) if rank < ranks[step][1]}
 
 
 def loss_curve(output):

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ray_platform.contracts import ConfigError
 
-LISTS = ("--data.sources", "--train.heldout_sources", "--objective.freeze", "--preview_captions")
+LISTS = ("--data.sources", "--train.heldout_sources", "--objective.freeze", "--preview_captions", "--captions")
 
 
 class Parser(ArgumentParser):

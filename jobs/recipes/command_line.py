@@ -24,6 +24,7 @@ class CommandLine:
 
 def parse(arguments: Sequence[str]) -> CommandLine:
     """Raises ConfigError, in one line, for a recipe, field or value that does not exist."""
+    arguments = _spelled_out(arguments)
     name = recipe_name(arguments)
     parser = Parser(prog="jobs/pretrain.py", description=f"Pretrain DiffDis. Recipes: {', '.join(RECIPES)}.")
     parser.add_argument("--recipe", default=name, help="the configuration to start from")
@@ -33,6 +34,14 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     built, yaml = resolve(parser, arguments)
     fields = {name: getattr(built, name) for name in PretrainConfig.__dataclass_fields__}
     return CommandLine(built.recipe, built.dry_run, PretrainConfig(**fields), yaml)
+
+
+def _spelled_out(arguments: Sequence[str]) -> list[str]:
+    """`--resume auto` and `--profile` stand for the fields of `train`."""
+    return [
+        "--train.profile=true" if a == "--profile" else a.replace("--resume", "--train.resume", 1) if a[:8] == "--resume" else a
+        for a in arguments
+    ]
 
 
 def recipe_name(arguments: Sequence[str]) -> str:

@@ -35,7 +35,7 @@ from tests.end_to_end.conftest import write_shards
 from tests.recording import Records, loss_curve, recording
 from tests.tiny_checkpoints import save_mean_pool_encoder
 
-STEPS_A_FAULT = 70
+STEPS_A_FAULT = 45
 CHECKPOINT_EVERY = 10
 NODE = {"num_cpus": 2, "object_store_memory": 300 * 2**20}
 
@@ -85,16 +85,16 @@ def raylets(node) -> list:
     return node.all_processes["raylet"]
 
 
-class Killer(threading.Thread):
-    """Causes the faults, each a random moment after the run has got past the one before."""
+class Killer:
+    """Causes the faults, each a random moment after the run has got past the one before, or until the run is over."""
 
     def __init__(self, nodes: Nodes, output: Path, records: Records, number: int, seed: int):
-        super().__init__(daemon=True)
         self.nodes, self.output, self.records, self.number = nodes, output, records, number
         self.rng = random.Random(seed)
         self.faults: list[Fault] = []
 
-    def run(self) -> None:
+    def work(self, training: threading.Thread) -> None:
+        self.training = training
         kinds = ["node" if i % 3 == 2 else "worker" for i in range(self.number)]
         self.rng.shuffle(kinds)
         for number, kind in enumerate(kinds):
@@ -109,13 +109,14 @@ class Killer(threading.Thread):
         self.wait_until_past(self.faults[-1].step)
 
     def wait_until_past(self, step: int) -> None:
-        while True:
+        while self.training.is_alive():
             reached, when = self.records.last()
             if reached > step:
                 if self.faults:
                     self.faults[-1].seconds_lost = when - self.faults[-1].when
                 return
             time.sleep(0.1)
+        raise SystemExit(f"the run ended after {len(self.faults)} of {self.number} faults")
 
     def incomplete(self) -> bool:
         folders = list(self.output.glob("checkpoints/*/step_*"))
@@ -184,9 +185,11 @@ def main() -> None:
         try:
             run, records = make_run(folder, "disturbed", STEPS_A_FAULT * arguments.faults)
             killer = Killer(nodes, folder / "disturbed", records, arguments.faults, arguments.seed)
-            killer.start()
-            run.fit()
-            killer.join(timeout=5)
+            # Ray's Cluster wants the main thread for itself.
+            training = threading.Thread(target=run.fit, daemon=True)
+            training.start()
+            killer.work(training)
+            training.join()
             alone, alone_records = make_run(folder, "alone", STEPS_A_FAULT * arguments.faults)
             alone.fit()
         finally:

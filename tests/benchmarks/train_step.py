@@ -108,7 +108,7 @@ def ours(config: PretrainConfig, sources: Path, num_workers: int) -> float:
         run.fit()
         records = Records(f"{output}/records", num_steps=steps, world_size=num_workers)
         begun = {}
-        for seed, when, _ in records.entries():
+        for seed, when, *_ in records.entries():
             step, rank = records.places[seed]
             if rank == 0:
                 begun[step] = when

@@ -1,5 +1,6 @@
 """What is computed beforehand is what a step would compute."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import torch
@@ -16,3 +17,14 @@ def test_a_precomputed_batch_gives_the_inputs_of_its_images(make_task, tiny_mode
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_score_in_half_precision_leaves_training_the_same_inputs(make_task, tiny_model, batch):
+    """Frozen encoders know no autocast: else a preview would leave other encodings in the cache."""
+    cached = dataclasses.replace(tiny_model.text_encoder, cache_size=10)
+    task, cpu = make_task(text_encoder=cached), torch.device("cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scored = task.inputs(batch, cpu)
+    expected = make_task(text_encoder=cached).inputs(batch, cpu)
+    for found in (scored, task.inputs(batch, cpu)):
+        assert all(torch.equal(found[name], value) for name, value in expected.items())

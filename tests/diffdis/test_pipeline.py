@@ -107,6 +107,19 @@ def test_a_warm_start_that_does_not_fit_names_the_tensor(stable_diffusion_task):
         DiffDisTask(wider, ObjectiveConfig())
 
 
+def test_a_bare_unet_starts_a_model_whose_encoders_come_from_elsewhere(stable_diffusion_task, tmp_path):
+    given = stable_diffusion_task.config
+    folder = tmp_path / "sd"
+    bare = dataclasses.replace(given, warm_start=str(folder / "unet"))
+    task = DiffDisTask(bare, ObjectiveConfig())
+    expected = stable_diffusion_task.module.model.unet.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in task.module.model.unet.state_dict().items())
+    for name in ("autoencoder", "text_encoder"):
+        without = dataclasses.replace(bare, **{name: dataclasses.replace(getattr(given, name), path="")})
+        with pytest.raises(ValueError, match=rf"model\.{name}\.path"):
+            DiffDisTask(without, ObjectiveConfig())
+
+
 @pytest.mark.parametrize("projection", [True, False])
 def test_clip_text_encoders_with_and_without_projection(tmp_path, projection):
     from diffdis.text_encoder import build_text_encoder

@@ -1,5 +1,6 @@
 """The tasks, what each of them trains, and what a trainer may ask of them."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -19,10 +20,19 @@ def gradients(task):
     return {name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None}
 
 
-def assert_gradients_close(found, expected, **tolerance):
+def assert_gradients_equal(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        assert torch.equal(found[name], value), name
+
+
+def assert_gradients_close(found, expected, tolerance=1e-5):
+    """As one vector, and the temperature's by itself: it is one number among thousands."""
+    assert found.keys() == expected.keys()
+    difference = torch.nn.utils.get_total_norm([found[name] - value for name, value in expected.items()])
+    assert difference <= tolerance * torch.nn.utils.get_total_norm(expected.values())
+    temperature = "model.temperature.log_scale"
+    torch.testing.assert_close(found[temperature], expected[temperature], rtol=tolerance, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -78,20 +88,24 @@ def test_frozen_parameters_stay(make_task):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_activations_that_are_computed_again_give_the_same_gradients(make_task, batch, visibility, name):
-    found = []
+    found, kept = [], []
     for checkpointing in (False, True):
         task = make_task(ObjectiveConfig(task=name), query_visibility=visibility)
         if checkpointing:
             task.enable_activation_checkpointing()
-        task.module.train()
-        task.module(task.inputs(batch, CPU), 3)[0].backward()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x):
+            loss, _ = task.module(task.inputs(batch, CPU), 3)
+        loss.backward()
         found.append(gradients(task))
-    assert_gradients_close(found[1], found[0], rtol=0, atol=0)
+        kept.append(sum(sizes))
+    assert_gradients_equal(found[1], found[0])
+    assert kept[1] < 0.7 * kept[0]
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_bfloat16_computes_about_the_same(make_task, batch, visibility, name):
-    losses, norms = [], []
+    losses, found = [], []
     for enabled in (False, True):
         task = make_task(ObjectiveConfig(task=name), query_visibility=visibility)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
@@ -100,9 +114,22 @@ def test_bfloat16_computes_about_the_same(make_task, batch, visibility, name):
         assert loss.dtype == torch.float32
         assert all(value.isfinite().all() for value in metrics.values())
         losses.append(loss)
-        norms.append(torch.nn.utils.get_total_norm(gradients(task).values()))
-    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
-    torch.testing.assert_close(norms[1], norms[0], rtol=0.1, atol=0)
+        found.append(torch.cat([gradient.flatten() for gradient in gradients(task).values()]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.01, atol=0)
+    assert found[1].isfinite().all()
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.999
+    torch.testing.assert_close(found[1].norm(), found[0].norm(), rtol=0.05, atol=0)
+
+
+def test_a_wrong_image_is_one_of_another_caption(make_task, batch):
+    """Else the control would find the right text for an honest reason: here, all are alike or there is one only."""
+    task = make_task()
+    inputs = task.inputs(batch, CPU)
+    alike = inputs | {"caption_ids": torch.zeros_like(inputs["caption_ids"])}
+    alone = {k: v if k == "null_states" else v[:1] for k, v in inputs.items()}
+    control = "alignment/retrieval_shuffled_images"
+    counts = [task.module(part, 0)[1][control].tolist()[1] for part in (inputs, alike, alone)]
+    assert counts == [2.0, 0.0, 0.0]
 
 
 def accumulated(task, inputs, num_parts):
@@ -118,24 +145,25 @@ def accumulated(task, inputs, num_parts):
     return losses, gradients(task), [task.module.draw(part, seed) for part, seed in zip(parts, seeds, strict=True)]
 
 
-def make_alignment_task(make_task, negatives="step", **fields):
-    return make_task(ObjectiveConfig(task="alignment", negatives=negatives, caption_dropout=0.0, **fields))
+def make_alignment_task(make_task, negatives="step", task="alignment", **fields):
+    return make_task(ObjectiveConfig(task=task, negatives=negatives, caption_dropout=0.0, **fields))
 
 
-@pytest.mark.parametrize("num_draws", [1, 2])
-def test_gradient_caching_equals_one_large_batch(make_task, batch, num_draws):
-    task = make_alignment_task(make_task, num_draws=num_draws)
+@pytest.mark.parametrize(("name", "num_draws"), [("alignment", 1), ("alignment", 3), ("joint", 1), ("clip", 1)])
+def test_gradient_caching_equals_one_large_batch(make_task, batch, name, num_draws):
+    task = make_alignment_task(make_task, task=name, num_draws=num_draws)
     inputs = task.inputs(batch, CPU)
     losses, found, draws = accumulated(task, inputs, 3)
-    whole = make_alignment_task(make_task, num_draws=num_draws)
+    whole = make_alignment_task(make_task, task=name, num_draws=num_draws)
     together = type(draws[0])(*(torch.cat(values) for values in zip(*draws, strict=True)))
-    loss, _ = whole.module.alignment(inputs, together)
+    alignment, _ = whole.module.alignment(inputs, together)
+    loss = alignment + whole.module.generation(inputs, together).mean() if name == "joint" else alignment
     loss.backward()
     torch.testing.assert_close(sum(total for total, _ in losses) / 3, loss.item())
-    torch.testing.assert_close(sum(logged for _, logged in losses) / 3, loss.item())
-    assert_gradients_close(found, gradients(whole), rtol=1e-3, atol=1e-6)
-    alone = make_alignment_task(make_task, "micro_batch", num_draws=num_draws)
-    assert accumulated(alone, inputs, 3)[0][0][0] < losses[0][0], "fewer negatives are easier"
+    torch.testing.assert_close(sum(logged for _, logged in losses) / 3, alignment.item())
+    assert_gradients_close(found, gradients(whole))
+    alone = make_alignment_task(make_task, "micro_batch", name, num_draws=num_draws)
+    assert accumulated(alone, inputs, 3)[0][0][1] < losses[0][1], "fewer negatives are easier"
 
 
 def cached_on_a_rank(rank, world_size, task, inputs, num_parts):
@@ -164,7 +192,7 @@ def test_gradient_caching_over_two_ranks_equals_one_large_batch(make_task, batch
         results = group.run(cached_on_a_rank, world_size, make_alignment_task(make_task), inputs, num_parts)
         group.stop()
         found.append({name: torch.stack([r[name] for r in results]).mean(dim=0) for name in results[0]})
-    assert_gradients_close(found[1], found[0], rtol=1e-3, atol=1e-6)
+    assert_gradients_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("name", ["joint", "clip"])
@@ -214,15 +242,10 @@ def test_a_model_that_was_exported_starts_another_one(make_task, batch, tmp_path
         assert torch.equal(second.module.state_dict()[name], value), name
     report = second.describe()["warm_start"]
     assert (report["new"], report["ignored"]) == ({}, [])
+    assert report["loaded"]["unet"]["parameters"] == second.describe()["parameters"]["unet"]["trained"]
     clip = make_task(ObjectiveConfig(task="clip"), warm_start=str(tmp_path)).describe()["warm_start"]
-    assert clip["new"] == {"pooled": 4}
+    assert clip["new"] == {"pooled": {"tensors": 4, "parameters": 2 * 32 + 32 * 32 + 32}}
     assert "temperature" in clip["loaded"]
     assert any(name.startswith("stream.") for name in clip["ignored"])
     with pytest.raises(ValueError, match=r"model\.warm_start: .* is \(16,.*, \(24,.*in the configured model"):
-        make_task(warm_start=str(tmp_path), unet=wider(first.config.unet))
-
-
-def wider(unet):
-    import dataclasses
-
-    return dataclasses.replace(unet, block_out_channels=(24, 32))
+        make_task(warm_start=str(tmp_path), unet=dataclasses.replace(first.config.unet, block_out_channels=(24, 32)))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -33,7 +34,7 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards"), num_shards=8, samples_a_shard=60)
 
 
-def make_run(output, shards, **train):
+def make_run(output, shards, output_dir=None, tracking=None, **train):
     fields = {
         "num_workers": 2, "num_steps": 200, "micro_batch_size": 4, "warmup_steps": 2, "log_every": 1, "preview_every": 0,
         "cpus_per_worker": 0.5, "checkpoint_every": 20, "zero_stage": 2, "ema_decay": 0.9,
@@ -42,8 +43,8 @@ def make_run(output, shards, **train):
         functools.partial(recording, str(output / "records"), PixelTask),
         DataConfig(sources=(str(shards),), image_size=16),
         TrainConfig(**(fields | train)),
-        TrackingConfig(),
-        str(output),
+        tracking or TrackingConfig(),
+        output_dir or str(output),
         {"recipe": "test"},
         dict,
     )
@@ -117,6 +118,7 @@ def test_a_hanging_rank_is_named_and_the_run_goes_on(shards, undisturbed, tmp_pa
 
 DRIVER = """
 import sys
+from collections import Counter
 from pathlib import Path
 import ray
 from tests.end_to_end.test_faults import make_run
@@ -185,6 +187,34 @@ def test_the_loss_goes_on_at_other_numbers_of_workers_and_another_zero_stage(sha
     for start in (60, 120):
         mine, theirs = (sum(losses[step] for step in range(start + 1, start + 61)) / 60 for losses in (curve, undisturbed[1]))
         assert abs(mine - theirs) < 0.1 * theirs, f"from step {start}: {mine} against {theirs}"
-    read = [key for _, _, keys in records(tmp_path).entries() for key in keys]
+    read = [key for _, _, keys, _ in records(tmp_path).entries() for key in keys]
     assert len(read) == 180 * 8 == 3 * 480
     assert all(read.count(key) == 3 for key in set(read)), "three epochs of every sample once"
+
+
+def run_script(name, *arguments):
+    """A script of this folder with a Ray of its own; what it printed."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT, ROOT / "platform", ROOT / "jobs"))}
+    command = [sys.executable, ROOT / "tests" / "end_to_end" / name, *map(str, arguments)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.s3
+def test_storage_that_is_away_for_a_minute_loses_nothing(tmp_path):
+    """Data and checkpoints in S3; the server is killed and comes back. Nothing starts again, and no step is done twice."""
+    assert run_script("s3_run.py", tmp_path, 60)[-1] == "400 of 400 rank steps, 400 in all, newest step_00000200"
+
+
+@pytest.mark.slow
+def test_an_elastic_run_goes_on_with_fewer_workers_and_takes_back_new_ones(tmp_path):
+    """Two nodes with room for a worker each; one is lost, and later there is another one. Every sample once an epoch."""
+    num_steps = 3000
+    said = run_script("elastic_run.py", tmp_path, num_steps)
+    assert [line for line in said if line.endswith("workers")] == ["2 workers", "1 workers", "2 workers"]
+    read = Counter(key for keys in Records(tmp_path / "records", num_steps=num_steps).trained_on().values() for key in keys)
+    assert sum(read.values()) == num_steps * 8
+    assert len(read) == 480
+    assert set(read.values()) == {num_steps * 8 // 480}

@@ -1,9 +1,14 @@
 """Training through Ray Data, Ray Train and DeepSpeed against one plain torch loop, and against itself after a resume."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from diffdis.objective import Draws
 from diffdis.pipeline import DiffDisPipeline
@@ -16,6 +21,8 @@ from ray_platform.train.engine import rate_factor
 from ray_platform.train.launch import TrainingError
 from ray_platform.train.loop import step_seed
 from tests.end_to_end.conftest import write_shards
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -78,6 +85,30 @@ def test_two_workers_at_every_zero_stage_follow_the_plain_loop(make_run, losses,
         reference.update(plain_loop(run))
     assert_equal_curves(losses(tmp_path), reference, **TOLERANCE)
     DiffDisPipeline.from_pretrained(tmp_path / "export")
+
+
+def job(*arguments):
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, (done.stdout + done.stderr).strip().splitlines()[-1]
+
+
+def test_a_checkpoint_of_zero_3_exports_as_the_run_itself_did_and_draws(make_run, tmp_path):
+    """jobs/export.py and jobs/generate.py on what a run with an EMA left."""
+    run, out = make_run(tmp_path / "run", zero_stage=3, ema_decay=0.5, num_steps=3), tmp_path / "exported"
+    run.fit()
+    status, said = job("jobs/export.py", "--checkpoint", run.output_dir, "--output_dir", str(out))
+    assert (status, said.startswith("done: the EMA of step 3")) == (0, True), said
+    for part in ("unet/diffusion_pytorch_model.safetensors", "alignment/model.safetensors"):
+        ours, theirs = load_file(out / part), load_file(tmp_path / "run" / "export" / part)
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    raw = tmp_path / "raw"
+    assert job("jobs/export.py", "--checkpoint", run.output_dir, "--output_dir", str(raw), "--weights", "weights")[0] == 0
+    part = "alignment/model.safetensors"
+    assert not torch.equal(load_file(raw / part)["head.query_out.weight"], load_file(out / part)["head.query_out.weight"])
+    arguments = ("--model", str(out), "--output_dir", str(tmp_path / "images"), "--num_steps", "2")
+    status, said = job("jobs/generate.py", *arguments, "--captions", '["red heart", "blue star"]')
+    assert (status, said) == (0, f"done: 2 images, captions.json and grid.png in {tmp_path / 'images'}")
+    assert Image.open(tmp_path / "images" / "000001.png").size == (16, 16)
 
 
 def test_a_resumed_run_continues_with_the_losses_of_one_never_stopped(make_run, losses, tmp_path):

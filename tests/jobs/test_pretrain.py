@@ -25,6 +25,17 @@ def test_any_field_can_be_overridden(tmp_path):
     assert parse(["--data.sources", '["a", "b"]']).config.data.sources == ("a", "b")
 
 
+def test_resume_and_profile_have_short_names():
+    for arguments in (["--resume", "auto", "--profile"], ["--resume=auto", "--profile"]):
+        train = parse(arguments).config.train
+        assert (train.resume, train.profile) == ("auto", True)
+
+
+def test_the_number_of_workers_may_be_a_range():
+    train = parse(["--train.num_workers", "[2, 8]"]).config.train
+    assert (train.min_workers, train.max_workers, train.elastic) == (2, 8, True)
+
+
 def test_a_saved_configuration_can_be_started_from_again(tmp_path):
     first = parse(["--recipe", "demo", "--train.seed", "7", "--output_dir", "/x"])
     (tmp_path / "config.yaml").write_text(first.yaml)

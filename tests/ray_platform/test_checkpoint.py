@@ -24,8 +24,8 @@ def no_patience(monkeypatch):
 
 def manifest(step, token="aa", world_size=2, **fields):
     plain = Manifest(
-        token=token, step=step, num_updates=step, samples_seen=0, world_size=world_size, zero_stage=1, global_batch_size=4,
-        seed=0, source_digest="d", metrics={}, code_version="c", config={}, files={},
+        token=token, step=step, num_updates=step, samples_seen=0, loss_scale=1.0, world_size=world_size, zero_stage=1,
+        global_batch_size=4, seed=0, source_digest="d", metrics={}, code_version="c", config={}, files={},
     )  # fmt: skip
     return replace(plain, **fields)
 

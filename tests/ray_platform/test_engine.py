@@ -34,6 +34,8 @@ def rank_loop(rank, fields, world_size, num_micro, start, stop, state, bad_at):
         torch.distributed.all_reduce(loss)
         losses.append(loss.item() / world_size)
         changed.append(engine.update(step))
+        if engine.config.compile and step == start:
+            engine.compile()
     found = {name: tensor.detach().clone() for name, tensor in engine.state()}
     return losses, found, changed, engine.weights(), engine.grad_norm
 
@@ -114,6 +116,16 @@ def test_a_state_goes_on_at_another_world_size_and_zero_stage(reference, first, 
     torch.testing.assert_close(found["ema/first.weight"], reference[2]["first.weight"], rtol=1e-5, atol=1e-5)
 
 
+def test_whatever_stage_a_state_is_at_it_exports_the_same_weights():
+    """To the last bit, EMA and plain."""
+    _, state, *_ = train(2, zero_stage=3, stop=3)
+    for stage in (0, 1, 2):
+        _, found, _, exported, _ = train(2, zero_stage=stage, start=3, stop=3, state=state)
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+        assert torch.equal(exported["first.weight"], state["ema/first.weight"])
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_the_same_ranks_go_on_to_the_last_bit(zero_stage):
     whole = train(2, zero_stage=zero_stage)
@@ -141,6 +153,24 @@ def test_precision_and_offload_train_as_well(reference, zero_stage, fields):
     losses, found, *_ = train(2, num_micro=2, zero_stage=zero_stage, **fields)
     torch.testing.assert_close(losses, reference[0], rtol=0.03 if "precision" in fields else 1e-5, atol=1e-6)
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_fp16_scales_its_loss_and_finds_a_scale(reference, zero_stage):
+    """From a scale that overflows at first: those steps are left out, and then it trains."""
+    losses, found, changed, _, grad_norm = train(2, num_micro=2, zero_stage=zero_stage, precision="fp16", gpus_per_worker=1)
+    assert changed.count(True) >= 4
+    first = changed.index(True)
+    torch.testing.assert_close(losses[: first + 1], [reference[0][0]] * (first + 1), rtol=0.3, atol=0)
+    assert losses[-1] < losses[first]
+    assert 0 < grad_norm < 10, "as if there were no scale"
+    assert all(tensor.isfinite().all() for tensor in found.values())
+
+
+@pytest.mark.slow
+def test_a_compiled_module_trains_as_well(reference):
+    losses, *_ = train(2, num_micro=2, zero_stage=2, compile=True)
+    torch.testing.assert_close(losses, reference[0], rtol=1e-4, atol=1e-5)
 
 
 def test_deepspeeds_own_configuration_can_be_extended():

@@ -1,6 +1,7 @@
 import http.server
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -115,6 +116,30 @@ def test_braces(pattern, expanded):
 def test_braces_that_mean_nothing(pattern):
     with pytest.raises(DataError, match="cannot read its braces"):
         storage.expand_braces(pattern)
+
+
+def test_a_folder_is_fetched_once_and_anew_when_it_changed(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    storage.write_bytes(storage.join(base, "model/unet/config.json"), b"one")
+    folder = storage.cached_folder(storage.join(base, "model"))
+    assert (Path(folder) / "unet" / "config.json").read_bytes() == b"one"
+    if not base.startswith("s3://"):
+        assert folder == storage.join(base, "model")
+        return
+    assert storage.cached_folder(storage.join(base, "model")) == folder
+    storage.write_bytes(storage.join(base, "model/unet/config.json"), b"another")
+    assert (Path(storage.cached_folder(storage.join(base, "model"))) / "unet" / "config.json").read_bytes() == b"another"
+    with pytest.raises(DataError, match="none: no such file or folder"):
+        storage.cached_folder(storage.join(base, "none"))
+
+
+def test_what_is_removed_is_gone_and_may_have_been_gone_before(base):
+    for name in ("a", "folder/b", "folder/c"):
+        storage.write_bytes(storage.join(base, name), b"x")
+    storage.delete(storage.join(base, "a"))
+    storage.delete(storage.join(base, "folder"))
+    storage.delete(storage.join(base, "folder"))
+    assert not any(storage.exists(storage.join(base, name)) for name in ("a", "folder/b", "folder/c"))
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/a", "https://host/a", "s3://"])

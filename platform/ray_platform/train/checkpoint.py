@@ -38,6 +38,7 @@ class Manifest:
     step: int
     num_updates: int  # steps that changed the weights
     samples_seen: int
+    loss_scale: float  # of fp16, else 1
     world_size: int
     zero_stage: int
     global_batch_size: int
@@ -102,11 +103,11 @@ def read_file(url: str, manifest: Manifest, name: str) -> bytes:
     except storage.StorageError as error:
         if error.kind != "missing":
             raise
-        raise CorruptCheckpoint(f"{url}: {name} is missing; go on from another checkpoint by --train.resume PATH") from None
+        raise CorruptCheckpoint(f"{url}: {name} is missing; go on from another checkpoint by --resume PATH") from None
     size, digest = manifest.files[name]
     if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
         raise CorruptCheckpoint(
-            f"{url}: {name} is damaged ({len(data)} bytes of {size}); go on from another checkpoint by --train.resume PATH"
+            f"{url}: {name} is damaged ({len(data)} bytes of {size}); go on from another checkpoint by --resume PATH"
         )
     return data
 

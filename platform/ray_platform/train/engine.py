@@ -58,6 +58,7 @@ class Engine:
         self.device = torch.device(self.engine.device)
         self.num_micro_batches = num_micro_batches
         self.grad_norm = float("nan")  # before clipping, of the last step
+        self.scale = LossScale() if config.precision == "fp16" else LossScale(1.0, growing=False)
         self._autocast = _autocast(self.device, config.precision)
         task.module.forward = self._autocast(task.module.forward)
 
@@ -71,7 +72,7 @@ class Engine:
         metrics: Metrics = {}
         for inputs, seed, extra in zip(micro_batches, seeds, more, strict=True):
             loss, parts = self.engine(inputs, seed, **extra)
-            self.engine.backward(loss)
+            self.engine.backward(loss * self.scale.value)
             if len(losses) < len(micro_batches) - 1:
                 self.engine.step()  # counts the micro-batch; the last one's is `update`
             losses.append(loss.detach())
@@ -87,17 +88,23 @@ class Engine:
         factor = rate_factor(self.config)(step)
         for group, rate in zip(self.adam.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
+        scale, self.adam.grad_scale = self.scale.value, torch.tensor(self.scale.value, device=self.device)
         finite = True
-        if self.config.zero_stage == 0:  # the other stages look themselves
-            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
-            finite = math.isfinite(self.grad_norm)
+        if self.config.zero_stage == 0:  # the other stages clip, and look whether all is finite, themselves
+            trained = [parameter for parameter in self.engine.module.parameters() if parameter.grad is not None]
+            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+            finite = bool(torch.isfinite(norm))
+            if self.config.gradient_clipping:
+                torch.nn.utils.clip_grads_with_norm_(trained, self.config.gradient_clipping * scale, norm)
+        else:
+            self.optimizer.clip_grad = self.config.gradient_clipping * scale
         self.adam.skip = skip or not finite
         self.engine.step()
         if self.config.zero_stage:
-            finite = not self.optimizer.overflow
-            norm = self.engine.get_global_grad_norm()
-            self.grad_norm = float("nan") if norm is None or not finite else float(norm)
+            finite, norm = not self.optimizer.overflow, self.engine.get_global_grad_norm()
+        self.grad_norm = float(norm) / scale if finite and norm is not None else float("nan")
+        if not skip:
+            self.scale.update(finite)
         return finite and not skip
 
     def learning_rates(self) -> dict[str, float]:
@@ -221,6 +228,27 @@ class Engine:
                 parameter.copy_(value)
 
 
+class LossScale:
+    """What a loss is multiplied by, so that its gradients do not vanish in half precision; the optimizer divides them again.
+
+    Halved where a gradient is not finite, doubled after so many steps where all were.
+    """
+
+    GROWTH_STEPS = 2000
+
+    def __init__(self, value: float = 2.0**16, growing: bool = True):
+        self.value, self.growing, self.good_steps = value, growing, 0
+
+    def update(self, finite: bool) -> None:
+        if not self.growing:
+            return
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.good_steps == self.GROWTH_STEPS:
+            self.value, self.good_steps = self.value * 2, 0
+
+
 def _autocast(device: torch.device, precision: str) -> Any:
     """Parameters stay float32 (their casts are cached within a pass), so norms, losses and schedules keep their precision."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
@@ -249,7 +277,7 @@ def deepspeed_config(config: TrainConfig, micro_batch_size: int, num_micro_batch
     generated = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
-        "gradient_clipping": config.gradient_clipping,
+        "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # ours is torch's fused AdamW, which has a kernel for CPUs too

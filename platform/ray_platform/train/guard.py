@@ -74,7 +74,7 @@ class Guard:
         if self.in_a_row >= self.max_bad:
             raise Diverged(
                 f"the loss or its gradient was not usable in {self.in_a_row} steps in a row, up to step {step}; the "
-                f"samples are in {self.folder}: lower the learning rate or look at them, then go on with --train.resume auto"
+                f"samples are in {self.folder}: lower the learning rate or look at them, then go on with --resume auto"
             )
 
     @property

@@ -1,5 +1,7 @@
 """The driver's side of a training run: check what can be checked, start the workers, and again if lost, say what failed."""
 
+import contextlib
+import functools
 import json
 import logging
 import os
@@ -74,7 +76,7 @@ class Run:
         if self.train.resume == "none" and (found := checkpoint.complete_ones(self.output_dir)):
             raise ConfigError(
                 f"output_dir: {self.output_dir} already holds a run (up to {found[0].rsplit('/', 1)[1]}); "
-                "go on with it by --train.resume auto, or give another output_dir"
+                "go on with it by --resume auto, or give another output_dir"
             )
         return catalog
 
@@ -131,6 +133,7 @@ class Run:
         heldout = None
         if self.train.heldout_sources:
             heldout = read_heldout(self.data, self.train.heldout_sources, self.train.heldout_samples)
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor a run, for what the Overseer does
         connect()
         storage.write_bytes(storage.join(self.output_dir, CATALOG), to_json(catalog))
         tracker, tracked = self._start_tracker()
@@ -156,7 +159,8 @@ class Run:
             status = "FINISHED"
         finally:
             tracker.end(status)
-            storage.delete(self._ray_dir)
+            with contextlib.suppress(storage.StorageError):
+                storage.delete(self._ray_dir)
         return tracked
 
     @property
@@ -173,19 +177,20 @@ class Run:
     def _train_to_the_end(self, job: Job, overseer: Overseer) -> None:
         """Start the workers again, from the newest checkpoint, until they are done, or have failed too often at one place."""
         failures, newest = 0, ""
+        known = functools.partial(checkpoint.complete_ones, self.output_dir, job.launch)
         while True:
             try:
                 self._trainer(job).fit()
                 return
-            except TrainingFailedError as error:
+            except (TrainingFailedError, ray.exceptions.RayActorError) as error:
                 cause, line = cause_of(error)
                 line = overseer.last_hang or line
                 if overseer.stopping and isinstance(cause, Interrupted):
-                    raise TrainingError(f"{line}; go on with --train.resume auto") from None
+                    raise TrainingError(f"{line}; go on with --resume auto") from None
                 if is_final(cause):
                     raise TrainingError(line) from error
                 overseer.workers_are_gone()
-                made = next(iter(checkpoint.complete_ones(self.output_dir, job.launch)), "")
+                made = next(iter(storage.with_retries(known, checkpoint.RETRY_SECONDS)), "")
                 if made != newest:
                     failures, newest = 0, made
                 failures += not isinstance(cause, Interrupted)
@@ -235,20 +240,24 @@ def is_final(cause: BaseException) -> bool:
     return isinstance(cause, ConfigError | DataError | Diverged)
 
 
-def cause_of(error: TrainingFailedError) -> tuple[BaseException, str]:
+def cause_of(error: BaseException) -> tuple[BaseException, str]:
     """(what a rank raised, one line): an error of ours speaks for itself, another one is named by its type."""
     failures = sorted(getattr(error, "worker_failures", {}).items()) or [(-1, error)]
     causes = [(rank, _unwrapped(failure)) for rank, failure in failures]
-    # Where one rank fails, the others' collectives fail after it: what is ours is the cause.
-    ours = (ConfigError, DataError, Diverged, Interrupted)
-    rank, cause = next(((r, c) for r, c in causes if isinstance(c, ours)), causes[0])
+    # Where one rank fails or dies, the others' collectives fail after it: what is ours is the cause, else who died.
+    ours, died = (ConfigError, DataError, Diverged, Interrupted), ray.exceptions.RayActorError
+    rank, cause = next(((r, c) for kind in (ours, died) for r, c in causes if isinstance(c, kind)), causes[0])
     line = _first_line(cause)
-    return cause, line if isinstance(cause, ours) else f"worker {rank}: {type(cause).__name__}: {line}"
+    if isinstance(cause, ours):
+        return cause, line
+    who = f"worker {rank}" if rank >= 0 else "the workers' controller"
+    return cause, f"{who} died" if isinstance(cause, died) else f"{who}: {type(cause).__name__}: {line}"
 
 
 def _unwrapped(failure: BaseException) -> BaseException:
-    while getattr(failure, "cause", None) is not None:  # Ray wraps what a task or an actor raised
-        failure = failure.cause  # type: ignore[attr-defined]
+    """Ray wraps what a task or an actor raised, and how it ended."""
+    while inner := getattr(failure, "health_check_failure", None) or getattr(failure, "cause", None):
+        failure = inner
     return failure
 
 

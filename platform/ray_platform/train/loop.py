@@ -273,6 +273,7 @@ class Trainer:
             step=self.step,
             num_updates=self.engine.adam.num_updates,
             samples_seen=self._samples_seen(),
+            loss_scale=self.engine.scale.value,
             world_size=self.world_size,
             zero_stage=self.config.zero_stage,
             global_batch_size=self.at.global_batch_size,

@@ -24,6 +24,7 @@ class AdamW(torch.optim.AdamW):
         super().__init__(groups, betas=(0.9, 0.999), fused=True)
         self.ema_decay = ema_decay  # 0: no EMA
         self.skip = False  # the next steps change nothing
+        self.grad_scale: torch.Tensor | None = None  # what gradients were multiplied by; torch's fused kernels divide them by it
 
     @property
     def state_names(self) -> tuple[str, ...]:

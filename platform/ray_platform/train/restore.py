@@ -30,6 +30,7 @@ class Found:
 
     def into(self, engine: Engine) -> None:
         """Give weights, moments and EMA to an engine of any number of ranks and any ZeRO stage. Every rank must call it."""
+        engine.scale.value = self.manifest.loss_scale if engine.scale.growing else 1.0
         lacking = engine.load_state(self.manifest.num_updates, checkpoint.shared_reader(self.share, engine.device))
         if lacking and dist.get_rank() == 0:
             logger.warning("%s lacks %d tensors, which stay as built, such as %s", self.url, len(lacking), lacking[0])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 BEAT_SECONDS = 2.0
 _SILENT_SECONDS = 5 * BEAT_SECONDS  # then a process is taken to be stopped, or its machine to be gone
@@ -123,4 +124,6 @@ class Heart:
 
 
 def start_watch() -> Any:
-    return ray.remote(num_cpus=0)(Watch).remote()
+    """Beside the driver, so that it is not lost with a node of the workers'."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(Watch).options(scheduling_strategy=here).remote()
