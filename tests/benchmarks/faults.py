@@ -35,7 +35,7 @@ from tests.end_to_end.conftest import write_shards
 from tests.recording import Records, loss_curve, recording
 from tests.tiny_checkpoints import save_mean_pool_encoder
 
-STEPS_A_FAULT = 45
+STEPS_A_FAULT = 30
 CHECKPOINT_EVERY = 10
 NODE = {"num_cpus": 2, "object_store_memory": 300 * 2**20}
 

@@ -4,6 +4,7 @@ The Task is a small one: it is the platform that is tried here. `tests/benchmark
 """
 
 import functools
+import gzip
 import json
 import os
 import random
@@ -17,9 +18,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
+from PIL import Image
 
 from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackingConfig
+from ray_platform.train import checkpoint
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.launch import Run, TrainingError
 from tests.end_to_end.conftest import write_shards
@@ -55,9 +59,9 @@ def records(output, run=None):
 
 
 def wait_for_steps(output, number):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while (done := records(output).count()) < number:
-        assert time.monotonic() < deadline, f"{done} steps in 120 s"
+        assert time.monotonic() < deadline, f"{done} steps in 400 s"
         time.sleep(0.05)
 
 
@@ -106,6 +110,31 @@ def test_a_killed_worker_changes_nothing_in_the_end(shards, undisturbed, tmp_pat
     assert_as_undisturbed(tmp_path, run, undisturbed)
 
 
+def test_a_run_shows_what_happens(shards, ray_cluster, tmp_path):
+    """Scores and previews that all ranks make together, operations, memory, a trace; and the best checkpoint by a score."""
+    settings = {"heldout_sources": (str(shards),), "heldout_samples": 11, "heldout_every": 4, "preview_every": 4, "log_every": 4}
+    kept = {"checkpoint_every": 4, "keep_checkpoints": 1, "keep_best": "heldout/error", "keep_best_mode": "min"}
+    run = make_run(tmp_path, shards, num_steps=12, zero_stage=3, profile=True, **settings, **kept)
+    tracked = run.fit()
+    client = MlflowClient(tracked["tracking_uri"])
+    metrics = client.get_run(tracked["run_id"]).data.metrics
+    assert metrics["heldout/rows"] == 11, "each once, on however many ranks"
+    assert metrics["train/flops_per_second"] > 0
+    assert metrics["memory/process_gb_max"] >= metrics["memory/process_gb_rank_1"] > 0
+    assert metrics["train/bad_steps"] == 0
+    previews = [file.path for file in client.list_artifacts(tracked["run_id"], "previews")]
+    assert previews == [f"previews/step_{step:08d}.png" for step in (4, 8, 12)]
+    page = Image.open(client.download_artifacts(tracked["run_id"], previews[0], str(tmp_path)))
+    assert page.size == (12, 4), "three images of 4 px, of both ranks"
+    trace = json.loads(gzip.decompress((tmp_path / "profile" / "rank_00000.json.gz").read_bytes()))
+    assert any("aten::addmm" in event["name"] for event in trace["traceEvents"])
+    errors = {m.step: m.value for m in client.get_metric_history(tracked["run_id"], "heldout/error")}
+    best = min(errors, key=errors.get)
+    left = sorted(int(url[-8:]) for url in checkpoint.complete_ones(str(tmp_path)))
+    assert left == sorted({best, 12})
+    assert not (tmp_path / "ray_train").exists()
+
+
 @pytest.mark.slow
 def test_a_hanging_rank_is_named_and_the_run_goes_on(shards, undisturbed, tmp_path, caplog):
     run = make_run(tmp_path, shards, hang_seconds=15.0)
@@ -114,6 +143,42 @@ def test_a_hanging_rank_is_named_and_the_run_goes_on(shards, undisturbed, tmp_pa
     thread.join()
     assert any("does not answer any more; the other 1 of 2 ranks wait" in r.getMessage() for r in caplog.records)
     assert_as_undisturbed(tmp_path, run, undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_delays_a_checkpoint_and_nothing_else(shards, undisturbed, tmp_path, small_disk):
+    """It is full from some step on, and has room again 20 s later: no step is done twice, and the run ends as any other."""
+    tracking = TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db")
+    run = make_run(tmp_path, shards, output_dir=str(small_disk), tracking=tracking)
+
+    def fill():
+        try:
+            with (small_disk / "rubbish").open("wb") as file:
+                while True:
+                    file.write(bytes(4096))
+                    file.flush()
+        except OSError:
+            time.sleep(20)
+            (small_disk / "rubbish").unlink()
+
+    thread = at_some_step(tmp_path, 130, fill)
+    tracked = run.fit()
+    thread.join()
+    assert records(tmp_path).count() == 400
+    assert (small_disk / "export" / "model.safetensors").exists()
+    assert records(tmp_path, run).trained_on() == undisturbed[0]
+    assert MlflowClient(tracked["tracking_uri"]).get_run(tracked["run_id"]).info.status == "FINISHED"
 
 
 DRIVER = """
