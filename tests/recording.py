@@ -17,16 +17,18 @@ def recording(folder, build_task, *arguments):
     task = build_task(*arguments)
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = (Path(folder) / f"{time.time_ns()}-{os.getpid()}.jsonl").open("w")
-    inputs, prepare, keys = task.inputs, task.prepare, []
+    inputs, prepare, asked = task.inputs, task.prepare, []
 
     def recorded_inputs(batch, device):
-        keys.extend(batch.keys)
+        asked.append(batch.keys)
         return inputs(batch, device)
 
     def recorded_prepare(parts, seeds):
+        # Inputs are also made to count a step's operations: a step's own are the last ones.
+        keys = [key for keys in asked[-len(parts) :] for key in keys]
         file.write(json.dumps([seeds[0], time.time(), keys, torch.distributed.get_world_size()]) + "\n")
         file.flush()
-        keys.clear()
+        asked.clear()
         return prepare(parts, seeds)
 
     task.inputs, task.prepare = recorded_inputs, recorded_prepare

@@ -35,7 +35,7 @@ def main():
     )
 
     def break_off():
-        wait_for_steps(folder, 130)
+        wait_for_steps(folder, 60)
         server.stop()
         time.sleep(away)
         server.start()
@@ -44,7 +44,7 @@ def main():
     run.fit()
     newest = checkpoint.complete_ones("s3://tests/run")[0]
     done = len(records(folder, run).trained_on())
-    print(f"{done} of 400 rank steps, {records(folder).count()} in all, newest {newest.rsplit('/', 1)[1]}")
+    print(f"{done} of {2 * run.train.num_steps} rank steps, {records(folder).count()} in all, newest {newest.rsplit('/', 1)[1]}")
     assert dict(checkpoint.weights_of(newest, "ema"))
     assert storage.exists("s3://tests/run/export/model.safetensors")
     ray.shutdown()

@@ -40,7 +40,7 @@ def shards(tmp_path_factory):
 
 def make_run(output, shards, output_dir=None, tracking=None, **train):
     fields = {
-        "num_workers": 2, "num_steps": 200, "micro_batch_size": 4, "warmup_steps": 2, "log_every": 1, "preview_every": 0,
+        "num_workers": 2, "num_steps": 80, "micro_batch_size": 4, "warmup_steps": 2, "log_every": 1, "preview_every": 0,
         "cpus_per_worker": 0.5, "checkpoint_every": 20, "zero_stage": 2, "ema_decay": 0.9,
     }  # fmt: skip
     return Run(
@@ -97,16 +97,18 @@ def undisturbed(shards, tmp_path_factory, ray_cluster):
 
 
 def assert_as_undisturbed(output, run, undisturbed):
-    assert records(output, run).trained_on() == undisturbed[0]
+    ours = records(output, run).trained_on()
+    assert sorted(ours) == sorted(undisturbed[0])
+    assert not [place for place, keys in ours.items() if keys != undisturbed[0][place]], "(step, rank) with other samples"
     assert loss_curve(output) == undisturbed[1], "to the last bit"
 
 
 def test_a_killed_worker_changes_nothing_in_the_end(shards, undisturbed, tmp_path):
     run = make_run(tmp_path, shards)
-    thread = at_some_step(tmp_path, 130, signal_a_worker(signal.SIGKILL))
+    thread = at_some_step(tmp_path, 60, signal_a_worker(signal.SIGKILL))
     run.fit()
     thread.join()
-    assert records(tmp_path).count() > 400, "nothing was done twice, so nothing was lost"
+    assert records(tmp_path).count() > 160, "nothing was done twice, so nothing was lost"
     assert_as_undisturbed(tmp_path, run, undisturbed)
 
 
@@ -138,7 +140,7 @@ def test_a_run_shows_what_happens(shards, ray_cluster, tmp_path):
 @pytest.mark.slow
 def test_a_hanging_rank_is_named_and_the_run_goes_on(shards, undisturbed, tmp_path, caplog):
     run = make_run(tmp_path, shards, hang_seconds=15.0)
-    thread = at_some_step(tmp_path, 130, signal_a_worker(signal.SIGSTOP))
+    thread = at_some_step(tmp_path, 60, signal_a_worker(signal.SIGSTOP))
     run.fit()
     thread.join()
     assert any("does not answer any more; the other 1 of 2 ranks wait" in r.getMessage() for r in caplog.records)
@@ -172,10 +174,10 @@ def test_a_full_disk_delays_a_checkpoint_and_nothing_else(shards, undisturbed, t
             time.sleep(20)
             (small_disk / "rubbish").unlink()
 
-    thread = at_some_step(tmp_path, 130, fill)
+    thread = at_some_step(tmp_path, 60, fill)
     tracked = run.fit()
     thread.join()
-    assert records(tmp_path).count() == 400
+    assert records(tmp_path).count() == 160
     assert (small_disk / "export" / "model.safetensors").exists()
     assert records(tmp_path, run).trained_on() == undisturbed[0]
     assert MlflowClient(tracked["tracking_uri"]).get_run(tracked["run_id"]).info.status == "FINISHED"
@@ -212,19 +214,19 @@ def test_a_driver_that_is_stopped_or_killed_can_be_started_again(shards, undistu
     """SIGTERM is answered by a checkpoint of the step that it came in."""
     run = make_run(tmp_path, shards)
     driver = start_driver(ray_cluster, tmp_path, shards, "none")
-    wait_for_steps(tmp_path, 130)
+    wait_for_steps(tmp_path, 60)
     driver.send_signal(number)
-    said, _ = driver.communicate(timeout=60)
+    said, _ = driver.communicate(timeout=120)
     if number == signal.SIGTERM:
         assert driver.returncode == 1
         line = said.strip().splitlines()[-1]
         assert line.startswith("error: stopped by SIGTERM; saved at step "), said
-        assert int(line.split("saved at step ")[1].split(";")[0]) >= 65
+        assert int(line.split("saved at step ")[1].split(";")[0]) >= 30
     again = start_driver(ray_cluster, tmp_path, shards, "auto")
-    said, _ = again.communicate(timeout=120)
+    said, _ = again.communicate(timeout=300)
     assert again.returncode == 0, said
     if number == signal.SIGTERM:
-        assert records(tmp_path).count() == 400, "a step was done twice"
+        assert records(tmp_path).count() == 160, "a step was done twice"
     assert_as_undisturbed(tmp_path, run, undisturbed)
 
 
@@ -240,19 +242,20 @@ def test_losses_that_cannot_be_used_end_the_run_and_name_the_samples(shards, ray
 
 
 @pytest.mark.slow
-def test_the_loss_goes_on_at_other_numbers_of_workers_and_another_zero_stage(shards, undisturbed, tmp_path, ray_cluster):
-    """2 -> 4 -> 1 workers and ZeRO 3 -> 1: every sample once, and losses as near to the undisturbed run's as other noise lets
+def test_the_loss_goes_on_at_other_numbers_of_workers_and_another_zero_stage(shards, tmp_path, ray_cluster):
+    """2 -> 4 -> 1 workers and ZeRO 3 -> 1: every sample once, and losses as near to those of a run of 2 as other noise lets
     them be: 10 % in the mean of 60 steps. (On equal samples and noise it is 1e-5: tests/ray_platform/test_engine.py.)"""
+    changing, same = tmp_path / "changing", tmp_path / "same"
     for steps, workers_, stage in ((60, 2, 3), (120, 4, 3), (180, 1, 1)):
-        make_run(
-            tmp_path, shards, num_workers=workers_, zero_stage=stage, num_steps=steps, resume="auto", lr_schedule="constant"
-        ).fit()
-    curve = loss_curve(tmp_path)
+        fields = {"num_workers": workers_, "zero_stage": stage, "num_steps": steps}
+        make_run(changing, shards, resume="auto", lr_schedule="constant", **fields).fit()
+    make_run(same, shards, num_steps=180, lr_schedule="constant").fit()
+    curve, expected = loss_curve(changing), loss_curve(same)
     assert sorted(curve) == list(range(1, 181))
     for start in (60, 120):
-        mine, theirs = (sum(losses[step] for step in range(start + 1, start + 61)) / 60 for losses in (curve, undisturbed[1]))
+        mine, theirs = (sum(losses[step] for step in range(start + 1, start + 61)) / 60 for losses in (curve, expected))
         assert abs(mine - theirs) < 0.1 * theirs, f"from step {start}: {mine} against {theirs}"
-    read = [key for _, _, keys, _ in records(tmp_path).entries() for key in keys]
+    read = [key for _, _, keys, _ in records(changing).entries() for key in keys]
     assert len(read) == 180 * 8 == 3 * 480
     assert all(read.count(key) == 3 for key in set(read)), "three epochs of every sample once"
 
@@ -270,7 +273,7 @@ def run_script(name, *arguments):
 @pytest.mark.s3
 def test_storage_that_is_away_for_a_minute_loses_nothing(tmp_path):
     """Data and checkpoints in S3; the server is killed and comes back. Nothing starts again, and no step is done twice."""
-    assert run_script("s3_run.py", tmp_path, 60)[-1] == "400 of 400 rank steps, 400 in all, newest step_00000200"
+    assert run_script("s3_run.py", tmp_path, 60)[-1] == "160 of 160 rank steps, 160 in all, newest step_00000080"
 
 
 @pytest.mark.slow

@@ -89,7 +89,8 @@ def test_two_workers_at_every_zero_stage_follow_the_plain_loop(make_run, losses,
 
 def job(*arguments):
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.returncode, (done.stdout + done.stderr).strip().splitlines()[-1]
+    said = done.stderr if done.returncode else done.stdout
+    return done.returncode, said.strip().splitlines()[-1]
 
 
 def test_a_checkpoint_of_zero_3_exports_as_the_run_itself_did_and_draws(make_run, tmp_path):
