@@ -25,6 +25,7 @@ setup: $(VENV)/.installed
 
 # torch first and pinned: a later resolve that wants another torch would fetch its CUDA packages.
 # deepspeed without build isolation: its set-up imports torch; DS_BUILD_OPS=0 compiles nothing.
+# The peers whose results the tests compare with, without their requirements: torchvision breaks diffusers beside CPU torch.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a few minutes, once) …"
 	@python3 -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -32,7 +33,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PIP) torch setuptools wheel ninja packaging
 	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	@$(PIP) hatchling editables
-	@$(PIP) --no-build-isolation --editable ".[demo,dev]"
+	@$(PIP) --no-build-isolation --editable ".[demo,eval,dev]"
+	@$(PIP) --no-deps clip-benchmark torch-fidelity torchmetrics lightning-utilities foolbox
 	@touch $@
 
 clean-demo:

@@ -6,7 +6,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from diffdis.attention import KeysValues, image_attention, joint_attention, query_attention
+from diffdis.attention import KeysValues, image_attention, joint_attention, query_attention, remembered
 from diffdis.config import HeadConfig
 
 
@@ -60,7 +60,7 @@ class AlignmentHead(nn.Module):
         memory = []
         for block in self.blocks:
             attended, keys_values = image_attention(block.attention, block.norm_attention(x))
-            memory.append(keys_values)
+            memory.append(remembered(keys_values))
             if len(memory) < len(self.blocks):  # the last block's image tokens are read by nobody
                 x = self._add(block, x, attended)
         return memory

@@ -15,8 +15,8 @@ def _heads(attention: Attention, x: torch.Tensor) -> torch.Tensor:
     return rearrange(x, "b n (heads c) -> b heads n c", heads=attention.heads)
 
 
-def _attend(attention: Attention, query: torch.Tensor, keys_values: KeysValues, mask: torch.Tensor | None = None) -> torch.Tensor:
-    out = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask)
+def _leave(attention: Attention, out: torch.Tensor) -> torch.Tensor:
+    """[B, heads, n, c] -> [B, n, C], through the output projection."""
     out = attention.to_out[0](rearrange(out, "b heads n c -> b n (heads c)"))
     return attention.to_out[1](out) / attention.rescale_output_factor
 
@@ -24,19 +24,29 @@ def _attend(attention: Attention, query: torch.Tensor, keys_values: KeysValues, 
 def image_attention(attention: Attention, x: torch.Tensor) -> tuple[torch.Tensor, KeysValues]:
     """Stock self-attention of image tokens [B, N, C], and the keys and values for the queries to read."""
     keys_values = _heads(attention, attention.to_k(x)), _heads(attention, attention.to_v(x))
-    return _attend(attention, _heads(attention, attention.to_q(x)), keys_values), keys_values
+    out = F.scaled_dot_product_attention(_heads(attention, attention.to_q(x)), *keys_values)
+    return _leave(attention, out), keys_values
+
+
+def remembered(keys_values: KeysValues) -> KeysValues:
+    """Laid out once as every later `query_attention` reads them, which would else copy them each time."""
+    keys, values = keys_values
+    return keys.contiguous(), values.contiguous()
 
 
 def query_attention(attention: Attention, q: torch.Tensor, image: KeysValues) -> torch.Tensor:
-    """n queries an image [B, n, C], each attending to the image's tokens and to itself, not to each other."""
-    num_queries, num_tokens = q.shape[1], image[0].shape[2]
-    keys = torch.cat([image[0], _heads(attention, attention.to_k(q))], dim=2)  # [B, heads, N + n, c]
-    values = torch.cat([image[1], _heads(attention, attention.to_v(q))], dim=2)
-    mask = None
-    if num_queries > 1:
-        seen = torch.ones(num_queries, num_tokens, dtype=torch.bool, device=q.device)
-        mask = torch.cat([seen, torch.eye(num_queries, dtype=torch.bool, device=q.device)], dim=1)  # [n, N + n]
-    return _attend(attention, _heads(attention, attention.to_q(q)), (keys, values), mask)
+    """n queries an image [B, n, C], each attending to the image's tokens and to itself, not to each other.
+
+    softmax([q K^T, q k_q]) [V; v_q], in two parts: joined, keys and values of the whole image would be copied for every query
+    token that is moved.
+    """
+    query, (keys, values) = _heads(attention, attention.to_q(q)), image  # [B, heads, n, c], [B, heads, N, c]
+    query = query * query.shape[-1] ** -0.5
+    own_keys, own_values = _heads(attention, attention.to_k(q)), _heads(attention, attention.to_v(q))
+    scores = torch.cat([query @ keys.transpose(-1, -2), (query * own_keys).sum(dim=-1, keepdim=True)], dim=-1)
+    weights = scores.softmax(dim=-1).to(values.dtype)  # [B, heads, n, N + 1]
+    out = weights[..., :-1] @ values + weights[..., -1:] * own_values
+    return _leave(attention, out)
 
 
 def joint_attention(attention: Attention, x: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -53,10 +53,13 @@ def describe_encoders(config: DiffDisConfig) -> dict[str, Any]:
 
 
 def _digest(path: str, component: str) -> str:
-    """16 hex digits of a component's files; the name itself for a hub's."""
+    """Of a component's folder; the name itself for a hub's."""
     folder = Path(component_folder(path, component))
-    if not folder.is_dir():
-        return path
+    return digest_of_folder(folder) if folder.is_dir() else path
+
+
+def digest_of_folder(folder: Path) -> str:
+    """16 hex digits of a model folder's configuration, vocabulary and weights."""
     hashed = hashlib.sha256()
     for file in sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors", ".bin", ".txt")):
         hashed.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())

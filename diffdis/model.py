@@ -12,7 +12,7 @@ from torch import nn
 
 from diffdis import schedule
 from diffdis.alignment_head import AlignmentHead, PooledHead
-from diffdis.attention import KeysValues, image_attention
+from diffdis.attention import KeysValues, image_attention, remembered
 from diffdis.config import DiffDisConfig
 from diffdis.fusion import JointWalk, QueryStream
 from diffdis.image_branch import attention_sites, build_unet, walk
@@ -78,7 +78,7 @@ class DiffDis(nn.Module):
 
         def remember(site: int, layer: int, attention, x: torch.Tensor) -> torch.Tensor:
             out, keys_values = image_attention(attention, x)
-            sites[site].append(keys_values)
+            sites[site].append(remembered(keys_values))
             return out
 
         features = self._walk(latent, null_states, remember)  # [B, N, C']

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from diffdis import schedule
 from diffdis.autoencoder import Autoencoder, build_autoencoder, to_latents, to_pixels
 from diffdis.config import DiffDisConfig
+from diffdis.metrics.zero_shot import class_embeddings
 from diffdis.model import DiffDis
 from diffdis.text_encoder import TextEncoder, build_text_encoder
 from diffdis.warm_start import ALIGNMENT_WEIGHTS
@@ -97,7 +98,7 @@ class DiffDisPipeline:
         """
         if guidance and not self.config.image_dropout:
             raise ValueError("guidance: the model was trained with image_dropout = 0 and does not know a masked image")
-        pixels = self._pixels(images)
+        pixels = self.pixels(images)
         keys = keys or [hashlib.sha256(p.tobytes()).hexdigest() for p in pixels]
         latent = to_latents(self.autoencoder, pixels, self.device)
         return self.embed_latent(latent, keys, num_steps, num_draws, guidance)
@@ -129,7 +130,7 @@ class DiffDisPipeline:
         gamma, length = self.config.schedule.gamma, e_t.shape[-1] ** 0.5
         e0 = e_t
         for t, abar, abar_prev in self._steps(num_steps, spacing="trailing"):  # trailing: the chain starts at t = T
-            time = torch.full(e_t.shape[:2], t, device=self.device)
+            time = torch.full((1, 1), t, device=self.device)  # the same for all
             e0 = self.model.predict_query(image, e_t, time)
             if guidance:
                 without = self.model.predict_query(masked, e_t, time)
@@ -145,11 +146,7 @@ class DiffDisPipeline:
 
     def embed_classes(self, class_names: Sequence[str], templates: Sequence[str] = ("{c}",)) -> torch.Tensor:
         """A class's embedding is the normalised mean over its templates. [num_classes, D]"""
-        for template in templates:
-            if "{c}" not in template:
-                raise ValueError(f"template {template!r} has no {{c}} for the class name")
-        texts = [template.replace("{c}", name) for name in class_names for template in templates]
-        return F.normalize(self.embed_text(texts).unflatten(0, (len(class_names), -1)).mean(dim=1), dim=-1)
+        return class_embeddings(self.embed_text, class_names, templates)
 
     def classify(
         self,
@@ -167,7 +164,8 @@ class DiffDisPipeline:
         similarity = self.embed_image(images, **settings) @ self.embed_text(captions).T
         return similarity.argsort(dim=-1, descending=True)
 
-    def _pixels(self, images: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
+    def pixels(self, images: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
+        """PIL images of any size, cut and resized to the model's; or what has its size already -> [B, H, W, 3] uint8."""
         size = self.config.image_size
         if isinstance(images, np.ndarray):
             if images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:

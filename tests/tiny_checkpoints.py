@@ -1,4 +1,4 @@
-"""Small random checkpoints in the layouts that users have: CLIP's text model, a mean-pooled encoder, Stable Diffusion."""
+"""Small random checkpoints in the layouts that users have: CLIP, its text model, a mean-pooled encoder, Stable Diffusion."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -46,17 +50,15 @@ def save_mean_pool_encoder(folder: Path) -> Path:
     return folder
 
 
-def save_clip_text_encoder(model_folder: Path, tokenizer_folder: Path, *, projection: bool) -> None:
-    torch.manual_seed(0)
-    tokenizer_folder.mkdir(parents=True, exist_ok=True)
+def save_clip_tokenizer(folder: Path) -> CLIPTextConfig:
+    """CLIP's tokenizer with single letters for a vocabulary; returns the configuration of a small text model that fits it."""
+    folder.mkdir(parents=True, exist_ok=True)
     letters = [chr(c) for c in range(33, 127)]
     tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    (tokenizer_folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (tokenizer_folder / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer(str(tokenizer_folder / "vocab.json"), str(tokenizer_folder / "merges.txt")).save_pretrained(
-        tokenizer_folder, model_max_length=77
-    )
-    config = CLIPTextConfig(
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder, model_max_length=77)
+    return CLIPTextConfig(
         vocab_size=len(tokens),
         hidden_size=WIDTH,
         intermediate_size=64,
@@ -66,6 +68,36 @@ def save_clip_text_encoder(model_folder: Path, tokenizer_folder: Path, *, projec
         bos_token_id=len(tokens) - 2,
         eos_token_id=len(tokens) - 1,
     )
+
+
+def save_clip(folder: Path, image_size: int = 32) -> Path:
+    """A whole CLIP whose images are `image_size` pixels wide. Its weights are large enough for embeddings to differ."""
+    torch.manual_seed(0)
+    text = save_clip_tokenizer(folder)
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=image_size,
+        patch_size=8,
+        projection_dim=WIDTH,
+    )
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH)
+    model = CLIPModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    size = {"height": image_size, "width": image_size}
+    CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=size).save_pretrained(folder)
+    return folder
+
+
+def save_clip_text_encoder(model_folder: Path, tokenizer_folder: Path, *, projection: bool) -> None:
+    torch.manual_seed(0)
+    config = save_clip_tokenizer(tokenizer_folder)
     kind = CLIPTextModelWithProjection if projection else CLIPTextModel
     kind(config).save_pretrained(model_folder)
 

@@ -9,7 +9,10 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ray_platform.contracts import ConfigError
 
-LISTS = ("--data.sources", "--train.heldout_sources", "--objective.freeze", "--preview_captions", "--captions")
+LISTS = (
+    "--data.sources", "--train.heldout_sources", "--objective.freeze", "--preview_captions", "--captions", "--data_roots",
+    "--baselines", "--quality.networks", "--quality.guidance_scales",
+)  # fmt: skip
 
 
 class Parser(ArgumentParser):

@@ -1,11 +1,16 @@
-"""The command line of jobs/export.py."""
+"""From a checkpoint to a pipeline folder: the command line of jobs/export.py, and what it does."""
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
 from diffdis.config import DiffDisConfig, ObjectiveConfig
+from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
 from diffdis.warm_start import resolved
 from ray_platform import storage
@@ -38,6 +43,31 @@ class ExportConfig:
                 raise ConfigError(f"checkpoint: {url} is no complete checkpoint, and no run that has one")
             url = found[0]
         return url, checkpoint.read_manifest(url)
+
+
+def export(config: ExportConfig) -> str:
+    """Write the folder, check that it opens, and say in a line what was done. Raises ConfigError and DataError."""
+    url, manifest = config.find()
+    ema = config.weights == "ema" or (config.weights == "best" and manifest.config["train"]["ema_decay"] > 0)
+    weights = dict(checkpoint.weights_of(url, "ema" if ema else "weights"))
+    task = build_task(manifest.config)
+    with tempfile.TemporaryDirectory(prefix="export_") as folder:
+        task.save_pretrained(weights, Path(folder))
+        opened = ", ".join(check_opens(Path(folder)))
+        storage.put_folder(Path(folder), config.output_dir)
+    which = "the EMA" if ema else "the weights"
+    return f"done: {which} of step {manifest.step} ({url}) in {config.output_dir}; opens as {opened}"
+
+
+def check_opens(folder: Path) -> list[str]:
+    """What reads the folder, each of which was tried. Raises what it raises where it cannot."""
+    DiffDisPipeline.from_pretrained(folder)
+    UNet2DConditionModel.from_pretrained(folder / "unet")
+    opened = ["DiffDisPipeline", "diffusers' UNet2DConditionModel"]
+    if (folder / "model_index.json").exists():
+        DiffusionPipeline.from_pretrained(folder)
+        opened.append("diffusers' StableDiffusionPipeline")
+    return opened
 
 
 def build_task(config: dict[str, Any]) -> DiffDisTask:

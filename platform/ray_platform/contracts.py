@@ -115,3 +115,44 @@ class Task(Protocol):
     def describe(self) -> dict[str, Any]:
         """What was built, for the log: counts of parameters, what a warm start loaded, left new and ignored."""
         ...
+
+
+class Scorer(Protocol):
+    """What tells which text belongs to an image, in an evaluation: DiffDis, or a CLIP to compare it with.
+
+    Equal images, keys and settings give equal embeddings, in whatever batch they come.
+    """
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """RGB uint8 [H, W, 3] of any size -> one row of what `embed_images` takes. Called from several threads."""
+        ...
+
+    def embed_images(self, images: np.ndarray, keys: Sequence[str], **settings: Any) -> np.ndarray:
+        """[B, ...] -> [B, D] float32 of unit norm. Noise, where there is any, is drawn by an image's key."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """[N, D] float32 of unit norm."""
+        ...
+
+    def embed_classes(self, class_names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+        """[num_classes, D] float32 of unit norm: of each class over all templates, whose "{c}" is its name."""
+        ...
+
+
+class Generator(Protocol):
+    """What draws images from captions, in an evaluation."""
+
+    def draw(self, captions: Sequence[str], places: Sequence[int], **settings: Any) -> np.ndarray:
+        """[B, H, W, 3] uint8. An image's noise depends on its place among all prompts, not on the batch."""
+        ...
+
+
+class FeatureNetwork(Protocol):
+    """What turns images into the features that a Frechet distance compares."""
+
+    protocol: Mapping[str, Any]  # what must be equal for two sets of features to be compared
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """[B, H, W, 3] uint8 -> [B, d] float32."""
+        ...

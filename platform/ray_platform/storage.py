@@ -14,7 +14,7 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -96,9 +96,27 @@ def list_files(source: str) -> tuple[StoredFile, ...]:
         else:
             info = filesystem.info(path)
             entries = filesystem.ls(path, detail=True) if info["type"] == "directory" else [info]
-        files = (_stored_file(filesystem, entry) for entry in entries if entry["type"] == "file")
+        followed = _followed(filesystem, entries, deep="**" in path)
+        files = (_stored_file(filesystem, entry) for entry in followed if entry["type"] == "file")
         # S3 consoles mark a folder by an empty object whose name ends in "/".
         return tuple(sorted((file for file in files if not file.url.endswith("/")), key=lambda file: file.url))
+
+
+def _followed(
+    filesystem: Any, entries: Iterable[dict[str, Any]], deep: bool, seen: frozenset[str] = frozenset()
+) -> Iterator[dict[str, Any]]:
+    """Entries, with what a link points to in its place: Hugging Face's cache is made of links. `deep`: folders' files, too."""
+    for entry in entries:
+        if not entry.get("islink"):
+            yield entry
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            name, there = entry["name"], filesystem.info(entry["name"])
+            target, parent = os.path.realpath(name), os.path.realpath(os.path.dirname(name))
+            if there["type"] != "directory":
+                yield there
+            elif deep and target not in seen and not f"{parent}/".startswith(f"{target}/"):  # links may go round in a circle
+                yield from _followed(filesystem, filesystem.find(name, detail=True).values(), deep, seen | {target})
 
 
 def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> bytes:
@@ -208,13 +226,14 @@ def put_folder(folder: Path, url: str) -> None:
 
 
 def get_folder(url: str, folder: Path) -> None:
-    """Copy every file below `url` to below the local `folder`, keeping relative names. Raises DataError."""
+    """Copy every file below `url`, or the one that it is, to below the local `folder`, keeping names. Raises DataError."""
     with _errors(url):
         filesystem, path = _resolve(url)
         sources = [source for source in filesystem.find(path) if not source.endswith("/")]
         if not sources:
             raise FileNotFoundError(path)
-        targets = [folder / os.path.relpath(source, path) for source in sources]
+        top = os.path.dirname(path) if sources == [path] else path
+        targets = [folder / os.path.relpath(source, top) for source in sources]
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
         filesystem.get(sources, [str(target) for target in targets])
@@ -223,7 +242,7 @@ def get_folder(url: str, folder: Path) -> None:
 def cached_folder(url: str) -> str:
     """A folder of this machine with what is below an s3:// URL, fetched once by whoever asks first; any other path as it is.
 
-    What changed there is fetched anew. Raises DataError.
+    Of a single file, its copy. What changed there is fetched anew. Raises DataError.
     """
     if not url.startswith("s3://"):
         return url
@@ -242,7 +261,7 @@ def cached_folder(url: str) -> str:
             unfinished = cache / f".{name}.{uuid.uuid4().hex}"
             get_folder(url, unfinished)
             unfinished.replace(folder)
-    return str(folder)
+    return str(folder / os.path.basename(path) if list(entries) == [path] else folder)
 
 
 def with_cached_folders(build: Callable[..., T], *arguments: Any) -> T:

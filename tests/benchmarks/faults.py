@@ -59,15 +59,18 @@ class Nodes:
         ray.init(address=self.cluster.address, **own_ray.OPTIONS)
 
     def workers(self) -> list[psutil.Process]:
-        """The training's, on whatever node."""
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
-            if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-                found.append(process)
-        return found
+        """The training's, on whatever node of this cluster."""
+        own = {process.process.pid for node in self.cluster.list_all_nodes() for process in raylets(node)}
+        return [
+            process
+            for process in psutil.process_iter(["cmdline", "ppid"])
+            if process.info["ppid"] in own and "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
+        ]
 
     def kill_a_worker(self, rng: random.Random) -> None:
-        rng.choice(self.workers()).send_signal(signal.SIGKILL)
+        while not (workers := self.workers()):  # they are being started again
+            time.sleep(0.1)
+        rng.choice(workers).send_signal(signal.SIGKILL)
 
     def kill_a_node(self, rng: random.Random) -> None:
         """One that trains; another joins at once, as an autoscaler would see to."""

@@ -38,7 +38,7 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_run(tiny_model, shards):
     """make_run(output_dir, sources, objective fields, **TrainConfig fields) -> a Run of two workers over the tiny model."""
 
@@ -62,7 +62,7 @@ def make_run(tiny_model, shards):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def losses():
     """losses(output_dir) -> {step: (loss_generation, loss_alignment)} as MLflow holds them."""
 

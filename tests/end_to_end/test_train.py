@@ -18,7 +18,6 @@ from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
 from ray_platform.train.engine import rate_factor
-from ray_platform.train.launch import TrainingError
 from ray_platform.train.loop import step_seed
 from tests.end_to_end.conftest import write_shards
 
@@ -69,21 +68,27 @@ def assert_equal_curves(ours, expected, **tolerance):
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return {}
-
-
-# Fast tests of the engine alone cover every stage (tests/ray_platform/test_engine.py).
-STAGES = [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3]
-
-
-@pytest.mark.parametrize("zero_stage", STAGES)
-def test_two_workers_at_every_zero_stage_follow_the_plain_loop(make_run, losses, reference, tmp_path, zero_stage):
-    run = make_run(tmp_path, zero_stage=zero_stage)
+def zero_3_run(make_run, tmp_path_factory, ray_cluster):
+    """Six steps of two workers, with an EMA and checkpoints of steps 3 and 6."""
+    run = make_run(tmp_path_factory.mktemp("zero_3"), zero_stage=3, ema_decay=0.5, checkpoint_every=3)
     run.fit()
-    if not reference:
-        reference.update(plain_loop(run))
-    assert_equal_curves(losses(tmp_path), reference, **TOLERANCE)
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(make_run, tmp_path_factory):
+    return plain_loop(make_run(tmp_path_factory.mktemp("unused")))
+
+
+def test_two_workers_under_zero_3_follow_the_plain_loop(zero_3_run, losses, expected):
+    assert_equal_curves(losses(Path(zero_3_run.output_dir)), expected, **TOLERANCE)
+
+
+@pytest.mark.slow  # fast tests of the engine alone cover every stage: tests/ray_platform/test_engine.py
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_two_workers_at_every_zero_stage_follow_the_plain_loop(make_run, losses, expected, tmp_path, zero_stage):
+    make_run(tmp_path, zero_stage=zero_stage).fit()
+    assert_equal_curves(losses(tmp_path), expected, **TOLERANCE)
     DiffDisPipeline.from_pretrained(tmp_path / "export")
 
 
@@ -93,17 +98,16 @@ def job(*arguments):
     return done.returncode, said.strip().splitlines()[-1]
 
 
-def test_a_checkpoint_of_zero_3_exports_as_the_run_itself_did_and_draws(make_run, tmp_path):
+def test_a_checkpoint_of_zero_3_exports_as_the_run_itself_did_and_draws(zero_3_run, tmp_path):
     """jobs/export.py and jobs/generate.py on what a run with an EMA left."""
-    run, out = make_run(tmp_path / "run", zero_stage=3, ema_decay=0.5, num_steps=3), tmp_path / "exported"
-    run.fit()
-    status, said = job("jobs/export.py", "--checkpoint", run.output_dir, "--output_dir", str(out))
-    assert (status, said.startswith("done: the EMA of step 3")) == (0, True), said
+    folder, out, raw = zero_3_run.output_dir, tmp_path / "exported", tmp_path / "raw"
+    status, said = job("jobs/export.py", "--checkpoint", folder, "--output_dir", str(out))
+    assert (status, said.startswith("done: the EMA of step 6")) == (0, True), said
     for part in ("unet/diffusion_pytorch_model.safetensors", "alignment/model.safetensors"):
-        ours, theirs = load_file(out / part), load_file(tmp_path / "run" / "export" / part)
+        ours, theirs = load_file(out / part), load_file(Path(folder) / "export" / part)
         assert all(torch.equal(ours[name], value) for name, value in theirs.items())
-    raw = tmp_path / "raw"
-    assert job("jobs/export.py", "--checkpoint", run.output_dir, "--output_dir", str(raw), "--weights", "weights")[0] == 0
+    status, said = job("jobs/export.py", "--checkpoint", folder, "--output_dir", str(raw), "--weights", "weights")
+    assert status == 0, said
     part = "alignment/model.safetensors"
     assert not torch.equal(load_file(raw / part)["head.query_out.weight"], load_file(out / part)["head.query_out.weight"])
     arguments = ("--model", str(out), "--output_dir", str(tmp_path / "images"), "--num_steps", "2")
@@ -112,19 +116,16 @@ def test_a_checkpoint_of_zero_3_exports_as_the_run_itself_did_and_draws(make_run
     assert Image.open(tmp_path / "images" / "000001.png").size == (16, 16)
 
 
-def test_a_resumed_run_continues_with_the_losses_of_one_never_stopped(make_run, losses, tmp_path):
+def test_a_resumed_run_continues_with_the_losses_of_one_never_stopped(zero_3_run, make_run, losses, tmp_path):
     """Step 3 of 6 is inside a shard; the resumed run's last steps are compared to the last bit."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    make_run(whole, zero_stage=2, checkpoint_every=3).fit()
+    whole = Path(zero_3_run.output_dir)
     checkpoint = next((whole / "checkpoints").glob("*/step_00000003"))
-    make_run(stopped, zero_stage=2, resume=str(checkpoint)).fit()
-    resumed = losses(stopped)
+    make_run(tmp_path, zero_stage=3, ema_decay=0.5, resume=str(checkpoint)).fit()
+    resumed = losses(tmp_path)
     assert sorted(resumed) == [4, 5, 6]
     assert resumed == {step: values for step, values in losses(whole).items() if step > 3}
     with pytest.raises(ConfigError, match="already holds a run"):
-        make_run(whole, zero_stage=2).fit()
-    with pytest.raises(TrainingError, match=r"train\.seed: 1, but the checkpoint"):
-        make_run(tmp_path / "other", zero_stage=2, seed=1, resume=str(checkpoint)).fit()
+        make_run(whole).fit()
 
 
 def test_an_undecodable_image_and_an_unreadable_caption_are_skipped_and_counted(make_run, tmp_path):

@@ -22,9 +22,12 @@ Bad = Literal[
     "shard_unreadable",  # a precomputed shard that is no Arrow file
 ]
 Filtered = Literal["filtered_size", "filtered_similarity", "filtered_unsafe", "filtered_watermark", "filtered_aesthetic"]
-Cause = Bad | Filtered
+Unlabelled = Literal["label_missing", "label_invalid"]  # of a set to evaluate on; invalid: not a whole number
+Cause = Bad | Filtered | Unlabelled
 BAD: tuple[str, ...] = get_args(Bad)
 FILTERED: tuple[str, ...] = get_args(Filtered)
+# By what storage said, see `storage.StorageError`.
+LOST: dict[str, Bad] = {"missing": "shard_missing", "forbidden": "shard_forbidden", "unavailable": "shard_unavailable"}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ray.data.block import BlockMetadata
 from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data import captions, decode
-from ray_platform.data.causes import Bad, Reject, Unusable
+from ray_platform.data.causes import LOST, Bad, Reject, Unusable
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Group, Item
 from ray_platform.data.precomputed import EncodedUnit
@@ -28,7 +28,6 @@ from ray_platform.data.tar import Record, read_part, read_tar
 BLOCK_BYTES = 16 * 2**20
 _MAX_BLOCK_SAMPLES = 512
 _BEHIND_PART = 2**20  # bytes read behind a part, for its last sample
-_LOST: dict[str, Bad] = {"missing": "shard_missing", "forbidden": "shard_forbidden", "unavailable": "shard_unavailable"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def open_unit(item: Item, config: DataConfig, seed: int) -> Unit:
     try:
         return storage.with_retries(lambda: _read(item, config, f"{seed}/{item.epoch}"), config.retry_seconds)
     except storage.StorageError as error:
-        return LostUnit(f"{shard.name}/", _LOST[error.kind], max((stop for _, stop in item.consumed), default=0))
+        return LostUnit(f"{shard.name}/", LOST[error.kind], max((stop for _, stop in item.consumed), default=0))
 
 
 def _read(item: Item, config: DataConfig, seed: str) -> Unit:

@@ -7,6 +7,7 @@ what precedes the first dot. Nothing in a tar can raise: what cannot be used bec
 import io
 import posixpath
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +15,7 @@ from ray_platform.data.causes import Reject
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("txt", "json")
+_SUFFIXES = IMAGE_SUFFIXES + TEXT_SUFFIXES
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_HEADER = 2**16  # bytes, with the long names and dates that may precede it
 
@@ -27,17 +29,19 @@ class Record:
     repeated: bool = False
 
 
-def read_tar(data: bytes, shard_name: str) -> list[Record | Reject]:
-    """Group the members of a tar by key, in the order in which keys first appear.
+def read_tar(data: bytes, shard_name: str, suffixes: Sequence[str] = _SUFFIXES) -> list[Record | Reject]:
+    """Group the members of a tar that have one of `suffixes` by key, in the order in which keys first appear.
 
     The list is never empty: it ends with a `tar_truncated` reject when the tar does not end as a tar does, and a tar
     without samples gives `shard_empty`.
     """
     members, ending = _members(data, 0)
-    return _grouped(members, ending != "whole", shard_name)
+    return _grouped(members, ending != "whole", shard_name, suffixes)
 
 
-def read_part(data: bytes, shard_name: str, length: int, *, first: bool, last: bool) -> list[Record | Reject] | None:
+def read_part(
+    data: bytes, shard_name: str, length: int, *, first: bool, last: bool, suffixes: Sequence[str] = _SUFFIXES
+) -> list[Record | Reject] | None:
     """The samples of one part of a tar too large to be held whole.
 
     `data` begins with the part and may go on behind its `length` bytes; `last` says that it goes on to the tar's end. A
@@ -50,14 +54,14 @@ def read_part(data: bytes, shard_name: str, length: int, *, first: bool, last: b
     """
     begin = 0 if first else _first_header(data, length)
     if begin is None:
-        return _grouped([], False, shard_name)
+        return _grouped([], False, shard_name, suffixes)
     members, ending = _members(data, begin)
     behind = _behind_border(data, members, length)
     if not behind and ending == "cut" and not last:
         return None
     stop = behind[0][2] if behind else len(data)
     own = members if first else _behind_border(data, members, 0)
-    return _grouped([member for member in own if member[2] < stop], not behind and ending != "whole", shard_name)
+    return _grouped([member for member in own if member[2] < stop], not behind and ending != "whole", shard_name, suffixes)
 
 
 Member = tuple[str, memoryview, int]  # name, content, offset in the data of the header that directly precedes it
@@ -74,11 +78,11 @@ def _behind_border(data: bytes, members: list[Member], border: int) -> list[Memb
     return behind[next(begins, len(behind)) :]
 
 
-def _grouped(members: list[Member], truncated: bool, shard_name: str) -> list[Record | Reject]:
+def _grouped(members: list[Member], truncated: bool, shard_name: str, suffixes: Sequence[str]) -> list[Record | Reject]:
     records: dict[str, Record] = {}
     for name, content, _ in members:
         suffix = posixpath.basename(name).partition(".")[2].lower()
-        if suffix not in IMAGE_SUFFIXES + TEXT_SUFFIXES:
+        if suffix not in suffixes:
             continue
         # A name that is not UTF-8 holds lone surrogates, which Arrow refuses.
         key = posixpath.join(shard_name, _key(name)).encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,91 @@
+"""Any CLIP in transformers' layout as a scorer of images and texts: the baseline, and the judge of CLIPScore."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+from diffdis.encoder import digest_of_folder
+from diffdis.metrics.zero_shot import class_embeddings
+
+TEXTS_AT_ONCE = 256
+
+
+class ClipScorer:
+    """A folder with CLIP's config.json, weights and tokenizer; satisfies the platform's Scorer by shape.
+
+    Images are prepared as the folder's preprocessor_config.json says, or CLIP's own way at the model's size where there is none;
+    by PIL, as CLIP was evaluated. Raises ValueError for a folder that holds no CLIP, or whose images come out in another size.
+    """
+
+    def __init__(self, folder: str | Path, device: str = "cpu"):
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder}: no config.json; give a folder with a CLIP in transformers' layout")
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind != "clip":
+            raise ValueError(f"{folder}: its config.json says model_type {kind}, not clip")
+        self.description = {"name": folder.name, "digest": digest_of_folder(folder)}
+        self._device = torch.device(device)
+        self._model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).to(self._device)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._size = self._model.config.vision_config.image_size
+        self._processor = _image_processor(folder, self._size)
+        self._check_size(folder)
+        # What the processor makes of each of the 256 values in each channel: its very numbers, whatever mean, std and factor.
+        levels = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 1, 3))
+        normalised = self._processor(levels, do_resize=False, do_center_crop=False, input_data_format="channels_last")
+        self._values = torch.from_numpy(normalised["pixel_values"][0][:, :, 0].copy()).to(self._device)  # [3, 256]
+
+    def _check_size(self, folder: Path) -> None:
+        expected = (self._size, self._size, 3)
+        found = self.prepare(np.zeros((2 * self._size, 3 * self._size, 3), dtype=np.uint8)).shape
+        if found != expected:
+            raise ValueError(
+                f"{folder}: preprocessor_config.json makes images of {found[0]} x {found[1]}, the model takes "
+                f"{self._size} x {self._size}: they do not belong together"
+            )
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """RGB uint8 [H, W, 3] of any size -> uint8 [S, S, 3], as the model sees it. May be called from several threads."""
+        resized = self._processor(image, do_rescale=False, do_normalize=False, input_data_format="channels_last")
+        return np.ascontiguousarray(resized["pixel_values"][0].transpose(1, 2, 0))
+
+    @torch.no_grad()
+    def embed_images(self, images: np.ndarray, keys: Sequence[str] = (), **settings: Any) -> np.ndarray:
+        """What `prepare` made, [B, S, S, 3] uint8 -> [B, D] float32, unit norm.
+
+        CLIP draws no noise and takes no steps: keys and settings, which other scorers need, change nothing.
+        """
+        pixels = torch.from_numpy(np.array(images)).to(self._device).permute(0, 3, 1, 2).int()
+        values = torch.stack([self._values[channel][pixels[:, channel]] for channel in range(3)], dim=1)
+        with torch.autocast(self._device.type, enabled=False):
+            embedded = self._model.get_image_features(pixel_values=values).pooler_output
+        return F.normalize(embedded, dim=-1).cpu().numpy()
+
+    def embed_classes(self, class_names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+        """[num_classes, D] float32, unit norm; see `class_embeddings`."""
+        return class_embeddings(self.embed_texts, class_names, templates).numpy()
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """[N, D] float32, unit norm. Padded and cut to the length that CLIP was trained with (77 tokens)."""
+        length = self._model.config.text_config.max_position_embeddings
+        parts = []
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            some = list(texts[start : start + TEXTS_AT_ONCE])
+            tokens = self._tokenizer(some, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+            with torch.autocast(self._device.type, enabled=False):
+                embedded = self._model.get_text_features(input_ids=tokens["input_ids"].to(self._device)).pooler_output
+            parts.append(F.normalize(embedded, dim=-1).cpu().numpy())
+        return np.concatenate(parts)
+
+
+def _image_processor(folder: Path, size: int) -> Any:
+    if (folder / "preprocessor_config.json").is_file():
+        return CLIPImageProcessorPil.from_pretrained(folder)
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})

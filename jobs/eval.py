@@ -1,0 +1,45 @@
+"""Evaluate a model: `ray job submit --working-dir . -- python jobs/eval.py --checkpoint … --data_roots … --output_dir …`.
+
+Where no cluster is named (RAY_ADDRESS), this machine's CPUs do it.
+"""
+
+import os
+import subprocess
+import sys
+
+import _bootstrap  # noqa: F401
+from evaluation.run import REPORT, evaluate, plan, table
+from ray_platform import storage
+from ray_platform.connect import connect
+from ray_platform.contracts import ConfigError, DataError
+from ray_platform.evaluate.find import listing
+from ray_platform.local_head import HeadError, LocalHead
+from recipes.evaluate import parse
+
+
+def main() -> None:
+    command = parse(sys.argv[1:])
+    config = command.config
+    if command.list_only:
+        print(listing(config.data_roots))
+        return
+    made = plan(config)
+    if not os.environ.get("RAY_ADDRESS"):
+        with LocalHead() as head:  # its token has to be in the environment before Ray is imported: hence a child
+            sys.exit(subprocess.run([sys.executable, *sys.argv], env=head.env).returncode)
+    connect()
+    storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
+    details = evaluate(config, made)
+    print(f"\n{table(details, [model['name'] for model in details['models']])}\n")
+    print(f"done: {storage.join(config.output_dir, REPORT)}, with results.csv and results/ beside it", flush=True)
+    if details["failures"]:
+        raise DataError("not all was measured: " + "; ".join(details["failures"]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ConfigError, DataError, HeadError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")

@@ -1,0 +1,262 @@
+"""Units of work over the cluster: the dearest first, on actors that are replaced when they die; results as they come.
+
+What is measured does not depend on any of it: a unit's rows are the same whoever makes them, and are merged by their place.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from ray_platform.contracts import ConfigError, DataError
+from ray_platform.evaluate.kept import Kept, Rows
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIES = 3  # of a unit whose worker died
+_IN_FLIGHT = 2  # units a worker: while one is computed, the next one is read and decoded
+_LOOK_SECONDS = 5.0
+
+
+class Work(Protocol):
+    """What a worker does for one unit. It travels to the worker, so it holds plain data."""
+
+    def run(self, parts: Any) -> Rows: ...
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work."""
+
+    name: str  # for people
+    group: str  # whose measurement it belongs to: when one of its units fails, the group's others are left out
+    key: str  # see `key_of`
+    cost: float  # relative to the other units'
+    work: Work
+    first: bool = False  # before all that are not: others wait for its rows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a unit: its rows, or why its group cannot be measured."""
+
+    unit: Unit
+    rows: Rows | None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The workers. `build` makes one, by a torch device, in the actor's process."""
+
+    build: Callable[[str], Any]
+    num_workers: int = 0  # 0: as many as there is room for now
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+
+    def size(self) -> int:
+        """Raises ConfigError where the cluster cannot hold so many, or not even one: they would wait without a word."""
+        there = ray.cluster_resources()
+        wanted = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
+        room = min(int(there.get(kind, 0) / share + 1e-6) for kind, share in wanted.items() if share)
+        needed = max(1, self.num_workers)
+        if room < needed:
+            raise ConfigError(
+                f"num_workers: {needed} with {self.cpus_per_worker:g} CPUs and {self.gpus_per_worker:g} GPUs each do not fit "
+                f"the cluster's {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs; lower num_workers, "
+                "cpus_per_worker or gpus_per_worker"
+            )
+        return self.num_workers or room
+
+
+class _Actor:
+    """The remote skin of a worker. Its parts are made at the first unit, so that what is wrong with them is told as an error."""
+
+    def __init__(self, build: Callable[[str], Any], device: str, kept: Kept):
+        self._build, self._device, self._kept = build, device, kept
+        self._worker: Any = None
+        self._lock = threading.Lock()
+        self._ended = 0.0  # the unit before
+
+    def do(self, key: str, work: Work) -> Rows:
+        with self._lock:
+            if self._worker is None:
+                self._worker = self._build(self._device)
+            begun = time.monotonic()
+        rows = work.run(self._worker)
+        with self._lock:  # two units under way share the worker's time: each has what passed since the one before ended
+            now = time.monotonic()
+            rows["seconds"] = np.array([now - max(begun, self._ended)])
+            self._ended = now
+        self._kept.write(key, rows)
+        return rows
+
+
+@dataclass
+class Progress:
+    """One bar over all units."""
+
+    total: float  # cost
+    num_units: int
+    begun: float = field(default_factory=time.monotonic)
+    done: float = 0.0
+    kept: float = 0.0  # of what is done, what earlier runs had done
+    units_done: int = 0
+    workers_lost: int = 0
+
+    def add(self, unit: Unit, *, kept: bool) -> None:
+        self.done, self.units_done = self.done + unit.cost, self.units_done + 1
+        self.kept += unit.cost if kept else 0.0
+
+    def leave_out(self, unit: Unit) -> None:
+        self.total, self.num_units = self.total - unit.cost, self.num_units - 1
+
+    def line(self) -> str:
+        """`412/940 units  [########            ]  41 %  left 3:12`"""
+        share = self.done / self.total if self.total else 1.0
+        fresh, seconds = self.done - self.kept, time.monotonic() - self.begun
+        left = int(seconds * (self.total - self.done) / fresh) if fresh else 0
+        bar = "#" * round(20 * share)
+        lost = f"  workers lost {self.workers_lost}" if self.workers_lost else ""
+        return f"{self.units_done}/{self.num_units} units  [{bar:<20}]  {share:.0%}  left {left // 60}:{left % 60:02d}{lost}"
+
+
+class FanOut:
+    """Does units and yields their outcomes, in any order."""
+
+    def __init__(self, fleet: Fleet, kept: Kept, show: Callable[[str], None]):
+        self.fleet, self.kept, self.show = fleet, kept, show
+        self._waiting: deque[Unit] = deque()
+        self._running: dict[ray.ObjectRef, tuple[Unit, Any, int]] = {}  # call -> unit, actor, what it adds to its load
+        self._load: dict[Any, int] = {}  # actor -> its units in flight
+        self._deaths: Counter[str] = Counter()  # unit key -> workers that died with it alone
+        self._suspects: set[str] = set()  # units whose worker died: from then on each has a worker for itself
+        self._failed: set[str] = set()  # groups
+
+    def run(self, units: Sequence[Unit]) -> Iterator[Outcome]:
+        """Each unit once; those that an earlier run did come first. After a group's first error its units come no more.
+
+        Raises ConfigError for a cluster too small. Whatever a unit's work raises is its group's error, in one line.
+        """
+        self.progress = Progress(sum(unit.cost for unit in units), len(units))
+        found = self.kept.read([unit.key for unit in units])
+        for unit in units:
+            if unit.key in found:
+                self.progress.add(unit, kept=True)
+                yield Outcome(unit, found.pop(unit.key))
+            else:
+                self._waiting.append(unit)
+        # The dearest first: what is left at the end is small, so that all workers end together (LPT).
+        self._waiting = deque(sorted(self._waiting, key=lambda unit: (not unit.first, -unit.cost)))
+        if not self._waiting:
+            return
+        size = min(self.fleet.size(), len(self._waiting))
+        self._load = {self._start(): 0 for _ in range(size)}
+        try:
+            yield from self._work()
+        finally:
+            for actor in self._load:
+                ray.kill(actor)
+        self.show(self.progress.line())
+
+    def _start(self) -> Any:
+        device = "cuda" if self.fleet.gpus_per_worker else "cpu"
+        options = {"num_cpus": self.fleet.cpus_per_worker, "num_gpus": self.fleet.gpus_per_worker, "max_concurrency": _IN_FLIGHT}
+        return ray.remote(_Actor).options(**options).remote(self.fleet.build, device, self.kept)
+
+    def _work(self) -> Iterator[Outcome]:
+        said = time.monotonic()
+        while self._waiting or self._running:
+            self._hand_out()
+            if not self._running:
+                break
+            done, _ = ray.wait(list(self._running), num_returns=1, timeout=_LOOK_SECONDS)
+            for call in done:
+                if (outcome := self._collect(call)) is not None:
+                    yield outcome
+            if time.monotonic() - said > _LOOK_SECONDS:
+                said = time.monotonic()
+                self.show(self.progress.line())
+
+    def _hand_out(self) -> None:
+        """Every actor gets one unit before any gets a second one."""
+        for level in range(_IN_FLIGHT):
+            for actor, load in self._load.items():
+                if load == level and (unit := self._next(alone=level == 0)) is not None:
+                    weight = _IN_FLIGHT if unit.key in self._suspects else 1
+                    call = actor.do.remote(unit.key, unit.work)
+                    self._running[call], self._load[actor] = (unit, actor, weight), load + weight
+
+    def _next(self, alone: bool) -> Unit | None:
+        """The next unit, for a worker that has none (`alone`), or one that has."""
+        for unit in list(self._waiting):
+            if unit.group in self._failed:
+                self._waiting.remove(unit)
+                self.progress.leave_out(unit)
+            elif alone or unit.key not in self._suspects:
+                self._waiting.remove(unit)
+                return unit
+        return None
+
+    def _collect(self, call: ray.ObjectRef) -> Outcome | None:
+        unit, actor, weight = self._running.pop(call)
+        if actor in self._load:
+            self._load[actor] -= weight
+        try:
+            rows = ray.get(call)
+        except RayTaskError as error:
+            return self._fail(unit, _line(error.cause, unit))
+        except RayError as error:  # the worker died, or its node, and what it had made with it
+            return self._lost(unit, actor, error, alone=weight == _IN_FLIGHT)
+        self.progress.add(unit, kept=False)
+        return None if unit.group in self._failed else Outcome(unit, rows)
+
+    def _lost(self, unit: Unit, actor: Any, error: RayError, alone: bool) -> Outcome | None:
+        if isinstance(error, RayActorError) and actor in self._load:
+            del self._load[actor]
+            self._load[self._start()] = 0
+            self.progress.workers_lost += 1
+            logger.warning("a worker died; another one takes its units")
+        self._suspects.add(unit.key)
+        self._deaths[unit.key] += alone  # of two, the other one may be to blame
+        if self._deaths[unit.key] < MAX_TRIES:
+            self._waiting.appendleft(unit)
+            return None
+        return self._fail(unit, f"{unit.name}: {MAX_TRIES} workers died with it, the last time so: {_one_line(error)[:200]}")
+
+    def _fail(self, unit: Unit, line: str) -> Outcome | None:
+        if unit.group in self._failed:
+            return None
+        self._failed.add(unit.group)
+        return Outcome(unit, None, line)
+
+
+def _line(cause: Exception, unit: Unit) -> str:
+    """An error of ours speaks for itself; another one is named by its type and the unit."""
+    return (
+        _one_line(cause)
+        if isinstance(cause, DataError | ConfigError)
+        else (f"{unit.name}: {type(cause).__name__}: {_one_line(cause)[:500]}")
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def in_order(parts: Mapping[int, Rows]) -> Rows:
+    """The rows of all units of a group, by their units' places, joined in that order."""
+    ordered = [parts[place] for place in sorted(parts)]
+    joined = {}
+    for name in sorted({name for part in ordered for name in part}):
+        # A unit without rows does not know how wide they would be.
+        found = [part[name] for part in ordered if len(part.get(name, ()))]
+        joined[name] = np.concatenate(found) if found else np.empty(0)
+    return joined

@@ -1,0 +1,119 @@
+"""CIFAR's own files: pickles of Python 2, read by an unpickler that makes nothing but plain values and arrays."""
+
+import codecs
+import functools
+import io
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ray_platform import storage
+from ray_platform.contracts import DataError
+from ray_platform.data.causes import Reject
+from ray_platform.evaluate.classes import classification, template_list
+from ray_platform.evaluate.sets import EvaluationSet, make_set
+from ray_platform.evaluate.slices import IMAGES_A_SLICE, RawSample, Slice
+
+MARKERS = {"vtab/cifar10": "test_batch", "vtab/cifar100": "test"}  # the file with the test images
+_NAMES = {"vtab/cifar10": ("batches.meta", "label_names"), "vtab/cifar100": ("meta", "fine_label_names")}
+_SHAPE = (3, 32, 32)
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """What Python 3 writes for bytes into a pickle for Python 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text in {encoding}")
+    return codecs.encode(text, "latin1")
+
+
+_NEW_ARRAY = np.empty(0).__reduce__()[0]  # numpy's own name of it has changed over the versions
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _NEW_ARRAY,
+    ("numpy._core.multiarray", "_reconstruct"): _NEW_ARRAY,
+    ("_codecs", "encode"): _latin1,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"asks for {module}.{name}")
+        return _ALLOWED[module, name]
+
+
+def _load(set_name: str, url: str) -> dict[str, Any]:
+    """The dictionary in a file, with texts for keys. Raises DataError for any other content, StorageError."""
+    data = storage.read_bytes(url)
+    try:
+        values = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in values.items()}
+    except Exception as error:  # garbage makes pickle raise nearly anything
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DataError(f"{set_name}: {url} is no CIFAR file that can be trusted ({what}); fetch the set again") from None
+
+
+@functools.lru_cache(maxsize=1)  # a worker's next slice is often of the same file
+def _images(set_name: str, url: str, size: int) -> tuple[np.ndarray, list[int]]:
+    """[N, 32, 32, 3] uint8 and N labels. Raises DataError, StorageError."""
+    values = _load(set_name, url)
+    pixels, labels = values.get("data"), values.get("labels", values.get("fine_labels"))
+    if (
+        not isinstance(pixels, np.ndarray)
+        or pixels.dtype != np.uint8
+        or pixels.size % np.prod(_SHAPE)
+        or not isinstance(labels, list)
+        or len(labels) != pixels.size // np.prod(_SHAPE)
+    ):
+        raise DataError(
+            f"{set_name}: {url} does not hold CIFAR's images of 3 x 32 x 32 bytes with a label each; fetch the set again"
+        )
+    return pixels.reshape(-1, *_SHAPE).transpose(0, 2, 3, 1), [int(label) for label in labels]
+
+
+@dataclass(frozen=True)
+class CifarSlice(Slice):
+    """Images start..stop of a file."""
+
+    url: str
+    size: int
+    start: int
+    stop: int
+
+    def read(self, retry_seconds: float) -> list[RawSample | Reject]:
+        pixels, labels = storage.with_retries(lambda: _images(self.wanted.set_name, self.url, self.size), retry_seconds)
+        return [
+            RawSample(f"{MARKERS[self.wanted.set_name]}/{place:05d}", _encoded(pixels[place]), labels[place])
+            for place in range(self.start, self.stop)
+        ]
+
+
+def _encoded(pixels: np.ndarray) -> bytes:
+    """Samples travel encoded; this one at the least cost."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=0)
+    return buffer.getvalue()
+
+
+def open_cifar(set_name: str, url: str) -> EvaluationSet:
+    """The test images of `cifar-10-batches-py` or `cifar-100-python`. Raises DataError for files that are none of CIFAR's."""
+    meta, field = _NAMES[set_name]
+    meta_url, images_url = storage.join(url, meta), storage.join(url, MARKERS[set_name])
+    names = _load(set_name, meta_url).get(field)
+    if not isinstance(names, list):
+        raise DataError(f"{set_name}: {meta_url} has no list {field!r}; fetch the set again")
+    classes = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    wanted = classification(set_name, classes, meta_url)
+    (file,) = storage.list_files(images_url)
+    count = len(_images(set_name, images_url, file.size)[1])
+    slices: list[Slice] = []
+    for start in range(0, count, IMAGES_A_SLICE):
+        stop = min(start + IMAGES_A_SLICE, count)
+        name = f"{MARKERS[set_name]}[{start}:{stop}]"
+        slices.append(CifarSlice(wanted, len(slices), name, stop - start, images_url, file.size, start, stop))
+    words = classes, template_list(set_name, None)
+    return make_set(wanted, url, "torchvision", words, [(MARKERS[set_name], file.size)], slices, count)

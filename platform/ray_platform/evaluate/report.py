@@ -1,0 +1,105 @@
+"""What an evaluation found, as one HTML page that needs nothing else."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray_platform.data.inspection_report import duration_text
+from ray_platform.evaluate import charts, report_quality, report_retrieval, report_sets, report_zero_shot
+from ray_platform.evaluate.report_quality import curve_section, quality_section
+from ray_platform.evaluate.report_retrieval import retrieval_section
+from ray_platform.evaluate.report_sets import sets_section
+from ray_platform.evaluate.report_text import NOTHING, Models, clipped, is_number, number, percent
+from ray_platform.evaluate.report_zero_shot import Scores, zero_shot_section
+from ray_platform.page import document, table, text, tile
+
+_STYLE = """
+:root { --m1: #d9822b; --m2: #8a63c9; --m3: #1f9c93; --m4: #c2477f; --meant: #8a94a6; --hollow: #eef0f4; }
+@media (prefers-color-scheme: dark) { :root { --m1: #f0a050; --m2: #ad8be8; --m3: #45c0b6; --m4: #e277a8; --meant: #7b8596;
+  --hollow: #262b34; } }
+.m0 { --c: var(--bar); } .m1 { --c: var(--m1); } .m2 { --c: var(--m2); } .m3 { --c: var(--m3); } .m4 { --c: var(--m4); }
+main { max-width: 1240px; } h1 { overflow-wrap: anywhere; }
+a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: 3px; }
+.patch { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 7px; background: var(--c); }
+nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 14px; } .lead-in { margin-top: 16px; }
+.verdict ul { margin: 6px 0 0; padding-left: 20px; } .verdict li { overflow-wrap: anywhere; }
+@media (max-width: 560px) { main { padding: 18px 12px 36px; } .card { padding: 12px; } }
+"""
+
+
+def report_page(details: Mapping[str, Any]) -> str:
+    """The HTML. Class names, captions and keys come from the web: nothing of them is taken for markup.
+
+    details: what `jobs/eval.py` found, in plain JSON types. Sections of which it has nothing are left out.
+    """
+    models = Models(details)
+    sections = {
+        "Zero-shot": zero_shot_section(details, models),
+        "Set by set": sets_section(details, models),
+        "Retrieval": retrieval_section(details, models),
+        "Image quality": quality_section(details),
+        "Steps and draws": curve_section(details, models),
+    }
+    anchors = dict(zip(sections, ("zero-shot", "sets", "retrieval", "quality", "curve"), strict=True))
+    links = "".join(f'<a href="#{anchors[name]}">{name}</a>' for name, content in sections.items() if content)
+    styles = (_STYLE, charts.STYLE, report_zero_shot.STYLE, report_sets.STYLE, report_retrieval.STYLE, report_quality.STYLE)
+    head = [_head(details), _verdict(details), _tiles(details, models), f"<nav>{links}</nav>", _models(models)]
+    return document(details["title"], "".join(styles), [*head, *sections.values()])
+
+
+def _head(details: Mapping[str, Any]) -> str:
+    when = details["created"].replace("T", " ")
+    line = f"{text(when)} · {text(duration_text(details['seconds']))} · code <code>{text(details['code_version'])}</code>"
+    return f'<h1 dir="auto">{text(details["title"])}</h1><div class="soft">{line}</div>'
+
+
+def _verdict(details: Mapping[str, Any]) -> str:
+    """What went wrong, where the reader cannot miss it."""
+    failures: Sequence[str] = details.get("failures", ())
+    lost: dict[str, int] = {}  # the models read the same files
+    for result in [*details.get("zero_shot", ()), *details.get("retrieval", ())]:
+        if result["num_unreadable"]:
+            lost[result["set"]] = max(lost.get(result["set"], 0), result["num_unreadable"])
+    if not failures and not lost:
+        return '<div class="card verdict">Everything that was asked for was measured, on every image.</div>'
+    lines = [f"<li>{text(clipped(failure))}</li>" for failure in failures]
+    if lost:
+        counts = ", ".join(f"{count:,} of {name}" for name, count in lost.items())
+        lines.append(f"<li>images that could not be read: {text(counts)}; their keys are with the sets</li>")
+    title = f"{len(failures):,} failure{'s'[: len(failures) != 1]}" if failures else "Not every image could be read"
+    return f'<div class="card verdict stop"><b>{title}</b><ul>{"".join(lines)}</ul></div>'
+
+
+def _tiles(details: Mapping[str, Any], models: Models) -> str:
+    """The few numbers that a reader looks for first."""
+    scores = Scores(details)
+    tiles = []
+    if scores.sets:
+        complete = scores.complete(models.own)
+        beside = ", ".join(f"{name} {percent(scores.mean(name, complete))}" for name in scores.published)
+        mean = scores.mean(models.own, complete)
+        what = f"mean over {len(scores.sets)} zero-shot set{'s'[: len(scores.sets) != 1]}" + (f"; {beside}" if beside else "")
+        tiles.append((f"{percent(mean)} %" if is_number(mean) else NOTHING, what))
+    for result in details.get("retrieval", ()):
+        for metric, way in (("image_retrieval_recall@1", "text → image"), ("text_retrieval_recall@1", "image → text")):
+            if result["model"] == models.own and metric in result["metrics"]:
+                tiles.append((f"{percent(result['metrics'][metric])} %", f"{result['set']} R@1, {way}"))
+    quality = details.get("quality", ())
+    for metric in [name for name in (quality[0]["metrics"] if quality else ()) if report_quality.is_headline(name)]:
+        known = [(p["metrics"].get(metric), p["guidance_scale"]) for p in quality if is_number(p["metrics"].get(metric))]
+        if known:
+            value, scale = min(known)
+            tiles.append((number(value), f"lowest {report_quality.metric_title(metric)}, at guidance {scale:g}"))
+    return f'<div class="tiles">{"".join(tile(*each) for each in tiles)}</div>' if tiles else ""
+
+
+def _models(models: Models) -> str:
+    rows = []
+    for model in models.all:
+        settings = " · ".join(f"{field.replace('_', ' ')} {value}" for field, value in model["settings"].items())
+        step = NOTHING if model["step"] is None else f"{model['step']:,}"
+        rows.append(
+            f"<tr><td>{models.named(model['name'])}</td><td>{text(model['task'])}</td><td class='num'>{step}</td>"
+            f"<td>{text(settings)}</td><td><code>{text(model['pretrained'])}</code></td></tr>"
+        )
+    head = '<th>model</th><th>task</th><th class="num">step</th><th>settings</th><th>checkpoint</th>'
+    return f'<div class="card lead-in">{table(head, rows)}</div>'

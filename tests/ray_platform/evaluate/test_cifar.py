@@ -1,0 +1,170 @@
+"""CIFAR's own files, and pickles that are none of them."""
+
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ray_platform import storage
+from ray_platform.contracts import DataError
+from ray_platform.data.causes import Reject
+from ray_platform.evaluate.find import find_set, open_set
+from ray_platform.evaluate.layouts import cifar
+from ray_platform.evaluate.sets import REGISTRY
+from ray_platform.evaluate.slices import rgb
+from tests.evaluation_sets import CIFAR10, class_names, picture, read
+
+
+def refused(name: str, url: Path, kind=DataError) -> str:
+    with pytest.raises(kind) as raised:
+        read(open_set(name, str(url)))
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+class Python2:
+    """Pickles as Python 2 and its numpy wrote CIFAR's files: short byte strings, and the array's bytes as one more."""
+
+    def __init__(self) -> None:
+        self.out = bytearray(b"\x80\x02")
+
+    def text(self, value: bytes) -> "Python2":
+        self.out += b"U" + bytes([len(value)]) + value if len(value) < 256 else b"T" + struct.pack("<i", len(value)) + value
+        return self
+
+    def number(self, value: int) -> "Python2":
+        self.out += b"K" + bytes([value])
+        return self
+
+    def numbers(self, values) -> "Python2":
+        self.out += b"]("
+        for value in values:
+            self.number(value)
+        self.out += b"e"
+        return self
+
+    def array(self, pixels: np.ndarray) -> "Python2":
+        self.out += b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        self.out += b"(K\x01" + b"M" + struct.pack("<H", pixels.shape[0]) + b"M" + struct.pack("<H", pixels.shape[1]) + b"\x86"
+        self.out += b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        self.out += b"\x89"
+        self.text(pixels.tobytes())
+        self.out += b"tb"
+        return self
+
+    def write(self, path: Path) -> None:
+        path.write_bytes(bytes(self.out + b"."))
+
+
+def cifar_pixels(count: int) -> np.ndarray:
+    """[count, 3072], the planes of colours one after the other."""
+    return np.stack([picture(seed, 32, 32).transpose(2, 0, 1).ravel() for seed in range(count)])
+
+
+def write_cifar(root: Path, name: str, count: int = 30) -> list[int]:
+    """As the real files are."""
+    ten = name == "vtab/cifar10"
+    folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
+    folder.mkdir(parents=True)
+    labels = [i * 7 % (10 if ten else 100) for i in range(count)]
+    test = Python2()
+    test.out += b"}("
+    test.text(b"data").array(cifar_pixels(count)).text(b"labels" if ten else b"fine_labels").numbers(labels)
+    if not ten:
+        test.text(b"coarse_labels").numbers([0] * count)
+    test.out += b"u"
+    test.write(folder / ("test_batch" if ten else "test"))
+    meta = Python2()
+    meta.out += b"}("
+    meta.text(b"label_names" if ten else b"fine_label_names")
+    meta.out += b"]("
+    for class_name in class_names(name):
+        meta.text(class_name.encode())
+    meta.out += b"eu"
+    meta.write(folder / ("batches.meta" if ten else "meta"))
+    return labels
+
+
+@pytest.mark.parametrize("name", ["vtab/cifar10", "vtab/cifar100"])
+@pytest.mark.parametrize("images_a_slice", [256, 7])
+def test_cifars_own_files(tmp_path, monkeypatch, name, images_a_slice):
+    labels = write_cifar(tmp_path, name)
+    monkeypatch.setattr(cifar, "IMAGES_A_SLICE", images_a_slice)
+    found = find_set([str(tmp_path)], name)
+    assert (found.classes, found.templates) == (class_names(name), REGISTRY[name].templates)
+    assert (found.known_images, found.layout, len(found.slices)) == (30, "torchvision", -(-30 // images_a_slice))
+    samples = read(found)
+    assert [sample.label for sample in samples] == labels
+    assert samples[3].key == ("test_batch/00003" if name == "vtab/cifar10" else "test/00003")
+    for i, sample in enumerate(samples):
+        assert np.array_equal(rgb(sample.image), picture(i, 32, 32))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_cifar_pickled_again_by_a_newer_python(tmp_path, protocol):
+    write_cifar(tmp_path, "vtab/cifar10")
+    folder = tmp_path / "cifar-10-batches-py"
+    values = {"data": cifar_pixels(5), "labels": [1, 2, 3, 4, 5], b"batch_label": b"testing"}
+    (folder / "test_batch").write_bytes(pickle.dumps(values, protocol=protocol))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR10)}, protocol=protocol))
+    samples = read(open_set("vtab/cifar10", str(folder)))
+    assert [sample.label for sample in samples] == [1, 2, 3, 4, 5]
+    assert np.array_equal(rgb(samples[4].image), picture(4, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (pickle.dumps({"data": Path("x")}), "UnpicklingError: asks for pathlib.PosixPath"),
+        (b"cos\nsystem\n(S'echo'\ntR.", "UnpicklingError: asks for os.system"),
+        (b"cbuiltins\neval\n(S'1'\ntR.", "UnpicklingError: asks for builtins.eval"),
+        (b"c_codecs\nencode\n(Va\nVhex\ntR.", "UnpicklingError: text in hex"),
+        (b"", "EOFError: Ran out of input"),
+        (b"\x80\x02", "EOFError: Ran out of input"),
+        (pickle.dumps([1]), "AttributeError: 'list' object has no attribute 'items'"),
+    ],
+)
+def test_pickles_that_are_not_cifars(tmp_path, content, said):
+    write_cifar(tmp_path, "vtab/cifar10")
+    for name in ("test_batch", "batches.meta"):
+        path = tmp_path / "cifar-10-batches-py" / name
+        before = path.read_bytes()
+        path.write_bytes(content)
+        assert refused("vtab/cifar10", tmp_path / "cifar-10-batches-py") == (
+            f"vtab/cifar10: {path} is no CIFAR file that can be trusted ({said}); fetch the set again"
+        )
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"labels": [1]},
+        {"data": cifar_pixels(2), "labels": [1]},
+        {"data": cifar_pixels(2).astype(float), "labels": [1, 2]},
+        {"data": cifar_pixels(2)[:, :100], "labels": [1, 2]},
+    ],
+)
+def test_cifar_files_without_cifars_images(tmp_path, values):
+    write_cifar(tmp_path, "vtab/cifar10")
+    path = tmp_path / "cifar-10-batches-py" / "test_batch"
+    path.write_bytes(pickle.dumps(values))
+    assert refused("vtab/cifar10", tmp_path) == (
+        f"vtab/cifar10: {path} does not hold CIFAR's images of 3 x 32 x 32 bytes with a label each; fetch the set again"
+    )
+
+
+@pytest.mark.s3
+def test_cifar_in_s3(s3_url, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar, "IMAGES_A_SLICE", 7)
+    write_cifar(tmp_path, "vtab/cifar10")
+    storage.put_folder(tmp_path, f"{s3_url}/cifar")
+    here, there = find_set([str(tmp_path)], "vtab/cifar10"), find_set([f"{s3_url}/cifar"], "vtab/cifar10")
+    assert (there.digest, there.url) == (here.digest, f"{s3_url}/cifar/cifar-10-batches-py")
+    assert read(there) == read(here)
+    cifar._images.cache_clear()
+    storage.delete(f"{s3_url}/cifar/cifar-10-batches-py/test_batch")
+    assert read(there)[0] == Reject("test_batch[0:7]/", "shard_missing")
