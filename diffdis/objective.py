@@ -57,7 +57,8 @@ class Objective(nn.Module):
         """inputs as `DiffDisTask.inputs` makes them -> the loss to minimise (scalar) and metrics, each [sum, weight].
 
         All randomness is drawn from `seed`. With `cached`, the alignment's gradient is what was computed for the whole step.
-        `only_queries`: (predicted queries, scale) instead, for that computation.
+        `only_queries`: (predicted queries, scale) instead, for that computation. In eval mode, what is computed for the log alone
+        is left out (the shuffled-image control): then a pass costs what the model's own work costs.
         """
         draws, task = self.draw(inputs, seed), self.objective.task
         if only_queries:
@@ -130,7 +131,7 @@ class Objective(nn.Module):
         if self.objective.task == "clip":
             return result.mean, metrics | _summed(result)
         metrics |= _summed(result) | _binned(result, draws.t_e.T, self.model.config.schedule.num_timesteps)
-        with torch.no_grad():
+        if self.training:
             metrics["alignment/retrieval_shuffled_images"] = self._retrieval_of_wrong_images(predicted, draws, inputs)
         return result.mean, metrics
 
@@ -148,6 +149,7 @@ class Objective(nn.Module):
             for rows in (slice(part * size, (part + 1) * size) for part in range(len(inputs)))
         ]
 
+    @torch.no_grad()
     def _retrieval_of_wrong_images(self, predicted: Predicted, draws: Draws, inputs: Inputs) -> torch.Tensor:
         """The control: a quarter of the queries with another one's image. Above chance means that e_t itself is copied.
 

@@ -30,7 +30,10 @@ class TextEncoder(nn.Module):
         """Captions -> c [B, L, token_dim], e [B, embedding_dim]. Equal captions are encoded once.
 
         In the model's own precision, whatever autocast surrounds it: a score or preview must not leave other numbers in the cache
-        than training would.
+        than training would. Nor must the batch that a caption first came in, which another order of batches would change, as a
+        resume with an empty cache does: with a cache, all captions are padded to one length. On CPUs a caption's encoding is then
+        the same to the last bit in every batch (measured: MiniLM, batches of 1 to 64, 1 and 2 threads). On accelerators, kernels
+        depend on the batch's size, and last bits on them.
         """
         missing = [c for c in dict.fromkeys(captions) if c not in self._cache]
         fresh = {}
@@ -50,7 +53,7 @@ class TextEncoder(nn.Module):
 
     def _encode(self, captions: Sequence[str], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
         # CLIP was trained with every caption padded to its full length; the others mask their padding.
-        padding = "max_length" if self.config.kind == "clip" else "longest"
+        padding = "max_length" if self.config.kind == "clip" or self.config.cache_size else "longest"
         tokens = self.tokenizer(
             list(captions), padding=padding, truncation=True, max_length=self.config.max_length, return_tensors="pt"
         ).to(device)
@@ -60,7 +63,7 @@ class TextEncoder(nn.Module):
             pooled = out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
             return out.last_hidden_state, F.normalize(pooled, dim=-1)
         # Padding states become 0: without biases in the U-Net's to_k and to_v they add a constant key and no value.
-        states = self.model(**tokens).last_hidden_state * mask.unsqueeze(-1)  # [B, longest, D]
+        states = self.model(**tokens).last_hidden_state * mask.unsqueeze(-1)  # [B, longest or L, D]
         pooled = states.sum(dim=1) / mask.sum(dim=1, keepdim=True)
         states = F.pad(states, (0, 0, 0, self.config.max_length - states.shape[1]))  # [B, L, D]
         return states, F.normalize(pooled, dim=-1)

@@ -44,6 +44,25 @@ class SmallTask:
         return [{} for _ in inputs]
 
 
+class PictureTask(SmallTask):
+    """Convolutions, one of them frozen, over inputs [B, 2, 6, 2]."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.module = Convolutions()
+
+
+class Convolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.frozen = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 3, (2, 1))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, inputs, seed):
+        loss = self.frozen(self.first(inputs["x"])).square().mean()
+        return loss, {"loss": torch.stack([loss.detach(), torch.tensor(1.0)])}
+
+
 class PixelTask(SmallTask):
     """Predicts the length of a caption from the brightness of 24 stripes of its image."""
 

@@ -7,13 +7,19 @@ import pytest
 import torch
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError
+from ray_platform.contracts import ConfigError, Mark
+from ray_platform.data.ledger import Ledger
 from ray_platform.train import checkpoint, saver
 from ray_platform.train.checkpoint import CorruptCheckpoint, Keep, Manifest
+from ray_platform.train.config import TrainConfig
+from ray_platform.train.guard import History
+from ray_platform.train.restore import check_seed, find, rank_state
 from ray_platform.train.saver import Saver, Shares
 
 TENSORS = {f"weights/p{i}": torch.randn(50, generator=torch.Generator().manual_seed(i)) for i in range(6)}
-STATE = {"skipped": {}, "usual_loss": 1.0, "num_good": 1, "rng": ""}
+STATE = rank_state({"image_undecodable": 2}, History(1.5, 30, 4, 1))
+LEDGER = Ledger([3])
+LEDGER.add([Mark(0, 0, 1, 0, 5, 9)])
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +30,7 @@ def no_patience(monkeypatch):
 
 def manifest(step, token="aa", world_size=2, **fields):
     plain = Manifest(
-        token=token, step=step, num_updates=step, samples_seen=0, loss_scale=1.0, world_size=world_size, zero_stage=1,
+        token=token, step=step, num_updates=step, samples_seen=0, loss_scale={}, world_size=world_size, zero_stage=1,
         global_batch_size=4, seed=0, source_digest="d", metrics={}, code_version="c", config={}, files={},
     )  # fmt: skip
     return replace(plain, **fields)
@@ -33,12 +39,13 @@ def manifest(step, token="aa", world_size=2, **fields):
 def save(output, step, *, launch="a", token="aa", world_size=2, keep=None, tensors=TENSORS, **fields):
     """All ranks of a checkpoint, as the loop does it. Returns its URL and the savers."""
     folder = storage.join(checkpoint.checkpoints_dir(str(output)), launch)
-    savers = [Saver(folder, rank, token) for rank in range(world_size)]
+    moves = []
+    savers = [Saver(folder, rank, token, lambda: moves.append(1)) for rank in range(world_size)]
     shares, parts = Shares(world_size), [{} for _ in savers]
     for name, tensor in tensors.items():
         parts[shares.owner(tensor)][name] = tensor.clone()
     for rank, one in enumerate(savers):
-        files = {checkpoint.BASE: b"{}", checkpoint.CONSUMED: b"{}"} if rank == 0 else {}
+        files = dict.fromkeys((checkpoint.BASE, checkpoint.CONSUMED), LEDGER.to_bytes()) if rank == 0 else {}
         one.begin(step, parts[rank], files, STATE)
     url = savers[0].url
     for one in savers:
@@ -47,6 +54,7 @@ def save(output, step, *, launch="a", token="aa", world_size=2, keep=None, tenso
     for rank, one in enumerate(savers):
         one.end(manifest(step, token, world_size, **fields) if rank == 0 and not any(s.failure for s in savers) else None, keep)
         one.wait()
+    assert len(moves) >= 3 * world_size or any(one.failure for one in savers), "what goes on must be seen to"
     return url, savers
 
 
@@ -126,24 +134,125 @@ def test_storage_that_comes_back_is_waited_for(tmp_path, monkeypatch):
 def test_a_rank_thought_dead_cannot_get_into_a_later_checkpoint(tmp_path):
     """Its files of the same step have another token in their names."""
     url, _ = save(tmp_path, 10, token="bb")
-    zombie = Saver(url.rsplit("/", 1)[0], 1, "aa")
+    zombie = Saver(url.rsplit("/", 1)[0], 1, "aa", lambda: None)
     zombie.begin(10, {"weights/p0": torch.zeros(50)}, {}, STATE)
     zombie.wait()
     assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in read(url).items())
 
 
+def test_older_ones_that_cannot_be_removed_do_not_fail_the_new_one(tmp_path, monkeypatch, caplog):
+    old, _ = save(tmp_path, 10)
+
+    def refuse(url):
+        raise storage.StorageError(f"{url}: permission denied", "forbidden")
+
+    monkeypatch.setattr(storage, "delete", refuse)
+    url, savers = save(tmp_path, 20, keep=Keep(str(tmp_path), 1))
+    assert savers[0].failure == ""
+    assert checkpoint.complete_ones(str(tmp_path)) == [url, old]
+    assert [r.getMessage() for r in caplog.records if "could not be removed" in r.getMessage()]
+    assert not [r for r in caplog.records if "not completed" in r.getMessage()]
+
+
 def test_the_order_of_what_a_run_goes_on_from(tmp_path):
-    """This launch's own before another launch's, however far that got; a path instead of the run's; none: only its own."""
+    """This launch's own before a later launch's, and that before an earlier one's, however far that got: who began again from an
+    earlier step had a reason. A path instead of the run's; none: only its own."""
     other, _ = save(tmp_path, 30, launch="a")
     old, _ = save(tmp_path, 10, launch="b")
     own, _ = save(tmp_path, 20, launch="b")
     elsewhere, _ = save(tmp_path / "elsewhere", 5)
     assert checkpoint.candidates("auto", str(tmp_path), "b") == [own, old, other]
-    assert checkpoint.candidates("auto", str(tmp_path), "c") == [other, own, old]
+    assert checkpoint.candidates("auto", str(tmp_path), "c") == [own, old, other]
+    assert checkpoint.candidates("auto", str(tmp_path), "a") == [other, own, old]
     assert checkpoint.candidates(elsewhere + "/", str(tmp_path), "c") == [elsewhere]
     assert checkpoint.candidates(elsewhere, str(tmp_path), "b") == [own, old, elsewhere]
     assert checkpoint.candidates("none", str(tmp_path), "c") == []
     assert checkpoint.candidates("none", str(tmp_path), "b") == [own, old]
+
+
+def test_a_path_that_was_removed_after_the_launch_began_is_not_missed(tmp_path):
+    """It may be in the same folder, and go as any other that is no longer the newest."""
+    began_from, _ = save(tmp_path, 10, launch="a")
+    own, _ = save(tmp_path, 20, launch="b")
+    assert checkpoint.candidates(began_from, str(tmp_path), "b") == [own, began_from]
+    storage.delete(began_from)
+    assert checkpoint.candidates(began_from, str(tmp_path), "b") == [own]
+    with pytest.raises(ConfigError, match="is no complete checkpoint"):
+        checkpoint.candidates(began_from, str(tmp_path), "c")
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    file = tmp_path_factory.mktemp("group") / "init"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_what_is_found_is_all_that_is_needed(tmp_path, one_rank):
+    url, _ = save(tmp_path, 10)
+    found = find("auto", str(tmp_path), "b", "d")
+    assert (found.url, found.first, found.states) == (url, STATE, [STATE, STATE])
+    assert found.ledgers[1].to_bytes() == LEDGER.to_bytes()
+    assert find("auto", str(tmp_path), "b", "other shards").ledgers is None
+    assert find("none", str(tmp_path), "b", "d") is None
+
+
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        ("complete", "gone"), ("complete", "cut"), ("complete", "no JSON"), ("base", "cut"), ("consumed", "gone"),
+        ("rank_00000", "no JSON"), ("rank_00001", "cut"), ("rank_00000_000", "no JSON"),
+    ],
+)  # fmt: skip
+def test_the_one_before_is_taken_whatever_is_damaged(tmp_path, one_rank, caplog, what, how):
+    old, _ = save(tmp_path, 10)
+    save(tmp_path, 20)
+    (file,) = (tmp_path / "checkpoints/a/step_00000020").glob(f"{what}.*")
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-20] if how == "cut" else b"[1]")
+    assert find("auto", str(tmp_path), "b", "d").url == old
+    if (what, how) != ("complete", "gone"):  # then it is no checkpoint
+        assert file.name.split(".")[0] in caplog.text
+        storage.delete(old)
+        with pytest.raises(CorruptCheckpoint, match=r"step_00000020: .*--resume PATH"):
+            find("auto", str(tmp_path), "b", "d")
+
+
+def test_the_one_before_is_taken_when_the_newest_goes_meanwhile(tmp_path, one_rank, monkeypatch):
+    old, _ = save(tmp_path, 10)
+    new, _ = save(tmp_path, 20)
+    candidates = checkpoint.candidates
+
+    def then_prune(*arguments):
+        listed = candidates(*arguments)
+        storage.delete(new)
+        return listed
+
+    monkeypatch.setattr(checkpoint, "candidates", then_prune)
+    assert find("auto", str(tmp_path), "b", "d").url == old
+
+
+def test_usual_losses_are_those_of_this_run_and_this_objective(tmp_path, one_rank):
+    """Another run's, or another objective's, would make every step unusual."""
+    objective = {"task": "joint", "freeze": ("unet.*",)}  # a tuple comes back as a list
+    save(tmp_path, 10, config={"objective": objective})
+    found = find("auto", str(tmp_path), "b", "d")
+    history = History(1.5, 30, 4, 1)
+    assert found.history(str(tmp_path), {"objective": objective}) == history
+    assert found.history(str(tmp_path) + "/", {"objective": objective}) == history
+    assert found.history(str(tmp_path), {"objective": objective | {"task": "clip"}}) == History()
+    assert found.history(str(tmp_path / "elsewhere"), {"objective": objective}) == History()
+    save(tmp_path / "plain", 10, config={"recipe": "test"})
+    assert find("auto", str(tmp_path / "plain"), "b", "d").history(str(tmp_path / "plain"), {"recipe": "test"}) == history
+
+
+def test_another_seed_is_refused():
+    check_seed("run/step_00000010", manifest(10, seed=3), TrainConfig(seed=3))
+    with pytest.raises(ConfigError, match=r"train\.seed: 4, but the checkpoint run/step_00000010 was written with 3"):
+        check_seed("run/step_00000010", manifest(10, seed=3), TrainConfig(seed=4))
 
 
 def test_the_newest_and_the_best_stay(tmp_path):
@@ -153,11 +262,40 @@ def test_the_newest_and_the_best_stay(tmp_path):
     assert [url[-2:] for url in checkpoint.complete_ones(str(tmp_path))] == ["40", "30", "20"]
 
 
-def test_what_never_became_complete_goes(tmp_path):
-    url, _ = save(tmp_path, 10)
-    storage.delete(storage.join(url, checkpoint.COMPLETE))
-    save(tmp_path, 20, keep=Keep(str(tmp_path), 2))
-    assert sorted(path.name for path in (tmp_path / "checkpoints" / "a").iterdir()) == ["step_00000020"]
+def test_the_best_is_the_first_of_equal_ones_and_has_a_value(tmp_path):
+    """One without a value of its own step, or with none that is a number, is no candidate."""
+    keep = Keep(str(tmp_path), 1, "heldout/loss", "min")
+    logged = {10: {}, 20: {"heldout/loss": 0.5}, 30: {"heldout/loss": 0.5}, 40: {"heldout/loss": float("nan")}}
+    for step, metrics in logged.items():
+        save(tmp_path, step, keep=keep, metrics=metrics)
+    assert [url[-2:] for url in checkpoint.complete_ones(str(tmp_path))] == ["40", "20"]
+
+
+def test_a_damaged_manifest_does_not_keep_the_others_from_going(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints/a/step_00000020/complete.json").write_text("{")
+    save(tmp_path, 40, keep=Keep(str(tmp_path), 1, "heldout/loss"))
+    assert [url[-2:] for url in checkpoint.complete_ones(str(tmp_path))] == ["40"]
+
+
+def test_what_never_became_complete_goes_but_not_what_may_still_become_it(tmp_path):
+    """That of a later launch, or beyond the newest of this one, may be under way."""
+    for url in [save(tmp_path, step, launch=launch)[0] for launch, step in (("a", 50), ("b", 10), ("b", 30), ("c", 5))]:
+        storage.delete(storage.join(url, checkpoint.COMPLETE))
+    save(tmp_path, 20, launch="b", keep=Keep(str(tmp_path), 2))
+    left = sorted(f"{path.parent.name}{int(path.name[-8:])}" for path in (tmp_path / "checkpoints").glob("*/step_*"))
+    assert left == ["b20", "b30", "c5"]
+
+
+def test_an_abandoned_branch_gives_way_to_the_launch_that_began_again(tmp_path):
+    """From an earlier step of it: the newest ones are those of the later launch."""
+    keep = Keep(str(tmp_path), 2)
+    for launch, step in (("a", 10), ("a", 20), ("b", 12), ("b", 14)):
+        save(tmp_path, step, launch=launch, keep=keep)
+    assert [url.rsplit("/", 2)[1:] for url in checkpoint.complete_ones(str(tmp_path))] == [
+        ["b", "step_00000014"], ["b", "step_00000012"],
+    ]  # fmt: skip
 
 
 def test_weights_are_read_without_ranks_and_fall_back_where_there_is_no_ema(tmp_path):

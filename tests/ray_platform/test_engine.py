@@ -5,13 +5,17 @@ import math
 import pytest
 import torch
 
+from ray_platform import storage
 from ray_platform.contracts import ConfigError
+from ray_platform.train import checkpoint
 from ray_platform.train.config import BatchPlan, TrainConfig
 from ray_platform.train.optimizer import ema_decay_at
 from tests.ranks import Ranks
-from tests.ray_platform.small_task import SmallTask, samples
+from tests.ray_platform.small_task import PictureTask, PixelTask, SmallTask, samples
 
 GLOBAL_BATCH, STEPS = 16, 6
+# Else ZeRO 3 keeps small parameters whole on every rank, and a small model is not sharded at all.
+SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 BASE = {"num_steps": 12, "warmup_steps": 3, "gradient_clipping": 0.5, "ema_decay": 0.9, "zero_stage": 0}
 
 
@@ -21,7 +25,7 @@ def rank_loop(rank, fields, world_size, num_micro, start, stop, state, bad_at):
 
     task = SmallTask()
     size = GLOBAL_BATCH // world_size // num_micro
-    engine = Engine(task, TrainConfig(**fields), size, num_micro)
+    engine = Engine(task, TrainConfig(**fields, deepspeed=SHARDED if fields["zero_stage"] == 3 else {}), size, num_micro)
     if state is not None:
         engine.load_state(start, lambda name, shape: state.get(name))
     losses, changed = [], []
@@ -34,6 +38,10 @@ def rank_loop(rank, fields, world_size, num_micro, start, stop, state, bad_at):
         torch.distributed.all_reduce(loss)
         losses.append(loss.item() / world_size)
         changed.append(engine.update(step))
+        if fields["zero_stage"] == 3:
+            assert not [name for name, p in task.module.named_parameters() if p.numel()], "every rank holds them whole"
+        scale = engine.adam.grad_scale
+        assert scale is None if fields.get("precision") != "fp16" else scale.device == engine._shards()[0].device
         if engine.config.compile and step == start:
             engine.compile()
     found = {name: tensor.detach().clone() for name, tensor in engine.state()}
@@ -49,6 +57,10 @@ def stop_groups():
     for group in GROUPS.values():
         group.stop()
     GROUPS.clear()
+
+
+def on_two_ranks(function, *arguments):
+    return GROUPS.setdefault(2, Ranks(2)).run(function, *arguments)
 
 
 def train(world_size, *, num_micro=1, start=0, stop=STEPS, state=None, bad_at=-1, **fields):
@@ -167,6 +179,162 @@ def test_fp16_scales_its_loss_and_finds_a_scale(reference, zero_stage):
     assert all(tensor.isfinite().all() for tensor in found.values())
 
 
+def nested_passes(rank):
+    """Of which the autocast is on behind each of them."""
+    from ray_platform.train.engine import Engine
+
+    task = SmallTask()
+    engine = Engine(task, TrainConfig(precision="bf16", zero_stage=0), 4, 1)
+    is_on = [torch.is_autocast_enabled("cpu")]
+    for _ in range(2):
+        with engine.inference():
+            task.module(samples(0, 4), 0)
+            is_on.append(torch.is_autocast_enabled("cpu"))
+        is_on.append(torch.is_autocast_enabled("cpu"))
+    engine.backward([samples(0, 4)], [0])
+    return [*is_on, torch.is_autocast_enabled("cpu")]
+
+
+def test_half_precision_ends_with_the_pass_that_it_is_for():
+    """A score runs the module, which switches it on, inside of a block that does so too."""
+    assert on_two_ranks(nested_passes) == [[False, True, False, True, False, False]] * 2
+
+
+def keeper(engine, output, **fields):
+    from types import SimpleNamespace
+
+    from ray_platform.train.job import Job
+    from ray_platform.train.keeper import Keeper
+    from ray_platform.train.restore import Position
+    from ray_platform.train.watch import Heart
+
+    train, catalog = TrainConfig(**fields), SimpleNamespace(digest="d", num_units=[3])
+    job = Job(None, None, train, catalog, output, "a", None, None, None, {"recipe": "test"}, "c")
+    return Keeper(job, engine, Position.start(catalog, train), Heart(None, torch.distributed.get_rank()))
+
+
+def pictures_kept(rank, output, fields):
+    from ray_platform.train.engine import Engine, copied
+
+    engine = Engine(PictureTask(), TrainConfig(**fields), 2, 1)
+    engine.backward([{"x": torch.arange(48.0).view(2, 2, 6, 2)}], [0])
+    engine.update(0)
+    strided = [name for name, tensor in engine.state() if not tensor.is_contiguous()]
+    kept = keeper(engine, output, **fields)
+    kept.save(1, 4, [], {"rank": rank}, {})
+    return kept.finish(), strided, {name: copied(tensor) for name, tensor in engine.state()}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_weights_that_lie_channels_last_are_kept_too(tmp_path, zero_stage):
+    """Trained ones at stage 0; frozen ones at every stage."""
+    found = on_two_ranks(pictures_kept, str(tmp_path), {"channels_last": True, "zero_stage": zero_stage, "ema_decay": 0.9})
+    (failure, strided, state), _ = found
+    assert failure == ""
+    assert "weights/frozen.weight" in strided
+    assert ("ema/first.weight" in strided) == (zero_stage == 0)
+    (url,) = checkpoint.complete_ones(str(tmp_path))
+    manifest = checkpoint.read_manifest(url)
+    saved = checkpoint.tensors(url, manifest, checkpoint.tensor_files(manifest))
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in state.items())
+
+
+def kept_on_a_full_disk(rank, output):
+    """What both ranks are told of three checkpoints: the second's upload fails on rank 1, the third's manifest on rank 0."""
+    from ray_platform.train.engine import Engine
+
+    engine = Engine(SmallTask(), TrainConfig(), 2, 1)
+    kept, write, told = keeper(engine, output, keep_best="heldout/acc1"), storage.write_bytes, []
+
+    def full(url, data):
+        if "step_00000002/rank_00001_000" in url or "step_00000003/complete" in url:
+            raise storage.StorageError(f"{url}: No space left on device", "forbidden")
+        write(url, data)
+
+    storage.write_bytes = full
+    try:
+        for step in (1, 2, 3):
+            kept.save(step, 4, [], {}, {"heldout/acc1": 0.5} if step == 1 else {})
+            told.append(kept.finish())
+    finally:
+        storage.write_bytes = write
+    return told, kept._told, kept.heart.moves
+
+
+def test_all_ranks_know_which_checkpoint_failed_and_why(tmp_path):
+    (told, warned, moves), (told_rank_1, *_) = on_two_ranks(kept_on_a_full_disk, str(tmp_path))
+    assert told == told_rank_1
+    assert told[0] == ""
+    assert "step_00000002/rank_00001_000" in told[1]
+    assert "step_00000003/complete" in told[2]
+    assert (warned, moves > 0) == (True, True), "that the metric of keep_best is not always there; that uploads go on"
+    assert [url[-1] for url in checkpoint.complete_ones(str(tmp_path))] == ["1"]
+
+
+class FailingPreview(PixelTask):
+    """Whose previews fail on some ranks, or whose page does."""
+
+    def __init__(self, ranks, page):
+        super().__init__()
+        self.failing, self.page = ranks, page
+
+    def preview(self, rank, world_size):
+        if rank in self.failing:
+            raise RuntimeError("out of memory")
+        return super().preview(rank, world_size)
+
+    def preview_page(self, images):
+        if self.page == "fails":
+            raise ValueError("no font")
+        return repr(sorted(images)).encode()
+
+
+def previews_drawn(rank, ranks, page):
+    from ray_platform.train.engine import Engine
+    from ray_platform.train.previews import draw_page
+
+    return draw_page(Engine(FailingPreview(ranks, page), TrainConfig(), 2, 1), 10)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "page", "expected"),
+    [((), "works", b"[0, 1, 2]"), ((1,), "works", b"[0, 2]"), ((0, 1), "works", None), ((0,), "fails", None)],
+)
+def test_previews_that_fail_on_some_ranks_are_left_out(ranks, page, expected):
+    assert on_two_ranks(previews_drawn, ranks, page) == [expected, None]
+
+
+def test_a_trace_that_cannot_be_written_stops_nothing(tmp_path, caplog):
+    from ray_platform.train.profiler import Profiler
+
+    (tmp_path / "profile").write_text("no folder")
+    profiler = Profiler(str(tmp_path))
+    for _ in range(8):
+        profiler.step()
+    profiler.stop()
+    assert "could not be written; training goes on" in caplog.text
+
+
+def test_what_stalls_a_run_is_a_share_of_its_own():
+    assert on_two_ranks(stalled) == [[("train/share_stalled", 0.25), ("data/share_waiting", 0.5), ("loss", 3.0)]] * 2
+
+
+def stalled(rank):
+    """Two steps of 3 s on each rank, half of which it waited, then 1 s of a checkpoint on one rank and 3 s on the other."""
+    from ray_platform.train.meter import Meter
+
+    meter = Meter(0.0)
+    for _ in range(2):
+        meter.add({"loss": torch.tensor([6.0, 2.0])}, samples=2, waited=1.5, worked=1.5)
+    with meter.stalling():
+        pass
+    meter.stalled += 1 + 2 * rank
+    found = meter.reduce(torch.device("cpu"))
+    again = meter.stalled
+    return [(n, round(found[n], 4)) for n in ("train/share_stalled", "data/share_waiting", "loss")] + [again] * (again != 0)
+
+
 @pytest.mark.slow
 def test_a_compiled_module_trains_as_well(reference):
     losses, *_ = train(2, num_micro=2, zero_stage=2, compile=True)
@@ -185,8 +353,12 @@ def test_deepspeeds_own_configuration_can_be_extended():
 
 @pytest.mark.parametrize(
     ("asked", "expected"),
-    [((128, 8, 16), (16, 1)), ((128, 4, 16), (16, 2)), ((128, 7, 16), (9, 2)), ((8, 1, 4), (4, 2)), ((3, 4, 4), (1, 1))],
-)
+    [
+        ((128, 8, 16), (16, 1)), ((128, 4, 16), (16, 2)), ((128, 7, 16), (9, 2)), ((8, 1, 4), (4, 2)), ((3, 4, 4), (1, 1)),
+        # The fewest micro-batches would lose samples; a few more do not. A prime number of samples has to lose some.
+        ((50, 1, 16), (10, 5)), ((25, 1, 10), (5, 5)), ((37, 1, 16), (12, 3)),
+    ],
+)  # fmt: skip
 def test_a_global_batch_is_shared_out(asked, expected):
     plan = BatchPlan.of(*asked)
     assert (plan.micro_batch_size, plan.num_micro_batches) == expected

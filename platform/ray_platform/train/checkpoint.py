@@ -6,8 +6,10 @@ and `complete.json`. That one is written last and lists the others with sizes an
 Nothing in it depends on the number of ranks or the ZeRO stage, so any other number and stage can take it.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -15,6 +17,7 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
@@ -27,7 +30,7 @@ RETRY_SECONDS = 120.0  # while storage does not answer
 
 
 class CorruptCheckpoint(DataError):
-    """A complete checkpoint whose files are not what its manifest says."""
+    """A checkpoint whose files are not what was written: damaged, or removed meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,13 @@ class Manifest:
     step: int
     num_updates: int  # steps that changed the weights
     samples_seen: int
-    loss_scale: float  # of fp16, else 1
+    loss_scale: dict[str, float]  # of fp16, else empty
     world_size: int
     zero_stage: int
     global_batch_size: int
     seed: int
     source_digest: str  # of the data's catalog
-    metrics: dict[str, float]  # the last that were logged
+    metrics: dict[str, float]  # that were logged at its step
     code_version: str
     config: dict[str, Any]
     files: dict[str, tuple[int, str]]  # name -> (bytes, SHA-256)
@@ -62,13 +65,21 @@ def checkpoints_dir(output_dir: str) -> str:
 
 
 def complete_ones(output_dir: str, launch: str = "*") -> list[str]:
-    """The complete checkpoints of a run's folder, or of one launch of it, the newest first."""
+    """The complete checkpoints of a run's folder, or of one launch of it, the newest first.
+
+    Those of a later launch (launches are named by time) come before all of an earlier one, whatever their steps: it may have
+    gone on from before those, which nobody wants back then.
+    """
     folder = storage.join(checkpoints_dir(output_dir), launch)
     if not storage.exists(folder.removesuffix("/*")):
         return []
     found = [file.url.rsplit("/", 1)[0] for file in storage.list_files(storage.join(folder, "step_*", COMPLETE))]
-    # Two launches may hold the same step; the later launch's is the newer (launches are named by time).
-    return sorted(found, key=lambda url: (url.rsplit("/", 1)[1], url), reverse=True)
+    return sorted(found, key=_age, reverse=True)
+
+
+def _age(url: str) -> list[str]:
+    """[launch, step]: sorts from old to new."""
+    return url.rsplit("/", 2)[1:]
 
 
 def candidates(resume: str, output_dir: str, launch: str) -> list[str]:
@@ -85,31 +96,44 @@ def candidates(resume: str, output_dir: str, launch: str) -> list[str]:
         return own
     if resume == "auto":
         return own + [url for url in complete_ones(output_dir) if url not in own]
-    if not storage.exists(storage.join(resume, COMPLETE)):
-        raise ConfigError(f"train.resume: {resume} is no complete checkpoint (it has no {COMPLETE}); give a step_* folder")
-    return [*own, resume.rstrip("/")]
+    if storage.exists(storage.join(resume, COMPLETE)):
+        return [*own, resume.rstrip("/")]
+    if own:  # in the same folder, it may have gone since
+        return own
+    raise ConfigError(f"train.resume: {resume} is no complete checkpoint (it has no {COMPLETE}); give a step_* folder")
 
 
 def read_manifest(url: str) -> Manifest:
-    values = json.loads(storage.with_retries(lambda: storage.read_bytes(storage.join(url, COMPLETE)), RETRY_SECONDS))
-    values["files"] = {name: tuple(entry) for name, entry in values["files"].items()}
-    return Manifest(**values)
+    """Raises CorruptCheckpoint when it is not there (any more), or no manifest."""
+    with _whole(url, COMPLETE):
+        values = json.loads(storage.with_retries(lambda: storage.read_bytes(storage.join(url, COMPLETE)), RETRY_SECONDS))
+        values["files"] = {name: tuple(entry) for name, entry in values["files"].items()}
+        return Manifest(**values)
+
+
+@contextlib.contextmanager
+def _whole(url: str, name: str) -> Iterator[None]:
+    """Around the reading of a file: whatever it cannot be read for makes a CorruptCheckpoint, but for storage that is away."""
+    advice = "go on from another checkpoint by --resume PATH"
+    try:
+        yield
+    except storage.StorageError as error:
+        if error.kind != "missing":
+            raise
+        raise CorruptCheckpoint(f"{url}: {name} is missing; {advice}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        what = " ".join(str(error).split())
+        raise CorruptCheckpoint(f"{url}: {name} is damaged ({what}); {advice}") from None
 
 
 def read_file(url: str, manifest: Manifest, name: str) -> bytes:
     """Raises CorruptCheckpoint when the file is missing, or is not what was written."""
-    try:
+    with _whole(url, name):
         data = storage.with_retries(lambda: storage.read_bytes(storage.join(url, name)), RETRY_SECONDS)
-    except storage.StorageError as error:
-        if error.kind != "missing":
-            raise
-        raise CorruptCheckpoint(f"{url}: {name} is missing; go on from another checkpoint by --resume PATH") from None
-    size, digest = manifest.files[name]
-    if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
-        raise CorruptCheckpoint(
-            f"{url}: {name} is damaged ({len(data)} bytes of {size}); go on from another checkpoint by --resume PATH"
-        )
-    return data
+        size, digest = manifest.files[name]
+        if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
+            raise ValueError(f"{len(data)} bytes of {size}")
+        return data
 
 
 def tensor_files(manifest: Manifest) -> list[str]:
@@ -120,7 +144,8 @@ def tensors(url: str, manifest: Manifest, names: list[str]) -> dict[str, torch.T
     """The tensors of the files `names`, on the CPU."""
     found: dict[str, torch.Tensor] = {}
     for name in names:
-        found |= safetensors.torch.load(read_file(url, manifest, name))
+        with _whole(url, name):
+            found |= safetensors.torch.load(read_file(url, manifest, name))
     return found
 
 
@@ -173,13 +198,18 @@ def shared_reader(mine: Mapping[str, torch.Tensor], device: torch.device) -> Cal
 
 
 def load_ledgers(url: str, manifest: Manifest) -> tuple[Ledger, Ledger]:
-    """(what the plan of all ranks began with, what was consumed by then)."""
-    base, consumed = (Ledger.from_bytes(read_file(url, manifest, json_name(name, manifest.token))) for name in (BASE, CONSUMED))
-    return base, consumed
+    """(what the plan of all ranks began with, what was consumed by then). Raises CorruptCheckpoint."""
+    with _whole(url, f"{BASE} or {CONSUMED}"):
+        read = (Ledger.from_bytes(read_file(url, manifest, json_name(name, manifest.token))) for name in (BASE, CONSUMED))
+        base, consumed = read
+        return base, consumed
 
 
 def load_rank_state(url: str, manifest: Manifest, rank: int) -> dict[str, Any]:
-    return json.loads(read_file(url, manifest, json_name(rank_name(rank), manifest.token)))
+    """Raises CorruptCheckpoint."""
+    name = json_name(rank_name(rank), manifest.token)
+    with _whole(url, name):
+        return json.loads(read_file(url, manifest, name))
 
 
 def rank_name(rank: int) -> str:
@@ -200,17 +230,26 @@ class Keep:
     best_mode: Literal["max", "min"] = "max"
 
     def prune(self, newest: str) -> None:
-        """Remove the others, and what never became complete. To be called after `newest` did, and before another begins."""
+        """Remove the others, and what never became complete. To be called after `newest` did, and before another begins.
+
+        What is newer than `newest` is not touched: whoever made it, or still does, knows better.
+        """
         ordered = complete_ones(self.output_dir)
-        kept = {newest, *ordered[: self.num_newest]}
-        if self.best_metric:
-            scores = {url: value for url in ordered if (value := read_manifest(url).metrics.get(self.best_metric)) is not None}
-            if scores:
-                kept.add((max if self.best_mode == "max" else min)(scores, key=lambda url: scores[url]))
-        for url in sorted(set(_folders(self.output_dir)) - kept):
-            # First of all it must no longer be taken for a whole one.
-            storage.delete(storage.join(url, COMPLETE))
-            storage.delete(url)
+        kept = {newest, *ordered[: self.num_newest], *self._best(ordered)}
+        for url in _folders(self.output_dir):
+            if _age(url) < _age(newest) and url not in kept:
+                # First of all it must no longer be taken for a whole one.
+                storage.delete(storage.join(url, COMPLETE))
+                storage.delete(url)
+
+    def _best(self, ordered: list[str]) -> list[str]:
+        """The one with the best value, the oldest of equal ones; none where none has a value."""
+        scores: dict[str, float] = {}
+        for url in reversed(ordered) if self.best_metric else ():
+            with contextlib.suppress(CorruptCheckpoint):  # a damaged one has none
+                scores[url] = read_manifest(url).metrics.get(self.best_metric, math.nan)
+        scores = {url: value for url, value in scores.items() if not math.isnan(value)}
+        return [(max if self.best_mode == "max" else min)(scores, key=lambda url: scores[url])] if scores else []
 
 
 def _folders(output_dir: str) -> list[str]:

@@ -36,7 +36,7 @@ class TrainConfig:
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps; there is always one at the end
     keep_checkpoints: int = 2  # the newest
-    keep_best: str = ""  # and the one with the best value of this metric, which must be logged at its step
+    keep_best: str = ""  # and the one with the best value of this metric, which must be logged at its very step
     keep_best_mode: Literal["max", "min"] = "max"
     preview_every: int = 1000  # steps; 0 for none
     heldout_sources: tuple[str, ...] = ()  # shards whose first samples are scored while training
@@ -44,7 +44,9 @@ class TrainConfig:
     heldout_every: int = 1000  # steps
     profile: bool = False  # save a torch profiler trace of a few steps of rank 0 to output_dir/profile
     max_failures: int = 3  # restarts without a new checkpoint in between before the run gives up
-    hang_seconds: float = 600.0  # without a step on any rank: the rank that the others wait for is named, and all restart
+    # Without a step on any rank (ten times as long while building, scoring, drawing or exporting): the rank that the others wait
+    # for is named, and all restart.
+    hang_seconds: float = 600.0
     # auto: go on with the newest checkpoint in output_dir, or begin. none: begin, and refuse an output_dir that holds one.
     # Anything else is the path of a checkpoint to go on from.
     resume: str = "none"
@@ -93,9 +95,11 @@ class BatchPlan:
 
     @classmethod
     def of(cls, global_batch_size: int, world_size: int, largest: int) -> "BatchPlan":
-        """A global batch that cannot be divided evenly is made smaller, by less than a sample a rank and micro-batch."""
+        """A rank's share goes into micro-batches of equal size, of which up to twice as many are taken as it needs if they come
+        out even. A global batch that cannot be divided evenly is made smaller, by less than a sample a rank and micro-batch."""
         samples = max(1, global_batch_size // world_size)
-        num_micro_batches = -(-samples // largest)
+        fewest = -(-samples // largest)
+        num_micro_batches = next((n for n in range(fewest, 2 * fewest + 1) if samples % n == 0), fewest)
         return cls(world_size, samples // num_micro_batches, num_micro_batches)
 
     @property

@@ -4,6 +4,7 @@ The state is told apart by parameter, not by rank: whatever wrote it, any number
 """
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,8 +42,6 @@ class Engine:
         self.task, self.config = task, config
         if config.activation_checkpointing:
             task.enable_activation_checkpointing()
-        if config.channels_last:
-            task.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups = task.parameter_groups()
         self.base_rates = [group["lr"] for group in groups]
         self.adam = AdamW(groups, config.ema_decay)
@@ -52,6 +51,8 @@ class Engine:
             config=deepspeed_config(config, micro_batch_size, num_micro_batches),
             dist_init_required=False,
         )
+        if config.channels_last:
+            self._lay_out_channels_last()
         self.adam.begin(self._shards())
         if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):  # ZeRO 1 and 2
             self.optimizer._lazy_init_hp_params_optimizer_state()
@@ -59,8 +60,8 @@ class Engine:
         self.num_micro_batches = num_micro_batches
         self.grad_norm = float("nan")  # before clipping, of the last step
         self.scale = LossScale() if config.precision == "fp16" else LossScale(1.0, growing=False)
-        self._autocast = _autocast(self.device, config.precision)
-        task.module.forward = self._autocast(task.module.forward)
+        self.rescaled = False  # the last step changed nothing, but found a smaller loss scale
+        task.module.forward = self._in_precision(task.module.forward)
 
     # --- a step ----------------------------------------------------------------------------------------------------------
 
@@ -88,7 +89,9 @@ class Engine:
         factor = rate_factor(self.config)(step)
         for group, rate in zip(self.adam.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-        scale, self.adam.grad_scale = self.scale.value, torch.tensor(self.scale.value, device=self.device)
+        scale, self.adam.grad_scale = self.scale.value, None
+        if scale != 1:  # beside the shards, which may be offloaded: a copy from the accelerator would not be waited for
+            self.adam.grad_scale = torch.tensor(scale, device=self._shards()[0].device)
         finite = True
         if self.config.zero_stage == 0:  # the other stages clip, and look whether all is finite, themselves
             trained = [parameter for parameter in self.engine.module.parameters() if parameter.grad is not None]
@@ -103,8 +106,7 @@ class Engine:
         if self.config.zero_stage:
             finite, norm = not self.optimizer.overflow, self.engine.get_global_grad_norm()
         self.grad_norm = float(norm) / scale if finite and norm is not None else float("nan")
-        if not skip:
-            self.scale.update(finite)
+        self.rescaled = not skip and self.scale.update(finite)
         return finite and not skip
 
     def learning_rates(self) -> dict[str, float]:
@@ -116,7 +118,7 @@ class Engine:
         """Around calls of the Task that need no gradient."""
         self.engine.eval()
         try:
-            with torch.no_grad(), self._autocast:
+            with torch.no_grad(), self._autocast():
                 yield
         finally:
             self.engine.train()
@@ -124,6 +126,32 @@ class Engine:
     def compile(self) -> None:
         """Have torch compile the module from its next call on."""
         self.engine.compile()
+
+    def _autocast(self) -> Any:
+        """Parameters stay float32 (their casts are cached within a pass), so norms, losses and schedules keep their precision.
+
+        A new one for each use: one that is entered within itself forgets what was before, and stays on.
+        """
+        dtype = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.config.precision != "fp32")
+
+    def _in_precision(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def run(*arguments: Any, **more: Any) -> Any:
+            with self._autocast():
+                return forward(*arguments, **more)
+
+        return run
+
+    def _lay_out_channels_last(self) -> None:
+        """Weights, but for those that ZeRO holds in flat memory: with such inputs, convolutions convert these as they use them.
+
+        Not before DeepSpeed has sent rank 0's to all: it takes no other layout than the plain one.
+        """
+        for parameter in self.engine.module.parameters():
+            whole = self.config.zero_stage == 0 or (self.config.zero_stage < 3 and not parameter.requires_grad)
+            if whole and parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def _placed(self, inputs: Inputs) -> Inputs:
         if not self.config.channels_last:
@@ -134,7 +162,7 @@ class Engine:
 
     def state(self, names: Sequence[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """(`<state name>/<parameter>`, the whole tensor) of weights, moments and EMA in float32, or of `names` alone; and the
-        buffers. Every rank must go through all of it; all see the same tensors, one at a time.
+        buffers. Every rank must go through all of it; all see the same tensors, one at a time. `copied` makes one's own of them.
         """
         names = names or (WEIGHTS, *self.adam.state_names)
         for parameter_name, parameter in self.engine.module.named_parameters():
@@ -155,7 +183,7 @@ class Engine:
         whole = {}
         for name, tensor in self.state((best,)):
             if keep:
-                whole[name.partition("/")[2]] = tensor.detach().cpu().clone()
+                whole[name.partition("/")[2]] = copied(tensor)
         return whole if keep else None
 
     def load_state(self, num_updates: int, get: Callable[[str, torch.Size], torch.Tensor | None]) -> list[str]:
@@ -228,31 +256,43 @@ class Engine:
                 parameter.copy_(value)
 
 
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, and contiguous, as safetensors wants it: a convolution's weights may be laid out channels last."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
 class LossScale:
     """What a loss is multiplied by, so that its gradients do not vanish in half precision; the optimizer divides them again.
 
-    Halved where a gradient is not finite, doubled after so many steps where all were.
+    Halved where a gradient is not finite, down to a floor: there, it is not the scale that makes it so. Doubled after so many
+    steps where all were finite.
     """
 
-    GROWTH_STEPS = 2000
+    GROWTH_STEPS, FLOOR = 2000, 1.0
 
     def __init__(self, value: float = 2.0**16, growing: bool = True):
         self.value, self.growing, self.good_steps = value, growing, 0
 
-    def update(self, finite: bool) -> None:
+    def update(self, finite: bool) -> bool:
+        """Returns whether it was made smaller."""
         if not self.growing:
-            return
+            return False
         self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.value /= 2
-        elif self.good_steps == self.GROWTH_STEPS:
+        if not finite and self.value > self.FLOOR:
+            self.value = max(self.value / 2, self.FLOOR)
+            return True
+        if self.good_steps == self.GROWTH_STEPS:
             self.value, self.good_steps = self.value * 2, 0
+        return False
 
+    def state(self) -> dict[str, float]:
+        """Empty for a precision that needs none."""
+        return {"value": self.value, "good_steps": self.good_steps} if self.growing else {}
 
-def _autocast(device: torch.device, precision: str) -> Any:
-    """Parameters stay float32 (their casts are cached within a pass), so norms, losses and schedules keep their precision."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    def load(self, state: Mapping[str, float]) -> None:
+        """From a checkpoint, of another precision perhaps: that says nothing about the scale that this one needs."""
+        if self.growing and state:
+            self.value, self.good_steps = state["value"], int(state["good_steps"])
 
 
 def rate_factor(config: TrainConfig) -> Callable[[int], float]:

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,16 @@ class Diverged(Exception):
 
 
 @dataclass(frozen=True)
+class History:
+    """Of a run's losses so far: what a checkpoint keeps of a Guard."""
+
+    usual_loss: float = 0.0
+    num_good: int = 0
+    num_bad: int = 0
+    in_a_row: int = 0  # the bad ones at its end
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The same on every rank, but for `mine`."""
 
@@ -38,11 +48,9 @@ class Verdict:
 class Guard:
     """Judges losses by what they were in the steps before; the ranks reach the same judgement from the same numbers."""
 
-    def __init__(self, config: TrainConfig, usual_loss: float, num_good: int, output_dir: str):
+    def __init__(self, config: TrainConfig, history: History, output_dir: str):
         self.factor, self.max_bad, self.output_dir = config.max_loss_factor, config.max_bad_steps, output_dir
-        self.scaled = config.precision == "fp16"  # then a gradient that is not finite tells the loss scale to shrink
-        self.usual_loss, self.num_good = usual_loss, num_good
-        self.num_bad, self.in_a_row = 0, 0
+        self.history = history
 
     def look(self, loss: torch.Tensor, *, stop: bool, uploading: bool, failed: bool) -> Verdict:
         """One small all-reduce. Every rank must call it."""
@@ -53,27 +61,30 @@ class Guard:
         # The only wait for the accelerator in a step.
         total, not_finite_ranks, stops, uploads, failures, mine = torch.cat([sums, not_finite.double()[None]]).tolist()
         mean = math.nan if not_finite_ranks else total / dist.get_world_size()
-        unusual = self.num_good >= _WARM_UP and mean > self.factor * self.usual_loss
+        unusual = self.history.num_good >= _WARM_UP and mean > self.factor * self.history.usual_loss
         return Verdict(mean, not_finite_ranks > 0 or unusual, mine > 0, stops > 0, uploads > 0, failures > 0)
 
-    def judge(self, verdict: Verdict, updated: bool, step: int, rank: int, batch: Batch) -> None:
-        """Count the step. A bad one's keys are saved. Raises Diverged after too many bad ones in a row."""
+    def judge(self, verdict: Verdict, updated: bool, rescaled: bool, step: int, rank: int, batch: Batch) -> None:
+        """Count the step. A bad one's keys are saved. Raises Diverged after too many bad ones in a row.
+
+        One that found a smaller loss scale (`rescaled`) is neither good nor bad: the scale was at fault.
+        """
+        past = self.history
         if updated:
-            weight = 1 - _MEMORY if self.num_good else 1.0
-            self.usual_loss += weight * (verdict.loss - self.usual_loss)
-            self.num_good, self.in_a_row = self.num_good + 1, 0
+            usual = past.usual_loss + (1 - _MEMORY if past.num_good else 1.0) * (verdict.loss - past.usual_loss)
+            self.history = History(usual, past.num_good + 1, past.num_bad, 0)
             return
-        if self.scaled and not verdict.bad:
+        if rescaled:
             return
-        self.num_bad, self.in_a_row = self.num_bad + 1, self.in_a_row + 1
+        self.history = replace(past, num_bad=past.num_bad + 1, in_a_row=past.in_a_row + 1)
         if rank == 0:
             what = f"loss {verdict.loss:g}" if verdict.bad else "a gradient that is not finite"
             logger.warning("step %d: %s; the step changes nothing, its keys are in %s", step, what, self.folder)
         if verdict.mine or not math.isnan(verdict.loss):
             self._save(verdict.loss, step, rank, batch)
-        if self.in_a_row >= self.max_bad:
+        if self.history.in_a_row >= self.max_bad:
             raise Diverged(
-                f"the loss or its gradient was not usable in {self.in_a_row} steps in a row, up to step {step}; the "
+                f"the loss or its gradient was not usable in {self.history.in_a_row} steps in a row, up to step {step}; the "
                 f"samples are in {self.folder}: lower the learning rate or look at them, then go on with --resume auto"
             )
 

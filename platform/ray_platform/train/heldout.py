@@ -1,6 +1,6 @@
 """A quick score on held-out samples while training: all ranks compute it together, on the weights as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,8 +49,9 @@ def read_heldout(config: DataConfig, sources: tuple[str, ...], limit: int) -> He
     )
 
 
-def score(engine: Engine, heldout: Heldout, micro_batch_size: int) -> dict[str, float]:
-    """The Task's metrics over all of `heldout`. Every rank must call it; each represents its share of the samples."""
+def score(engine: Engine, heldout: Heldout, micro_batch_size: int, moved: Callable[[], None]) -> dict[str, float]:
+    """The Task's metrics over all of `heldout`. Every rank must call it; each represents its share of the samples, and calls
+    `moved` after every micro-batch."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     size = len(heldout.captions)
     places = list(range(rank, size, world_size))
@@ -62,6 +63,7 @@ def score(engine: Engine, heldout: Heldout, micro_batch_size: int) -> dict[str, 
             batch = heldout.batch(padded[start : start + micro_batch_size])
             rows = engine.task.represent(engine.task.inputs(batch, engine.device))
             parts.append({name: (v.float() if v.is_floating_point() else v).cpu() for name, v in rows.items()})
+            moved()
     mine = {name: torch.cat([part[name] for part in parts])[: len(places)] for name in parts[0]}
     gathered: list[Any] = [None] * world_size
     dist.all_gather_object(gathered, mine)

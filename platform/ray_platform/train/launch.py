@@ -1,7 +1,6 @@
 """The driver's side of a training run: check what can be checked, start the workers, and again if lost, say what failed."""
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -27,11 +26,15 @@ from ray_platform.tracking import RunStatus, TrackerHandle, TrackingConfig, star
 from ray_platform.train import checkpoint
 from ray_platform.train.code_version import code_version
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.guard import Diverged
+from ray_platform.train.elastic import SaveBeforeResize
 from ray_platform.train.heldout import read_heldout
-from ray_platform.train.loop import Interrupted, Job, train_worker
+from ray_platform.train.job import Job
+from ray_platform.train.loop import train_worker
 from ray_platform.train.overseer import Overseer
+from ray_platform.train.restarts import Restarts, TrainingError
 from ray_platform.train.watch import start_watch
+
+__all__ = ["Run", "TrainingError"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +42,6 @@ INSPECTED_SAMPLES = 64
 RESIZE_SECONDS = 60.0  # between looks whether an elastic run can have more workers: each change costs a restart
 CATALOG = "catalog.json"  # in output_dir: the shards that the run was begun with
 TRACKED = "mlflow.json"  # in output_dir: the run to go on in after a resume
-
-
-class TrainingError(Exception):
-    """The run ended before its last step. The message says why in one line."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,8 @@ class Run:
             self.train,
             catalog,
             self.output_dir,
-            # Named by time: a later launch's name sorts after an earlier one's.
-            time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}",
+            # Named by time, which no clock change sets back: a later launch's name sorts after an earlier one's.
+            time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{os.getpid()}",
             tracker,
             start_watch(),
             ray.put(heldout) if heldout is not None else None,
@@ -175,28 +174,17 @@ class Run:
         return replace(self.data, cpus_per_read=0.0)
 
     def _train_to_the_end(self, job: Job, overseer: Overseer) -> None:
-        """Start the workers again, from the newest checkpoint, until they are done, or have failed too often at one place."""
-        failures, newest = 0, ""
-        known = functools.partial(checkpoint.complete_ones, self.output_dir, job.launch)
+        """Start the workers, and again, from the newest checkpoint, as long as that can help."""
+        restarts = Restarts(
+            self.train.max_failures, lambda: next(iter(checkpoint.complete_ones(self.output_dir, job.launch)), "")
+        )
         while True:
             try:
                 self._trainer(job).fit()
                 return
             except (TrainingFailedError, ray.exceptions.RayActorError) as error:
-                cause, line = cause_of(error)
-                line = overseer.last_hang or line
-                if overseer.stopping and isinstance(cause, Interrupted):
-                    raise TrainingError(f"{line}; go on with --resume auto") from None
-                if is_final(cause):
-                    raise TrainingError(line) from error
+                logger.warning("%s", restarts.judge(error, overseer.last_hang, overseer.stopping))
                 overseer.workers_are_gone()
-                made = next(iter(storage.with_retries(known, checkpoint.RETRY_SECONDS)), "")
-                if made != newest:
-                    failures, newest = 0, made
-                failures += not isinstance(cause, Interrupted)
-                if failures > self.train.max_failures:
-                    raise TrainingError(f"{line} (failure {failures} without a new checkpoint; train.max_failures)") from error
-                logger.warning("%s; going on from %s", line, made or "where this launch began")
 
     def _start_tracker(self) -> tuple[TrackerHandle, dict[str, str]]:
         """The tracker's run: the one that a resumed run began in, else a new one."""
@@ -229,38 +217,6 @@ class Run:
                 storage_path=self._ray_dir,
                 # Every failure comes back here, where a new checkpoint counts for more than a count of failures.
                 failure_config=ray.train.FailureConfig(max_failures=0),
+                callbacks=[SaveBeforeResize(job.watch)] if train.elastic else [],
             ),
         )
-
-
-def is_final(cause: BaseException) -> bool:
-    """Whether to start again would only end the same way."""
-    if isinstance(cause, storage.StorageError):
-        return cause.kind != "unavailable"
-    return isinstance(cause, ConfigError | DataError | Diverged)
-
-
-def cause_of(error: BaseException) -> tuple[BaseException, str]:
-    """(what a rank raised, one line): an error of ours speaks for itself, another one is named by its type."""
-    failures = sorted(getattr(error, "worker_failures", {}).items()) or [(-1, error)]
-    causes = [(rank, _unwrapped(failure)) for rank, failure in failures]
-    # Where one rank fails or dies, the others' collectives fail after it: what is ours is the cause, else who died.
-    ours, died = (ConfigError, DataError, Diverged, Interrupted), ray.exceptions.RayActorError
-    rank, cause = next(((r, c) for kind in (ours, died) for r, c in causes if isinstance(c, kind)), causes[0])
-    line = _first_line(cause)
-    if isinstance(cause, ours):
-        return cause, line
-    who = f"worker {rank}" if rank >= 0 else "the workers' controller"
-    return cause, f"{who} died" if isinstance(cause, died) else f"{who}: {type(cause).__name__}: {line}"
-
-
-def _unwrapped(failure: BaseException) -> BaseException:
-    """Ray wraps what a task or an actor raised, and how it ended."""
-    while inner := getattr(failure, "health_check_failure", None) or getattr(failure, "cause", None):
-        failure = inner
-    return failure
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__

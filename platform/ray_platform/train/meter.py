@@ -1,11 +1,14 @@
 """What a run measures about itself: losses, rates, waiting, operations and memory."""
 
+import contextlib
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 # Dense 16 bit peak in FLOP/s, by what the device's name contains (the first that fits), from the vendor's data sheets.
 _PEAK_FLOPS = {
@@ -17,6 +20,13 @@ _PEAK_FLOPS = {
     "A100": 312e12,
     "V100": 125e12,
     "L4": 121e12,
+}
+# Attention on CPUs, which torch's counter does not know: of the shapes of (the result's gradient,) query, key and value.
+_MORE_OPERATIONS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+    ),
 }
 _MAX_RANKS_SHOWN = 16  # with a memory metric of their own
 
@@ -31,7 +41,7 @@ class Meter:
 
     def _reset(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
-        self.steps, self.samples, self.waited, self.worked = 0, 0, 0.0, 0.0
+        self.steps, self.samples, self.waited, self.worked, self.stalled = 0, 0, 0.0, 0.0, 0.0
 
     def add(self, metrics: dict[str, torch.Tensor], *, samples: int, waited: float, worked: float) -> None:
         for name, value in metrics.items():
@@ -40,22 +50,33 @@ class Meter:
         self.steps, self.samples = self.steps + 1, self.samples + samples
         self.waited, self.worked = self.waited + waited, self.worked + worked
 
+    @contextlib.contextmanager
+    def stalling(self) -> Iterator[None]:
+        """Around what is neither training nor waiting for data: its time is a share of its own, and slows no rate down."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stalled += time.perf_counter() - begun
+
     def reduce(self, device: torch.device) -> dict[str, float]:
-        """Means over all ranks and the steps since the last call, which end here. Every rank must call it."""
+        """Means over all ranks and the steps since the last call, of which there must be one, and which end here. Every rank
+        must call it."""
         world_size = dist.get_world_size()
         names = sorted(self.sums)
-        times = torch.tensor([self.waited, self.worked], dtype=torch.float64, device=device)
+        times = torch.tensor([self.waited, self.worked, self.stalled], dtype=torch.float64, device=device)
         totals = torch.cat([torch.stack([self.sums[name] for name in names]).flatten(), times])
         dist.all_reduce(totals)
         values = totals.tolist()
-        waited, worked = (seconds / world_size for seconds in values[-2:])
-        metrics = {n: s / w for n, s, w in zip(names, values[:-2:2], values[1:-2:2], strict=True) if w > 0}
+        waited, worked, stalled = (seconds / world_size for seconds in values[-3:])
+        metrics = {n: s / w for n, s, w in zip(names, values[:-3:2], values[1:-3:2], strict=True) if w > 0}
         samples, seconds = self.samples * world_size, waited + worked
         self.all_samples, self.all_seconds = self.all_samples + samples, self.all_seconds + seconds
         metrics["train/samples_per_second"] = samples / seconds
         metrics["train/samples_per_second_mean"] = self.all_samples / self.all_seconds
         metrics["train/seconds_a_step"] = seconds / self.steps
         metrics["data/share_waiting"] = waited / seconds
+        metrics["train/share_stalled"] = stalled / (seconds + stalled)  # by checkpoints, scores and previews
         rate = self.flops_a_step * self.steps / seconds  # of one rank
         metrics["train/flops_per_second"] = rate * world_size
         if peak := peak_flops(device):
@@ -68,12 +89,19 @@ def count_flops(module: torch.nn.Module, inputs: dict[str, torch.Tensor], seed: 
     """Operations of matrix products, convolutions and attention in one forward and backward pass, which it runs for that.
 
     For a module that no engine has touched: counting takes other kernels, and so may change the last bits of a real step.
-    Activations are not computed again yet, so what this gives is the model's own work. Every rank must call it.
+    This is the model's own work: activations are not computed again yet, nor is a step's alignment to cache its gradients; and
+    the module is in eval mode, in which it leaves out what it computes for the log alone. With F the operations of the forward
+    pass, it is nearly 3 F: as many again for the gradients by weights, and by inputs; less those by weights of frozen layers and
+    by inputs that need none (a first layer's); attention's backward pass is counted as 2.5 times its forward pass, with the
+    scores that its fused kernels compute again. Every rank must call it.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    with FlopCounterMode(display=False) as counter:
+    training = module.training
+    module.eval()
+    with FlopCounterMode(display=False, custom_mapping=_MORE_OPERATIONS) as counter:
         loss, _ = module(inputs, seed)
         torch.autograd.grad(loss, trained, allow_unused=True)
+    module.train(training)
     return float(counter.get_total_flops())
 
 

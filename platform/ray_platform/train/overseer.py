@@ -44,12 +44,16 @@ class Overseer:
             signal.signal(signal.SIGTERM, self._handler)
 
     def workers_are_gone(self) -> None:
+        """Others will start."""
         self.last_hang = ""
         self.watch.forget.remote()
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True
         print("SIGTERM: saving a checkpoint", flush=True)
+        self._order_stop()
+
+    def _order_stop(self) -> None:
         self.watch.order_stop.remote("stopped by SIGTERM")
 
     def _look_on(self) -> None:
@@ -59,6 +63,8 @@ class Overseer:
             looks += 1
             if looks % (SLOW_LOOK_SECONDS // LOOK_SECONDS) == 0:
                 try:
+                    if self.stopping:  # again: workers that were just being started would not know
+                        self._order_stop()
                     self._hand_on_drains()
                     self._end_a_hang()
                 except ray.exceptions.RayError as error:
@@ -89,10 +95,15 @@ class Overseer:
 
 
 def progress_line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
-    """`step 120/780  loss_generation 0.412  loss_alignment 3.101  113 samples/s  waiting for data 2 %  left 5:32`"""
+    """`step 120/780  loss_generation 0.412  loss_alignment 3.101  113 samples/s  waiting for data 2 %  stalled 3 %  left 5:32`
+
+    Stalled: by checkpoints, scores and previews, where they take at least 1 %.
+    """
     losses = "  ".join(f"{n} {v:.3f}" for n, v in sorted(metrics.items(), reverse=True) if n.startswith("loss_"))
     minutes, seconds = divmod(int(metrics.get("train/seconds_left", 0)), 60)
+    stalled = metrics.get("train/share_stalled", 0)
     return (
         f"step {step}/{num_steps}  {losses}  {metrics.get('train/samples_per_second', 0):.0f} samples/s  "
-        f"waiting for data {metrics.get('data/share_waiting', 0):.0%}  left {minutes}:{seconds:02d}"
+        f"waiting for data {metrics.get('data/share_waiting', 0):.0%}  "
+        f"{f'stalled {stalled:.0%}  ' if stalled >= 0.01 else ''}left {minutes}:{seconds:02d}"
     )

@@ -1,8 +1,10 @@
 """Where a run stands in its steps and its data, and how that and the engine's state come back from a checkpoint."""
 
 import base64
+import json
 import logging
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,48 +18,70 @@ from ray_platform.train import checkpoint
 from ray_platform.train.checkpoint import RETRY_SECONDS, CorruptCheckpoint, Manifest
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.engine import Engine
+from ray_platform.train.guard import History
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint whose files are as they were written."""
+    """A checkpoint all of whose files are as they were written."""
 
     url: str
     manifest: Manifest
     share: dict[str, torch.Tensor]  # this rank's of the tensors, on the CPU
+    ledgers: tuple[Ledger, Ledger] | None  # None: it was trained on other shards
+    first: dict[str, Any]  # the state of rank 0
+    states: list[dict[str, Any]]  # those of the ranks whose place this rank takes
+
+    @classmethod
+    def read(cls, url: str, source_digest: str) -> "Found":
+        """This rank's part. Raises CorruptCheckpoint."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        manifest = checkpoint.read_manifest(url)
+        return cls(
+            url,
+            manifest,
+            checkpoint.tensors(url, manifest, checkpoint.tensor_files(manifest)[rank::world_size]),
+            checkpoint.load_ledgers(url, manifest) if manifest.source_digest == source_digest else None,
+            checkpoint.load_rank_state(url, manifest, 0),
+            [checkpoint.load_rank_state(url, manifest, r) for r in range(rank, manifest.world_size, world_size)],
+        )
 
     def into(self, engine: Engine) -> None:
         """Give weights, moments and EMA to an engine of any number of ranks and any ZeRO stage. Every rank must call it."""
-        engine.scale.value = self.manifest.loss_scale if engine.scale.growing else 1.0
+        engine.scale.load(self.manifest.loss_scale)
         lacking = engine.load_state(self.manifest.num_updates, checkpoint.shared_reader(self.share, engine.device))
         if lacking and dist.get_rank() == 0:
             logger.warning("%s lacks %d tensors, which stay as built, such as %s", self.url, len(lacking), lacking[0])
 
+    def history(self, output_dir: str, params: Mapping[str, Any]) -> History:
+        """Of the losses so far, where they are this run's and of this objective: others say nothing about what is usual here."""
+        folder = storage.join(checkpoint.checkpoints_dir(output_dir), "")
+        here, there = (json.dumps(config.get("objective"), sort_keys=True) for config in (params, self.manifest.config))
+        return History(**self.first["history"]) if self.url.startswith(folder) and here == there else History()
 
-def find(resume: str, output_dir: str, launch: str) -> Found | None:
+
+def find(resume: str, output_dir: str, launch: str, source_digest: str) -> Found | None:
     """The best of `checkpoint.candidates` that is not damaged; None where there is none to go on from. Every rank must call it.
 
     Raises CorruptCheckpoint, on all ranks, when all of them are damaged.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     said: list[Any] = [None]
-    if rank == 0:
+    if dist.get_rank() == 0:
         said = [storage.with_retries(lambda: checkpoint.candidates(resume, output_dir, launch), RETRY_SECONDS)]
     dist.broadcast_object_list(said)
-    damages: list[Any] = [""] * world_size
+    damages: list[Any] = [""] * dist.get_world_size()
     for url in said[0]:
-        share, damage = {}, ""
+        found, damage = None, ""
         try:
-            manifest = checkpoint.read_manifest(url)
-            share = checkpoint.tensors(url, manifest, checkpoint.tensor_files(manifest)[rank::world_size])
+            found = Found.read(url, source_digest)
         except CorruptCheckpoint as error:
             damage = str(error)
         dist.all_gather_object(damages, damage)
         if not any(damages):
-            return Found(url, manifest, share)
-        if rank == 0:
+            return found
+        if dist.get_rank() == 0:
             logger.warning("%s", next(filter(None, damages)))
     if any(damages):
         raise CorruptCheckpoint(next(filter(None, damages)))
@@ -74,8 +98,6 @@ class Position:
     base: Ledger  # the plan of all ranks begins with what it leaves
     consumed: Ledger  # of the plan, by all ranks, as of the last checkpoint
     skipped: dict[str, int] = field(default_factory=dict)  # by this rank, in the runs that this one goes on from
-    usual_loss: float = 0.0  # see Guard
-    num_good: int = 0
     url: str = ""  # of the checkpoint
 
     @classmethod
@@ -84,29 +106,26 @@ class Position:
         global_batch_size = train.global_batch_size or train.max_workers * train.micro_batch_size
         return cls(0, 0, global_batch_size, nothing, nothing.copy())
 
-    def of(self, found: Found, catalog: Catalog, train: TrainConfig) -> "Position":
+    def of(self, found: Found, train: TrainConfig) -> "Position":
         """Where the checkpoint stands, for ranks that may be others than those that wrote it.
 
         The same number of ranks goes on in its plan, sample for sample. Another one shares out anew what is left of it. Other
         shards, of a run that starts from another run's checkpoint, are read from their beginning.
         """
-        rank, world_size, url, manifest = dist.get_rank(), dist.get_world_size(), found.url, found.manifest
+        url, manifest, same_ranks = found.url, found.manifest, found.manifest.world_size == dist.get_world_size()
         check_seed(url, manifest, train)
         base, consumed = self.base, self.consumed
-        if manifest.source_digest == catalog.digest:
-            base, consumed = checkpoint.load_ledgers(url, manifest)
-            if manifest.world_size != world_size:
+        if found.ledgers is not None:
+            base, consumed = found.ledgers
+            if not same_ranks:
                 base = consumed.copy()
-        elif rank == 0:
+        elif dist.get_rank() == 0:
             logger.warning("%s was trained on other shards: the data are read from their beginning", url)
-        # Whatever the rank's number, what was skipped is counted once.
-        states = [checkpoint.load_rank_state(url, manifest, r) for r in range(rank, manifest.world_size, world_size)]
-        if manifest.world_size == world_size:
-            torch.set_rng_state(_to_tensor(states[0]["rng"]))
+        if same_ranks:
+            torch.set_rng_state(_to_tensor(found.states[0]["rng"]))
         skipped: dict[str, int] = {}
-        for state in states:
+        for state in found.states:  # whatever the rank's number, what was skipped is counted once
             skipped = {cause: skipped.get(cause, 0) + state["skipped"].get(cause, 0) for cause in skipped | state["skipped"]}
-        first = checkpoint.load_rank_state(url, manifest, 0)
         return replace(
             self,
             step=manifest.step,
@@ -115,16 +134,14 @@ class Position:
             base=base,
             consumed=consumed,
             skipped=skipped,
-            usual_loss=first["usual_loss"],
-            num_good=first["num_good"],
             url=url,
         )
 
 
-def rank_state(skipped: dict[str, int], usual_loss: float, num_good: int) -> dict[str, Any]:
+def rank_state(skipped: dict[str, int], history: History) -> dict[str, Any]:
     """What one rank knows besides the engine's state and the ledgers."""
     rng = base64.b64encode(bytes(torch.get_rng_state().tolist())).decode()
-    return {"skipped": skipped, "usual_loss": usual_loss, "num_good": num_good, "rng": rng}
+    return {"skipped": skipped, "history": asdict(history), "rng": rng}
 
 
 def _to_tensor(rng: str) -> torch.Tensor:

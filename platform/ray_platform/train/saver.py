@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -29,10 +29,10 @@ FILE_BYTES = 2**30  # at most, unless a single tensor is larger: so much is held
 class Saver:
     """One rank's uploads, one checkpoint at a time. No method raises for what storage does: a checkpoint fails, not the run."""
 
-    def __init__(self, folder: str, rank: int, token: str):
+    def __init__(self, folder: str, rank: int, token: str, moved: Callable[[], None]):
         """`folder` is the launch's. `token`, the same on all ranks, is new for every start of the workers: what a rank that
-        was thought dead still uploads cannot get into a later checkpoint."""
-        self.folder, self.rank, self.token = folder, rank, token
+        was thought dead still uploads cannot get into a later checkpoint. `moved` is called after every file, from a thread."""
+        self.folder, self.rank, self.token, self.moved = folder, rank, token, moved
         self.url = ""  # of the checkpoint under way; empty: none is
         self.failure = ""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -88,11 +88,12 @@ class Saver:
             self._put(json_name(f"{rank_name}_files", self.token), json.dumps(written).encode())
             logger.debug("rank %d uploaded its share in %.1f s", self.rank, time.monotonic() - begun)
         except Exception as error:
-            self.failure = " ".join(str(error).split()) or type(error).__name__
+            self.failure = _line(error)
             logger.warning("the checkpoint %s failed on rank %d; training goes on: %s", self.url, self.rank, self.failure)
 
     def _put(self, name: str, data: bytes) -> tuple[int, str]:
         storage.with_retries(lambda: storage.write_bytes(storage.join(self.url, name), data), RETRY_SECONDS)
+        self.moved()
         return len(data), hashlib.sha256(data).hexdigest()
 
     def _complete(self, url: str, manifest: Manifest, keep: Keep) -> None:
@@ -105,10 +106,18 @@ class Saver:
             whole = replace(manifest, files=files).to_bytes()
             storage.with_retries(lambda: storage.write_bytes(storage.join(url, checkpoint.COMPLETE), whole), RETRY_SECONDS)
             logger.info("checkpoint %s is complete", url)
+        except Exception as error:
+            self.failure = _line(error)
+            logger.warning("the checkpoint %s was not completed; training goes on: %s", url, self.failure)
+            return
+        try:
             keep.prune(url)
         except Exception as error:
-            self.failure = " ".join(str(error).split()) or type(error).__name__
-            logger.warning("the checkpoint %s was not completed; training goes on: %s", url, self.failure)
+            logger.warning("older checkpoints than %s could not be removed; the next one tries again: %s", url, _line(error))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _packed(share: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:

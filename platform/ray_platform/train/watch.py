@@ -1,10 +1,12 @@
 """Who is where: every rank says so every few seconds, the driver sees which one the others wait for, and has orders for them."""
 
+import contextlib
 import os
 import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +15,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 BEAT_SECONDS = 2.0
 _SILENT_SECONDS = 5 * BEAT_SECONDS  # then a process is taken to be stopped, or its machine to be gone
-# In the file names of frames that wait for other ranks.
+_PATIENCE = 10  # times as long for what takes long by itself: building, restoring, scoring, drawing, exporting
+# In the file names of frames that wait for other ranks: with gloo. NCCL's calls return at once, and it is the next read of a
+# result that waits, wherever that is; such places say so (`Heart.waiting`).
 _COLLECTIVE = ("torch/distributed/", "deepspeed/comm/")
 
 
@@ -24,6 +28,8 @@ class Beat:
     doing: str  # what the rank's loop is at
     place: str  # file:line function where its thread stands
     waits_for_ranks: bool
+    takes_long: bool  # by itself: see _PATIENCE
+    moves: int  # files uploaded, say: counts as a step does
     host: str
     pid: int
     node: str  # Ray's id
@@ -34,7 +40,7 @@ class Beat:
 class _Seen:
     beat: Beat
     heard: float  # when
-    moved: float  # when its step, or what it was doing, last changed
+    moved: float  # when its step, what it was doing, or `moves` last changed
 
 
 class Watch:
@@ -47,7 +53,7 @@ class Watch:
     def beat(self, beat: Beat) -> str:
         """Returns why the rank has to save and stop; empty: it need not."""
         now, seen = time.monotonic(), self._ranks.get(beat.rank)
-        same = seen is not None and (seen.beat.pid, seen.beat.step, seen.beat.doing) == (beat.pid, beat.step, beat.doing)
+        same = seen is not None and _where(seen.beat) == _where(beat)
         self._ranks[beat.rank] = _Seen(beat, now, seen.moved if seen and same else now)
         return self._stop
 
@@ -58,17 +64,37 @@ class Watch:
         """The workers are gone; others will start."""
         self._ranks, self._stop = {}, ""
 
+    def leave(self, rank: int) -> None:
+        """It will beat no more."""
+        self._ranks.pop(rank, None)
+
+    def num_present(self) -> int:
+        """Ranks that beat."""
+        return sum(time.monotonic() - seen.heard < _SILENT_SECONDS for seen in self._ranks.values())
+
     def nodes(self) -> set[str]:
         return {seen.beat.node for seen in self._ranks.values()}
 
     def hanging(self, seconds: float) -> tuple[str, list[Any]]:
-        """Where no rank has moved for so long: (a line that names the one to blame, the actors of all). Else ("", [])."""
-        now = time.monotonic()
-        if not self._ranks or any(now - seen.moved < seconds for seen in self._ranks.values()):
+        """Where no rank has moved for so long: (a line that names the one to blame, the actors of all). Else ("", []).
+
+        One that does what takes long is waited for longer; but not one that says nothing any more, nor those that wait for it.
+        """
+        now, ranks = time.monotonic(), self._ranks.values()
+        silent = [seen.beat for seen in ranks if now - seen.heard > _SILENT_SECONDS]
+        if not ranks or any(now - seen.moved < seconds * _patience(seen.beat, silent) for seen in ranks):
             return "", []
-        silent = [seen.beat for seen in self._ranks.values() if now - seen.heard > max(_SILENT_SECONDS, 0)]
-        busy = [seen.beat for seen in self._ranks.values() if not seen.beat.waits_for_ranks]
-        return blame(silent, busy, len(self._ranks), seconds), [seen.beat.actor for seen in self._ranks.values()]
+        busy = [seen.beat for seen in ranks if not seen.beat.waits_for_ranks]
+        return blame(silent, busy, len(ranks), seconds), [seen.beat.actor for seen in ranks]
+
+
+def _where(beat: Beat) -> tuple[Any, ...]:
+    return beat.pid, beat.step, beat.doing, beat.moves
+
+
+def _patience(beat: Beat, silent: list[Beat]) -> int:
+    in_vain = beat in silent or (silent and beat.waits_for_ranks)
+    return _PATIENCE if beat.takes_long and not in_vain else 1
 
 
 def blame(silent: list[Beat], busy: list[Beat], num_ranks: int, seconds: float) -> str:
@@ -86,33 +112,66 @@ class Heart:
 
     def __init__(self, watch: Any, rank: int):
         self.watch, self.rank = watch, rank
-        self.step, self.doing = 0, "starting"
+        self.step, self.moves, self.doing = 0, 0, "starting"
         self.order = ""  # why to save and stop
+        self._waits, self._takes_long = False, True
         self._thread_id = threading.get_ident()  # the training's
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="heart")
+
+    def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
         self._done.set()
 
+    def at(self, doing: str, takes_long: bool = False) -> None:
+        """What the rank's loop is at from now on."""
+        self.doing, self._takes_long = doing, takes_long
+
+    def moved(self) -> None:
+        """Something was done on the way to the next step. Called from any thread."""
+        self.moves += 1
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what ends when all ranks have come there, and where a rank has nothing to do but wait for the others."""
+        before, self._waits = self._waits, True
+        try:
+            yield
+        finally:
+            self._waits = before
+
+    def whereabouts(self) -> dict[str, Any]:
+        """The part of a Beat that changes."""
+        place, inside_a_collective = self._place()
+        return {
+            "step": self.step,
+            "doing": self.doing,
+            "place": place,
+            "waits_for_ranks": self._waits or inside_a_collective,
+            "takes_long": self._takes_long,
+            "moves": self.moves,
+        }
+
     def _beat(self) -> None:
         context = ray.get_runtime_context()
-        here = (socket.gethostname(), os.getpid(), context.get_node_id(), context.current_actor)
+        actor, node = context.current_actor, context.get_node_id()
+        here = {"host": socket.gethostname(), "pid": os.getpid(), "node": node, "actor": actor}
         call: Any = None
         while not self._done.is_set():
             try:
                 if call is None:
-                    place, waits = self._place()
-                    call = self.watch.beat.remote(Beat(self.rank, self.step, self.doing, place, waits, *here))
+                    call = self.watch.beat.remote(Beat(self.rank, **self.whereabouts(), **here))
                 if ray.wait([call], timeout=BEAT_SECONDS)[0]:
                     self.order, call = ray.get(call), None
             except ray.exceptions.RayError:
                 call = None
             self._done.wait(BEAT_SECONDS)
+        self.watch.leave.remote(self.rank)
 
     def _place(self) -> tuple[str, bool]:
-        """(where the training's thread stands, whether it waits for other ranks there)."""
+        """(where the training's thread stands, whether that is inside a collective)."""
         frame, inside = sys._current_frames().get(self._thread_id), []
         while frame is not None:
             inside.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))

@@ -1,0 +1,191 @@
+"""DiffDis under the engine, on two ranks without Ray, against one plain process: gradients, scores, previews, operations."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from diffdis.config import ObjectiveConfig
+from diffdis.objective import Draws
+from diffdis.task import DiffDisTask
+from ray_platform.train.config import TrainConfig
+from ray_platform.train.meter import count_flops
+from tests.ranks import Ranks
+
+CPU = torch.device("cpu")
+CAPTIONS = ("red heart", "blue circle", "green leaf", "yellow star", "red heart", "black cat", "white tree", "pizza")
+# Else ZeRO 3 keeps small parameters whole on every rank, and a small model is not sharded at all.
+SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    group = Ranks(2)
+    yield group
+    group.stop()
+
+
+def build(config, **objective):
+    torch.manual_seed(0)
+    return DiffDisTask(config, ObjectiveConfig(**objective), CAPTIONS[:3])
+
+
+def batch_of(captions):
+    images = np.random.default_rng(0).integers(0, 256, (len(CAPTIONS), 16, 16, 3), dtype=np.uint8)
+    places = [CAPTIONS.index(caption) for caption in captions]
+    return SimpleNamespace(tensors={"image": images[places]}, captions=captions)
+
+
+def parts_of(number):
+    size = len(CAPTIONS) // number
+    return [CAPTIONS[part * size : (part + 1) * size] for part in range(number)]
+
+
+def step_on_a_rank(rank, config, objective, fields, num_micro):
+    """A step of the engine: its loss, and AdamW's first moments, which are a tenth of the gradients then."""
+    from ray_platform.train.engine import Engine
+
+    task = build(config, **objective)
+    captions = parts_of(2 * num_micro)[rank * num_micro :][:num_micro]
+    inputs = [task.inputs(batch_of(part), CPU) for part in captions]
+    train = TrainConfig(**fields, gradient_clipping=0.0, deepspeed=SHARDED if fields["zero_stage"] == 3 else {})
+    engine = Engine(task, train, len(captions[0]), num_micro)
+    loss, _ = engine.backward(inputs, [rank * num_micro + part for part in range(num_micro)])
+    assert engine.update(0)
+    if fields["zero_stage"] == 3:
+        assert not [name for name, p in task.module.named_parameters() if p.numel()], "every rank holds them whole"
+    moments = {n.partition("/")[2]: t.clone() for n, t in engine.state(("exp_avg",)) if n.startswith("exp_avg/")}
+    return loss, moments
+
+
+def scores_on_a_rank(rank, config, objective):
+    """Rows before the first step and after it, when ZeRO 3 has seen another order of layers; and then previews."""
+    from ray_platform.train.engine import Engine
+
+    task = build(config, **objective)
+    inputs = task.inputs(batch_of(parts_of(2)[rank]), CPU)
+    engine = Engine(task, TrainConfig(**ZERO_3, deepspeed=SHARDED), len(CAPTIONS) // 2, 1)
+    with engine.inference():
+        before = task.represent(inputs)["predicted"]
+    engine.backward([inputs], [0])
+    engine.update(0, skip=True)  # the weights stay
+    with engine.inference():
+        return before, task.represent(inputs)["predicted"], task.preview(rank, 2)
+
+
+def step_of_one_process(config, objective, num_parts):
+    """(loss, gradients) of all parts at once, drawn as each part was."""
+    task = build(config, **objective)
+    parts = [task.inputs(batch_of(captions), CPU) for captions in parts_of(num_parts)]
+    drawn = [task.module.draw(part, seed) for seed, part in enumerate(parts)]
+    draws = Draws(*(torch.cat(values) for values in zip(*drawn, strict=True)))
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {"null_states": parts[0]["null_states"]}
+    task.module.draw = lambda inputs, seed: draws
+    loss, _ = task.module(whole, 0)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in task.module.named_parameters() if p.grad is not None}
+
+
+ARMS = [{"task": name} for name in ("joint", "generation", "alignment", "clip")]
+ZERO_2, ZERO_3 = {"zero_stage": 2}, {"zero_stage": 3}
+CASES = [(arm, ZERO_2, 1) for arm in ARMS]
+CASES += [({"task": "joint", "negatives": "step", "num_draws": 2}, ZERO_2, 2)]
+CASES += [({"task": "joint"}, stage | {"activation_checkpointing": True}, 1) for stage in (ZERO_2, ZERO_3)]
+CASES += [({"task": "clip"}, ZERO_3, 1), ({"task": "joint", "negatives": "step"}, ZERO_3, 2)]
+
+
+@pytest.mark.parametrize(("objective", "fields", "num_micro"), CASES)
+def test_a_step_on_two_ranks_has_the_gradients_of_one_process(two_ranks, tiny_model, objective, fields, num_micro):
+    found = two_ranks.run(step_on_a_rank, tiny_model, objective, fields, num_micro)
+    loss, gradients = step_of_one_process(tiny_model, objective, 2 * num_micro)
+    torch.testing.assert_close(torch.stack([loss for loss, _ in found]).mean(), loss)
+    moments = found[0][1]
+    assert moments.keys() == gradients.keys()
+    difference = torch.nn.utils.get_total_norm([moments[name] * 10 - value for name, value in gradients.items()])
+    assert difference < 1e-5 * torch.nn.utils.get_total_norm(gradients.values())
+
+
+def test_scores_and_previews_of_sharded_weights_are_those_of_whole_ones(two_ranks, tiny_model):
+    found = two_ranks.run(scores_on_a_rank, tiny_model, {"task": "joint"})
+    task = build(tiny_model)
+    with torch.no_grad():
+        rows = task.represent(task.inputs(batch_of(CAPTIONS), CPU))
+        images = task.preview(0, 1)
+    for when in (0, 1):
+        torch.testing.assert_close(torch.cat([rank[when] for rank in found]), rows["predicted"])
+    assert [sorted(drawn) for *_, drawn in found] == [[0, 2], [1]]
+    for place, image in (item for *_, drawn in found for item in drawn.items()):
+        assert np.abs(image.astype(int) - images[place]).max() <= 1
+
+
+def test_scores_of_sharded_weights_under_the_joint_mask_too(two_ranks, tiny_model):
+    config = dataclasses.replace(tiny_model, query_visibility="joint")
+    found = two_ranks.run(scores_on_a_rank, config, {"task": "alignment"})
+    task = build(config, task="alignment")
+    with torch.no_grad():
+        rows = task.represent(task.inputs(batch_of(CAPTIONS), CPU))
+    for when in (0, 1):
+        torch.testing.assert_close(torch.cat([rank[when] for rank in found]), rows["predicted"])
+
+
+class Counted:
+    """Operations by hand: of each layer's output, and where a gradient comes back to it, of those by its weights and its input,
+    as far as these are needed; of attention, 2 matrix products, and 5 backward, as its kernels compute the scores again."""
+
+    def __init__(self, module, monkeypatch):
+        self.total = 0
+        attention = F.scaled_dot_product_attention
+
+        def counted(query, key, value, **more):
+            out = attention(query, key, value, **more)
+            self._count(out, 2 * query.numel() * key.shape[-2], 2, 5)
+            return out
+
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+                layer.register_forward_hook(self._layer)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+
+    def _layer(self, layer, arguments, out):
+        operations = 2 * out.numel() * layer.weight[0].numel()
+        self._count(out, operations, 1, layer.weight.requires_grad + arguments[0].requires_grad)
+
+    def _count(self, out, operations, times, times_backward):
+        self.total += times * operations
+        if out.requires_grad:
+            out.register_hook(lambda _: self.__setattr__("total", self.total + times_backward * operations))
+
+
+# Tokens and widths of the tiny model's three sites and two head blocks: what a query reads under the one-way mask.
+READ = ((64, 16), (16, 32), (16, 32), (16, 32), (16, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "visibility"),
+    [("joint", "joint"), ("alignment", "joint"), ("alignment", "one_way"), ("generation", "one_way"), ("clip", "one_way")],
+)
+def test_operations_are_those_of_the_models_own_work(tiny_model, visibility, name, monkeypatch):
+    """Without the control, which is for the log alone, and walks images once more under the joint mask."""
+    config, size = dataclasses.replace(tiny_model, query_visibility=visibility), 3
+    task = build(config, task=name)
+    inputs = task.inputs(batch_of(CAPTIONS[:size]), CPU)
+    forward = []
+    with monkeypatch.context() as patch:
+        hand = Counted(task.module, patch)
+        for training in (True, False):
+            hand.total = 0
+            loss, metrics = task.module.train(training)(inputs, 0)
+            forward.append(hand.total)
+        loss.backward()
+        expected = hand.total
+    if name != "generation":
+        expected += 3 * 2 * size * size * 32  # InfoNCE: the logits, again in the backward pass, and the gradient by the queries
+    if visibility == "one_way" and name in ("joint", "alignment"):
+        expected += 3 * sum(2 * 2 * size * tokens * width for tokens, width in READ)
+    assert count_flops(build(config, task=name).module, inputs, 0) == expected
+    assert 2.5 * forward[1] < expected < 3.2 * forward[1]
+    assert (forward[0] > forward[1]) == (name in ("joint", "alignment"))
+    assert "alignment/retrieval_shuffled_images" not in metrics
