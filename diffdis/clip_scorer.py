@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from diffdis.encoder import digest_of_folder
@@ -35,11 +36,22 @@ class ClipScorer:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._size = self._model.config.vision_config.image_size
         self._processor = _image_processor(folder, self._size)
+        crop, self._short = self._processor.crop_size, int((self._processor.size or {}).get("shortest_edge") or 0)
+        # CLIP's own way: the shorter side to a length, and a square cut from the middle.
+        self._is_plain = bool(self._processor.do_resize and self._short and self._processor.do_center_crop) and (
+            (crop["height"], crop["width"]) == (self._size, self._size) and self._short >= self._size
+        )
         self._check_size(folder)
         # What the processor makes of each of the 256 values in each channel: its very numbers, whatever mean, std and factor.
         levels = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 1, 3))
         normalised = self._processor(levels, do_resize=False, do_center_crop=False, input_data_format="channels_last")
-        self._values = torch.from_numpy(normalised["pixel_values"][0][:, :, 0].copy()).to(self._device)  # [3, 256]
+        self._values = torch.from_numpy(normalised["pixel_values"][0][:, :, 0].copy())  # [3, 256]
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32) for values in (self._processor.image_mean, self._processor.image_std)
+        )
+        self._scaling = torch.tensor(self._processor.rescale_factor, dtype=torch.float32), mean, std
+        scaled = self._scaled(torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 3)).T
+        self._by_arithmetic = torch.equal(scaled, self._values)
 
     def _check_size(self, folder: Path) -> None:
         expected = (self._size, self._size, 3)
@@ -52,8 +64,24 @@ class ClipScorer:
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """RGB uint8 [H, W, 3] of any size -> uint8 [S, S, 3], as the model sees it. May be called from several threads."""
+        if self._is_plain:
+            return self._resized_and_cut(image)
         resized = self._processor(image, do_rescale=False, do_normalize=False, input_data_format="channels_last")
         return np.ascontiguousarray(resized["pixel_values"][0].transpose(1, 2, 0))
+
+    def _resized_and_cut(self, image: np.ndarray) -> np.ndarray:
+        """What the processor does where it is CLIP's own, without its checks and copies."""
+        size, (height, width) = self._size, image.shape[:2]
+        short, long = min(height, width), int(self._short * max(height, width) / min(height, width))
+        target = (self._short, long) if width == short else (long, self._short)  # width, height
+        resized = Image.fromarray(image).resize(target, self._processor.resample)
+        left, top = (target[0] - size) // 2, (target[1] - size) // 2
+        return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+    def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [..., 3] -> float32, as the processor normalises."""
+        factor, mean, std = self._scaling
+        return pixels.float().mul_(factor).sub_(mean).div_(std)
 
     @torch.no_grad()
     def embed_images(self, images: np.ndarray, keys: Sequence[str] = (), **settings: Any) -> np.ndarray:
@@ -61,8 +89,12 @@ class ClipScorer:
 
         CLIP draws no noise and takes no steps: keys and settings, which other scorers need, change nothing.
         """
-        pixels = torch.from_numpy(np.array(images)).to(self._device).permute(0, 3, 1, 2).int()
-        values = torch.stack([self._values[channel][pixels[:, channel]] for channel in range(3)], dim=1)
+        pixels = torch.from_numpy(np.array(images))
+        if self._by_arithmetic:
+            values = self._scaled(pixels).permute(0, 3, 1, 2).contiguous()
+        else:
+            values = torch.stack([self._values[channel][pixels[..., channel].int()] for channel in range(3)], dim=1)
+        values = values.to(self._device)
         with torch.autocast(self._device.type, enabled=False):
             embedded = self._model.get_image_features(pixel_values=values).pooler_output
         return F.normalize(embedded, dim=-1).cpu().numpy()
@@ -73,16 +105,22 @@ class ClipScorer:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """[N, D] float32, unit norm. Padded and cut to the length that CLIP was trained with (77 tokens)."""
+        """[N, D] float32, unit norm. Cut to the length that CLIP was trained with (77 tokens).
+
+        Padded to the longest text of a batch, of texts of like length: CLIP's text attention is causal and reads the state of the
+        end token, so what follows it changes nothing, and most texts are a fifth as long as CLIP's length.
+        """
         length = self._model.config.text_config.max_position_embeddings
-        parts = []
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            some = list(texts[start : start + TEXTS_AT_ONCE])
-            tokens = self._tokenizer(some, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        tokens = self._tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
+        order = sorted(range(len(texts)), key=lambda place: len(tokens[place]))
+        found: dict[int, np.ndarray] = {}
+        for start in range(0, len(order), TEXTS_AT_ONCE):
+            places = order[start : start + TEXTS_AT_ONCE]
+            padded = self._tokenizer.pad({"input_ids": [tokens[place] for place in places]}, return_tensors="pt")
             with torch.autocast(self._device.type, enabled=False):
-                embedded = self._model.get_text_features(input_ids=tokens["input_ids"].to(self._device)).pooler_output
-            parts.append(F.normalize(embedded, dim=-1).cpu().numpy())
-        return np.concatenate(parts)
+                embedded = self._model.get_text_features(input_ids=padded["input_ids"].to(self._device)).pooler_output
+            found |= dict(zip(places, F.normalize(embedded, dim=-1).cpu().numpy(), strict=True))
+        return np.stack([found[place] for place in range(len(texts))])
 
 
 def _image_processor(folder: Path, size: int) -> Any:

@@ -70,7 +70,7 @@ def save_clip_tokenizer(folder: Path) -> CLIPTextConfig:
     )
 
 
-def save_clip(folder: Path, image_size: int = 32) -> Path:
+def save_clip(folder: Path, image_size: int = 32, patch_size: int = 8) -> Path:
     """A whole CLIP whose images are `image_size` pixels wide. Its weights are large enough for embeddings to differ."""
     torch.manual_seed(0)
     text = save_clip_tokenizer(folder)
@@ -80,7 +80,7 @@ def save_clip(folder: Path, image_size: int = 32) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         image_size=image_size,
-        patch_size=8,
+        patch_size=patch_size,
         projection_dim=WIDTH,
     )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH)

@@ -18,10 +18,11 @@ from evaluation.models import Model
 from evaluation.units import unit
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.evaluate.fan_out import Unit, in_order
+from ray_platform.evaluate.fan_out import in_order
 from ray_platform.evaluate.find import open_images, open_set
 from ray_platform.evaluate.kept import Rows
 from ray_platform.evaluate.results import check_same_protocol
+from ray_platform.evaluate.schedule import Unit
 from ray_platform.evaluate.slices import RawSample, read_slice
 from ray_platform.evaluate.work import DrawImages, MeasureImages
 from recipes.evaluate import QualityConfig

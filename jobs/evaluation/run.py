@@ -20,11 +20,12 @@ from evaluation.units import unit
 from evaluation.zero_shot import ZeroShot
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.evaluate.fan_out import FanOut, Fleet, Unit
+from ray_platform.evaluate.fan_out import FanOut, Fleet
 from ray_platform.evaluate.find import NotFoundError, find_set, open_set
 from ray_platform.evaluate.kept import Kept
 from ray_platform.evaluate.report import report_page
 from ray_platform.evaluate.results import metrics_for_tracking, write_results
+from ray_platform.evaluate.schedule import Unit
 from ray_platform.evaluate.sets import PAPER, PUBLISHED, PUBLISHED_RETRIEVAL, EvaluationSet, check_counts
 from ray_platform.evaluate.work import Parts, Thumbnails, image_name
 from ray_platform.tracking import Tracker, TrackingConfig

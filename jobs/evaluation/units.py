@@ -7,8 +7,9 @@ import numpy as np
 
 from evaluation.models import Model
 from ray_platform.contracts import DataError
-from ray_platform.evaluate.fan_out import Unit, Work
+from ray_platform.evaluate.fan_out import Work
 from ray_platform.evaluate.kept import key_of
+from ray_platform.evaluate.schedule import Unit
 from ray_platform.evaluate.sets import EvaluationSet
 
 

@@ -9,8 +9,9 @@ from diffdis.metrics.zero_shot import NONE, accuracies, confusion_matrix, recall
 from evaluation.models import Model
 from evaluation.units import check_distinct, set_identity, unit
 from ray_platform.contracts import DataError
-from ray_platform.evaluate.fan_out import Unit, in_order
+from ray_platform.evaluate.fan_out import in_order
 from ray_platform.evaluate.kept import Rows
+from ray_platform.evaluate.schedule import Unit
 from ray_platform.evaluate.sets import EvaluationSet, check_counts
 from ray_platform.evaluate.work import EmbedClasses, EmbedImages
 

@@ -3,6 +3,7 @@
 The Task is a small one: it is the platform that is tried here. `tests/benchmarks/faults.py` does it to DiffDis, twenty times.
 """
 
+import contextlib
 import functools
 import gzip
 import json
@@ -66,7 +67,13 @@ def wait_for_steps(output, number):
 
 
 def workers():
-    return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+    """Of this test run's own cluster: another one may be training on this machine."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def at_some_step(output, number, do):

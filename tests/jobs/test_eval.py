@@ -1,6 +1,7 @@
 """jobs/eval.py on small sets in the layouts that users have: scores, what they do not depend on, and what is refused."""
 
 import base64
+import contextlib
 import csv
 import dataclasses
 import json
@@ -126,7 +127,11 @@ def test_no_digit_depends_on_the_workers_or_on_one_that_is_killed(exported, data
 def _kill_a_replica():
     """The first one that has begun a unit, a little later."""
     while True:
-        found = [p for p in psutil.process_iter(["cmdline"]) if "_Actor.do" in " ".join(p.info["cmdline"] or [])]
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "_Actor.do" in " ".join(process.cmdline()):
+                    found.append(process)
         if found:
             time.sleep(1.0)
             random.choice(found).send_signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Units of work over the cluster: the dearest first, on actors that are replaced when they die; results as they come.
+"""Units of work over the cluster, on actors that are replaced when they die; results as they come.
 
 What is measured does not depend on any of it: a unit's rows are the same whoever makes them, and are merged by their place.
 """
@@ -6,7 +6,6 @@ What is measured does not depend on any of it: a unit's rows are the same whoeve
 import logging
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,11 +16,10 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.kept import Kept, Rows
+from ray_platform.evaluate.schedule import IN_FLIGHT, MAX_DEATHS, Schedule, Unit
 
 logger = logging.getLogger(__name__)
 
-MAX_TRIES = 3  # of a unit whose worker died
-_IN_FLIGHT = 2  # units a worker: while one is computed, the next one is read and decoded
 _LOOK_SECONDS = 5.0
 
 
@@ -29,18 +27,6 @@ class Work(Protocol):
     """What a worker does for one unit. It travels to the worker, so it holds plain data."""
 
     def run(self, parts: Any) -> Rows: ...
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One piece of work."""
-
-    name: str  # for people
-    group: str  # whose measurement it belongs to: when one of its units fails, the group's others are left out
-    key: str  # see `key_of`
-    cost: float  # relative to the other units'
-    work: Work
-    first: bool = False  # before all that are not: others wait for its rows
 
 
 @dataclass(frozen=True)
@@ -133,12 +119,7 @@ class FanOut:
 
     def __init__(self, fleet: Fleet, kept: Kept, show: Callable[[str], None]):
         self.fleet, self.kept, self.show = fleet, kept, show
-        self._waiting: deque[Unit] = deque()
-        self._running: dict[ray.ObjectRef, tuple[Unit, Any, int]] = {}  # call -> unit, actor, what it adds to its load
-        self._load: dict[Any, int] = {}  # actor -> its units in flight
-        self._deaths: Counter[str] = Counter()  # unit key -> workers that died with it alone
-        self._suspects: set[str] = set()  # units whose worker died: from then on each has a worker for itself
-        self._failed: set[str] = set()  # groups
+        self._running: dict[ray.ObjectRef, tuple[Unit, Any, bool]] = {}  # call -> unit, actor, whether it has that for itself
 
     def run(self, units: Sequence[Unit]) -> Iterator[Outcome]:
         """Each unit once; those that an earlier run did come first. After a group's first error its units come no more.
@@ -146,37 +127,36 @@ class FanOut:
         Raises ConfigError for a cluster too small. Whatever a unit's work raises is its group's error, in one line.
         """
         self.progress = Progress(sum(unit.cost for unit in units), len(units))
-        found = self.kept.read([unit.key for unit in units])
+        found, left = self.kept.read([unit.key for unit in units]), []
         for unit in units:
             if unit.key in found:
                 self.progress.add(unit, kept=True)
                 yield Outcome(unit, found.pop(unit.key))
             else:
-                self._waiting.append(unit)
-        # The dearest first: what is left at the end is small, so that all workers end together (LPT).
-        self._waiting = deque(sorted(self._waiting, key=lambda unit: (not unit.first, -unit.cost)))
-        if not self._waiting:
+                left.append(unit)
+        if not left:
             return
-        size = min(self.fleet.size(), len(self._waiting))
-        self._load = {self._start(): 0 for _ in range(size)}
+        self.schedule, self._running = Schedule(left), {}
         try:
+            for _ in range(min(self.fleet.size(), len(left))):
+                self.schedule.add_worker(self._start())
             yield from self._work()
         finally:
-            for actor in self._load:
+            for actor in self.schedule.workers:
                 ray.kill(actor)
         self.show(self.progress.line())
 
     def _start(self) -> Any:
         device = "cuda" if self.fleet.gpus_per_worker else "cpu"
-        options = {"num_cpus": self.fleet.cpus_per_worker, "num_gpus": self.fleet.gpus_per_worker, "max_concurrency": _IN_FLIGHT}
+        options = {"num_cpus": self.fleet.cpus_per_worker, "num_gpus": self.fleet.gpus_per_worker, "max_concurrency": IN_FLIGHT}
         return ray.remote(_Actor).options(**options).remote(self.fleet.build, device, self.kept)
 
     def _work(self) -> Iterator[Outcome]:
         said = time.monotonic()
-        while self._waiting or self._running:
-            self._hand_out()
+        while True:
+            self.schedule.hand_out(self._begin, self.progress.leave_out)
             if not self._running:
-                break
+                return
             done, _ = ray.wait(list(self._running), num_returns=1, timeout=_LOOK_SECONDS)
             for call in done:
                 if (outcome := self._collect(call)) is not None:
@@ -185,56 +165,34 @@ class FanOut:
                 said = time.monotonic()
                 self.show(self.progress.line())
 
-    def _hand_out(self) -> None:
-        """Every actor gets one unit before any gets a second one."""
-        for level in range(_IN_FLIGHT):
-            for actor, load in self._load.items():
-                if load == level and (unit := self._next(alone=level == 0)) is not None:
-                    weight = _IN_FLIGHT if unit.key in self._suspects else 1
-                    call = actor.do.remote(unit.key, unit.work)
-                    self._running[call], self._load[actor] = (unit, actor, weight), load + weight
-
-    def _next(self, alone: bool) -> Unit | None:
-        """The next unit, for a worker that has none (`alone`), or one that has."""
-        for unit in list(self._waiting):
-            if unit.group in self._failed:
-                self._waiting.remove(unit)
-                self.progress.leave_out(unit)
-            elif alone or unit.key not in self._suspects:
-                self._waiting.remove(unit)
-                return unit
-        return None
+    def _begin(self, unit: Unit, actor: Any, alone: bool) -> None:
+        self._running[actor.do.remote(unit.key, unit.work)] = unit, actor, alone
 
     def _collect(self, call: ray.ObjectRef) -> Outcome | None:
-        unit, actor, weight = self._running.pop(call)
-        if actor in self._load:
-            self._load[actor] -= weight
+        unit, actor, alone = self._running.pop(call)
+        self.schedule.done(actor, alone)
         try:
             rows = ray.get(call)
         except RayTaskError as error:
             return self._fail(unit, _line(error.cause, unit))
         except RayError as error:  # the worker died, or its node, and what it had made with it
-            return self._lost(unit, actor, error, alone=weight == _IN_FLIGHT)
+            return self._lost(unit, actor, error, alone)
         self.progress.add(unit, kept=False)
-        return None if unit.group in self._failed else Outcome(unit, rows)
+        return None if unit.group in self.schedule.failed else Outcome(unit, rows)
 
     def _lost(self, unit: Unit, actor: Any, error: RayError, alone: bool) -> Outcome | None:
-        if isinstance(error, RayActorError) and actor in self._load:
-            del self._load[actor]
-            self._load[self._start()] = 0
+        if isinstance(error, RayActorError) and self.schedule.died(actor):
+            self.schedule.add_worker(self._start())
             self.progress.workers_lost += 1
             logger.warning("a worker died; another one takes its units")
-        self._suspects.add(unit.key)
-        self._deaths[unit.key] += alone  # of two, the other one may be to blame
-        if self._deaths[unit.key] < MAX_TRIES:
-            self._waiting.appendleft(unit)
+        if self.schedule.again(unit, alone):
             return None
-        return self._fail(unit, f"{unit.name}: {MAX_TRIES} workers died with it, the last time so: {_one_line(error)[:200]}")
+        return self._fail(unit, f"{unit.name}: {MAX_DEATHS} workers died with it, the last time so: {_one_line(error)[:200]}")
 
     def _fail(self, unit: Unit, line: str) -> Outcome | None:
-        if unit.group in self._failed:
+        if unit.group in self.schedule.failed:
             return None
-        self._failed.add(unit.group)
+        self.schedule.failed.add(unit.group)
         return Outcome(unit, None, line)
 
 

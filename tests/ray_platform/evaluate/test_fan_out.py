@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from ray_platform.contracts import ConfigError
-from ray_platform.evaluate.fan_out import MAX_TRIES, FanOut, Fleet, Progress, Unit, in_order
+from ray_platform.evaluate.fan_out import FanOut, Fleet, Progress, in_order
 from ray_platform.evaluate.kept import Kept, key_of
+from ray_platform.evaluate.schedule import MAX_DEATHS, Unit
 from tests.ray_platform.evaluate.work_for_tests import DieOnce, Divide, Fail, Square, no_parts
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -67,7 +68,7 @@ def test_a_unit_that_kills_every_worker_fails_its_group_and_no_other(tmp_path):
     found = list(fan_out(tmp_path / "kept", 1).run([deadly, *squares(range(4))]))
     assert values(found) == [0, 1, 4, 9]
     (error,) = [outcome.error for outcome in found if outcome.error]
-    assert error.startswith(f"{deadly.name}: {MAX_TRIES} workers died with it, the last time so: ")
+    assert error.startswith(f"{deadly.name}: {MAX_DEATHS} workers died with it, the last time so: ")
 
 
 def test_an_error_is_one_line_and_leaves_out_the_rest_of_its_group(tmp_path):

@@ -1,0 +1,291 @@
+"""What an evaluation costs, against the peers and against the plainest way; and how evenly its units fill the workers.
+
+    PYTHONPATH=platform:jobs:. python tests/benchmarks/evaluate.py [--rounds 5]
+
+All timings of one process on as many torch threads as there are cores, the contenders in turns in every round; rates are medians
+over the rounds, ratios medians of the rounds' ratios. Ends in one JSON line.
+"""
+
+import argparse
+import dataclasses
+import io
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffdis import config as presets
+from diffdis.clip_scorer import ClipScorer
+from diffdis.metrics.frechet import Moments, frechet_distance
+from diffdis.metrics.zero_shot import accuracies, class_embeddings, top_k
+from diffdis.model import DiffDis
+from diffdis.pipeline import DiffDisPipeline
+from diffdis.text_encoder import build_text_encoder
+from ray_platform.evaluate.find import find_set
+from ray_platform.evaluate.layouts.tars import tar_set
+from ray_platform.evaluate.schedule import Schedule
+from ray_platform.evaluate.sets import PAPER, REGISTRY
+from ray_platform.evaluate.slices import Wanted
+from ray_platform.evaluate.work import BATCH_SIZE, EmbedImages, Parts
+from ray_platform.storage import StoredFile
+from tests.benchmarks.clip_benchmark_loop import evaluate_by_clip_benchmark
+from tests.diffdis.metrics.peers import functions_of
+from tests.ray_platform.evaluate.test_schedule import makespan, units
+from tests.tiny_checkpoints import save_clip, save_mean_pool_encoder
+
+# The demo's networks at twice its image size. (At its own 32 px a walk of the image costs no more than 20 steps of a query: see
+# `k10_cost_ratio_32px`; at Stable Diffusion's sizes it costs as much as some thousand: `k10_flops_ratio_sd_v1`.)
+IMAGE_SIZE = 64
+NUM_STEPS = 10
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+TEMPLATES = ("a photo of a {c}.", "a blurry photo of a {c}.", "the photo of the {c}.")
+# Draws of (t, eps) a class that a diffusion classifier averages over. Li et al. (2023), "Your Diffusion Model is Secretly a
+# Zero-Shot Classifier", take from 50 for pruning to 500 for the classes that are left.
+CLASSIFIER_DRAWS = 50
+NUM_JPEGS, NUM_CLASSES = 1024, 20  # as many texts an image as ImageNet: 80 templates a class, and 50 images
+FEATURES, WIDTH = 4096, 2048
+WORKERS = 64
+SUN397_SHARE = 0.64  # of all time, as EVALUATION.md has it: its images are large
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
+
+
+def ratio(rounds: list[dict[str, float]], over: str, under: str) -> float:
+    return round(statistics.median(found[over] / found[under] for found in rounds), 3)
+
+
+def timed(call: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+# --- zero-shot by denoising a query, against one pass of the encoder and against a diffusion classifier -------------------
+
+
+def small_pipeline(folder: Path, image_size: int) -> DiffDisPipeline:
+    base = presets.demo()
+    text = dataclasses.replace(presets.tiny().text_encoder, path=str(folder))
+    unet = dataclasses.replace(base.unet, sample_size=image_size // 2)
+    config = dataclasses.replace(base, image_size=image_size, unet=unet, text_encoder=text)
+    torch.manual_seed(0)
+    encoder = build_text_encoder(text)
+    from diffdis.autoencoder import build_autoencoder
+
+    return DiffDisPipeline(config, DiffDis(config), build_autoencoder(config.autoencoder), encoder)
+
+
+@torch.no_grad()
+def diffusion_classifier(pipeline: DiffDisPipeline, latent: torch.Tensor, class_names: tuple[str, ...]) -> int:
+    """The class whose text lets the whole U-Net predict best what was mixed into one latent [1, C, H, W]."""
+    states, _ = pipeline.text_encoder.encode([f"a photo of a {name}." for name in class_names])
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randint(1000, (CLASSIFIER_DRAWS,), generator=generator)
+    noise = torch.randn((CLASSIFIER_DRAWS, *latent.shape[1:]), generator=generator)
+    abar = pipeline.model.abar[t].reshape(-1, 1, 1, 1)
+    noised = abar.sqrt() * latent + (1 - abar).sqrt() * noise
+    target = abar.sqrt() * noise - (1 - abar).sqrt() * latent  # v
+    errors = []
+    for state in states:
+        predicted = pipeline.model.predict_image(noised, t, state.expand(CLASSIFIER_DRAWS, -1, -1))
+        errors.append(float(((predicted - target) ** 2).mean()))
+    return int(np.argmin(errors))
+
+
+def denoising(folder: Path, image_size: int, num_rounds: int, with_classifier: bool) -> dict[str, float]:
+    """Seconds an image, of each."""
+    pipeline = small_pipeline(folder, image_size)
+    latent = torch.randn(4 * BATCH_SIZE, pipeline.config.unet.in_channels, image_size // 2, image_size // 2)
+    keys = [str(i) for i in range(len(latent))]
+    null, _ = pipeline.text_encoder.encode([""])
+    classes = pipeline.embed_classes(CLASSES, TEMPLATES)
+
+    @torch.no_grad()
+    def encoder() -> None:
+        pipeline.model.see(latent, null)
+
+    def zero_shot() -> None:
+        (pipeline.embed_latent(latent, keys, num_steps=NUM_STEPS) @ classes.T).argmax(dim=1)
+
+    rounds = []
+    for _ in range(num_rounds + 1):  # the first one warms up
+        found = {"encoder": timed(encoder) / len(latent), "zero_shot": timed(zero_shot) / len(latent)}
+        if with_classifier:
+            found["classifier"] = timed(lambda: diffusion_classifier(pipeline, latent[:1], CLASSES))
+        rounds.append(found)
+    suffix = "" if with_classifier else f"_{image_size}px"
+    result = {f"k10_cost_ratio{suffix}": ratio(rounds[1:], "zero_shot", "encoder")}
+    if with_classifier:
+        result["speedup_vs_diffusion_classifier"] = ratio(rounds[1:], "classifier", "zero_shot")
+        result |= {f"images_per_second_{name}": round(1 / value, 1) for name, value in medians(rounds[1:]).items()}
+    return result
+
+
+def flops_ratio_of_sd_v1() -> float:
+    """Operations of one walk and ten steps over those of one walk, at the paper's size, without weights."""
+    with torch.device("meta"):
+        model = DiffDis(presets.sd_v1(query_visibility="one_way"))
+        latent, null = torch.zeros(1, 4, 64, 64), torch.zeros(1, 77, 768)
+        e_t, time_ = torch.zeros(1, 1, 768), torch.zeros(1, 1, dtype=torch.long)
+    counts = {}
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            image = model.see(latent, null)
+        counts["walk"] = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            model.predict_query(image, e_t, time_)
+        counts["step"] = counter.get_total_flops()
+    return round(1 + NUM_STEPS * counts["step"] / counts["walk"], 4)
+
+
+# --- a CLIP on a set of photographs, by our worker and by CLIP_benchmark's loop ----------------------------------------------
+
+
+def write_photographs(folder: Path) -> Path:
+    """A `wds_*` set of JPEGs of 384 to 512 px with structure at several scales, and some of ImageNet's classes."""
+    rng, imagenet = np.random.default_rng(0), REGISTRY["imagenet1k"]
+    root = folder / "wds_photographs"
+    (root / "test").mkdir(parents=True)
+    (root / "classnames.txt").write_text("\n".join(imagenet.classes[:NUM_CLASSES]) + "\n")
+    (root / "zeroshot_classification_templates.txt").write_text("\n".join(imagenet.templates) + "\n")
+    sink = webdataset.ShardWriter(str(root / "test" / "%d.tar"), maxcount=512, verbose=0)
+    for i in range(NUM_JPEGS):
+        size = tuple(int(side) for side in rng.integers(384, 513, 2))
+        pixels = sum(
+            np.asarray(
+                Image.fromarray(rng.integers(0, 256, (scale, scale, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC),
+                dtype=np.float32,
+            )
+            * weight
+            for scale, weight in ((6, 0.6), (48, 0.3), (192, 0.1))
+        )
+        buffer = io.BytesIO()
+        Image.fromarray(np.asarray(pixels).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        sink.write({"__key__": f"s{i:07d}", "jpg": buffer.getvalue(), "cls": int(rng.integers(NUM_CLASSES))})
+    sink.close()
+    (root / "test" / "nshards.txt").write_text(f"{NUM_JPEGS // 512}\n")
+    return root
+
+
+def evaluate_by_us(root: Path, clip: Path) -> Mapping[str, float]:
+    """What one worker does on all cores, and the driver with its rows."""
+    data = find_set([str(root.parent)], "photographs")
+    parts = Parts({"clip": lambda device: ClipScorer(clip, device)}, os.cpu_count() or 1, "cpu")
+    classes = class_embeddings(parts["clip"].embed_texts, data.classes, data.templates).numpy()
+    rows = [EmbedImages("clip", data.name, part, {}).run(parts) for part in data.slices]
+    labels = np.concatenate([part["labels"] for part in rows])
+    return accuracies(labels, top_k(np.concatenate([part["embeddings"] for part in rows]), classes, k=5), len(data.classes))
+
+
+def against_clip_benchmark(folder: Path, num_rounds: int) -> dict[str, Any]:
+    root, clip = write_photographs(folder), save_clip(folder / "clip", image_size=224, patch_size=32)
+    rounds, scores = [], {}
+    for _ in range(num_rounds):
+        found = {}
+        for name, call in (("ours", evaluate_by_us), ("peer", evaluate_by_clip_benchmark)):
+            begun = time.perf_counter()
+            scores[name] = call(root, clip)
+            found[name] = time.perf_counter() - begun
+        rounds.append(found)
+    rates = {name: round(NUM_JPEGS / seconds, 1) for name, seconds in medians(rounds).items()}
+    return {
+        "speedup_vs_clip_benchmark": ratio(rounds, "peer", "ours"),
+        "accuracy_equal": all(abs(scores["ours"][name] - value) < 1e-9 for name, value in scores["peer"].items()),
+        "images_per_second_clip": rates["ours"],
+        "images_per_second_clip_benchmark": rates["peer"],
+    }
+
+
+# --- the Fréchet distance -----------------------------------------------------------------------------------------------------
+
+
+def frechet(num_rounds: int) -> dict[str, float]:
+    """From the moments on, at the FID Inception's width."""
+    from torchmetrics.image.fid import _compute_fid
+
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((WIDTH, WIDTH)) * np.geomspace(1, 1e-3, WIDTH)  # a spectrum that falls, as that of features does
+    a, b = (Moments.of((rng.standard_normal((FEATURES, WIDTH)) @ mix + shift).astype(np.float32)) for shift in (0.0, 0.05))
+    as_torch = [torch.from_numpy(x) for x in (a.mean, a.covariance, b.mean, b.covariance)]
+    fidelity = functions_of("metric_fid", "fid_statistics_to_metric")["fid_statistics_to_metric"]
+    stats = [{"mu": m.mean, "sigma": m.covariance} for m in (a, b)]
+    rounds, values = [], {}
+    for _ in range(num_rounds):
+        found = {}
+        for name, call in (
+            ("ours", lambda: frechet_distance(a, b)),
+            ("torchmetrics", lambda: float(_compute_fid(*as_torch))),
+            ("torch_fidelity", lambda: float(next(iter(fidelity(*stats, False).values())))),
+        ):
+            begun = time.perf_counter()
+            values[name] = call()
+            found[name] = time.perf_counter() - begun
+        rounds.append(found)
+    peers = ("torchmetrics", "torch_fidelity")
+    return {
+        "speedup_frechet": min(ratio(rounds, peer, "ours") for peer in peers),
+        "frechet_relative_error": max(abs(values["ours"] - values[peer]) / values[peer] for peer in peers),
+        **{f"seconds_frechet_{name}": round(value, 3) for name, value in medians(rounds).items()},
+    }
+
+
+# --- how evenly units fill 64 workers ------------------------------------------------------------------------------------------
+
+
+def balance() -> dict[str, float]:
+    """Simulated seconds: of an image the same in every set but SUN397, whose images are dearer; of a unit 10 % off."""
+    rng = random.Random(0)
+    rest = sum(REGISTRY[name].num_images for name in PAPER if name != "sun397")
+    dearer = SUN397_SHARE / (1 - SUN397_SHARE) * rest / REGISTRY["sun397"].num_images
+    costs, seconds, by_set = [], [], {}
+    for name in PAPER:
+        info = REGISTRY[name]
+        size = info.num_images * 40_000
+        shard = StoredFile(f"/data/wds_{name.replace('/', '-')}/test/0.tar", size)
+        found = tar_set(Wanted(name, info.task), f"/data/{name}", "wds", ((), ()), [shard])
+        each = [part.estimated_images * (dearer if name == "sun397" else 1.0) for part in found.slices]
+        by_set[name] = sum(each)
+        costs += [part.estimated_images for part in found.slices]  # what the plan goes by: images, not seconds
+        seconds += [value * rng.uniform(0.9, 1.1) for value in each]
+    took = {f"key{i}": value for i, value in enumerate(seconds)}
+    ideal = sum(seconds) / WORKERS
+    return {
+        "makespan_ratio": round(makespan(Schedule(units(costs)), WORKERS, lambda unit: took[unit.key]) / ideal, 4),
+        "makespan_ratio_by_set": round(max(by_set.values()) / ideal, 1),
+        "share_of_total_by_set": round(max(by_set.values()) / sum(by_set.values()), 3),
+        "num_units": len(costs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    num_rounds = parser.parse_args().rounds
+    torch.set_num_threads(os.cpu_count() or 1)
+    result: dict[str, Any] = {"image_size": IMAGE_SIZE, "num_classes": len(CLASSES), "classifier_draws": CLASSIFIER_DRAWS}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        save_mean_pool_encoder(folder / "text_encoder")
+        result |= denoising(folder / "text_encoder", IMAGE_SIZE, num_rounds, with_classifier=True)
+        result |= denoising(folder / "text_encoder", presets.demo().image_size, num_rounds, with_classifier=False)
+        result["k10_flops_ratio_sd_v1"] = flops_ratio_of_sd_v1()
+        result |= against_clip_benchmark(folder, num_rounds)
+    result |= frechet(num_rounds) | balance()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
