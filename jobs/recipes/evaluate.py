@@ -14,7 +14,7 @@ from ray_platform.tracking import TrackingConfig
 from recipes.arguments import Parser, resolve
 
 RETRIEVAL = ("flickr30k", "mscoco_captions")
-QUICK = ("vtab/cifar10", "vtab/dtd", "vtab/pets", "vtab/eurosat")  # the four smallest
+QUICK = ("vtab/cifar10", "vtab/dtd", "vtab/pets", "vtab/eurosat")
 SUITES: dict[str, tuple[str, ...]] = {"paper": (*PAPER, *RETRIEVAL), "quick": QUICK}
 
 

@@ -64,7 +64,7 @@ def _verdict(details: Mapping[str, Any]) -> str:
     lines = [f"<li>{text(clipped(failure))}</li>" for failure in failures]
     if lost:
         counts = ", ".join(f"{count:,} of {name}" for name, count in lost.items())
-        lines.append(f"<li>images that could not be read: {text(counts)}; their keys are with the sets</li>")
+        lines.append(f"<li>images that could not be read, and count as wrong: {text(counts)}; their keys are with the sets</li>")
     title = f"{len(failures):,} failure{'s'[: len(failures) != 1]}" if failures else "Not every image could be read"
     return f'<div class="card verdict stop"><b>{title}</b><ul>{"".join(lines)}</ul></div>'
 

@@ -189,7 +189,7 @@ def test_failures_and_lost_images_come_first(page, details):
             < page.text.index("mean over 12 zero-shot sets")
             < page.text.index("Zero-shot classification")
         )
-    assert "images that could not be read: 11 of food101" in page.text
+    assert "images that could not be read, and count as wrong: 11 of food101" in page.text
     assert f"food101: 11 images could not be read by {OWN}, {BASELINE}" in page.text  # the same ones: said once
     assert page.text.count("0.tar/s0000009 image_undecodable") == 1
     assert "and 1 more" in page.text
