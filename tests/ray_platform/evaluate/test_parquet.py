@@ -162,7 +162,7 @@ def test_what_cannot_be_used_is_told(tmp_path):
 
 
 def test_a_file_that_is_gone_or_broken_is_told(tmp_path):
-    folder = own(tmp_path / "mine", 300)
+    folder = own(tmp_path / "mine", 100)
     found = open_set("mine", str(folder))
     file = folder / "test-00000-of-00001.parquet"
     file.write_bytes(b"x" * 1000)
