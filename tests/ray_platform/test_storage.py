@@ -133,6 +133,16 @@ def test_a_folder_is_fetched_once_and_anew_when_it_changed(base, tmp_path, monke
         storage.cached_folder(storage.join(base, "none"))
 
 
+def test_a_single_file_is_fetched_as_itself(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    url = storage.join(base, "networks/inception.pth")
+    storage.write_bytes(url, b"weights")
+    storage.write_bytes(url + ".txt", b"about them")  # has the other one's name as a prefix
+    file = Path(storage.cached_folder(url))
+    assert file.name == "inception.pth"
+    assert file.read_bytes() == b"weights"
+
+
 def test_what_is_removed_is_gone_and_may_have_been_gone_before(base):
     for name in ("a", "folder/b", "folder/c"):
         storage.write_bytes(storage.join(base, name), b"x")
