@@ -1,6 +1,5 @@
 """A sweep: trials side by side on Ray Tune, restored where they were cut off."""
 
-import functools
 import json
 import os
 import random
@@ -10,16 +9,15 @@ from typing import Any, Literal
 
 import ray
 from ray import tune
-from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial
+from ray.tune.logger import JsonLoggerCallback
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError
+from ray_platform.contracts import ConfigError
 from ray_platform.sweep import search
 from ray_platform.sweep.schedulers import HISTORY, SchedulerName, build_scheduler, is_default, milestones
 from ray_platform.sweep.space import Space
-from ray_platform.sweep.trial import Job, run_trial, trial_name
-from ray_platform.train.restarts import TrainingError
+from ray_platform.sweep.trial import Job, error_url, run_trial, trial_name
 
 SearchName = Literal["grid", "random", "optuna"]
 
@@ -80,10 +78,11 @@ class Sweep:
         there = ray.cluster_resources()
         room = min(int(there.get(kind, 0) / share + 1e-6) for kind, share in self.needs.items() if share)
         if room < max(1, self.max_concurrent):
-            need = " and ".join(f"{share:g} {kind}s" for kind, share in self.needs.items() if share)
-            has = " and ".join(f"{there.get(kind, 0):g} {kind}s" for kind, share in self.needs.items() if share)
+            need = {kind: share for kind, share in self.needs.items() if share}
             raise ConfigError(
-                f"max_concurrent: {max(1, self.max_concurrent)} trials of {need} each do not fit the cluster's {has}"
+                f"max_concurrent: {max(1, self.max_concurrent)} trials of {_listed(need)} each do not fit the cluster's "
+                f"{_listed({kind: there.get(kind, 0) for kind in need})}; each trains with its workers and their reads, then "
+                "evaluates with evaluation.num_workers"
             )
         return self.max_concurrent or room
 
@@ -96,16 +95,15 @@ class Sweep:
         tuner = self._restored(path, concurrent) if _has_trials(path) else self._begun(path, concurrent)
         tuner.fit()
         trials = tune.ExperimentAnalysis(path).trials
-        return [_outcome(trial, self.num_milestones) for trial in sorted(trials, key=lambda t: t.config[search.TRIAL]["number"])]
+        trials.sort(key=lambda trial: trial.config[search.TRIAL]["number"])
+        return [_outcome(trial, self.num_milestones, self.output_dir) for trial in trials]
 
     def _trainable(self) -> Any:
         shares = milestones(self.scheduler, self.num_milestones, self.reduction)
-        run = functools.partial(
-            run_trial, job=self.job, output_dir=self.output_dir, shares=shares, reduction=self.reduction
-        )  # fmt: skip
+        job, output_dir, reduction = self.job, self.output_dir, self.reduction
 
         def trial(config: dict[str, Any]) -> None:
-            run(config)
+            run_trial(config, job, output_dir, shares, reduction)
 
         return tune.with_resources(trial, tune.PlacementGroupFactory([_BESIDE_THE_DRIVER]))
 
@@ -137,7 +135,8 @@ class Sweep:
                 failure_config=tune.FailureConfig(max_failures=1),
                 # One kept: then Tune saves the sweep's state at every report. A population takes over older ones, too.
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=None if self.scheduler == "pbt" else 1),
-                callbacks=[Progress(list(self.objectives), self.num_milestones)],
+                # Tune reads what JsonLoggerCallback writes when it ends.
+                callbacks=[Progress(list(self.objectives), self.num_milestones, self.output_dir), JsonLoggerCallback()],
                 verbose=0,
             ),
         )
@@ -151,20 +150,18 @@ class Sweep:
 class Progress(tune.Callback):
     """A line for every report and every failure."""
 
-    def __init__(self, shown: list[str], num_milestones: int) -> None:
-        self.shown, self.num_milestones = shown, num_milestones
+    def __init__(self, shown: list[str], num_milestones: int, output_dir: str) -> None:
+        self.shown, self.num_milestones, self.output_dir = shown, num_milestones, output_dir
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
         last = result[HISTORY][-1]
         figures = "  ".join(f"{metric} {last['metrics'][metric]:.4g}" for metric in self.shown)
         ended = sum(other.is_finished() for other in trials)
-        print(
-            f"{trial}  milestone {last['milestone']}/{self.num_milestones}  step {last['step']}  {figures}  ({ended} ended)",
-            flush=True,
-        )
+        where = f"milestone {last['milestone']}/{self.num_milestones}, step {last['step']}"
+        print(f"{trial}  {where}  {figures}  {ended} of {len(trials)} trials ended", flush=True)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        print(f"{trial} failed: {_line(trial)}", flush=True)
+        print(f"{trial} failed: {_error(trial, self.output_dir)}", flush=True)
 
 
 def _listed(resources: Mapping[str, float]) -> str:
@@ -183,7 +180,7 @@ def _has_trials(path: str) -> bool:
     return bool(states) and bool(json.loads(storage.read_bytes(states[-1].url))["trial_data"])
 
 
-def _outcome(trial: Trial, num_milestones: int) -> Outcome:
+def _outcome(trial: Trial, num_milestones: int, output_dir: str) -> Outcome:
     history = trial.last_result.get(HISTORY, [])
     failed = trial.status == Trial.ERROR
     done = len(history) == num_milestones
@@ -191,19 +188,13 @@ def _outcome(trial: Trial, num_milestones: int) -> Outcome:
         _name(trial),
         is_default(trial),
         "failed" if failed else "finished" if done else "stopped",
-        _line(trial) if failed else "",
+        _error(trial, output_dir) if failed else "",
         trial.config[search.TRIAL]["values"],
         history,
         trial.last_result.get("url", ""),
     )
 
 
-def _line(trial: Trial) -> str:
-    """Why it failed: the first line of what was raised in it."""
-    error: BaseException | None = trial.get_error()
-    while isinstance(error, RayTaskError) and error.cause is not None:
-        error = error.cause
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, ConfigError | DataError | TrainingError) and lines:
-        return lines[0]
-    return ": ".join([type(error).__name__, *lines[:1]])
+def _error(trial: Trial, output_dir: str) -> str:
+    url = error_url(output_dir, _name(trial))
+    return storage.read_bytes(url).decode() if storage.exists(url) else "its process died"

@@ -16,8 +16,10 @@ from typing import Any, Protocol
 from ray import tune
 
 from ray_platform import storage
+from ray_platform.contracts import ConfigError, DataError
 from ray_platform.sweep.schedulers import HISTORY, MILESTONE, RUNG
 from ray_platform.sweep.search import TRIAL
+from ray_platform.train.restarts import TrainingError
 
 _STATE = "state.json"
 
@@ -76,8 +78,33 @@ def trial_name(number: int) -> str:
 
 
 def run_trial(config: Mapping[str, Any], job: Job, output_dir: str, shares: tuple[float, ...], reduction: int) -> None:
-    """`config`: see `search.given`. Reports at every milestone."""
-    name, values = trial_name(config[TRIAL]["number"]), config[TRIAL]["values"]
+    """`config`: see `search.given`. Reports at every milestone. Why it fails is left in `error_url`, in one line."""
+    name = trial_name(config[TRIAL]["number"])
+    url = error_url(output_dir, name)
+    if storage.exists(url):
+        storage.delete(url)  # of the try before
+    try:
+        _run(name, config[TRIAL]["values"], job, output_dir, shares, reduction)
+    except Exception as error:
+        storage.write_bytes(url, _line(error).encode())
+        raise
+
+
+def error_url(output_dir: str, name: str) -> str:
+    return storage.join(output_dir, "trials", f"{name}.error")
+
+
+def _line(error: Exception) -> str:
+    """An error of ours speaks for itself; another one is named by its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, ConfigError | DataError | TrainingError) and lines:
+        return lines[0]
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
+def _run(
+    name: str, values: Mapping[str, Any], job: Job, output_dir: str, shares: tuple[float, ...], reduction: int
+) -> None:  # fmt: skip
     state = _restored().of(name)
     folder = storage.join(output_dir, "trials", f"{name}_{_digest(values, state.origin)}")
     for place in range(len(state.history), len(shares)):
