@@ -104,12 +104,13 @@ def standalone(svg: str, style: str, title: str, note: str) -> str:
     colours: dict[str, str] = {}
     for name, colour in re.findall(r"--([\w-]+): ([^;}]+)", css):
         colours.setdefault(name, colour)  # the light ones are defined first
-    rules = "".join(re.findall(r"^svg[^}]*}.*$", style, re.MULTILINE))
+    rules = "".join(re.findall(r"^svg .*$", style, re.MULTILINE))
     width, height = map(float, re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0])
     inside = svg[svg.index(">") + 1 :]
     whole = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -34 {width:g} {height + 60:g}" width="{width:g}" '
-        f'height="{height + 60:g}"><style>{rules}</style><rect y="-34" width="{width:g}" height="{height + 60:g}" '
+        f'height="{height + 60:g}" style="width:{width:g}px;height:{height + 60:g}px;max-width:none"><style>{rules}</style>'
+        f'<rect y="-34" width="{width:g}" height="{height + 60:g}" '
         f'fill="var(--card)"/><text class="name" x="14" y="-13" font-size="14" font-weight="600">{text(title)}</text>'
         f'<text x="14" y="{height + 14:g}">{text(note)}</text>{inside}'
     )

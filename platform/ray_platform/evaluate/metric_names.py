@@ -21,7 +21,7 @@ def is_distance(metric: str) -> bool:
 
 
 def title(metric: str) -> str:
-    """`acc1, vtab/cifar10` for `eval/vtab/cifar10/acc1`; `FD-efficientnet_lite0, guidance 3`; `image retrieval R@1, flickr30k`."""
+    """`acc1, vtab/cifar10` for `eval/vtab/cifar10/acc1`; `FD-inception, guidance 3`; `image retrieval R@1, flickr30k`."""
     *above, last = metric.removeprefix("eval/").split("/")
     if last.startswith("guidance_") and above:
         return f"{_readable(above[-1])}, guidance {last.removeprefix('guidance_')}"
@@ -55,5 +55,5 @@ def _readable(name: str) -> str:
         return metric_title(name)
     if name.startswith("accuracy_"):
         return f"accuracy, {name.removeprefix('accuracy_')}"
-    name = re.sub(r"_?(?:recall_at_|recall@|r_at_|r)(\d+)$", r" R@\1", name)
+    name = re.sub(r"(?:^|_)(?:recall_at_|recall@|r_at_|r)(\d+)$", r" R@\1", name)
     return _NAMES.get(name, name.replace("_", " ").strip())
