@@ -21,6 +21,10 @@ main { max-width: 1240px; } h1 { overflow-wrap: anywhere; }
 a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: 3px; }
 .patch { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 7px; background: var(--c); }
 nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 14px; } .lead-in { margin-top: 16px; }
+.split { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 10px; align-items: start; }
+.split table, .facts { min-width: 0; } .split h3 { margin-bottom: 8px; }
+.facts td { padding: 3px 14px 3px 0; overflow-wrap: anywhere; } .facts td:first-child { color: var(--soft); white-space: nowrap; }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 12px/1.5 ui-monospace, monospace; }
 .verdict ul { margin: 6px 0 0; padding-left: 20px; } .verdict li { overflow-wrap: anywhere; }
 @media (max-width: 560px) { main { padding: 18px 12px 36px; } .card { padding: 12px; } }
 """
@@ -92,6 +96,25 @@ def is_number(value: float | None) -> bool:
 
 def section(anchor: str, title: str, *parts: str) -> str:
     return f'<section id="{anchor}"><h2>{text(title)}</h2>{"".join(parts)}</section>'
+
+
+def facts(values: Mapping[str, Any]) -> str:
+    """Nested fields and their values, one a row, by their dotted names."""
+    rows = "".join(
+        f'<tr><td>{text(field)}</td><td><code dir="auto">{text(clipped(value))}</code></td></tr>'
+        for field, value in _flat(values)
+    )
+    return f'<table class="facts"><tbody>{rows}</tbody></table>'
+
+
+def _flat(value: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for field, inner in value.items():
+        if isinstance(inner, Mapping):
+            rows += _flat(inner, f"{above}{field}.")
+        else:
+            rows.append((f"{above}{field}", inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)))
+    return rows
 
 
 def unreadable(results: Sequence[Mapping[str, Any]], models: Models) -> str:

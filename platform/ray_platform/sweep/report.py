@@ -6,7 +6,7 @@ from typing import Any
 from ray_platform.data.inspection_report import duration_text
 from ray_platform.evaluate import metric_names, report_text
 from ray_platform.evaluate.charts import standalone
-from ray_platform.evaluate.report_text import NOTHING, clipped, head, is_number, isolated, section
+from ray_platform.evaluate.report_text import NOTHING, clipped, facts, head, is_number, isolated, section
 from ray_platform.page import document, table, text, tile
 from ray_platform.sweep import charts
 from ray_platform.sweep.charts import learning_curves, parallel_coordinates, pareto, pareto_note
@@ -14,16 +14,12 @@ from ray_platform.sweep.parallel_coordinates import choice_text
 
 _STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
 _STYLE = """
-.split { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 10px; align-items: start; }
-.split h3 { margin-bottom: 8px; } .split p, .card > p { margin: 6px 0 0; }
-.split svg { max-width: 620px; } .wide-card { margin-top: 10px; }
+.card > p { margin: 6px 0 0; } .split svg { max-width: 620px; } .wide-card { margin-top: 10px; }
 .trials td, .trials th { white-space: nowrap; } .trials th small { display: block; font-weight: 400; }
 .trials th:first-child, .trials td:first-child { position: sticky; left: 0; background: var(--card); z-index: 1; }
 .trials .best { font-weight: 600; } .trials .faint td { color: var(--soft); } .tag { font-size: 11px; color: var(--soft); }
-.tag.front { color: var(--bar); } .tag.failed { color: var(--bad); } .trials td.mixed { white-space: normal; min-width: 160px; }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 12px/1.5 ui-monospace, monospace; }
-.facts { min-width: 0; margin-top: 10px; } .facts td:first-child { color: var(--soft); white-space: nowrap; }
-.facts td { padding: 3px 14px 3px 0; overflow-wrap: anywhere; }
+.tag.front { color: var(--bar); } .tag.failed { color: var(--bad); }
+.facts { margin-top: 10px; }
 """
 
 
@@ -154,8 +150,8 @@ def _trials(details: Mapping[str, Any]) -> str:
         f'<th class="num">{text(metric_names.title(each["metric"]))} {"↑" if each["mode"] == "max" else "↓"}</th>'
         for each in details["objectives"]
     )
-    head = f'<th>trial</th>{scores}{fields}<th class="num">samples</th><th class="num">time</th><th>MLflow run</th>'
-    return table(head, [_row(details, trial) for trial in _ranked(details)], "trials")
+    heads = f'<th>trial</th>{scores}{fields}<th class="num">samples</th><th class="num">time</th><th>MLflow run</th>'
+    return table(heads, [_row(details, trial) for trial in _ranked(details)], "trials")
 
 
 def _field_head(field: str) -> str:
@@ -208,13 +204,12 @@ def _run(trial: Mapping[str, Any]) -> str:
 
 
 def _command(details: Mapping[str, Any]) -> str:
-    facts = {
+    made = {
         "recipe": details["recipe"], "search": details["search"], "scheduler": details["scheduler"],
         "samples a trial": f"{details['budget_samples']:,}",
     }  # fmt: skip
-    facts |= {field: _space_text(space) for field, space in details["space"].items()}
-    rows = "".join(f"<tr><td>{text(name)}</td><td>{text(clipped(value))}</td></tr>" for name, value in facts.items())
-    return f'<div class="card"><pre>{text(details["command"])}</pre><table class="facts"><tbody>{rows}</tbody></table></div>'
+    made |= {field: _space_text(space) for field, space in details["space"].items()}
+    return f'<div class="card"><pre>{text(details["command"])}</pre>{facts(made)}</div>'
 
 
 def _space_text(space: Mapping[str, Any]) -> str:
