@@ -82,7 +82,8 @@ def test_names_and_labels_longer_than_the_chart_are_cut():
 
 
 def test_a_chart_as_a_file_knows_its_colours():
-    style = ":root { --m1: #123456; }\n@media (prefers-color-scheme: dark) { :root { --m1: #fedcba; } }\nsvg .dot { fill: var(--m1); }\n"
+    dark = "@media (prefers-color-scheme: dark) { :root { --m1: #fedcba; } }"
+    style = f":root {{ --m1: #123456; }}\n{dark}\nsvg .dot {{ fill: var(--m1); }}\n"
     svg = standalone(line_chart([Line("", [Point(1, 1), Point(2, 2)], colour="var(--m1)")], "x", "y"), style, "a < b", "a note")
     root = ElementTree.fromstring(svg)
     assert root.get("width") == "440"
