@@ -130,8 +130,7 @@ class Arms:
 
 
 def cost_title(name: str) -> str:
-    """`seconds` become `time`; the others keep their names."""
-    return "training time" if name == "seconds" else name.replace("_", " ").replace("flops", "FLOPs")
+    return "training time" if name == "seconds" else name.replace("seconds", "time").replace("_", " ").replace("flops", "FLOPs")
 
 
 def cost_text(name: str, value: float | None) -> str:
