@@ -133,9 +133,7 @@ def _field_value(trial: Mapping[str, Any], field: str) -> Any:
 
 
 def _shown(value: Any) -> Any:
-    """Numbers go on an axis as such, alone or in a list; all else by its text."""
-    if isinstance(value, list) and len(value) == 1:
-        return _shown(value[0])
+    """Numbers go on an axis as such; all else by its text."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) else choice_text(value)
 
 
