@@ -10,7 +10,6 @@ from ray_platform.evaluate.report_text import NOTHING, clipped, facts, head, is_
 from ray_platform.evaluate.row_chart import Row
 from ray_platform.page import document, image, table, text, tile
 
-_COLOURS = ("var(--bar)", "var(--m1)", "var(--m2)", "var(--m3)", "var(--m4)")
 _IMAGE = 72  # px wide on the page
 _STYLE = """
 .verdict.null { border-left-color: var(--low); } .verdict p { margin: 6px 0 0; }
@@ -238,8 +237,7 @@ def _curves(details: Mapping[str, Any], arms: Arms) -> str:
             about = f"{arm}, seed {seed}"
             line = [_curve_point(point, metric, about) for point in points if is_number(point["metrics"].get(metric))]
             if line:
-                colour = _COLOURS[arms.number(arm) % len(_COLOURS)]
-                lines.append(Line("" if arm in named else arm, line, 0.75, colour))
+                lines.append(Line("" if arm in named else arm, line, 0.75, arms.line_colour(arm)))
                 named.add(arm)
         if lines:
             chart = line_chart(lines, "samples", metric_names.axis_title(metric))
