@@ -14,7 +14,7 @@ from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.local_head import HeadError, LocalHead
 from recipes.sweep import parse
-from sweeping.run import DETAILS, plan, run, table
+from sweeping.run import REPORT, plan, run, table
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=head.env).returncode)
     connect()
     details = run(made, command.yaml, shlex.join(("python", "jobs/sweep.py", *sys.argv[1:])))
-    print(f"\n{table(details)}\n\ndone: {storage.join(command.config.output_dir, DETAILS)}", flush=True)
+    print(f"\n{table(details)}\n\ndone: {storage.join(command.config.output_dir, REPORT)}, with details.json beside it", flush=True)
     if failed := [f"{trial['name']}: {trial['error']}" for trial in details["trials"] if trial["state"] == "failed"]:
         raise DataError(f"{len(failed)} trials failed, and the same command tries them again: " + "; ".join(failed))
 

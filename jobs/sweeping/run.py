@@ -13,6 +13,7 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.results import as_json
 from ray_platform.sweep.pareto import best, pareto_front
+from ray_platform.sweep.report import pictures, sweep_page
 from ray_platform.sweep.schedulers import milestones
 from ray_platform.sweep.space import Space, describe
 from ray_platform.sweep.sweep import Outcome, Sweep
@@ -118,6 +119,7 @@ def run(made: Plan, yaml: str, command: str) -> dict[str, Any]:
         outcomes = made.sweep(tracked).run()
         details = _details(made, outcomes, command, time.monotonic() - begun)
         storage.write_bytes(storage.join(config.output_dir, DETAILS), as_json(details))
+        storage.write_bytes(storage.join(config.output_dir, REPORT), sweep_page(details).encode())
         _track(tracker, config, details)
         status = "FINISHED"
     finally:
@@ -176,11 +178,13 @@ def _trial(outcome: Outcome) -> dict[str, Any]:
 
 
 def _track(tracker: Tracker, config: SweepConfig, details: Mapping[str, Any]) -> None:
-    """The report and the best values on the sweep's run; the best trials and the front as versions of a registered model."""
+    """Report, pictures and best values on the sweep's run; the best trials and the front as versions of a registered model."""
     trials = {trial["name"]: trial for trial in details["trials"]}
     for metric, name in details["best"].items():
         tracker.log_metrics({f"best/{metric}": trials[name]["metrics"][metric]}, 0)
-    tracker.log_bytes(as_json(details), DETAILS)
+    files = {REPORT: sweep_page(details), **pictures(details)}
+    for name, content in ((DETAILS, as_json(details)), *((name, text.encode()) for name, text in files.items())):
+        tracker.log_bytes(content, name)
     for name, roles in _roles(details).items():
         trial = trials[name]
         metrics = {metric: f"{trial['metrics'][metric]:.6g}" for metric in config.objectives}

@@ -110,6 +110,7 @@ def test_a_grid_with_asha_from_its_configuration_to_mlflow(make, tmp_path):
     saved = json.loads((tmp_path / "sweep" / "details.json").read_text())
     assert saved["trials"] == json.loads(json.dumps(trials))
     assert "recipe's own values" in table(details)
+    assert "trial_003" in (tmp_path / "sweep" / "report.html").read_text()
     _check_mlflow(config, details)
 
     again = run(plan(config, "tiny"), "yaml: 1\n", "python jobs/sweep.py …")
@@ -127,7 +128,8 @@ def _check_mlflow(config, details):
     parent = client.get_run(tracked["run_id"])
     assert parent.info.status == "FINISHED"
     assert parent.data.params["samples"] == "16"
-    assert "details.json" in {file.path for file in client.list_artifacts(tracked["run_id"])}
+    artifacts = {file.path for file in client.list_artifacts(tracked["run_id"])}
+    assert {"details.json", "report.html", "pareto.svg", "parallel_coordinates.svg", "learning_curves.svg"} <= artifacts
     children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{tracked['run_id']}'")
     assert {child.info.run_id for child in children} == {trial["run_id"] for trial in details["trials"]}
     by_id = {child.info.run_id: child for child in children}
