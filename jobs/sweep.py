@@ -25,7 +25,8 @@ def main() -> None:
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=head.env).returncode)
     connect()
     details = run(made, command.yaml, shlex.join(("python", "jobs/sweep.py", *sys.argv[1:])))
-    print(f"\n{table(details)}\n\ndone: {storage.join(command.config.output_dir, REPORT)}, with details.json beside it", flush=True)
+    report = storage.join(command.config.output_dir, REPORT)
+    print(f"\n{table(details)}\n\ndone: {report}, with details.json beside it", flush=True)
     if failed := [f"{trial['name']}: {trial['error']}" for trial in details["trials"] if trial["state"] == "failed"]:
         raise DataError(f"{len(failed)} trials failed, and the same command tries them again: " + "; ".join(failed))
 
