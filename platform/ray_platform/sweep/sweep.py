@@ -113,8 +113,7 @@ class Sweep:
         return {search.TRIAL: tune.grid_search([search.given(n, p)[search.TRIAL] for n, p in enumerate(self.points())])}
 
     def _begun(self, path: str, concurrent: int) -> tune.Tuner:
-        if storage.exists(path):
-            storage.delete(path)  # it was cut off before it had a trial
+        storage.delete(path)  # of one that was cut off before it had a trial
         algorithm = None
         if self.search == "optuna":
             algorithm = search.MultiObjective(self.space, self.default, self.objectives, self.num_trials, self.seed)

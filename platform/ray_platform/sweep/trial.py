@@ -81,8 +81,7 @@ def run_trial(config: Mapping[str, Any], job: Job, output_dir: str, shares: tupl
     """`config`: see `search.given`. Reports at every milestone. Why it fails is left in `error_url`, in one line."""
     name = trial_name(config[TRIAL]["number"])
     url = error_url(output_dir, name)
-    if storage.exists(url):
-        storage.delete(url)  # of the try before
+    storage.delete(url)  # of the try before
     try:
         _run(name, config[TRIAL]["values"], job, output_dir, shares, reduction)
     except Exception as error:
