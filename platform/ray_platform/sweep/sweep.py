@@ -1,8 +1,11 @@
 """A sweep: trials side by side on Ray Tune, restored where they were cut off."""
 
 import json
+import logging
+import math
 import os
 import random
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,10 +30,12 @@ _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # Progress does, in one line
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Progress shows more
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-# A trial's own process takes no CPU: its workers do. It runs beside the driver, where an MLflow file is.
-_BESIDE_THE_DRIVER = {"node:__internal_head__": 0.001}
+# A trial's own process takes no CPU: its workers do. It runs beside the driver, where an MLflow file is, and takes such a share of
+# this resource, of which there is 1, that no more run than there is room for.
+_HEAD = "node:__internal_head__"
 
 
 @dataclass(frozen=True)
@@ -92,39 +97,48 @@ class Sweep:
         path = storage.join(self.output_dir, TUNE)
         concurrent = self.concurrency()
         random.seed(self.seed)  # population based training draws from it
-        tuner = self._restored(path, concurrent) if _has_trials(path) else self._begun(path, concurrent)
-        tuner.fit()
+        logging.getLogger("ray.tune.logger").setLevel(logging.ERROR)  # a file that a paused trial has not written yet
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Consider boosting PBT")  # a trial's own process does next to nothing
+            self._tuner(path, concurrent).fit()
         trials = tune.ExperimentAnalysis(path).trials
         trials.sort(key=lambda trial: trial.config[search.TRIAL]["number"])
         return [_outcome(trial, self.num_milestones, self.output_dir) for trial in trials]
 
-    def _trainable(self) -> Any:
+    def _tuner(self, path: str, concurrent: int) -> tune.Tuner:
+        trainable, points = self._trainable(concurrent), self._param_space()
+        if _has_trials(path):
+            return tune.Tuner.restore(path, trainable, resume_errored=True, param_space=points)
+        storage.delete(path)  # of one that was cut off before it had a trial
+        return self._begun(trainable, points, concurrent)
+
+    def _trainable(self, concurrent: int) -> Any:
         shares = milestones(self.scheduler, self.num_milestones, self.reduction)
         job, output_dir, reduction = self.job, self.output_dir, self.reduction
 
         def trial(config: dict[str, Any]) -> None:
             run_trial(config, job, output_dir, shares, reduction)
 
-        return tune.with_resources(trial, tune.PlacementGroupFactory([_BESIDE_THE_DRIVER]))
+        share = math.floor(9_900 / concurrent) / 10_000
+        return tune.with_resources(trial, tune.PlacementGroupFactory([{_HEAD: share}]))
 
     def _param_space(self) -> dict[str, Any]:
         if self.search == "optuna":
             return {}
         return {search.TRIAL: tune.grid_search([search.given(n, p)[search.TRIAL] for n, p in enumerate(self.points())])}
 
-    def _begun(self, path: str, concurrent: int) -> tune.Tuner:
-        storage.delete(path)  # of one that was cut off before it had a trial
+    def _begun(self, trainable: Any, points: dict[str, Any], concurrent: int) -> tune.Tuner:
         algorithm = None
         if self.search == "optuna":
             algorithm = search.MultiObjective(self.space, self.default, self.objectives, self.num_trials, self.seed)
         return tune.Tuner(
-            self._trainable(),
-            param_space=self._param_space(),
+            trainable,
+            param_space=points,
             tune_config=tune.TuneConfig(
                 search_alg=algorithm,
                 scheduler=build_scheduler(self.scheduler, self.objectives, self.space, self.num_milestones, self.reduction),
                 num_samples=self.num_trials if algorithm else 1,
-                max_concurrent_trials=concurrent,
+                max_concurrent_trials=concurrent if algorithm else None,  # it proposes when it has seen as much as it can
                 trial_name_creator=_name,
                 trial_dirname_creator=_name,
             ),
@@ -139,11 +153,6 @@ class Sweep:
                 verbose=0,
             ),
         )
-
-    def _restored(self, path: str, concurrent: int) -> tune.Tuner:
-        tuner = tune.Tuner.restore(path, self._trainable(), resume_errored=True, param_space=self._param_space())
-        tuner._local_tuner._tune_config.max_concurrent_trials = concurrent  # the cluster may be another one
-        return tuner
 
 
 class Progress(tune.Callback):
