@@ -33,8 +33,8 @@ _SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Progress shows more
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-# A trial's own process takes no CPU: its workers do. It runs beside the driver, where an MLflow file is, and takes such a share of
-# this resource, of which there is 1, that no more run than there is room for.
+# A trial's own process takes no CPU: its workers do. It runs beside the driver, where an MLflow file is, and takes such a share
+# of this resource, of which there is 1, that no more run than there is room for.
 _HEAD = "node:__internal_head__"
 
 
