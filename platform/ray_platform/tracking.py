@@ -27,6 +27,7 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 _MAX_PARAM_LENGTH = 500
 _MAX_KEY_LENGTH = 250
 _MAX_PARAMS_A_CALL = 100
+_PARENT_TAG = "mlflow.parentRunId"
 # A server that hangs must not fill the memory with calls that wait: those beyond are dropped.
 _MAX_WAITING_CALLS = 1000
 _LATEST_TIMEOUT_S = 2.0
@@ -41,11 +42,13 @@ class TrackingConfig:
         uri: an MLflow server or `sqlite:////absolute/path.db`; empty: `mlflow.db` in the run's output folder.
         experiment: the MLflow experiment.
         run_name: the run's name; empty: MLflow invents one.
+        parent_run_id: the MLflow run of the same store that shows this one below itself; empty: none.
     """
 
     uri: str = ""
     experiment: str = "diffdis"
     run_name: str = ""
+    parent_run_id: str = ""
 
 
 def tracking_uri(config: TrackingConfig, output: str) -> str:
@@ -145,6 +148,25 @@ class Tracker:
         with self._tolerated("folder"):
             self._client.log_artifacts(self._run_id, folder, path)
 
+    def register_model(self, name: str, source: str, run_id: str, tags: Mapping[str, str]) -> None:
+        """Register what `run_id` made as a version of the model `name`; where it is one already, renew its tags.
+
+        `source`: where the model is, such as `runs:/<run_id>/model`.
+        """
+        if self._client is None:
+            return
+        with self._tolerated("registry"):
+            known = [model for model in self._client.search_registered_models() if model.name == name]
+            if not known:
+                self._client.create_registered_model(name)
+            versions = self._client.search_model_versions(f"name='{name}'") if known else []
+            version = next((found.version for found in versions if found.run_id == run_id), None)
+            if version is None:
+                self._client.create_model_version(name, source, run_id, tags=dict(tags))
+                return
+            for key, value in tags.items():
+                self._client.set_model_version_tag(name, version, key, value)
+
     def latest(self) -> tuple[int, dict[str, float]]:
         """The step and metrics last logged here; step -1 before there are any."""
         return self._latest
@@ -162,7 +184,8 @@ class Tracker:
                 client.update_run(run_id, status="RUNNING")
                 return run_id
         experiment = _experiment(client, config.experiment, uri)
-        return client.create_run(experiment, run_name=config.run_name or None).info.run_id
+        tags = {_PARENT_TAG: config.parent_run_id} if config.parent_run_id else {}
+        return client.create_run(experiment, run_name=config.run_name or None, tags=tags).info.run_id
 
     @contextlib.contextmanager
     def _tolerated(self, kind: str) -> Iterator[None]:
