@@ -112,7 +112,7 @@ def poisoned(value, field=""):
         }
     if isinstance(value, list):
         return [poisoned(inner, field) for inner in value]
-    return value + EVIL if isinstance(value, str) and field not in ("state", "mode", "metric", "created") else value
+    return value + EVIL if value and isinstance(value, str) and field not in ("state", "mode", "metric", "created") else value
 
 
 def test_nothing_of_the_web_is_taken_for_markup(page, details):
@@ -152,7 +152,7 @@ def test_one_objective_has_no_front(details):
 
 
 def circles(svg):
-    return re.findall(r'<circle class="(dot[ a-z]*)" cx="([\d.]+)" cy="([\d.]+)" r="4"><title>(\S+)', svg)
+    return re.findall(r'<circle class="(dot[ a-z]*)" cx="([\d.]+)" cy="([\d.]+)" r="4"><title>(trial_\d+)', svg)
 
 
 def test_the_front_joins_what_nothing_beats(details):
