@@ -56,9 +56,10 @@ class _Frame:
         points = [point for line in lines for point in line.points]
         self.right, self.bottom = _WIDTH - right, _HEIGHT - _BOTTOM
         self._log = bool(ticks_at)
-        self.x_ticks = list(ticks_at) or ticks([point.x for point in points])
+        xs = [point.x for point in points]
+        self.x_ticks = list(ticks_at) or ticks_within(xs)
         self.y_ticks = ticks([point.y for point in points])
-        xs = self.x_ticks if self._log else [*self.x_ticks, *(point.x for point in points)]
+        xs = self.x_ticks if self._log else [*self.x_ticks, *xs]
         self._x = self._place(min(xs)), self._place(max(xs))
         self._y = min(self.y_ticks), max(self.y_ticks)
 
@@ -148,6 +149,14 @@ def ticks(values: Sequence[float]) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
+def ticks_within(values: Sequence[float]) -> list[float]:
+    """Those of `ticks` that are not outside the values; all where fewer than two are inside."""
+    marks = ticks(values)
+    near = 1e-9 * (marks[-1] - marks[0])
+    inside = [mark for mark in marks if min(values) - near <= mark <= max(values) + near]
+    return inside if len(inside) > 1 else marks
+
+
 def _shortened(line: Line) -> Line:
     points = [point._replace(label=cut(point.label, _LONGEST_NAME)) for point in line.points]
     return line._replace(name=cut(line.name, _LONGEST_NAME), points=points)
@@ -159,7 +168,10 @@ def _axes(frame: _Frame, x_title: str, y_title: str) -> str:
         y = frame.y(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{frame.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{tick_text(tick)}</text>')
-    for tick in frame.x_ticks:
+    widest = max(len(tick_text(tick)) for tick in frame.x_ticks) * _CHARACTER + 8
+    places = [frame.x(tick) for tick in frame.x_ticks]
+    gap = min((b - a for a, b in pairwise(places)), default=widest)
+    for tick in frame.x_ticks[:: math.ceil(widest / gap)]:
         parts.append(f'<text x="{frame.x(tick):.1f}" y="{frame.bottom + 17}" text-anchor="middle">{tick_text(tick)}</text>')
     parts.append(f'<text x="{(_LEFT + frame.right) / 2:.1f}" y="{_HEIGHT - 7}" text-anchor="middle">{text(x_title)}</text>')
     parts.append(

@@ -125,7 +125,8 @@ def _reached(trial: Mapping[str, Any], one: Mapping[str, Any], metric: str) -> s
 def _field_axis(field: str, space: Mapping[str, Any]) -> Axis:
     above, _, name = field.rpartition(".")
     choices = [_shown(value) for value in space.get("values", ())]
-    return Axis(name, above, field + ", log" * bool(space.get("log")), bool(space.get("log")), choices)
+    ends = [space[end] for end in ("low", "high") if end in space]  # so that it is seen what lies at an edge of the space
+    return Axis(name, above, field + ", log" * bool(space.get("log")), bool(space.get("log")), choices, ends)
 
 
 def _field_value(trial: Mapping[str, Any], field: str) -> Any:

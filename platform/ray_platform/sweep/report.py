@@ -1,5 +1,6 @@
 """What a sweep found, as one HTML page that needs nothing else, and its pictures as files."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from ray_platform.sweep.parallel_coordinates import choice_text
 
 _STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
 _STYLE = """
-.card > p { margin: 6px 0 0; } .split svg { max-width: 620px; } .wide-card { margin-top: 10px; }
+.card > p { margin: 6px 0 0; } .charts h3 { margin-bottom: 8px; } .wide-card { margin-top: 10px; }
 .trials td, .trials th { white-space: nowrap; } .trials th small { display: block; font-weight: 400; }
 .trials th:first-child, .trials td:first-child { position: sticky; left: 0; background: var(--card); z-index: 1; }
 .trials .best { font-weight: 600; } .trials .faint td { color: var(--soft); } .tag { font-size: 11px; color: var(--soft); }
@@ -136,7 +137,7 @@ def _pictures(details: Mapping[str, Any]) -> str:
     wide = parallel_coordinates(details)
     note = "A line is a trial. Fainter: stopped early; dashed: the recipe's own values. A pointer shows all of a trial."
     wide_card = f'<div class="card wide-card"><div class="scroll">{wide}</div><p class="soft">{note}</p></div>' if wide else ""
-    content = f'<div class="split">{"".join(cards)}</div>{wide_card}'
+    content = f'<div class="charts">{"".join(cards)}</div>{wide_card}'
     return section("pictures", "What was found", content) if wide_card or any(cards) else ""
 
 
@@ -194,7 +195,10 @@ def _score(details: Mapping[str, Any], trial: Mapping[str, Any], metric: str) ->
 
 
 def _value(trial: Mapping[str, Any], field: str) -> str:
-    return f'<td class="num">{text(clipped(choice_text(trial["values"][field]))) if field in trial["values"] else NOTHING}</td>'
+    if field not in trial["values"]:
+        return f'<td class="num">{NOTHING}</td>'
+    value = trial["values"][field]
+    return f'<td class="num" title="{text(clipped(json.dumps(value)))}">{text(clipped(choice_text(value)))}</td>'
 
 
 def _run(trial: Mapping[str, Any]) -> str:
