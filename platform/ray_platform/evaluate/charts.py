@@ -3,6 +3,7 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -109,13 +110,18 @@ def standalone(svg: str, style: str, title: str, note: str) -> str:
         colours.setdefault(name, colour)  # the light ones are defined first
     rules = "".join(re.findall(r"^svg .*$", style, re.MULTILINE))
     width, height = map(float, re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0])
-    inside = svg[svg.index(">") + 1 :]
+    titles, notes = (textwrap.wrap(each, int((width - 28) / wide)) for each, wide in ((title, 9), (note, _CHARACTER)))
+    top, all_height = 16 + 18 * len(titles), 28 + 18 * len(titles) + height + 16 * len(notes)
+    size = f'width="{width:g}" height="{all_height:g}"'
+    lines = [
+        f'<text class="name" x="14" y="{18 * i - top + 24}" font-size="14" font-weight="600">{text(line)}</text>'
+        for i, line in enumerate(titles)
+    ]
+    lines += [f'<text x="14" y="{height + 14 + 16 * i:g}">{text(line)}</text>' for i, line in enumerate(notes)]
     whole = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -34 {width:g} {height + 60:g}" width="{width:g}" '
-        f'height="{height + 60:g}" style="width:{width:g}px;height:{height + 60:g}px;max-width:none"><style>{rules}</style>'
-        f'<rect y="-34" width="{width:g}" height="{height + 60:g}" '
-        f'fill="var(--card)"/><text class="name" x="14" y="-13" font-size="14" font-weight="600">{text(title)}</text>'
-        f'<text x="14" y="{height + 14:g}">{text(note)}</text>{inside}'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-top} {width:g} {all_height:g}" {size} '
+        f'style="width:{width:g}px;height:{all_height:g}px;max-width:none"><style>{rules}</style>'
+        f'<rect y="{-top}" {size} fill="var(--card)"/>{"".join(lines)}{svg[svg.index(">") + 1 :]}'
     )
     whole = re.sub(r"var\(--([\w-]+)\)", lambda found: colours.get(found[1], found[0]), whole)
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "?", whole) + "\n"  # which no XML may hold

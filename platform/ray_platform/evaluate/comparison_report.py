@@ -12,7 +12,6 @@ from ray_platform.page import document, image, table, text, tile
 
 _IMAGE = 72  # px wide on the page
 _STYLE = """
-.verdict.null { border-left-color: var(--low); } .verdict p { margin: 6px 0 0; }
 .card > p { margin: 8px 0 0; } .charts h3 { margin-bottom: 8px; } .stack { display: grid; gap: 10px; }
 .arms td, .arms th { white-space: nowrap; } .arms th { font-size: 13px; color: var(--ink); } .best { font-weight: 600; }
 .arms th:first-child, .arms td:first-child { position: sticky; left: 0; background: var(--card); z-index: 1; }
