@@ -63,6 +63,8 @@ def _verdict(details: Mapping[str, Any], arms: Arms) -> str:
         kind, title = "", "The claim holds: the joint model is better than the single-task models at both tasks"
     elif any(pair.outcome == "against" for pair in pairs):
         kind, title = " stop", "The claim does not hold: the joint model is worse at one of the tasks, or at both"
+    elif len(pairs) < 2 or any(pair.outcome == "single" for pair in pairs):
+        kind, title = " null", "No verdict: the claim is about two differences, each over several seeds"
     else:
         kind, title = " null", "Null result: the claim is not shown"
     lines = "".join(f"<li>{_sentence(pair, arms)}</li>" for pair in pairs)
@@ -74,8 +76,8 @@ def _verdict(details: Mapping[str, Any], arms: Arms) -> str:
 def _sentence(pair: Pair, arms: Arms) -> str:
     name, first, second = text(metric_names.title(pair.metric)), arms.named(pair.first), arms.named(pair.second)
     if pair.mean is None or pair.outcome in ("open", "single"):
-        measured = f"{first} minus {second} is {_difference(pair)} ({_interval(pair)})"
-        return f"{name}: {measured}, which shows no difference"
+        verdict = ", which shows no difference" if pair.outcome == "open" else ""
+        return f"{name}: {first} minus {second} is {_difference(pair)} ({_interval(pair)}){verdict}"
     size = metric_names.difference_text(pair.metric, abs(pair.mean)).removeprefix("+")
     return f"{name}: {first} is {'above' if pair.mean > 0 else 'below'} {second} by {size} ({_interval(pair)})"
 
