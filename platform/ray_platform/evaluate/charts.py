@@ -3,6 +3,7 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -56,9 +57,10 @@ class _Frame:
         points = [point for line in lines for point in line.points]
         self.right, self.bottom = _WIDTH - right, _HEIGHT - _BOTTOM
         self._log = bool(ticks_at)
-        self.x_ticks = list(ticks_at) or ticks([point.x for point in points])
+        xs = [point.x for point in points]
+        self.x_ticks = list(ticks_at) or ticks_within(xs)
         self.y_ticks = ticks([point.y for point in points])
-        xs = self.x_ticks if self._log else [*self.x_ticks, *(point.x for point in points)]
+        xs = self.x_ticks if self._log else [*self.x_ticks, *xs]
         self._x = self._place(min(xs)), self._place(max(xs))
         self._y = min(self.y_ticks), max(self.y_ticks)
 
@@ -108,13 +110,18 @@ def standalone(svg: str, style: str, title: str, note: str) -> str:
         colours.setdefault(name, colour)  # the light ones are defined first
     rules = "".join(re.findall(r"^svg .*$", style, re.MULTILINE))
     width, height = map(float, re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0])
-    inside = svg[svg.index(">") + 1 :]
+    titles, notes = (textwrap.wrap(each, int((width - 28) / wide)) for each, wide in ((title, 9), (note, _CHARACTER)))
+    top, all_height = 16 + 18 * len(titles), 28 + 18 * len(titles) + height + 16 * len(notes)
+    size = f'width="{width:g}" height="{all_height:g}"'
+    lines = [
+        f'<text class="name" x="14" y="{18 * i - top + 24}" font-size="14" font-weight="600">{text(line)}</text>'
+        for i, line in enumerate(titles)
+    ]
+    lines += [f'<text x="14" y="{height + 14 + 16 * i:g}">{text(line)}</text>' for i, line in enumerate(notes)]
     whole = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -34 {width:g} {height + 60:g}" width="{width:g}" '
-        f'height="{height + 60:g}" style="width:{width:g}px;height:{height + 60:g}px;max-width:none"><style>{rules}</style>'
-        f'<rect y="-34" width="{width:g}" height="{height + 60:g}" '
-        f'fill="var(--card)"/><text class="name" x="14" y="-13" font-size="14" font-weight="600">{text(title)}</text>'
-        f'<text x="14" y="{height + 14:g}">{text(note)}</text>{inside}'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-top} {width:g} {all_height:g}" {size} '
+        f'style="width:{width:g}px;height:{all_height:g}px;max-width:none"><style>{rules}</style>'
+        f'<rect y="{-top}" {size} fill="var(--card)"/>{"".join(lines)}{svg[svg.index(">") + 1 :]}'
     )
     whole = re.sub(r"var\(--([\w-]+)\)", lambda found: colours.get(found[1], found[0]), whole)
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "?", whole) + "\n"  # which no XML may hold
@@ -148,6 +155,14 @@ def ticks(values: Sequence[float]) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
+def ticks_within(values: Sequence[float]) -> list[float]:
+    """Those of `ticks` that are not outside the values; all where fewer than two are inside."""
+    marks = ticks(values)
+    near = 1e-9 * (marks[-1] - marks[0])
+    inside = [mark for mark in marks if min(values) - near <= mark <= max(values) + near]
+    return inside if len(inside) > 1 else marks
+
+
 def _shortened(line: Line) -> Line:
     points = [point._replace(label=cut(point.label, _LONGEST_NAME)) for point in line.points]
     return line._replace(name=cut(line.name, _LONGEST_NAME), points=points)
@@ -159,7 +174,10 @@ def _axes(frame: _Frame, x_title: str, y_title: str) -> str:
         y = frame.y(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{frame.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{tick_text(tick)}</text>')
-    for tick in frame.x_ticks:
+    widest = max(len(tick_text(tick)) for tick in frame.x_ticks) * _CHARACTER + 8
+    places = [frame.x(tick) for tick in frame.x_ticks]
+    gap = min((b - a for a, b in pairwise(places)), default=widest)
+    for tick in frame.x_ticks[:: math.ceil(widest / gap)]:
         parts.append(f'<text x="{frame.x(tick):.1f}" y="{frame.bottom + 17}" text-anchor="middle">{tick_text(tick)}</text>')
     parts.append(f'<text x="{(_LEFT + frame.right) / 2:.1f}" y="{_HEIGHT - 7}" text-anchor="middle">{text(x_title)}</text>')
     parts.append(

@@ -12,10 +12,13 @@ from ray_platform.page import document, image, table, text, tile
 
 _IMAGE = 72  # px wide on the page
 _STYLE = """
-.verdict.null { border-left-color: var(--low); } .verdict p { margin: 6px 0 0; }
-.split svg { max-width: 620px; } .card > p { margin: 8px 0 0; } .runs td, .runs th { white-space: nowrap; }
-.runs th:first-child, .runs td:first-child { position: sticky; left: 0; background: var(--card); z-index: 1; }
-.runs .cost { border-left: 1px solid var(--line); padding-left: 12px; } .best { font-weight: 600; }
+.card > p { margin: 8px 0 0; } .charts h3 { margin-bottom: 8px; } .stack { display: grid; gap: 10px; }
+.arms td, .arms th { white-space: nowrap; } .arms th { font-size: 13px; color: var(--ink); } .best { font-weight: 600; }
+.arms th:first-child, .arms td:first-child { position: sticky; left: 0; background: var(--card); z-index: 1; }
+.arms .cost td { border-top: 2px solid var(--line); } .few { width: auto; min-width: 0; }
+.few td + td, .few th + th { padding-left: 24px; }
+.few .fields td { white-space: normal; max-width: 260px; text-align: right; color: var(--soft); }
+.few .fields td:first-child { text-align: left; color: inherit; } .verdict .patch, .rows h4 .patch { margin-left: 3px; }
 .key span { margin-right: 18px; white-space: nowrap; } .rows .num small { color: var(--soft); }
 .cells { display: flex; flex-wrap: wrap; gap: 14px 16px; margin-top: 10px; }
 .cells figure img { width: 72px; height: 72px; margin: 0; border-radius: 0 0 4px 4px; object-fit: contain; }
@@ -60,6 +63,8 @@ def _verdict(details: Mapping[str, Any], arms: Arms) -> str:
         kind, title = "", "The claim holds: the joint model is better than the single-task models at both tasks"
     elif any(pair.outcome == "against" for pair in pairs):
         kind, title = " stop", "The claim does not hold: the joint model is worse at one of the tasks, or at both"
+    elif len(pairs) < 2 or any(pair.outcome == "single" for pair in pairs):
+        kind, title = " null", "No verdict: the claim is about two differences, each over several seeds"
     else:
         kind, title = " null", "Null result: the claim is not shown"
     lines = "".join(f"<li>{_sentence(pair, arms)}</li>" for pair in pairs)
@@ -70,13 +75,11 @@ def _verdict(details: Mapping[str, Any], arms: Arms) -> str:
 
 def _sentence(pair: Pair, arms: Arms) -> str:
     name, first, second = text(metric_names.title(pair.metric)), arms.named(pair.first), arms.named(pair.second)
-    measured = f"{_difference(pair)} ({_interval(pair)})"
-    if pair.outcome == "open":
-        return f"{name}: no difference shown between {first} and {second}: {measured}"
-    if pair.outcome == "single":
-        return f"{name}: {first} minus {second} is {measured}, which shows nothing yet"
-    is_above = pair.mean is not None and pair.mean > 0
-    return f"{name}: {first} is {'above' if is_above else 'below'} {second} by {measured}"
+    if pair.mean is None or pair.outcome in ("open", "single"):
+        verdict = ", which shows no difference" if pair.outcome == "open" else ""
+        return f"{name}: {first} minus {second} is {_difference(pair)} ({_interval(pair)}){verdict}"
+    size = metric_names.difference_text(pair.metric, abs(pair.mean)).removeprefix("+")
+    return f"{name}: {first} is {'above' if pair.mean > 0 else 'below'} {second} by {size} ({_interval(pair)})"
 
 
 def _difference(pair: Pair) -> str:
@@ -105,32 +108,33 @@ def _tiles(details: Mapping[str, Any], arms: Arms) -> str:
 
 
 def _arms(arms: Arms, details: Mapping[str, Any]) -> str:
-    """Mean and spread over the seeds, and what a run cost."""
-    titles = "".join(
-        f'<th class="num">{text(metric_names.title(metric))} {"↓" if metric_names.is_distance(metric) else "↑"}</th>'
-        for metric in arms.metrics
-    )
-    costs = "".join(f'<th class="num{" cost" * (i == 0)}">{text(cost_title(name))}</th>' for i, name in enumerate(arms.costs))
-    rows = [_arm(name, arms) for name in arms.names]
+    """Mean and spread over the seeds, and what a run cost: a column an arm."""
+    names = "".join(f'<th class="num">{arms.named(name)}</th>' for name in arms.names)
+    seeds = "".join(f'<td class="num">{len(arms.seeds(name)):,}</td>' for name in arms.names)
+    rows = [f"<tr><td>seeds</td>{seeds}</tr>", *(_scores(metric, arms) for metric in arms.metrics)]
+    rows += [_costs(cost, arms, arms.names, first=i == 0) for i, cost in enumerate(arms.costs)]
     where = f", on {text(clipped(details['environment']))}" if details.get("environment") else ""
     note = f"Mean over the seeds ± standard deviation; the best mean is bold. Costs are of one run{where}."
-    return f'{table(f"<th>arm</th><th class=num>seeds</th>{titles}{costs}", rows, "runs")}<p class="soft">{note}</p>'
+    return f'{table(f"<th></th>{names}", rows, "arms")}<p class="soft">{note}</p>'
 
 
-def _arm(name: str, arms: Arms) -> str:
+def _scores(metric: str, arms: Arms) -> str:
     cells = []
-    for metric in arms.metrics:
+    for name in arms.names:
         mean, std = arms.mean(name, metric), arms.std(name, metric)
-        spread = f' <span class="soft">± {_spread(metric, std)}</span>' if std is not None else ""
+        spread = ""
+        if mean is not None and std is not None:
+            spread = f' <span class="soft">± {metric_names.spread_text(metric, mean, std)}</span>'
         best = " best" if mean is not None and mean == arms.best(metric) else ""
         cells.append(f'<td class="num{best}">{metric_names.value_text(metric, mean)}{spread}</td>')
-    for i, cost in enumerate(arms.costs):
-        cells.append(f'<td class="num{" cost" * (i == 0)}">{text(cost_text(cost, arms.mean(name, cost)))}</td>')
-    return f'<tr><td>{arms.named(name)}</td><td class="num">{len(arms.seeds(name))}</td>{"".join(cells)}</tr>'
+    direction = "↓" if metric_names.is_distance(metric) else "↑"
+    return f"<tr><td>{text(metric_names.title(metric))} {direction}</td>{''.join(cells)}</tr>"
 
 
-def _spread(metric: str, std: float) -> str:
-    return metric_names.value_text(metric, std).removesuffix(" %")
+def _costs(cost: str, arms: Arms, names: Sequence[str], first: bool) -> str:
+    cells = "".join(f'<td class="num">{text(cost_text(cost, arms.mean(name, cost)))}</td>' for name in names)
+    kind = ' class="cost"' if first else ""
+    return f"<tr{kind}><td>{text(cost_title(cost))}</td>{cells}</tr>"
 
 
 def _paired(arms: Arms) -> str:
@@ -140,7 +144,7 @@ def _paired(arms: Arms) -> str:
         if pair.mean is not None:
             unit = "points" if metric_names.is_share(pair.metric) else pair.metric.partition("_")[0]
             groups.setdefault(unit, []).append(pair)
-    cards = []
+    cards = {}
     for unit, pairs in groups.items():
         title = "Accuracy and retrieval, in points" if unit == "points" else metric_names.title(unit)
         who = pairs[0].first if len({pair.first for pair in pairs}) == 1 else "the first"
@@ -148,16 +152,16 @@ def _paired(arms: Arms) -> str:
         if metric_names.is_distance(unit):
             ends = (f"← {who} better", f"{who} worse →")
         rows = [_pair_row(pair, arms) for pair in sorted(pairs, key=lambda pair: arms.number(pair.second))]
-        cards.append(f'<div class="card"><h3>{text(title)}</h3>{row_chart.row_chart(rows, zero=True, ends=ends)}</div>')
+        cards[unit] = f'<div class="card"><h3>{text(title)}</h3>{row_chart.row_chart(rows, zero=True, ends=ends)}</div>'
+    if not cards:
+        return ""
     note = (
         "Differences of the runs of one seed: a dot a seed, their mean, and its 95 % interval (Student's t). Green: the interval "
         "excludes zero, in favour of the first; red: against it; grey: it includes zero."
     )
-    return (
-        section("paired", "Paired differences", f'<div class="split">{"".join(cards)}</div><p class="soft">{note}</p>')
-        if cards
-        else ""
-    )
+    shares, others = cards.pop("points", ""), "".join(cards.values())
+    content = shares + (f'<div class="stack">{others}</div>' if others else "")
+    return section("paired", "Paired differences", f'<div class="split">{content}</div><p class="soft">{note}</p>')
 
 
 def _pair_row(pair: Pair, arms: Arms) -> Row:
@@ -209,22 +213,21 @@ def _run_row(name: str, metric: str, arms: Arms) -> Row:
 
 
 def _masks(arms: Arms) -> str:
-    """Arms that differ in the mask, where there are any: their figures and costs, and what else differs."""
+    """Arms of one task under both masks, where there are such: their figures and costs, and what else differs."""
     names = arms.of_both_masks
     if not names:
         return ""
-    columns = [*(metric for metric in arms.metrics if any(arms.mean(name, metric) is not None for name in names)), *arms.costs]
-    rows = []
-    for field in columns:
-        is_cost = field in arms.costs
-        title = cost_title(field) if is_cost else metric_names.title(field)
-        means = [arms.mean(name, field) for name in names]
-        values = [cost_text(field, mean) if is_cost else metric_names.value_text(field, mean) for mean in means]
-        rows.append(f"<tr><td>{text(title)}</td>{''.join(f'<td class=num>{text(value)}</td>' for value in values)}</tr>")
-    fields = "".join(f"<td class=num>{text(arms.fields_text(name))}</td>" for name in names)
-    rows.insert(0, f'<tr class="soft"><td>what was set</td>{fields}</tr>')
-    masks = "".join(f'<th class="num">{arms.named(name)}<br>{text(arms.visibility(name))}</th>' for name in names)
-    return section("masks", "The masks side by side", f'<div class="card">{table(f"<th></th>{masks}", rows)}</div>')
+    heads = "".join(f'<th class="num">{arms.named(name)}</th>' for name in names)
+    masks = "".join(f'<td class="num">{text(arms.visibility(name))}</td>' for name in names)
+    fields = "".join(f"<td>{text(arms.fields_text(name))}</td>" for name in names)
+    rows = [f"<tr><td>mask</td>{masks}</tr>", f'<tr class="fields"><td>what was set</td>{fields}</tr>']
+    for metric in arms.metrics:
+        means = [arms.mean(name, metric) for name in names]
+        if any(mean is not None for mean in means):
+            cells = "".join(f'<td class="num">{metric_names.value_text(metric, mean)}</td>' for mean in means)
+            rows.append(f"<tr><td>{text(metric_names.title(metric))}</td>{cells}</tr>")
+    rows += [_costs(cost, arms, names, first=i == 0) for i, cost in enumerate(arms.costs)]
+    return section("masks", "The masks side by side", f'<div class="card">{table(f"<th></th>{heads}", rows, "arms few")}</div>')
 
 
 def _curves(details: Mapping[str, Any], arms: Arms) -> str:
@@ -242,7 +245,7 @@ def _curves(details: Mapping[str, Any], arms: Arms) -> str:
         if lines:
             chart = line_chart(lines, "samples", metric_names.axis_title(metric))
             cards.append(f'<div class="card"><h3>{text(metric_names.title(metric))} while training</h3>{chart}</div>')
-    return section("curves", "While training", f'<div class="split">{"".join(cards)}</div>') if cards else ""
+    return section("curves", "While training", f'<div class="charts">{"".join(cards)}</div>') if cards else ""
 
 
 def _curve_point(point: Mapping[str, Any], metric: str, about: str) -> Point:

@@ -30,15 +30,22 @@ def title(metric: str) -> str:
 
 def value_text(metric: str, value: float | None) -> str:
     """`2.37 %` of a share, else the figure with the digits that mean something."""
-    return f"{number(100 * value)} %" if is_share(metric) and value is not None and is_number(value) else number(value)
+    return f"{100 * value:.2f} %" if is_share(metric) and value is not None and is_number(value) else number(value)
+
+
+def spread_text(metric: str, mean: float, spread: float) -> str:
+    """A deviation from `mean`, with as many decimals, without its unit."""
+    decimals = len(value_text(metric, mean).removesuffix(" %").partition(".")[2])
+    return f"{shown(metric, spread):,.{decimals}f}"
 
 
 def difference_text(metric: str, value: float | None) -> str:
     """With its sign; `+0.82 points` of shares."""
     if value is None or not is_number(value):
         return number(None)
-    sign = "+" if value > 0 else ""
-    return f"{sign}{number(100 * value)} points" if is_share(metric) else f"{sign}{number(value)}"
+    if is_share(metric):
+        return f"{round(100 * value, 2) + 0.0:+.2f} points".replace("-", "−")
+    return f"{'+' if value > 0 else ''}{number(value)}"
 
 
 def shown(metric: str, value: float) -> float:

@@ -23,9 +23,10 @@ a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: 3
 .patch { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 7px; background: var(--c); }
 nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 14px; } .lead-in { margin-top: 16px; }
 .split { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 10px; align-items: start; }
-.split table, .facts { min-width: 0; } .split h3 { margin-bottom: 8px; }
+.split table, .facts { min-width: 0; } .facts { width: auto; } .split h3 { margin-bottom: 8px; }
 .facts td { padding: 3px 14px 3px 0; overflow-wrap: anywhere; } .facts td:first-child { color: var(--soft); white-space: nowrap; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 12px/1.5 ui-monospace, monospace; }
+.verdict.null { border-left-color: var(--low); } .verdict p { margin: 6px 0 0; }
 .verdict ul { margin: 6px 0 0; padding-left: 20px; } .verdict li { overflow-wrap: anywhere; }
 @media (max-width: 560px) { main { padding: 18px 12px 36px; } .card { padding: 12px; } }
 """

@@ -1,6 +1,7 @@
 """A horizontal axis with a row for each of several things: dots, their mean, and an interval around it. HTML, so that its text
 keeps its size where there is little room."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,14 +11,15 @@ from ray_platform.page import text
 STYLE = """
 .rows { display: grid; grid-template-columns: auto minmax(90px, 1fr) auto; gap: 0 12px; align-items: center; font-size: 13px; }
 .rows > h4 { grid-column: 1 / -1; margin: 10px 0 2px; font-size: 12px; font-weight: 500; color: var(--soft); }
-.rows > span { min-width: 0; overflow-wrap: anywhere; } .rows .lane { position: relative; height: 30px; min-width: 0; }
+.rows > span { min-width: 0; overflow-wrap: anywhere; } .rows .lane { position: relative; align-self: stretch; min-height: 30px; }
 .lane i, .lane b { position: absolute; } .lane .grid { top: 0; bottom: 0; width: 1px; background: var(--line); }
 .lane .zero { top: 0; bottom: 0; width: 2px; margin-left: -1px; background: var(--soft); }
-.lane .whisker { top: 14px; height: 2px; background: var(--c); } .lane .whisker::before, .lane .whisker::after {
+.lane .whisker { top: calc(50% - 1px); height: 2px; background: var(--c); } .lane .whisker::before, .lane .whisker::after {
   content: ""; position: absolute; top: -5px; height: 12px; width: 2px; background: var(--c); }
 .lane .whisker::after { right: 0; }
-.lane .dot { top: 11px; width: 8px; height: 8px; margin-left: -4px; border-radius: 50%; background: var(--c); opacity: .5; }
-.lane b { top: 9px; width: 12px; height: 12px; margin-left: -6px; background: var(--c); border: 2px solid var(--card);
+.lane .dot { top: calc(50% - 4px); width: 8px; height: 8px; margin-left: -4px; border-radius: 50%; background: var(--c); }
+.lane .dot { opacity: .5; }
+.lane b { top: calc(50% - 6px); width: 12px; height: 12px; margin-left: -6px; background: var(--c); border: 2px solid var(--card);
   transform: rotate(45deg); }
 .rows .foot { position: relative; height: 18px; font-size: 11px; color: var(--soft); } .rows .ends { display: flex; }
 .foot span { position: absolute; transform: translateX(-50%); white-space: nowrap; font-variant-numeric: tabular-nums; }
@@ -69,6 +71,9 @@ def row_chart(rows: Sequence[Row], zero: bool = False, ends: tuple[str, str] = (
         if row.mean is not None:
             parts.append(f'<b style="{place(row.mean)}"></b>')
         lines.append(f'<span>{row.name}</span><span class="lane {row.kind}">{"".join(parts)}</span><span>{row.value}</span>')
-    shown = marks[:: 2 if len(marks) > 5 else 1]
+    most = 3 if max(len(tick_text(mark)) for mark in marks) > 4 else 5  # that find room on a telephone
+    stride = math.ceil(len(marks) / most)
+    first = marks.index(min(marks, key=abs)) % stride  # so that zero is among them
+    shown = marks[first::stride]
     foot = "".join(f'<span style="{place(mark)}">{tick_text(mark)}</span>' for mark in shown)
     return f'<div class="rows">{"".join(lines)}<span></span><span class="foot">{foot}</span><span></span></div>'

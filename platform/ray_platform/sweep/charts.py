@@ -11,6 +11,7 @@ from ray_platform.sweep.parallel_coordinates import Axis, Scale, Trial, choice_t
 
 STYLE = charts.STYLE + parallel.STYLE
 NOTE = "dashed: the recipe's own values; hollow: stopped early"
+NOTE_ON_ALL = "a line is a trial; dashed: the recipe's own values; fainter: stopped early"
 _RAMP = ((0x5B, 0x78, 0xD8), (0xB4, 0x5C, 0xA6), (0xEE, 0x8A, 0x2E))  # of colours, worst to best; seen on light and dark
 _NO_SCORE = "var(--meant)"
 _SHADES = 24
@@ -125,7 +126,8 @@ def _reached(trial: Mapping[str, Any], one: Mapping[str, Any], metric: str) -> s
 def _field_axis(field: str, space: Mapping[str, Any]) -> Axis:
     above, _, name = field.rpartition(".")
     choices = [_shown(value) for value in space.get("values", ())]
-    return Axis(name, above, field + ", log" * bool(space.get("log")), bool(space.get("log")), choices)
+    ends = [space[end] for end in ("low", "high") if end in space]  # so that it is seen what lies at an edge of the space
+    return Axis(name, above, field + ", log" * bool(space.get("log")), bool(space.get("log")), choices, ends)
 
 
 def _field_value(trial: Mapping[str, Any], field: str) -> Any:

@@ -5,12 +5,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ray_platform.evaluate.charts import apart, cut, tick_text, ticks
+from ray_platform.evaluate.charts import apart, cut, tick_text, ticks_within
 from ray_platform.page import text
 
-_AXIS_GAP = 136  # px
+_AXIS_GAP = 150  # px
 _LEFT, _TOP, _FRAME, _BOTTOM = 64, 48, 260, 40
-_LONGEST_TICK, _LONGEST_NAME = 12, 22  # characters
+_LONGEST_TICK, _LONGEST_NAME = 12, 21  # characters
 _CHARACTER = 6.8  # px wide
 _ZERO_SHARE = 0.1  # of a logarithmic axis, below its least value, where values are that have no logarithm
 
@@ -24,13 +24,15 @@ svg g:hover > .trial { stroke-width: 4; } svg .dashed .trial { stroke-dasharray:
 
 
 class Axis(NamedTuple):
-    """Of a field: `log` where its range is; `choices` where there are few values, which are then evenly apart."""
+    """Of a field: `log` where its range is; `choices` where there are few values, which are then evenly apart; `ends` are values
+    that it holds in any case."""
 
     name: str
     above: str  # a smaller line over the name
     about: str  # what a pointer shows
     log: bool = False
     choices: Sequence[Any] = ()
+    ends: Sequence[float] = ()
     downwards: bool = False  # the smallest value at the top
 
 
@@ -73,7 +75,7 @@ def parallel_coordinates(axes: Sequence[Axis], trials: Sequence[Trial], scale: S
 def choice_text(value: Any) -> str:
     """A field's value, as short as it can be."""
     if isinstance(value, float):
-        return tick_text(value)
+        return tick_text(float(f"{value:.4g}"))
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -83,12 +85,12 @@ class _Placed:
     def __init__(self, axis: Axis, values: Sequence[Any]) -> None:
         self.axis = axis
         known = [value for value in values if value is not None]
-        numbers = [value for value in [*axis.choices, *known] if _is_number(value)]
+        numbers = [value for value in [*axis.choices, *axis.ends, *known] if _is_number(value)]
         self._choices: dict[str, float] = {}
         self._zero = False
         self.marks: list[tuple[float, str]] = []  # share from the bottom, label
-        if axis.choices or len(numbers) < len(known):
-            self._place_choices([*axis.choices, *known])
+        if axis.choices or not all(_is_number(value) for value in known):
+            self._place_choices([*axis.choices, *axis.ends, *known])
         elif numbers:
             self._place_numbers(numbers)
 
@@ -104,9 +106,8 @@ class _Placed:
         positive = [number for number in numbers if number > 0]
         log = self.axis.log and bool(positive)
         self._zero = log and len(positive) < len(numbers)
-        shown = _log_ticks(positive) if log else ticks(numbers)
-        low, high = (min(positive), max(positive)) if log else (shown[0], shown[-1])
-        self._log, self._low, self._high = log, min(low, *shown), max(high, *shown)
+        shown, placed = (_log_ticks(positive), positive) if log else (ticks_within(numbers), numbers)
+        self._log, self._low, self._high = log, min([*placed, *shown]), max([*placed, *shown])
         self.marks = [(self.share(tick), tick_text(tick)) for tick in shown]
         if self._zero:
             self.marks.append((self.share(0.0), tick_text(max(number for number in numbers if number <= 0))))
@@ -131,13 +132,15 @@ def _is_number(value: Any) -> bool:
 
 
 def _log_ticks(values: Sequence[float]) -> list[float]:
-    """Powers of ten around positive values; with 2 and 5 of each between where that would be fewer than three."""
-    low, high = math.floor(math.log10(min(values)) + 1e-9), math.ceil(math.log10(max(values)) - 1e-9)
-    if high - low >= 2:
-        return [10.0**power for power in range(low, high + 1)]
-    marks = [factor * 10.0**power for power in range(low, high + 1) for factor in (1, 2, 5)]
-    inside = [mark for mark in marks if min(values) <= mark * (1 + 1e-9) and mark <= max(values) * (1 + 1e-9)]
-    return inside if len(inside) > 1 else [min(values), max(values)] if max(values) > min(values) else [min(values)]
+    """The powers of ten among positive values, or 1, 2 and 5 times these where that is fewer than three; else both ends."""
+    low, high = min(values), max(values)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1,), (1, 2, 5)):
+        marks = [factor * 10.0**power for power in powers for factor in factors]
+        inside = [mark for mark in marks if low <= mark * (1 + 1e-9) and mark <= high * (1 + 1e-9)]
+        if len(inside) > 2:
+            return inside
+    return inside if len(inside) > 1 else sorted({low, high})
 
 
 def _line(trial: Trial, placed: Sequence[_Placed]) -> str:

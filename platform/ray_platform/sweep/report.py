@@ -1,5 +1,6 @@
 """What a sweep found, as one HTML page that needs nothing else, and its pictures as files."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from ray_platform.sweep.parallel_coordinates import choice_text
 
 _STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
 _STYLE = """
-.card > p { margin: 6px 0 0; } .split svg { max-width: 620px; } .wide-card { margin-top: 10px; }
-.trials td, .trials th { white-space: nowrap; } .trials th small { display: block; font-weight: 400; }
+.card > p { margin: 6px 0 0; } .charts h3 { margin-bottom: 8px; } .wide-card { margin-top: 10px; }
+.trials td, .trials th { white-space: nowrap; }
+.trials th.num { white-space: normal; min-width: 84px; } .trials th small { display: block; font-weight: 400; }
 .trials th:first-child, .trials td:first-child { position: sticky; left: 0; background: var(--card); z-index: 1; }
 .trials .best { font-weight: 600; } .trials .faint td { color: var(--soft); } .tag { font-size: 11px; color: var(--soft); }
 .tag.front { color: var(--bar); } .tag.failed { color: var(--bad); }
@@ -45,7 +47,7 @@ def pictures(details: Mapping[str, Any]) -> dict[str, str]:
     details: as `sweep_page` takes them.
     """
     objectives = details["objectives"]
-    found = {"parallel_coordinates.svg": (parallel_coordinates(details), "All trials", charts.NOTE)}
+    found = {"parallel_coordinates.svg": (parallel_coordinates(details), "All trials", charts.NOTE_ON_ALL)}
     for number, other in enumerate(objectives[1:]):
         title = f"{metric_names.title(other['metric'])} against {metric_names.title(objectives[0]['metric'])}"
         found[_file("pareto", number)] = (pareto(details, objectives[0], other), title, pareto_note(objectives[0], other))
@@ -83,7 +85,17 @@ def _verdict(details: Mapping[str, Any]) -> str:
         failures = f'<div class="card verdict stop"><b>{count}</b><ul>{lines}</ul></div>'
     lines = "".join(f"<li>{_comparison(details, objective)}</li>" for objective in details["objectives"])
     title = f"Against the recipe's own values, each after {details['budget_samples']:,} samples"
-    return f'{failures}<div class="card verdict"><b>{title}</b><ul>{lines}</ul></div>'
+    kind = "" if any(_gain(details, objective["metric"]) for objective in details["objectives"]) else " null"
+    note = '<p class="soft">A trial is one run: the best of many is in part the luckiest.</p>'
+    return f'{failures}<div class="card verdict{kind}"><b>{title}</b><ul>{lines}</ul>{note}</div>'
+
+
+def _gain(details: Mapping[str, Any], metric: str) -> float:
+    """Of the best trial over the recipe's own values; 0 where nothing is better, or one of both was not measured."""
+    best, default = _best(details, metric), _default(details)
+    if best is None or default is None or not is_number(default["metrics"].get(metric)):
+        return 0.0
+    return best["metrics"][metric] - default["metrics"][metric]
 
 
 def _comparison(details: Mapping[str, Any], objective: Mapping[str, str]) -> str:
@@ -96,8 +108,8 @@ def _comparison(details: Mapping[str, Any], objective: Mapping[str, str]) -> str
     if default is None or not is_number(default["metrics"].get(metric)):
         return f"{name}: best {value}, {isolated(best['name'])}; the recipe's own values were not measured"
     own = metric_names.value_text(metric, default["metrics"][metric])
-    gain = best["metrics"][metric] - default["metrics"][metric]
-    if best["default"] or gain == 0:
+    gain = _gain(details, metric)
+    if not gain:
         return f"{name}: no trial is better than the recipe's {own}"
     difference = metric_names.difference_text(metric, gain)
     return f"{name}: {value} of {isolated(best['name'])} against the recipe's {own} ({difference})"
@@ -134,9 +146,9 @@ def _pictures(details: Mapping[str, Any]) -> str:
         metric = objective["metric"]
         cards.append(_card(f"{metric_names.title(metric)} while training", learning_curves(details, metric), curves))
     wide = parallel_coordinates(details)
-    note = "A line is a trial. Fainter: stopped early; dashed: the recipe's own values. A pointer shows all of a trial."
+    note = f"{charts.NOTE_ON_ALL}; a pointer shows all of a trial"
     wide_card = f'<div class="card wide-card"><div class="scroll">{wide}</div><p class="soft">{note}</p></div>' if wide else ""
-    content = f'<div class="split">{"".join(cards)}</div>{wide_card}'
+    content = f'<div class="charts">{"".join(cards)}</div>{wide_card}'
     return section("pictures", "What was found", content) if wide_card or any(cards) else ""
 
 
@@ -194,7 +206,10 @@ def _score(details: Mapping[str, Any], trial: Mapping[str, Any], metric: str) ->
 
 
 def _value(trial: Mapping[str, Any], field: str) -> str:
-    return f'<td class="num">{text(clipped(choice_text(trial["values"][field]))) if field in trial["values"] else NOTHING}</td>'
+    if field not in trial["values"]:
+        return f'<td class="num">{NOTHING}</td>'
+    value = trial["values"][field]
+    return f'<td class="num" title="{text(clipped(json.dumps(value)))}">{text(clipped(choice_text(value)))}</td>'
 
 
 def _run(trial: Mapping[str, Any]) -> str:

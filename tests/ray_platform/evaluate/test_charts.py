@@ -92,3 +92,12 @@ def test_a_chart_as_a_file_knows_its_colours():
     assert "fedcba" not in svg
     assert "var(" not in svg
     assert "a &lt; b" in svg
+
+
+def test_marks_of_an_axis_are_inside_and_apart():
+    svg = line_chart([Line("a name", [Point(2560, 1), Point(20480, 2)])], "samples", "y")
+    places = [(float(x), label) for x, label in re.findall(r'x="([\d.]+)" y="253" text-anchor="middle">([\d,]+)<', svg)]
+    assert [label for _, label in places] == ["5,000", "10,000", "15,000", "20,000"]
+    assert all(b - a > 6 * 6.8 for (a, _), (b, _) in itertools.pairwise(places))
+    narrow = line_chart([Line("a name of 24 characters.", [Point(2560, 1), Point(20480, 2)])], "samples", "y")
+    assert len(re.findall(r'y="253" text-anchor="middle"', narrow)) < 4

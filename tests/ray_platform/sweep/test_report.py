@@ -67,8 +67,9 @@ def test_the_best_trials_are_compared_with_the_recipe(page, details):
     sentence = f"mean zero-shot accuracy: {value:.2f} % of {best['name']} against the recipe's {own:.2f} % (+{value - own:.2f}"
     assert sentence[:-1] in page.text
     assert "each after 20,480 samples" in page.text
-    alone = sweep(1)
-    assert "no trial is better than the recipe's" in Page(sweep_page(alone)).text
+    alone = sweep_page(sweep(1))
+    assert Page(alone).text.count("no trial is better than the recipe's") == 3
+    assert 'class="card verdict null"' in alone
 
 
 def test_a_recipe_that_was_not_trained_to_the_end_is_no_yardstick(details):
@@ -112,7 +113,7 @@ def poisoned(value, field=""):
         }
     if isinstance(value, list):
         return [poisoned(inner, field) for inner in value]
-    return value + EVIL if isinstance(value, str) and field not in ("state", "mode", "metric", "created") else value
+    return value + EVIL if value and isinstance(value, str) and field not in ("state", "mode", "metric", "created") else value
 
 
 def test_nothing_of_the_web_is_taken_for_markup(page, details):
@@ -120,7 +121,9 @@ def test_nothing_of_the_web_is_taken_for_markup(page, details):
     assert "<script" not in evil
     assert evil.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 200
     dangerous = Page(evil)
-    assert [(tag, list(attrs)) for tag, attrs in dangerous.tags] == [(tag, list(attrs)) for tag, attrs in page.tags]
+    # Tag by tag the same page, but for the marks of axes, of which longer names leave room for fewer.
+    tags, others = ([(tag, list(attrs)) for tag, attrs in each.tags if tag != "text"] for each in (dangerous, page))
+    assert tags == others
     assert dangerous.attributes("style") == page.attributes("style")
     for svg in pictures(poisoned(details)).values():
         ElementTree.fromstring(svg)
@@ -152,7 +155,7 @@ def test_one_objective_has_no_front(details):
 
 
 def circles(svg):
-    return re.findall(r'<circle class="(dot[ a-z]*)" cx="([\d.]+)" cy="([\d.]+)" r="4"><title>(\S+)', svg)
+    return re.findall(r'<circle class="(dot[ a-z]*)" cx="([\d.]+)" cy="([\d.]+)" r="4"><title>(trial_\d+)', svg)
 
 
 def test_the_front_joins_what_nothing_beats(details):
