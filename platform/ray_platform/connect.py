@@ -4,6 +4,7 @@ import json
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -37,6 +38,13 @@ def connect(address: str = "") -> None:
         ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": _worker_path()}}, logging_level="WARNING")
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise ClusterError(f"the Ray cluster at {address} refused this driver: {_reason(error)}") from error
+
+
+def cluster_resources() -> dict[str, Any]:
+    """What the cluster has, of which this process is a driver: `{"cpus": 2, "gpus": 0, "accelerators": []}`, those by type."""
+    there = ray.cluster_resources()
+    kinds = sorted(name.removeprefix("accelerator_type:") for name in there if name.startswith("accelerator_type:"))
+    return {"cpus": int(there.get("CPU", 0)), "gpus": int(there.get("GPU", 0)), "accelerators": kinds}
 
 
 def _worker_path() -> str:

@@ -41,11 +41,13 @@ class TrackingConfig:
         uri: an MLflow server or `sqlite:////absolute/path.db`; empty: `mlflow.db` in the run's output folder.
         experiment: the MLflow experiment.
         run_name: the run's name; empty: MLflow invents one.
+        parent_run_id: the run of the same store that this one is a part of; MLflow's pages show it below that.
     """
 
     uri: str = ""
     experiment: str = "diffdis"
     run_name: str = ""
+    parent_run_id: str = ""
 
 
 def tracking_uri(config: TrackingConfig, output: str) -> str:
@@ -59,6 +61,23 @@ def tracking_uri(config: TrackingConfig, output: str) -> str:
     if "://" in output:
         raise ValueError(f"MLflow's database cannot live in {output}: set tracking.uri to a server or a sqlite:/// path")
     return f"sqlite:///{Path(output).absolute() / 'mlflow.db'}"
+
+
+def metric_history(uri: str, run_id: str, prefix: str) -> dict[int, dict[str, float]]:
+    """What a run logged under names that begin with `prefix`, by step; empty where its store does not answer.
+
+    Of a metric that was logged twice at a step (a resumed run does that), the later value.
+    """
+    found: dict[int, dict[str, float]] = {}
+    try:
+        client = _client(uri)
+        for name in client.get_run(run_id).data.metrics:
+            if name.startswith(prefix):
+                for metric in sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.timestamp):
+                    found.setdefault(metric.step, {})[name] = metric.value
+    except Exception as error:
+        logger.warning("tracking: the metrics of run %s cannot be read: %s", run_id, error)
+    return dict(sorted(found.items()))
 
 
 def ui_command(uri: str, port: int = 5000) -> str:
@@ -162,7 +181,8 @@ class Tracker:
                 client.update_run(run_id, status="RUNNING")
                 return run_id
         experiment = _experiment(client, config.experiment, uri)
-        return client.create_run(experiment, run_name=config.run_name or None).info.run_id
+        tags = {"mlflow.parentRunId": config.parent_run_id} if config.parent_run_id else {}
+        return client.create_run(experiment, tags=tags, run_name=config.run_name or None).info.run_id
 
     @contextlib.contextmanager
     def _tolerated(self, kind: str) -> Iterator[None]:
