@@ -54,7 +54,7 @@ class Plan:
 
 def plan(config: EvalConfig) -> Plan:
     """After every check that needs no cluster. Raises ConfigError and DataError."""
-    sets, failures = _sets(config)
+    sets, failures = open_sets(config)
     model = open_model(config)
     baselines: list[Model] = []
     for url in config.baselines:
@@ -77,7 +77,7 @@ def plan(config: EvalConfig) -> Plan:
     return made
 
 
-def _sets(config: EvalConfig) -> tuple[dict[str, EvaluationSet], dict[str, str]]:
+def open_sets(config: EvalConfig) -> tuple[dict[str, EvaluationSet], dict[str, str]]:
     """(the suite's sets, a line for each that is missing, if that is allowed)."""
     sets, missing = {}, {}
     for name, url in suite_sets(config.suite).items():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ray_platform.contracts import ConfigError
-from recipes.arguments import Parser, resolve
+from recipes.arguments import Parser, early, resolve
 from recipes.config import PretrainConfig
 from recipes.demo import demo
 from recipes.sd_v1_laion import sd_v1_laion, sd_v1_laion_one_way
@@ -46,10 +46,7 @@ def _spelled_out(arguments: Sequence[str]) -> list[str]:
 
 def recipe_name(arguments: Sequence[str]) -> str:
     """The recipe that `arguments` ask for, else demo. Raises ConfigError for one that does not exist."""
-    name = "demo"
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        if flag == "--recipe" or flag.startswith("--recipe="):
-            name = flag.partition("=")[2] or value
+    name = early(arguments, "--recipe", "demo")
     if name not in RECIPES:
         raise ConfigError(f"--recipe {name}: no such recipe; there are {', '.join(RECIPES)}")
     return name

@@ -4,7 +4,6 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -40,11 +39,12 @@ def connect(address: str = "") -> None:
         raise ClusterError(f"the Ray cluster at {address} refused this driver: {_reason(error)}") from error
 
 
-def cluster_resources() -> dict[str, Any]:
-    """What the cluster has, of which this process is a driver: `{"cpus": 2, "gpus": 0, "accelerators": []}`, those by type."""
+def describe_cluster() -> str:
+    """What the cluster has of which this process is a driver: `2 CPUs`, `16 CPUs, 1 GPUs (H100)`."""
     there = ray.cluster_resources()
     kinds = sorted(name.removeprefix("accelerator_type:") for name in there if name.startswith("accelerator_type:"))
-    return {"cpus": int(there.get("CPU", 0)), "gpus": int(there.get("GPU", 0)), "accelerators": kinds}
+    gpus = f", {there['GPU']:g} GPUs ({', '.join(kinds)})" if there.get("GPU") else ""
+    return f"{there.get('CPU', 0):g} CPUs{gpus}"
 
 
 def _worker_path() -> str:

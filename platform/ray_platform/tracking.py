@@ -27,6 +27,7 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 _MAX_PARAM_LENGTH = 500
 _MAX_KEY_LENGTH = 250
 _MAX_PARAMS_A_CALL = 100
+_PARENT_TAG = "mlflow.parentRunId"
 # A server that hangs must not fill the memory with calls that wait: those beyond are dropped.
 _MAX_WAITING_CALLS = 1000
 _LATEST_TIMEOUT_S = 2.0
@@ -41,7 +42,7 @@ class TrackingConfig:
         uri: an MLflow server or `sqlite:////absolute/path.db`; empty: `mlflow.db` in the run's output folder.
         experiment: the MLflow experiment.
         run_name: the run's name; empty: MLflow invents one.
-        parent_run_id: the run of the same store that this one is a part of; MLflow's pages show it below that.
+        parent_run_id: the MLflow run of the same store that shows this one below itself; empty: none.
     """
 
     uri: str = ""
@@ -181,8 +182,8 @@ class Tracker:
                 client.update_run(run_id, status="RUNNING")
                 return run_id
         experiment = _experiment(client, config.experiment, uri)
-        tags = {"mlflow.parentRunId": config.parent_run_id} if config.parent_run_id else {}
-        return client.create_run(experiment, tags=tags, run_name=config.run_name or None).info.run_id
+        tags = {_PARENT_TAG: config.parent_run_id} if config.parent_run_id else {}
+        return client.create_run(experiment, run_name=config.run_name or None, tags=tags).info.run_id
 
     @contextlib.contextmanager
     def _tolerated(self, kind: str) -> Iterator[None]:

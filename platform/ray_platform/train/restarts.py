@@ -31,7 +31,7 @@ class Restarts:
         self.failures, self.last = 0, ""
 
     def judge(self, error: Exception, hang: str, stopping: bool) -> str:
-        """Returns a line for the log about what goes on from where. Raises TrainingError where nothing does (after SIGTERM, Stopped).
+        """Returns a line for the log about what goes on from where. Raises TrainingError where nothing does; Stopped on SIGTERM.
 
         `hang`: what the watch said when it ended the workers, else empty. `stopping`: SIGTERM came, and the run shall not go on.
         """
