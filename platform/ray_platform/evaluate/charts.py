@@ -1,10 +1,13 @@
-"""Charts as inline SVG: no script; colours are the page's CSS variables, so that they follow its light and dark modes."""
+"""Charts as inline SVG: no script; colours are the page's CSS variables, so that they follow its light and dark modes.
+`standalone` makes a file of one, for where there is no page."""
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from ray_platform import page
 from ray_platform.page import text
 
 _WIDTH, _HEIGHT = 440, 280
@@ -14,11 +17,12 @@ _Box = tuple[float, float, float, float]  # left, top, width, height
 _CHARACTER = 6.8  # of a label, px wide
 
 STYLE = """
-svg { display: block; width: 100%; max-width: 520px; height: auto; font: 12px system-ui, sans-serif; }
+svg { display: block; width: 100%; max-width: 520px; height: auto; font: 12px system-ui, sans-serif; color: var(--bar); }
 svg text { fill: var(--soft); font-variant-numeric: tabular-nums; } svg text.name { fill: var(--ink); }
 svg .grid { stroke: var(--line); } svg .lead { stroke: var(--soft); stroke-width: .7; }
-svg .line { fill: none; stroke: var(--bar); stroke-width: 2; stroke-linejoin: round; }
-svg .dot { fill: var(--bar); stroke: var(--card); stroke-width: 1.5; }
+svg .line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; }
+svg .dot { fill: currentColor; stroke: var(--card); stroke-width: 1.5; }
+svg .dot.hollow { fill: var(--card); stroke: currentColor; } svg .dashed .line { stroke-dasharray: 6 4; }
 .profile { position: relative; } .profile svg { max-width: none; height: 100%; }
 .profile .area { fill: var(--bar); opacity: .8; } .profile .other { fill: none; stroke: var(--m1); stroke-width: 1.5; }
 """
@@ -31,14 +35,17 @@ class Point(NamedTuple):
     y: float
     label: str = ""  # beside the point
     about: str = ""  # what a pointer shows
+    hollow: bool = False
 
 
 class Line(NamedTuple):
-    """Points from left to right, and how strongly they are drawn, 0 to 1."""
+    """Points from left to right, and how strongly they are drawn, 0 to 1. A line of one point is a dot."""
 
     name: str
     points: Sequence[Point]
     strength: float = 1.0
+    colour: str = ""  # a CSS colour; empty: the page's
+    dashed: bool = False
 
 
 class _Frame:
@@ -79,11 +86,36 @@ def line_chart(lines: Sequence[Line], x_title: str, y_title: str, log_ticks: Seq
     for line in lines:
         path = " ".join(f"{frame.x(point.x):.1f},{frame.y(point.y):.1f}" for point in line.points)
         dots = "".join(_dot(frame, point) for point in line.points)
-        parts.append(f'<g opacity="{line.strength:.2f}"><polyline class="line" points="{path}"/>{dots}</g>')
+        looks = (f' style="color:{line.colour}"' if line.colour else "") + ' class="dashed"' * line.dashed
+        parts.append(f'<g opacity="{line.strength:.2f}"{looks}><polyline class="line" points="{path}"/>{dots}</g>')
     parts += [_names(frame, lines), _labels(frame, lines)]
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{text(f"{y_title} by {x_title}")}">{"".join(parts)}</svg>'
     )
+
+
+def standalone(svg: str, style: str, title: str, note: str) -> str:
+    """The text of an .svg file: a chart of a page under its title and over its note, in the page's light colours.
+
+    style: the CSS of that chart and what defines its colours, beyond what all pages share. Few programs but browsers know CSS
+    variables, so that none is left.
+    """
+    css = page.STYLE + style
+    colours: dict[str, str] = {}
+    for name, colour in re.findall(r"--([\w-]+): ([^;}]+)", css):
+        colours.setdefault(name, colour)  # the light ones are defined first
+    rules = "".join(re.findall(r"^svg .*$", style, re.MULTILINE))
+    width, height = map(float, re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0])
+    inside = svg[svg.index(">") + 1 :]
+    whole = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -34 {width:g} {height + 60:g}" width="{width:g}" '
+        f'height="{height + 60:g}" style="width:{width:g}px;height:{height + 60:g}px;max-width:none"><style>{rules}</style>'
+        f'<rect y="-34" width="{width:g}" height="{height + 60:g}" '
+        f'fill="var(--card)"/><text class="name" x="14" y="-13" font-size="14" font-weight="600">{text(title)}</text>'
+        f'<text x="14" y="{height + 14:g}">{text(note)}</text>{inside}'
+    )
+    whole = re.sub(r"var\(--([\w-]+)\)", lambda found: colours.get(found[1], found[0]), whole)
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "?", whole) + "\n"  # which no XML may hold
 
 
 def profile(values: Sequence[float], other: Sequence[float], height: int) -> str:
@@ -114,9 +146,9 @@ def _axes(frame: _Frame, x_title: str, y_title: str) -> str:
     for tick in frame.y_ticks:
         y = frame.y(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{frame.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
+        parts.append(f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{tick_text(tick)}</text>')
     for tick in frame.x_ticks:
-        parts.append(f'<text x="{frame.x(tick):.1f}" y="{frame.bottom + 17}" text-anchor="middle">{_number(tick)}</text>')
+        parts.append(f'<text x="{frame.x(tick):.1f}" y="{frame.bottom + 17}" text-anchor="middle">{tick_text(tick)}</text>')
     parts.append(f'<text x="{(_LEFT + frame.right) / 2:.1f}" y="{_HEIGHT - 7}" text-anchor="middle">{text(x_title)}</text>')
     parts.append(
         f'<text transform="translate(12 {(_TOP + frame.bottom) / 2:.1f}) rotate(-90)" text-anchor="middle">{text(y_title)}</text>'
@@ -126,13 +158,14 @@ def _axes(frame: _Frame, x_title: str, y_title: str) -> str:
 
 def _dot(frame: _Frame, point: Point) -> str:
     place = f'cx="{frame.x(point.x):.1f}" cy="{frame.y(point.y):.1f}"'
-    return f'<circle class="dot" {place} r="4"><title>{text(point.about)}</title></circle>'
+    kind = "dot hollow" if point.hollow else "dot"
+    return f'<circle class="{kind}" {place} r="4"><title>{text(point.about)}</title></circle>'
 
 
 def _names(frame: _Frame, lines: Sequence[Line]) -> str:
     """Beside the last points, moved apart, with a thin line to where each belongs."""
     ends = sorted((frame.y(line.points[-1].y), frame.x(line.points[-1].x), line.name) for line in lines if line.name)
-    places = _apart([y for y, _, _ in ends], _LABEL_GAP, _TOP, frame.bottom)
+    places = apart([y for y, _, _ in ends], _LABEL_GAP, _TOP, frame.bottom)
     return "".join(
         f'<line class="lead" x1="{x + 5:.1f}" y1="{y:.1f}" x2="{frame.right + 3:.1f}" y2="{place:.1f}"/>'
         f'<text class="name" x="{frame.right + 6:.1f}" y="{place + 4:.1f}">{text(name)}</text>'
@@ -140,7 +173,7 @@ def _names(frame: _Frame, lines: Sequence[Line]) -> str:
     )
 
 
-def _apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Sorted `places`, moved as far as needed to be `gap` apart and within low..high, as long as there is room."""
     moved: list[float] = []
     for place in places:
@@ -186,5 +219,5 @@ def _overlap(a: _Box, b: _Box) -> float:
     return max(0.0, width) * max(0.0, height)
 
 
-def _number(value: float) -> str:
+def tick_text(value: float) -> str:
     return f"{value:,.6g}".replace("-", "−")

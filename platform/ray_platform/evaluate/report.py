@@ -3,27 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_platform.data.inspection_report import duration_text
 from ray_platform.evaluate import charts, report_quality, report_retrieval, report_sets, report_zero_shot
 from ray_platform.evaluate.report_quality import curve_section, quality_section
 from ray_platform.evaluate.report_retrieval import retrieval_section
 from ray_platform.evaluate.report_sets import sets_section
-from ray_platform.evaluate.report_text import NOTHING, Models, clipped, is_number, number, percent
+from ray_platform.evaluate.report_text import NOTHING, STYLE, Models, clipped, head, is_number, number, percent
 from ray_platform.evaluate.report_zero_shot import Scores, zero_shot_section
 from ray_platform.page import document, table, text, tile
-
-_STYLE = """
-:root { --m1: #d9822b; --m2: #8a63c9; --m3: #1f9c93; --m4: #c2477f; --meant: #8a94a6; --hollow: #eef0f4; }
-@media (prefers-color-scheme: dark) { :root { --m1: #f0a050; --m2: #ad8be8; --m3: #45c0b6; --m4: #e277a8; --meant: #7b8596;
-  --hollow: #262b34; } }
-.m0 { --c: var(--bar); } .m1 { --c: var(--m1); } .m2 { --c: var(--m2); } .m3 { --c: var(--m3); } .m4 { --c: var(--m4); }
-main { max-width: 1240px; } h1 { overflow-wrap: anywhere; }
-a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: 3px; }
-.patch { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 7px; background: var(--c); }
-nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 14px; } .lead-in { margin-top: 16px; }
-.verdict ul { margin: 6px 0 0; padding-left: 20px; } .verdict li { overflow-wrap: anywhere; }
-@media (max-width: 560px) { main { padding: 18px 12px 36px; } .card { padding: 12px; } }
-"""
 
 
 def report_page(details: Mapping[str, Any]) -> str:
@@ -41,15 +27,9 @@ def report_page(details: Mapping[str, Any]) -> str:
     }
     anchors = dict(zip(sections, ("zero-shot", "sets", "retrieval", "quality", "curve"), strict=True))
     links = "".join(f'<a href="#{anchors[name]}">{name}</a>' for name, content in sections.items() if content)
-    styles = (_STYLE, charts.STYLE, report_zero_shot.STYLE, report_sets.STYLE, report_retrieval.STYLE, report_quality.STYLE)
-    head = [_head(details), _verdict(details), _tiles(details, models), f"<nav>{links}</nav>", _models(models)]
-    return document(details["title"], "".join(styles), [*head, *sections.values()])
-
-
-def _head(details: Mapping[str, Any]) -> str:
-    when = details["created"].replace("T", " ")
-    line = f"{text(when)} · {text(duration_text(details['seconds']))} · code <code>{text(details['code_version'])}</code>"
-    return f'<h1 dir="auto">{text(details["title"])}</h1><div class="soft">{line}</div>'
+    styles = (STYLE, charts.STYLE, report_zero_shot.STYLE, report_sets.STYLE, report_retrieval.STYLE, report_quality.STYLE)
+    first = [head(details), _verdict(details), _tiles(details, models), f"<nav>{links}</nav>", _models(models)]
+    return document(details["title"], "".join(styles), [*first, *sections.values()])
 
 
 def _verdict(details: Mapping[str, Any]) -> str:

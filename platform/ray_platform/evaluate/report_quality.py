@@ -8,16 +8,13 @@ from typing import Any
 from ray_platform.contracts import ConfigError
 from ray_platform.data.inspection_report import duration_text
 from ray_platform.evaluate.charts import Line, Point, line_chart
-from ray_platform.evaluate.report_text import NOTHING, Models, clipped, is_number, isolated, number, percent, section
+from ray_platform.evaluate.report_text import NOTHING, Models, clipped, facts, is_number, isolated, number, percent, section
 from ray_platform.evaluate.results import check_same_protocol
 from ray_platform.page import figure, table, text
 
 STYLE = """
-.split { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 10px; align-items: start; }
-.split table, .facts { min-width: 0; }
-.best { font-weight: 600; } h3.apart { margin: 20px 0 8px; } .split h3 { margin-bottom: 8px; }
+.best { font-weight: 600; } h3.apart { margin: 20px 0 8px; }
 .took { display: inline-block; min-width: 4.6em; font-size: 12px; } .split h3 .patch { margin-left: 10px; }
-.facts td { padding: 3px 14px 3px 0; overflow-wrap: anywhere; } .facts td:first-child { color: var(--soft); white-space: nowrap; }
 .grids { grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); }
 .grids figure img { height: auto; aspect-ratio: 1; object-fit: cover; border-radius: 4px; }
 @media (max-width: 560px) { .grids { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); } }
@@ -146,22 +143,8 @@ def _protocols(points: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for key, used in scales.items():
         title = "protocol of these figures" if len(scales) == 1 else f"protocol at guidance {', '.join(used)}"
-        rows = "".join(
-            f'<tr><td>{text(field)}</td><td><code dir="auto">{text(clipped(value))}</code></td></tr>'
-            for field, value in _flat(json.loads(key))
-        )
-        parts.append(f'<details><summary>{title}</summary><table class="facts"><tbody>{rows}</tbody></table></details>')
+        parts.append(f"<details><summary>{title}</summary>{facts(json.loads(key))}</details>")
     return "".join(parts)
-
-
-def _flat(value: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
-    rows = []
-    for field, inner in value.items():
-        if isinstance(inner, Mapping):
-            rows += _flat(inner, f"{above}{field}.")
-        else:
-            rows.append((f"{above}{field}", inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)))
-    return rows
 
 
 def _samples(point: Mapping[str, Any]) -> str:

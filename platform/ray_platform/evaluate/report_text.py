@@ -1,15 +1,33 @@
-"""How the report's parts write figures, names and models."""
+"""How the reports' parts write figures, names and models; what the reports look like beyond what all pages share."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ray_platform.data.inspection_report import duration_text
 from ray_platform.page import image, text
 
 NOTHING = "–"
 _LONGEST_TEXT = 600  # characters of a caption that are shown
 _NUM_COLOURS = 5
+
+STYLE = """
+:root { --m1: #d9822b; --m2: #8a63c9; --m3: #1f9c93; --m4: #c2477f; --meant: #8a94a6; --hollow: #eef0f4; }
+@media (prefers-color-scheme: dark) { :root { --m1: #f0a050; --m2: #ad8be8; --m3: #45c0b6; --m4: #e277a8; --meant: #7b8596;
+  --hollow: #262b34; } }
+.m0 { --c: var(--bar); } .m1 { --c: var(--m1); } .m2 { --c: var(--m2); } .m3 { --c: var(--m3); } .m4 { --c: var(--m4); }
+main { max-width: 1240px; } h1 { overflow-wrap: anywhere; }
+a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: 3px; }
+.patch { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 7px; background: var(--c); }
+nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 14px; } .lead-in { margin-top: 16px; }
+.split { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 10px; align-items: start; }
+.split table, .facts { min-width: 0; } .split h3 { margin-bottom: 8px; }
+.facts td { padding: 3px 14px 3px 0; overflow-wrap: anywhere; } .facts td:first-child { color: var(--soft); white-space: nowrap; }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 12px/1.5 ui-monospace, monospace; }
+.verdict ul { margin: 6px 0 0; padding-left: 20px; } .verdict li { overflow-wrap: anywhere; }
+@media (max-width: 560px) { main { padding: 18px 12px 36px; } .card { padding: 12px; } }
+"""
 
 
 class Models:
@@ -29,6 +47,13 @@ class Models:
         """A model's name behind a patch of its colour, as HTML."""
         bold = ("<b>", "</b>") if name == self.own else ("", "")
         return f'<i class="patch {self.colour(name)}"></i>{bold[0]}{isolated(name)}{bold[1]}'
+
+
+def head(details: Mapping[str, Any]) -> str:
+    """What this is, when it was made, how long that took, by which code."""
+    when = details["created"].replace("T", " ")
+    line = f"{text(when)} · {text(duration_text(details['seconds']))} · code <code>{text(details['code_version'])}</code>"
+    return f'<h1 dir="auto">{text(details["title"])}</h1><div class="soft">{line}</div>'
 
 
 def percent(share: float | None) -> str:
@@ -71,6 +96,25 @@ def is_number(value: float | None) -> bool:
 
 def section(anchor: str, title: str, *parts: str) -> str:
     return f'<section id="{anchor}"><h2>{text(title)}</h2>{"".join(parts)}</section>'
+
+
+def facts(values: Mapping[str, Any]) -> str:
+    """Nested fields and their values, one a row, by their dotted names."""
+    rows = "".join(
+        f'<tr><td>{text(field)}</td><td><code dir="auto">{text(clipped(value))}</code></td></tr>'
+        for field, value in _flat(values)
+    )
+    return f'<table class="facts"><tbody>{rows}</tbody></table>'
+
+
+def _flat(value: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for field, inner in value.items():
+        if isinstance(inner, Mapping):
+            rows += _flat(inner, f"{above}{field}.")
+        else:
+            rows.append((f"{above}{field}", inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)))
+    return rows
 
 
 def unreadable(results: Sequence[Mapping[str, Any]], models: Models) -> str:
