@@ -10,7 +10,7 @@ import sys
 
 import _bootstrap  # noqa: F401
 from comparison.plan import SUMMARY, plan
-from comparison.run import compare, table
+from comparison.run import REPORT, compare, table
 from ray_platform import storage
 from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
@@ -30,7 +30,7 @@ def main() -> None:
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
     summary = compare(config, made, command.recipe, shlex.join(["python", *sys.argv]))
     print(f"\n{table(summary)}\n")
-    print(f"done: {storage.join(config.output_dir, SUMMARY)}, with report.html beside it", flush=True)
+    print(f"done: {storage.join(config.output_dir, REPORT)}, with {SUMMARY} and samples/ beside it", flush=True)
     if summary["failures"]:
         raise DataError("not all was measured: " + "; ".join(summary["failures"]))
 

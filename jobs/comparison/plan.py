@@ -75,13 +75,11 @@ def _identity(config: CompareConfig) -> dict[str, Any]:
         for group in groups:
             inner = inner[group]
         inner.pop(name)
-    for arm in config.arms:
-        run = config.pretrain_of(arm, config.seeds[0]).run("")
-        digest = run.check().digest
+    run = config.pretrain_of(config.arms[0], config.seeds[0]).run("")
     sets, _ = open_sets(config.evaluation)
     return identity | {
         "encoders": json.loads(json.dumps(run.describe_encoders())),
-        "training_data": digest,
+        "training_data": run.check().digest,
         "sets": {name: data.digest for name, data in sets.items()},
         "quality": _quality(config.evaluation.quality),
     }

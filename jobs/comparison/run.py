@@ -19,6 +19,7 @@ from diffdis.pictures import grid
 from evaluation.quality import read_prompts
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
+from ray_platform.evaluate.comparison_report import comparison_page
 from ray_platform.evaluate.work import image_name
 from ray_platform.tracking import RunStatus, Tracker, TrackingConfig, tracking_uri
 from ray_platform.train.code_version import code_version
@@ -27,7 +28,7 @@ from recipes.compare import CompareConfig
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = "samples"
+REPORT, SAMPLES = "report.html", "samples"
 SHOWN = 32  # images an arm
 
 
@@ -37,7 +38,8 @@ def compare(config: CompareConfig, made: Plan, recipe: str, command: str) -> dic
     Writes summary.json after every run, at the end report.html and samples/, and returns the summary. A run that fails is one of
     its failures. Raises Stopped on SIGTERM.
     """
-    begun, failures = time.monotonic(), []
+    begun = time.monotonic()
+    failures: list[str] = []
     tracker, tracking = _start_tracker(config, made)
     status: RunStatus = "FAILED"
     try:
@@ -53,7 +55,8 @@ def compare(config: CompareConfig, made: Plan, recipe: str, command: str) -> dic
                 failures.append(f"{arm}, seed {seed}: {_line(error)}")
                 print(f"failed: {failures[-1]}", flush=True)
             summary = _write_summary(config, made, failures)
-        _show(config, tracker, summary, command, time.monotonic() - begun)
+        about = {"command": command, "seconds": round(time.monotonic() - begun, 1), "code_version": code_version()}
+        _show(config, tracker, summary, {"title": f"Comparison {recipe}", **about})
         status = "FINISHED"
     finally:
         tracker.end(status)
@@ -88,10 +91,14 @@ def _write_summary(config: CompareConfig, made: Plan, failures: Sequence[str]) -
     return summary
 
 
-def _show(config: CompareConfig, tracker: Tracker, summary: Mapping[str, Any], command: str, seconds: float) -> None:
-    """The pictures of the arms, and figures and pictures on the comparison's run."""
-    grids = _grids(config)
-    for drawn in grids:
+def _show(config: CompareConfig, tracker: Tracker, summary: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """The page and the pictures, in the output folder and on the comparison's run, with its figures."""
+    details = {"created": datetime.now().isoformat(timespec="seconds"), **about, **summary}
+    details |= {"grids": _grids(config), "curves": _curves(config)}
+    page = comparison_page(details).encode()
+    storage.write_bytes(storage.join(config.output_dir, REPORT), page)
+    tracker.log_bytes(page, REPORT)
+    for drawn in details["grids"]:
         images = [Image.open(io.BytesIO(base64.b64decode(sample["png"]))) for sample in drawn["samples"]]
         buffer = io.BytesIO()
         grid(images, [sample["caption"] for sample in drawn["samples"]]).save(buffer, format="PNG")

@@ -83,12 +83,13 @@ class CompareConfig:
         return storage.join(self.output_dir, "runs", f"{arm}_seed{seed}")
 
     def pretrain_of(self, arm: str, seed: int) -> PretrainConfig:
+        """Raises ConfigError for a field or value of the arm that does not exist."""
         try:
             config = with_fields(self.pretrain, self.fields_of(arm))
         except ConfigError as error:
             raise ConfigError(f"own_arms.{arm}: {error}") from None
         train = dataclasses.replace(config.train, seed=seed, resume="auto")
-        return dataclasses.replace(config, output_dir=self.run_dir(arm, seed), train=train)
+        return dataclasses.replace(config, output_dir=self.run_dir(arm, seed), train=train, tracking=self.tracking)
 
     def evaluation_of(self, arm: str, seed: int) -> EvalConfig:
         """Of the run's exported model."""
