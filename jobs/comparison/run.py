@@ -20,6 +20,7 @@ from evaluation.quality import read_prompts
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.comparison_report import comparison_page
+from ray_platform.evaluate.results import as_json
 from ray_platform.evaluate.work import image_name
 from ray_platform.tracking import RunStatus, Tracker, TrackingConfig, tracking_uri
 from ray_platform.train.code_version import code_version
@@ -87,7 +88,7 @@ def _start_tracker(config: CompareConfig, made: Plan) -> tuple[Tracker, Tracking
 
 def _write_summary(config: CompareConfig, made: Plan, failures: Sequence[str]) -> dict[str, Any]:
     summary = summarize(made, failures)
-    storage.write_bytes(storage.join(config.output_dir, SUMMARY), (json.dumps(summary, indent=1) + "\n").encode())
+    storage.write_bytes(storage.join(config.output_dir, SUMMARY), as_json(summary))
     return summary
 
 

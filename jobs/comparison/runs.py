@@ -5,15 +5,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from comparison.plan import RESULT
+from evaluation.headline import headline
 from evaluation.run import evaluate
 from evaluation.run import plan as plan_evaluation
 from ray_platform import storage
 from ray_platform.connect import describe_cluster
 from ray_platform.contracts import DataError
-from ray_platform.evaluate.results import metrics_for_tracking
+from ray_platform.evaluate.results import as_json, metrics_for_tracking
 from ray_platform.tracking import TrackingConfig, metric_history
 from ray_platform.train import checkpoint
 from ray_platform.train.code_version import code_version
@@ -55,7 +54,7 @@ def measure(config: CompareConfig, digest: str, arm: str, seed: int, recipe: str
         "run_id": tracked["run_id"],
         "code_version": code_version(),
     }
-    storage.write_bytes(storage.join(url, RESULT), (json.dumps(result, indent=1) + "\n").encode())
+    storage.write_bytes(storage.join(url, RESULT), as_json(result))
     return figures
 
 
@@ -68,29 +67,19 @@ def _is_trained(config: PretrainConfig) -> bool:
 def scores(details: Mapping[str, Any]) -> dict[str, float]:
     """The figures that arms are compared by, of an evaluation's details; those that the model does not have are absent.
 
-    accuracy: the mean acc1 over the zero-shot sets, and accuracy_<set>; retrieval_r1: the mean R@1 of both directions over the
-    retrieval sets, and each direction's; fd, fd_infinity and kid: of the first feature network at the first guidance scale.
+    Those of `headline`, with accuracy_<set>, and image quality as fd, fd_infinity and kid: of the first feature network at the
+    first guidance scale.
     """
-    model, found = details["models"][0]["name"], {}
-    if acc1 := {entry["set"]: entry["metrics"]["acc1"] for entry in details["zero_shot"] if entry["model"] == model}:
-        found = {"accuracy": float(np.mean(list(acc1.values()))), **{f"accuracy_{name}": value for name, value in acc1.items()}}
-    if pairs := [entry["metrics"] for entry in details["retrieval"] if entry["model"] == model]:
-        recalls = {
-            f"{way}_retrieval_r1": float(np.mean([metrics[f"{way}_retrieval_recall@1"] for metrics in pairs]))
-            for way in ("image", "text")
-        }
-        found |= {"retrieval_r1": float(np.mean(list(recalls.values()))), **recalls}
+    model, found = details["models"][0]["name"], headline(details)
     if details["quality"]:
-        found |= _quality(details["quality"][0]["metrics"])
-    return found
-
-
-def _quality(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The first network's figures by names that do not depend on it."""
-    distance = next(iter(metrics))  # fid, or fd_<network>
-    kernel = "kid" + distance.removeprefix("fid").removeprefix("fd")
-    named = {"fd": distance, "fd_infinity": f"{distance}_infinity", "kid": kernel}
-    return {name: metrics[metric] for name, metric in named.items() if metric in metrics}
+        quality = details["quality"][0]["metrics"]
+        distance = next(iter(quality))  # fid, or fd_<network>
+        kernel = "kid" + distance.removeprefix("fid").removeprefix("fd")
+        named = {"fd": distance, "fd_infinity": f"{distance}_infinity", "kid": kernel}
+        found = {name: value for name, value in found.items() if name not in quality}
+        found |= {name: quality[metric] for name, metric in named.items() if metric in quality}
+    of_sets = {entry["set"]: entry["metrics"]["acc1"] for entry in details["zero_shot"] if entry["model"] == model}
+    return found | {f"accuracy_{name}": value for name, value in of_sets.items()}
 
 
 def _costs(manifest: checkpoint.Manifest, details: Mapping[str, Any]) -> dict[str, float]:

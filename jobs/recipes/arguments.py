@@ -10,9 +10,8 @@ from jsonargparse import ArgumentParser, Namespace
 from ray_platform.contracts import ConfigError
 
 LISTS = (
-    "--data.sources", "--train.heldout_sources", "--objective.freeze", "--preview_captions", "--captions", "--data_roots",
-    "--baselines", "--quality.networks", "--quality.guidance_scales", "--arms", "--pretrain.data.sources",
-    "--evaluation.data_roots",
+    "data.sources", "train.heldout_sources", "objective.freeze", "preview_captions", "captions", "data_roots", "baselines",
+    "quality.networks", "quality.guidance_scales", "arms",
 )  # fmt: skip
 
 
@@ -48,9 +47,14 @@ def _as_lists(arguments: Sequence[str]) -> list[str]:
     """One plain value stands for a list of one: `--data.sources s3://bucket/folder`."""
     plain = list(arguments)
     for i, flag in enumerate(plain[:-1]):
-        if flag in LISTS and not plain[i + 1].startswith("["):
+        if flag.startswith("--") and is_list(flag[2:]) and not plain[i + 1].startswith("["):
             plain[i + 1] = json.dumps([plain[i + 1]])
     return plain
+
+
+def is_list(field: str) -> bool:
+    """Whether one plain value may stand for a list of one; `field` may be another one's part, as in `pretrain.data.sources`."""
+    return any(field == name or field.endswith(f".{name}") for name in LISTS)
 
 
 def _check_fields(parser: ArgumentParser, arguments: Sequence[str]) -> None:

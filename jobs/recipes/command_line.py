@@ -1,7 +1,8 @@
 """From a recipe's name and overrides to a typed configuration: `--recipe demo --train.lr_schedule constant`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ray_platform.contracts import ConfigError
 from recipes.arguments import Parser, early, resolve
@@ -25,7 +26,7 @@ class CommandLine:
 def parse(arguments: Sequence[str]) -> CommandLine:
     """Raises ConfigError, in one line, for a recipe, field or value that does not exist."""
     arguments = _spelled_out(arguments)
-    name = recipe_name(arguments)
+    name = recipe_name(arguments, RECIPES)
     parser = Parser(prog="jobs/pretrain.py", description=f"Pretrain DiffDis. Recipes: {', '.join(RECIPES)}.")
     parser.add_argument("--recipe", default=name, help="the configuration to start from")
     parser.add_argument("--config", action="config", help="a saved config.yaml to start from")
@@ -44,9 +45,9 @@ def _spelled_out(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def recipe_name(arguments: Sequence[str]) -> str:
-    """The recipe that `arguments` ask for, else demo. Raises ConfigError for one that does not exist."""
-    name = early(arguments, "--recipe", "demo")
-    if name not in RECIPES:
-        raise ConfigError(f"--recipe {name}: no such recipe; there are {', '.join(RECIPES)}")
+def recipe_name(arguments: Sequence[str], recipes: Mapping[str, Any]) -> str:
+    """The one of `recipes` that `arguments` ask for, else the first. Raises ConfigError for one that does not exist."""
+    name = early(arguments, "--recipe", next(iter(recipes)))
+    if name not in recipes:
+        raise ConfigError(f"--recipe {name}: no such recipe; there are {', '.join(recipes)}")
     return name

@@ -5,15 +5,15 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.tracking import TrackingConfig
 from recipes.arguments import Parser, early, resolve
+from recipes.command_line import recipe_name
 from recipes.config import PretrainConfig
-from recipes.demo import demo
+from recipes.demo import DEMO_DATA, demo
 from recipes.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from recipes.fields import with_fields
 
@@ -24,7 +24,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "joint_mask": {"objective.task": "joint", "model.query_visibility": "joint", "objective.num_draws": 1},
     "one_way_mask": {"objective.task": "joint", "model.query_visibility": "one_way", "objective.num_draws": 1},
 }
-_DEMO_DATA = str(Path(__file__).resolve().parents[2] / "data" / "demo")  # which `make demo` fills
 
 
 @dataclass(frozen=True)
@@ -139,9 +138,7 @@ class Command:
 
 def parse(arguments: Sequence[str]) -> Command:
     """Raises ConfigError, in one line, for a recipe, arm, field or value that does not exist."""
-    name, data = early(arguments, "--recipe", "demo_compare"), early(arguments, "--demo_data", _DEMO_DATA)
-    if name not in RECIPES:
-        raise ConfigError(f"--recipe {name}: no such recipe; there are {', '.join(RECIPES)}")
+    name, data = recipe_name(arguments, RECIPES), early(arguments, "--demo_data", str(DEMO_DATA))
     parser = Parser(prog="jobs/compare.py", description=f"The controlled comparison. Recipes: {', '.join(RECIPES)}.")
     parser.add_argument("--recipe", default=name, help="the configuration to start from")
     parser.add_argument("--demo_data", default=data, help="the folder that jobs/build_demo_shards.py filled; absolute or s3://")

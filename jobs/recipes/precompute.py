@@ -50,7 +50,7 @@ class PrecomputeConfig:
 
 def parse(arguments: Sequence[str]) -> PrecomputeConfig:
     """Raises ConfigError, in one line, for a recipe, field or value that does not exist."""
-    name = recipe_name(arguments)
+    name = recipe_name(arguments, RECIPES)
     recipe = RECIPES[name]()
     parser = Parser(prog="jobs/precompute.py", description="Encode images and captions once, for many epochs and runs.")
     parser.add_argument("--recipe", default=name, help=f"whose model and data to take; one of {', '.join(RECIPES)}")

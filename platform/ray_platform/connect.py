@@ -10,6 +10,7 @@ import ray
 from ray_platform.contracts import ConfigError
 
 _ROOT = Path(__file__).resolve().parents[2]
+_FOLDERS = ("platform", "jobs")
 _TIMEOUT_S = 10.0
 
 
@@ -18,7 +19,8 @@ class ClusterError(ConfigError):
 
 
 def connect(address: str = "") -> None:
-    """Attach this process, the driver, to a Ray cluster whose workers will find `ray_platform` and the root's packages.
+    """Attach this process, the driver, to a Ray cluster whose workers will find the packages of the root, of
+    `platform` and of `jobs`.
 
     Args:
         address: `host:port` of the cluster, used only where the environment names none in RAY_ADDRESS, as
@@ -55,8 +57,8 @@ def _worker_path() -> str:
     """
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     if job.get("runtime_env", {}).get("working_dir"):
-        return "platform"
-    return os.pathsep.join((str(_ROOT), str(_ROOT / "platform")))
+        return os.pathsep.join(_FOLDERS)
+    return os.pathsep.join((str(_ROOT), *(str(_ROOT / folder) for folder in _FOLDERS)))
 
 
 def _reason(error: Exception) -> str:

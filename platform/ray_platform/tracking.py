@@ -165,6 +165,25 @@ class Tracker:
         with self._tolerated("folder"):
             self._client.log_artifacts(self._run_id, folder, path)
 
+    def register_model(self, name: str, source: str, run_id: str, tags: Mapping[str, str]) -> None:
+        """Register what `run_id` made as a version of the model `name`; where it is one already, renew its tags.
+
+        `source`: where the model is, such as `runs:/<run_id>/model`.
+        """
+        if self._client is None:
+            return
+        with self._tolerated("registry"):
+            known = [model for model in self._client.search_registered_models() if model.name == name]
+            if not known:
+                self._client.create_registered_model(name)
+            versions = self._client.search_model_versions(f"name='{name}'") if known else []
+            version = next((found.version for found in versions if found.run_id == run_id), None)
+            if version is None:
+                self._client.create_model_version(name, source, run_id, tags=dict(tags))
+                return
+            for key, value in tags.items():
+                self._client.set_model_version_tag(name, version, key, value)
+
     def latest(self) -> tuple[int, dict[str, float]]:
         """The step and metrics last logged here; step -1 before there are any."""
         return self._latest

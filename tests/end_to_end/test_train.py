@@ -128,6 +128,19 @@ def test_a_resumed_run_continues_with_the_losses_of_one_never_stopped(zero_3_run
         make_run(whole).fit()
 
 
+def test_two_launches_with_a_stop_between_them_are_one(zero_3_run, make_run, losses, tmp_path):
+    """Schedule, data and randomness go on as if nothing had been, in the same MLflow run; the stop leaves a model."""
+    fields = {"zero_stage": 3, "ema_decay": 0.5, "resume": "auto"}
+    tracked = make_run(tmp_path, stop_at_step=4, **fields).fit()
+    assert json.loads((tmp_path / "train_summary.json").read_text())["num_steps"] == 4
+    DiffDisPipeline.from_pretrained(tmp_path / "export")
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4]
+    assert make_run(tmp_path, stop_at_step=6, **fields).fit() == tracked
+    assert losses(tmp_path) == losses(Path(zero_3_run.output_dir))
+    with pytest.raises(ConfigError, match=r"train\.stop_at_step: 7 is not from 0 to train\.num_steps, 6"):
+        make_run(tmp_path, stop_at_step=7)
+
+
 def test_an_undecodable_image_and_an_unreadable_caption_are_skipped_and_counted(make_run, tmp_path):
     import webdataset
 

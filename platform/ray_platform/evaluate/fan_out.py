@@ -148,7 +148,12 @@ class FanOut:
 
     def _start(self) -> Any:
         device = "cuda" if self.fleet.gpus_per_worker else "cpu"
-        options = {"num_cpus": self.fleet.cpus_per_worker, "num_gpus": self.fleet.gpus_per_worker, "max_concurrency": IN_FLIGHT}
+        options: dict[str, Any] = {
+            "num_cpus": self.fleet.cpus_per_worker,
+            "num_gpus": self.fleet.gpus_per_worker,
+            "max_concurrency": IN_FLIGHT,
+            "scheduling_strategy": "DEFAULT",  # not into the placement group of a sweep's trial, which has no CPUs
+        }
         return ray.remote(_Actor).options(**options).remote(self.fleet.build, device, self.kept)
 
     def _work(self) -> Iterator[Outcome]:

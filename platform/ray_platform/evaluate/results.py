@@ -29,9 +29,9 @@ def write_results(details: Mapping[str, Any], output_dir: str) -> None:
     found = [(result, _clip_benchmark_json(result, task, details)) for result, task in _results(details)]
     for result, content in found:
         file = f"{result['set'].replace('/', '-')}.json"
-        storage.write_bytes(storage.join(output_dir, "results", folders[result["model"]], file), _json(content))
+        storage.write_bytes(storage.join(output_dir, "results", folders[result["model"]], file), as_json(content))
     storage.write_bytes(storage.join(output_dir, "results.csv"), _csv([content for _, content in found]))
-    storage.write_bytes(storage.join(output_dir, "details.json"), _json(_without_pictures(details)))
+    storage.write_bytes(storage.join(output_dir, "details.json"), as_json(_without_pictures(details)))
 
 
 def model_folders(details: Mapping[str, Any]) -> dict[str, str]:
@@ -75,7 +75,7 @@ def check_same_protocol(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
 
     Raises ConfigError that names the first field in which the protocols differ (`reference.digest`, say), and both values.
     """
-    difference = first_difference(json.loads(_json(a)), json.loads(_json(b)))
+    difference = first_difference(json.loads(as_json(a)), json.loads(as_json(b)))
     if difference:
         field, one, other = difference
         raise ConfigError(
@@ -125,7 +125,7 @@ def _csv(contents: Sequence[Mapping[str, Any]]) -> bytes:
     return buffer.getvalue().encode()
 
 
-def _json(value: Any) -> bytes:
+def as_json(value: Any) -> bytes:
     """Strict JSON: NaN and infinities, at which other readers than Python's stop, become null."""
     return (json.dumps(_plain(value), indent=1, allow_nan=False) + "\n").encode()
 

@@ -12,6 +12,9 @@ class TrainConfig:
 
     num_workers: int | tuple[int, int] = 1  # (min, max): as many as the cluster has room for, changing while it trains
     num_steps: int = 100_000
+    # End this launch there, with a checkpoint and an export: the schedule still spans num_steps, and --resume auto goes on.
+    # 0: at num_steps.
+    stop_at_step: int = 0
     micro_batch_size: int = 32  # samples that a worker takes at a time
     # Samples an optimiser step, over all workers. More than num_workers * micro_batch_size: gradients are accumulated.
     # 0: num_workers * micro_batch_size, or what the checkpoint that a run goes on from had.
@@ -55,6 +58,8 @@ class TrainConfig:
         for name in ("num_steps", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is below 1")
+        if not 0 <= self.stop_at_step <= self.num_steps:
+            raise ConfigError(f"train.stop_at_step: {self.stop_at_step} is not from 0 to train.num_steps, {self.num_steps}")
         if not 1 <= self.min_workers <= self.max_workers:
             raise ConfigError(f"train.num_workers: {self.num_workers} is neither a number from 1 nor (min, max)")
         if self.global_batch_size and self.global_batch_size < self.max_workers:
@@ -71,6 +76,11 @@ class TrainConfig:
             raise ConfigError(f"train.max_loss_factor: {self.max_loss_factor} is not above 1")
         if self.heldout_sources and self.heldout_every < 1:
             raise ConfigError("train.heldout_every: at least 1, or give no heldout_sources")
+
+    @property
+    def last_step(self) -> int:
+        """Of this launch."""
+        return self.stop_at_step or self.num_steps
 
     @property
     def min_workers(self) -> int:

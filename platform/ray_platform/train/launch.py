@@ -115,15 +115,15 @@ class Run:
             },
             "workers": train.num_workers,
             "zero_stage": train.zero_stage,
-            "steps": train.num_steps,
+            "steps": train.last_step,
             "global_batch_size": global_batch,
-            "samples_to_train_on": (train.num_steps - (saved.step if saved else 0)) * global_batch,
+            "samples_to_train_on": max(0, train.last_step - (saved.step if saved else 0)) * global_batch,
             "starts_from": starts[0] if starts else "the beginning",
             "output_dir": self.output_dir,
         }
 
     def fit(self) -> dict[str, Any]:
-        """Train to the last step. Returns where it is tracked: {tracking_uri, experiment, run_id}.
+        """Train to the launch's last step. Returns where it is tracked: {tracking_uri, experiment, run_id}.
 
         Raises ConfigError and DataError before anything starts, and TrainingError, in one line, when the run fails or is
         stopped by SIGTERM (which it answers with a checkpoint).
@@ -154,7 +154,8 @@ class Run:
         try:
             with Overseer(job.watch, tracker, self.train) as overseer:
                 self._train_to_the_end(job, overseer)
-            tracker.log_folder(job.export_dir, "model")
+            if self.train.last_step == self.train.num_steps:
+                tracker.log_folder(job.export_dir, "model")
             status = "FINISHED"
         finally:
             tracker.end(status)

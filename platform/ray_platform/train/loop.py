@@ -97,7 +97,7 @@ class Trainer:
     def _stream(self) -> Iterator[Batch]:
         """The batches of the steps that are left. Reading starts with the first one that is asked for."""
         reader = Reader(self.config.seed, self.rank, self.world_size, self.at.base, self.at.consumed.copy())
-        left = max(0, self.config.num_steps - self.at.step)
+        left = max(0, self.config.last_step - self.at.step)
         return stream(self.job.catalog, self.job.data, reader, batch_size=self.plan.samples, num_batches=left)
 
     def _flops_a_step(self) -> float:
@@ -172,7 +172,7 @@ class Trainer:
         self.meter.add(metrics, samples=len(batch.captions), waited=waited, worked=time.perf_counter() - begun)
 
     def _after_step(self) -> None:
-        config, last = self.config, self.step == self.config.num_steps
+        config, last = self.config, self.step == self.config.last_step
         if self.step % config.log_every == 0 or last or self.stop_agreed:
             self._log()
         if self.stop_agreed and not last:
@@ -212,7 +212,7 @@ class Trainer:
             metrics["data/spilled_bytes"] = spilled_bytes()
             metrics["data/epochs_complete"] = float(min(self.at.consumed.first_epoch))
         metrics["train/samples_seen"] = float(self._samples_seen())
-        metrics["train/seconds_left"] = metrics["train/seconds_a_step"] * (self.config.num_steps - self.step)
+        metrics["train/seconds_left"] = metrics["train/seconds_a_step"] * (self.config.last_step - self.step)
         return metrics
 
     def _show(self, metrics: dict[str, float]) -> None:

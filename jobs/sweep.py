@@ -1,0 +1,39 @@
+"""Search a recipe's open choices: `ray job submit --working-dir . -- python jobs/sweep.py --recipe demo_sweep --output_dir …`.
+
+Where no cluster is named (RAY_ADDRESS), this machine's CPUs do it.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+
+import _bootstrap  # noqa: F401
+from ray_platform import storage
+from ray_platform.connect import connect
+from ray_platform.contracts import ConfigError, DataError
+from ray_platform.local_head import HeadError, LocalHead
+from recipes.sweep import parse
+from sweeping.run import DETAILS, plan, run, table
+
+
+def main() -> None:
+    command = parse(sys.argv[1:])
+    made = plan(command.config, command.recipe)
+    if not os.environ.get("RAY_ADDRESS"):
+        with LocalHead() as head:  # its token has to be in the environment before Ray is imported: hence a child
+            sys.exit(subprocess.run([sys.executable, *sys.argv], env=head.env).returncode)
+    connect()
+    details = run(made, command.yaml, shlex.join(("python", "jobs/sweep.py", *sys.argv[1:])))
+    print(f"\n{table(details)}\n\ndone: {storage.join(command.config.output_dir, DETAILS)}", flush=True)
+    if failed := [f"{trial['name']}: {trial['error']}" for trial in details["trials"] if trial["state"] == "failed"]:
+        raise DataError(f"{len(failed)} trials failed, and the same command tries them again: " + "; ".join(failed))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ConfigError, DataError, HeadError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")

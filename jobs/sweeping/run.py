@@ -1,0 +1,213 @@
+"""A sweep from its configuration to its report."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from evaluation.quality import read_prompts
+from evaluation.run import open_sets
+from ray_platform import storage
+from ray_platform.contracts import ConfigError
+from ray_platform.evaluate.results import as_json
+from ray_platform.sweep.pareto import best, pareto_front
+from ray_platform.sweep.schedulers import milestones
+from ray_platform.sweep.space import Space, describe
+from ray_platform.sweep.sweep import Outcome, Sweep
+from ray_platform.tracking import Tracker, tracking_uri
+from ray_platform.train.code_version import code_version
+from ray_platform.train.launch import TRACKED
+from recipes.sweep import SweepConfig
+from sweeping.fields import open_space
+from sweeping.trial import TrialJob, first_segment, needs, steps
+
+REPORT, DETAILS, BEGUN = "report.html", "details.json", "sweep.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that was checked."""
+
+    config: SweepConfig
+    recipe: str
+    space: Space
+    default: Mapping[str, Any]  # the recipe's own values
+
+    def sweep(self, tracked: Mapping[str, str]) -> Sweep:
+        config = self.config
+        return Sweep(
+            TrialJob(config, self.recipe, tracked),
+            config.output_dir,
+            self.space,
+            self.default,
+            config.objectives,
+            config.search,
+            config.scheduler,
+            config.num_trials,
+            config.num_milestones,
+            config.reduction,
+            config.seed,
+            needs(config),
+            config.max_concurrent,
+        )
+
+
+def plan(config: SweepConfig, recipe: str) -> Plan:
+    """After every check that needs no cluster. Raises ConfigError and DataError."""
+    if config.pretrain.train.elastic:
+        raise ConfigError("pretrain.train.num_workers: a sweep's trials have a fixed number of workers; give one number")
+    space, default = open_space(config)
+    first = milestones(config.scheduler, config.num_milestones, config.reduction)[0]
+    if steps(config.pretrain, config.samples) * first < 1:
+        raise ConfigError(f"samples: {config.samples} give less than a step to the first of {config.num_milestones} milestones")
+    tracking_uri_of(config)
+    made = Plan(config, recipe, space, default)
+    job = TrialJob(config, recipe, dict.fromkeys(("tracking_uri", "experiment", "run_id"), "none"))
+    job.pretrain(first_segment(config, default)).run(recipe).check()
+    open_sets(config.evaluation)
+    if config.evaluation.quality.prompts:
+        read_prompts(config.evaluation.quality)
+    if config.search == "grid":
+        made.sweep({}).points()
+    _check_same(config)
+    return made
+
+
+def _check_same(config: SweepConfig) -> None:
+    """A sweep that was begun in output_dir goes on as it was begun."""
+    url = storage.join(config.output_dir, BEGUN)
+    if not storage.exists(url):
+        return
+    begun, now = json.loads(storage.read_bytes(url)), json.loads(as_json(_lasting(config)))
+    for field in now:
+        if begun.get(field) != now[field]:
+            raise ConfigError(
+                f"{field}: not what the sweep in {config.output_dir} was begun with; give that again, or another output_dir"
+            )
+
+
+def _lasting(config: SweepConfig) -> dict[str, Any]:
+    """What may not change while a sweep lasts."""
+    return {
+        name: value for name, value in asdict(config).items() if name not in ("max_concurrent", "registered_model", "tracking")
+    }
+
+
+def tracking_uri_of(config: SweepConfig) -> str:
+    """Raises ConfigError where there is none."""
+    try:
+        return tracking_uri(config.tracking, config.output_dir)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def run(made: Plan, yaml: str, command: str) -> dict[str, Any]:
+    """Needs a running Ray. Writes details.json and report.html; returns the report's details. The same call goes on.
+
+    `yaml` and `command`: the resolved configuration and what was typed, to be kept with the results.
+    """
+    config, begun = made.config, time.monotonic()
+    made.sweep({}).concurrency()  # before anything is written
+    storage.write_bytes(storage.join(config.output_dir, BEGUN), as_json(_lasting(config)))
+    storage.write_bytes(storage.join(config.output_dir, "config.yaml"), yaml.encode())
+    tracker, tracked = _open_run(config, made.recipe)
+    status: Any = "FAILED"
+    try:
+        outcomes = made.sweep(tracked).run()
+        details = _details(made, outcomes, command, time.monotonic() - begun)
+        storage.write_bytes(storage.join(config.output_dir, DETAILS), as_json(details))
+        _track(tracker, config, details)
+        status = "FINISHED"
+    finally:
+        tracker.end(status)
+    return details
+
+
+def _open_run(config: SweepConfig, recipe: str) -> tuple[Tracker, dict[str, str]]:
+    """The sweep's own MLflow run, below which those of its trials are; the one that it was begun in."""
+    url = storage.join(config.output_dir, TRACKED)
+    known = json.loads(storage.read_bytes(url))["run_id"] if storage.exists(url) else ""
+    tracker = Tracker(config.tracking, config.output_dir, known)
+    tracker.log_params({"recipe": recipe, **asdict(config)})
+    tracked = {"tracking_uri": tracking_uri_of(config), "experiment": config.tracking.experiment, "run_id": tracker.run_id()}
+    storage.write_bytes(url, json.dumps(tracked, indent=2).encode())
+    return tracker, tracked
+
+
+def _details(made: Plan, outcomes: list[Outcome], command: str, seconds: float) -> dict[str, Any]:
+    """What the report shows, in plain JSON types. Front and best ones are over the trials that had their whole budget."""
+    config = made.config
+    trials = [_trial(outcome) for outcome in outcomes]
+    whole = {trial["name"]: trial["metrics"] for trial in trials if trial["state"] == "finished"}
+    return {
+        "title": f"Sweep of {made.recipe}",
+        "created": datetime.now().isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "code_version": code_version(),
+        "command": command,
+        "recipe": made.recipe,
+        "objectives": [{"metric": metric, "mode": mode} for metric, mode in config.objectives.items()],
+        "space": describe(made.space),
+        "budget_samples": config.samples,
+        "scheduler": config.scheduler,
+        "search": config.search,
+        "trials": trials,
+        "front": pareto_front(whole, config.objectives),
+        "best": {metric: best(whole, metric, mode) for metric, mode in config.objectives.items()} if whole else {},
+    }
+
+
+def _trial(outcome: Outcome) -> dict[str, Any]:
+    url = storage.join(outcome.url, TRACKED) if outcome.url else ""
+    run_id = json.loads(storage.read_bytes(url))["run_id"] if url and storage.exists(url) else ""
+    return {
+        "name": outcome.name,
+        "state": outcome.state,
+        "default": outcome.default,
+        "error": outcome.error,
+        "values": dict(outcome.values),
+        "history": [{key: entry[key] for key in ("step", "samples", "seconds", "metrics")} for entry in outcome.history],
+        "metrics": outcome.history[-1]["metrics"] if outcome.history else {},
+        "run_id": run_id,
+        "url": outcome.url,
+    }
+
+
+def _track(tracker: Tracker, config: SweepConfig, details: Mapping[str, Any]) -> None:
+    """The report and the best values on the sweep's run; the best trials and the front as versions of a registered model."""
+    trials = {trial["name"]: trial for trial in details["trials"]}
+    for metric, name in details["best"].items():
+        tracker.log_metrics({f"best/{metric}": trials[name]["metrics"][metric]}, 0)
+    tracker.log_bytes(as_json(details), DETAILS)
+    for name, roles in _roles(details).items():
+        trial = trials[name]
+        metrics = {metric: f"{trial['metrics'][metric]:.6g}" for metric in config.objectives}
+        # What a run's artifacts hold cannot be copied there from a bucket, so there the folder itself is the source.
+        source = f"runs:/{trial['run_id']}/model" if "://" not in trial["url"] else storage.join(trial["url"], "export")
+        tags = {"roles": ", ".join(roles), "trial": name, "sweep": tracker.run_id()} | metrics
+        if config.registered_model and trial["run_id"]:
+            tracker.register_model(config.registered_model, source, trial["run_id"], tags)
+
+
+def _roles(details: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What each trial that is worth keeping is."""
+    roles: dict[str, list[str]] = {}
+    for metric, name in details["best"].items():
+        roles.setdefault(name, []).append(f"best {metric}")
+    for name in details["front"]:
+        roles.setdefault(name, []).append("pareto front")
+    return roles
+
+
+def table(details: Mapping[str, Any]) -> str:
+    """For the terminal: a row a trial."""
+    metrics, roles = [objective["metric"] for objective in details["objectives"]], _roles(details)
+    lines = [f"{'':<11}{'':<10}{'samples':>11}" + "".join(f"{metric:>24}" for metric in metrics)]
+    for trial in details["trials"]:
+        samples = trial["history"][-1]["samples"] if trial["history"] else 0
+        figures = "".join(f"{trial['metrics'][m]:>24.4g}" if m in trial["metrics"] else f"{'-':>24}" for m in metrics)
+        notes = [*(["recipe's own values"] if trial["default"] else []), *roles.get(trial["name"], [])]
+        lines.append(f"{trial['name']:<11}{trial['state']:<10}{samples:>11,}{figures}  {', '.join(notes)}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,262 @@
+"""jobs/sweep.py over the tiny model: real trials, what MLflow has of them, and what is refused before anything starts."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import webdataset
+from mlflow import MlflowClient
+from PIL import Image
+
+from diffdis.config import ObjectiveConfig
+from ray_platform.contracts import ConfigError, DataError
+from ray_platform.data.config import DataConfig
+from ray_platform.train.config import TrainConfig
+from recipes.config import PretrainConfig
+from recipes.evaluate import EvalConfig, QualityConfig, ScoringConfig
+from recipes.sweep import RECIPES, SweepConfig, parse
+from sweeping.fields import configure, open_space
+from sweeping.run import plan, run, table
+from sweeping.trial import needs, steps
+from tests.evaluation_sets import picture, write_wds
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+COLOURS = ("red", "blue", "gold", "pink", "grey")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Shards to train on, a set for zero-shot accuracy, one for retrieval, and prompts."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    (root / "train").mkdir()
+    for shard in range(2):
+        with webdataset.TarWriter(str(root / "train" / f"{shard:05d}.tar")) as tar:
+            for i in range(16):
+                buffer = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(buffer, format="PNG")
+                tar.write({"__key__": f"{shard:05d}{i:04d}", "png": buffer.getvalue(), "txt": str(rng.choice(COLOURS)).encode()})
+    write_wds(
+        root, "mine", [picture(i) for i in range(20)], labels=[i % 5 for i in range(20)], classes=COLOURS, templates=["a {c}."]
+    )
+    write_wds(root, "pairs", [picture(100 + i) for i in range(12)], captions=[[f"picture {i}"] for i in range(12)])
+    (root / "both.yaml").write_text("sets: [mine, pairs]\n")
+    (root / "prompts.txt").write_text("".join(f"a {colour} {i}\n" for i in range(2) for colour in COLOURS))
+    return root
+
+
+@pytest.fixture
+def make(data, tiny_model, tmp_path):
+    """make(**SweepConfig fields) -> a sweep of four steps a trial."""
+
+    def config(**fields) -> SweepConfig:
+        pretrain = PretrainConfig(
+            model=tiny_model,
+            objective=ObjectiveConfig(lr_unet=1e-3, lr_new=1e-3),
+            data=DataConfig(sources=(str(data / "train"),), image_size=tiny_model.image_size),
+            train=TrainConfig(
+                micro_batch_size=4, warmup_steps=1, log_every=1, preview_every=0, cpus_per_worker=0.5, max_failures=0
+            ),
+        )
+        evaluation = EvalConfig(
+            suite=str(data / "both.yaml"),
+            data_roots=(str(data),),
+            scoring=ScoringConfig(num_steps=1),
+            quality=QualityConfig(prompts=str(data / "prompts.txt"), reference=str(data / "wds_mine"), num_steps=1),
+        )
+        base = SweepConfig(
+            output_dir=str(tmp_path / "sweep"),
+            pretrain=pretrain,
+            evaluation=evaluation,
+            space={
+                "objective.lambda_alignment": {"values": [0.5, 1.0]},
+                "evaluation.quality.guidance_scales": {"values": [1.5, 3]},
+            },
+            search="grid",
+            num_trials=0,
+            samples=16,
+            num_milestones=2,
+        )
+        return dataclasses.replace(base, **fields)
+
+    return config
+
+
+def test_a_grid_with_asha_from_its_configuration_to_mlflow(make, tmp_path):
+    config = make()
+    details = run(plan(config, "tiny"), "yaml: 1\n", "python jobs/sweep.py …")
+    assert ray.util.placement_group_table() == {} or all(
+        group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()
+    )
+    trials = details["trials"]
+    assert [trial["name"] for trial in trials] == ["trial_000", "trial_001", "trial_002", "trial_003"]
+    assert trials[0]["default"]
+    assert trials[0]["values"] == {"objective.lambda_alignment": 1.0, "evaluation.quality.guidance_scales": 3.0}
+    assert trials[0]["state"] == "finished"
+    assert {trial["state"] for trial in trials} <= {"finished", "stopped"}
+    assert [entry["step"] for entry in trials[0]["history"]] == [2, 4]
+    assert [entry["samples"] for entry in trials[0]["history"]] == [8, 16]
+    wanted = {"accuracy", "fd_efficientnet_lite0", "kid_efficientnet_lite0", "retrieval_recall_at_1", "alignment"}
+    assert wanted <= trials[0]["metrics"].keys()
+    assert "eval/mine/acc1" in trials[0]["metrics"]
+    finished = {trial["name"] for trial in trials if trial["state"] == "finished"}
+    assert set(details["front"]) <= finished
+    assert set(details["best"]) == {"accuracy", "fd_efficientnet_lite0"}
+    saved = json.loads((tmp_path / "sweep" / "details.json").read_text())
+    assert saved["trials"] == json.loads(json.dumps(trials))
+    assert "recipe's own values" in table(details)
+    _check_mlflow(config, details)
+
+    again = run(plan(config, "tiny"), "yaml: 1\n", "python jobs/sweep.py …")
+    assert [t["metrics"] for t in again["trials"]] == [t["metrics"] for t in trials], "a sweep that is done is not done again"
+    client = MlflowClient(f"sqlite:///{tmp_path}/sweep/mlflow.db")
+    versions = client.search_model_versions("name='diffdis-sweep'")
+    assert len(versions) == len({*details["front"], *details["best"].values()}), "nor registered again"
+    with pytest.raises(ConfigError, match=r"samples: not what the sweep in .* was begun with"):
+        plan(make(samples=20), "tiny")
+
+
+def _check_mlflow(config, details):
+    tracked = json.loads((Path(config.output_dir) / "mlflow.json").read_text())
+    client = MlflowClient(tracked["tracking_uri"])
+    parent = client.get_run(tracked["run_id"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["samples"] == "16"
+    assert "details.json" in {file.path for file in client.list_artifacts(tracked["run_id"])}
+    children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{tracked['run_id']}'")
+    assert {child.info.run_id for child in children} == {trial["run_id"] for trial in details["trials"]}
+    by_id = {child.info.run_id: child for child in children}
+    for trial in details["trials"]:
+        child = by_id[trial["run_id"]]
+        assert child.info.run_name == trial["name"]
+        assert child.info.status == "FINISHED"
+        assert float(child.data.params["objective.lambda_alignment"]) == trial["values"]["objective.lambda_alignment"]
+        assert child.data.metrics["sweep/accuracy"] == trial["metrics"]["accuracy"]
+        assert {m.step for m in client.get_metric_history(trial["run_id"], "loss_alignment")} == set(
+            range(1, trial["history"][-1]["step"] + 1)
+        )
+    versions = {version.tags["trial"]: version for version in client.search_model_versions("name='diffdis-sweep'")}
+    assert set(versions) == {*details["front"], *details["best"].values()}
+    best = versions[details["best"]["accuracy"]]
+    assert "best accuracy" in best.tags["roles"]
+    assert best.run_id in by_id
+    assert client.list_artifacts(best.run_id, "model"), "the model is where the version says"
+
+
+def test_a_failing_trial_is_a_line_of_the_results(make):
+    config = make(space={"objective.task": {"values": ["joint", "generation"]}}, scheduler="none", num_milestones=1)
+    details = run(plan(config, "tiny"), "", "")
+    assert [(trial["name"], trial["state"]) for trial in details["trials"]] == [
+        ("trial_000", "finished"),
+        ("trial_001", "failed"),
+    ]
+    assert details["trials"][1]["error"].startswith("objectives: accuracy was not measured; there are ")
+
+
+def test_any_field_can_be_set_as_on_the_command_line(make):
+    config = make()
+    values = {
+        "model.query_visibility": "joint",
+        "objective.freeze": ["unet.down_blocks.*"],
+        "train.seed": 7,
+        "evaluation.quality.guidance_scales": 2.5,
+        "evaluation.scoring.num_draws": 3,
+    }
+    pretrain, evaluation = configure(config, values)
+    assert pretrain.model.query_visibility == "joint"
+    assert pretrain.objective.freeze == ("unet.down_blocks.*",)
+    assert pretrain.train == dataclasses.replace(config.pretrain.train, seed=7)
+    assert evaluation.quality.guidance_scales == (2.5,)
+    assert evaluation.scoring == ScoringConfig(num_steps=1, num_draws=3)
+    assert configure(config, {}) == (config.pretrain, config.evaluation)
+    _, default = open_space(make(space={f: {"values": [v]} for f, v in values.items()}))
+    assert default == {
+        "model.query_visibility": "one_way",
+        "objective.freeze": [],
+        "train.seed": 0,
+        "evaluation.quality.guidance_scales": 3.0,
+        "evaluation.scoring.num_draws": 1,
+    }
+
+
+def test_a_range_of_a_number_with_decimals_has_decimals(make):
+    space, _ = open_space(make(space={"objective.temperature": {"low": 1, "high": 2}, "train.seed": {"low": 1, "high": 2}}))
+    assert (space["objective.temperature"].whole, space["train.seed"].whole) == (False, True)
+
+
+def refused(make, **fields):
+    with pytest.raises((ConfigError, DataError)) as error:
+        plan(make(**fields), "tiny")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_cannot_be_is_one_line_before_anything_starts(make, tmp_path):
+    values = {"values": [1, 2]}
+    line = refused(make, space={"objective.lambda_alignmnt": values})
+    assert "space.objective.lambda_alignmnt" in line
+    assert "did you mean --objective.lambda_alignment?" in line
+    assert "space.objective.temperature" in refused(make, space={"objective.temperature": {"values": ["warm"]}})
+    assert "is not in (0, 1]" in refused(make, space={"model.schedule.gamma": {"low": 0.1, "high": 2.0}})
+    assert "space.train.num_steps: the sweep sets it" in refused(make, space={"train.num_steps": values})
+    assert "space.tracking.uri: the sweep sets it" in refused(make, space={"tracking.uri": values})
+    assert "a grid has values, not a range" in refused(make, space={"objective.temperature": {"low": 0.1, "high": 0.2}})
+    assert "samples: 3 is less than a step's 4" in refused(make, samples=3)
+    assert "less than a step to the first" in refused(make, samples=4, num_milestones=4)
+    assert "num_trials: 3, but the grid has 4 points" in refused(make, num_trials=3)
+    elastic = dataclasses.replace(make().pretrain, train=TrainConfig(num_workers=(1, 2)))
+    assert "a sweep's trials have a fixed number of workers" in refused(make, pretrain=elastic)
+    nowhere = dataclasses.replace(make().pretrain, data=DataConfig(sources=(str(tmp_path / "none"),), image_size=16))
+    assert str(tmp_path / "none") in refused(make, pretrain=nowhere)
+    assert "none.yaml" in refused(make, evaluation=dataclasses.replace(make().evaluation, suite="none.yaml"))
+    assert not (tmp_path / "sweep").exists(), "nothing was written"
+    for fields, part in (
+        ({"scheduler": "pbt", "search": "optuna", "num_trials": 4}, "search: optuna proposes"),
+        ({"search": "random", "num_trials": 1}, "num_trials: 1"),
+        ({"space": {}}, "space and objectives"),
+        ({"reduction": 1}, "reduction: at least 2"),
+    ):
+        with pytest.raises(ConfigError, match=part):
+            make(**fields)
+
+
+def test_what_a_trial_takes_and_how_long_it_is(make):
+    config = make()
+    assert needs(config) == {"CPU": 1.0, "GPU": 0.0}
+    wide = dataclasses.replace(config.pretrain, train=dataclasses.replace(config.pretrain.train, num_workers=3))
+    assert needs(make(pretrain=wide)) == {"CPU": 3.0, "GPU": 0.0}, "3 x 0.5 of workers and 3 x 2 x 0.25 of reads"
+    assert steps(config.pretrain, 19) == 4
+    assert steps(dataclasses.replace(config.pretrain, train=TrainConfig(global_batch_size=8)), 19) == 2
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_read_from_the_command_line_and_fields_are_overridden(name, tmp_path):
+    arguments = ["--recipe", name, "--output_dir", str(tmp_path), "--samples", "4096", "--pretrain.train.seed", "5"]
+    arguments += ["--space", '{"objective.temperature": {"low": 0.05, "high": 0.1}}', "--objectives", '{"accuracy": "max"}']
+    arguments += ["--pretrain.data.sources", "/data/shards"]
+    command = parse(arguments)
+    assert (command.config.samples, command.config.pretrain.train.seed) == (4096, 5)
+    assert command.config.space == {"objective.temperature": {"low": 0.05, "high": 0.1}}
+    assert command.config.objectives == {"accuracy": "max"}
+    assert command.config.pretrain.data.sources == ("/data/shards",)
+    (tmp_path / "config.yaml").write_text(command.yaml)
+    assert parse(["--config", str(tmp_path / "config.yaml")]).config == command.config
+
+
+def test_a_misspelt_command_line_is_one_line(tmp_path):
+    for arguments, part in (
+        (["--recipe", "none"], "no such recipe; there are demo_sweep, sd_v1_laion_sweep"),
+        ([], "output_dir: empty; give an absolute folder"),
+        (["--output_dir", str(tmp_path), "--search", "bayes"], "search"),
+        (["--output_dir", str(tmp_path), "--samplse", "3"], "did you mean --samples?"),
+        (["--output_dir", str(tmp_path), "--objectives", '{"accuracy": "most"}'], "objectives"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            parse(arguments)
+        assert part in str(error.value)
+        assert "\n" not in str(error.value)
