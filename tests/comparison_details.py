@@ -21,7 +21,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "clip": {"objective.task": "clip"},
     "joint_mask": {"objective.task": "joint", "model.query_visibility": "joint", "objective.num_draws": 1},
 }
-SCORES = ("accuracy", "accuracy_heldout_style", "accuracy_heldout_names", "retrieval_r_at_1")
+SCORES = ("accuracy", "accuracy_heldout_style", "accuracy_heldout_names", "retrieval_r1")
 LEVELS = {"joint": 0.062, "alignment": 0.051, "clip": 0.049, "joint_mask": 0.0615}
 PAIRS = [
     *((score, "joint", other) for other in ("alignment", "clip") for score in SCORES),
@@ -49,7 +49,7 @@ def comparison(gain: float = 1.0, seeds: tuple[str, ...] = SEEDS) -> dict[str, A
             "arms": ARMS, "seeds": [int(seed) for seed in seeds],
             "pretrain": {"model": {"query_visibility": "one_way"}, "objective": {"task": "joint"}},
         },
-        "config_digest": "6f1c0e", "environment": {"cores": 2, "accelerator": "none"},
+        "config_digest": "6f1c0e", "environment": "2 CPUs, 7.8 GB",
         "arms": arms, "paired": paired, "claim": {"holds": holds, "why": why}, "failures": [],
         "grids": grids, "curves": {name: {seed: _curve(arm["seeds"][seed]) for seed in seeds} for name, arm in arms.items()},
     }  # fmt: skip
@@ -66,13 +66,14 @@ def difference(arms: dict[str, Any], metric: str, a: str, b: str) -> dict[str, A
 
 def _arm(name: str, gain: float, seeds: tuple[str, ...]) -> dict[str, Any]:
     runs = {seed: _run(name, gain, random.Random(f"{name} {seed}"), random.Random(seed)) for seed in seeds}
-    columns = {metric: [run[metric] for run in runs.values()] for metric in runs[seeds[0]]}
+    numbers = [metric for metric, value in runs[seeds[0]].items() if not isinstance(value, str)]
+    columns = {metric: [run[metric] for run in runs.values()] for metric in numbers}
     spread = {metric: statistics.stdev(values) if len(seeds) > 1 else None for metric, values in columns.items()}
     return {"seeds": runs, "mean": {metric: statistics.fmean(values) for metric, values in columns.items()}, "std": spread}
 
 
-def _run(name: str, gain: float, own: random.Random, shared: random.Random) -> dict[str, float]:
-    run = {}
+def _run(name: str, gain: float, own: random.Random, shared: random.Random) -> dict[str, Any]:
+    run: dict[str, Any] = {}
     luck = shared.gauss(0, 0.004)
     if name in LEVELS:
         level = 0.05 + gain * (LEVELS[name] - 0.05) + luck
@@ -85,10 +86,11 @@ def _run(name: str, gain: float, own: random.Random, shared: random.Random) -> d
         0.98, 1.02
     )
     flops = {"joint": 1.4e15, "generation": 1.0e15, "alignment": 4.1e14, "clip": 3.8e14, "joint_mask": 1.3e15}[name]
-    return run | {"samples": 163840, "seconds": seconds, "parameters": 6.4e6, "flops": flops}
+    costs = {"samples": 163840, "seconds": seconds, "parameters": 6.4e6, "flops": flops}
+    return run | costs | {"environment": "2 CPUs, 7.8 GB"}
 
 
-def _curve(run: dict[str, float]) -> list[dict[str, Any]]:
+def _curve(run: dict[str, Any]) -> list[dict[str, Any]]:
     names = [name for name in ("accuracy", "fd") if name in run]
     points = []
     for i in range(1, 9):

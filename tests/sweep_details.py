@@ -66,7 +66,7 @@ def _draw(space: dict[str, Any], drawn: random.Random) -> Any:
 def _trial(number: int, values: dict[str, Any], reached: int, drawn: random.Random) -> dict[str, Any]:
     weight = math.log10(values["objective.lambda_alignment"])
     skill = 0.02 + 0.008 * weight - 0.006 * abs(math.log10(values["model.schedule.gamma"]) + 1) + drawn.gauss(0, 0.002)
-    distance = 92 + 14 * weight + 60 * abs(values["objective.caption_dropout"] - 0.1) + drawn.gauss(0, 3)
+    distance = 92 + 14 * weight + 10 * abs(values["objective.caption_dropout"] - 0.1) + drawn.gauss(0, 3)
     history = []
     for step, samples in enumerate(MILESTONES[:reached], start=1):
         share = samples / MILESTONES[-1]

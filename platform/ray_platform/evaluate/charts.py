@@ -15,6 +15,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 14, 44  # around the frame
 _LABEL_GAP = 14  # between the names of lines, px
 _Box = tuple[float, float, float, float]  # left, top, width, height
 _CHARACTER = 6.8  # of a label, px wide
+_LONGEST_NAME = 24  # characters of a name or label that are shown
 
 STYLE = """
 svg { display: block; width: 100%; max-width: 520px; height: auto; font: 12px system-ui, sans-serif; color: var(--bar); }
@@ -80,6 +81,7 @@ def line_chart(lines: Sequence[Line], x_title: str, y_title: str, log_ticks: Seq
 
     log_ticks: the values of x, all above 0, for a logarithmic axis that is marked at them.
     """
+    lines = [_shortened(line) for line in lines]
     names = max((len(line.name) for line in lines), default=0)
     frame = _Frame(lines, log_ticks, _RIGHT + (names * _CHARACTER + 12 if names else 0))
     parts = [_axes(frame, x_title, y_title)]
@@ -129,6 +131,11 @@ def profile(values: Sequence[float], other: Sequence[float], height: int) -> str
     )
 
 
+def cut(value: str, longest: int) -> str:
+    """A name, as far as there is room for it."""
+    return value if len(value) <= longest else f"{value[: longest - 1]}…"
+
+
 def ticks(values: Sequence[float]) -> list[float]:
     """Three to seven round numbers, equally far from each other, around finite `values`."""
     low, high = min(values), max(values)
@@ -139,6 +146,11 @@ def ticks(values: Sequence[float]) -> list[float]:
     step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, last + 1)]
+
+
+def _shortened(line: Line) -> Line:
+    points = [point._replace(label=cut(point.label, _LONGEST_NAME)) for point in line.points]
+    return line._replace(name=cut(line.name, _LONGEST_NAME), points=points)
 
 
 def _axes(frame: _Frame, x_title: str, y_title: str) -> str:

@@ -10,7 +10,6 @@ from ray_platform.evaluate.report_text import NOTHING, clipped, facts, head, is_
 from ray_platform.evaluate.row_chart import Row
 from ray_platform.page import document, image, table, text, tile
 
-_COLOURS = ("var(--bar)", "var(--m1)", "var(--m2)", "var(--m3)", "var(--m4)")
 _IMAGE = 72  # px wide on the page
 _STYLE = """
 .verdict.null { border-left-color: var(--low); } .verdict p { margin: 6px 0 0; }
@@ -36,7 +35,7 @@ def comparison_page(details: Mapping[str, Any]) -> str:
     arms = Arms(details)
     parts = [
         head(details), _failures(details), _verdict(details, arms), _tiles(details, arms),
-        section("arms", "The arms", f'<div class="card">{_arms(arms)}</div>') if arms.names else "",
+        section("arms", "The arms", f'<div class="card">{_arms(arms, details)}</div>') if arms.names else "",
         _paired(arms), _runs(arms), _masks(arms), _curves(details, arms), _grids(details, arms),
         section("command", "How to do it again", _command(details)),
     ]  # fmt: skip
@@ -65,7 +64,8 @@ def _verdict(details: Mapping[str, Any], arms: Arms) -> str:
         kind, title = " null", "Null result: the claim is not shown"
     lines = "".join(f"<li>{_sentence(pair, arms)}</li>" for pair in pairs)
     listed = f"<ul>{lines}</ul>" if lines else ""
-    return f'<div class="card verdict{kind}"><b>{title}</b>{listed}<p class="soft">{text(clipped(claim["why"]))}</p></div>'
+    why = f'<p class="soft">{text(clipped(claim["why"]))}</p>' if len(pairs) < 2 else ""  # else the list says it
+    return f'<div class="card verdict{kind}"><b>{title}</b>{listed}{why}</div>'
 
 
 def _sentence(pair: Pair, arms: Arms) -> str:
@@ -101,20 +101,10 @@ def _tiles(details: Mapping[str, Any], arms: Arms) -> str:
     samples = {run["samples"] for name in arms.names for run in arms.seeds(name).values() if "samples" in run}
     if samples:
         tiles.append((" to ".join(f"{each:,.0f}" for each in sorted({min(samples), max(samples)})), "samples a run"))
-    if details.get("environment"):
-        tiles.append((_environment(details["environment"]), "where it ran"))
     return f'<div class="tiles">{"".join(tile(*each) for each in tiles)}</div>'
 
 
-def _environment(environment: Any) -> str:
-    if isinstance(environment, Mapping):
-        return ", ".join(
-            f"{value} {name}" if isinstance(value, int | float) else str(value) for name, value in environment.items()
-        )
-    return str(environment)
-
-
-def _arms(arms: Arms) -> str:
+def _arms(arms: Arms, details: Mapping[str, Any]) -> str:
     """Mean and spread over the seeds, and what a run cost."""
     titles = "".join(
         f'<th class="num">{text(metric_names.title(metric))} {"↓" if metric_names.is_distance(metric) else "↑"}</th>'
@@ -122,7 +112,8 @@ def _arms(arms: Arms) -> str:
     )
     costs = "".join(f'<th class="num{" cost" * (i == 0)}">{text(cost_title(name))}</th>' for i, name in enumerate(arms.costs))
     rows = [_arm(name, arms) for name in arms.names]
-    note = "Mean over the seeds ± standard deviation; the best mean is bold. Costs are of one run."
+    where = f", on {text(clipped(details['environment']))}" if details.get("environment") else ""
+    note = f"Mean over the seeds ± standard deviation; the best mean is bold. Costs are of one run{where}."
     return f'{table(f"<th>arm</th><th class=num>seeds</th>{titles}{costs}", rows, "runs")}<p class="soft">{note}</p>'
 
 
@@ -147,14 +138,16 @@ def _paired(arms: Arms) -> str:
     groups: dict[str, list[Pair]] = {}
     for pair in arms.pairs:
         if pair.mean is not None:
-            groups.setdefault("points" if metric_names.is_share(pair.metric) else pair.metric, []).append(pair)
+            unit = "points" if metric_names.is_share(pair.metric) else pair.metric.partition("_")[0]
+            groups.setdefault(unit, []).append(pair)
     cards = []
-    for group, pairs in groups.items():
-        title = "Accuracy and retrieval, in points" if group == "points" else metric_names.title(group)
-        better = "right" if group == "points" or not metric_names.is_distance(group) else "left"
+    for unit, pairs in groups.items():
+        title = "Accuracy and retrieval, in points" if unit == "points" else metric_names.title(unit)
         who = pairs[0].first if len({pair.first for pair in pairs}) == 1 else "the first"
-        ends = (f"← {who} worse", f"{who} better →") if better == "right" else (f"← {who} better", f"{who} worse →")
-        rows = [_pair_row(pair, arms, group) for pair in pairs]
+        ends = (f"← {who} worse", f"{who} better →")
+        if metric_names.is_distance(unit):
+            ends = (f"← {who} better", f"{who} worse →")
+        rows = [_pair_row(pair, arms) for pair in sorted(pairs, key=lambda pair: arms.number(pair.second))]
         cards.append(f'<div class="card"><h3>{text(title)}</h3>{row_chart.row_chart(rows, zero=True, ends=ends)}</div>')
     note = (
         "Differences of the runs of one seed: a dot a seed, their mean, and its 95 % interval (Student's t). Green: the interval "
@@ -167,9 +160,7 @@ def _paired(arms: Arms) -> str:
     )
 
 
-def _pair_row(pair: Pair, arms: Arms, group: str) -> Row:
-    what = "" if group == pair.metric else f"{text(metric_names.title(pair.metric))}<br>"
-    name = f'{what}<span class="soft">{text(pair.first)} − {text(pair.second)}</span>'
+def _pair_row(pair: Pair, arms: Arms) -> Row:
     spread = f"<br><small>{_ends(pair)}</small>"
     value = f'<span class="num">{metric_names.difference_text(pair.metric, pair.mean).removesuffix(" points")}{spread}</span>'
     dots = [
@@ -182,7 +173,8 @@ def _pair_row(pair: Pair, arms: Arms, group: str) -> Row:
         metric_names.shown(pair.metric, pair.interval[1]),
     )
     kind = {"shown": "shown", "against": "against"}.get(pair.outcome, "open")
-    return Row(name, value, kind, dots, mean, interval)
+    between = f"{arms.named(pair.first)} minus {arms.named(pair.second)}"
+    return Row(text(metric_names.title(pair.metric)), value, kind, dots, mean, interval, between)
 
 
 def _ends(pair: Pair) -> str:
@@ -245,8 +237,7 @@ def _curves(details: Mapping[str, Any], arms: Arms) -> str:
             about = f"{arm}, seed {seed}"
             line = [_curve_point(point, metric, about) for point in points if is_number(point["metrics"].get(metric))]
             if line:
-                colour = _COLOURS[arms.number(arm) % len(_COLOURS)]
-                lines.append(Line("" if arm in named else arm, line, 0.75, colour))
+                lines.append(Line("" if arm in named else arm, line, 0.75, arms.line_colour(arm)))
                 named.add(arm)
         if lines:
             chart = line_chart(lines, "samples", metric_names.axis_title(metric))

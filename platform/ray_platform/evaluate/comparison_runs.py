@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 from ray_platform.data.inspection_report import duration_text
 from ray_platform.evaluate import metric_names
-from ray_platform.evaluate.report_text import NOTHING, is_number, isolated
+from ray_platform.evaluate.report_text import NOTHING, NUM_COLOURS, is_number, isolated
 
-_NUM_COLOURS = 5
 _COST = re.compile(r"seconds|flops|samples|parameters")
 _VISIBILITY = "model.query_visibility"
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -55,7 +54,12 @@ class Arms:
 
     def colour(self, name: str) -> str:
         """The CSS class that sets an arm's colour, `--c`."""
-        return f"m{self.number(name) % _NUM_COLOURS}"
+        return f"m{self.number(name) % NUM_COLOURS}"
+
+    def line_colour(self, name: str) -> str:
+        """The same, for a chart's line."""
+        number = self.number(name) % NUM_COLOURS
+        return f"var(--m{number})" if number else "var(--bar)"
 
     def named(self, name: str) -> str:
         """An arm's name behind a patch of its colour, as HTML."""
@@ -130,8 +134,7 @@ class Arms:
 
 
 def cost_title(name: str) -> str:
-    """`seconds` become `time`; the others keep their names."""
-    return "training time" if name == "seconds" else name.replace("_", " ").replace("flops", "FLOPs")
+    return "training time" if name == "seconds" else name.replace("seconds", "time").replace("_", " ").replace("flops", "FLOPs")
 
 
 def cost_text(name: str, value: float | None) -> str:

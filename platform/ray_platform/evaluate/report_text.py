@@ -10,13 +10,14 @@ from ray_platform.page import image, text
 
 NOTHING = "–"
 _LONGEST_TEXT = 600  # characters of a caption that are shown
-_NUM_COLOURS = 5
+NUM_COLOURS = 6  # --bar, --m1, --m2, …
 
 STYLE = """
-:root { --m1: #d9822b; --m2: #8a63c9; --m3: #1f9c93; --m4: #c2477f; --meant: #8a94a6; --hollow: #eef0f4; }
-@media (prefers-color-scheme: dark) { :root { --m1: #f0a050; --m2: #ad8be8; --m3: #45c0b6; --m4: #e277a8; --meant: #7b8596;
-  --hollow: #262b34; } }
+:root { --m1: #d9822b; --m2: #8a63c9; --m3: #1f9c93; --m4: #c2477f; --m5: #7a8b2e; --meant: #8a94a6; --hollow: #eef0f4; }
+@media (prefers-color-scheme: dark) { :root { --m1: #f0a050; --m2: #ad8be8; --m3: #45c0b6; --m4: #e277a8; --m5: #b5c45a;
+  --meant: #7b8596; --hollow: #262b34; } }
 .m0 { --c: var(--bar); } .m1 { --c: var(--m1); } .m2 { --c: var(--m2); } .m3 { --c: var(--m3); } .m4 { --c: var(--m4); }
+.m5 { --c: var(--m5); }
 main { max-width: 1240px; } h1 { overflow-wrap: anywhere; }
 a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: 3px; }
 .patch { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 7px; background: var(--c); }
@@ -41,7 +42,7 @@ class Models:
 
     def colour(self, name: str) -> str:
         """The CSS class that sets a model's colour, `--c`."""
-        return f"m{self.names.index(name) % _NUM_COLOURS}"
+        return f"m{self.names.index(name) % NUM_COLOURS}"
 
     def named(self, name: str) -> str:
         """A model's name behind a patch of its colour, as HTML."""

@@ -9,6 +9,7 @@ from ray_platform.page import text
 
 STYLE = """
 .rows { display: grid; grid-template-columns: auto minmax(90px, 1fr) auto; gap: 0 12px; align-items: center; font-size: 13px; }
+.rows > h4 { grid-column: 1 / -1; margin: 10px 0 2px; font-size: 12px; font-weight: 500; color: var(--soft); }
 .rows > span { min-width: 0; overflow-wrap: anywhere; } .rows .lane { position: relative; height: 30px; min-width: 0; }
 .lane i, .lane b { position: absolute; } .lane .grid { top: 0; bottom: 0; width: 1px; background: var(--line); }
 .lane .zero { top: 0; bottom: 0; width: 2px; margin-left: -1px; background: var(--soft); }
@@ -35,6 +36,7 @@ class Row(NamedTuple):
     dots: Sequence[tuple[float, str]]  # with what a pointer shows
     mean: float | None
     interval: tuple[float, float] | None
+    group: str = ""  # HTML, over the first of the rows that follow each other and have it
 
 
 def row_chart(rows: Sequence[Row], zero: bool = False, ends: tuple[str, str] = ("", "")) -> str:
@@ -54,8 +56,12 @@ def row_chart(rows: Sequence[Row], zero: bool = False, ends: tuple[str, str] = (
         lines.append(
             f'<span></span><span class="ends"><span>{text(ends[0])}</span><span>{text(ends[1])}</span></span><span></span>'
         )
+    group = ""
     for row in rows:
         parts = [grid]
+        if row.group != group:
+            group = row.group
+            lines.append(f"<h4>{group}</h4>")
         if row.interval:
             width = 94 * (row.interval[1] - row.interval[0]) / (high - low)
             parts.append(f'<i class="whisker" style="{place(row.interval[0])};width:{width:.2f}%"></i>')

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ray_platform.evaluate.charts import apart, tick_text, ticks
+from ray_platform.evaluate.charts import apart, cut, tick_text, ticks
 from ray_platform.page import text
 
 _AXIS_GAP = 136  # px
@@ -157,13 +157,13 @@ def _axis(placed: _Placed, x: float) -> str:
     axis = placed.axis
     parts = [
         f'<g><title>{text(axis.about)}</title><text class="small" x="{x}" y="14" text-anchor="middle">{text(axis.above)}</text>'
-        f'<text class="name" x="{x}" y="30" text-anchor="middle">{text(_cut(axis.name, _LONGEST_NAME))}</text></g>',
+        f'<text class="name" x="{x}" y="30" text-anchor="middle">{text(cut(axis.name, _LONGEST_NAME))}</text></g>',
         f'<line class="axis" x1="{x}" x2="{x}" y1="{_TOP}" y2="{_TOP + _FRAME}"/>',
     ]
     for share, label in placed.marks:
         y = _TOP + _FRAME * (1 - share)
         parts.append(f'<line class="axis" x1="{x - 4}" x2="{x}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        label = text(_cut(label, _LONGEST_TICK))
+        label = text(cut(label, _LONGEST_TICK))
         parts.append(f'<text class="small halo" x="{x - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     return "".join(parts)
 
@@ -175,7 +175,7 @@ def _names(trials: Sequence[Trial], placed: Sequence[_Placed]) -> str:
     ends = sorted((placed[-1].y(trial.values[-1]), trial.name) for trial in named)
     places = apart([y for y, _ in ends], 14, _TOP, _TOP + _FRAME)
     return "".join(
-        f'<text class="name halo" x="{x + 10}" y="{place + 4:.1f}">{text(_cut(name, _LONGEST_NAME))}</text>'
+        f'<text class="name halo" x="{x + 10}" y="{place + 4:.1f}">{text(cut(name, _LONGEST_NAME))}</text>'
         for (_, name), place in zip(ends, places, strict=True)
     )
 
@@ -191,10 +191,6 @@ def _scale(scale: Scale) -> str:
         f'<text class="small" x="{_LEFT - 7}" y="{y + 8}" text-anchor="end">{text(scale.first)}</text>{boxes}'
         f'<text class="small" x="{end + 7}" y="{y + 8}">{text(f"{scale.last}: {scale.title}")}</text>'
     )
-
-
-def _cut(value: str, longest: int) -> str:
-    return value if len(value) <= longest else f"{value[: longest - 1]}…"
 
 
 def mapping_lines(values: Mapping[str, Any]) -> str:

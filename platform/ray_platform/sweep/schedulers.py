@@ -76,6 +76,12 @@ class Population(PopulationBasedTraining):
         if not is_default(trial):
             super()._exploit(tune_controller, trial, trial_to_clone)
 
+    def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Whatever it takes over, a trial stays itself."""
+        config, operations = super()._get_new_config(trial, trial_to_clone)
+        config[TRIAL]["number"] = trial.config[TRIAL]["number"]
+        return config, operations
+
     def _inside(self, config: dict[str, Any]) -> dict[str, Any]:
         """Perturbed values may leave their range."""
         values = config[TRIAL]["values"]

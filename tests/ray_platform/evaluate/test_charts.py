@@ -2,12 +2,13 @@
 
 import itertools
 import re
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_platform.evaluate.charts import Line, Point, line_chart, profile, ticks
+from ray_platform.evaluate.charts import Line, Point, line_chart, profile, standalone, ticks
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))
@@ -64,3 +65,30 @@ def test_a_profile_falls_from_best_to_worst():
     assert 'd="M0 1L0 0.0000L1 0.0000L1 0.5000L2 0.5000L2 0.8000L3 0.8000L3 1Z"' in shape
     assert 'd="M0 0.9000L1 0.9000"' in shape
     assert profile([0.5], [], 10).count("<path") == 1
+
+
+def test_looks_of_lines_and_dots():
+    line = Line("", [Point(1, 1), Point(2, 2, hollow=True)], colour="var(--m1)", dashed=True)
+    svg = line_chart([line, Line("", [Point(1.5, 1.5)])], "x", "y")
+    assert svg.count('style="color:var(--m1)" class="dashed"') == 1
+    assert svg.count('class="dot"') == 2
+    assert svg.count('class="dot hollow"') == 1
+
+
+def test_names_and_labels_longer_than_the_chart_are_cut():
+    svg = line_chart([Line("n" * 300, [Point(1, 1, "l" * 300), Point(2, 2)])], "x", "y")
+    assert svg.count("n" * 23 + "…") == svg.count("l" * 23 + "…") == 1
+    assert "n" * 24 not in svg
+
+
+def test_a_chart_as_a_file_knows_its_colours():
+    dark = "@media (prefers-color-scheme: dark) { :root { --m1: #fedcba; } }"
+    style = f":root {{ --m1: #123456; }}\n{dark}\nsvg .dot {{ fill: var(--m1); }}\n"
+    svg = standalone(line_chart([Line("", [Point(1, 1), Point(2, 2)], colour="var(--m1)")], "x", "y"), style, "a < b", "a note")
+    root = ElementTree.fromstring(svg)
+    assert root.get("width") == "440"
+    assert "svg .dot { fill: #123456; }" in svg
+    assert 'style="color:#123456"' in svg
+    assert "fedcba" not in svg
+    assert "var(" not in svg
+    assert "a &lt; b" in svg
