@@ -47,11 +47,13 @@ class ClipScorer:
         normalised = self._processor(levels, do_resize=False, do_center_crop=False, input_data_format="channels_last")
         self._values = torch.from_numpy(normalised["pixel_values"][0][:, :, 0].copy())  # [3, 256]
         mean, std = (
-            torch.tensor(values, dtype=torch.float32) for values in (self._processor.image_mean, self._processor.image_std)
+            torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
+            for values in (self._processor.image_mean, self._processor.image_std)
         )
         self._scaling = torch.tensor(self._processor.rescale_factor, dtype=torch.float32), mean, std
-        scaled = self._scaled(torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 3)).T
-        self._by_arithmetic = torch.equal(scaled, self._values)
+        scaled = self._scaled(torch.arange(256.0).repeat(3, 1)[:, None])  # [3, 1, 256]
+        self._by_arithmetic = torch.equal(scaled[:, 0], self._values)
+        self._buffer = torch.empty(0)
 
     def _check_size(self, folder: Path) -> None:
         expected = (self._size, self._size, 3)
@@ -78,10 +80,18 @@ class ClipScorer:
         left, top = (target[0] - size) // 2, (target[1] - size) // 2
         return np.asarray(resized.crop((left, top, left + size, top + size)))
 
-    def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [..., 3] -> float32, as the processor normalises."""
+    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, 3, S, S] -> float32, as the processor does. Good until the next call."""
+        if not self._by_arithmetic:
+            return torch.stack([self._values[channel][pixels[:, channel].int()] for channel in range(3)], dim=1)
+        if self._buffer.shape != pixels.shape:  # kept: to touch new pages each time costs more than the arithmetic
+            self._buffer = torch.empty(pixels.shape)
+        return self._scaled(self._buffer.copy_(pixels))
+
+    def _scaled(self, values: torch.Tensor) -> torch.Tensor:
+        """[..., 3, S, S] float32 of 0 to 255, in place."""
         factor, mean, std = self._scaling
-        return pixels.float().mul_(factor).sub_(mean).div_(std)
+        return values.mul_(factor).sub_(mean).div_(std)
 
     @torch.no_grad()
     def embed_images(self, images: np.ndarray, keys: Sequence[str] = (), **settings: Any) -> np.ndarray:
@@ -89,12 +99,7 @@ class ClipScorer:
 
         CLIP draws no noise and takes no steps: keys and settings, which other scorers need, change nothing.
         """
-        pixels = torch.from_numpy(np.array(images))
-        if self._by_arithmetic:
-            values = self._scaled(pixels).permute(0, 3, 1, 2).contiguous()
-        else:
-            values = torch.stack([self._values[channel][pixels[..., channel].int()] for channel in range(3)], dim=1)
-        values = values.to(self._device)
+        values = self._normalised(torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)).to(self._device)
         with torch.autocast(self._device.type, enabled=False):
             embedded = self._model.get_image_features(pixel_values=values).pooler_output
         return F.normalize(embedded, dim=-1).cpu().numpy()

@@ -61,7 +61,9 @@ def evaluate_by_clip_benchmark(root: Path, clip: Path) -> Mapping[str, float]:
         .batched(BATCH_SIZE, collation_fn=default_collate)
     )
     dataset.classes = (root / "classnames.txt").read_text().splitlines()
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, shuffle=False, num_workers=min(NUM_WORKERS, count))
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=None, shuffle=False, num_workers=min(NUM_WORKERS, count), multiprocessing_context="fork"
+    )
     templates = (root / "zeroshot_classification_templates.txt").read_text().splitlines()
 
     def tokenize(texts: list[str]) -> torch.Tensor:

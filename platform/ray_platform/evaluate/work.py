@@ -1,5 +1,7 @@
 """What a worker does for one unit of an evaluation, on the models that it holds. Plain classes: Ray is `fan_out`'s."""
 
+import contextlib
+import ctypes
 import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +21,9 @@ from ray_platform.data.statistics import thumbnail_jpeg
 from ray_platform.evaluate.kept import RETRY_SECONDS, Rows
 from ray_platform.evaluate.slices import RawSample, Slice, read_slice, rgb
 
-# Images a model call, always: a last batch is filled up. Results of other batch shapes differ in their last bits, so that neither
-# the number of workers nor how the images are cut up may change it.
-BATCH_SIZE = 32
+# Images a model call, and of a unit's remainder: the last batch is filled up. Results of other batch shapes differ in their last
+# bits, so the batches of a unit are always the same ones, whoever works on it.
+BATCH_SIZE, REMAINDER_SIZE = 32, 8
 
 
 class Parts:
@@ -30,6 +32,7 @@ class Parts:
     def __init__(self, builders: Mapping[str, Callable[[str], Any]], num_threads: int, device: str):
         """`builders` make a Scorer, Generator or FeatureNetwork, by a torch device."""
         torch.set_num_threads(num_threads)
+        _keep_freed_memory()
         self.device, self._builders = device, builders
         self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self.lock = threading.Lock()  # two units may be under way: one computes, the other one is read and decoded
@@ -42,14 +45,27 @@ class Parts:
             return self._built[name]
 
     def in_batches(self, call: Callable[..., np.ndarray], *columns: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """`call` on the columns, `BATCH_SIZE` rows at a time, joined. At least one row."""
+        """`call` on the columns, some rows at a time, joined. At least one row."""
         results, num_rows = [], len(columns[0])
-        for start in range(0, num_rows, BATCH_SIZE):
+        full = num_rows - num_rows % BATCH_SIZE
+        starts = [(start, BATCH_SIZE) for start in range(0, full, BATCH_SIZE)]
+        starts += [(start, REMAINDER_SIZE) for start in range(full, num_rows, REMAINDER_SIZE)]
+        for start, size in starts:
             # What fills up the last batch are the first rows again.
-            part = [[column[row % num_rows] for row in range(start, start + BATCH_SIZE)] for column in columns]
+            part = [[column[row % num_rows] for row in range(start, start + size)] for column in columns]
             with self.lock:
                 results.append(call(*part))
         return np.concatenate(results)[:num_rows]
+
+
+def _keep_freed_memory() -> None:
+    """glibc gives a batch's large blocks back to the kernel, which zeroes their pages anew for the next batch: that took longer
+    than a small network itself."""
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 2**25)  # the most that it takes
+        libc.mallopt(trim_threshold, 2**30)
 
 
 @dataclass(frozen=True)
