@@ -1,9 +1,10 @@
-"""Build the demo data: emoji drawings with captions as LAION-style tars, and two zero-shot evaluation sets.
+"""Build the demo data: emoji drawings with captions as LAION-style tars, and the sets that a model is evaluated on.
 
     python jobs/build_demo_shards.py [--output data/demo]
 
 train/ holds eight families' drawings. heldout_style/ is a ninth family drawing names that train/ knows, heldout_names/
-every family drawing names that train/ does not know; wds_* are the same two in CLIP_benchmark's layout.
+every family drawing names that train/ does not know; wds_heldout_style and wds_heldout_names are the same two for zero-shot
+classification, in CLIP_benchmark's layout, and wds_heldout_pairs is the former for retrieval.
 """
 
 import argparse

@@ -17,12 +17,13 @@ from demo_data.errors import DemoDataError
 from demo_data.families import FAMILIES, read_icons, read_json, read_sets
 from demo_data.naming import Names, captions_of, groups_of
 from demo_data.package import NAME, VERSION, find_package
-from demo_data.shards import MIN_TRAIN_SHARDS, write_pairs, write_zero_shot
+from demo_data.shards import MIN_TRAIN_SHARDS, write_pairs, write_retrieval, write_zero_shot
 from demo_data.splits import HELDOUT_FAMILY, SPLITS, Pair, split_pairs
 
 # To be raised by whoever changes what a build writes: older data are then built anew instead of being reused.
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 CACHE = ".cache"
+RETRIEVAL = "wds_heldout_pairs"
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def _write(stage: Path, splits: dict[str, list[Pair]], manifest: dict[str, Any],
         write_pairs(stage / split, splits[split], MIN_TRAIN_SHARDS if split == "train" else 1)
         if split != "train":
             write_zero_shot(stage / f"wds_{split}", splits[split])
+    write_retrieval(stage / RETRIEVAL, splits["heldout_style"])  # where every caption has one drawing
     (stage / "NOTICE").write_text(_notice(package), encoding="utf-8")
     manifest["files"] = _digests(stage)
     (stage / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -170,7 +172,7 @@ def _refuse_foreign(output: Path) -> None:
     """A build replaces its folder, so it must not be pointed at one with other things in it."""
     if output.exists() and not output.is_dir():
         raise DemoDataError(f"{output} is not a folder: choose another --output")
-    known = {*SPLITS, "wds_heldout_style", "wds_heldout_names", "NOTICE", "manifest.json", CACHE}
+    known = {*SPLITS, "wds_heldout_style", "wds_heldout_names", RETRIEVAL, "NOTICE", "manifest.json", CACHE}
     foreign = sorted(path.name for path in output.iterdir() if path.name not in known) if output.exists() else []
     if foreign:
         raise DemoDataError(f"{output} holds {foreign[0]!r}, no demo data: choose an empty or new folder as --output")

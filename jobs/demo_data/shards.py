@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from demo_data.drawing import SIZE
 from demo_data.splits import Pair
@@ -13,6 +14,8 @@ from demo_data.splits import Pair
 MAX_PAIRS_A_SHARD = 512
 MIN_TRAIN_SHARDS = 8
 TEMPLATE = "{c}"
+
+T = TypeVar("T")
 
 
 def _write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
@@ -24,12 +27,12 @@ def _write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
             tar.addfile(info, io.BytesIO(content))
 
 
-def _chunks(pairs: Sequence[Pair], min_shards: int) -> Iterator[Sequence[Pair]]:
+def _chunks(samples: Sequence[T], min_shards: int) -> Iterator[Sequence[T]]:
     """Slices of equal length, give or take one: no shard is a small remainder that idles a reader."""
-    num_shards = min(len(pairs), max(min_shards, -(-len(pairs) // MAX_PAIRS_A_SHARD)))
-    bounds = [len(pairs) * shard // num_shards for shard in range(num_shards + 1)] if num_shards else []
+    num_shards = min(len(samples), max(min_shards, -(-len(samples) // MAX_PAIRS_A_SHARD)))
+    bounds = [len(samples) * shard // num_shards for shard in range(num_shards + 1)] if num_shards else []
     for start, stop in itertools.pairwise(bounds):
-        yield pairs[start:stop]
+        yield samples[start:stop]
 
 
 def _metadata(pair: Pair, key: str) -> bytes:
@@ -64,21 +67,29 @@ def write_pairs(folder: Path, pairs: Sequence[Pair], min_shards: int = 1) -> Non
 
 def write_zero_shot(folder: Path, pairs: Sequence[Pair]) -> list[str]:
     """Write a zero-shot classification set in CLIP_benchmark's layout and return its class names in label order."""
-    (folder / "test").mkdir(parents=True)
     classes = sorted({pair.caption for pair in pairs})
     label_of = {caption: label for label, caption in enumerate(classes)}
+    _write_test_split(folder, [{"cls": str(label_of[pair.caption]).encode(), "png": pair.picture.png} for pair in pairs])
+    (folder / "classnames.txt").write_text("\n".join(classes), encoding="utf-8")
+    (folder / "zeroshot_classification_templates.txt").write_text(TEMPLATE, encoding="utf-8")
+    return classes
+
+
+def write_retrieval(folder: Path, pairs: Sequence[Pair]) -> None:
+    """Write a retrieval set in CLIP_benchmark's layout, with one caption an image."""
+    _write_test_split(folder, [{"png": pair.picture.png, "txt": pair.caption.encode()} for pair in pairs])
+    (folder / "dataset_type.txt").write_text("retrieval", encoding="utf-8")
+
+
+def _write_test_split(folder: Path, samples: Sequence[dict[str, bytes]]) -> None:
+    """Write `folder/test/0.tar ...`, each sample's members by their suffix."""
+    (folder / "test").mkdir(parents=True)
     sample, num_shards = 0, 0
-    for chunk in _chunks(pairs, 1):
+    for chunk in _chunks(samples, 1):
         members = []
-        for pair in chunk:
-            members += [
-                (f"s{sample:07d}.cls", str(label_of[pair.caption]).encode()),
-                (f"s{sample:07d}.png", pair.picture.png),
-            ]
+        for content in chunk:
+            members += [(f"s{sample:07d}.{suffix}", data) for suffix, data in content.items()]
             sample += 1
         _write_tar(folder / "test" / f"{num_shards}.tar", members)
         num_shards += 1
     (folder / "test" / "nshards.txt").write_text(str(num_shards), encoding="utf-8")
-    (folder / "classnames.txt").write_text("\n".join(classes), encoding="utf-8")
-    (folder / "zeroshot_classification_templates.txt").write_text(TEMPLATE, encoding="utf-8")
-    return classes

@@ -98,6 +98,8 @@ class Quality:
 
     def __init__(self, model: Model, image_size: int, config: QualityConfig, output_dir: str):
         self.model, self.image_size, self.config, self.output_dir = model, image_size, config, output_dir
+        # Who says how well an image fits its prompt: nobody, where there is no CLIP and the model can only draw.
+        self.judge = config.clip or ("the evaluated model itself" if model.can_score else "")
         self.prompts = read_prompts(config)
         networks = {name: _built(build) for name, build in builders(config).items()}
         self.figures = {name: network.figure for name, network in networks.items()}
@@ -132,7 +134,7 @@ class Quality:
 
     def _drawing_units(self) -> list[Unit]:
         config, units = self.config, []
-        aligner = "clip" if config.clip else self.model.name
+        aligner = "clip" if config.clip else self.model.name if self.judge else ""
         for scale in config.guidance_scales:
             settings = {"num_steps": config.num_steps, "guidance_scale": scale, "seed": config.seed}
             for first in range(0, len(self.prompts), IMAGES_A_UNIT):
@@ -173,14 +175,14 @@ class Quality:
         metrics: dict[str, float] = {}
         for name in config.networks:
             metrics |= distances(self.figures[name], rows[f"features/{name}"], self.references[name].features)
-        by = "CLIP" if config.clip else "the evaluated model itself"
-        metrics["alignment"] = clip_score(rows["alignment"])
+        if self.judge:
+            metrics["alignment"] = clip_score(rows["alignment"])
         return {
             "guidance_scale": scale,
             "metrics": metrics,
-            "alignment_by": by,
+            "alignment_by": "CLIP" if config.clip else self.judge,
             "protocol": self._protocol(scale),
-            "n": len(rows["alignment"]),
+            "n": len(self.prompts),
             "num_reference": {name: len(reference.features) for name, reference in self.references.items()},
             "seconds": round(float(rows["seconds"].sum()), 1),
         }
@@ -200,7 +202,7 @@ class Quality:
             "seed": config.seed,
             "reference": config.reference,
             "reference_digests": {name: reference.digest for name, reference in self.references.items()},
-            "alignment_by": config.clip or "the evaluated model itself",
+            "alignment_by": self.judge,
         }
 
 

@@ -11,7 +11,7 @@ from ray_platform.contracts import ConfigError
 
 LISTS = (
     "data.sources", "train.heldout_sources", "objective.freeze", "preview_captions", "captions", "data_roots", "baselines",
-    "quality.networks", "quality.guidance_scales",
+    "quality.networks", "quality.guidance_scales", "arms",
 )  # fmt: skip
 
 
@@ -32,6 +32,15 @@ def resolve(parser: Parser, arguments: Sequence[str]) -> tuple[Namespace, str]:
         return parser.instantiate(values), yaml
     except ValueError as error:  # what a config's own checks say
         raise ConfigError(" ".join(str(error).split())) from error
+
+
+def early(arguments: Sequence[str], flag: str, default: str) -> str:
+    """The value of `flag`, on which depends what the others are parsed from."""
+    found = default
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == flag or argument.startswith(f"{flag}="):
+            found = argument.partition("=")[2] or following
+    return found
 
 
 def _as_lists(arguments: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_platform.contracts import ConfigError
-from recipes.arguments import Parser, resolve
+from recipes.arguments import Parser, early, resolve
 from recipes.config import PretrainConfig
 from recipes.demo import demo
 from recipes.sd_v1_laion import sd_v1_laion, sd_v1_laion_one_way
@@ -47,10 +47,7 @@ def _spelled_out(arguments: Sequence[str]) -> list[str]:
 
 def recipe_name(arguments: Sequence[str], recipes: Mapping[str, Any]) -> str:
     """The one of `recipes` that `arguments` ask for, else the first. Raises ConfigError for one that does not exist."""
-    name = next(iter(recipes))
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        if flag == "--recipe" or flag.startswith("--recipe="):
-            name = flag.partition("=")[2] or value
+    name = early(arguments, "--recipe", next(iter(recipes)))
     if name not in recipes:
         raise ConfigError(f"--recipe {name}: no such recipe; there are {', '.join(recipes)}")
     return name

@@ -10,6 +10,8 @@ from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig
 from recipes.config import PretrainConfig
 
+DEMO_DATA = Path(__file__).resolve().parents[2] / "data" / "demo"  # where `make demo` and jobs/build_demo_shards.py put it
+
 PREVIEW_CAPTIONS = (
     "red heart",
     "green apple",

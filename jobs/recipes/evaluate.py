@@ -15,7 +15,7 @@ from recipes.arguments import Parser, resolve
 
 RETRIEVAL = ("flickr30k", "mscoco_captions")
 QUICK = ("vtab/cifar10", "vtab/dtd", "vtab/pets", "vtab/eurosat")
-DEMO = ("heldout_style", "heldout_names")
+DEMO = ("heldout_style", "heldout_names", "heldout_pairs")  # which jobs/build_demo_shards.py writes
 SUITES: dict[str, tuple[str, ...]] = {"paper": (*PAPER, *RETRIEVAL), "quick": QUICK, "demo": DEMO}
 
 
@@ -61,7 +61,8 @@ class EvalConfig:
     checkpoint: str = ""  # an exported model, a step_* folder, or a run's output_dir: then its newest checkpoint; local or s3://
     weights: Literal["best", "ema", "weights"] = "best"  # of a checkpoint; best: the EMA where there is one
     output_dir: str = ""  # absolute folder or s3:// URL
-    suite: str = "paper"  # paper: the 12 sets and retrieval; quick: four small ones; demo: the demo's; else a .yaml
+    # paper: the 12 sets and retrieval; quick: four small ones; demo: the demo's; else a YAML file, see docs/evaluation.md
+    suite: str = "paper"
     data_roots: tuple[str, ...] = ()  # folders or s3:// URLs in which sets are looked for
     baselines: tuple[str, ...] = ()  # CLIPs in transformers' layout, scored by the same code on the same sets
     scoring: ScoringConfig = field(default_factory=ScoringConfig)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from ray_platform.contracts import ConfigError
@@ -13,11 +12,9 @@ from ray_platform.tracking import TrackingConfig
 from recipes.arguments import Parser, resolve
 from recipes.command_line import recipe_name
 from recipes.config import PretrainConfig
-from recipes.demo import demo
+from recipes.demo import DEMO_DATA, demo
 from recipes.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from recipes.sd_v1_laion import sd_v1_laion_one_way
-
-DEMO_DATA = Path(__file__).resolve().parents[2] / "data" / "demo"  # where `make demo` and jobs/build_demo_shards.py put it
 
 # What the method leaves open: the losses' weights, where the text query's noise lies, and guidance.
 SPACE: dict[str, dict[str, Any]] = {

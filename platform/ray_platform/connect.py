@@ -41,6 +41,14 @@ def connect(address: str = "") -> None:
         raise ClusterError(f"the Ray cluster at {address} refused this driver: {_reason(error)}") from error
 
 
+def describe_cluster() -> str:
+    """What the cluster has of which this process is a driver: `2 CPUs`, `16 CPUs, 1 GPUs (H100)`."""
+    there = ray.cluster_resources()
+    kinds = sorted(name.removeprefix("accelerator_type:") for name in there if name.startswith("accelerator_type:"))
+    gpus = f", {there['GPU']:g} GPUs ({', '.join(kinds)})" if there.get("GPU") else ""
+    return f"{there.get('CPU', 0):g} CPUs{gpus}"
+
+
 def _worker_path() -> str:
     """PYTHONPATH of the workers.
 

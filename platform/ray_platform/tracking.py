@@ -64,6 +64,23 @@ def tracking_uri(config: TrackingConfig, output: str) -> str:
     return f"sqlite:///{Path(output).absolute() / 'mlflow.db'}"
 
 
+def metric_history(uri: str, run_id: str, prefix: str) -> dict[int, dict[str, float]]:
+    """What a run logged under names that begin with `prefix`, by step; empty where its store does not answer.
+
+    Of a metric that was logged twice at a step (a resumed run does that), the later value.
+    """
+    found: dict[int, dict[str, float]] = {}
+    try:
+        client = _client(uri)
+        for name in client.get_run(run_id).data.metrics:
+            if name.startswith(prefix):
+                for metric in sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.timestamp):
+                    found.setdefault(metric.step, {})[name] = metric.value
+    except Exception as error:
+        logger.warning("tracking: the metrics of run %s cannot be read: %s", run_id, error)
+    return dict(sorted(found.items()))
+
+
 def ui_command(uri: str, port: int = 5000) -> str:
     """The one command that opens MLflow's pages over the store at `uri`."""
     if uri.startswith(("http://", "https://")):

@@ -21,6 +21,8 @@ from demo_data.errors import DemoDataError
 from demo_data.families import FAMILIES
 from demo_data.naming import caption_of
 from demo_data.splits import HELDOUT_FAMILY, SPLITS, is_heldout_name
+from ray_platform.evaluate.find import open_set
+from ray_platform.evaluate.slices import read_slice
 
 # By their digests "lion" and "shield" are held out, the others are not.
 NAMES = ["lion", "shield", "snake", "spoon", "compass", "flag-france", "green-heart"]
@@ -194,6 +196,17 @@ def test_evaluation_folders_have_clip_benchmarks_layout(built: Path, split: str)
         assert classes[int(samples[f"s{index:07d}.cls"])] == pair["caption"]
         assert Image.open(io.BytesIO(samples[f"s{index:07d}.png"])).tobytes() == pair["image"].tobytes()
     assert classes == sorted({pair["caption"] for pair in pairs})
+
+
+def test_the_retrieval_set_is_the_held_out_style_with_its_captions(built: Path) -> None:
+    found = open_set("heldout_pairs", str(built / "wds_heldout_pairs"))
+    assert found.task == "zeroshot_retrieval"
+    samples = [sample for part in found.slices for sample in read_slice(part)]
+    pairs = read_pairs(built / "heldout_style")
+    assert [sample.captions for sample in samples] == [(pair["text"],) for pair in pairs]
+    assert len({pair["text"] for pair in pairs}) == len(pairs), "an image has one right caption"
+    for sample, pair in zip(samples, pairs, strict=True):
+        assert Image.open(io.BytesIO(sample.image)).tobytes() == pair["image"].tobytes()
 
 
 def test_two_builds_are_byte_identical(built: Path, package: Path, tmp_path: Path) -> None:

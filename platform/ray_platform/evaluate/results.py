@@ -75,7 +75,7 @@ def check_same_protocol(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
 
     Raises ConfigError that names the first field in which the protocols differ (`reference.digest`, say), and both values.
     """
-    difference = _first_difference(json.loads(as_json(a)), json.loads(as_json(b)))
+    difference = first_difference(json.loads(as_json(a)), json.loads(as_json(b)))
     if difference:
         field, one, other = difference
         raise ConfigError(
@@ -154,14 +154,14 @@ def _metric_name(name: str) -> str:
     return "/".join(part for part in parts if part.strip("."))
 
 
-def _first_difference(a: Any, b: Any, field: str = "") -> tuple[str, str, str] | None:
+def first_difference(a: Any, b: Any, field: str = "") -> tuple[str, str, str] | None:
     """Where two JSON values differ first, in the order of `a`, and both values in short."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in dict.fromkeys([*a, *b]):
             inner = f"{field}.{key}" if field else key
             if key not in a or key not in b:
                 return inner, _short(a[key]) if key in a else "absent", _short(b[key]) if key in b else "absent"
-            if difference := _first_difference(a[key], b[key], inner):
+            if difference := first_difference(a[key], b[key], inner):
                 return difference
         return None
     return None if a == b else (field, _short(a), _short(b))

@@ -191,13 +191,13 @@ class DrawImages:
     first: int  # place of the first one among all prompts
     settings: Mapping[str, Any]
     networks: tuple[str, ...]
-    aligner: str  # the Scorer that tells how well an image fits its prompt
+    aligner: str  # the Scorer that tells how well an image fits its prompt; empty: nobody does
     images_dir: str  # where the images go whose place is below `num_kept`
     num_kept: int
 
     def run(self, parts: Parts) -> Rows:
-        """`features/<network>` [n, d], alignment [n]: the cosine of image and prompt."""
-        generator, aligner = parts[self.generator], parts[self.aligner]
+        """`features/<network>` [n, d], and with an aligner alignment [n]: the cosine of image and prompt."""
+        generator = parts[self.generator]
         networks = {name: parts[name] for name in self.networks}
         places = range(self.first, self.first + len(self.prompts))
         images = parts.in_batches(lambda *part: generator.draw(*part, **self.settings), self.prompts, places)
@@ -208,13 +208,18 @@ class DrawImages:
             f"features/{name}": parts.in_batches(lambda part, network=network: network.features(np.stack(part)), images)
             for name, network in networks.items()
         }
+        if self.aligner:
+            rows["alignment"] = self._alignment(parts, images)
+        return rows
+
+    def _alignment(self, parts: Parts, images: np.ndarray) -> np.ndarray:
+        aligner: Scorer = parts[self.aligner]
         fitting = list(parts.pool.map(aligner.prepare, images))
-        names = [f"generated/{place}" for place in places]
+        names = [f"generated/{self.first + place}" for place in range(len(images))]
         embedded = parts.in_batches(lambda part, keys: aligner.embed_images(np.stack(part), keys), fitting, names)
         with parts.lock:
             texts = aligner.embed_texts(self.prompts)
-        rows["alignment"] = (embedded * texts).sum(axis=1)
-        return rows
+        return (embedded * texts).sum(axis=1)
 
     def _keep(self, place: int, image: np.ndarray) -> None:
         buffer = io.BytesIO()

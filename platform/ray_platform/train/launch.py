@@ -31,10 +31,10 @@ from ray_platform.train.heldout import read_heldout
 from ray_platform.train.job import Job
 from ray_platform.train.loop import train_worker
 from ray_platform.train.overseer import Overseer
-from ray_platform.train.restarts import Restarts, TrainingError
+from ray_platform.train.restarts import Restarts, Stopped, TrainingError
 from ray_platform.train.watch import start_watch
 
-__all__ = ["Run", "TrainingError"]
+__all__ = ["Run", "Stopped", "TrainingError"]
 
 logger = logging.getLogger(__name__)
 

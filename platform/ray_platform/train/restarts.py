@@ -14,6 +14,10 @@ class TrainingError(Exception):
     """The run ended before its last step. The message says why in one line."""
 
 
+class Stopped(TrainingError):
+    """By SIGTERM. Whoever sent it wants nothing else to begin either."""
+
+
 class Interrupted(Exception):
     """The workers were told to stop. The message says why, and whether they could save."""
 
@@ -27,7 +31,7 @@ class Restarts:
         self.failures, self.last = 0, ""
 
     def judge(self, error: Exception, hang: str, stopping: bool) -> str:
-        """Returns a line for the log about what goes on from where. Raises TrainingError where nothing does.
+        """Returns a line for the log about what goes on from where. Raises TrainingError where nothing does; Stopped on SIGTERM.
 
         `hang`: what the watch said when it ended the workers, else empty. `stopping`: SIGTERM came, and the run shall not go on.
         """
@@ -35,7 +39,7 @@ class Restarts:
         line = hang or line
         if stopping and not is_final(cause):
             said = line if isinstance(cause, Interrupted) else f"stopped by SIGTERM, and could not save at once: {line}"
-            raise TrainingError(f"{said}; {self._left()}") from None
+            raise Stopped(f"{said}; {self._left()}") from None
         if is_final(cause):
             raise TrainingError(line) from error
         made = storage.with_retries(self.newest, RETRY_SECONDS)

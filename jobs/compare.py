@@ -1,0 +1,44 @@
+"""The controlled comparison: `ray job submit --working-dir . -- python jobs/compare.py --recipe demo_compare --output_dir …`.
+
+Where no cluster is named (RAY_ADDRESS), this machine's CPUs do it.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+
+import _bootstrap  # noqa: F401
+from comparison.plan import SUMMARY, plan
+from comparison.run import REPORT, compare, table
+from ray_platform import storage
+from ray_platform.connect import connect
+from ray_platform.contracts import ConfigError, DataError
+from ray_platform.local_head import HeadError, LocalHead
+from ray_platform.train.launch import TrainingError
+from recipes.compare import parse
+
+
+def main() -> None:
+    command = parse(sys.argv[1:])
+    config = command.config
+    made = plan(config)
+    if not os.environ.get("RAY_ADDRESS"):
+        with LocalHead() as head:  # its token has to be in the environment before Ray is imported: hence a child
+            sys.exit(subprocess.run([sys.executable, *sys.argv], env=head.env).returncode)
+    connect()
+    storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
+    summary = compare(config, made, command.recipe, shlex.join(["python", *sys.argv]))
+    print(f"\n{table(summary)}\n")
+    print(f"done: {storage.join(config.output_dir, REPORT)}, with {SUMMARY} and samples/ beside it", flush=True)
+    if summary["failures"]:
+        raise DataError("not all was measured: " + "; ".join(summary["failures"]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ConfigError, DataError, HeadError, TrainingError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
