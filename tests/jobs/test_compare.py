@@ -18,6 +18,7 @@ from diffdis.config import ObjectiveConfig
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig
+from ray_platform.train.launch import Stopped
 from recipes.compare import ARMS, CompareConfig, demo_compare, parse
 from recipes.config import PretrainConfig
 from recipes.evaluate import EvalConfig, QualityConfig, ScoringConfig
@@ -170,6 +171,16 @@ def test_an_earlier_summary_counts_as_done(whole, config_of, tmp_path):
     made = plan(config_of(tmp_path, arms=("joint", "joint_mask"), seeds=(0, 1)))
     assert made.left == [("joint_mask", 0), ("joint", 1), ("joint_mask", 1)]
     assert made.results["generation"][0] == summary["arms"]["generation"]["seeds"]["0"], "arms of before are kept"
+
+
+def test_sigterm_ends_the_comparison_and_not_only_the_run(ray_cluster, config_of, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise Stopped("stopped by SIGTERM; saved at step 2")
+
+    monkeypatch.setattr("comparison.run.measure", stopped)
+    with pytest.raises(Stopped):
+        run(config_of(tmp_path))
+    assert read(config_of(tmp_path), "summary.json")["failures"] == []
 
 
 @pytest.mark.slow

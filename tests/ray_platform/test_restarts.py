@@ -10,7 +10,7 @@ from ray_platform.storage import StorageError
 from ray_platform.train import restarts
 from ray_platform.train.loop import built
 from ray_platform.train.overseer import progress_line
-from ray_platform.train.restarts import Interrupted, Restarts, TrainingError
+from ray_platform.train.restarts import Interrupted, Restarts, Stopped, TrainingError
 
 
 class Failed(Exception):
@@ -54,11 +54,11 @@ def test_what_would_only_happen_again_ends_the_run(error):
 
 def test_a_run_that_was_stopped_says_what_there_is_and_does_not_start_again():
     again, found = restarting("run/step_20")
-    with pytest.raises(TrainingError, match=r"^stopped by SIGTERM; saved at step 20; go on from run/step_20 with --resume auto$"):
+    with pytest.raises(Stopped, match=r"^stopped by SIGTERM; saved at step 20; go on from run/step_20 with --resume auto$"):
         again.judge(Failed(r0=Interrupted("stopped by SIGTERM; saved at step 20")), "", True)
-    with pytest.raises(TrainingError, match=r"could not save at once: worker 1 died; go on from run/step_20 with"):
+    with pytest.raises(Stopped, match=r"could not save at once: worker 1 died; go on from run/step_20 with"):
         again.judge(DIED, "", True)
-    with pytest.raises(TrainingError, match=r"could not save at once: rank 1 hangs; go on from run/step_20 with"):
+    with pytest.raises(Stopped, match=r"could not save at once: rank 1 hangs; go on from run/step_20 with"):
         again.judge(DIED, "rank 1 hangs", True)
     found.newest = ""
     with pytest.raises(TrainingError, match=r"worker 1 died; this launch has made no checkpoint$"):

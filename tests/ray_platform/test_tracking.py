@@ -14,7 +14,7 @@ import pytest
 import ray
 from mlflow import MlflowClient
 
-from ray_platform.tracking import Tracker, TrackerHandle, TrackingConfig, start_tracker, tracking_uri, ui_command
+from ray_platform.tracking import Tracker, TrackerHandle, TrackingConfig, metric_history, start_tracker, tracking_uri, ui_command
 
 CONFIG = {"train": {"lr": 3e-4, "betas": [0.9, 0.99]}, "data": {"sources": "x" * 9000}, "folder": Path("/data")}
 
@@ -80,6 +80,17 @@ def test_a_resumed_run_goes_on_in_the_same_run(output, caplog):
     config = Path(output) / "mlartifacts" / first.run_id() / "artifacts" / "config.yaml"
     assert "steps: 20" in config.read_text()
     assert not caplog.records
+
+
+def test_a_history_is_by_step_and_has_the_later_of_two_values(output, caplog):
+    tracker = Tracker(TrackingConfig(), output)
+    for step, value in ((1, 0.5), (2, 0.25), (2, 0.125)):
+        tracker.log_metrics({"heldout/acc1": value, "loss": 1.0}, step)
+        time.sleep(0.002)  # the store's times are in milliseconds
+    uri = tracking_uri(TrackingConfig(), output)
+    assert metric_history(uri, tracker.run_id(), "heldout/") == {1: {"heldout/acc1": 0.5}, 2: {"heldout/acc1": 0.125}}
+    assert metric_history(uri, "0" * 32, "heldout/") == {}
+    assert "cannot be read" in caplog.text
 
 
 def test_an_unknown_run_is_replaced_by_a_new_one(output, caplog):
