@@ -3,9 +3,7 @@
 Where no cluster is named (RAY_ADDRESS), this machine's CPUs do it.
 """
 
-import os
 import shlex
-import subprocess
 import sys
 
 import _bootstrap  # noqa: F401
@@ -14,7 +12,7 @@ from comparison.run import REPORT, compare, table
 from ray_platform import storage
 from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.local_head import HeadError, LocalHead
+from ray_platform.local_head import HeadError, ensure_cluster
 from ray_platform.train.launch import TrainingError
 from recipes.compare import parse
 
@@ -23,9 +21,7 @@ def main() -> None:
     command = parse(sys.argv[1:])
     config = command.config
     made = plan(config)
-    if not os.environ.get("RAY_ADDRESS"):
-        with LocalHead() as head:  # its token has to be in the environment before Ray is imported: hence a child
-            sys.exit(subprocess.run([sys.executable, *sys.argv], env=head.env).returncode)
+    ensure_cluster()
     connect()
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
     summary = compare(config, made, command.recipe, shlex.join(["python", *sys.argv]))

@@ -3,8 +3,6 @@
 Where no cluster is named (RAY_ADDRESS), this machine's CPUs do it.
 """
 
-import os
-import subprocess
 import sys
 
 import _bootstrap  # noqa: F401
@@ -13,7 +11,7 @@ from ray_platform import storage
 from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.find import listing
-from ray_platform.local_head import HeadError, LocalHead
+from ray_platform.local_head import HeadError, ensure_cluster
 from recipes.evaluate import parse
 
 
@@ -24,9 +22,7 @@ def main() -> None:
         print(listing(config.data_roots))
         return
     made = plan(config)
-    if not os.environ.get("RAY_ADDRESS"):
-        with LocalHead() as head:  # its token has to be in the environment before Ray is imported: hence a child
-            sys.exit(subprocess.run([sys.executable, *sys.argv], env=head.env).returncode)
+    ensure_cluster()
     connect()
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
     details = evaluate(config, made)

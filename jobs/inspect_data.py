@@ -4,8 +4,6 @@ Where no cluster is named (RAY_ADDRESS), this machine's CPUs do it.
 """
 
 import json
-import os
-import subprocess
 import sys
 import time
 from typing import Any
@@ -19,7 +17,7 @@ from ray_platform.data.inspection import cluster_cpus, inspect_units, spread_uni
 from ray_platform.data.inspection_page import page
 from ray_platform.data.inspection_report import summarise, table, verdict
 from ray_platform.data.statistics import Statistics
-from ray_platform.local_head import HeadError, LocalHead
+from ray_platform.local_head import HeadError, ensure_cluster
 from recipes.inspection import InspectConfig, parse
 
 SECONDS_A_LINE = 10.0  # of progress
@@ -44,9 +42,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
 
 def main() -> None:
     config = parse(sys.argv[1:])
-    if not os.environ.get("RAY_ADDRESS"):
-        with LocalHead() as head:  # its token has to be in the environment before Ray is imported: hence a child
-            sys.exit(subprocess.run([sys.executable, *sys.argv], env=head.env).returncode)
+    ensure_cluster()
     connect()
     if problem := verdict(inspect(config)):
         raise DataError(problem)

@@ -3,16 +3,14 @@
 Where no cluster is named (RAY_ADDRESS), this machine's CPUs do it.
 """
 
-import os
 import shlex
-import subprocess
 import sys
 
 import _bootstrap  # noqa: F401
 from ray_platform import storage
 from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.local_head import HeadError, LocalHead
+from ray_platform.local_head import HeadError, ensure_cluster
 from recipes.sweep import parse
 from sweeping.run import REPORT, plan, run, table
 
@@ -20,9 +18,7 @@ from sweeping.run import REPORT, plan, run, table
 def main() -> None:
     command = parse(sys.argv[1:])
     made = plan(command.config, command.recipe)
-    if not os.environ.get("RAY_ADDRESS"):
-        with LocalHead() as head:  # its token has to be in the environment before Ray is imported: hence a child
-            sys.exit(subprocess.run([sys.executable, *sys.argv], env=head.env).returncode)
+    ensure_cluster()
     connect()
     details = run(made, command.yaml, shlex.join(("python", "jobs/sweep.py", *sys.argv[1:])))
     report = storage.join(command.config.output_dir, REPORT)

@@ -194,6 +194,14 @@ class LocalHead:
             psutil.wait_procs(processes, timeout=_GRACE_S)
 
 
+def ensure_cluster() -> None:
+    """Where RAY_ADDRESS names no cluster, this machine's CPUs do the job: the same command runs once more, in a child process of
+    a head of its own, whose token has to be in the environment before Ray is imported; and this process exits as that one did."""
+    if not os.environ.get("RAY_ADDRESS"):
+        with LocalHead() as head:
+            sys.exit(subprocess.run([sys.executable, *sys.argv], env=head.env).returncode)
+
+
 def submit(head: LocalHead, entrypoint: Sequence[str], working_dir: Path, env_vars: Mapping[str, str]) -> int:
     """Run a job on `head`, its output in this terminal, and wait for its end. An interrupt stops the job.
 
