@@ -87,6 +87,7 @@ def make(data, tiny_model, tmp_path):
     return config
 
 
+@pytest.mark.slow
 def test_a_grid_with_asha_from_its_configuration_to_mlflow(make, tmp_path):
     config = make()
     details = run(plan(config, "tiny"), "yaml: 1\n", "python jobs/sweep.py …")

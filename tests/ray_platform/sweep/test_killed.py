@@ -40,7 +40,7 @@ def trial_processes(head):
     return [p for p in head.processes() if psutil.pid_exists(p.pid) and "ImplicitFunc" in " ".join(p.cmdline())]
 
 
-@pytest.mark.parametrize("search", ["random", "optuna"])
+@pytest.mark.parametrize("search", ["random", pytest.param("optuna", marks=pytest.mark.slow)])
 def test_a_killed_sweep_goes_on_to_the_same_trials(head, tmp_path, search):
     whole = finished(start(head, tmp_path / "whole", tmp_path / "notes_whole", search, 0))
     driver = start(head, tmp_path / "cut", tmp_path / "notes", search, 0.5)

@@ -80,6 +80,7 @@ def test_optuna_searches_both_objectives_at_once(make):
     assert nothing_is_left()
 
 
+@pytest.mark.slow
 def test_a_population_takes_over_weights_and_values_of_the_best(make, seen):
     outcomes = make(scheduler="pbt", num_trials=5, num_milestones=4, max_concurrent=3).run()
     taken_over = [entry for entry in seen() if entry["what"] == "train" and entry["origin"]]
