@@ -6,12 +6,13 @@ from typing import Any
 
 from ray_platform.contracts import ConfigError
 from ray_platform.sweep.space import Choice, Dimension, dimension
-from recipes.arguments import Parser, is_list, resolve
+from recipes.arguments import is_list
 from recipes.config import PretrainConfig
 from recipes.evaluate import EvalConfig
+from recipes.fields import with_fields
 from recipes.sweep import SweepConfig
 
-EVALUATION = "evaluation"
+EVALUATION = "evaluation."  # before the names of its fields
 # What the sweep itself decides, and what has to be equal for all trials.
 _OWN = (
     "output_dir", "tracking", "train.num_steps", "train.stop_at_step", "train.resume", "train.num_workers",
@@ -22,16 +23,13 @@ _OWN = (
 
 
 def configure(config: SweepConfig, values: Mapping[str, Any]) -> tuple[PretrainConfig, EvalConfig]:
-    """A trial's, by the same way that a command line takes. Raises ConfigError, in one line."""
-    parser = Parser()
-    parser.add_class_arguments(PretrainConfig, default=config.pretrain)
-    parser.add_class_arguments(EvalConfig, EVALUATION, default=config.evaluation)
-    arguments = []
+    """A trial's. One plain value stands for a list of one. Raises ConfigError, in one line."""
+    pretrain: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
     for field, value in values.items():
-        arguments += [f"--{field}", json.dumps([value] if is_list(field) and not isinstance(value, list | tuple) else value)]
-    built, _ = resolve(parser, arguments)
-    pretrain = PretrainConfig(**{name: getattr(built, name) for name in PretrainConfig.__dataclass_fields__})
-    return pretrain, built[EVALUATION]
+        of, name = (evaluation, field.removeprefix(EVALUATION)) if field.startswith(EVALUATION) else (pretrain, field)
+        of[name] = [value] if is_list(name) and not isinstance(value, list | tuple) else value
+    return with_fields(config.pretrain, pretrain), with_fields(config.evaluation, evaluation)
 
 
 def open_space(config: SweepConfig) -> tuple[dict[str, Dimension], dict[str, Any]]:
@@ -57,7 +55,7 @@ def open_space(config: SweepConfig) -> tuple[dict[str, Dimension], dict[str, Any
 
 def own_value(config: SweepConfig, field: str) -> Any:
     """The recipe's, in JSON types; of a list of one the one."""
-    value: Any = config if field.startswith(f"{EVALUATION}.") else config.pretrain
+    value: Any = config if field.startswith(EVALUATION) else config.pretrain
     for name in field.split("."):
         value = getattr(value, name)
     if isinstance(value, tuple):
