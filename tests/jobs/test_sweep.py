@@ -15,13 +15,15 @@ from PIL import Image
 from diffdis.config import ObjectiveConfig
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
+from ray_platform.sweep.trial import Segment
+from ray_platform.train import checkpoint
 from ray_platform.train.config import TrainConfig
 from recipes.config import PretrainConfig
 from recipes.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from recipes.sweep import RECIPES, SweepConfig, parse
 from sweeping.fields import configure, open_space
 from sweeping.run import plan, run, table
-from sweeping.trial import needs, steps
+from sweeping.trial import TrialJob, needs, steps
 from tests.evaluation_sets import picture, write_wds
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -151,6 +153,28 @@ def _check_mlflow(config, details):
     assert client.list_artifacts(best.run_id, "model"), "the model is where the version says"
 
 
+def test_a_segment_of_a_trial_is_a_run_and_an_evaluation(make, tmp_path):
+    """Without Tune."""
+    config = make()
+    tracked = {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "diffdis", "run_id": "parent"}
+    job = TrialJob(config, "tiny", tracked)
+    values = {"objective.lambda_alignment": 0.5, "evaluation.quality.guidance_scales": 1.5}
+    segment = Segment("trial_001", values, str(tmp_path / "sweep" / "trials" / "trial_001_abc"), "", 0.5)
+    reached = job.train(segment)
+    assert (reached.step, reached.samples) == (2, 8)
+    assert checkpoint.read_manifest(reached.checkpoint).config["objective"]["lambda_alignment"] == 0.5
+    assert job.train(segment) == reached, "nothing is left to do"
+    metrics = job.evaluate(segment, reached)
+    assert metrics["fd_efficientnet_lite0"] == metrics["eval/fd_efficientnet_lite0/guidance_1.5"]
+    assert metrics["accuracy"] == metrics["eval/mine/acc1"]
+    assert (tmp_path / "sweep" / "reference_efficientnet_lite0_16px.npz").exists(), "the others need not measure it"
+    onward = job.pretrain(dataclasses.replace(segment, share=1.0))
+    assert (onward.train.num_steps, onward.train.stop_at_step, onward.train.resume) == (4, 4, "auto")
+    taken = dataclasses.replace(segment, folder=str(tmp_path / "sweep" / "trials" / "trial_001_def"), origin=reached.checkpoint)
+    assert job.pretrain(taken).train.resume == reached.checkpoint
+
+
+@pytest.mark.slow
 def test_a_failing_trial_is_a_line_of_the_results(make):
     config = make(space={"objective.task": {"values": ["joint", "generation"]}}, scheduler="none", num_milestones=1)
     details = run(plan(config, "tiny"), "", "")
