@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+RETRIEVAL = ("image_retrieval_recall_at_1", "text_retrieval_recall_at_1", "retrieval_recall_at_1")
+
 
 def headline(details: Mapping[str, Any]) -> dict[str, float]:
     """Of the evaluated model: `accuracy`, the mean acc1 over the zero-shot sets; `image_retrieval_recall_at_1` and

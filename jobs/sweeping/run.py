@@ -3,26 +3,28 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from evaluation.headline import RETRIEVAL
 from evaluation.quality import read_prompts
 from evaluation.run import open_sets
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.evaluate.results import as_json
+from ray_platform.evaluate.results import as_json, first_difference
 from ray_platform.sweep.pareto import best, pareto_front
 from ray_platform.sweep.report import pictures, sweep_page
 from ray_platform.sweep.schedulers import milestones
 from ray_platform.sweep.space import Space, describe
 from ray_platform.sweep.sweep import Outcome, Sweep
+from ray_platform.sweep.trial import Segment
 from ray_platform.tracking import Tracker, tracking_uri
 from ray_platform.train.code_version import code_version
 from ray_platform.train.launch import TRACKED
 from recipes.sweep import SweepConfig
 from sweeping.fields import open_space
-from sweeping.trial import TrialJob, first_segment, needs, steps
+from sweeping.trial import TrialJob, needs, steps
 
 REPORT, DETAILS, BEGUN = "report.html", "details.json", "sweep.json"
 
@@ -39,19 +41,19 @@ class Plan:
     def sweep(self, tracked: Mapping[str, str]) -> Sweep:
         config = self.config
         return Sweep(
-            TrialJob(config, self.recipe, tracked),
-            config.output_dir,
-            self.space,
-            self.default,
-            config.objectives,
-            config.search,
-            config.scheduler,
-            config.num_trials,
-            config.num_milestones,
-            config.reduction,
-            config.seed,
-            needs(config),
-            config.max_concurrent,
+            job=TrialJob(config, self.recipe, tracked),
+            output_dir=config.output_dir,
+            space=self.space,
+            default=self.default,
+            objectives=config.objectives,
+            search=config.search,
+            scheduler=config.scheduler,
+            num_trials=config.num_trials,
+            num_milestones=config.num_milestones,
+            reduction=config.reduction,
+            seed=config.seed,
+            needs=needs(config),
+            max_concurrent=config.max_concurrent,
         )
 
 
@@ -66,14 +68,27 @@ def plan(config: SweepConfig, recipe: str) -> Plan:
     tracking_uri_of(config)
     made = Plan(config, recipe, space, default)
     job = TrialJob(config, recipe, dict.fromkeys(("tracking_uri", "experiment", "run_id"), "none"))
-    job.pretrain(first_segment(config, default)).run(recipe).check()
-    open_sets(config.evaluation)
+    job.pretrain(Segment("", default, storage.join(config.output_dir, "trials"), "", 1.0)).run(recipe).check()
+    sets, _ = open_sets(config.evaluation)
     if config.evaluation.quality.prompts:
         read_prompts(config.evaluation.quality)
+    _check_objectives(config, {data.task for data in sets.values()})
     if config.search == "grid":
         made.sweep({}).points()
     _check_same(config)
     return made
+
+
+def _check_objectives(config: SweepConfig, tasks: set[str]) -> None:
+    """Of those by which models are compared, each needs something to be measured on; what else there is shows at the first
+    milestone."""
+    for metric in config.objectives:
+        if metric == "accuracy" and "zeroshot_classification" not in tasks:
+            raise ConfigError("objectives: accuracy needs a zero-shot set in evaluation.suite")
+        if metric in RETRIEVAL and "zeroshot_retrieval" not in tasks:
+            raise ConfigError(f"objectives: {metric} needs a retrieval set in evaluation.suite")
+        if metric.partition("_")[0] in ("fd", "fid", "kid", "alignment") and not config.evaluation.quality.prompts:
+            raise ConfigError(f"objectives: {metric} needs evaluation.quality.prompts and evaluation.quality.reference")
 
 
 def _check_same(config: SweepConfig) -> None:
@@ -82,11 +97,11 @@ def _check_same(config: SweepConfig) -> None:
     if not storage.exists(url):
         return
     begun, now = json.loads(storage.read_bytes(url)), json.loads(as_json(_lasting(config)))
-    for field in now:
-        if begun.get(field) != now[field]:
-            raise ConfigError(
-                f"{field}: not what the sweep in {config.output_dir} was begun with; give that again, or another output_dir"
-            )
+    if difference := first_difference(begun, now):
+        field, one, other = difference
+        raise ConfigError(
+            f"{field}: {other}, but the sweep in {config.output_dir} was begun with {one}; give that again, or another output_dir"
+        )
 
 
 def _lasting(config: SweepConfig) -> dict[str, Any]:
@@ -131,7 +146,7 @@ def _open_run(config: SweepConfig, recipe: str) -> tuple[Tracker, dict[str, str]
     """The sweep's own MLflow run, below which those of its trials are; the one that it was begun in."""
     url = storage.join(config.output_dir, TRACKED)
     known = json.loads(storage.read_bytes(url))["run_id"] if storage.exists(url) else ""
-    tracker = Tracker(config.tracking, config.output_dir, known)
+    tracker = Tracker(replace(config.tracking, run_name=config.tracking.run_name or "sweep"), config.output_dir, known)
     tracker.log_params({"recipe": recipe, **asdict(config)})
     tracked = {"tracking_uri": tracking_uri_of(config), "experiment": config.tracking.experiment, "run_id": tracker.run_id()}
     storage.write_bytes(url, json.dumps(tracked, indent=2).encode())

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from evaluation.headline import headline
 from evaluation.run import evaluate, plan
@@ -147,8 +146,3 @@ def needs(config: SweepConfig) -> dict[str, float]:
         "CPU": max(cpus, workers * config.evaluation.cpus_per_worker),
         "GPU": max(gpus, workers * config.evaluation.gpus_per_worker),
     }
-
-
-def first_segment(config: SweepConfig, default: Mapping[str, Any]) -> Segment:
-    """For checks of what a trial would do."""
-    return Segment("trial_000", default, storage.join(config.output_dir, "trials", "trial_000"), "", 1.0)

@@ -121,7 +121,7 @@ def test_a_grid_with_asha_from_its_configuration_to_mlflow(make, tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/sweep/mlflow.db")
     versions = client.search_model_versions("name='diffdis-sweep'")
     assert len(versions) == len({*details["front"], *details["best"].values()}), "nor registered again"
-    with pytest.raises(ConfigError, match=r"samples: not what the sweep in .* was begun with"):
+    with pytest.raises(ConfigError, match=r"samples: 20, but the sweep in .* was begun with 16"):
         plan(make(samples=20), "tiny")
 
 
@@ -241,6 +241,11 @@ def test_what_cannot_be_is_one_line_before_anything_starts(make, tmp_path):
     nowhere = dataclasses.replace(make().pretrain, data=DataConfig(sources=(str(tmp_path / "none"),), image_size=16))
     assert str(tmp_path / "none") in refused(make, pretrain=nowhere)
     assert "none.yaml" in refused(make, evaluation=dataclasses.replace(make().evaluation, suite="none.yaml"))
+    objectives = {"accuracy": "max", "fd_efficientnet_lite0": "min"}
+    unmeasured = dataclasses.replace(make().evaluation, quality=QualityConfig())
+    assert "objectives: fd_efficientnet_lite0 needs evaluation.quality.prompts" in refused(
+        make, evaluation=unmeasured, objectives=objectives
+    )
     assert not (tmp_path / "sweep").exists(), "nothing was written"
     for fields, part in (
         ({"scheduler": "pbt", "search": "optuna", "num_trials": 4}, "search: optuna proposes"),
