@@ -37,7 +37,7 @@ def resolve(parser: Parser, arguments: Sequence[str]) -> tuple[Namespace, str]:
 def early(arguments: Sequence[str], flag: str, default: str) -> str:
     """The value of `flag`, on which depends what the others are parsed from."""
     found = default
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):  # there may be none at all
         if argument == flag or argument.startswith(f"{flag}="):
             found = argument.partition("=")[2] or following
     return found
