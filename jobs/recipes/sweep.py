@@ -63,7 +63,7 @@ class SweepConfig:
 
 
 def demo_sweep() -> SweepConfig:
-    """Two trials side by side on two CPU cores, less than half an hour in all."""
+    """Two trials side by side on two CPU cores."""
     base, heldout = demo(), DEMO_DATA / "wds_heldout_style"
     return SweepConfig(
         pretrain=replace(
