@@ -79,7 +79,7 @@ def demo_sweep() -> SweepConfig:
             scoring=ScoringConfig(num_draws=4),
             quality=QualityConfig(prompts=str(heldout / "classnames.txt"), reference=str(heldout), num_images=256, num_steps=20),
         ),
-        samples=12_800,
+        samples=10_240,
     )
 
 
