@@ -49,7 +49,7 @@ def compare(config: CompareConfig, made: Plan, recipe: str, command: str) -> dic
             print(f"run {number} of {len(made.left)}: {arm}, seed {seed}", flush=True)
             try:
                 named = replace(tracking, run_name=f"{arm} seed {seed}")
-                made.results[arm][seed] = measure(config, made.digest, arm, seed, recipe, named)
+                made.results[arm][seed] = measure(config, made.identity, arm, seed, recipe, named)
             except Stopped:
                 raise
             except Exception as error:  # hours of other runs shall not be lost to it

@@ -25,7 +25,9 @@ from recipes.export import build_task
 _CURVE = "heldout/"  # what is scored while training
 
 
-def measure(config: CompareConfig, digest: str, arm: str, seed: int, recipe: str, tracking: TrackingConfig) -> dict[str, Any]:
+def measure(
+    config: CompareConfig, identity: Mapping[str, Any], arm: str, seed: int, recipe: str, tracking: TrackingConfig
+) -> dict[str, Any]:
     """Train the arm with that seed, or go on with it, and evaluate it. Writes result.json and returns its figures.
 
     Raises ConfigError, DataError and TrainingError.
@@ -45,7 +47,7 @@ def measure(config: CompareConfig, digest: str, arm: str, seed: int, recipe: str
     result = {
         "arm": arm,
         "seed": seed,
-        "config_digest": digest,
+        "config": identity,
         "fields": config.fields_of(arm),
         "figures": figures,
         "metrics": metrics_for_tracking(details),
