@@ -109,6 +109,9 @@ def demo_compare(data: str) -> CompareConfig:
     return CompareConfig(
         pretrain=dataclasses.replace(
             base,
+            objective=dataclasses.replace(
+                base.objective, lambda_alignment=0.5
+            ),  # the best of those tried, at both tasks (LOG.md)
             data=dataclasses.replace(base.data, sources=(storage.join(data, "train"),)),
             train=dataclasses.replace(
                 base.train,
@@ -121,7 +124,7 @@ def demo_compare(data: str) -> CompareConfig:
             suite="demo",
             data_roots=(data,),
             scoring=ScoringConfig(num_steps=10, num_draws=8),
-            quality=QualityConfig(prompts=pairs, reference=pairs, num_steps=30),
+            quality=QualityConfig(prompts=pairs, reference=pairs, num_steps=20),
         ),
     )
 
