@@ -62,7 +62,7 @@ def start_arguments(group, head=False):
 
 
 def arguments_of(entrypoint):
-    """What a script gets: KubeRay puts an entrypoint into a shell's `ray job submit -- …`, and Ray what comes of it into another."""
+    """What a script gets: KubeRay puts an entrypoint into a shell's `ray job submit -- …`, and Ray the result into another."""
     show = [sys.executable, "-c", "import sys; print('\\0'.join(sys.argv[1:]), end='')"]
 
     def through(shell, command):

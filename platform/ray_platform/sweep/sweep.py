@@ -86,8 +86,8 @@ class Sweep:
             need, there = {kind: share for kind, share in least.amounts.items() if share}, room(least.labels)
             raise ConfigError(
                 f"max_concurrent: {max(1, self.max_concurrent)} trials of {_listed(need)} each do not fit "
-                f"{named(least.labels)}'s {_listed({kind: there.get(kind, 0) for kind in need})}; each trains with its workers and their reads, then "
-                "evaluates with evaluation.num_workers"
+                f"{named(least.labels)}'s {_listed({kind: there.get(kind, 0) for kind in need})}; "
+                "each trains with its workers and their reads, then evaluates with evaluation.num_workers"
             )
         return self.max_concurrent or max(1, fitting)
 
