@@ -61,6 +61,9 @@ class TestOnThreeNodes:
         assert "need 4.5 CPUs, but the part of the cluster with pool=gpu has 4" in encoding
         assert elastic.startswith("train.placement: the workers of an elastic run would take the CPUs of data.placement")
 
+    def test_too_little_is_waited_for_where_an_autoscaler_is(self, found):
+        assert found["size_where_nodes_may_come"] == 5
+
 
 def test_labels_are_read_from_the_command_line_and_checked():
     arguments = ["--recipe", "demo", "--data.placement", '{"pool": "cpu"}', "--train.placement", '{"zone": "a", "pool": "gpu"}']
