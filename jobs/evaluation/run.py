@@ -119,7 +119,7 @@ def evaluate(config: EvalConfig, made: Plan) -> dict[str, Any]:
     threads = max(1, int(config.cpus_per_worker))
     fleet = Fleet(
         functools.partial(Parts, builders, threads),
-        config.num_workers, config.cpus_per_worker, config.gpus_per_worker,
+        config.num_workers, config.cpus_per_worker, config.gpus_per_worker, config.placement,
     )  # fmt: skip
     fan_out = FanOut(fleet, Kept(storage.join(config.output_dir, UNITS)), functools.partial(print, flush=True))
     _measure(fan_out, made)

@@ -10,6 +10,7 @@ import yaml
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.sets import PAPER
+from ray_platform.placement import check_labels
 from ray_platform.tracking import TrackingConfig
 from recipes.arguments import Parser, resolve
 
@@ -75,6 +76,7 @@ class EvalConfig:
     num_workers: int = 0  # model replicas; 0: as many as there is room for
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0  # 0.5: two share a GPU; 0: on CPUs
+    placement: dict[str, str] = field(default_factory=dict)  # labels of their nodes, as {pool: gpu}; empty: any
     tracking: TrackingConfig = field(default_factory=TrackingConfig)  # where the checkpoint's own run is not known
 
     def __post_init__(self) -> None:
@@ -82,6 +84,7 @@ class EvalConfig:
             raise ConfigError("num_workers and gpus_per_worker: at least 0; cpus_per_worker: above 0")
         if self.scoring.num_steps < 1 or self.scoring.num_draws < 1:
             raise ConfigError("scoring.num_steps and scoring.num_draws: at least 1")
+        check_labels("placement", self.placement)
 
 
 @dataclass(frozen=True)

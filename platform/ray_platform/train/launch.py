@@ -22,6 +22,7 @@ from ray_platform.data.catalog import Catalog, build_catalog, difference, to_jso
 from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
+from ray_platform.placement import selector
 from ray_platform.tracking import RunStatus, TrackerHandle, TrackingConfig, start_tracker, tracking_uri
 from ray_platform.train import checkpoint
 from ray_platform.train.code_version import code_version
@@ -69,6 +70,11 @@ class Run:
         if "://" in self.output_dir and not self.tracking.uri:
             raise ConfigError(
                 f"tracking.uri: give an MLflow server or sqlite:/// path, as {self.output_dir} cannot hold a database"
+            )
+        if self.train.elastic and self.data.placement and not self.train.placement:
+            raise ConfigError(
+                "train.placement: the workers of an elastic run would take the CPUs of data.placement, where their reads are to "
+                "be; give them nodes of their own, as {pool: gpu}"
             )
         catalog = self._catalog()
         check_world_size(catalog, self.train.max_workers)
@@ -169,8 +175,9 @@ class Run:
         return storage.join(self.output_dir, "ray_train")
 
     def _data(self) -> DataConfig:
-        """An elastic run's workers hold the CPUs of their reads themselves: Ray counts how many workers there is room for."""
-        if not self.train.elastic:
+        """An elastic run's workers hold the CPUs of their reads themselves: Ray counts how many workers there is room for.
+        Reads on nodes of their own ask for theirs there."""
+        if not self.train.elastic or self.data.placement:
             return self.data
         return replace(self.data, cpus_per_read=0.0)
 
@@ -204,14 +211,18 @@ class Run:
         resources = {"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})
         workers: dict[str, Any] = {"num_workers": train.max_workers}
         if train.elastic:
-            resources["CPU"] += self.data.reads_per_rank * self.data.cpus_per_read
+            if not self.data.placement:
+                resources["CPU"] += self.data.reads_per_rank * self.data.cpus_per_read
             workers = {"num_workers": train.num_workers, "elastic_resize_monitor_interval_s": RESIZE_SECONDS}
         return TorchTrainer(
             train_worker,
             train_loop_config=job,
             torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
-                use_gpu=bool(train.gpus_per_worker), resources_per_worker=resources, **workers
+                use_gpu=bool(train.gpus_per_worker),
+                resources_per_worker=resources,
+                label_selector=selector(train.placement),
+                **workers,
             ),
             run_config=ray.train.RunConfig(
                 name=f"{job.launch}-{time.monotonic_ns()}",  # a name that Ray knows would resume
