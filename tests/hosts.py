@@ -4,12 +4,15 @@ All of it lives in a sandbox, `goes_on_alone`: with its last process go the netw
 hosts. Nothing is added to the machine's own network, so any number of sandboxes stand side by side.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 _INSIDE = "DIFFDIS_TESTS_SANDBOX"
@@ -55,7 +58,8 @@ def _sandbox() -> list[str]:
 
 
 class Network:
-    """A switch to which the sandbox itself, as the user's own machine, and the hosts are connected."""
+    """A switch to which the sandbox itself, as the user's own machine, and the hosts are connected, for the length of a `with`
+    block."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` takes what the hosts write, each in a folder of its name."""
@@ -65,6 +69,17 @@ class Network:
         _ip("link add switch type bridge")
         _ip(f"addr add {_SUBNET}.1/24 dev switch")
         _ip("link set switch up")
+
+    def __enter__(self) -> "Network":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """All hosts lose their power. What has lost its parent is the sandbox's first process's child, so this one's."""
+        while processes := [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]:
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(processes, timeout=5)
 
     def host(self, name: str, shared_memory: int = 2**28) -> "Host":
         """A new host, connected. `shared_memory`: bytes of its /dev/shm."""

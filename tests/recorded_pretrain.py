@@ -7,19 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "jobs"), str(ROOT / "platform"), str(ROOT)]
-
-from recipes.config import PretrainConfig
-from tests.recording import recording
-
 RECORDS = "/tmp/records"
-plain = PretrainConfig.run
 
 
-def run(self, recipe):
-    made = plain(self, recipe)
-    return replace(made, build_task=functools.partial(recording, RECORDS, made.build_task))
+def main():
+    sys.path[:0] = [str(ROOT / "jobs"), str(ROOT / "platform"), str(ROOT)]
+    from recipes.config import PretrainConfig
+    from tests.recording import recording
+
+    plain = PretrainConfig.run
+
+    def run(self, recipe):
+        made = plain(self, recipe)
+        return replace(made, build_task=functools.partial(recording, RECORDS, made.build_task))
+
+    PretrainConfig.run = run
+    runpy.run_path(str(ROOT / "jobs" / "pretrain.py"), run_name="__main__")
 
 
-PretrainConfig.run = run
-runpy.run_path(str(ROOT / "jobs" / "pretrain.py"), run_name="__main__")
+if __name__ == "__main__":
+    main()

@@ -18,20 +18,19 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
+from tests import hosts  # isort: skip
+
+if __name__ == "__main__":
+    hosts.goes_on_alone()  # before the imports that take long
+
 from mlflow import MlflowClient
 
-from diffdis.config import ObjectiveConfig, tiny
+from diffdis.config import tiny
 from ray_platform import storage
-from ray_platform.data.config import DataConfig
-from ray_platform.tracking import TrackingConfig
 from ray_platform.train import checkpoint
-from ray_platform.train.config import TrainConfig
-from tests import hosts
 from tests.end_to_end.conftest import write_shards
 from tests.hosts import Host, Network
 from tests.recording import Records
@@ -42,9 +41,10 @@ NUM_SHARDS, SAMPLES_A_SHARD, SAMPLES_A_STEP = 8, 60, 8
 STEPS_AN_EPOCH = NUM_SHARDS * SAMPLES_A_SHARD // SAMPLES_A_STEP
 CHECKPOINT_EVERY = 30
 STEPS_A_CUT = 2 * STEPS_AN_EPOCH
+STEPS_A_SECOND = 15  # at most, of a run that a cut does not stop
 OUTPUT = "s3://tests/run"
 OBJECT_STORE = 150 * 2**20
-NO_STEP_S = 600.0  # then the run is taken to have failed
+NO_STEP_S = 900.0  # then the run is taken to have failed
 # A host's Ray as a service manager has it: started again when it has ended.
 SERVICE = 'while :; do "$@"; sleep 1; done'
 
@@ -66,6 +66,7 @@ class RayHosts:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": "/tmp/token",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # what else this machine does shall slow the workers no more than all the rest
         }
 
     def start(self) -> None:
@@ -74,8 +75,8 @@ class RayHosts:
             self._ray(worker, f"--address={self.head.address}:6379", "--num-cpus=2")
 
     def _ray(self, host: Host, *options: str) -> None:
-        command = ["ray", "start", *options, f"--node-ip-address={host.address}", f"--object-store-memory={OBJECT_STORE}", "--block"]
-        host.start(["bash", "-c", SERVICE, "service", *command], self.env | self.server.environment)
+        more = [f"--node-ip-address={host.address}", f"--object-store-memory={OBJECT_STORE}", "--block"]
+        host.start(["bash", "-c", SERVICE, "service", "ray", "start", *options, *more], self.env | self.server.environment)
 
     def client(self, *arguments: str) -> list[str]:
         """`ray job …` as a user types it."""
@@ -87,7 +88,7 @@ class RayHosts:
 
     def wait(self) -> None:
         """Until the head takes jobs."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while subprocess.run(self.client("list"), env=self.client_env, capture_output=True).returncode:
             if time.monotonic() > deadline:
                 sys.exit(f"the Ray head did not start: {(self.head.files / 'log').read_text()[-2000:]}")
@@ -162,8 +163,11 @@ class Training:
 
     def hosts_in_use(self) -> list[Host]:
         """Those that the newest ranks train on."""
-        newest = {host: max((f.stat().st_mtime for f in (host.files / "records").glob("*")), default=0.0) for host in self.cluster.workers}
-        return sorted(newest, key=newest.__getitem__)[-2:]
+
+        def newest(host: Host) -> float:
+            return max((file.stat().st_mtime for file in (host.files / "records").glob("*")), default=0.0)
+
+        return sorted(self.cluster.workers, key=newest)[-2:]
 
     def suffer(self, cut: Cut, begun: float) -> None:
         link = {"s3": self.cluster.storage, "head": self.cluster.head}.get(cut.name) or self.hosts_in_use()[0]
@@ -181,10 +185,11 @@ class Training:
 
 
 def table(cuts: list[Cut]) -> str:
-    lines = ["what was cut             for      at second  at step  seconds to recover  the driver said"]
+    lines = ["what was cut             for       at second  at step  seconds to recover  the driver said"]
     for cut in cuts:
         duration = f"{cut.seconds:.0f} s" if cut.seconds else "good"
-        lines.append(f"{cut.what:23s}  {duration:7s}  {cut.when:9.0f}  {cut.step:7d}  {cut.seconds_to_recover:18.1f}  {cut.noticed or 'nothing'}")
+        figures = f"{cut.when:9.0f}  {cut.step:7d}  {cut.seconds_to_recover:18.1f}"
+        lines.append(f"{cut.what:23s}  {duration:8s}  {figures}  {cut.noticed or 'nothing'}")
     return "\n".join(lines)
 
 
@@ -217,23 +222,28 @@ def outcome(training: Training, cuts: list[Cut]) -> dict:
     }
 
 
+def num_steps(cuts: list[Cut]) -> int:
+    """Whole epochs, enough for all."""
+    seconds = sum(cut.seconds for cut in cuts)
+    return STEPS_A_CUT * (len(cuts) + 1) + -(-int(seconds * STEPS_A_SECOND) // STEPS_AN_EPOCH) * STEPS_AN_EPOCH
+
+
 def main() -> None:
-    hosts.goes_on_alone()
     parser = argparse.ArgumentParser()
     parser.add_argument("--cuts", nargs="*", choices=CUTS, default=list(CUTS))
     cuts = [CUTS[name] for name in parser.parse_args().cuts]
-    with tempfile.TemporaryDirectory(prefix="several_hosts_") as temporary:
+    with tempfile.TemporaryDirectory(prefix="several_hosts_") as temporary, Network(Path(temporary) / "hosts") as network:
         folder = Path(temporary)
-        cluster = RayHosts(Network(folder / "hosts"), num_workers=3)
+        cluster = RayHosts(network, num_workers=3)
         os.environ.update(cluster.server.environment)
         storage.put_folder(write_shards(folder / "shards", NUM_SHARDS, SAMPLES_A_SHARD), "s3://tests/shards")
         storage.put_folder(save_mean_pool_encoder(folder / "text_encoder"), "s3://tests/text_encoder")
         cluster.start()
         cluster.wait()
-        training = Training(cluster, folder / "hosts", STEPS_A_CUT * (len(cuts) + 1))
+        training = Training(cluster, folder / "hosts", num_steps(cuts))
         begun = training.wait_until_past(-1)
-        for number, cut in enumerate(cuts):
-            training.wait_until_past(STEPS_A_CUT * number + STEPS_AN_EPOCH)
+        for cut in cuts:
+            training.wait_until_past(training.records.last()[0] + STEPS_AN_EPOCH)
             training.suffer(cut, begun)
             print(f"{cut.what}: {cut.seconds_to_recover:.1f} s", flush=True)
         code = training.process.wait()
