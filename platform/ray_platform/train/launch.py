@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_platform import storage
@@ -31,6 +31,7 @@ from ray_platform.train.elastic import SaveBeforeResize
 from ray_platform.train.heldout import read_heldout
 from ray_platform.train.job import Job
 from ray_platform.train.loop import train_worker
+from ray_platform.train.network import ProcessGroup
 from ray_platform.train.overseer import Overseer
 from ray_platform.train.restarts import Restarts, Stopped, TrainingError
 from ray_platform.train.watch import start_watch
@@ -217,7 +218,7 @@ class Run:
         return TorchTrainer(
             train_worker,
             train_loop_config=job,
-            torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
+            torch_config=ProcessGroup(backend="nccl" if train.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 use_gpu=bool(train.gpus_per_worker),
                 resources_per_worker=resources,

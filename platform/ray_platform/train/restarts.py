@@ -82,7 +82,8 @@ def cause_of(error: BaseException) -> tuple[BaseException, str]:
 
 def _unwrapped(failure: BaseException) -> BaseException:
     """Ray wraps what a task or an actor raised, and how it ended."""
-    while inner := getattr(failure, "health_check_failure", None) or getattr(failure, "cause", None):
+    wrappers = ("health_check_failure", "controller_failure", "cause")
+    while inner := next(filter(None, (getattr(failure, name, None) for name in wrappers)), None):
         failure = inner
     return failure
 
