@@ -115,7 +115,9 @@ class Shell:
 def readers_environment() -> dict[str, str]:
     """Without what this test run has set up for itself."""
     ours = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
-    environment = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith(("RAY_", "AWS_", "MLFLOW_", "PYTEST_"))}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ours and not k.startswith(("RAY_", "AWS_", "MLFLOW_", "PYTEST_"))
+    }
     own = str(Path(sys.executable).parent)
     path = [folder for folder in environment["PATH"].split(os.pathsep) if folder != own]
     # Nobody is asked for credentials that this machine does not have.

@@ -23,7 +23,8 @@ PREFIXES = ("export", "cd", "source")
 def build_demo_shards(arguments: Sequence[str]) -> None:
     """Its parser is argparse's, which ends the process for what it does not know."""
     script = importlib.util.spec_from_file_location("build_demo_shards", ROOT / "jobs" / "build_demo_shards.py")
-    assert script and script.loader
+    assert script
+    assert script.loader
     module = importlib.util.module_from_spec(script)
     script.loader.exec_module(module)
     built: list[Any] = []
@@ -150,6 +151,7 @@ _FIELD = re.compile(rf"(?:--)?((?:{'|'.join(ROOMS)})\.[a-z_][\w.]*)(\*?)")
 def spans(page: Path) -> list[str]:
     """The code within the text, without the blocks."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert not [line for line in text.splitlines() if line.count("`") % 2], f"{page.name}: code within the text ends on its line"
     return _SPAN.findall(text)
 
 
@@ -179,7 +181,8 @@ def test_the_reader_is_not_fooled():
     """What the checks above stand on: comments, continued lines, several commands, flags that are gone."""
     block = Block("x.md", 1, "", "", "cd here && make demo  # comment\npython jobs/eval.py --a 'b c' \\\n  --d [1,2]\n")
     assert block.commands() == [["cd", "here"], ["make", "demo"], ["python", "jobs/eval.py", "--a", "b c", "--d", "[1,2]"]]
-    assert job_of(["ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/eval.py", "--x"]) == ("jobs/eval.py", ["--x"])
+    submitted = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/eval.py", "--x"]
+    assert job_of(submitted) == ("jobs/eval.py", ["--x"])
     with pytest.raises(ConfigError, match="no such field"):
         PARSERS["jobs/pretrain.py"](["--train.num_stepz", "1"])
     with pytest.raises(SystemExit):

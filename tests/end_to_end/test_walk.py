@@ -1,8 +1,8 @@
 """A newcomer's walk: the commands of docs/quickstart.md, in its order, in a clone of this repository with nothing but that page.
 
-What is put in place of the reader's own words: the repository's address, folders below /data, and the UI's port. All else is run as
-it stands there. It installs from the network, and takes an hour on two cores, half of it `make test`. That last step is left out only
-where DIFFDIS_TESTED_COMMIT names the very commit that is cloned: a CI that has just run `make test` on it sets that.
+Put in place of the reader's own words are the repository's address, folders below /data, and the UI's port; all else is run as it
+stands there. It installs from the network and takes an hour on two cores, half of it `make test`, which is left out only where
+DIFFDIS_TESTED_COMMIT names the very commit that is cloned: for a CI that has just run `make test` on it.
 """
 
 import contextlib
@@ -78,7 +78,15 @@ def names(run, kind):
 def check_demo(clone):
     summary = json.loads((clone / "outputs" / "demo" / "summary.json").read_text())
     assert summary["zero_shot"]["heldout_style"]["acc1"] > 5 * summary["zero_shot"]["heldout_style"]["chance"]
-    for name in ("grid.png", "export/diffdis.json", "config.yaml", "mlflow.db", "mlflow.json", "catalog.json", "train_summary.json"):
+    for name in (
+        "grid.png",
+        "export/diffdis.json",
+        "config.yaml",
+        "mlflow.db",
+        "mlflow.json",
+        "catalog.json",
+        "train_summary.json",
+    ):
         assert (clone / "outputs" / "demo" / name).exists(), name
 
 
@@ -99,7 +107,12 @@ def check_ui(ui):
 
 def check_pictures_and_scores(said, data):
     assert f"in {data / 'my-model'}; opens as DiffDisPipeline" in said
-    assert sorted(path.name for path in (data / "my-images").iterdir()) == ["000000.png", "000001.png", "captions.json", "grid.png"]
+    assert sorted(path.name for path in (data / "my-images").iterdir()) == [
+        "000000.png",
+        "000001.png",
+        "captions.json",
+        "grid.png",
+    ]
     assert (data / "my-evaluation" / "report.html").exists()
     assert f"done: {data / 'my-evaluation' / 'report.html'}" in said
 
