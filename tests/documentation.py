@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -93,7 +94,11 @@ class Shell:
     def run(self, block: Block) -> str:
         """What the block prints. It stops at the first command that fails, which is an AssertionError."""
         process = self.start(block)
-        said, _ = process.communicate()
+        try:
+            said, _ = process.communicate()
+        except BaseException:  # the test's time is up, say
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
         assert process.returncode == 0, f"{block} ended with {process.returncode}:\n{said[-6000:]}"
         return said
 
