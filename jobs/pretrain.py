@@ -1,6 +1,7 @@
 """Pretrain DiffDis: `ray job submit --working-dir . -- python jobs/pretrain.py --recipe demo --output_dir … --data.sources …`."""
 
 import json
+import shlex
 import sys
 
 import _bootstrap  # noqa: F401
@@ -12,7 +13,7 @@ from recipes.command_line import parse
 
 def main() -> None:
     command = parse(sys.argv[1:])
-    run = command.config.run(command.recipe)
+    run = command.config.run(command.recipe, shlex.join(["python", *sys.argv]))
     if command.dry_run:
         print(command.yaml)
         print(json.dumps(run.dry_run(), indent=2))
