@@ -31,10 +31,8 @@ class MlflowServer:
     def __enter__(self) -> "MlflowServer":
         with self._log.open("wb") as log:
             # A session of its own: it starts others, which end with it.
-            self._process = subprocess.Popen(
-                self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True
-            )
-        deadline = time.monotonic() + 180
+            self._process = subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 600
         while True:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):

@@ -154,7 +154,9 @@ def test_a_server_takes_the_example_as_json(logged):
     assert base64.b64encode(red_circle()).decode() in asked
     [answer] = validate_serving_input(str(logged[2]), asked)["predictions"]
     assert answer["class"] in CLASSES
-    asked = convert_input_example_to_serving_input((pd.DataFrame({"caption": ["red heart"]}), {"task": "generate", "num_steps": 1}))
+    asked = convert_input_example_to_serving_input(
+        (pd.DataFrame({"caption": ["red heart"]}), {"task": "generate", "num_steps": 1})
+    )
     [answer] = validate_serving_input(str(logged[2]), asked)["predictions"]
     assert Image.open(io.BytesIO(base64.b64decode(answer["image"]))).size == (16, 16)
 

@@ -64,10 +64,9 @@ class Tracker:
 
             inputs = []
             for data in data_sets:
-                scheme, _, rest = data.url.rpartition("://")
-                source = json.dumps({"uri": f"{scheme}://{rest}" if scheme else data.url})
-                kind = {"": "local", "file": "local"}.get(scheme, scheme)
-                found = Dataset(data.name[:500], data.digest[:36], kind, source, profile=json.dumps(dict(data.counts)))
+                kind = data.url.partition("://")[0] if "://" in data.url else "local"
+                source, profile = json.dumps({"uri": without_credentials(data.url)}), json.dumps(dict(data.counts))
+                found = Dataset(data.name, data.digest, kind, source, profile=profile)
                 inputs.append(DatasetInput(found, [InputTag(_CONTEXT_TAG, data.context)]))
             self._client.log_inputs(self._run_id, inputs)
 
