@@ -4,6 +4,7 @@ Where no cluster is named (RAY_ADDRESS), this machine's CPUs do it.
 """
 
 import json
+import shlex
 import sys
 
 import _bootstrap  # noqa: F401
@@ -16,7 +17,7 @@ from recipes.command_line import parse
 
 def main() -> None:
     command = parse(sys.argv[1:])
-    run = command.config.run(command.recipe)
+    run = command.config.run(command.recipe, shlex.join(["python", *sys.argv]))
     if command.dry_run:
         print(command.yaml)
         print(json.dumps(run.dry_run(), indent=2))

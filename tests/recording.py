@@ -76,5 +76,5 @@ def loss_curve(output):
     from mlflow import MlflowClient
 
     tracked = json.loads((Path(output) / "mlflow.json").read_text())
-    history = MlflowClient(tracked["tracking_uri"]).get_metric_history(tracked["run_id"], "loss")
+    history = MlflowClient(tracked["tracking_uri"]).get_metric_history(tracked["run_id"], "train/loss")
     return {metric.step: metric.value for metric in sorted(history, key=lambda metric: metric.timestamp)}

@@ -20,6 +20,7 @@ from ray_platform.sweep.space import Space, describe
 from ray_platform.sweep.sweep import Outcome, Sweep
 from ray_platform.sweep.trial import Segment
 from ray_platform.tracking import Tracker, tracking_uri
+from ray_platform.train import about
 from ray_platform.train.code_version import code_version
 from ray_platform.train.launch import TRACKED
 from recipes.sweep import SweepConfig
@@ -128,7 +129,7 @@ def run(made: Plan, yaml: str, command: str) -> dict[str, Any]:
     made.sweep({}).concurrency()  # before anything is written
     storage.write_bytes(storage.join(config.output_dir, BEGUN), as_json(_lasting(config)))
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), yaml.encode())
-    tracker, tracked = _open_run(config, made.recipe)
+    tracker, tracked = _open_run(config, made.recipe, command)
     status: Any = "FAILED"
     try:
         outcomes = made.sweep(tracked).run()
@@ -142,11 +143,14 @@ def run(made: Plan, yaml: str, command: str) -> dict[str, Any]:
     return details
 
 
-def _open_run(config: SweepConfig, recipe: str) -> tuple[Tracker, dict[str, str]]:
+def _open_run(config: SweepConfig, recipe: str, command: str) -> tuple[Tracker, dict[str, str]]:
     """The sweep's own MLflow run, below which those of its trials are; the one that it was begun in."""
     url = storage.join(config.output_dir, TRACKED)
     known = json.loads(storage.read_bytes(url))["run_id"] if storage.exists(url) else ""
-    tracker = Tracker(replace(config.tracking, run_name=config.tracking.run_name or "sweep"), config.output_dir, known)
+    named = replace(config.tracking, run_name=config.tracking.run_name or about.dated(recipe))
+    tracker = Tracker(named, config.output_dir, known)
+    text = f"A sweep by the recipe `{recipe}`; its trials are the runs below this one. Report: `{config.output_dir}/{REPORT}`."
+    tracker.describe(about.with_command(text, command), about.tags(recipe, config.output_dir, code_version()))
     tracker.log_params({"recipe": recipe, **asdict(config)})
     tracked = {"tracking_uri": tracking_uri_of(config), "experiment": config.tracking.experiment, "run_id": tracker.run_id()}
     storage.write_bytes(url, json.dumps(tracked, indent=2).encode())
@@ -203,8 +207,7 @@ def _track(tracker: Tracker, config: SweepConfig, details: Mapping[str, Any]) ->
     for name, roles in _roles(details).items():
         trial = trials[name]
         metrics = {metric: f"{trial['metrics'][metric]:.6g}" for metric in config.objectives}
-        # What a run's artifacts hold cannot be copied there from a bucket, so there the folder itself is the source.
-        source = f"runs:/{trial['run_id']}/model" if "://" not in trial["url"] else storage.join(trial["url"], "export")
+        source = storage.join(trial["url"], "export")  # counts where trials leave no model in MLflow
         tags = {"roles": ", ".join(roles), "trial": name, "sweep": tracker.run_id()} | metrics
         if config.registered_model and trial["run_id"]:
             tracker.register_model(config.registered_model, source, trial["run_id"], tags)

@@ -10,6 +10,7 @@ import pytest
 import ray
 import webdataset
 from mlflow import MlflowClient
+from mlflow.pyfunc import load_model
 from PIL import Image
 
 from diffdis.config import ObjectiveConfig
@@ -143,7 +144,7 @@ def _check_mlflow(config, details):
         assert child.info.status == "FINISHED"
         assert float(child.data.params["objective.lambda_alignment"]) == trial["values"]["objective.lambda_alignment"]
         assert child.data.metrics["sweep/accuracy"] == trial["metrics"]["accuracy"]
-        assert {m.step for m in client.get_metric_history(trial["run_id"], "loss_alignment")} == set(
+        assert {m.step for m in client.get_metric_history(trial["run_id"], "train/loss_alignment")} == set(
             range(1, trial["history"][-1]["step"] + 1)
         )
     versions = {version.tags["trial"]: version for version in client.search_model_versions("name='diffdis-sweep'")}
@@ -151,7 +152,8 @@ def _check_mlflow(config, details):
     best = versions[details["best"]["accuracy"]]
     assert "best accuracy" in best.tags["roles"]
     assert best.run_id in by_id
-    assert client.list_artifacts(best.run_id, "model"), "the model is where the version says"
+    embedded = load_model(f"models:/diffdis-sweep/{best.version}").predict({"caption": ["red heart"]}, {"task": "embed"})
+    assert len(embedded["embedding"][0]) == 32
 
 
 def test_a_segment_of_a_trial_is_a_run_and_an_evaluation(make, tmp_path):

@@ -61,6 +61,7 @@ class Catalog:
     pools: tuple[tuple[Unit, ...], ...]
     weights: tuple[float, ...]  # one a pool, summing to 1
     manifest: dict[str, Any] | None = None  # of precomputed shards
+    sources: tuple[int, ...] = ()  # of each shard the one of data.sources that named it
 
     @functools.cached_property
     def digest(self) -> str:
@@ -86,6 +87,12 @@ class Catalog:
     def _bytes_a_sample(self) -> float:
         known = [shard for shard in self.shards if shard.num_samples > 0]
         return sum(s.size for s in known) / sum(s.num_samples for s in known) if known else NOMINAL_BYTES
+
+    def of_source(self, number: int) -> tuple[Shard, ...]:
+        """Its shards, named as if it were the only source."""
+        shards = [shard for shard, source in zip(self.shards, self.sources, strict=True) if source == number]
+        shared = posixpath.commonpath({shard.url.rpartition("/")[0] for shard in shards}) if shards else ""
+        return tuple(shard._replace(name=_below(shard.url, shared)) for shard in shards)
 
     def estimated_samples(self, unit: Unit) -> float:
         """By the shard's count where that is known, else by its size."""
@@ -130,14 +137,16 @@ def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
     shared = posixpath.commonpath(parents) if len({"://" in url for url in listed}) == 1 else ""
     named = {url: Shard(url, file.size, _below(url, shared), counts.get(url, -1)) for url, file in listed.items()}
     pools: list[list[Unit]] = [[] for _ in (config.weights or (1.0,))]
-    for shard in sorted(named.values(), key=lambda shard: shard.name):
+    ordered = sorted(named.values(), key=lambda shard: shard.name)
+    for shard in ordered:
         pools[found[shard.url] if config.weights else 0].extend(_units(shard, config.max_read_mb * 2**20))
     total = sum(config.weights) or 1.0
     return Catalog(
-        tuple(sorted(named.values(), key=lambda shard: shard.name)),
+        tuple(ordered),
         tuple(tuple(pool) for pool in pools),
         tuple(weight / total for weight in config.weights or (1.0,)),
         next(iter(manifests.values()), None),
+        tuple(found[shard.url] for shard in ordered),
     )
 
 

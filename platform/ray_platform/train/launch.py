@@ -23,8 +23,9 @@ from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
 from ray_platform.placement import selector
-from ray_platform.tracking import RunStatus, TrackerHandle, TrackingConfig, start_tracker, tracking_uri
-from ray_platform.train import checkpoint
+from ray_platform.tracking import ModelPackage, RunStatus, TrackerHandle, TrackingConfig, start_tracker, tracking_uri
+from ray_platform.tracking.machines import Machines
+from ray_platform.train import about, checkpoint
 from ray_platform.train.code_version import code_version
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.elastic import SaveBeforeResize
@@ -58,6 +59,8 @@ class Run:
     params: dict[str, Any]  # the whole resolved configuration, for the tracker
     # What the model's frozen encoders are, to compare with what made precomputed shards; called only for those.
     describe_encoders: Callable[[], dict[str, Any]]
+    package: ModelPackage | None = None  # how the exported model becomes one of MLflow's; None: it is stored as plain files
+    command: str = ""  # that started it
 
     def check(self) -> Catalog:
         """The data's catalog, after every check that needs no cluster. Raises ConfigError or DataError."""
@@ -142,7 +145,8 @@ class Run:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor a run, for what the Overseer does
         connect()
         storage.write_bytes(storage.join(self.output_dir, CATALOG), to_json(catalog))
-        tracker, tracked = self._start_tracker()
+        version = code_version()
+        tracker, tracked = self._start_tracker(catalog, version)
         job = Job(
             self.build_task,
             self._data(),
@@ -155,14 +159,18 @@ class Run:
             start_watch(),
             ray.put(heldout) if heldout is not None else None,
             self.params,
-            code_version(),
+            version,
         )
+        machines = Machines(tracker, self.tracking.system_metrics_seconds)
         status: RunStatus = "FAILED"
         try:
-            with Overseer(job.watch, tracker, self.train) as overseer:
+            with Overseer(job.watch, tracker, machines, self.train) as overseer:
                 self._train_to_the_end(job, overseer)
-            if self.train.last_step == self.train.num_steps:
-                tracker.log_folder(job.export_dir, "model")
+            if self.train.last_step == self.train.num_steps and self.tracking.log_model:
+                if self.package:
+                    tracker.log_model(job.export_dir, self.package)
+                else:
+                    tracker.log_folder(job.export_dir, "model")
             status = "FINISHED"
         finally:
             tracker.end(status)
@@ -195,13 +203,21 @@ class Run:
                 logger.warning("%s", restarts.judge(error, overseer.last_hang, overseer.stopping))
                 overseer.workers_are_gone()
 
-    def _start_tracker(self) -> tuple[TrackerHandle, dict[str, str]]:
-        """The tracker's run: the one that a resumed run began in, else a new one."""
+    def _start_tracker(self, catalog: Catalog, version: str) -> tuple[TrackerHandle, dict[str, str]]:
+        """The tracker's run: the one that a resumed run began in, else a new one. It is told what this run is."""
         url, known = storage.join(self.output_dir, TRACKED), {}
         if self.train.resume != "none" and storage.exists(url):
             known = json.loads(storage.read_bytes(url))
-        tracker = start_tracker(self.tracking, self.output_dir, known.get("run_id", ""))
+        recipe = str(self.params.get("recipe", "run"))
+        named = replace(self.tracking, run_name=self.tracking.run_name or f"{about.dated(recipe)}-seed{self.train.seed}")
+        tracker = start_tracker(named, self.output_dir, known.get("run_id", ""))
         tracker.log_params(self.params)
+        data_sets = about.data_sets(catalog, self.data, self.train)
+        tracker.describe(
+            about.description(recipe, self.command, self.train, data_sets, self.output_dir),
+            about.tags(recipe, self.output_dir, version) | {"data.sources": ", ".join(self.data.sources)},
+        )
+        tracker.log_data_sets(data_sets)
         uri = tracking_uri(self.tracking, self.output_dir)
         tracked = {"tracking_uri": uri, "experiment": self.tracking.experiment, "run_id": tracker.run_id()}
         storage.write_bytes(url, json.dumps(tracked, indent=2).encode())
