@@ -11,7 +11,7 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class _Backend(_TorchBackend):
-    def on_start(self, worker_group, backend_config):  # type: ignore[no-untyped-def]
+    def on_start(self, worker_group, backend_config):
         worker_group.execute(choose_interface)
         super().on_start(worker_group, backend_config)
 
