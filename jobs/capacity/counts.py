@@ -121,15 +121,10 @@ def _step(module: Objective, inputs: dict[str, torch.Tensor], half: bool) -> tup
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
-    def run() -> None:
+    with operation_counter() as counter, LiveBytes([*module.parameters(), *module.buffers(), *inputs.values()]) as live:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             loss, _ = module(inputs, 0)
         loss.backward()
-
-    with operation_counter() as counter:
-        run()
-    with LiveBytes([*module.parameters(), *module.buffers(), *inputs.values()]) as live:
-        run()
     return counter.get_total_flops(), live.peak
 
 
@@ -153,9 +148,7 @@ def _encoders(config: DiffDisConfig, size: int) -> Encoders:
 def _forward(module: torch.nn.Module, run: Callable[[], Any]) -> tuple[float, int]:
     """(operations, most bytes)."""
     module.eval()
-    with torch.no_grad(), operation_counter() as counter:
-        run()
-    with torch.no_grad(), LiveBytes([*module.parameters(), *module.buffers()]) as live:
+    with torch.no_grad(), operation_counter() as counter, LiveBytes([*module.parameters(), *module.buffers()]) as live:
         run()
     return float(counter.get_total_flops()), live.peak
 
