@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ray_platform.contracts import ConfigError
-from recipes import command_line, compare, evaluate, export, generate, inspection, precompute, sweep
+from recipes import command_line, compare, evaluate, export, generate, inspection, precompute, sizing, sweep
 from tests.documentation import PAGES, ROOT, Block, all_blocks, blocks
 
 BLOCKS = all_blocks()
@@ -40,6 +40,7 @@ PARSERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "jobs/eval.py": evaluate.parse,
     "jobs/sweep.py": sweep.parse,
     "jobs/compare.py": compare.parse,
+    "jobs/sizing.py": sizing.parse,
     "jobs/export.py": export.parse,
     "jobs/generate.py": generate.parse,
     "jobs/build_demo_shards.py": build_demo_shards,
