@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := diffdis platform/ray_platform jobs tests
 
-.PHONY: demo test test-slow lint setup clean-demo
+.PHONY: demo test test-slow lint audit setup clean-demo
 
 demo: setup
 	@$(PYTHON) jobs/run_demo.py
@@ -20,6 +20,10 @@ lint: setup
 	$(VENV)/bin/ruff format --check $(SOURCES)
 	$(PYTHON) -m mypy diffdis platform/ray_platform jobs
 	PYTHONPATH=platform $(VENV)/bin/lint-imports
+
+# Asks a service in the network for known vulnerabilities of the pinned versions.
+audit:
+	.ci/audit
 
 setup: $(VENV)/.installed
 

@@ -12,6 +12,7 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.find import open_images
 from ray_platform.evaluate.results import first_difference
+from ray_platform.redaction import redacted_values
 from recipes.compare import CompareConfig
 from recipes.evaluate import QualityConfig
 
@@ -77,7 +78,7 @@ def _identity(config: CompareConfig) -> dict[str, Any]:
         inner.pop(name)
     run = config.pretrain_of(config.arms[0], config.seeds[0]).run("")
     sets, _ = open_sets(config.evaluation)
-    return identity | {
+    return redacted_values(identity) | {
         "encoders": json.loads(json.dumps(run.describe_encoders())),
         "training_data": run.check().digest,
         "sets": {name: data.digest for name, data in sets.items()},
@@ -100,7 +101,7 @@ def _earlier(config: CompareConfig, identity: Mapping[str, Any]) -> tuple[dict[s
     if not storage.exists(url):
         return {}, {}
     try:
-        summary = json.loads(storage.read_bytes(url))
+        summary = json.loads(storage.read_small(url))
         arms, theirs = summary["arms"], summary["config_digest"]
         results = {arm: {int(seed): figures for seed, figures in entry["seeds"].items()} for arm, entry in arms.items()}
         their_config = dict(summary["config"])
@@ -121,6 +122,6 @@ def _result(config: CompareConfig, digest: str, arm: str, seed: int) -> dict[str
     url = storage.join(config.run_dir(arm, seed), RESULT)
     if not storage.exists(url):
         return None
-    found = json.loads(storage.read_bytes(url))
+    found = json.loads(storage.read_small(url))
     same = (found["config_digest"], found["fields"]) == (digest, config.fields_of(arm))
     return found["figures"] if same else None

@@ -19,6 +19,8 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_platform.redaction import redacted, redacted_values
+
 logger = logging.getLogger(__name__)
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -77,7 +79,7 @@ def metric_history(uri: str, run_id: str, prefix: str) -> dict[int, dict[str, fl
                 for metric in sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.timestamp):
                     found.setdefault(metric.step, {})[name] = metric.value
     except Exception as error:
-        logger.warning("tracking: the metrics of run %s cannot be read: %s", run_id, error)
+        logger.warning("tracking: the metrics of run %s cannot be read: %s", run_id, redacted(str(error)))
     return dict(sorted(found.items()))
 
 
@@ -111,12 +113,13 @@ class Tracker:
         return self._run_id
 
     def log_params(self, config: Mapping[str, Any]) -> None:
-        """Record a nested config: its leaves as params (`train.lr`), all of it as the artifact `config.yaml`.
+        """Record a nested config: its leaves as params (`train.lr`), all of it as the artifact `config.yaml`; secrets as ***.
 
         MLflow's params never change: a resumed run keeps the first values, and `config.yaml` is the latest.
         """
         if self._client is None:
             return
+        config = redacted_values(config)
         with self._tolerated("params"):
             from mlflow.entities import Param
 
@@ -211,7 +214,7 @@ class Tracker:
         except Exception as error:
             if kind not in self._warned:
                 self._warned.add(kind)
-                logger.warning("tracking: %s failed, said once; the run goes on: %s", kind, error)
+                logger.warning("tracking: %s failed, said once; the run goes on: %s", kind, redacted(str(error)))
 
 
 # In a process of its own, so that a slow store delays no step.
@@ -287,7 +290,7 @@ class TrackerHandle:
             kind = type(error).__name__
             if kind not in self._warned:
                 self._warned.add(kind)
-                logger.warning("tracking: the tracker does not take calls, said once; the run goes on: %s", error)
+                logger.warning("tracking: the tracker takes no calls, said once; the run goes on: %s", redacted(str(error)))
 
     def __getstate__(self) -> dict[str, Any]:
         """A reference to a call belongs to the process that made it."""
@@ -307,7 +310,7 @@ def start_tracker(config: TrackingConfig, output: str, run_id: str = "") -> Trac
         options = TrackerActor.options(scheduling_strategy=here, max_pending_calls=_MAX_WAITING_CALLS)
         return TrackerHandle(options.remote(config, output, run_id))
     except Exception as error:
-        logger.warning("tracking: no tracker could be started; the run goes on without: %s", error)
+        logger.warning("tracking: no tracker could be started; the run goes on without: %s", redacted(str(error)))
         return TrackerHandle(None)
 
 
