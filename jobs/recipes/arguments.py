@@ -37,8 +37,9 @@ def resolve(parser: Parser, arguments: Sequence[str]) -> tuple[Namespace, str]:
     does not exist, a configuration that is none, and a secret that a saved configuration does not have."""
     arguments = _as_lists(arguments)
     _check_fields(parser, arguments)
-    if config := early(arguments, "--config", ""):
-        _check_config(Path(config))
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        if argument.partition("=")[0] == "--config":
+            _check_config(Path(argument.partition("=")[2] or following))
     values = parser.parse_args(arguments)
     text = parser.dump(values.clone(with_meta=False), skip_none=False)
     plain = yaml.safe_load(text)

@@ -17,7 +17,7 @@ _IS_SECRET = re.compile(rf"(?:^|.*[_.-]){_NAME}$", re.IGNORECASE)
 _SHORTEST = 8  # characters of an environment variable's value that cannot stand in a text by chance
 _PATTERNS = (
     # https://user:password@host, s3://key:secret@bucket; a password may hold a slash, but a port is none.
-    (re.compile(r"(\w://)(?:[^\s/\"'<>]+|[^\s/:@\"'<>]*:(?!\d+/)[^\s@\"'<>]*)@"), rf"\1{HIDDEN}@"),
+    (re.compile(r"(\w://)(?:[^\s/:@\"'<>]*:(?!\d+/)[^\s\"'<>]*|[^\s/\"'<>]+)@"), rf"\1{HIDDEN}@"),
     # What presigned and other URLs are signed with.
     (
         re.compile(
@@ -27,7 +27,7 @@ _PATTERNS = (
         rf"\1{HIDDEN}",
     ),
     # NAME_TOKEN=value and --name.token value, as they stand in a command.
-    (re.compile(rf"(\b[\w.-]*{_NAME}=)[^\s\"'<>]+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"((?<![?&\w.-])[\w.-]*{_NAME}=)[^\s\"'<>]+", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(rf"(--[\w.-]*{_NAME}[ =]['\"]?)[^\s\"'<>]+", re.IGNORECASE), rf"\1{HIDDEN}"),
     # The same within JSON or YAML that is one text.
     (re.compile(rf"([\"'][\w.-]*{_NAME}[\"']\s*:\s*[\"'])[^\"']+", re.IGNORECASE), rf"\1{HIDDEN}"),

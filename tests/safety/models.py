@@ -217,6 +217,7 @@ def pointers(folder: Path) -> bytes:
 def cars(folder: Path) -> str:
     """An index that names a file of this machine as a picture."""
     (folder / "cars" / "devkit").mkdir(parents=True)
+    (folder / "cars" / "cars_test").mkdir()
     names = np.array([f"Car {i}" for i in range(196)], dtype=object)
     scipy.io.savemat(folder / "cars" / "devkit" / "cars_meta.mat", {"class_names": names})
     annotations = np.array([("../../outside/secret.png", 1), ("b.jpg", 2)], dtype=[("fname", object), ("class", int)])

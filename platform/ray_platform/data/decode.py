@@ -119,6 +119,7 @@ def rgb(content: bytes | memoryview) -> np.ndarray:
     try:
         # Without `_opened`: warnings cannot be caught in several threads.
         with Image.open(io.BytesIO(view), formats=_PUBLISHED_FORMATS) as opened:
+            _check_scans(opened, view)
             return np.array(opened.convert("RGB"))
     except Image.DecompressionBombError:
         raise Unusable("image_too_large") from None
@@ -139,10 +140,16 @@ def _whole_jpeg(content: memoryview) -> np.ndarray | None:
         return None
 
 
-def _scans_too_much(content: memoryview, pixels: int) -> bool:
+def _scans_too_much(content: bytes | memoryview, pixels: int) -> bool:
     """Of a JPEG: whether its decoder would go over more pixels than an honest one has. No other bytes look like that marker."""
     scans = bytes(content).count(bytes((0xFF, _JPEG_PIXELS)))
     return scans * pixels > _MOST_SCANNED * (Image.MAX_IMAGE_PIXELS or scans * pixels)
+
+
+def _check_scans(opened: Image.Image, content: bytes | memoryview) -> None:
+    """Raises DecompressionBombError, before Pillow decodes."""
+    if opened.format in ("JPEG", "MPO") and _scans_too_much(content, opened.width * opened.height):
+        raise Image.DecompressionBombError
 
 
 def _orientation(content: memoryview) -> int:
@@ -196,6 +203,7 @@ def _opened(content: memoryview | bytes, formats: tuple[str, ...]) -> Iterator[I
         warnings.simplefilter("ignore")  # of broken EXIF, a line each
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(content), formats=formats) as opened:
+            _check_scans(opened, content)
             yield opened
 
 

@@ -20,6 +20,7 @@ _SUFFIXES = IMAGE_SUFFIXES + TEXT_SUFFIXES
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_HEADER = 2**16  # bytes, with the long names and dates that may precede it
 _LONGEST_NAME = 1024  # characters
+_MOST_FIELDS = 100  # that a header gives to all members, each of which is looked through for all
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # what could write elsewhere in a log
 
 
@@ -137,9 +138,9 @@ def _members(data: bytes, begin: int) -> tuple[list[Member], Ending]:
         file.seek(begin)
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # it keeps them all, each with a copy of the headers that are for all
-                if member.size < 0 or member.offset_data <= at:  # it would go round in a circle
-                    return found, "garbage"
+                tar.members = []  # type: ignore[attr-defined]  # it keeps them all, each with all its headers
+                if member.size < 0 or member.offset_data <= at or len(tar.pax_headers) > _MOST_FIELDS:
+                    return found, "garbage"  # of a size below zero, tarfile goes round in a circle
                 at = end = member.offset_data + member.size
                 if end > len(data):
                     return found, "cut"
