@@ -40,7 +40,10 @@ def resolve(parser: Parser, arguments: Sequence[str]) -> tuple[Namespace, str]:
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument.partition("=")[0] == "--config":
             _check_config(Path(argument.partition("=")[2] or following))
-    values = parser.parse_args(arguments)
+    try:
+        values = parser.parse_args(arguments)
+    except ImportError as error:  # what a class_path names
+        raise ConfigError(" ".join(str(error).split())) from None
     text = parser.dump(values.clone(with_meta=False), skip_none=False)
     plain = yaml.safe_load(text)
     _check_secrets(plain)
@@ -120,7 +123,7 @@ def _check_secrets(plain: Mapping[str, Any]) -> None:
     """Those that were left out when the configuration was saved must be given again; those of S3 have another place."""
     for field, value in _texts(plain):
         if is_redacted(value):
-            raise ConfigError(f"{field}: {value} is what a saved configuration has in place of a secret; give --{field} again")
+            raise ConfigError(f"--{field}: a secret in it was not saved with the configuration; give this field again")
         if _S3_CREDENTIALS.match(value):
             raise ConfigError(
                 f"{field}: a URL holds credentials (before an @); leave them out, and set AWS_ACCESS_KEY_ID and "
