@@ -6,7 +6,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint 
 EXTRAS := demo,eval,dev
 SOURCES := diffdis platform/ray_platform jobs tests
 
-.PHONY: demo test test-slow lint setup clean-demo
+.PHONY: demo test test-slow lint audit setup clean-demo
 
 demo: setup
 	@$(PYTHON) jobs/run_demo.py
@@ -22,6 +22,10 @@ lint: setup
 	$(VENV)/bin/ruff format --check $(SOURCES)
 	$(PYTHON) -m mypy diffdis platform/ray_platform jobs
 	PYTHONPATH=platform $(VENV)/bin/lint-imports
+
+# Asks a service in the network for known vulnerabilities of the pinned versions.
+audit:
+	.ci/audit
 
 setup: $(VENV)/.installed
 

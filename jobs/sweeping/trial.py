@@ -1,6 +1,5 @@
 """What a trial does in each of its segments: the same pretraining and evaluation as jobs/pretrain.py and jobs/eval.py."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -92,6 +91,7 @@ class TrialJob:
             checkpoint=storage.join(segment.folder, "export"),
             output_dir=storage.join(segment.folder, "evaluations", checkpoint.checkpoint_name(reached.step)),
             quality=quality,
+            tracking=self._tracking(segment),
             num_workers=evaluation_workers(self.config),
         )
 
@@ -109,7 +109,7 @@ class TrialJob:
 
     def _track(self, segment: Segment, reached: Reached, metrics: Mapping[str, float]) -> None:
         """By names that all trials share, whatever their guidance scale, so that MLflow can compare them."""
-        run = json.loads(storage.read_bytes(storage.join(segment.folder, TRACKED)))
+        run = storage.read_json(storage.join(segment.folder, TRACKED))
         tracker = Tracker(self._tracking(segment), segment.folder, run["run_id"])
         tracker.log_metrics({f"sweep/{name}": value for name, value in metrics.items()}, reached.step)
         tracker.end("FINISHED")

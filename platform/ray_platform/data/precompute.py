@@ -9,7 +9,7 @@ import functools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -82,6 +82,7 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: Encoders, output_
     check_cluster(encoders, config.placement)
     manifest = _manifest(catalog, config, encoders)
     units = dict(enumerate(catalog.pools[0]))
+    _check_stems(units.values())
     done = _resume(output_dir, manifest, units)
     tally, begun = Tally("precompute", config.max_skipped_share), time.perf_counter()
     for record in _records({n: unit for n, unit in units.items() if n not in done}, config, encoders, output_dir):
@@ -103,6 +104,14 @@ def stem(unit: Unit) -> str:
     """A unit's part of the names of its files, unique in the catalog."""
     name = unit.shard.name.removesuffix(".tar").replace("/", "--")
     return name if unit.whole else f"{name}-at-{unit.start}"
+
+
+def _check_stems(units: Iterable[Unit]) -> None:
+    """Raise DataError where two units' files would have one name: `a/b.tar` beside `a--b.tar`."""
+    names: dict[str, str] = {}
+    for unit in units:
+        if (other := names.setdefault(stem(unit), unit.shard.url)) != unit.shard.url:
+            raise DataError(f"{unit.shard.url}: would be precomputed under the names of {other}; rename one of them")
 
 
 def check_cluster(encoders: Encoders, readers: Labels) -> None:
@@ -139,7 +148,7 @@ def _resume(output_dir: str, manifest: dict[str, Any], units: dict[int, Unit]) -
         storage.write_bytes(url, json.dumps(manifest | {"complete": False}, indent=2).encode())
         return {}
     try:
-        found = json.loads(storage.read_bytes(url))
+        found = json.loads(storage.read_small(url, storage.LISTING_BYTES))
         differing = [name for name in manifest if found[name] != manifest[name]]
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{url}: is no manifest of precomputed shards; give another output_dir") from None

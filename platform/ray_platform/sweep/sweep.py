@@ -1,6 +1,5 @@
 """A sweep: trials side by side on Ray Tune, restored where they were cut off."""
 
-import json
 import logging
 import math
 import os
@@ -185,7 +184,7 @@ def _has_trials(path: str) -> bool:
     if not storage.exists(path):
         return False
     states = storage.list_files(storage.join(path, "experiment_state-*.json"))
-    return bool(states) and bool(json.loads(storage.read_bytes(states[-1].url))["trial_data"])
+    return bool(states) and bool(storage.read_json(states[-1].url)["trial_data"])
 
 
 def _outcome(trial: Trial, num_milestones: int, output_dir: str) -> Outcome:

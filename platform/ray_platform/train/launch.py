@@ -23,6 +23,7 @@ from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
 from ray_platform.placement import selector
+from ray_platform.redaction import redacted_values
 from ray_platform.tracking import ModelPackage, RunStatus, TrackerHandle, TrackingConfig, start_tracker, tracking_uri
 from ray_platform.tracking.machines import Machines
 from ray_platform.train import about, checkpoint
@@ -92,7 +93,7 @@ class Run:
     def _catalog(self) -> Catalog:
         """The source's, compared with the one that a resumed run was begun with, and with the model's encoders."""
         url = storage.join(self.output_dir, CATALOG)
-        saved = storage.read_bytes(url) if storage.exists(url) else None
+        saved = storage.read_small(url, storage.LISTING_BYTES) if storage.exists(url) else None
         catalog = build_catalog(self.data, saved)
         if saved and self.train.resume == "auto" and (changes := difference(saved, catalog)):
             raise DataError(
@@ -207,7 +208,7 @@ class Run:
         """The tracker's run: the one that a resumed run began in, else a new one. It is told what this run is."""
         url, known = storage.join(self.output_dir, TRACKED), {}
         if self.train.resume != "none" and storage.exists(url):
-            known = json.loads(storage.read_bytes(url))
+            known = storage.read_json(url)
         recipe = str(self.params.get("recipe", "run"))
         named = replace(self.tracking, run_name=self.tracking.run_name or f"{about.dated(recipe)}-seed{self.train.seed}")
         tracker = start_tracker(named, self.output_dir, known.get("run_id", ""))
@@ -220,7 +221,7 @@ class Run:
         tracker.log_data_sets(data_sets)
         uri = tracking_uri(self.tracking, self.output_dir)
         tracked = {"tracking_uri": uri, "experiment": self.tracking.experiment, "run_id": tracker.run_id()}
-        storage.write_bytes(url, json.dumps(tracked, indent=2).encode())
+        storage.write_bytes(url, json.dumps(redacted_values(tracked), indent=2).encode())
         return tracker, tracked
 
     def _trainer(self, job: Job) -> TorchTrainer:
