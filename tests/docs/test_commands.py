@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.scripts.scripts import start
 
 from ray_platform.contracts import ConfigError
 from recipes import command_line, compare, evaluate, export, generate, inspection, precompute, sizing, sweep
@@ -15,7 +16,7 @@ from tests.documentation import PAGES, ROOT, Block, all_blocks, blocks
 
 BLOCKS = all_blocks()
 SHELL_BLOCKS = [block for block in BLOCKS if block.is_shell]
-NEEDS = ("a cloud", "a GPU", "root")
+NEEDS = ("a cloud", "a GPU", "a registered model", "root")
 # What only stands before another command, or sets something.
 PREFIXES = ("export", "cd", "source")
 
@@ -141,7 +142,7 @@ def fields_of(kind: Any, prefix: str = "") -> set[str]:
 
 CONFIGS = (
     command_line.PretrainConfig, precompute.PrecomputeConfig, inspection.InspectConfig, evaluate.EvalConfig, sweep.SweepConfig,
-    compare.CompareConfig, export.ExportConfig, generate.GenerateConfig,
+    compare.CompareConfig, export.ExportConfig, generate.GenerateConfig, sizing.SizingConfig,
 )  # fmt: skip
 FIELDS = set().union(*(fields_of(config) for config in CONFIGS))
 ROOMS = sorted({name.partition(".")[0] for name in FIELDS if "." in name})
@@ -169,10 +170,11 @@ def test_flags_in_the_text_exist():
     """Short names (`--resume auto`) and flags that are no fields, too."""
     known = {f"--{name}" for name in FIELDS}
     known |= {"--recipe", "--config", "--dry-run", "--help", "--list", "--demo_data", "--output", "--resume", "--profile"}
+    ray_start = {option for parameter in start.params for option in parameter.opts}
     for page in PAGES:
         for span in spans(page):
             flag = re.match(r"--[A-Za-z_][\w.-]*", span)
-            others = ("--output_format",)  # img2dataset's
+            others = {"--output_format"} | ray_start  # img2dataset's, Ray's
             assert not flag or flag[0].rstrip(".") in known or flag[0].endswith(".") or flag[0] in others, (
                 f"{page.name}: `{span}`: no job has {flag[0]}"
             )
