@@ -2,6 +2,8 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# What else is installed, of pyproject.toml's extras. The image (cluster/Dockerfile) sets its own; dev brings the peers, too.
+EXTRAS := demo,eval,dev
 SOURCES := diffdis platform/ray_platform jobs tests
 
 .PHONY: demo test test-slow lint setup clean-demo
@@ -33,8 +35,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PIP) torch setuptools wheel ninja packaging
 	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	@$(PIP) hatchling editables
-	@$(PIP) --no-build-isolation --editable ".[demo,eval,dev]"
-	@$(PIP) --no-deps clip-benchmark torch-fidelity torchmetrics lightning-utilities foolbox
+	@$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]"
+	@$(if $(findstring dev,$(EXTRAS)),$(PIP) --no-deps clip-benchmark torch-fidelity torchmetrics lightning-utilities foolbox)
 	@touch $@
 
 clean-demo:

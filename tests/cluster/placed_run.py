@@ -17,6 +17,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import psutil
 import ray
 from ray.cluster_utils import Cluster
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 from ray_platform.contracts import ConfigError
 from ray_platform.data.catalog import build_catalog
@@ -77,12 +78,21 @@ def refusals(run, catalog, config):
             yield str(error)
 
 
+def size_where_nodes_may_come():
+    """Of a fleet that does not fit, once the cluster's books say what they say where KubeRay's autoscaler is on."""
+    key, namespace = ray._raylet.GCS_AUTOSCALER_V2_ENABLED_KEY, ray._raylet.GCS_AUTOSCALER_STATE_NAMESPACE
+    internal_kv_get_gcs_client().internal_kv_put(key.encode(), b"1", True, namespace=namespace.encode())
+    return Fleet(no_parts, 5, placement=GPU).size()
+
+
 def main():
     output = Path(sys.argv[1])
     shards = write_shards(output / "shards", num_shards=4, samples_a_shard=60)
     nodes, cluster = {}, Cluster()
     for pool, cpus in NODES.items():
-        nodes[pool] = cluster.add_node(num_cpus=cpus, labels={"pool": pool}, object_store_memory=200 * 2**20)
+        nodes[pool] = cluster.add_node(
+            num_cpus=cpus, labels={"pool": pool}, object_store_memory=200 * 2**20, include_dashboard=False
+        )
     raylets = {pool: node.all_processes["raylet"][0].process.pid for pool, node in nodes.items()}
     ray.init(
         address=cluster.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
@@ -106,6 +116,7 @@ def main():
         "cpus": {pool: room({"pool": pool}).get("CPU", 0) for pool in (*NODES, "none")},
         "refusals": list(refusals(run, catalog, config)),
     }
+    found["size_where_nodes_may_come"] = size_where_nodes_may_come()
     (output / "found.json").write_text(json.dumps(found, indent=2))
     ray.shutdown()
     cluster.shutdown()

@@ -43,7 +43,9 @@ class DataConfig:
     reads_per_rank: int = 2
     interleave: int = 2
     cpus_per_read: float = 0.25  # CPUs that one such task asks of Ray
-    placement: dict[str, str] = field(default_factory=dict)  # labels of the nodes that read and decode, as {pool: cpu}; empty: any
+    placement: dict[str, str] = field(
+        default_factory=dict
+    )  # labels of the nodes that read and decode, as {pool: cpu}; empty: any
     max_read_mb: int = 256  # a larger shard is read in parts of this size
     retry_seconds: float = 120.0  # for how long a shard is tried again while storage does not answer
     deterministic: bool = True  # batches are a function of the seed alone; false: the samples of faster reads come first

@@ -23,6 +23,7 @@ from ray_platform.data.plan import Item
 from ray_platform.data.source import Sample, TarUnit, open_unit
 from ray_platform.data.statistics import Statistics, thumbnail_jpeg
 from ray_platform.data.tar import IMAGE_SUFFIXES, Record
+from ray_platform.placement import room, selector
 
 logger = logging.getLogger(__name__)
 

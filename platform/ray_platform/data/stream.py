@@ -232,6 +232,6 @@ def check_cpus(config: DataConfig, world_size: int) -> None:
     if needed > total and not may_grow():
         raise ConfigError(
             f"{world_size} workers with {own:g} CPUs and data.reads_per_rank = {config.reads_per_rank} reads of "
-            f"data.cpus_per_read = {config.cpus_per_read:g} each need {needed:g} CPUs, but {named(config.placement)} has {total:g}; "
-            "lower one of these or give the cluster more CPUs"
+            f"data.cpus_per_read = {config.cpus_per_read:g} each need {needed:g} CPUs, but {named(config.placement)} has "
+            f"{total:g}; lower one of these or give the cluster more CPUs"
         )

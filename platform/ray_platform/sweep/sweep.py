@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.logger import JsonLoggerCallback
@@ -86,9 +85,9 @@ class Sweep:
         if fitting < max(1, self.max_concurrent) and not may_grow():
             need, there = {kind: share for kind, share in least.amounts.items() if share}, room(least.labels)
             raise ConfigError(
-                f"max_concurrent: {max(1, self.max_concurrent)} trials of {_listed(need)} each do not fit {named(least.labels)}'s "
-                f"{_listed({kind: there.get(kind, 0) for kind in need})}; each trains with its workers and their reads, then "
-                "evaluates with evaluation.num_workers"
+                f"max_concurrent: {max(1, self.max_concurrent)} trials of {_listed(need)} each do not fit "
+                f"{named(least.labels)}'s {_listed({kind: there.get(kind, 0) for kind in need})}; "
+                "each trains with its workers and their reads, then evaluates with evaluation.num_workers"
             )
         return self.max_concurrent or max(1, fitting)
 

@@ -219,7 +219,10 @@ class Run:
             train_loop_config=job,
             torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
-                use_gpu=bool(train.gpus_per_worker), resources_per_worker=resources, label_selector=selector(train.placement), **workers
+                use_gpu=bool(train.gpus_per_worker),
+                resources_per_worker=resources,
+                label_selector=selector(train.placement),
+                **workers,
             ),
             run_config=ray.train.RunConfig(
                 name=f"{job.launch}-{time.monotonic_ns()}",  # a name that Ray knows would resume

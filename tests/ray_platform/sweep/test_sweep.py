@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 SPACE = {"x": Range(0.0, 1.0), "y": Range(0.0, 1.0)}
 FIELDS = {
     "space": SPACE, "default": {"x": 0.5, "y": 0.5}, "objectives": {"accuracy": "max", "loss": "min"}, "search": "random",
-    "scheduler": "asha", "num_trials": 6, "num_milestones": 3, "reduction": 2, "seed": 0, "needs": [Need({}, {"CPU": 1.0, "GPU": 0.0})],
-    "max_concurrent": 2,
+    "scheduler": "asha", "num_trials": 6, "num_milestones": 3, "reduction": 2, "seed": 0,
+    "needs": [Need({}, {"CPU": 1.0, "GPU": 0.0})], "max_concurrent": 2,
 }  # fmt: skip
 
 
