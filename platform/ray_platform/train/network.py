@@ -1,6 +1,7 @@
 """How the ranks of a training find each other: torch's process group over the network that Ray's nodes know each other by."""
 
 import os
+from typing import Any
 
 import psutil
 import ray
@@ -11,7 +12,7 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class _Backend(_TorchBackend):
-    def on_start(self, worker_group, backend_config):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(choose_interface)
         super().on_start(worker_group, backend_config)
 
