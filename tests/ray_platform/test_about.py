@@ -33,11 +33,14 @@ def test_counts_of_samples_are_told_where_all_shards_have_one(shard_folder, tmp_
     shutil.copytree(shard_folder, folder)
     for tar in folder.glob("*.tar"):
         tar.with_name(f"{tar.stem}_stats.json").write_text('{"successes": 12}')
-    pattern = str(folder / "0000[0-9].tar")
-    [found] = data_sets([pattern])
-    assert (found.name, found.counts["num_samples"], found.url) == ("train", 60, pattern)
+    [found], [matched] = data_sets([folder]), data_sets([folder / "0000[0-9].tar"])
+    assert (found.name, found.counts["num_samples"], found.url) == ("train", 60, str(folder))
+    assert (matched.name, matched.digest, "num_samples" in matched.counts) == ("train", found.digest, False)
     text = about.description("demo", "", TrainConfig(num_steps=1000), [found], "/data/run")
-    assert f"- training data: 60 samples, 5 shards, 0.1 MB in `{pattern}` (digest `{found.digest}`)" in text
+    assert (
+        f"- training data: 60 samples, 5 shards, {found.counts['num_bytes'] / 1e6:.1f} MB in `{folder}` (digest `{found.digest}`)"
+        in text
+    )
 
 
 def test_a_description_says_what_runs(shard_folder):

@@ -4,7 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def log_model(client: Any, run_id: str, name: str, folder: str, package: ModelPa
     made = client.create_logged_model(experiment, name, source_run_id=run_id, model_type="pyfunc")
     status = "FAILED"
     try:
-        with tempfile.TemporaryDirectory(prefix="model_") as scratch, _patience():
+        with tempfile.TemporaryDirectory(prefix="model_") as scratch, _environment(_TIMEOUT, _UPLOAD_TIMEOUT):
             exported, saved = folder, f"{scratch}/saved"
             if "://" in folder:
                 exported = f"{scratch}/export"
@@ -54,11 +54,24 @@ def log_model(client: Any, run_id: str, name: str, folder: str, package: ModelPa
     return made.model_id
 
 
-def latest_model(client: Any, run_id: str) -> str:
-    """The id of the model that a run logged last; empty where it logged none."""
+def register_model(client: Any, name: str, source: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Make the model that `run_id` logged last, or what is at `source` where it logged none, a version of the model `name`; where
+    it is one already, renew its tags."""
     outputs = client.get_run(run_id).outputs
-    models = outputs.model_outputs if outputs else []
-    return max(models, key=lambda model: model.step).model_id if models else ""
+    models = [client.get_logged_model(output.model_id) for output in outputs.model_outputs] if outputs else []
+    newest = max(models, key=lambda model: model.creation_timestamp, default=None)
+    source = f"models:/{newest.model_id}" if newest else source
+    known = [model for model in client.search_registered_models() if model.name == name]
+    if not known:
+        client.create_registered_model(name)
+    versions = client.search_model_versions(f"name='{name}'") if known else []
+    version = next((v.version for v in versions if v.run_id == run_id and v.source == source), None)
+    if version is None:
+        with _environment("MLFLOW_TRACKING_URI", client.tracking_uri):  # where MLflow looks models:/ up, whatever client it is
+            client.create_model_version(name, source, run_id, tags=dict(tags), model_id=newest.model_id if newest else None)
+        return
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
 
 
 def _signature(package: ModelPackage) -> Any:
@@ -88,13 +101,13 @@ def _example(package: ModelPackage) -> Any:
 
 
 @contextlib.contextmanager
-def _patience() -> Iterator[None]:
-    """MLflow reads its time limit at every request."""
-    before = os.environ.get(_TIMEOUT)
-    os.environ[_TIMEOUT] = _UPLOAD_TIMEOUT
+def _environment(name: str, value: str) -> Iterator[None]:
+    """With a variable set, which MLflow reads whenever it needs it."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        os.environ.pop(_TIMEOUT)
+        os.environ.pop(name)
         if before is not None:
-            os.environ[_TIMEOUT] = before
+            os.environ[name] = before

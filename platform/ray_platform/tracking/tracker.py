@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ray_platform.redaction import redacted, redacted_values
-from ray_platform.tracking.model import latest_model, log_model
+from ray_platform.tracking.model import log_model, register_model
 from ray_platform.tracking.records import DataSet, ModelPackage
 from ray_platform.tracking.store import TrackingConfig, open_client, open_experiment, tracking_uri
 
@@ -142,7 +142,7 @@ class Tracker:
             if self._config.registered_model:
                 tags = self._client.get_run(self._run_id).data.tags
                 own = {name: value for name, value in tags.items() if not name.startswith("mlflow.")}
-                self.register_model(self._config.registered_model, f"models:/{made}", self._run_id, own)
+                self.register_model(self._config.registered_model, "", self._run_id, own)
 
     def register_model(self, name: str, source: str, run_id: str, tags: Mapping[str, str]) -> None:
         """Register the model that `run_id` logged last as a version of the model `name`; where it is one already, renew its tags.
@@ -152,18 +152,7 @@ class Tracker:
         if self._client is None:
             return
         with self._tolerated("registry"):
-            model = latest_model(self._client, run_id)
-            source = f"models:/{model}" if model else source
-            known = [model for model in self._client.search_registered_models() if model.name == name]
-            if not known:
-                self._client.create_registered_model(name)
-            versions = self._client.search_model_versions(f"name='{name}'") if known else []
-            version = next((v.version for v in versions if v.run_id == run_id and v.source == source), None)
-            if version is None:
-                self._client.create_model_version(name, source, run_id, tags=dict(tags), model_id=model or None)
-                return
-            for key, value in tags.items():
-                self._client.set_model_version_tag(name, version, key, value)
+            register_model(self._client, name, source, run_id, tags)
 
     def latest(self) -> tuple[int, dict[str, float]]:
         """The step and metrics last logged here; step -1 before there are any."""
