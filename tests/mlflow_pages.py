@@ -22,25 +22,31 @@ class Pages:
         self.server = server
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("response", lambda answer: self._note(answer))
+        # Debian has none of the fonts that the pages ask for but the one of emoji, and takes digits and blanks from it.
+        style = '*:not(i):not(.fa) { font-family: "DejaVu Sans", sans-serif !important }'
+        page.add_init_script(
+            f"addEventListener('DOMContentLoaded', () => document.head.append(Object.assign("
+            f"document.createElement('style'), {{textContent: {style!r}}})))"
+        )
 
     def overview(self) -> str:
         """The text of the run's first page."""
         self._open(f"{self.experiment}/runs/{self.run.info.run_id}")
-        self.page.get_by_text("Datasets used").first.wait_for()
-        self.page.get_by_text("Pretraining by the recipe").first.wait_for()
+        for part in ("Datasets", "Registered models", "Pretraining by the recipe"):
+            self.page.get_by_text(part).first.wait_for()
         return self._shot("mlflow_run")
 
     def curves(self) -> tuple[str, int]:
         """(the text of the page of metrics, how many lines are drawn on it)."""
         self._open(f"{self.experiment}/runs/{self.run.info.run_id}/model-metrics")
-        self.page.locator(LINES).nth(3).wait_for(state="attached")
-        self.page.wait_for_load_state("networkidle")
+        self.page.get_by_placeholder("Search metric charts").fill("loss")  # charts are drawn where they are in view
+        self.page.locator(LINES).nth(2).wait_for(state="attached")
         return self._shot("mlflow_curves"), self.page.locator(LINES).count()
 
     def machines(self) -> str:
         """The text of the page of system metrics."""
         self._open(f"{self.experiment}/runs/{self.run.info.run_id}/system-metrics")
-        self.page.get_by_text("cpu_utilization_percentage").first.wait_for()
+        self.page.locator(LINES).first.wait_for(state="attached")
         return self._shot("mlflow_machines")
 
     def grid(self, path: str) -> int:
@@ -54,7 +60,8 @@ class Pages:
     def model(self) -> str:
         """The text of the registered model's version."""
         self._open(f"{self.server}/#/models/{self.version.name}/versions/{self.version.version}")
-        self.page.get_by_text("Schema").first.wait_for()
+        self.page.get_by_text("Inputs (").first.click()
+        self.page.get_by_text("caption").first.wait_for()
         return self._shot("mlflow_model")
 
     def _open(self, url: str) -> None:
@@ -62,8 +69,12 @@ class Pages:
         self.page.goto(url)
 
     def _shot(self, name: str) -> str:
+        assistant = self.page.locator("[data-component-id='mlflow.assistant.chat_panel.close']")
+        if assistant.count():
+            assistant.first.click()
+            assistant.first.wait_for(state="detached")
         if self.pictures:
-            self.page.wait_for_load_state("networkidle")
+            self.page.wait_for_timeout(2000)  # what moves comes to rest
             self.page.screenshot(path=self.pictures / f"{name}.png")
         return self.page.locator("body").inner_text()
 

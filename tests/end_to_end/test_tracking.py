@@ -32,7 +32,7 @@ mlflow.set_tracking_uri(uri)
 model = mlflow.pyfunc.load_model(f"models:/tiny/{version}")
 rows, params = model.input_example, {"classes": ["red circle", "blue star"], "num_steps": 2}
 chosen = model.predict(rows, params)["class"][0]
-drawn = model.predict({"caption": ["red heart"]}, {"task": "generate", "num_steps": 2})["image"][0]
+drawn = model.predict({"caption": "red heart"}, {"task": "generate", "num_steps": 2})["image"][0]
 print(json.dumps([chosen, base64.b64encode(drawn).decode()]))
 """
 
@@ -77,7 +77,7 @@ def check_run(tracked, shards):
     }  # fmt: skip
     version = max(client.search_model_versions("name='tiny'"), key=lambda version: int(version.version))
     assert (version.run_id, version.tags["recipe"]) == (tracked["run_id"], "test")
-    made = client.get_logged_model(version.model_id)
+    made = client.get_logged_model(version.source.removeprefix("models:/"))
     assert {metric.key for metric in made.metrics} >= {"train/loss_generation", "train/loss_alignment"}
     return version.version
 
@@ -146,7 +146,7 @@ def test_the_pages_show_curves_grids_and_the_model(finished, page, tmp_path):
         assert "team" in overview
         names, drawn = pages.curves()
         assert "loss_generation" in names
-        assert drawn >= 4, "charts with lines in them"
+        assert drawn >= 3, "lines of the losses"
         assert "node_0" in pages.machines()
         assert pages.grid("previews/step_00000040.png") > 32, "pixels of the preview's width"
         assert "caption" in pages.model(), "its signature"

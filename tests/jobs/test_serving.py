@@ -16,7 +16,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.models import convert_input_example_to_serving_input, validate_serving_input
+from mlflow.models import Model, convert_input_example_to_serving_input, validate_serving_input
 from PIL import Image
 
 from diffdis.config import ObjectiveConfig
@@ -51,7 +51,7 @@ def logged(exported, tmp_path_factory):
     tracker.end("FINISHED")
     client = MlflowClient(tracking_uri(TrackingConfig(), str(output)))
     version = client.get_model_version("small", "1")
-    path = client.get_logged_model(version.model_id).artifact_location
+    path = client.get_logged_model(version.source.removeprefix("models:/")).artifact_location
     return client, tracker.run_id(), Path(path.removeprefix("file://"))
 
 
@@ -70,19 +70,21 @@ def test_the_model_is_the_runs_in_the_registry_with_its_metrics(logged):
     client, run_id, _ = logged
     version = client.get_model_version("small", "1")
     assert (version.run_id, version.status, version.tags) == (run_id, "READY", {"recipe": "tiny"})
-    made = client.get_logged_model(version.model_id)
+    made = client.get_logged_model(version.source.removeprefix("models:/"))
     assert (made.name, made.source_run_id, str(made.status)) == ("model", run_id, "READY")
     assert [(metric.key, metric.value, metric.step) for metric in made.metrics] == [("train/loss", 0.5, 7)]
-    assert [output.model_id for output in client.get_run(run_id).outputs.model_outputs] == [version.model_id]
+    assert [output.model_id for output in client.get_run(run_id).outputs.model_outputs] == [
+        version.source.removeprefix("models:/")
+    ]
 
 
 def test_it_is_described_and_holds_no_pickle(logged):
-    info = mlflow.models.get_model_info(str(logged[2]))
-    assert {column.name: str(column.type) for column in info.signature.inputs} == {
+    signature = Model.load(str(logged[2])).signature
+    assert {column.name: str(column.type) for column in signature.inputs} == {
         "image": "DataType.binary", "caption": "DataType.string",
     }  # fmt: skip
-    assert {spec.name: spec.default for spec in info.signature.params}["templates"] == ["{c}"]
-    assert {"class", "score", "image", "embedding"} <= set(info.signature.outputs.input_names())
+    assert {spec.name: spec.default for spec in signature.params}["templates"] == ["{c}"]
+    assert {"class", "score", "image", "embedding"} <= set(signature.outputs.input_names())
     files = {str(path.relative_to(logged[2])) for path in logged[2].rglob("*") if path.is_file()}
     assert {"pyfunc_model.py", "artifacts/export/diffdis.json", "code/diffdis/pipeline.py", "input_example.json"} <= files
     assert not {file for file in files if file.endswith((".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt", ".pyc"))}
@@ -96,9 +98,8 @@ def test_it_loads_and_answers_where_only_it_is_found(logged, tmp_path):
 import json, sys
 import mlflow.pyfunc
 model = mlflow.pyfunc.load_model(sys.argv[1])
-example = model.input_example
-found = model.predict(*example) if isinstance(example, tuple) else model.predict(example, params={"classes": ["red", "blue"]})
-drawn = model.predict({"caption": ["red heart"]}, params={"task": "generate", "num_steps": 2})
+found = model.predict(model.input_example, params={"classes": ["red", "blue"], "num_steps": 2})
+drawn = model.predict({"caption": "red heart"}, params={"task": "generate", "num_steps": 2})
 import diffdis
 print(json.dumps([diffdis.__file__, found["class"][0], found["score"][0], drawn["image"][0][:4].hex()]))
 """
@@ -108,7 +109,7 @@ print(json.dumps([diffdis.__file__, found["class"][0], found["score"][0], drawn[
     assert done.returncode == 0, done.stderr[-2000:]
     file, chosen, score, start = json.loads(done.stdout.strip().splitlines()[-1])
     assert file == str(logged[2] / "code" / "diffdis" / "__init__.py")
-    assert (chosen in ("red", "blue", "a red circle", "a blue square"), 0.5 <= score <= 1, start) == (True, True, "89504e47")
+    assert (chosen in ("red", "blue"), 0.5 <= score <= 1, start) == (True, True, "89504e47")
 
 
 def test_it_classifies_draws_and_embeds_as_the_pipeline_does(model, exported):
@@ -128,8 +129,8 @@ def test_it_classifies_draws_and_embeds_as_the_pipeline_does(model, exported):
     assert max(int(np.abs(ours - np.asarray(theirs, dtype=int)).max()) for ours, theirs in zip(pixels, there, strict=True)) <= 1
 
     mixed = pd.DataFrame({"image": [images[0], None], "caption": [None, "red heart"]})
-    embedded = torch.tensor(model.predict(mixed, params={"task": "embed"})["embedding"].tolist())
-    torch.testing.assert_close(embedded[:1], pipeline.embed_image(opened[:1]))
+    embedded = torch.tensor(model.predict(mixed, params={"task": "embed", "num_steps": 2})["embedding"].tolist())
+    torch.testing.assert_close(embedded[:1], pipeline.embed_image(opened[:1], num_steps=2))
     torch.testing.assert_close(embedded[1:], pipeline.embed_text(["red heart"]))
 
 
@@ -151,14 +152,14 @@ def test_a_server_takes_the_example_as_json(logged):
     """Through MLflow's own scoring server, where pictures are base64."""
     rows = {"image": [red_circle()]}
     asked = convert_input_example_to_serving_input((pd.DataFrame(rows), {"classes": CLASSES}))
-    assert base64.b64encode(red_circle()).decode() in asked
-    [answer] = validate_serving_input(str(logged[2]), asked)["predictions"]
-    assert answer["class"] in CLASSES
+    [[sent]] = json.loads(asked)["dataframe_split"]["data"]
+    assert base64.b64decode(sent) == red_circle()
+    assert validate_serving_input(str(logged[2]), asked)["class"][0] in CLASSES
     asked = convert_input_example_to_serving_input(
         (pd.DataFrame({"caption": ["red heart"]}), {"task": "generate", "num_steps": 1})
     )
-    [answer] = validate_serving_input(str(logged[2]), asked)["predictions"]
-    assert Image.open(io.BytesIO(base64.b64decode(answer["image"]))).size == (16, 16)
+    drawn = validate_serving_input(str(logged[2]), asked)["image"][0]
+    assert Image.open(io.BytesIO(drawn)).size == (16, 16)
 
 
 def test_a_model_of_one_task_says_what_it_cannot(tiny_model, tmp_path):
@@ -169,9 +170,9 @@ def test_a_model_of_one_task_says_what_it_cannot(tiny_model, tmp_path):
     client = MlflowClient(tracking_uri(TrackingConfig(), str(tmp_path / "output")))
     made = client.get_run(tracker.run_id()).outputs.model_outputs[0].model_id
     opened = mlflow.pyfunc.load_model(client.get_logged_model(made).artifact_location)
-    assert opened.predict(opened.input_example)["image"][0].startswith(b"\x89PNG")
+    assert opened.predict(opened.input_example, params={"num_steps": 1})["image"][0].startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="trained for generation alone"):
-        opened.predict({"image": [red_circle()]}, params={"task": "classify", "classes": CLASSES})
+        opened.predict({"image": red_circle()}, params={"task": "classify", "classes": CLASSES})
 
 
 def test_a_model_that_cannot_be_packed_is_a_warning(exported, tmp_path, caplog):

@@ -152,7 +152,7 @@ def _check_mlflow(config, details):
     best = versions[details["best"]["accuracy"]]
     assert "best accuracy" in best.tags["roles"]
     assert best.run_id in by_id
-    embedded = load_model(f"models:/diffdis-sweep/{best.version}").predict({"caption": ["red heart"]}, {"task": "embed"})
+    embedded = load_model(f"models:/diffdis-sweep/{best.version}").predict({"caption": "red heart"}, {"task": "embed"})
     assert len(embedded["embedding"][0]) == 32
 
 

@@ -12,6 +12,8 @@ from ray_platform.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages then show what a training has, and no chats
+
 
 @dataclass(frozen=True)
 class TrackingConfig:
@@ -99,7 +101,7 @@ def open_experiment(client: Any, name: str, uri: str) -> str:
     if uri.startswith("sqlite:///"):
         artifacts = str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts")
     try:
-        return client.create_experiment(name, artifact_location=artifacts)
+        return client.create_experiment(name, artifact_location=artifacts, tags=_KIND)
     except Exception:
         found = client.get_experiment_by_name(name)  # another run was faster
         if found is None:
