@@ -1,5 +1,6 @@
 """The loss of a batch, for each task: L = L_IG + lambda L_ITA [P, Algorithm 1], either half alone, or the CLIP-style control."""
 
+import fnmatch
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from diffdis.losses import Alignment, alignment_loss, first_of_rank, gather, gen
 from diffdis.model import DiffDis, ImageMemory
 
 NUM_TIMESTEP_BINS = 4  # of t_e, for the logged loss and accuracy: the shortcut shows as a slope over them
+# Of the U-Net, these are used by generation alone: the alignment's walk ends behind the middle block.
+_UP_PATH = ("unet.up_blocks.*", "unet.conv_norm_out.*", "unet.conv_out.*")
 Inputs = dict[str, torch.Tensor]
 Metrics = dict[str, torch.Tensor]
 
@@ -52,6 +55,25 @@ class Objective(nn.Module):
         if objective.num_draws > 1 and model.config.query_visibility == "joint":
             raise ValueError("objective.num_draws: more than one draw an image needs model.query_visibility = one_way")
         self.model, self.objective = model, objective
+
+    def freeze(self) -> None:
+        """What the task does not use, and what `objective.freeze` names, is left as it is."""
+        names = [name for name, _ in self.model.named_parameters()]
+        unused = _UP_PATH if self.objective.task in ("alignment", "clip") else ()
+        for pattern in self.objective.freeze:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"objective.freeze: no parameter is called {pattern}; there are {names[0]}, …, {names[-1]}")
+        for name, parameter in self.model.named_parameters():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in (*unused, *self.objective.freeze)):
+                parameter.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError("objective.freeze: nothing is left to train")
+
+    def enable_activation_checkpointing(self) -> None:
+        """Of the U-Net, in both passes, and of the alignment head."""
+        self.model.unet.enable_gradient_checkpointing()
+        if hasattr(self.model, "head"):
+            self.model.head.gradient_checkpointing = True
 
     def forward(self, inputs: Inputs, seed: int, cached: Cached | None = None, only_queries: bool = False) -> Any:
         """inputs as `DiffDisTask.inputs` makes them -> the loss to minimise (scalar) and metrics, each [sum, weight].

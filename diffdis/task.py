@@ -1,7 +1,6 @@
 """What a trainer needs of DiffDis: a module that computes the loss of a batch, parameter groups, scores, previews, an export."""
 
 import dataclasses
-import fnmatch
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
@@ -25,9 +24,6 @@ from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
 from diffdis.warm_start import load, resolved
 
-# Of the U-Net, these are used by generation alone: the alignment's walk ends behind the middle block.
-_UP_PATH = ("unet.up_blocks.*", "unet.conv_norm_out.*", "unet.conv_out.*")
-
 
 class DiffDisTask:
     """Satisfies the platform's Task by shape."""
@@ -40,21 +36,8 @@ class DiffDisTask:
         model = DiffDis(self.config, objective.temperature)
         self.warm_start = load(model, config.warm_start) if config.warm_start else None
         self.module = Objective(model, objective)
-        self._freeze()
+        self.module.freeze()
         self._null_states: torch.Tensor | None = None
-
-    def _freeze(self) -> None:
-        """What the task does not use, and what `objective.freeze` names, is left as it is."""
-        names = [name for name, _ in self.module.model.named_parameters()]
-        unused = _UP_PATH if self.objective.task in ("alignment", "clip") else ()
-        for pattern in self.objective.freeze:
-            if not fnmatch.filter(names, pattern):
-                raise ValueError(f"objective.freeze: no parameter is called {pattern}; there are {names[0]}, …, {names[-1]}")
-        for name, parameter in self.module.model.named_parameters():
-            if any(fnmatch.fnmatch(name, pattern) for pattern in (*unused, *self.objective.freeze)):
-                parameter.requires_grad_(False)
-        if not any(parameter.requires_grad for parameter in self.module.parameters()):
-            raise ValueError("objective.freeze: nothing is left to train")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The U-Net's rate and the new parameters' rate; no decay on norms, biases and the temperature."""
@@ -76,9 +59,7 @@ class DiffDisTask:
 
     def enable_activation_checkpointing(self) -> None:
         """Of the U-Net, in both passes, and of the alignment head."""
-        self.module.model.unet.enable_gradient_checkpointing()
-        if hasattr(self.module.model, "head"):
-            self.module.model.head.gradient_checkpointing = True
+        self.module.enable_activation_checkpointing()
 
     @torch.no_grad()
     def inputs(self, batch: Any, device: torch.device) -> Inputs:

@@ -12,6 +12,7 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.find import open_images
 from ray_platform.evaluate.results import first_difference
+from ray_platform.redaction import redacted_values
 from recipes.compare import CompareConfig
 from recipes.evaluate import QualityConfig
 
@@ -22,7 +23,8 @@ _PLACES = (
     "pretrain.train.heldout_sources", "pretrain.data.sources", "pretrain.model.text_encoder.path",
     "pretrain.model.autoencoder.path", "evaluation.checkpoint", "evaluation.output_dir", "evaluation.tracking",
     "evaluation.suite", "evaluation.data_roots", "evaluation.quality.prompts", "evaluation.quality.reference",
-    "evaluation.num_workers", "evaluation.cpus_per_worker", "evaluation.gpus_per_worker",
+    "evaluation.num_workers", "evaluation.cpus_per_worker", "evaluation.gpus_per_worker", "pretrain.data.placement",
+    "pretrain.train.placement", "evaluation.placement",
 )  # fmt: skip
 
 Results = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> figures
@@ -46,6 +48,21 @@ def digest_of(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def with_new_fields(earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity as an earlier version of the code wrote it, with its default for every field that came later."""
+    return {**earlier, **{part: _filled(earlier[part], values) for part, values in _fields(CompareConfig()).items()}}
+
+
+def _filled(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    filled = dict(given)
+    for name, default in defaults.items():
+        if name not in given:
+            filled[name] = default
+        elif isinstance(given[name], dict) and isinstance(default, dict):
+            filled[name] = _filled(given[name], default)
+    return filled
+
+
 def plan(config: CompareConfig) -> Plan:
     """After every check that needs no cluster. Raises ConfigError and DataError."""
     identity = _identity(config)
@@ -57,27 +74,32 @@ def plan(config: CompareConfig) -> Plan:
     for seed in config.seeds:
         for arm in config.arms:
             known = results.setdefault(arm, {})
-            if seed not in known and (found := _result(config, digest_of(identity), arm, seed)) is not None:
+            if seed not in known and (found := _result(config, identity, arm, seed)) is not None:
                 known[seed] = found
             if seed not in known:
                 left.append((arm, seed))
     return Plan(identity, fields, results, left)
 
 
-def _identity(config: CompareConfig) -> dict[str, Any]:
-    """The configuration without places and seeds, with digests of the files that it names."""
-    identity: dict[str, Any] = json.loads(
+def _fields(config: CompareConfig) -> dict[str, Any]:
+    """What all runs have in common, without places and seeds, in JSON types."""
+    fields: dict[str, Any] = json.loads(
         json.dumps({"pretrain": asdict(config.pretrain), "evaluation": asdict(config.evaluation)})
     )
     for place in _PLACES:
         *groups, name = place.split(".")
-        inner = identity
+        inner = fields
         for group in groups:
             inner = inner[group]
         inner.pop(name)
+    return fields
+
+
+def _identity(config: CompareConfig) -> dict[str, Any]:
+    """The configuration without places and seeds, with digests of the files that it names."""
     run = config.pretrain_of(config.arms[0], config.seeds[0]).run("")
     sets, _ = open_sets(config.evaluation)
-    return identity | {
+    return redacted_values(_fields(config)) | {
         "encoders": json.loads(json.dumps(run.describe_encoders())),
         "training_data": run.check().digest,
         "sets": {name: data.digest for name, data in sets.items()},
@@ -100,15 +122,15 @@ def _earlier(config: CompareConfig, identity: Mapping[str, Any]) -> tuple[dict[s
     if not storage.exists(url):
         return {}, {}
     try:
-        summary = json.loads(storage.read_bytes(url))
-        arms, theirs = summary["arms"], summary["config_digest"]
+        summary = json.loads(storage.read_small(url))
+        arms, theirs = summary["arms"], dict(summary["config"])
         results = {arm: {int(seed): figures for seed, figures in entry["seeds"].items()} for arm, entry in arms.items()}
-        their_config = dict(summary["config"])
-        fields = their_config.pop("arms")
+        fields = theirs.pop("arms")
+        theirs = with_new_fields(theirs)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"output_dir: {url} is no summary of a comparison ({error}); remove it") from None
-    if theirs != digest_of(identity):
-        field, one, other = first_difference(their_config, identity) or ("config_digest", theirs, digest_of(identity))
+    if difference := first_difference(theirs, identity):
+        field, one, other = difference
         raise ConfigError(
             f"output_dir: {config.output_dir} holds another comparison ({field}: {one} there, {other} here); restore what it "
             "had, or give another output_dir"
@@ -116,11 +138,11 @@ def _earlier(config: CompareConfig, identity: Mapping[str, Any]) -> tuple[dict[s
     return fields, results
 
 
-def _result(config: CompareConfig, digest: str, arm: str, seed: int) -> dict[str, Any] | None:
+def _result(config: CompareConfig, identity: Mapping[str, Any], arm: str, seed: int) -> dict[str, Any] | None:
     """Of a run that was finished under the same configuration."""
     url = storage.join(config.run_dir(arm, seed), RESULT)
     if not storage.exists(url):
         return None
-    found = json.loads(storage.read_bytes(url))
-    same = (found["config_digest"], found["fields"]) == (digest, config.fields_of(arm))
+    found = json.loads(storage.read_small(url))
+    same = found["fields"] == config.fields_of(arm) and with_new_fields(found["config"]) == identity
     return found["figures"] if same else None

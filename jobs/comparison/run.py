@@ -22,6 +22,7 @@ from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.comparison_report import comparison_page
 from ray_platform.evaluate.results import as_json
 from ray_platform.evaluate.work import image_name
+from ray_platform.redaction import redacted_values
 from ray_platform.tracking import RunStatus, Tracker, TrackingConfig, tracking_uri
 from ray_platform.train import about
 from ray_platform.train.code_version import code_version
@@ -50,7 +51,7 @@ def compare(config: CompareConfig, made: Plan, recipe: str, command: str) -> dic
             print(f"run {number} of {len(made.left)}: {arm}, seed {seed}", flush=True)
             try:
                 named = replace(tracking, run_name=f"{arm} seed {seed}")
-                made.results[arm][seed] = measure(config, made.digest, arm, seed, recipe, named)
+                made.results[arm][seed] = measure(config, made.identity, arm, seed, recipe, named)
             except Stopped:
                 raise
             except Exception as error:  # hours of other runs shall not be lost to it
@@ -77,7 +78,7 @@ def _start_tracker(config: CompareConfig, made: Plan, recipe: str, command: str)
     """(the comparison's run, the one that an earlier call began where there was one; where its runs are tracked, below it)."""
     url, known = storage.join(config.output_dir, TRACKED), {}
     if storage.exists(url):
-        known = json.loads(storage.read_bytes(url))
+        known = storage.read_json(url)
     named = replace(config.tracking, run_name=config.tracking.run_name or about.dated(recipe))
     tracker = Tracker(named, config.output_dir, known.get("run_id", ""))
     text = f"A comparison by the recipe `{recipe}`; its runs are those below this one. Report: `{config.output_dir}/{REPORT}`."
@@ -85,7 +86,7 @@ def _start_tracker(config: CompareConfig, made: Plan, recipe: str, command: str)
     tracker.log_params({"arms": made.fields, "seeds": list(config.seeds), **made.identity})
     uri = tracking_uri(config.tracking, config.output_dir)
     tracked = {"tracking_uri": uri, "experiment": config.tracking.experiment, "run_id": tracker.run_id()}
-    storage.write_bytes(url, json.dumps(tracked, indent=2).encode())
+    storage.write_bytes(url, json.dumps(redacted_values(tracked), indent=2).encode())
     return tracker, TrackingConfig(uri, config.tracking.experiment, parent_run_id=tracker.run_id())
 
 

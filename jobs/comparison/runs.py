@@ -1,7 +1,6 @@
 """One run of an arm: trained, evaluated, and what it gave and cost."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from ray_platform import storage
 from ray_platform.connect import describe_cluster
 from ray_platform.contracts import DataError
 from ray_platform.evaluate.results import as_json, metrics_for_tracking
+from ray_platform.redaction import restored
 from ray_platform.tracking import TrackingConfig, metric_history
 from ray_platform.train import checkpoint
 from ray_platform.train.code_version import code_version
@@ -25,7 +25,9 @@ from recipes.export import build_task
 _CURVE = "heldout/"  # what is scored while training
 
 
-def measure(config: CompareConfig, digest: str, arm: str, seed: int, recipe: str, tracking: TrackingConfig) -> dict[str, Any]:
+def measure(
+    config: CompareConfig, identity: Mapping[str, Any], arm: str, seed: int, recipe: str, tracking: TrackingConfig
+) -> dict[str, Any]:
     """Train the arm with that seed, or go on with it, and evaluate it. Writes result.json and returns its figures.
 
     Raises ConfigError, DataError and TrainingError.
@@ -40,12 +42,12 @@ def measure(config: CompareConfig, digest: str, arm: str, seed: int, recipe: str
     newest = checkpoint.complete_ones(url)[0]
     manifest = checkpoint.read_manifest(newest)
     figures = scores(details) | _costs(manifest, details) | {"environment": describe_cluster()}
-    tracked = json.loads(storage.read_bytes(storage.join(url, TRACKED)))
-    curve = metric_history(tracked["tracking_uri"], tracked["run_id"], _CURVE)
+    tracked = storage.read_json(storage.join(url, TRACKED))
+    curve = metric_history(restored(tracked["tracking_uri"], tracking.uri), tracked["run_id"], _CURVE)
     result = {
         "arm": arm,
         "seed": seed,
-        "config_digest": digest,
+        "config": identity,
         "fields": config.fields_of(arm),
         "figures": figures,
         "metrics": metrics_for_tracking(details),
@@ -61,7 +63,7 @@ def measure(config: CompareConfig, digest: str, arm: str, seed: int, recipe: str
 def _is_trained(config: PretrainConfig) -> bool:
     """To the last step, with the model exported."""
     url = storage.join(config.output_dir, TRAINED)
-    return storage.exists(url) and json.loads(storage.read_bytes(url))["num_steps"] == config.train.num_steps
+    return storage.exists(url) and storage.read_json(url)["num_steps"] == config.train.num_steps
 
 
 def scores(details: Mapping[str, Any]) -> dict[str, float]:

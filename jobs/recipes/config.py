@@ -12,6 +12,7 @@ from diffdis.warm_start import resolved
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.data.config import DataConfig
+from ray_platform.redaction import redacted_values
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.launch import Run
@@ -43,7 +44,7 @@ class PretrainConfig:
             self.train,
             self.tracking,
             self.output_dir,
-            {"recipe": recipe, **asdict(self)},
+            redacted_values({"recipe": recipe, **asdict(self)}),
             functools.partial(with_folders, describe_encoders, resolved(self.model)),
             model_package(self.objective.task),
             command,

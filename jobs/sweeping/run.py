@@ -13,6 +13,7 @@ from evaluation.run import open_sets
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.results import as_json, first_difference
+from ray_platform.redaction import redacted_values
 from ray_platform.sweep.pareto import best, pareto_front
 from ray_platform.sweep.report import pictures, sweep_page
 from ray_platform.sweep.schedulers import milestones
@@ -97,7 +98,7 @@ def _check_same(config: SweepConfig) -> None:
     url = storage.join(config.output_dir, BEGUN)
     if not storage.exists(url):
         return
-    begun, now = json.loads(storage.read_bytes(url)), json.loads(as_json(_lasting(config)))
+    begun, now = storage.read_json(url), json.loads(as_json(_lasting(config)))
     if difference := first_difference(begun, now):
         field, one, other = difference
         raise ConfigError(
@@ -107,9 +108,8 @@ def _check_same(config: SweepConfig) -> None:
 
 def _lasting(config: SweepConfig) -> dict[str, Any]:
     """What may not change while a sweep lasts."""
-    return {
-        name: value for name, value in asdict(config).items() if name not in ("max_concurrent", "registered_model", "tracking")
-    }
+    values = redacted_values(asdict(config))
+    return {name: value for name, value in values.items() if name not in ("max_concurrent", "registered_model", "tracking")}
 
 
 def tracking_uri_of(config: SweepConfig) -> str:
@@ -146,14 +146,14 @@ def run(made: Plan, yaml: str, command: str) -> dict[str, Any]:
 def _open_run(config: SweepConfig, recipe: str, command: str) -> tuple[Tracker, dict[str, str]]:
     """The sweep's own MLflow run, below which those of its trials are; the one that it was begun in."""
     url = storage.join(config.output_dir, TRACKED)
-    known = json.loads(storage.read_bytes(url))["run_id"] if storage.exists(url) else ""
+    known = storage.read_json(url)["run_id"] if storage.exists(url) else ""
     named = replace(config.tracking, run_name=config.tracking.run_name or about.dated(recipe))
     tracker = Tracker(named, config.output_dir, known)
     text = f"A sweep by the recipe `{recipe}`; its trials are the runs below this one. Report: `{config.output_dir}/{REPORT}`."
     tracker.describe(about.with_command(text, command), about.tags(recipe, config.output_dir, code_version()))
     tracker.log_params({"recipe": recipe, **asdict(config)})
     tracked = {"tracking_uri": tracking_uri_of(config), "experiment": config.tracking.experiment, "run_id": tracker.run_id()}
-    storage.write_bytes(url, json.dumps(tracked, indent=2).encode())
+    storage.write_bytes(url, json.dumps(redacted_values(tracked), indent=2).encode())
     return tracker, tracked
 
 
@@ -182,7 +182,7 @@ def _details(made: Plan, outcomes: list[Outcome], command: str, seconds: float) 
 
 def _trial(outcome: Outcome) -> dict[str, Any]:
     url = storage.join(outcome.url, TRACKED) if outcome.url else ""
-    run_id = json.loads(storage.read_bytes(url))["run_id"] if url and storage.exists(url) else ""
+    run_id = storage.read_json(url)["run_id"] if url and storage.exists(url) else ""
     return {
         "name": outcome.name,
         "state": outcome.state,

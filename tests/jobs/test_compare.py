@@ -138,7 +138,7 @@ def test_a_result_says_how_it_came_about(whole):
     result = read(config, "runs", "joint_seed0", "result.json")
     assert result["figures"] == summary["arms"]["joint"]["seeds"]["0"]
     assert result["metrics"]["eval/mine/acc1"] == result["figures"]["accuracy_mine"]
-    assert result["config_digest"] == summary["config_digest"]
+    assert {"arms": summary["config"]["arms"], **result["config"]} == summary["config"]
     assert "step_00000003" in result["checkpoint"]
     assert [point["samples"] for point in result["curve"]] == [2 * BATCH_SIZE, 3 * BATCH_SIZE]
     assert "heldout/acc1" in result["curve"][0]["metrics"]
@@ -181,6 +181,16 @@ def test_sigterm_ends_the_comparison_and_not_only_the_run(ray_cluster, config_of
     with pytest.raises(Stopped):
         run(config_of(tmp_path))
     assert read(config_of(tmp_path), "summary.json")["failures"] == []
+
+
+def test_a_field_that_came_later_does_not_make_another_comparison(whole, config_of, tmp_path):
+    earlier = json.loads(json.dumps(whole[1]))
+    del earlier["config"]["pretrain"]["train"]["ema_decay"]  # 0 by default, as here
+    (tmp_path / "summary.json").write_text(json.dumps(earlier))
+    assert plan(config_of(tmp_path)).left == []
+    del earlier["config"]["pretrain"]["train"]["max_failures"]  # 0 here
+    (tmp_path / "summary.json").write_text(json.dumps(earlier))
+    assert "pretrain.train.max_failures: 3 there, 0 here" in refusal(plan, config_of(tmp_path))
 
 
 @pytest.mark.slow
@@ -295,7 +305,7 @@ def refusal(call, *arguments):
         (["--seeds", "[1, 1]"], "seeds: [1, 1]; give at least one, and none twice"),
         (["--seeds", "[-1]"], "seeds: -1 is below 0"),
         (["--own_arms", '{"clip": {}}'], "own_arms: there is an arm clip already"),
-        (["--own_arms", '{"a b": {}}'], "own_arms: 'a b'; a name has letters"),
+        (["--own_arms", '{"a b": {}}'], "own_arms: 'a b'; a name has up to 64 letters"),
         (
             ["--arms", "a", "--own_arms", '{"a": {"train.num_steps": 9}}'],
             "own_arms.a: train.num_steps; an arm has fields of model",

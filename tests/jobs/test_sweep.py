@@ -16,6 +16,7 @@ from PIL import Image
 from diffdis.config import ObjectiveConfig
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
+from ray_platform.placement import Need
 from ray_platform.sweep.trial import Segment
 from ray_platform.train import checkpoint
 from ray_platform.train.config import TrainConfig
@@ -260,9 +261,9 @@ def test_what_cannot_be_is_one_line_before_anything_starts(make, tmp_path):
 
 def test_what_a_trial_takes_and_how_long_it_is(make):
     config = make()
-    assert needs(config) == {"CPU": 1.0, "GPU": 0.0}
+    assert needs(config) == [Need({}, {"CPU": 1.0, "GPU": 0.0})]
     wide = dataclasses.replace(config.pretrain, train=dataclasses.replace(config.pretrain.train, num_workers=3))
-    assert needs(make(pretrain=wide)) == {"CPU": 3.0, "GPU": 0.0}, "3 x 0.5 of workers and 3 x 2 x 0.25 of reads"
+    assert needs(make(pretrain=wide)) == [Need({}, {"CPU": 3.0, "GPU": 0.0})], "3 x 0.5 of workers and 3 x 2 x 0.25 of reads"
     assert steps(config.pretrain, 19) == 4
     assert steps(dataclasses.replace(config.pretrain, train=TrainConfig(global_batch_size=8)), 19) == 2
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.train import ControllerError
 
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.storage import StorageError
@@ -40,6 +41,12 @@ def test_workers_that_died_start_again_until_nothing_new_comes_of_it():
     assert again.judge(drained, "", False).startswith("node a1b2")
     with pytest.raises(TrainingError, match=r"^worker 1 died \(failure 2 without a new checkpoint; train.max_failures\)$"):
         again.judge(DIED, "", False)
+
+
+def test_what_failed_before_the_ranks_began_is_named():
+    refused = ControllerError(RuntimeError("Gloo connectFullMesh failed:\nConnection refused"))
+    line = "the workers' controller: RuntimeError: Gloo connectFullMesh failed:; going on from where this launch began"
+    assert restarting()[0].judge(refused, "", False) == line
 
 
 FINAL = [ConfigError("train.seed: wrong"), DataError("a.tar: gone"), StorageError("s3: no", "forbidden")]

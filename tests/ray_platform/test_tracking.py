@@ -72,7 +72,7 @@ def test_a_run_says_what_it_is_and_a_description_of_ones_own_stays(output):
     tracker.describe("trained on `s3://user:secret@bucket`", {"recipe": "demo", "long": "x" * 9000})
     tags = read(output).get_run(tracker.run_id()).data.tags
     assert (tags["team"], tags["recipe"], len(tags["long"])) == ("vision", "demo", 5000)
-    assert tags["mlflow.note.content"] == "trained on `s3://bucket`", "and no password"
+    assert tags["mlflow.note.content"] == "trained on `s3://***@bucket`", "and no password"
     read(output).set_tag(tracker.run_id(), "mlflow.note.content", "the good one")
     again = Tracker(TrackingConfig(tags={"team": "audio"}), output, tracker.run_id())
     again.describe("trained again", {"recipe": "demo"})

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_platform.redaction import redacted
 from ray_platform.tracking.records import DataSet, ModelPackage
 from ray_platform.tracking.store import TrackingConfig
 from ray_platform.tracking.tracker import RunStatus, Tracker
@@ -109,7 +110,7 @@ class TrackerHandle:
             kind = type(error).__name__
             if kind not in self._warned:
                 self._warned.add(kind)
-                logger.warning("tracking: the tracker does not take calls, said once; the run goes on: %s", error)
+                logger.warning("tracking: the tracker takes no calls, said once; the run goes on: %s", redacted(str(error)))
 
     def __getstate__(self) -> dict[str, Any]:
         """A reference to a call belongs to the process that made it."""
@@ -129,5 +130,5 @@ def start_tracker(config: TrackingConfig, output: str, run_id: str = "") -> Trac
         options = TrackerActor.options(scheduling_strategy=here, max_pending_calls=_MAX_WAITING_CALLS)
         return TrackerHandle(options.remote(config, output, run_id))
     except Exception as error:
-        logger.warning("tracking: no tracker could be started; the run goes on without: %s", error)
+        logger.warning("tracking: no tracker could be started; the run goes on without: %s", redacted(str(error)))
         return TrackerHandle(None)

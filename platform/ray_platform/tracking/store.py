@@ -2,12 +2,13 @@
 
 import logging
 import os
-import re
 import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ray_platform.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def metric_history(uri: str, run_id: str, prefix: str) -> dict[int, dict[str, fl
                 for metric in sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.timestamp):
                     found.setdefault(metric.step, {})[name] = metric.value
     except Exception as error:
-        logger.warning("tracking: the metrics of run %s cannot be read: %s", run_id, error)
+        logger.warning("tracking: the metrics of run %s cannot be read: %s", run_id, redacted(str(error)))
     return dict(sorted(found.items()))
 
 
@@ -106,8 +107,3 @@ def open_experiment(client: Any, name: str, uri: str) -> str:
         if found is None:
             raise
         return found.experiment_id
-
-
-def without_credentials(text: str) -> str:
-    """With the user and password of every URL in it left out."""
-    return re.sub(r"://[^/\s@'\"]+@", "://", text)

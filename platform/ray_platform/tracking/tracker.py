@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ray_platform.redaction import redacted, redacted_values
 from ray_platform.tracking.model import log_model, register_model
 from ray_platform.tracking.records import DataSet, ModelPackage
-from ray_platform.tracking.store import TrackingConfig, open_client, open_experiment, tracking_uri, without_credentials
+from ray_platform.tracking.store import TrackingConfig, open_client, open_experiment, tracking_uri
 
 logger = logging.getLogger(__name__)
 
@@ -65,18 +66,19 @@ class Tracker:
             inputs = []
             for data in data_sets:
                 kind = data.url.partition("://")[0] if "://" in data.url else "local"
-                source, profile = json.dumps({"uri": without_credentials(data.url)}), json.dumps(dict(data.counts))
+                source, profile = json.dumps({"uri": redacted(data.url)}), json.dumps(dict(data.counts))
                 found = Dataset(data.name, data.digest, kind, source, profile=profile)
                 inputs.append(DatasetInput(found, [InputTag(_CONTEXT_TAG, data.context)]))
             self._client.log_inputs(self._run_id, inputs)
 
     def log_params(self, config: Mapping[str, Any]) -> None:
-        """Record a nested config: its leaves as params (`train.lr`), all of it as the artifact `config.yaml`.
+        """Record a nested config: its leaves as params (`train.lr`), all of it as the artifact `config.yaml`; secrets as ***.
 
         MLflow's params never change: a resumed run keeps the first values, and `config.yaml` is the latest.
         """
         if self._client is None:
             return
+        config = redacted_values(config)
         with self._tolerated("params"):
             from mlflow.entities import Param
 
@@ -177,7 +179,7 @@ class Tracker:
         from mlflow.entities import RunTag
 
         if tags:
-            found = [RunTag(name[:_MAX_KEY_LENGTH], without_credentials(str(v))[:_MAX_TAG_LENGTH]) for name, v in tags.items()]
+            found = [RunTag(name[:_MAX_KEY_LENGTH], redacted(str(v))[:_MAX_TAG_LENGTH]) for name, v in tags.items()]
             client.log_batch(run_id, tags=found)
 
     def _log_batch(self, metrics: Mapping[str, float], step: int, model_id: str | None = None) -> None:
@@ -194,7 +196,7 @@ class Tracker:
         except Exception as error:
             if kind not in self._warned:
                 self._warned.add(kind)
-                logger.warning("tracking: %s failed, said once; the run goes on: %s", kind, error)
+                logger.warning("tracking: %s failed, said once; the run goes on: %s", kind, redacted(str(error)))
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

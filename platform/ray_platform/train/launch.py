@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_platform import storage
@@ -22,6 +22,8 @@ from ray_platform.data.catalog import Catalog, build_catalog, difference, to_jso
 from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
+from ray_platform.placement import selector
+from ray_platform.redaction import redacted_values
 from ray_platform.tracking import ModelPackage, RunStatus, TrackerHandle, TrackingConfig, start_tracker, tracking_uri
 from ray_platform.tracking.machines import Machines
 from ray_platform.train import about, checkpoint
@@ -31,6 +33,7 @@ from ray_platform.train.elastic import SaveBeforeResize
 from ray_platform.train.heldout import read_heldout
 from ray_platform.train.job import Job
 from ray_platform.train.loop import train_worker
+from ray_platform.train.network import ProcessGroup
 from ray_platform.train.overseer import Overseer
 from ray_platform.train.restarts import Restarts, Stopped, TrainingError
 from ray_platform.train.watch import start_watch
@@ -73,6 +76,11 @@ class Run:
             raise ConfigError(
                 f"tracking.uri: give an MLflow server or sqlite:/// path, as {self.output_dir} cannot hold a database"
             )
+        if self.train.elastic and self.data.placement and not self.train.placement:
+            raise ConfigError(
+                "train.placement: the workers of an elastic run would take the CPUs of data.placement, where their reads are to "
+                "be; give them nodes of their own, as {pool: gpu}"
+            )
         catalog = self._catalog()
         check_world_size(catalog, self.train.max_workers)
         if self.train.resume == "none" and (found := checkpoint.complete_ones(self.output_dir)):
@@ -85,7 +93,7 @@ class Run:
     def _catalog(self) -> Catalog:
         """The source's, compared with the one that a resumed run was begun with, and with the model's encoders."""
         url = storage.join(self.output_dir, CATALOG)
-        saved = storage.read_bytes(url) if storage.exists(url) else None
+        saved = storage.read_small(url, storage.LISTING_BYTES) if storage.exists(url) else None
         catalog = build_catalog(self.data, saved)
         if saved and self.train.resume == "auto" and (changes := difference(saved, catalog)):
             raise DataError(
@@ -177,8 +185,9 @@ class Run:
         return storage.join(self.output_dir, "ray_train")
 
     def _data(self) -> DataConfig:
-        """An elastic run's workers hold the CPUs of their reads themselves: Ray counts how many workers there is room for."""
-        if not self.train.elastic:
+        """An elastic run's workers hold the CPUs of their reads themselves: Ray counts how many workers there is room for.
+        Reads on nodes of their own ask for theirs there."""
+        if not self.train.elastic or self.data.placement:
             return self.data
         return replace(self.data, cpus_per_read=0.0)
 
@@ -199,7 +208,7 @@ class Run:
         """The tracker's run: the one that a resumed run began in, else a new one. It is told what this run is."""
         url, known = storage.join(self.output_dir, TRACKED), {}
         if self.train.resume != "none" and storage.exists(url):
-            known = json.loads(storage.read_bytes(url))
+            known = storage.read_json(url)
         recipe = str(self.params.get("recipe", "run"))
         named = replace(self.tracking, run_name=self.tracking.run_name or f"{about.dated(recipe)}-seed{self.train.seed}")
         tracker = start_tracker(named, self.output_dir, known.get("run_id", ""))
@@ -212,7 +221,7 @@ class Run:
         tracker.log_data_sets(data_sets)
         uri = tracking_uri(self.tracking, self.output_dir)
         tracked = {"tracking_uri": uri, "experiment": self.tracking.experiment, "run_id": tracker.run_id()}
-        storage.write_bytes(url, json.dumps(tracked, indent=2).encode())
+        storage.write_bytes(url, json.dumps(redacted_values(tracked), indent=2).encode())
         return tracker, tracked
 
     def _trainer(self, job: Job) -> TorchTrainer:
@@ -220,14 +229,18 @@ class Run:
         resources = {"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})
         workers: dict[str, Any] = {"num_workers": train.max_workers}
         if train.elastic:
-            resources["CPU"] += self.data.reads_per_rank * self.data.cpus_per_read
+            if not self.data.placement:
+                resources["CPU"] += self.data.reads_per_rank * self.data.cpus_per_read
             workers = {"num_workers": train.num_workers, "elastic_resize_monitor_interval_s": RESIZE_SECONDS}
         return TorchTrainer(
             train_worker,
             train_loop_config=job,
-            torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
+            torch_config=ProcessGroup(backend="nccl" if train.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
-                use_gpu=bool(train.gpus_per_worker), resources_per_worker=resources, **workers
+                use_gpu=bool(train.gpus_per_worker),
+                resources_per_worker=resources,
+                label_selector=selector(train.placement),
+                **workers,
             ),
             run_config=ray.train.RunConfig(
                 name=f"{job.launch}-{time.monotonic_ns()}",  # a name that Ray knows would resume

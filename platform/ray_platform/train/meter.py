@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 # Dense 16 bit peak in FLOP/s, by what the device's name contains (the first that fits), from the vendor's data sheets.
-_PEAK_FLOPS = {
+PEAK_FLOPS = {
     "B200": 2250e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -98,11 +98,16 @@ def count_flops(module: torch.nn.Module, inputs: dict[str, torch.Tensor], seed: 
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     training = module.training
     module.eval()
-    with FlopCounterMode(display=False, custom_mapping=_MORE_OPERATIONS) as counter:
+    with operation_counter() as counter:
         loss, _ = module(inputs, seed)
         torch.autograd.grad(loss, trained, allow_unused=True)
     module.train(training)
     return float(counter.get_total_flops())
+
+
+def operation_counter() -> FlopCounterMode:
+    """Of matrix products, convolutions and attention, on CPUs too."""
+    return FlopCounterMode(display=False, custom_mapping=_MORE_OPERATIONS)
 
 
 def peak_flops(device: torch.device) -> float:
@@ -110,7 +115,7 @@ def peak_flops(device: torch.device) -> float:
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), 0.0)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -1,0 +1,102 @@
+"""What jobs/sizing.py needs to know of a core: the decoder's CPU time by sizes, and what a checkpoint's upload to S3 takes.
+
+    PYTHONPATH=platform:jobs:. python tests/benchmarks/sizing.py [--rounds 5]
+
+One process. Seconds of CPU, not of the clock, so that what runs beside it counts little; rounds are interleaved, medians taken.
+Decoding is fitted by seconds = a + b * megapixels of the file, which is what `capacity.measured` has, in proportion to the
+loader's own benchmark. The last line is one JSON object.
+"""
+
+import argparse
+import io
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ray_platform import storage
+from ray_platform.data.config import DataConfig
+from ray_platform.data.decode import image
+from tests.benchmarks.loader_data import photo_like
+from tests.s3_server import S3Server
+
+SIDES = ((256, 256), (384, 256), (512, 256), (384, 512), (512, 512), (1024, 512))  # of a JPEG, and of the target
+IMAGES = 24
+UPLOAD_BYTES, UPLOADS = 256 * 2**20, 3
+
+
+def jpegs(side: int) -> list[bytes]:
+    rng, found = np.random.default_rng(side), []
+    for _ in range(IMAGES):
+        buffer = io.BytesIO()
+        Image.fromarray(photo_like(rng, side, side)).save(buffer, "JPEG", quality=90)
+        found.append(buffer.getvalue())
+    return found
+
+
+def decoding(contents: list[bytes], target: int) -> float:
+    """Seconds of CPU an image."""
+    config = DataConfig(image_size=target)
+    begun = time.process_time()
+    for content in contents:
+        image({"jpg": memoryview(content)}, config, "")
+    return (time.process_time() - begun) / len(contents)
+
+
+def fitted(seconds: dict[tuple[int, int], float]) -> list[float]:
+    """[a, b]"""
+    rows = np.array([[1.0, (side / 1000) ** 2] for side, _ in seconds])
+    return [float(x) for x in np.linalg.lstsq(rows, np.array(list(seconds.values())), rcond=None)[0]]
+
+
+def upload() -> tuple[float, float]:
+    """(bytes a second, seconds of this process's CPU a gigabyte): one writer, seaweedfs on the same cores."""
+    rates, cpus = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        server = S3Server(Path(folder))
+        try:
+            server.start()
+            os.environ |= server.environment
+            data = os.urandom(UPLOAD_BYTES)
+            for number in range(UPLOADS):
+                clock, cpu = time.perf_counter(), time.process_time()
+                storage.write_bytes(f"s3://tests/{number}.safetensors", data)
+                rates.append(UPLOAD_BYTES / (time.perf_counter() - clock))
+                cpus.append((time.process_time() - cpu) / UPLOAD_BYTES * 1e9)
+        finally:
+            server.stop()
+    return statistics.median(rates), statistics.median(cpus)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    contents = {side: jpegs(side) for side, _ in SIDES}
+    found: dict[tuple[int, int], list[float]] = {sizes: [] for sizes in SIDES}
+    for turn in range(arguments.rounds + 1):
+        for side, target in SIDES:
+            seconds = decoding(contents[side], target)
+            if turn:
+                found[side, target].append(seconds)
+    seconds = {sizes: statistics.median(values) for sizes, values in found.items()}
+    rate, cpu = upload()
+    result = {
+        "cpu_ms_an_image": {f"{side} to {target}": round(1e3 * value, 3) for (side, target), value in seconds.items()},
+        "mean_kb": {str(side): round(statistics.mean(map(len, c)) / 1e3, 1) for side, c in contents.items()},
+        "decode_ms_a_b": [round(1e3 * x, 3) for x in fitted(seconds)],
+        "upload_mb_per_second": round(rate / 1e6),
+        "upload_cpu_seconds_a_gigabyte": round(cpu, 2),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
