@@ -61,7 +61,7 @@ def check_run(tracked, shards):
     assert tags["code_version"].startswith(("git-", "files-"))
     note = tags["mlflow.note.content"]
     assert "Pretraining by the recipe `test`, seed 0: 40 steps on 2 workers, ZeRO 1." in note
-    assert "python jobs/pretrain.py --tracking.uri http://mlflow.example" in note, "and no password"
+    assert "python jobs/pretrain.py --tracking.uri http://***@mlflow.example" in note, "and no password"
     [given] = run.inputs.dataset_inputs
     assert (given.dataset.name, json.loads(given.dataset.source)["uri"]) == (shards.name, str(shards))
     assert json.loads(given.dataset.profile)["num_shards"] == 4
