@@ -11,7 +11,7 @@ from evaluation.run import open_sets
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.find import open_images
-from ray_platform.evaluate.results import first_difference
+from ray_platform.evaluate.results import first_difference, with_defaults
 from ray_platform.redaction import redacted_values
 from recipes.compare import CompareConfig
 from recipes.evaluate import QualityConfig
@@ -50,17 +50,7 @@ def digest_of(identity: Mapping[str, Any]) -> str:
 
 def with_new_fields(earlier: Mapping[str, Any]) -> dict[str, Any]:
     """An identity as an earlier version of the code wrote it, with its default for every field that came later."""
-    return {**earlier, **{part: _filled(earlier[part], values) for part, values in _fields(CompareConfig()).items()}}
-
-
-def _filled(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    filled = dict(given)
-    for name, default in defaults.items():
-        if name not in given:
-            filled[name] = default
-        elif isinstance(given[name], dict) and isinstance(default, dict):
-            filled[name] = _filled(given[name], default)
-    return filled
+    return {**earlier, **{part: with_defaults(earlier[part], values) for part, values in _fields(CompareConfig()).items()}}
 
 
 def plan(config: CompareConfig) -> Plan:

@@ -12,7 +12,7 @@ from evaluation.quality import read_prompts
 from evaluation.run import open_sets
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.evaluate.results import as_json, first_difference
+from ray_platform.evaluate.results import as_json, first_difference, with_defaults
 from ray_platform.redaction import redacted_values
 from ray_platform.sweep.pareto import best, pareto_front
 from ray_platform.sweep.report import pictures, sweep_page
@@ -24,6 +24,8 @@ from ray_platform.tracking import Tracker, tracking_uri
 from ray_platform.train import about
 from ray_platform.train.code_version import code_version
 from ray_platform.train.launch import TRACKED
+from recipes.config import PretrainConfig
+from recipes.evaluate import EvalConfig
 from recipes.sweep import SweepConfig
 from sweeping.fields import open_space
 from sweeping.trial import TrialJob, needs, steps
@@ -99,6 +101,8 @@ def _check_same(config: SweepConfig) -> None:
     if not storage.exists(url):
         return
     begun, now = storage.read_json(url), json.loads(as_json(_lasting(config)))
+    for part, defaults in (("pretrain", PretrainConfig()), ("evaluation", EvalConfig())):  # fields that the code got since
+        begun[part] = with_defaults(begun[part], json.loads(as_json(asdict(defaults))))
     if difference := first_difference(begun, now):
         field, one, other = difference
         raise ConfigError(

@@ -16,6 +16,7 @@ from PIL import Image
 from diffdis.config import ObjectiveConfig
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
+from ray_platform.evaluate.results import as_json
 from ray_platform.placement import Need
 from ray_platform.sweep.trial import Segment
 from ray_platform.train import checkpoint
@@ -24,7 +25,7 @@ from recipes.config import PretrainConfig
 from recipes.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from recipes.sweep import RECIPES, SweepConfig, parse
 from sweeping.fields import configure, open_space
-from sweeping.run import plan, run, table
+from sweeping.run import _lasting, plan, run, table
 from sweeping.trial import TrialJob, needs, steps
 from tests.evaluation_sets import picture, write_wds
 
@@ -125,6 +126,20 @@ def test_a_grid_with_asha_from_its_configuration_to_mlflow(make, tmp_path):
     assert len(versions) == len({*details["front"], *details["best"].values()}), "nor registered again"
     with pytest.raises(ConfigError, match=r"samples: 20, but the sweep in .* was begun with 16"):
         plan(make(samples=20), "tiny")
+
+
+def test_a_sweep_goes_on_under_code_with_new_fields(make, tmp_path):
+    """What was begun before a field existed had its default."""
+    config, begun = make(), tmp_path / "sweep" / "sweep.json"
+    saved = json.loads(as_json(_lasting(config)))
+    begun.parent.mkdir()
+    del saved["pretrain"]["train"]["ema_decay"]
+    begun.write_text(json.dumps(saved))
+    plan(config, "tiny")
+    saved["pretrain"]["train"]["weight_decay_of_old"] = 0.1
+    begun.write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match=r"pretrain.train.weight_decay_of_old: absent, but the sweep in .* was begun with 0.1"):
+        plan(config, "tiny")
 
 
 def _check_mlflow(config, details):
