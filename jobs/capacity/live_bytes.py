@@ -1,5 +1,6 @@
 """How much memory tensors take at most while something runs."""
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,6 +21,18 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now, self.peak = 0, 0
         self._seen: dict[int, Any] = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in known)}
+
+    def __enter__(self) -> "LiveBytes":
+        """Without collections of garbage meanwhile, whose moment is not the same in every run."""
+        gc.collect()
+        self._collecting = gc.isenabled()
+        gc.disable()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self._collecting:
+            gc.enable()
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
