@@ -208,7 +208,7 @@ def outcome(training: Training, cuts: list[Cut]) -> dict:
     missing = NUM_SHARDS * SAMPLES_A_SHARD - len(read)
     run = json.loads(storage.read_bytes(f"{OUTPUT}/mlflow.json"))
     client = MlflowClient(f"sqlite:///{training.cluster.head.files}/mlflow.db")
-    exported = storage.exists(f"{OUTPUT}/export/model.safetensors")
+    exported = storage.exists(f"{OUTPUT}/export/diffdis.json")
     return {
         "num_hosts": len(training.cluster.workers) + 2,
         "finished": exported and client.get_run(run["run_id"]).info.status == "FINISHED",
