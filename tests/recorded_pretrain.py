@@ -1,25 +1,43 @@
-"""jobs/pretrain.py itself, whose ranks write down what they train on, each on its own host: in /tmp/records."""
+"""jobs/pretrain.py itself, whose ranks write down what they train on, each on its own host: in /tmp/records.
+
+Its steps take some time on any machine, so that what is done to its hosts finds it training.
+"""
 
 import functools
 import runpy
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RECORDS = "/tmp/records"
+SECONDS_A_STEP = 0.2  # at least
+
+
+def paced(build_task):
+    task = build_task()
+    prepare = task.prepare
+
+    def slowly(parts, seeds):
+        time.sleep(SECONDS_A_STEP)
+        return prepare(parts, seeds)
+
+    task.prepare = slowly
+    return task
 
 
 def main():
     sys.path[:0] = [str(ROOT / "jobs"), str(ROOT / "platform"), str(ROOT)]
     from recipes.config import PretrainConfig
+    from tests import recorded_pretrain  # what travels to the workers must not be in __main__
     from tests.recording import recording
 
     plain = PretrainConfig.run
 
     def run(self, recipe):
         made = plain(self, recipe)
-        return replace(made, build_task=functools.partial(recording, RECORDS, made.build_task))
+        return replace(made, build_task=functools.partial(recording, RECORDS, recorded_pretrain.paced, made.build_task))
 
     PretrainConfig.run = run
     runpy.run_path(str(ROOT / "jobs" / "pretrain.py"), run_name="__main__")

@@ -33,15 +33,15 @@ from ray_platform import storage
 from ray_platform.train import checkpoint
 from tests.end_to_end.conftest import write_shards
 from tests.hosts import Host, Network
+from tests.recorded_pretrain import SECONDS_A_STEP
 from tests.recording import Records
 from tests.s3_server import S3Server
 from tests.tiny_checkpoints import save_mean_pool_encoder
 
-NUM_SHARDS, SAMPLES_A_SHARD, SAMPLES_A_STEP = 8, 60, 8
+NUM_SHARDS, SAMPLES_A_SHARD, SAMPLES_A_STEP = 8, 15, 8
 STEPS_AN_EPOCH = NUM_SHARDS * SAMPLES_A_SHARD // SAMPLES_A_STEP
-CHECKPOINT_EVERY = 30
+CHECKPOINT_EVERY = 10
 STEPS_A_CUT = 2 * STEPS_AN_EPOCH
-STEPS_A_SECOND = 15  # at most, of a run that a cut does not stop
 OUTPUT = "s3://tests/run"
 OBJECT_STORE = 150 * 2**20
 NO_STEP_S = 900.0  # then the run is taken to have failed
@@ -208,7 +208,7 @@ def outcome(training: Training, cuts: list[Cut]) -> dict:
     missing = NUM_SHARDS * SAMPLES_A_SHARD - len(read)
     run = json.loads(storage.read_bytes(f"{OUTPUT}/mlflow.json"))
     client = MlflowClient(f"sqlite:///{training.cluster.head.files}/mlflow.db")
-    exported = storage.exists(f"{OUTPUT}/export/model.safetensors")
+    exported = storage.exists(f"{OUTPUT}/export/diffdis.json")
     return {
         "num_hosts": len(training.cluster.workers) + 2,
         "finished": exported and client.get_run(run["run_id"]).info.status == "FINISHED",
@@ -223,9 +223,9 @@ def outcome(training: Training, cuts: list[Cut]) -> dict:
 
 
 def num_steps(cuts: list[Cut]) -> int:
-    """Whole epochs, enough for all."""
+    """Whole epochs, enough for all, also where a cut does not stop the run."""
     seconds = sum(cut.seconds for cut in cuts)
-    return STEPS_A_CUT * (len(cuts) + 1) + -(-int(seconds * STEPS_A_SECOND) // STEPS_AN_EPOCH) * STEPS_AN_EPOCH
+    return STEPS_A_CUT * (len(cuts) + 1) + -(-int(seconds / SECONDS_A_STEP) // STEPS_AN_EPOCH) * STEPS_AN_EPOCH
 
 
 def main() -> None:
