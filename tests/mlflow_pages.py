@@ -39,7 +39,7 @@ class Pages:
     def curves(self) -> tuple[str, int]:
         """(the text of the page of metrics, how many lines are drawn on it)."""
         self._open(f"{self.experiment}/runs/{self.run.info.run_id}/model-metrics")
-        self.page.get_by_placeholder("Search metric charts").fill("loss")  # charts are drawn where they are in view
+        self.page.get_by_placeholder("Search metric charts").fill("train/loss")  # charts are drawn where they are in view
         self.page.locator(LINES).nth(2).wait_for(state="attached")
         return self._shot("mlflow_curves"), self.page.locator(LINES).count()
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import fsspec
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
@@ -20,6 +21,7 @@ from serving.package import model_package
 from tests.mlflow_pages import Pages
 from tests.mlflow_server import MlflowServer
 from tests.postgres_server import PostgresServer
+from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -96,29 +98,34 @@ def test_a_finished_run_in_sqlite(finished, shards, tmp_path):
     check_model(finished["tracking_uri"], check_run(finished, shards), tmp_path)
 
 
+@pytest.fixture
+def bucket(tmp_path):
+    """An S3 server, and the URL of a bucket of it."""
+    (tmp_path / "s3").mkdir()
+    server = S3Server(tmp_path / "s3")
+    try:
+        server.start()
+        yield server, "s3://tests/mlflow"
+    finally:
+        server.stop()
+
+
 @pytest.mark.slow
 @pytest.mark.s3
-def test_a_finished_run_on_a_server_over_postgresql_and_s3(make_run, shards, s3_server, tmp_path):
+def test_a_finished_run_on_a_server_over_postgresql_and_s3(make_run, shards, bucket, tmp_path):
     """The client has no credentials of the bucket: artifacts go through the server."""
-    import fsspec
-
-    with (
-        PostgresServer() as postgres,
-        MlflowServer(
-            tmp_path, postgres.url, "--artifacts-destination", "s3://tests/mlflow", environment=s3_server.environment
-        ) as server,
-    ):
+    s3, url = bucket
+    where = ("--artifacts-destination", url)
+    with PostgresServer() as postgres, MlflowServer(tmp_path, postgres.url, *where, environment=s3.environment) as server:
         tracked = train(make_run, tmp_path / "run", uri=server.url)
         check_model(server.url, check_run(tracked, shards), tmp_path)
-        assert not (tmp_path / "run" / "mlflow.db").exists()
-        given = s3_server.environment
-        bucket = fsspec.filesystem(
-            "s3", key=given["AWS_ACCESS_KEY_ID"], secret=given["AWS_SECRET_ACCESS_KEY"], endpoint_url=s3_server.endpoint,
-            client_kwargs={"region_name": "us-east-1"}, skip_instance_cache=True,
-        )  # fmt: skip
-        stored = bucket.find("tests/mlflow")
-        assert any(name.endswith("previews/step_00000040.png") for name in stored)
-        assert any(name.endswith("unet/diffusion_pytorch_model.safetensors") for name in stored)
+    assert not (tmp_path / "run" / "mlflow.db").exists()
+    stored = fsspec.filesystem(
+        "s3", key=ACCESS_KEY, secret=SECRET_KEY, endpoint_url=s3.endpoint, skip_instance_cache=True,
+        config_kwargs={"s3": {"addressing_style": "path"}}, client_kwargs={"region_name": "us-east-1"},
+    ).find("tests/mlflow")  # fmt: skip
+    for part in ("previews/step_00000040.png", "unet/diffusion_pytorch_model.safetensors", "MLmodel"):
+        assert any(name.endswith(part) for name in stored), part
 
 
 @pytest.fixture

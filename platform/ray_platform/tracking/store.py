@@ -83,6 +83,7 @@ def ui_command(uri: str, port: int = 5000) -> str:
 def open_client(uri: str) -> Any:
     """An MLflow client that is quiet, gives up in seconds, and tells nobody that it was used. MLflow reads these late."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from mlflow import MlflowClient  # a second, which only the process that writes should spend

@@ -34,9 +34,11 @@ def tags(recipe: str, output_dir: str, code_version: str) -> dict[str, str]:
 
 def description(recipe: str, command: str, train: TrainConfig, data_sets: Iterable[DataSet], output_dir: str) -> str:
     """Markdown: what a pretraining is, and where the rest of it is."""
-    workers = train.num_workers if isinstance(train.num_workers, int) else f"{train.min_workers} to {train.max_workers}"
+    workers = f"{train.min_workers} to {train.max_workers} workers" if train.elastic else f"{train.max_workers} workers"
+    if train.max_workers == 1:
+        workers = "one worker"
     lines = [
-        f"Pretraining by the recipe `{recipe}`, seed {train.seed}: {train.num_steps:,} steps on {workers} workers, "
+        f"Pretraining by the recipe `{recipe}`, seed {train.seed}: {train.num_steps:,} steps on {workers}, "
         f"ZeRO {train.zero_stage}.",
         "",
         *(f"- {data.context} data: {_counted(data.counts)} in `{data.url}` (digest `{data.digest}`)" for data in data_sets),
