@@ -2,9 +2,11 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# What else is installed, of pyproject.toml's extras. The image (cluster/Dockerfile) sets its own; dev brings the peers, too.
+EXTRAS := demo,eval,dev
 SOURCES := diffdis platform/ray_platform jobs tests
 
-.PHONY: demo test test-slow lint setup clean-demo
+.PHONY: demo test test-slow lint audit setup clean-demo
 
 demo: setup
 	@$(PYTHON) jobs/run_demo.py
@@ -21,6 +23,10 @@ lint: setup
 	$(PYTHON) -m mypy diffdis platform/ray_platform jobs
 	PYTHONPATH=platform $(VENV)/bin/lint-imports
 
+# Asks a service in the network for known vulnerabilities of the pinned versions.
+audit:
+	.ci/audit
+
 setup: $(VENV)/.installed
 
 # torch first and pinned: a later resolve that wants another torch would fetch its CUDA packages.
@@ -33,8 +39,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PIP) torch setuptools wheel ninja packaging
 	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	@$(PIP) hatchling editables
-	@$(PIP) --no-build-isolation --editable ".[demo,eval,dev]"
-	@$(PIP) --no-deps clip-benchmark torch-fidelity torchmetrics lightning-utilities foolbox
+	@$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]"
+	@$(if $(findstring dev,$(EXTRAS)),$(PIP) --no-deps clip-benchmark torch-fidelity torchmetrics lightning-utilities foolbox)
 	@touch $@
 
 clean-demo:

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from diffdis.config import AutoencoderConfig
+from diffdis.model_folder import NO_PICKLES, check_diffusers_model
 
 
 class HaarAutoencoder(ModelMixin, ConfigMixin):
@@ -87,7 +88,9 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     else:
         if not config.path:
             raise ValueError("model.autoencoder.path: kind kl needs a folder with an AutoencoderKL (a Stable Diffusion folder)")
-        model = KLAutoencoder(AutoencoderKL.from_pretrained(**component_of(config.path, "vae")))
+        source = component_of(config.path, "vae")
+        check_diffusers_model(AutoencoderKL, source["pretrained_model_name_or_path"])
+        model = KLAutoencoder(AutoencoderKL.from_pretrained(**source, **NO_PICKLES))
     return model.eval().requires_grad_(False)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPM
 
 from diffdis.encoder import digest_of_folder
 from diffdis.metrics.zero_shot import class_embeddings
+from diffdis.model_folder import NO_CODE, NO_PICKLES, check_model_folder
 
 TEXTS_AT_ONCE = 256
 
@@ -27,13 +28,15 @@ class ClipScorer:
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder}: no config.json; give a folder with a CLIP in transformers' layout")
-        kind = AutoConfig.from_pretrained(folder).model_type
+        check_model_folder(folder)
+        kind = AutoConfig.from_pretrained(folder, **NO_CODE).model_type
         if kind != "clip":
             raise ValueError(f"{folder}: its config.json says model_type {kind}, not clip")
         self.description = {"name": folder.name, "digest": digest_of_folder(folder)}
         self._device = torch.device(device)
-        self._model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).to(self._device)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, **NO_PICKLES)
+        self._model = model.eval().requires_grad_(False).to(self._device)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
         self._size = self._model.config.vision_config.image_size
         self._processor = _image_processor(folder, self._size)
         crop, self._short = self._processor.crop_size, int((self._processor.size or {}).get("shortest_edge") or 0)

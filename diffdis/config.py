@@ -141,6 +141,10 @@ class ObjectiveConfig:
     weight_decay: float = 0.01
 
 
+_PLAIN: dict[Any, Any] = {int: int, float: (int, float), str: str}
+_LARGEST = 2**24  # of a width, a length or a count that any model has
+
+
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(known))
@@ -151,6 +155,10 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
         kind = known[name].type
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             value = _build(kind, value, f"{prefix}{name}.")
+        if kind in (int, float, str) and (not isinstance(value, _PLAIN[kind]) or isinstance(value, bool)):
+            raise ValueError(f"{prefix}{name}: {str(value)[:50]!r} is no {kind.__name__}")
+        if kind is int and not 0 <= value <= _LARGEST:
+            raise ValueError(f"{prefix}{name}: {value:,} is not from 0 to {_LARGEST:,}")
         kwargs[name] = tuple(value) if isinstance(value, list) else value
     return cls(**kwargs)
 

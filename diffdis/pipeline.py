@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffdis import schedule
@@ -22,6 +23,7 @@ from diffdis.autoencoder import Autoencoder, build_autoencoder, to_latents, to_p
 from diffdis.config import DiffDisConfig
 from diffdis.metrics.zero_shot import class_embeddings
 from diffdis.model import DiffDis
+from diffdis.model_folder import NO_PICKLES, check_declared, check_diffusers_model, check_values, read_json
 from diffdis.text_encoder import TextEncoder, build_text_encoder
 from diffdis.warm_start import ALIGNMENT_WEIGHTS
 
@@ -213,21 +215,34 @@ class DiffDisPipeline:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "DiffDisPipeline":
-        """The inverse of `save_pretrained`. Raises FileNotFoundError when the folder is not an exported one."""
+        """The inverse of `save_pretrained`. Raises FileNotFoundError when the folder is not an exported one, ValueError for one
+        that is damaged, or holds more than tensors."""
         folder = Path(folder)
         if not (folder / CONFIG_NAME).exists():
             raise FileNotFoundError(f"{folder}: no {CONFIG_NAME} here; give a folder that DiffDis exported")
-        saved = DiffDisConfig.from_dict(json.loads((folder / CONFIG_NAME).read_text()))
+        values = read_json(folder / CONFIG_NAME)
+        check_values(folder / CONFIG_NAME, values)
+        try:
+            saved = DiffDisConfig.from_dict(values)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / CONFIG_NAME}: describes no model ({error})") from None
         config = dataclasses.replace(
             saved,
             warm_start="",
             autoencoder=dataclasses.replace(saved.autoencoder, path=str(folder)),
             text_encoder=dataclasses.replace(saved.text_encoder, path=str(folder)),
         )
+        check_declared(folder, lambda: DiffDis(config))
+        check_diffusers_model(UNet2DConditionModel, str(folder / "unet"))
         model = DiffDis(config)
-        weights = load_file(folder / ALIGNMENT_WEIGHTS)
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()
-        model.load_state_dict(weights | {f"unet.{name}": value for name, value in unet.items()})
+        try:
+            weights = load_file(folder / ALIGNMENT_WEIGHTS)
+            unet = UNet2DConditionModel.from_pretrained(folder / "unet", **NO_PICKLES).state_dict()
+            model.load_state_dict(weights | {f"unet.{name}": value for name, value in unet.items()})
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise ValueError(
+                f"{folder}: its weights cannot be read ({' '.join(str(error).split())[:300]}); export it again"
+            ) from None
         return cls(config, model, build_autoencoder(config.autoencoder), build_text_encoder(config.text_encoder))
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, CL
 
 from diffdis.autoencoder import component_of
 from diffdis.config import TextEncoderConfig
+from diffdis.model_folder import NO_CODE, NO_PICKLES, check_model_folder
 
 
 class TextEncoder(nn.Module):
@@ -81,19 +82,21 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
     source = component_of(config.path, "text_encoder")
     tokenizer_folder = Path(config.path) / "tokenizer"
     if "subfolder" in source:
-        tokenizer = AutoTokenizer.from_pretrained(config.path, subfolder="tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(config.path, subfolder="tokenizer", **NO_CODE)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder) if tokenizer_folder.exists() else config.path)
+        check_model_folder(source["pretrained_model_name_or_path"])
+        check_model_folder(tokenizer_folder)
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder) if tokenizer_folder.exists() else config.path, **NO_CODE)
     tokenizer.model_max_length = config.max_length  # what an exported folder tells diffusers
     if config.kind == "clip":
         # A Stable Diffusion folder holds CLIP's text model without the projection; a CLIP folder has it.
-        architectures = AutoConfig.from_pretrained(**source).architectures or []
+        architectures = AutoConfig.from_pretrained(**source, **NO_CODE).architectures or []
         kind = CLIPTextModel if architectures == ["CLIPTextModel"] else CLIPTextModelWithProjection
-        model = kind.from_pretrained(**source)
+        model = kind.from_pretrained(**source, **NO_PICKLES)
         width = model.config.hidden_size
         embedding = width if kind is CLIPTextModel else model.config.projection_dim
     else:
-        model = AutoModel.from_pretrained(**source)
+        model = AutoModel.from_pretrained(**source, **NO_PICKLES, **NO_CODE)
         width = embedding = model.config.hidden_size
     if (width, embedding) != (config.token_dim, config.embedding_dim):
         raise ValueError(

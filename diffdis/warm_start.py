@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from diffdis.autoencoder import component_of
 from diffdis.config import DiffDisConfig
 from diffdis.model import DiffDis
+from diffdis.model_folder import NO_PICKLES, check_diffusers_model
 
 ALIGNMENT_WEIGHTS = "alignment/model.safetensors"  # of an exported folder; what a Stable Diffusion folder does not have
 
@@ -57,7 +58,9 @@ def load(model: DiffDis, path: str) -> WarmStart:
 
     Raises ValueError with the first tensor that differs: a U-Net that is only half loaded is a different model.
     """
-    unet = UNet2DConditionModel.from_pretrained(**component_of(path, "unet"), torch_dtype=torch.float32).state_dict()
+    place = component_of(path, "unet")
+    check_diffusers_model(UNet2DConditionModel, place["pretrained_model_name_or_path"])
+    unet = UNet2DConditionModel.from_pretrained(**place, torch_dtype=torch.float32, **NO_PICKLES).state_dict()
     source = {f"unet.{name}": tensor for name, tensor in unet.items()}
     if (others := Path(path) / ALIGNMENT_WEIGHTS).exists():
         source |= load_file(others)

@@ -13,6 +13,7 @@ from ray_platform import storage
 from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.local_head import HeadError, ensure_cluster
+from ray_platform.redaction import redacted
 from ray_platform.train.launch import TrainingError
 from recipes.compare import parse
 
@@ -24,7 +25,7 @@ def main() -> None:
     ensure_cluster()
     connect()
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
-    summary = compare(config, made, command.recipe, shlex.join(["python", *sys.argv]))
+    summary = compare(config, made, command.recipe, redacted(shlex.join(["python", *sys.argv])))
     print(f"\n{table(summary)}\n")
     print(f"done: {storage.join(config.output_dir, REPORT)}, with {SUMMARY} and samples/ beside it", flush=True)
     if summary["failures"]:

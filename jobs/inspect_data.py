@@ -32,7 +32,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         if time.monotonic() - said > SECONDS_A_LINE:
             said = time.monotonic()
             print(f"{found.units} of {len(units)} shards, {found.looked_at:,} samples", file=sys.stderr, flush=True)
-    summary = summarise(catalog, config.data, found, cluster_cpus())
+    summary = summarise(catalog, config.data, found, cluster_cpus(config.data))
     html = storage.join(config.output_dir, "inspection.html")
     storage.write_bytes(storage.join(config.output_dir, "inspection.json"), json.dumps(summary, indent=2).encode())
     storage.write_bytes(html, page(summary, found.thumbnails, config.data).encode())

@@ -1,6 +1,7 @@
 """Encode a source once: `ray job submit --working-dir . -- python jobs/precompute.py --recipe … --data.sources … --output_dir …`.
 
-What it writes is a source for jobs/pretrain.py with the same model.
+What it writes is a source for jobs/pretrain.py with the same model. Where no cluster is named (RAY_ADDRESS), this machine's CPUs
+do it.
 """
 
 import sys
@@ -11,6 +12,7 @@ from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.precompute import check, precompute
+from ray_platform.local_head import HeadError, ensure_cluster
 from recipes.precompute import PrecomputeConfig, parse
 
 SECONDS_A_LINE = 10.0  # of progress
@@ -21,6 +23,7 @@ def main() -> None:
     catalog = build_catalog(config.data)
     check(catalog, config.data)
     encoders = config.encoders()
+    ensure_cluster()
     connect()
     said, progress = time.monotonic(), {}
     for progress in precompute(catalog, config.data, encoders, config.output_dir):
@@ -37,7 +40,7 @@ def line(progress: dict[str, float]) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, HeadError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")

@@ -20,7 +20,8 @@ DATA, OUTPUT = ROOT / "data" / "demo", ROOT / "outputs" / "demo"
 
 def pretrain() -> None:
     command = ["python", "jobs/pretrain.py", "--recipe", "demo", "--train.resume", "auto"]
-    command += ["--output_dir", str(OUTPUT), "--data.sources", str(DATA / "train"), *sys.argv[1:]]
+    command += ["--output_dir", str(OUTPUT), "--data.sources", str(DATA / "train")]
+    command += ["--tracking.registered_model", "diffdis-demo", *sys.argv[1:]]
     with LocalHead() as head:
         code = submit(head, command, ROOT, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"})
     if code:

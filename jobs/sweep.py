@@ -11,6 +11,7 @@ from ray_platform import storage
 from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.local_head import HeadError, ensure_cluster
+from ray_platform.redaction import redacted
 from recipes.sweep import parse
 from sweeping.run import REPORT, plan, run, table
 
@@ -20,7 +21,7 @@ def main() -> None:
     made = plan(command.config, command.recipe)
     ensure_cluster()
     connect()
-    details = run(made, command.yaml, shlex.join(("python", "jobs/sweep.py", *sys.argv[1:])))
+    details = run(made, command.yaml, redacted(shlex.join(("python", "jobs/sweep.py", *sys.argv[1:]))))
     report = storage.join(command.config.output_dir, REPORT)
     print(f"\n{table(details)}\n\ndone: {report}, with details.json beside it", flush=True)
     if failed := [f"{trial['name']}: {trial['error']}" for trial in details["trials"] if trial["state"] == "failed"]:

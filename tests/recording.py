@@ -36,15 +36,15 @@ def recording(folder, build_task, *arguments):
 
 
 class Records:
-    """What was written into a folder."""
+    """What was written into a folder, or into several: `pattern`."""
 
-    def __init__(self, folder, seed=0, num_steps=0, world_size=2):
-        self.folder = Path(folder)
+    def __init__(self, folder, seed=0, num_steps=0, world_size=2, pattern="*.jsonl"):
+        self.folder, self.pattern = Path(folder), pattern
         places = [(step, rank) for step in range(num_steps) for rank in range(world_size)]
         self.places = {step_seed(seed, step, rank, 0): (step, rank) for step, rank in places}
 
     def entries(self):
-        for file in self.folder.glob("*.jsonl"):
+        for file in self.folder.glob(self.pattern):
             for line in file.read_text().splitlines():
                 if line.endswith("]"):  # the last one may be cut off
                     yield json.loads(line)
@@ -76,5 +76,5 @@ def loss_curve(output):
     from mlflow import MlflowClient
 
     tracked = json.loads((Path(output) / "mlflow.json").read_text())
-    history = MlflowClient(tracked["tracking_uri"]).get_metric_history(tracked["run_id"], "loss")
+    history = MlflowClient(tracked["tracking_uri"]).get_metric_history(tracked["run_id"], "train/loss")
     return {metric.step: metric.value for metric in sorted(history, key=lambda metric: metric.timestamp)}

@@ -1,4 +1,4 @@
-"""A real S3 server, seaweedfs, on free ports of loopback: for tests and benchmarks."""
+"""A real S3 server, seaweedfs, on free ports: for tests and benchmarks."""
 
 import json
 import signal
@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import fsspec
@@ -16,22 +17,23 @@ ACCESS_KEY, SECRET_KEY = "diffdis-tests", "the-secret-of-the-tests"
 class S3Server:
     """`start` and `stop` as often as wanted: its data stay in `folder`, its port the same."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, address: str = "127.0.0.1", prefix: Sequence[str] = ()) -> None:
+        """`prefix` comes before its command, to run it where that `address` is and `folder` is the working directory."""
+        self.folder, self.address, self.prefix = folder, address, prefix
         (folder / "data").mkdir(parents=True, exist_ok=True)
         credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
         identities = [{"name": "tests", "credentials": credentials, "actions": actions}]
         (folder / "s3.json").write_text(json.dumps({"identities": identities}))
         self.ports = _free_ports(8)
-        self.endpoint = f"http://127.0.0.1:{self.ports[3]}"
+        self.endpoint = f"http://{address}:{self.ports[3]}"
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
         master, volume, filer, s3, *grpc = self.ports
         command = [
-            str(Path(sys.executable).with_name("weed")), "-logtostderr=true", "server", "-dir=data",
-            "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+            *self.prefix, str(Path(sys.executable).with_name("weed")), "-logtostderr=true", "server",
+            "-dir=data", f"-ip={self.address}", f"-ip.bind={self.address}",
             f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}",
             "-s3", f"-s3.port={s3}", "-s3.config=s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0",
             f"-master.port.grpc={grpc[0]}", f"-volume.port.grpc={grpc[1]}", f"-filer.port.grpc={grpc[2]}",

@@ -11,7 +11,8 @@ from evaluation.run import open_sets
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.find import open_images
-from ray_platform.evaluate.results import first_difference
+from ray_platform.evaluate.results import first_difference, with_defaults
+from ray_platform.redaction import redacted_values
 from recipes.compare import CompareConfig
 from recipes.evaluate import QualityConfig
 
@@ -22,7 +23,8 @@ _PLACES = (
     "pretrain.train.heldout_sources", "pretrain.data.sources", "pretrain.model.text_encoder.path",
     "pretrain.model.autoencoder.path", "evaluation.checkpoint", "evaluation.output_dir", "evaluation.tracking",
     "evaluation.suite", "evaluation.data_roots", "evaluation.quality.prompts", "evaluation.quality.reference",
-    "evaluation.num_workers", "evaluation.cpus_per_worker", "evaluation.gpus_per_worker",
+    "evaluation.num_workers", "evaluation.cpus_per_worker", "evaluation.gpus_per_worker", "pretrain.data.placement",
+    "pretrain.train.placement", "evaluation.placement",
 )  # fmt: skip
 
 Results = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> figures
@@ -48,17 +50,7 @@ def digest_of(identity: Mapping[str, Any]) -> str:
 
 def with_new_fields(earlier: Mapping[str, Any]) -> dict[str, Any]:
     """An identity as an earlier version of the code wrote it, with its default for every field that came later."""
-    return {**earlier, **{part: _filled(earlier[part], values) for part, values in _fields(CompareConfig()).items()}}
-
-
-def _filled(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    filled = dict(given)
-    for name, default in defaults.items():
-        if name not in given:
-            filled[name] = default
-        elif isinstance(given[name], dict) and isinstance(default, dict):
-            filled[name] = _filled(given[name], default)
-    return filled
+    return {**earlier, **{part: with_defaults(earlier[part], values) for part, values in _fields(CompareConfig()).items()}}
 
 
 def plan(config: CompareConfig) -> Plan:
@@ -97,7 +89,7 @@ def _identity(config: CompareConfig) -> dict[str, Any]:
     """The configuration without places and seeds, with digests of the files that it names."""
     run = config.pretrain_of(config.arms[0], config.seeds[0]).run("")
     sets, _ = open_sets(config.evaluation)
-    return _fields(config) | {
+    return redacted_values(_fields(config)) | {
         "encoders": json.loads(json.dumps(run.describe_encoders())),
         "training_data": run.check().digest,
         "sets": {name: data.digest for name, data in sets.items()},
@@ -120,7 +112,7 @@ def _earlier(config: CompareConfig, identity: Mapping[str, Any]) -> tuple[dict[s
     if not storage.exists(url):
         return {}, {}
     try:
-        summary = json.loads(storage.read_bytes(url))
+        summary = json.loads(storage.read_small(url))
         arms, theirs = summary["arms"], dict(summary["config"])
         results = {arm: {int(seed): figures for seed, figures in entry["seeds"].items()} for arm, entry in arms.items()}
         fields = theirs.pop("arms")
@@ -141,6 +133,6 @@ def _result(config: CompareConfig, identity: Mapping[str, Any], arm: str, seed: 
     url = storage.join(config.run_dir(arm, seed), RESULT)
     if not storage.exists(url):
         return None
-    found = json.loads(storage.read_bytes(url))
+    found = json.loads(storage.read_small(url))
     same = found["fields"] == config.fields_of(arm) and with_new_fields(found["config"]) == identity
     return found["figures"] if same else None

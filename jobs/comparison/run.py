@@ -22,7 +22,9 @@ from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.comparison_report import comparison_page
 from ray_platform.evaluate.results import as_json
 from ray_platform.evaluate.work import image_name
+from ray_platform.redaction import redacted_values
 from ray_platform.tracking import RunStatus, Tracker, TrackingConfig, tracking_uri
+from ray_platform.train import about
 from ray_platform.train.code_version import code_version
 from ray_platform.train.launch import TRACKED, Stopped, TrainingError
 from recipes.compare import CompareConfig
@@ -41,7 +43,7 @@ def compare(config: CompareConfig, made: Plan, recipe: str, command: str) -> dic
     """
     begun = time.monotonic()
     failures: list[str] = []
-    tracker, tracking = _start_tracker(config, made)
+    tracker, tracking = _start_tracker(config, made, recipe, command)
     status: RunStatus = "FAILED"
     try:
         summary = _write_summary(config, made, failures)  # at once: it says of which comparison this folder is
@@ -72,17 +74,19 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _start_tracker(config: CompareConfig, made: Plan) -> tuple[Tracker, TrackingConfig]:
+def _start_tracker(config: CompareConfig, made: Plan, recipe: str, command: str) -> tuple[Tracker, TrackingConfig]:
     """(the comparison's run, the one that an earlier call began where there was one; where its runs are tracked, below it)."""
     url, known = storage.join(config.output_dir, TRACKED), {}
     if storage.exists(url):
-        known = json.loads(storage.read_bytes(url))
-    named = replace(config.tracking, run_name=config.tracking.run_name or "comparison")
+        known = storage.read_json(url)
+    named = replace(config.tracking, run_name=config.tracking.run_name or about.dated(recipe))
     tracker = Tracker(named, config.output_dir, known.get("run_id", ""))
+    text = f"A comparison by the recipe `{recipe}`; its runs are those below this one. Report: `{config.output_dir}/{REPORT}`."
+    tracker.describe(about.with_command(text, command), about.tags(recipe, config.output_dir, code_version()))
     tracker.log_params({"arms": made.fields, "seeds": list(config.seeds), **made.identity})
     uri = tracking_uri(config.tracking, config.output_dir)
     tracked = {"tracking_uri": uri, "experiment": config.tracking.experiment, "run_id": tracker.run_id()}
-    storage.write_bytes(url, json.dumps(tracked, indent=2).encode())
+    storage.write_bytes(url, json.dumps(redacted_values(tracked), indent=2).encode())
     return tracker, TrackingConfig(uri, config.tracking.experiment, parent_run_id=tracker.run_id())
 
 
@@ -148,7 +152,7 @@ def _metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     found = {f"mean/{arm}/{name}": value for arm, entry in summary["arms"].items() for name, value in entry["mean"].items()}
     for name, difference in summary["paired"].items():
         found |= {f"paired/{name}/{part}": value for part, value in difference.items() if value is not None}
-    return found | {"claim_holds": float(summary["claim"]["holds"])}
+    return found | {"claim/holds": float(summary["claim"]["holds"])}
 
 
 def table(summary: Mapping[str, Any]) -> str:

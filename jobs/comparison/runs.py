@@ -1,7 +1,6 @@
 """One run of an arm: trained, evaluated, and what it gave and cost."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from ray_platform import storage
 from ray_platform.connect import describe_cluster
 from ray_platform.contracts import DataError
 from ray_platform.evaluate.results import as_json, metrics_for_tracking
+from ray_platform.redaction import restored
 from ray_platform.tracking import TrackingConfig, metric_history
 from ray_platform.train import checkpoint
 from ray_platform.train.code_version import code_version
@@ -42,8 +42,8 @@ def measure(
     newest = checkpoint.complete_ones(url)[0]
     manifest = checkpoint.read_manifest(newest)
     figures = scores(details) | _costs(manifest, details) | {"environment": describe_cluster()}
-    tracked = json.loads(storage.read_bytes(storage.join(url, TRACKED)))
-    curve = metric_history(tracked["tracking_uri"], tracked["run_id"], _CURVE)
+    tracked = storage.read_json(storage.join(url, TRACKED))
+    curve = metric_history(restored(tracked["tracking_uri"], tracking.uri), tracked["run_id"], _CURVE)
     result = {
         "arm": arm,
         "seed": seed,
@@ -63,7 +63,7 @@ def measure(
 def _is_trained(config: PretrainConfig) -> bool:
     """To the last step, with the model exported."""
     url = storage.join(config.output_dir, TRAINED)
-    return storage.exists(url) and json.loads(storage.read_bytes(url))["num_steps"] == config.train.num_steps
+    return storage.exists(url) and storage.read_json(url)["num_steps"] == config.train.num_steps
 
 
 def scores(details: Mapping[str, Any]) -> dict[str, float]:

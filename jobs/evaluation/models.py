@@ -59,7 +59,7 @@ def open_model(config: EvalConfig) -> Model:
     else:
         url, step, run = _exported(config)
         places = [run]
-    saved = json.loads(storage.read_bytes(storage.join(url, CONFIG_NAME)))
+    saved = storage.read_json(storage.join(url, CONFIG_NAME))
     tracked, summary = (_first(places, name) for name in (TRACKED, SUMMARY))
     task = saved.get("trained_for", "joint")
     settings = {"num_steps": config.scoring.num_steps, "num_draws": config.scoring.num_draws, "guidance": config.scoring.guidance}
@@ -96,7 +96,7 @@ def _exported(config: EvalConfig) -> tuple[str, int, str]:
     url, manifest = wanted.find()
     mark = {"checkpoint": url, "token": manifest.token, "weights": config.weights}
     mark_url = storage.join(wanted.output_dir, EXPORTED)
-    if not storage.exists(mark_url) or json.loads(storage.read_bytes(mark_url)) != mark:
+    if not storage.exists(mark_url) or storage.read_json(mark_url) != mark:
         print(f"exporting {url} …", flush=True)
         export(wanted)
         storage.write_bytes(mark_url, json.dumps(mark).encode())
@@ -105,7 +105,7 @@ def _exported(config: EvalConfig) -> tuple[str, int, str]:
 
 def _first(folders: list[str], name: str) -> Any:
     urls = [url for folder in folders if storage.exists(url := storage.join(folder, name))]
-    return json.loads(storage.read_bytes(urls[0])) if urls else None
+    return storage.read_json(urls[0]) if urls else None
 
 
 def _parent(url: str) -> str:

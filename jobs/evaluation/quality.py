@@ -20,7 +20,7 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.fan_out import in_order
 from ray_platform.evaluate.find import open_images, open_set
-from ray_platform.evaluate.kept import Rows
+from ray_platform.evaluate.kept import Rows, read_arrays
 from ray_platform.evaluate.results import check_same_protocol
 from ray_platform.evaluate.schedule import Unit
 from ray_platform.evaluate.slices import RawSample, read_slice
@@ -54,7 +54,7 @@ def _built(build: Callable[[str], Any]) -> Any:
 def read_prompts(config: QualityConfig) -> list[str]:
     """The first `num_images` lines of a text, or first captions of a retrieval set. Raises ConfigError where there are none."""
     if config.prompts.endswith((".txt", ".tsv")):
-        lines = storage.read_bytes(config.prompts).decode(errors="replace").splitlines()
+        lines = storage.read_small(config.prompts).decode(errors="replace").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
     else:
         data = open_set("prompts", config.prompts)
@@ -84,9 +84,9 @@ class Reference:
     @classmethod
     def read(cls, url: str) -> "Reference":
         try:
-            with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as found:
-                return cls(found["features"], json.loads(str(found["protocol"])))
-        except (ValueError, KeyError, OSError, EOFError) as error:
+            found = read_arrays(storage.read_bytes(url))
+            return cls(found["features"], json.loads(str(found["protocol"])))
+        except (ValueError, KeyError, RecursionError) as error:
             what = " ".join(str(error).split())
             raise DataError(f"quality.reference: {url} is no reference_<network>.npz that an evaluation wrote ({what})") from None
 

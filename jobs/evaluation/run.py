@@ -2,10 +2,9 @@
 
 import base64
 import functools
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -28,8 +27,11 @@ from ray_platform.evaluate.results import metrics_for_tracking, write_results
 from ray_platform.evaluate.schedule import Unit
 from ray_platform.evaluate.sets import PAPER, PUBLISHED, PUBLISHED_RETRIEVAL, EvaluationSet, check_counts
 from ray_platform.evaluate.work import Parts, Thumbnails, image_name
-from ray_platform.tracking import Tracker, TrackingConfig
+from ray_platform.redaction import is_redacted, restored
+from ray_platform.tracking import DataSet, Tracker, TrackingConfig
+from ray_platform.train import about
 from ray_platform.train.code_version import code_version
+from ray_platform.train.launch import TRACKED
 from recipes.evaluate import EvalConfig, suite_sets
 
 UNITS, REPORT = "units", "report.html"
@@ -72,7 +74,7 @@ def plan(config: EvalConfig) -> Plan:
     if config.quality.prompts:
         if not model.can_draw:
             raise ConfigError(f"quality.prompts: this model was trained for {model.task} alone and cannot draw images")
-        image_size = json.loads(storage.read_bytes(storage.join(model.url, CONFIG_NAME)))["image_size"]
+        image_size = storage.read_json(storage.join(model.url, CONFIG_NAME))["image_size"]
         made.quality = Quality(model, image_size, config.quality, config.output_dir)
     return made
 
@@ -119,7 +121,7 @@ def evaluate(config: EvalConfig, made: Plan) -> dict[str, Any]:
     threads = max(1, int(config.cpus_per_worker))
     fleet = Fleet(
         functools.partial(Parts, builders, threads),
-        config.num_workers, config.cpus_per_worker, config.gpus_per_worker,
+        config.num_workers, config.cpus_per_worker, config.gpus_per_worker, config.placement,
     )  # fmt: skip
     fan_out = FanOut(fleet, Kept(storage.join(config.output_dir, UNITS)), functools.partial(print, flush=True))
     _measure(fan_out, made)
@@ -128,7 +130,7 @@ def evaluate(config: EvalConfig, made: Plan) -> dict[str, Any]:
     details |= {"code_version": code_version(), "seconds": round(time.monotonic() - begun, 1)}
     write_results(details, config.output_dir)
     storage.write_bytes(storage.join(config.output_dir, REPORT), report_page(details).encode())
-    _track(config, made.model, details)
+    _track(config, made.model, made.sets.values(), details)
     return details
 
 
@@ -234,18 +236,34 @@ def _samples(measured: Any, scale: float) -> list[dict[str, str]]:
     ]
 
 
-def _track(config: EvalConfig, model: Model, details: Mapping[str, Any]) -> None:
+def _track(config: EvalConfig, model: Model, sets: Iterable[EvaluationSet], details: Mapping[str, Any]) -> None:
     """On the run that made the checkpoint; where that is not known, on one of `tracking`'s."""
     if model.tracked:
-        where = TrackingConfig(model.tracked["tracking_uri"], model.tracked["experiment"])
+        uri = restored(model.tracked["tracking_uri"], config.tracking.uri)
+        if is_redacted(uri):
+            print(
+                f"the model's MLflow run was not told the figures: give --tracking.uri, which is {uri} in {TRACKED}", flush=True
+            )
+            return
+        where = TrackingConfig(uri, model.tracked["experiment"])
         tracker = Tracker(where, config.output_dir, model.tracked["run_id"])
     else:
-        tracker = Tracker(config.tracking, config.output_dir)
+        named = replace(config.tracking, run_name=config.tracking.run_name or about.dated("evaluation"))
+        tracker = Tracker(named, config.output_dir)
         tracker.log_params({"evaluation": asdict(config)})
+        text = f"An evaluation of `{model.url}`. Report: `{config.output_dir}/{REPORT}`."
+        tracker.describe(text, about.tags("evaluation", config.output_dir, details["code_version"]))
+    tracker.log_data_sets([_data_set(data) for data in sets])
     tracker.log_metrics(metrics_for_tracking(details), model.step or 0)
     tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, REPORT)), f"evaluation/{REPORT}")
     tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, "results.csv")), "evaluation/results.csv")
     tracker.end("FINISHED")
+
+
+def _data_set(data: EvaluationSet) -> DataSet:
+    images = {} if data.known_images is None else {"num_samples": data.known_images}
+    counts = {"num_classes": len(data.classes), "num_files": data.num_files, "num_bytes": data.num_bytes, **images}
+    return DataSet(data.name, data.digest, data.url, "evaluation", counts)
 
 
 def table(details: Mapping[str, Any], names: Sequence[str]) -> str:

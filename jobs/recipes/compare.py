@@ -47,8 +47,8 @@ class CompareConfig:
             raise ConfigError(f"seeds: {min(self.seeds)} is below 0")
         if taken := sorted(self.own_arms.keys() & ARMS.keys()):
             raise ConfigError(f"own_arms: there is an arm {taken[0]} already; take another name")
-        if odd := [name for name in self.own_arms if not re.fullmatch(r"[\w-]+", name)]:
-            raise ConfigError(f"own_arms: {odd[0]!r}; a name has letters, digits, - and _")
+        if odd := [name for name in self.own_arms if not re.fullmatch(r"[\w-]{1,64}", name)]:
+            raise ConfigError(f"own_arms: {odd[0]!r}; a name has up to 64 letters, digits, - and _")
         if unknown := [name for name in self.arms if name not in ARMS | self.own_arms]:
             raise ConfigError(f"arms: there is no {unknown[0]}; there are {', '.join(ARMS | self.own_arms)}")
 
@@ -100,6 +100,7 @@ class CompareConfig:
             checkpoint=storage.join(url, "export"),
             output_dir=storage.join(url, "evaluation"),
             quality=quality,
+            tracking=self.tracking,
         )
 
 
@@ -109,6 +110,9 @@ def demo_compare(data: str) -> CompareConfig:
     return CompareConfig(
         pretrain=dataclasses.replace(
             base,
+            objective=dataclasses.replace(
+                base.objective, lambda_alignment=0.5
+            ),  # the best of those tried, at both tasks (LOG.md)
             data=dataclasses.replace(base.data, sources=(storage.join(data, "train"),)),
             train=dataclasses.replace(
                 base.train,
@@ -121,7 +125,7 @@ def demo_compare(data: str) -> CompareConfig:
             suite="demo",
             data_roots=(data,),
             scoring=ScoringConfig(num_steps=10, num_draws=8),
-            quality=QualityConfig(prompts=pairs, reference=pairs, num_steps=30),
+            quality=QualityConfig(prompts=pairs, reference=pairs, num_steps=20),
         ),
     )
 

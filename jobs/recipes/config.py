@@ -12,9 +12,11 @@ from diffdis.warm_start import resolved
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.data.config import DataConfig
+from ray_platform.redaction import redacted_values
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.launch import Run
+from serving.package import model_package
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class PretrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     preview_captions: tuple[str, ...] = ("a red apple", "a blue car", "a green tree", "a yellow sun")
 
-    def run(self, recipe: str) -> Run:
-        """Join model, objective and data. Raises ConfigError where they do not fit each other."""
+    def run(self, recipe: str, command: str = "") -> Run:
+        """Join model, objective and data; `command` is what was typed. Raises ConfigError where they do not fit each other."""
         check_model(resolved(self.model), self.data)
         with_folders = storage.with_cached_folders  # paths may be s3:// URLs
         build_task: Callable[[], Any] = functools.partial(
@@ -42,8 +44,10 @@ class PretrainConfig:
             self.train,
             self.tracking,
             self.output_dir,
-            {"recipe": recipe, **asdict(self)},
+            redacted_values({"recipe": recipe, **asdict(self)}),
             functools.partial(with_folders, describe_encoders, resolved(self.model)),
+            model_package(self.objective.task),
+            command,
         )
 
 

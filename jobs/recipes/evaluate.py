@@ -1,6 +1,7 @@
 """The command line of jobs/eval.py."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,11 +11,13 @@ import yaml
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.sets import PAPER
+from ray_platform.placement import check_labels
 from ray_platform.tracking import TrackingConfig
-from recipes.arguments import Parser, resolve
+from recipes.arguments import LARGEST_CONFIG, Parser, resolve
 
 RETRIEVAL = ("flickr30k", "mscoco_captions")
 QUICK = ("vtab/cifar10", "vtab/dtd", "vtab/pets", "vtab/eurosat")
+_SET_NAME = re.compile(r"(?=.{1,100}$)[\w.-]+(/[\w.-]+)*")  # it becomes a part of files' names, and of metrics'
 DEMO = ("heldout_style", "heldout_names", "heldout_pairs")  # which jobs/build_demo_shards.py writes
 SUITES: dict[str, tuple[str, ...]] = {"paper": (*PAPER, *RETRIEVAL), "quick": QUICK, "demo": DEMO}
 
@@ -75,6 +78,7 @@ class EvalConfig:
     num_workers: int = 0  # model replicas; 0: as many as there is room for
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0  # 0.5: two share a GPU; 0: on CPUs
+    placement: dict[str, str] = field(default_factory=dict)  # labels of their nodes, as {pool: gpu}; empty: any
     tracking: TrackingConfig = field(default_factory=TrackingConfig)  # where the checkpoint's own run is not known
 
     def __post_init__(self) -> None:
@@ -82,6 +86,7 @@ class EvalConfig:
             raise ConfigError("num_workers and gpus_per_worker: at least 0; cpus_per_worker: above 0")
         if self.scoring.num_steps < 1 or self.scoring.num_draws < 1:
             raise ConfigError("scoring.num_steps and scoring.num_draws: at least 1")
+        check_labels("placement", self.placement)
 
 
 @dataclass(frozen=True)
@@ -114,12 +119,16 @@ def suite_sets(suite: str) -> dict[str, str]:
     if not suite.endswith((".yaml", ".yml")):
         raise ConfigError(f"suite: {suite} is none of {', '.join(SUITES)}, and no .yaml file")
     try:
-        content: Any = yaml.safe_load(storage.read_bytes(suite))
+        content: Any = yaml.safe_load(storage.read_small(suite, LARGEST_CONFIG))
         sets = content["sets"]
         found = dict.fromkeys(sets, "") if isinstance(sets, list) else {name: url or "" for name, url in sets.items()}
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = " ".join(str(error).split())
         raise ConfigError(f"suite: {suite} is not `sets:` with a list of names, or `name: folder` pairs ({what})") from None
     if not found or not all(isinstance(text, str) for pair in found.items() for text in pair):
         raise ConfigError(f"suite: {suite}: `sets:` needs at least one name, and names and folders must be texts")
+    if odd := [name for name in found if not _SET_NAME.fullmatch(name) or ".." in name.split("/")]:
+        raise ConfigError(
+            f"suite: {suite}: {odd[0][:120]!r} cannot name a set: up to 100 letters, digits and . - _ in parts joined by /"
+        )
     return found

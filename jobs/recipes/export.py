@@ -14,7 +14,7 @@ from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
 from diffdis.warm_start import resolved
 from ray_platform import storage
-from ray_platform.contracts import ConfigError
+from ray_platform.contracts import ConfigError, DataError
 from ray_platform.train import checkpoint
 from ray_platform.train.checkpoint import Manifest
 from recipes.arguments import Parser, resolve
@@ -48,15 +48,25 @@ class ExportConfig:
 def export(config: ExportConfig) -> str:
     """Write the folder, check that it opens, and say in a line what was done. Raises ConfigError and DataError."""
     url, manifest = config.find()
-    ema = config.weights == "ema" or (config.weights == "best" and manifest.config["train"]["ema_decay"] > 0)
+    try:
+        ema = config.weights == "ema" or (config.weights == "best" and manifest.config["train"]["ema_decay"] > 0)
+        task = build_task(manifest.config)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
+        raise DataError(f"{url}: no model can be built from the configuration in it ({_line(error)}); take another") from None
     weights = dict(checkpoint.weights_of(url, "ema" if ema else "weights"))
-    task = build_task(manifest.config)
     with tempfile.TemporaryDirectory(prefix="export_") as folder:
-        task.save_pretrained(weights, Path(folder))
+        try:
+            task.save_pretrained(weights, Path(folder))
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise DataError(f"{url}: its tensors are not those of its model ({_line(error)}); take another") from None
         opened = ", ".join(check_opens(Path(folder)))
         storage.put_folder(Path(folder), config.output_dir)
     which = "the EMA" if ema else "the weights"
     return f"done: {which} of step {manifest.step} ({url}) in {config.output_dir}; opens as {opened}"
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def check_opens(folder: Path) -> list[str]:

@@ -37,7 +37,7 @@ class GenerateConfig:
         """Raises ConfigError for a file without one."""
         if self.captions:
             return list(self.captions)
-        lines = storage.read_bytes(self.captions_file).decode(errors="replace").splitlines()
+        lines = storage.read_small(self.captions_file).decode(errors="replace").splitlines()
         if not (found := [line.strip() for line in lines if line.strip()]):
             raise ConfigError(f"captions_file: {self.captions_file} holds no caption; write one a line")
         return found

@@ -12,6 +12,7 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.data.config import DataConfig
 from ray_platform.data.precompute import Encoders
+from ray_platform.placement import check_labels
 from recipes.arguments import Parser, resolve
 from recipes.command_line import RECIPES, recipe_name
 from recipes.config import check_model
@@ -25,6 +26,7 @@ class PrecomputeConfig:
     num_encoders: int = 1  # actors, side by side
     gpus_per_encoder: float = 0.0  # 0.5: two share a GPU; 0: on CPUs
     cpus_per_encoder: float = 1.0
+    placement: dict[str, str] = field(default_factory=dict)  # labels of the nodes that encode, as {pool: gpu}; empty: any
     batch_size: int = 64  # images that an encoder takes at a time
     model: DiffDisConfig = field(default_factory=DiffDisConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -34,6 +36,7 @@ class PrecomputeConfig:
             raise ConfigError("num_encoders and batch_size: at least 1")
         if self.gpus_per_encoder < 0 or self.cpus_per_encoder <= 0:
             raise ConfigError("gpus_per_encoder cannot be negative, and cpus_per_encoder must be above 0")
+        check_labels("placement", self.placement)
 
     def encoders(self) -> Encoders:
         model = resolved(self.model)
@@ -45,6 +48,7 @@ class PrecomputeConfig:
             self.gpus_per_encoder,
             self.cpus_per_encoder,
             self.batch_size,
+            self.placement,
         )
 
 

@@ -18,7 +18,7 @@ from recipes.sd_v1_laion import sd_v1_laion_one_way
 
 # What the method leaves open: the losses' weights, where the text query's noise lies, and guidance.
 SPACE: dict[str, dict[str, Any]] = {
-    "objective.lambda_alignment": {"low": 0.25, "high": 4.0, "log": True},
+    "objective.lambda_alignment": {"low": 0.1, "high": 4.0, "log": True},
     "model.schedule.gamma": {"low": 0.03, "high": 0.5, "log": True},
     "objective.query_timestep_min": {"low": 0, "high": 700},
     "objective.caption_dropout": {"low": 0.0, "high": 0.3},
@@ -77,9 +77,10 @@ def demo_sweep() -> SweepConfig:
             suite="demo",
             data_roots=(str(DEMO_DATA),),
             scoring=ScoringConfig(num_draws=4),
-            quality=QualityConfig(prompts=str(heldout / "classnames.txt"), reference=str(heldout), num_images=256, num_steps=20),
+            quality=QualityConfig(prompts=str(heldout / "classnames.txt"), reference=str(heldout), num_images=128, num_steps=20),
         ),
-        samples=10_240,
+        num_trials=8,
+        samples=12_800,
     )
 
 

@@ -12,7 +12,8 @@ from evaluation.quality import read_prompts
 from evaluation.run import open_sets
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.evaluate.results import as_json, first_difference
+from ray_platform.evaluate.results import as_json, first_difference, with_defaults
+from ray_platform.redaction import redacted_values
 from ray_platform.sweep.pareto import best, pareto_front
 from ray_platform.sweep.report import pictures, sweep_page
 from ray_platform.sweep.schedulers import milestones
@@ -20,8 +21,11 @@ from ray_platform.sweep.space import Space, describe
 from ray_platform.sweep.sweep import Outcome, Sweep
 from ray_platform.sweep.trial import Segment
 from ray_platform.tracking import Tracker, tracking_uri
+from ray_platform.train import about
 from ray_platform.train.code_version import code_version
 from ray_platform.train.launch import TRACKED
+from recipes.config import PretrainConfig
+from recipes.evaluate import EvalConfig
 from recipes.sweep import SweepConfig
 from sweeping.fields import open_space
 from sweeping.trial import TrialJob, needs, steps
@@ -96,7 +100,9 @@ def _check_same(config: SweepConfig) -> None:
     url = storage.join(config.output_dir, BEGUN)
     if not storage.exists(url):
         return
-    begun, now = json.loads(storage.read_bytes(url)), json.loads(as_json(_lasting(config)))
+    begun, now = storage.read_json(url), json.loads(as_json(_lasting(config)))
+    for part, defaults in (("pretrain", PretrainConfig()), ("evaluation", EvalConfig())):  # fields that the code got since
+        begun[part] = with_defaults(begun[part], json.loads(as_json(asdict(defaults))))
     if difference := first_difference(begun, now):
         field, one, other = difference
         raise ConfigError(
@@ -106,9 +112,8 @@ def _check_same(config: SweepConfig) -> None:
 
 def _lasting(config: SweepConfig) -> dict[str, Any]:
     """What may not change while a sweep lasts."""
-    return {
-        name: value for name, value in asdict(config).items() if name not in ("max_concurrent", "registered_model", "tracking")
-    }
+    values = redacted_values(asdict(config))
+    return {name: value for name, value in values.items() if name not in ("max_concurrent", "registered_model", "tracking")}
 
 
 def tracking_uri_of(config: SweepConfig) -> str:
@@ -128,7 +133,7 @@ def run(made: Plan, yaml: str, command: str) -> dict[str, Any]:
     made.sweep({}).concurrency()  # before anything is written
     storage.write_bytes(storage.join(config.output_dir, BEGUN), as_json(_lasting(config)))
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), yaml.encode())
-    tracker, tracked = _open_run(config, made.recipe)
+    tracker, tracked = _open_run(config, made.recipe, command)
     status: Any = "FAILED"
     try:
         outcomes = made.sweep(tracked).run()
@@ -142,14 +147,17 @@ def run(made: Plan, yaml: str, command: str) -> dict[str, Any]:
     return details
 
 
-def _open_run(config: SweepConfig, recipe: str) -> tuple[Tracker, dict[str, str]]:
+def _open_run(config: SweepConfig, recipe: str, command: str) -> tuple[Tracker, dict[str, str]]:
     """The sweep's own MLflow run, below which those of its trials are; the one that it was begun in."""
     url = storage.join(config.output_dir, TRACKED)
-    known = json.loads(storage.read_bytes(url))["run_id"] if storage.exists(url) else ""
-    tracker = Tracker(replace(config.tracking, run_name=config.tracking.run_name or "sweep"), config.output_dir, known)
+    known = storage.read_json(url)["run_id"] if storage.exists(url) else ""
+    named = replace(config.tracking, run_name=config.tracking.run_name or about.dated(recipe))
+    tracker = Tracker(named, config.output_dir, known)
+    text = f"A sweep by the recipe `{recipe}`; its trials are the runs below this one. Report: `{config.output_dir}/{REPORT}`."
+    tracker.describe(about.with_command(text, command), about.tags(recipe, config.output_dir, code_version()))
     tracker.log_params({"recipe": recipe, **asdict(config)})
     tracked = {"tracking_uri": tracking_uri_of(config), "experiment": config.tracking.experiment, "run_id": tracker.run_id()}
-    storage.write_bytes(url, json.dumps(tracked, indent=2).encode())
+    storage.write_bytes(url, json.dumps(redacted_values(tracked), indent=2).encode())
     return tracker, tracked
 
 
@@ -178,7 +186,7 @@ def _details(made: Plan, outcomes: list[Outcome], command: str, seconds: float) 
 
 def _trial(outcome: Outcome) -> dict[str, Any]:
     url = storage.join(outcome.url, TRACKED) if outcome.url else ""
-    run_id = json.loads(storage.read_bytes(url))["run_id"] if url and storage.exists(url) else ""
+    run_id = storage.read_json(url)["run_id"] if url and storage.exists(url) else ""
     return {
         "name": outcome.name,
         "state": outcome.state,
@@ -203,8 +211,7 @@ def _track(tracker: Tracker, config: SweepConfig, details: Mapping[str, Any]) ->
     for name, roles in _roles(details).items():
         trial = trials[name]
         metrics = {metric: f"{trial['metrics'][metric]:.6g}" for metric in config.objectives}
-        # What a run's artifacts hold cannot be copied there from a bucket, so there the folder itself is the source.
-        source = f"runs:/{trial['run_id']}/model" if "://" not in trial["url"] else storage.join(trial["url"], "export")
+        source = storage.join(trial["url"], "export")  # counts where trials leave no model in MLflow
         tags = {"roles": ", ".join(roles), "trial": name, "sweep": tracker.run_id()} | metrics
         if config.registered_model and trial["run_id"]:
             tracker.register_model(config.registered_model, source, trial["run_id"], tags)

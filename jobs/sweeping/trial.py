@@ -1,6 +1,5 @@
 """What a trial does in each of its segments: the same pretraining and evaluation as jobs/pretrain.py and jobs/eval.py."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -9,6 +8,7 @@ from evaluation.run import evaluate, plan
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.results import metrics_for_tracking
+from ray_platform.placement import Need
 from ray_platform.sweep.trial import Reached, Segment
 from ray_platform.tracking import Tracker, TrackingConfig
 from ray_platform.train import checkpoint
@@ -91,6 +91,7 @@ class TrialJob:
             checkpoint=storage.join(segment.folder, "export"),
             output_dir=storage.join(segment.folder, "evaluations", checkpoint.checkpoint_name(reached.step)),
             quality=quality,
+            tracking=self._tracking(segment),
             num_workers=evaluation_workers(self.config),
         )
 
@@ -108,7 +109,7 @@ class TrialJob:
 
     def _track(self, segment: Segment, reached: Reached, metrics: Mapping[str, float]) -> None:
         """By names that all trials share, whatever their guidance scale, so that MLflow can compare them."""
-        run = json.loads(storage.read_bytes(storage.join(segment.folder, TRACKED)))
+        run = storage.read_json(storage.join(segment.folder, TRACKED))
         tracker = Tracker(self._tracking(segment), segment.folder, run["run_id"])
         tracker.log_metrics({f"sweep/{name}": value for name, value in metrics.items()}, reached.step)
         tracker.end("FINISHED")
@@ -125,24 +126,29 @@ def steps(pretrain: PretrainConfig, samples: int) -> int:
 
 def evaluation_workers(config: SweepConfig) -> int:
     """As given, else as many as have room where a trial's training workers were."""
-    given, (cpus, gpus) = config.evaluation, training_needs(config.pretrain)
+    given, trainers = config.evaluation, training_needs(config.pretrain)[0].amounts
     if given.num_workers:
         return given.num_workers
-    shares = [(cpus, given.cpus_per_worker), (gpus, given.gpus_per_worker)]
+    shares = [(trainers["CPU"], given.cpus_per_worker), (trainers["GPU"], given.gpus_per_worker)]
     return max(1, min(int(there / share + 1e-6) for there, share in shares if share))
 
 
-def training_needs(pretrain: PretrainConfig) -> tuple[float, float]:
-    """(CPUs, GPUs) of a trial's workers and their reads."""
+def training_needs(pretrain: PretrainConfig) -> list[Need]:
+    """Of a trial's workers, and of their reads where those have other nodes."""
     train, data = pretrain.train, pretrain.data
-    reads = data.reads_per_rank * data.cpus_per_read
-    return train.max_workers * (train.cpus_per_worker + reads), float(train.max_workers * train.gpus_per_worker)
+    cpus, gpus = train.max_workers * train.cpus_per_worker, float(train.max_workers * train.gpus_per_worker)
+    reads = train.max_workers * data.reads_per_rank * data.cpus_per_read
+    if data.placement == train.placement:
+        return [Need(train.placement, {"CPU": cpus + reads, "GPU": gpus})]
+    return [Need(train.placement, {"CPU": cpus, "GPU": gpus}), Need(data.placement, {"CPU": reads})]
 
 
-def needs(config: SweepConfig) -> dict[str, float]:
+def needs(config: SweepConfig) -> list[Need]:
     """What a trial takes of the cluster: trains, or evaluates."""
-    (cpus, gpus), workers = training_needs(config.pretrain), evaluation_workers(config)
-    return {
-        "CPU": max(cpus, workers * config.evaluation.cpus_per_worker),
-        "GPU": max(gpus, workers * config.evaluation.gpus_per_worker),
-    }
+    given, workers = config.evaluation, evaluation_workers(config)
+    evaluating = Need(given.placement, {"CPU": workers * given.cpus_per_worker, "GPU": workers * given.gpus_per_worker})
+    most: dict[tuple[tuple[str, str], ...], dict[str, float]] = {}
+    for need in (*training_needs(config.pretrain), evaluating):
+        amounts = most.setdefault(tuple(sorted(need.labels.items())), {})
+        amounts |= {kind: max(amount, amounts.get(kind, 0.0)) for kind, amount in need.amounts.items()}
+    return [Need(dict(labels), amounts) for labels, amounts in most.items()]

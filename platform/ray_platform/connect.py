@@ -35,8 +35,11 @@ def connect(address: str = "") -> None:
     if not address:
         raise ClusterError("no Ray cluster is named: start this with `ray job submit`, or set RAY_ADDRESS to host:port")
     _check_answers(address)
+    # Ray Train's cleaner of placement groups asks the newest cluster of its machine whether its trainer lives, unless this says
+    # which: beside another cluster it ended our workers.
+    variables = {"PYTHONPATH": _worker_path(), "RAY_ADDRESS": address}
     try:
-        ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": _worker_path()}}, logging_level="WARNING")
+        ray.init(address=address, runtime_env={"env_vars": variables}, logging_level="WARNING")
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise ClusterError(f"the Ray cluster at {address} refused this driver: {_reason(error)}") from error
 

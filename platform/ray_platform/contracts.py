@@ -12,15 +12,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ray_platform.redaction import redacted
+
 if TYPE_CHECKING:  # every read worker imports this file, and torch would double its start and its memory
     import torch
 
 
-class DataError(Exception):
+class SaidError(Exception):
+    """One line for people. It may quote what a user or a server wrote: secrets in it are not shown, wherever it is."""
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
+
+
+class DataError(SaidError):
     """A source, shard or sample that cannot be used. The message names it and says what to do."""
 
 
-class ConfigError(Exception):
+class ConfigError(SaidError):
     """A field, or a combination of fields, that cannot work. The message names it and says what to do."""
 
 

@@ -159,7 +159,7 @@ class LocalHead:
 
     def _ready(self) -> bool:
         """The dashboard answers, and knows of a node that is alive."""
-        request = urllib.request.Request(
+        request = urllib.request.Request(  # noqa: S310
             f"{self.address}/api/v0/nodes", headers={"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"}
         )
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))

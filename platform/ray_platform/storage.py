@@ -8,9 +8,11 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import random
 import re
+import stat
 import tempfile
 import time
 import uuid
@@ -34,10 +36,14 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem, resolve_s3_region
 
 from ray_platform.contracts import DataError
+from ray_platform.names import check_below, expand_braces
+from ray_platform.redaction import redacted
 
 # s3fs tries each call five times by itself. Botocore's own tries would multiply that to minutes at a dead endpoint.
 READ_TIMEOUT_S = 20  # without a byte
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 20.0  # of `with_retries`
+SMALL_BYTES = 64 * 2**20  # most of what describes data; a larger file is something else
+LISTING_BYTES = 2**30  # of one that names every shard of a source
 _S3_CLIENT = {"connect_timeout": 5, "read_timeout": READ_TIMEOUT_S, "retries": {"total_max_attempts": 1}}
 
 T = TypeVar("T")
@@ -51,7 +57,7 @@ class StorageError(DataError):
         self.kind = kind
 
     def __str__(self) -> str:
-        return self.args[0]
+        return redacted(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,26 @@ def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> b
                     raise TimeoutError from None
                 # s3fs says more clearly what is wrong, and knows credentials that Arrow does not.
         return filesystem.cat_file(path, start=start, end=stop)
+
+
+def read_small(url: str, most: int = SMALL_BYTES) -> bytes:
+    """The content of a file that describes others. Raises DataError for one of more than `most` bytes, StorageError."""
+    content = read_bytes(url, 0, most + 1)
+    if len(content) > most:
+        raise DataError(f"{url}: has more than {most:,} bytes, which no such file has; write it again")
+    return content
+
+
+def read_json(url: str) -> dict[str, Any]:
+    """The object in a small JSON file. Raises DataError where there is none, StorageError."""
+    try:
+        found = json.loads(read_small(url))
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise DataError(f"{url}: is no JSON object ({what}); write it again, or remove it") from None
+    return found
 
 
 def read_buffer(url: str) -> pa.Buffer:
@@ -233,7 +259,8 @@ def get_folder(url: str, folder: Path) -> None:
         if not sources:
             raise FileNotFoundError(path)
         top = os.path.dirname(path) if sources == [path] else path
-        targets = [folder / os.path.relpath(source, top) for source in sources]
+        names = [source.removeprefix(f"{top}/") for source in sources]
+        targets = [folder / check_below(name, url) for name in names]
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
         filesystem.get(sources, [str(target) for target in targets])
@@ -255,6 +282,8 @@ def cached_folder(url: str) -> str:
     name = hashlib.sha256(repr((url, listing)).encode()).hexdigest()[:24]
     cache = Path(tempfile.gettempdir()) / f"diffdis-cache-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
+    if not stat.S_ISDIR((it := cache.lstat()).st_mode) or it.st_uid != os.getuid() or it.st_mode & 0o022:
+        raise DataError(f"{cache}: is a link, or others may write to it, so that models in it could be theirs; remove it")
     with filelock.FileLock(cache / f"{name}.lock"):
         folder = cache / name
         if not folder.exists():
@@ -291,6 +320,8 @@ def join(url: str, *parts: str) -> str:
 
 def _resolve(url: str) -> tuple[Any, str]:
     """The file system of a URL and the path inside it. Local paths become absolute: workers have another folder."""
+    if "\0" in url:
+        raise DataError(f"{url!r}: a name cannot hold the character 0; correct it")
     scheme, separator, rest = url.partition("://")
     if not separator:
         return LocalFileSystem(auto_mkdir=True), os.path.abspath(os.path.expanduser(url))
@@ -300,6 +331,10 @@ def _resolve(url: str) -> tuple[Any, str]:
         raise DataError(f"{url}: cannot read {scheme}://; give a folder or an s3:// URL")
     if not rest.strip("/"):
         raise DataError(f"{url}: names no bucket; write s3://bucket/folder")
+    if "@" in rest.partition("/")[0]:
+        raise DataError(
+            f"{url}: holds credentials (before an @); leave them out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     client: dict[str, Any] = dict(_S3_CLIENT)
     if _own_endpoint():
         # An own S3 server seldom has a DNS name per bucket.
@@ -330,26 +365,6 @@ def _list_expanded(filesystem: Any, pattern: str) -> tuple[StoredFile, ...]:
             "correct the range or write the missing files"
         )
     return tuple(_stored_file(filesystem, there[path]) for path in sorted(wanted))
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """`{08..10}` to 08, 09, 10 (padded as its first number is) and `{a,b}` to a, b; several braces multiply.
-
-    Raises DataError for any other use of braces.
-    """
-    head, opened, rest = pattern.partition("{")
-    if not opened:
-        return [pattern]
-    inner, closed, tail = rest.partition("}")
-    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
-    if bounds and int(bounds[1]) <= int(bounds[2]):
-        middles = [f"{number:0{len(bounds[1])}d}" for number in range(int(bounds[1]), int(bounds[2]) + 1)]
-    elif closed and "," in inner and "{" not in inner:
-        middles = inner.split(",")
-    else:
-        raise DataError(f"{pattern}: cannot read its braces; write a range as {{00000..00009}} or a list as {{a,b}}")
-    tails = expand_braces(tail)
-    return [f"{head}{middle}{end}" for middle in middles for end in tails]
 
 
 @contextmanager

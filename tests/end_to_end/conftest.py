@@ -73,7 +73,7 @@ def losses():
         client = MlflowClient(tracked["tracking_uri"])
         curves = [
             {m.step: m.value for m in client.get_metric_history(tracked["run_id"], name)}
-            for name in ("loss_generation", "loss_alignment")
+            for name in ("train/loss_generation", "train/loss_alignment")
         ]
         return {step: (curves[0][step], curves[1][step]) for step in sorted(curves[0])}
 

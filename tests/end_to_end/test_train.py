@@ -128,6 +128,7 @@ def test_a_resumed_run_continues_with_the_losses_of_one_never_stopped(zero_3_run
         make_run(whole).fit()
 
 
+@pytest.mark.slow
 def test_two_launches_with_a_stop_between_them_are_one(zero_3_run, make_run, losses, tmp_path):
     """Schedule, data and randomness go on as if nothing had been, in the same MLflow run; the stop leaves a model."""
     fields = {"zero_stage": 3, "ema_decay": 0.5, "resume": "auto"}

@@ -305,7 +305,7 @@ def refusal(call, *arguments):
         (["--seeds", "[1, 1]"], "seeds: [1, 1]; give at least one, and none twice"),
         (["--seeds", "[-1]"], "seeds: -1 is below 0"),
         (["--own_arms", '{"clip": {}}'], "own_arms: there is an arm clip already"),
-        (["--own_arms", '{"a b": {}}'], "own_arms: 'a b'; a name has letters"),
+        (["--own_arms", '{"a b": {}}'], "own_arms: 'a b'; a name has up to 64 letters"),
         (
             ["--arms", "a", "--own_arms", '{"a": {"train.num_steps": 9}}'],
             "own_arms.a: train.num_steps; an arm has fields of model",

@@ -28,6 +28,7 @@ def run_script(monkeypatch, *arguments: str) -> str | int | None:
     """What jobs/precompute.py exits with."""
     monkeypatch.setattr(sys, "argv", ["precompute.py", *arguments])
     monkeypatch.syspath_prepend(str(ROOT / "jobs"))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # not looked at: this process is attached to a cluster
     try:
         runpy.run_path(str(ROOT / "jobs" / "precompute.py"), run_name="__main__")
     except SystemExit as ended:

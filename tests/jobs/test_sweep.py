@@ -10,11 +10,14 @@ import pytest
 import ray
 import webdataset
 from mlflow import MlflowClient
+from mlflow.pyfunc import load_model
 from PIL import Image
 
 from diffdis.config import ObjectiveConfig
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
+from ray_platform.evaluate.results import as_json
+from ray_platform.placement import Need
 from ray_platform.sweep.trial import Segment
 from ray_platform.train import checkpoint
 from ray_platform.train.config import TrainConfig
@@ -22,7 +25,7 @@ from recipes.config import PretrainConfig
 from recipes.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from recipes.sweep import RECIPES, SweepConfig, parse
 from sweeping.fields import configure, open_space
-from sweeping.run import plan, run, table
+from sweeping.run import _lasting, plan, run, table
 from sweeping.trial import TrialJob, needs, steps
 from tests.evaluation_sets import picture, write_wds
 
@@ -125,6 +128,20 @@ def test_a_grid_with_asha_from_its_configuration_to_mlflow(make, tmp_path):
         plan(make(samples=20), "tiny")
 
 
+def test_a_sweep_goes_on_under_code_with_new_fields(make, tmp_path):
+    """What was begun before a field existed had its default."""
+    config, begun = make(), tmp_path / "sweep" / "sweep.json"
+    saved = json.loads(as_json(_lasting(config)))
+    begun.parent.mkdir()
+    del saved["pretrain"]["train"]["ema_decay"]
+    begun.write_text(json.dumps(saved))
+    plan(config, "tiny")
+    saved["pretrain"]["train"]["weight_decay_of_old"] = 0.1
+    begun.write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match=r"pretrain.train.weight_decay_of_old: absent, but the sweep in .* was begun with 0.1"):
+        plan(config, "tiny")
+
+
 def _check_mlflow(config, details):
     tracked = json.loads((Path(config.output_dir) / "mlflow.json").read_text())
     client = MlflowClient(tracked["tracking_uri"])
@@ -142,7 +159,7 @@ def _check_mlflow(config, details):
         assert child.info.status == "FINISHED"
         assert float(child.data.params["objective.lambda_alignment"]) == trial["values"]["objective.lambda_alignment"]
         assert child.data.metrics["sweep/accuracy"] == trial["metrics"]["accuracy"]
-        assert {m.step for m in client.get_metric_history(trial["run_id"], "loss_alignment")} == set(
+        assert {m.step for m in client.get_metric_history(trial["run_id"], "train/loss_alignment")} == set(
             range(1, trial["history"][-1]["step"] + 1)
         )
     versions = {version.tags["trial"]: version for version in client.search_model_versions("name='diffdis-sweep'")}
@@ -150,7 +167,8 @@ def _check_mlflow(config, details):
     best = versions[details["best"]["accuracy"]]
     assert "best accuracy" in best.tags["roles"]
     assert best.run_id in by_id
-    assert client.list_artifacts(best.run_id, "model"), "the model is where the version says"
+    embedded = load_model(f"models:/diffdis-sweep/{best.version}").predict({"caption": "red heart"}, {"task": "embed"})
+    assert len(embedded["embedding"][0]) == 32
 
 
 def test_a_segment_of_a_trial_is_a_run_and_an_evaluation(make, tmp_path):
@@ -258,9 +276,9 @@ def test_what_cannot_be_is_one_line_before_anything_starts(make, tmp_path):
 
 def test_what_a_trial_takes_and_how_long_it_is(make):
     config = make()
-    assert needs(config) == {"CPU": 1.0, "GPU": 0.0}
+    assert needs(config) == [Need({}, {"CPU": 1.0, "GPU": 0.0})]
     wide = dataclasses.replace(config.pretrain, train=dataclasses.replace(config.pretrain.train, num_workers=3))
-    assert needs(make(pretrain=wide)) == {"CPU": 3.0, "GPU": 0.0}, "3 x 0.5 of workers and 3 x 2 x 0.25 of reads"
+    assert needs(make(pretrain=wide)) == [Need({}, {"CPU": 3.0, "GPU": 0.0})], "3 x 0.5 of workers and 3 x 2 x 0.25 of reads"
     assert steps(config.pretrain, 19) == 4
     assert steps(dataclasses.replace(config.pretrain, train=TrainConfig(global_batch_size=8)), 19) == 2
 

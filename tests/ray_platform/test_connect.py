@@ -50,7 +50,7 @@ def test_a_submitted_jobs_workers_get_the_path_in_their_copy(attached, listening
     job = {"runtime_env": {"working_dir": "gcs://package.zip", "env_vars": {}}, "metadata": {}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     connect(listening)
-    assert attached[0]["runtime_env"] == {"env_vars": {"PYTHONPATH": "platform:jobs"}}
+    assert attached[0]["runtime_env"] == {"env_vars": {"PYTHONPATH": "platform:jobs", "RAY_ADDRESS": listening}}
 
 
 def test_no_address_is_an_error(attached):

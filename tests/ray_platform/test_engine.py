@@ -72,6 +72,16 @@ def train(world_size, *, num_micro=1, start=0, stop=STEPS, state=None, bad_at=-1
     return results[0]
 
 
+def test_a_host_that_trains_for_the_first_time_compiles_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    group = Ranks(1)
+    try:
+        group.run(rank_loop, BASE | {"zero_stage": 2}, 1, 1, 0, 1, None, -1)
+    finally:
+        group.stop()
+    assert not list(tmp_path.iterdir())
+
+
 def plain_loop(num_seeds, num_steps=STEPS):
     """AdamW, clipping, the schedule and the EMA by hand."""
     task = SmallTask()

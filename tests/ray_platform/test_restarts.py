@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.train import ControllerError
 
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.storage import StorageError
@@ -40,6 +41,12 @@ def test_workers_that_died_start_again_until_nothing_new_comes_of_it():
     assert again.judge(drained, "", False).startswith("node a1b2")
     with pytest.raises(TrainingError, match=r"^worker 1 died \(failure 2 without a new checkpoint; train.max_failures\)$"):
         again.judge(DIED, "", False)
+
+
+def test_what_failed_before_the_ranks_began_is_named():
+    refused = ControllerError(RuntimeError("Gloo connectFullMesh failed:\nConnection refused"))
+    line = "the workers' controller: RuntimeError: Gloo connectFullMesh failed:; going on from where this launch began"
+    assert restarting()[0].judge(refused, "", False) == line
 
 
 FINAL = [ConfigError("train.seed: wrong"), DataError("a.tar: gone"), StorageError("s3: no", "forbidden")]
@@ -84,7 +91,7 @@ def test_a_task_that_cannot_be_built_is_not_tried_again(error):
 
 
 def test_the_progress_line_says_what_stalls():
-    metrics = {"loss": 1.0, "loss_alignment": 2.5, "train/samples_per_second": 113.4, "data/share_waiting": 0.02}
+    metrics = {"train/loss": 1.0, "train/loss_alignment": 2.5, "train/samples_per_second": 113.4, "data/share_waiting": 0.02}
     line = progress_line(3, 9, metrics | {"train/share_stalled": 0.034, "train/seconds_left": 61.0})
     assert line == "step 3/9  loss_alignment 2.500  113 samples/s  waiting for data 2%  stalled 3%  left 1:01"
     assert "stalled" not in progress_line(3, 9, metrics | {"train/share_stalled": 0.009})

@@ -1,5 +1,6 @@
 """A real SQLite store, read back with MLflow's own client; and what happens when there is no usable store."""
 
+import json
 import logging
 import math
 import shlex
@@ -14,7 +15,17 @@ import pytest
 import ray
 from mlflow import MlflowClient
 
-from ray_platform.tracking import Tracker, TrackerHandle, TrackingConfig, metric_history, start_tracker, tracking_uri, ui_command
+from ray_platform.tracking import (
+    DataSet,
+    Tracker,
+    TrackerHandle,
+    TrackingConfig,
+    metric_history,
+    start_tracker,
+    tracking_uri,
+    ui_command,
+)
+from ray_platform.tracking.machines import Machines
 
 CONFIG = {"train": {"lr": 3e-4, "betas": [0.9, 0.99]}, "data": {"sources": "x" * 9000}, "folder": Path("/data")}
 
@@ -54,6 +65,44 @@ def test_what_is_logged_can_be_read_back(output, tmp_path):
     assert (artifacts / "previews" / "step_000002.png").read_bytes() == b"png"
     assert (artifacts / "model" / "unet" / "config.json").exists()
     assert "x" * 9000 in (artifacts / "config.yaml").read_text()
+
+
+def test_a_run_says_what_it_is_and_a_description_of_ones_own_stays(output):
+    tracker = Tracker(TrackingConfig(tags={"team": "vision"}), output)
+    tracker.describe("trained on `s3://user:secret@bucket`", {"recipe": "demo", "long": "x" * 9000})
+    tags = read(output).get_run(tracker.run_id()).data.tags
+    assert (tags["team"], tags["recipe"], len(tags["long"])) == ("vision", "demo", 5000)
+    assert tags["mlflow.note.content"] == "trained on `s3://***@bucket`", "and no password"
+    read(output).set_tag(tracker.run_id(), "mlflow.note.content", "the good one")
+    again = Tracker(TrackingConfig(tags={"team": "audio"}), output, tracker.run_id())
+    again.describe("trained again", {"recipe": "demo"})
+    tags = read(output).get_run(tracker.run_id()).data.tags
+    assert (tags["team"], tags["mlflow.note.content"]) == ("audio", "the good one")
+
+
+def test_data_sets_are_recorded_once_with_digest_and_context(output):
+    tracker = Tracker(TrackingConfig(), output)
+    data_sets = [
+        DataSet("train", "0123456789abcdef", "s3://bucket/train", "training", {"num_samples": 60}),
+        DataSet("heldout", "fedcba9876543210", "/data/heldout", "heldout"),
+    ]
+    tracker.log_data_sets(data_sets)
+    tracker.log_data_sets(data_sets)  # a resumed run does that
+    found = {given.dataset.name: given for given in read(output).get_run(tracker.run_id()).inputs.dataset_inputs}
+    assert len(read(output).get_run(tracker.run_id()).inputs.dataset_inputs) == 2
+    train, heldout = found["train"].dataset, found["heldout"].dataset
+    assert (train.digest, train.source_type, json.loads(train.source)) == ("0123456789abcdef", "s3", {"uri": "s3://bucket/train"})
+    assert (json.loads(train.profile), heldout.source_type) == ({"num_samples": 60}, "local")
+    assert {name: given.tags[0].value for name, given in found.items()} == {"train": "training", "heldout": "heldout"}
+
+
+def test_system_metrics_are_steps_of_seconds_and_no_progress(output):
+    tracker = Tracker(TrackingConfig(), output)
+    tracker.log_metrics({"train/loss": 1.0}, step=3)
+    tracker.log_system({"node_0/cpu_utilization_percentage": 50.0})
+    [(step, value)] = history(output, tracker.run_id(), "system/node_0/cpu_utilization_percentage")
+    assert (0 <= step < 60, value) == (True, 50.0)
+    assert tracker.latest() == (3, {"train/loss": 1.0})
 
 
 def test_many_params_are_all_kept(output):
@@ -137,7 +186,7 @@ def test_a_store_that_cannot_be_used_is_one_warning(uri, output, tmp_path, caplo
     tracker.log_folder(str(tmp_path), "model")
     tracker.end("FINISHED")
     assert tracker.latest() == (1, {"loss": 1.0})
-    assert [record.levelno for record in caplog.records if record.name == "ray_platform.tracking"] == [logging.WARNING]
+    assert [record.levelno for record in caplog.records if record.name.startswith("ray_platform.tracking")] == [logging.WARNING]
 
 
 def test_a_store_that_goes_away_is_one_warning_a_kind(tmp_path, caplog):
@@ -200,6 +249,25 @@ def test_a_worker_writes_through_the_actor(ray_cluster, output):
     assert history(output, run_id, "loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
 
 
+def test_the_machines_of_a_run_are_watched(ray_cluster, output, caplog):
+    tracker = start_tracker(TrackingConfig(), output)
+    run_id, machines = tracker.run_id(), Machines(tracker, seconds=0.05)
+    here = ray.get_runtime_context().get_node_id()
+    gone = "0" * 56  # no such node
+    name, deadline = "system/node_1/cpu_utilization_percentage", time.monotonic() + 120
+    while not history(output, run_id, name):
+        machines.look({here, gone})
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    tracker.end("FINISHED")
+    run = read(output).get_run(run_id)
+    assert run.data.tags["node_1"] == socket.gethostname()
+    assert 0 < run.data.metrics["system/node_1/system_memory_usage_percentage"] < 100
+    assert {"system/node_1/disk_usage_percentage", "system/node_1/network_receive_megabytes"} <= run.data.metrics.keys()
+    assert not caplog.records, "a node that goes away is no news here"
+    Machines(tracker, seconds=0.0).look({here})  # none are watched
+
+
 def test_the_actors_death_is_one_warning(ray_cluster, output, caplog):
     tracker = start_tracker(TrackingConfig(), output)
     tracker.log_metrics({"loss": 1.0}, step=1)
@@ -211,4 +279,4 @@ def test_the_actors_death_is_one_warning(ray_cluster, output, caplog):
     assert tracker.latest() == (1, {"loss": 1.0})
     tracker.end("FAILED")
     assert tracker.run_id() == ""
-    assert len([record for record in caplog.records if record.name == "ray_platform.tracking"]) == 1
+    assert len([record for record in caplog.records if record.name.startswith("ray_platform.tracking")]) == 1

@@ -19,6 +19,8 @@ SCORES: dict[str, tuple[str, ...]] = {
 }
 _NSFW_WORDS = {"unlikely": 0.0, "unsure": 0.5, "nsfw": 1.0}  # LAION-400M has words, not numbers
 _TAG = re.compile(r"</?[A-Za-z!][^<>]{0,200}>")  # "1 < 2 > 0" is none
+LONGEST_CAPTION = 2**16  # bytes; LAION's longest have some thousand
+_LARGEST_JSON = 2**20  # bytes; img2dataset's have some thousand, with all that cameras note down
 _JOINERS = "\u200c\u200d"  # invisible, but Persian, Indic scripts and emoji need them
 
 
@@ -27,6 +29,8 @@ def caption(members: Mapping[str, memoryview], config: DataConfig) -> str:
     if config.caption_field:
         text = json_fields(members).get(config.caption_field)
     elif "txt" in members:
+        if len(members["txt"]) > LONGEST_CAPTION:
+            raise Unusable("caption_too_long")
         text = _decoded(members["txt"])
     elif "json" in members:
         text = json_fields(members).get("caption")
@@ -37,8 +41,9 @@ def caption(members: Mapping[str, memoryview], config: DataConfig) -> str:
     if not isinstance(text, str):
         raise Unusable("json_invalid")
     try:
-        text.encode()  # "\ud800" is valid JSON, but no text: neither Arrow nor a tokenizer takes it
-    except UnicodeError:
+        if len(text.encode()) > LONGEST_CAPTION:
+            raise Unusable("caption_too_long")
+    except UnicodeError:  # "\ud800" is valid JSON, but no text: neither Arrow nor a tokenizer takes it
         raise Unusable("caption_not_utf8") from None
     text = clean(text) if config.clean_captions else text.strip()
     if not text:
@@ -82,6 +87,8 @@ def json_fields(members: Mapping[str, memoryview]) -> dict[str, Any]:
     """The .json of a sample, empty where there is none. Raises Unusable."""
     if "json" not in members:
         return {}
+    if len(members["json"]) > _LARGEST_JSON:
+        raise Unusable("json_too_large")
     try:
         fields = json.loads(_decoded(members["json"]))
     except (ValueError, RecursionError):

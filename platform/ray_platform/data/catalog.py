@@ -16,6 +16,8 @@ from ray_platform.data.config import DataConfig
 MANIFEST = "manifest.json"  # beside precomputed shards: which encoders made them
 SUFFIXES = (".tar", ".arrow")
 NOMINAL_BYTES = 40_000  # a sample of unknown size
+_LEAST_BYTES = 1024  # a sample takes of a tar: a header and a block
+_LARGEST_SIDECAR = 2**20  # bytes
 
 
 class Shard(NamedTuple):
@@ -61,6 +63,7 @@ class Catalog:
     pools: tuple[tuple[Unit, ...], ...]
     weights: tuple[float, ...]  # one a pool, summing to 1
     manifest: dict[str, Any] | None = None  # of precomputed shards
+    sources: tuple[int, ...] = ()  # of each shard the one of data.sources that named it
 
     @functools.cached_property
     def digest(self) -> str:
@@ -86,6 +89,12 @@ class Catalog:
     def _bytes_a_sample(self) -> float:
         known = [shard for shard in self.shards if shard.num_samples > 0]
         return sum(s.size for s in known) / sum(s.num_samples for s in known) if known else NOMINAL_BYTES
+
+    def of_source(self, number: int) -> tuple[Shard, ...]:
+        """Its shards, named as if it were the only source."""
+        shards = [shard for shard, source in zip(self.shards, self.sources, strict=True) if source == number]
+        shared = posixpath.commonpath({shard.url.rpartition("/")[0] for shard in shards}) if shards else ""
+        return tuple(shard._replace(name=_below(shard.url, shared)) for shard in shards)
 
     def estimated_samples(self, unit: Unit) -> float:
         """By the shard's count where that is known, else by its size."""
@@ -117,7 +126,7 @@ def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
                 raise DataError(f"{file.url}: is in two of data.sources that have data.weights; name it in one of them")
             found.setdefault(file.url, number)
             listed[file.url] = file
-        sidecars |= {file.url for file in files if file.url.endswith("_stats.json")}
+        sidecars |= {file.url for file in files if file.url.endswith("_stats.json") and file.size <= _LARGEST_SIDECAR}
     kinds = {posixpath.splitext(url)[1]: url for url in sorted(listed)}
     if len(kinds) > 1:
         raise DataError(
@@ -130,14 +139,16 @@ def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
     shared = posixpath.commonpath(parents) if len({"://" in url for url in listed}) == 1 else ""
     named = {url: Shard(url, file.size, _below(url, shared), counts.get(url, -1)) for url, file in listed.items()}
     pools: list[list[Unit]] = [[] for _ in (config.weights or (1.0,))]
-    for shard in sorted(named.values(), key=lambda shard: shard.name):
+    ordered = sorted(named.values(), key=lambda shard: shard.name)
+    for shard in ordered:
         pools[found[shard.url] if config.weights else 0].extend(_units(shard, config.max_read_mb * 2**20))
     total = sum(config.weights) or 1.0
     return Catalog(
-        tuple(sorted(named.values(), key=lambda shard: shard.name)),
+        tuple(ordered),
         tuple(tuple(pool) for pool in pools),
         tuple(weight / total for weight in config.weights or (1.0,)),
         next(iter(manifests.values()), None),
+        tuple(found[shard.url] for shard in ordered),
     )
 
 
@@ -172,14 +183,15 @@ def _units(shard: Shard, max_bytes: int) -> list[Unit]:
 
 def _counts(files: Sequence[storage.StoredFile], sidecars: set[str], cached: bytes | None) -> dict[str, int]:
     """Samples by URL, from img2dataset's sidecars: one small request each, so they are asked for once a run."""
-    known = {}
+    known, sizes = {}, {file.url: file.size for file in files}
     if cached:
-        sizes = {file.url: file.size for file in files}
         known = {url: count for url, size, _, count in json.loads(cached)["shards"] if sizes.get(url) == size and count >= 0}
     wanted = {f"{file.url[:-4]}_stats.json": file.url for file in files if file.url not in known}
     for sidecar, content in storage.read_many(sorted(wanted.keys() & sidecars)).items():
         try:
-            known[wanted[sidecar]] = max(-1, int(json.loads(content)["successes"]))
+            count = int(json.loads(content)["successes"])
+            if 0 <= count * _LEAST_BYTES <= sizes[wanted[sidecar]]:
+                known[wanted[sidecar]] = count
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # a count is a help, not a need
     return known
@@ -191,7 +203,7 @@ def _manifests(folders: Sequence[str]) -> dict[str, dict[str, Any]]:
     for folder in folders:
         url = storage.join(folder, MANIFEST)
         try:
-            found = manifests[folder] = json.loads(storage.read_bytes(url))
+            found = manifests[folder] = json.loads(storage.read_small(url, storage.LISTING_BYTES))
             complete, made = found["complete"], (found["encoders"], found["settings"])
             if complete and not all(isinstance(count, int) for count in found["shards"].values()):
                 raise ValueError

@@ -7,11 +7,14 @@ Bad = Literal[
     "image_missing",
     "image_empty",
     "image_undecodable",
-    "image_too_large",  # would take hundreds of megabytes; Pillow calls it a decompression bomb
+    "image_too_large",  # would take hundreds of megabytes, or minutes; Pillow calls it a decompression bomb
     "caption_missing",
     "caption_empty",
     "caption_not_utf8",
+    "caption_too_long",  # a whole page, or garbage; encoders read some hundred characters
     "json_invalid",
+    "json_too_large",
+    "name_too_long",  # more than 1,024 characters in a tar
     "score_missing",  # a filter asks for a field that the .json lacks
     "key_repeated",  # the same file name twice in a tar: which caption belongs to which image cannot be told
     "tar_truncated",  # the tar ends early or turns to garbage; what precedes that is used

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ray_platform.contracts import ConfigError
+from ray_platform.placement import check_labels
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class DataConfig:
     reads_per_rank: int = 2
     interleave: int = 2
     cpus_per_read: float = 0.25  # CPUs that one such task asks of Ray
+    placement: dict[str, str] = field(
+        default_factory=dict
+    )  # labels of the nodes that read and decode, as {pool: cpu}; empty: any
     max_read_mb: int = 256  # a larger shard is read in parts of this size
     retry_seconds: float = 120.0  # for how long a shard is tried again while storage does not answer
     deterministic: bool = True  # batches are a function of the seed alone; false: the samples of faster reads come first
@@ -70,6 +74,7 @@ class DataConfig:
             raise ConfigError(f"data.max_skipped_share: {self.max_skipped_share} is not a share from 0 to below 1")
         if self.cpus_per_read < 0 or self.retry_seconds < 0:
             raise ConfigError("data.cpus_per_read and data.retry_seconds cannot be negative")
+        check_labels("data.placement", self.placement)
 
     @property
     def target_sizes(self) -> tuple[tuple[int, int], ...]:

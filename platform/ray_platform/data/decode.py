@@ -26,6 +26,8 @@ from ray_platform.data.tar import IMAGE_SUFFIXES
 
 _JPEG = b"\xff\xd8\xff"
 _JPEG_PIXELS = 0xDA  # the marker before them
+# A progressive JPEG may go over all pixels as often as it likes, for a few bytes each time; usual are up to 10 times.
+_MOST_SCANNED = 20  # times Image.MAX_IMAGE_PIXELS, over all its scans
 _FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's others include readers that start programs
 _PUBLISHED_FORMATS = (*_FORMATS, "GIF", "BMP")  # which some JPEGs of published sets are in truth
 
@@ -80,7 +82,7 @@ def _jpeg(content: memoryview, config: DataConfig) -> tuple[np.ndarray, tuple[in
     """The pixels, shrunk perhaps, and their true height and width; None where Pillow should look at the file."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        if height * width > (Image.MAX_IMAGE_PIXELS or height * width):
+        if height * width > (Image.MAX_IMAGE_PIXELS or height * width) or _scans_too_much(content, height * width):
             raise Unusable("image_too_large")
         if colours in ("CMYK", "YCCK"):
             return None  # to RGB, libjpeg rounds otherwise
@@ -117,6 +119,7 @@ def rgb(content: bytes | memoryview) -> np.ndarray:
     try:
         # Without `_opened`: warnings cannot be caught in several threads.
         with Image.open(io.BytesIO(view), formats=_PUBLISHED_FORMATS) as opened:
+            _check_scans(opened, view)
             return np.array(opened.convert("RGB"))
     except Image.DecompressionBombError:
         raise Unusable("image_too_large") from None
@@ -128,11 +131,25 @@ def _whole_jpeg(content: memoryview) -> np.ndarray | None:
     """None where there is anything about the file that Pillow should look at."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        if _scans_too_much(content, height * width):
+            raise Unusable("image_too_large")
         if height * width > (Image.MAX_IMAGE_PIXELS or height * width) or colours in ("CMYK", "YCCK"):
             return None
         return np.asarray(simplejpeg.decode_jpeg(content))
     except ValueError:
         return None
+
+
+def _scans_too_much(content: bytes | memoryview, pixels: int) -> bool:
+    """Of a JPEG: whether its decoder would go over more pixels than an honest one has. No other bytes look like that marker."""
+    scans = bytes(content).count(bytes((0xFF, _JPEG_PIXELS)))
+    return scans * pixels > _MOST_SCANNED * (Image.MAX_IMAGE_PIXELS or scans * pixels)
+
+
+def _check_scans(opened: Image.Image, content: bytes | memoryview) -> None:
+    """Raises DecompressionBombError, before Pillow decodes."""
+    if opened.format in ("JPEG", "MPO") and _scans_too_much(content, opened.width * opened.height):
+        raise Image.DecompressionBombError
 
 
 def _orientation(content: memoryview) -> int:
@@ -186,6 +203,7 @@ def _opened(content: memoryview | bytes, formats: tuple[str, ...]) -> Iterator[I
         warnings.simplefilter("ignore")  # of broken EXIF, a line each
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(content), formats=formats) as opened:
+            _check_scans(opened, content)
             yield opened
 
 

@@ -23,6 +23,7 @@ from ray_platform.data.plan import Item
 from ray_platform.data.source import Sample, TarUnit, open_unit
 from ray_platform.data.statistics import Statistics, thumbnail_jpeg
 from ray_platform.data.tar import IMAGE_SUFFIXES, Record
+from ray_platform.placement import room, selector
 
 logger = logging.getLogger(__name__)
 
@@ -144,9 +145,9 @@ def _count_used(found: Statistics, sample: Sample, size: tuple[int, int] | None)
     found.offer_thumbnail(sample.key, shown, size, lambda: b"" if image is None else thumbnail_jpeg(image))
 
 
-def cluster_cpus() -> int:
-    """Of the cluster that this process is attached to."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+def cluster_cpus(config: DataConfig) -> int:
+    """Of the nodes that may read."""
+    return max(1, int(room(config.placement).get("CPU", 1)))
 
 
 def inspect_units(units: Sequence[Unit], config: DataConfig) -> Iterator[Statistics]:
@@ -154,11 +155,11 @@ def inspect_units(units: Sequence[Unit], config: DataConfig) -> Iterator[Statist
 
     A unit whose reader fails or dies counts as lost; the others go on.
     """
-    task = ray.remote(_inspect_unit).options(num_cpus=1, max_retries=1)
+    task = ray.remote(_inspect_unit).options(num_cpus=1, max_retries=1, label_selector=selector(config.placement))
     waiting = list(reversed(units))
     running: dict[ray.ObjectRef, Unit] = {}
     while waiting or running:
-        while waiting and len(running) < cluster_cpus():
+        while waiting and len(running) < cluster_cpus(config):
             unit = waiting.pop()
             running[task.remote(unit, config)] = unit
         (done,), _ = ray.wait(list(running))

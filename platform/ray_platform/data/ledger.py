@@ -98,12 +98,14 @@ class Ledger:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Ledger":
-        """The inverse of `to_bytes`."""
+        """The inverse of `to_bytes`. Raises ValueError for bits that are not those of `num_units`."""
         values = json.loads(data)
         ledger = cls(values["num_units"])
         ledger.first_epoch = values["first_epoch"]
         for epoch in values["epochs"]:
             bits = np.frombuffer(base64.b64decode(epoch["complete"]), dtype=np.uint8)
+            if len(bits) != -(-ledger.num_units[epoch["pool"]] // 8):
+                raise ValueError(f"{len(bits)} bytes for {ledger.num_units[epoch['pool']]} units")
             complete = np.unpackbits(bits, count=ledger.num_units[epoch["pool"]]).astype(bool)
             begun = {int(unit): list(zip(flat[::2], flat[1::2], strict=True)) for unit, flat in epoch["begun"].items()}
             ledger._epochs[epoch["pool"], epoch["epoch"]] = _Epoch(complete, begun)

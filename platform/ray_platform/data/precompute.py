@@ -9,7 +9,7 @@ import functools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from ray_platform.data.execution import data_context
 from ray_platform.data.plan import Group, Item
 from ray_platform.data.source import ShardSource, unpack
 from ray_platform.data.tally import Tally
+from ray_platform.placement import Labels, may_grow, named, room, selector
 
 # Decoded bytes a file is made of, at most 512 images: at 256 px and Stable Diffusion's sizes it has 64 MB, a good size to read.
 BLOCK_BYTES = 128 * 2**20
@@ -45,6 +46,7 @@ class Encoders:
     gpus: float = 0.0  # of each
     cpus: float = 1.0
     batch_size: int = 64  # images that an encoder is given at a time
+    placement: Labels = field(default_factory=dict)  # of their nodes
 
     @property
     def device(self) -> str:
@@ -77,9 +79,10 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: Encoders, output_
     Needs a running Ray. The manifest is written at the end. Raises ConfigError for a cluster too small; DataError for a folder
     that holds something else, for a shard that changed, and when more than `max_skipped_share` of the samples were skipped.
     """
-    check_cluster(encoders)
+    check_cluster(encoders, config.placement)
     manifest = _manifest(catalog, config, encoders)
     units = dict(enumerate(catalog.pools[0]))
+    _check_stems(units.values())
     done = _resume(output_dir, manifest, units)
     tally, begun = Tally("precompute", config.max_skipped_share), time.perf_counter()
     for record in _records({n: unit for n, unit in units.items() if n not in done}, config, encoders, output_dir):
@@ -103,15 +106,30 @@ def stem(unit: Unit) -> str:
     return name if unit.whole else f"{name}-at-{unit.start}"
 
 
-def check_cluster(encoders: Encoders) -> None:
+def _check_stems(units: Iterable[Unit]) -> None:
+    """Raise DataError where two units' files would have one name: `a/b.tar` beside `a--b.tar`."""
+    names: dict[str, str] = {}
+    for unit in units:
+        if (other := names.setdefault(stem(unit), unit.shard.url)) != unit.shard.url:
+            raise DataError(f"{unit.shard.url}: would be precomputed under the names of {other}; rename one of them")
+
+
+def check_cluster(encoders: Encoders, readers: Labels) -> None:
     """Raise ConfigError when the encoders, and one task that decodes, do not fit: they would wait without a word."""
-    there = ray.cluster_resources()
-    wanted = {"CPU": encoders.count * encoders.cpus + 1, "GPU": encoders.count * encoders.gpus}
-    for kind, amount in wanted.items():
-        if amount > there.get(kind, 0):
+    if may_grow():
+        return
+    cpus, gpus = encoders.count * encoders.cpus, encoders.count * encoders.gpus
+    beside = readers.items() <= encoders.placement.items()  # all of the encoders' nodes may read, too
+    for labels, kind, amount in (
+        (readers, "CPU", 1 + cpus * beside),
+        (encoders.placement, "CPU", cpus),
+        (encoders.placement, "GPU", gpus),
+    ):
+        there = room(labels).get(kind, 0)
+        if amount > there:
             raise ConfigError(
                 f"num_encoders: {encoders.count} with {encoders.cpus:g} CPUs and {encoders.gpus:g} GPUs each, and a CPU to "
-                f"decode, need {amount:g} {kind}s, but the cluster has {there.get(kind, 0):g}; "
+                f"decode, need {amount:g} {kind}s, but {named(labels)} has {there:g}; "
                 "lower num_encoders, cpus_per_encoder or gpus_per_encoder"
             )
 
@@ -130,7 +148,7 @@ def _resume(output_dir: str, manifest: dict[str, Any], units: dict[int, Unit]) -
         storage.write_bytes(url, json.dumps(manifest | {"complete": False}, indent=2).encode())
         return {}
     try:
-        found = json.loads(storage.read_bytes(url))
+        found = json.loads(storage.read_small(url, storage.LISTING_BYTES))
         differing = [name for name in manifest if found[name] != manifest[name]]
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{url}: is no manifest of precomputed shards; give another output_dir") from None
@@ -153,7 +171,10 @@ def _records(units: dict[int, Unit], config: DataConfig, encoders: Encoders, out
     tasks = [[Group(0, 0, (Item(0, 0, number, unit, []),))] for number, unit in units.items()]
     with ray.data.DataContext.current(data_context()):
         blocks = ray.data.read_datasource(
-            ShardSource(tasks, config, seed=0, block_bytes=BLOCK_BYTES), override_num_blocks=len(tasks), num_cpus=1
+            ShardSource(tasks, config, seed=0, block_bytes=BLOCK_BYTES),
+            override_num_blocks=len(tasks),
+            num_cpus=1,
+            label_selector=selector(config.placement),
         )
         records = blocks.map_batches(
             EncodeBlock,
@@ -161,6 +182,7 @@ def _records(units: dict[int, Unit], config: DataConfig, encoders: Encoders, out
             compute=ray.data.ActorPoolStrategy(size=encoders.count),
             num_cpus=encoders.cpus,
             num_gpus=encoders.gpus,
+            label_selector=selector(encoders.placement),
             batch_size=None,
             batch_format="pyarrow",
         )

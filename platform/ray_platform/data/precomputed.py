@@ -32,7 +32,9 @@ def to_arrow(keys: Sequence[str], captions: Sequence[str], tensors: Mapping[str,
 
 def from_arrow(data: bytes | pa.Buffer) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
     """The inverse of `to_arrow`; the arrays are views of `data`. Other files raise pa.ArrowInvalid, KeyError or ValueError."""
-    table = pa.ipc.open_file(pa.py_buffer(data)).read_all().combine_chunks()
+    table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
+    table.validate(full=True)  # a damaged offset would be followed to anywhere in memory
+    table = table.combine_chunks()
     shapes = json.loads((table.schema.metadata or {})[b"shapes"])
     tensors = {}
     for name, shape in shapes.items():

@@ -28,6 +28,8 @@ from ray_platform.data.tar import Record, read_part, read_tar
 BLOCK_BYTES = 16 * 2**20
 _MAX_BLOCK_SAMPLES = 512
 _BEHIND_PART = 2**20  # bytes read behind a part, for its last sample
+_LONGEST_SAMPLE = 2**29  # bytes; one that goes on longer behind its part is cut off
+_LARGEST_ARROW = 2**31  # bytes; jobs/precompute.py writes some megabytes a file
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def _read(item: Item, config: DataConfig, seed: str) -> Unit:
     unit, shard = item.unit, item.unit.shard
     if unit.whole:
         if shard.url.endswith(".arrow"):
+            if shard.size > _LARGEST_ARROW:
+                return LostUnit(f"{shard.name}/", "shard_unreadable", max((stop for _, stop in item.consumed), default=0))
             encoded = storage.read_buffer(shard.url)
             _check_length(shard, encoded.size, shard.size)
             return EncodedUnit.open(encoded, shard.name, Sample)
@@ -113,7 +117,7 @@ def _read(item: Item, config: DataConfig, seed: str) -> Unit:
         stop = min(unit.stop + behind, shard.size)
         data = storage.read_bytes(shard.url, unit.start, stop)
         _check_length(shard, len(data), stop - unit.start)
-        ends = stop == shard.size
+        ends = stop == shard.size or behind > _LONGEST_SAMPLE
         records = read_part(data, shard.name, unit.stop - unit.start, first=unit.start == 0, last=last or ends)
         if records is not None:
             return TarUnit(records, config, seed)

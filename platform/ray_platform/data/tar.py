@@ -6,6 +6,7 @@ what precedes the first dot. Nothing in a tar can raise: what cannot be used bec
 
 import io
 import posixpath
+import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ TEXT_SUFFIXES = ("txt", "json")
 _SUFFIXES = IMAGE_SUFFIXES + TEXT_SUFFIXES
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_HEADER = 2**16  # bytes, with the long names and dates that may precede it
+_LONGEST_NAME = 1024  # characters
+_MOST_FIELDS = 100  # that a header gives to all members, each of which is looked through for all
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # what could write elsewhere in a log
 
 
 @dataclass
@@ -80,19 +84,31 @@ def _behind_border(data: bytes, members: list[Member], border: int) -> list[Memb
 
 def _grouped(members: list[Member], truncated: bool, shard_name: str, suffixes: Sequence[str]) -> list[Record | Reject]:
     records: dict[str, Record] = {}
+    too_long: list[Record | Reject] = []
     for name, content, _ in members:
         suffix = posixpath.basename(name).partition(".")[2].lower()
         if suffix not in suffixes:
             continue
-        # A name that is not UTF-8 holds lone surrogates, which Arrow refuses.
-        key = posixpath.join(shard_name, _key(name)).encode("utf-8", "backslashreplace").decode()
+        if len(name) > _LONGEST_NAME:
+            too_long.append(Reject(f"{shard_name}/{printable(name[:50])}…", "name_too_long"))
+            continue
+        key = printable(posixpath.join(shard_name, _key(name)))
         record = records.setdefault(key, Record(key))
         record.repeated |= suffix in record.members
         record.members[suffix] = content
-    found: list[Record | Reject] = list(records.values())
+    found: list[Record | Reject] = [*records.values(), *too_long]
     if truncated:
         found.append(Reject(f"{shard_name}/", "tar_truncated"))
     return found or [Reject(f"{shard_name}/", "shard_empty")]
+
+
+def printable(name: str) -> str:
+    """A name of a file, which may hold anything, as one line that Arrow takes: no lone surrogates, no control characters.
+
+    It is a label: nothing is ever written, or read, by a name in a tar.
+    """
+    name = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", name)
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _key(name: str) -> str:
@@ -122,6 +138,9 @@ def _members(data: bytes, begin: int) -> tuple[list[Member], Ending]:
         file.seek(begin)
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # it keeps them all, each with all its headers
+                if member.size < 0 or member.offset_data <= at or len(tar.pax_headers) > _MOST_FIELDS:
+                    return found, "garbage"  # of a size below zero, tarfile goes round in a circle
                 at = end = member.offset_data + member.size
                 if end > len(data):
                     return found, "cut"

@@ -19,7 +19,7 @@ _SAME_ORDER = 0.6  # of the classes must share a word; of two orders of one list
 def read_lines(url: str) -> tuple[str, ...]:
     """The lines of a text file, stripped, without the empty ones at its end. Raises DataError."""
     try:
-        lines = [line.strip() for line in storage.read_bytes(url).decode("utf-8-sig").split("\n")]
+        lines = [line.strip() for line in storage.read_small(url).decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError:
         raise DataError(f"{url}: is not UTF-8; write it again as UTF-8") from None
     while lines and not lines[-1]:

@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.kept import Kept, Rows
 from ray_platform.evaluate.schedule import IN_FLIGHT, MAX_DEATHS, Schedule, Unit
+from ray_platform.placement import Labels, Need, may_grow, named, room, selector
 
 logger = logging.getLogger(__name__)
 
@@ -46,20 +47,20 @@ class Fleet:
     num_workers: int = 0  # 0: as many as there is room for now
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
+    placement: Labels = field(default_factory=dict)  # of their nodes
 
     def size(self) -> int:
         """Raises ConfigError where the cluster cannot hold so many, or not even one: they would wait without a word."""
-        there = ray.cluster_resources()
-        wanted = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
-        room = min(int(there.get(kind, 0) / share + 1e-6) for kind, share in wanted.items() if share)
+        fitting = Need(self.placement, {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}).times()
         needed = max(1, self.num_workers)
-        if room < needed:
+        if fitting < needed and not may_grow():
+            there = room(self.placement)
             raise ConfigError(
                 f"num_workers: {needed} with {self.cpus_per_worker:g} CPUs and {self.gpus_per_worker:g} GPUs each do not fit "
-                f"the cluster's {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs; lower num_workers, "
+                f"{named(self.placement)}'s {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs; lower num_workers, "
                 "cpus_per_worker or gpus_per_worker"
             )
-        return self.num_workers or room
+        return self.num_workers or max(1, fitting)
 
 
 class _Actor:
@@ -152,6 +153,7 @@ class FanOut:
             "num_cpus": self.fleet.cpus_per_worker,
             "num_gpus": self.fleet.gpus_per_worker,
             "max_concurrency": IN_FLIGHT,
+            "label_selector": selector(self.fleet.placement),
             "scheduling_strategy": "DEFAULT",  # not into the placement group of a sweep's trial, which has no CPUs
         }
         return ray.remote(_Actor).options(**options).remote(self.fleet.build, device, self.kept)

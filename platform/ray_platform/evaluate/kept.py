@@ -22,6 +22,19 @@ def key_of(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def read_arrays(content: bytes) -> Rows:
+    """What `np.savez` wrote: numbers and texts, never objects. Raises ValueError for anything else."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            # Nothing is compressed, so that what is read is no larger than the file.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("compressed")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
 class Kept:
     """A folder, local or s3://, with a file a finished unit, named by its key."""
 
@@ -42,9 +55,8 @@ class Kept:
         for start in range(0, len(urls), _READ_AT_ONCE):
             for url, content in storage.read_many(list(urls)[start : start + _READ_AT_ONCE]).items():
                 try:
-                    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                        found[urls[url]] = dict(arrays)
-                except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+                    found[urls[url]] = read_arrays(content)
+                except ValueError:
                     continue
         return found
 

@@ -167,6 +167,17 @@ def first_difference(a: Any, b: Any, field: str = "") -> tuple[str, str, str] | 
     return None if a == b else (field, _short(a), _short(b))
 
 
+def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that was saved earlier, with the default of every field that the code got later."""
+    filled = dict(given)
+    for name, default in defaults.items():
+        if name not in given:
+            filled[name] = default
+        elif isinstance(given[name], dict) and isinstance(default, dict):
+            filled[name] = with_defaults(given[name], default)
+    return filled
+
+
 def _short(value: Any) -> str:
     line = json.dumps(value, ensure_ascii=False)
     return line if len(line) <= 80 else f"{line[:79]}…"

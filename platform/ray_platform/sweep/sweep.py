@@ -1,22 +1,21 @@
 """A sweep: trials side by side on Ray Tune, restored where they were cut off."""
 
-import json
 import logging
 import math
 import os
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.logger import JsonLoggerCallback
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
+from ray_platform.placement import Need, may_grow, named, room, tightest
 from ray_platform.sweep import search
 from ray_platform.sweep.schedulers import HISTORY, SchedulerName, build_scheduler, is_default, milestones
 from ray_platform.sweep.space import Space
@@ -66,7 +65,7 @@ class Sweep:
     num_milestones: int
     reduction: int  # of ASHA
     seed: int
-    needs: Mapping[str, float]  # CPU and GPU of one trial
+    needs: Sequence[Need]  # of one trial, each of other nodes
     max_concurrent: int  # 0: as many trials as there is room for
 
     def points(self) -> list[dict[str, Any]]:
@@ -80,16 +79,16 @@ class Sweep:
 
     def concurrency(self) -> int:
         """How many trials run side by side. Raises ConfigError where the cluster cannot hold so many, or not even one."""
-        there = ray.cluster_resources()
-        room = min(int(there.get(kind, 0) / share + 1e-6) for kind, share in self.needs.items() if share)
-        if room < max(1, self.max_concurrent):
-            need = {kind: share for kind, share in self.needs.items() if share}
+        least = tightest(self.needs)
+        fitting = least.times()
+        if fitting < max(1, self.max_concurrent) and not may_grow():
+            need, there = {kind: share for kind, share in least.amounts.items() if share}, room(least.labels)
             raise ConfigError(
-                f"max_concurrent: {max(1, self.max_concurrent)} trials of {_listed(need)} each do not fit the cluster's "
-                f"{_listed({kind: there.get(kind, 0) for kind in need})}; each trains with its workers and their reads, then "
-                "evaluates with evaluation.num_workers"
+                f"max_concurrent: {max(1, self.max_concurrent)} trials of {_listed(need)} each do not fit "
+                f"{named(least.labels)}'s {_listed({kind: there.get(kind, 0) for kind in need})}; "
+                "each trains with its workers and their reads, then evaluates with evaluation.num_workers"
             )
-        return self.max_concurrent or room
+        return self.max_concurrent or max(1, fitting)
 
     def run(self) -> list[Outcome]:
         """All trials to their ends; again after it was cut off, those that were not there yet, and those that failed."""
@@ -185,7 +184,7 @@ def _has_trials(path: str) -> bool:
     if not storage.exists(path):
         return False
     states = storage.list_files(storage.join(path, "experiment_state-*.json"))
-    return bool(states) and bool(json.loads(storage.read_bytes(states[-1].url))["trial_data"])
+    return bool(states) and bool(storage.read_json(states[-1].url)["trial_data"])
 
 
 def _outcome(trial: Trial, num_milestones: int, output_dir: str) -> Outcome:

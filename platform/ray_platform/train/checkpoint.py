@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_origin, get_type_hints
 
 import safetensors.torch
 import torch
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.ledger import Ledger
+from ray_platform.names import check_below
 
 COMPLETE = "complete.json"
 BASE, CONSUMED = "base", "consumed"  # the two ledgers
@@ -54,6 +55,23 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, url: str) -> "Manifest":
+        """The inverse of `to_bytes`, for whatever may be in a bucket. Raises ValueError, TypeError, AttributeError, DataError."""
+        values = json.loads(data)
+        hints = get_type_hints(cls)
+        for name in values.keys() & hints.keys():
+            kind = get_origin(hints[name]) or hints[name]
+            if not isinstance(values[name], kind) or isinstance(values[name], bool):
+                raise ValueError(f"{name} is {str(values[name])[:50]!r}")
+        for name, (size, digest) in values["files"].items():
+            if "/" in check_below(name, url) or not isinstance(size, int) or not isinstance(digest, str):
+                raise ValueError(f"{name[:100]!r} is no file of a checkpoint")
+        if not 1 <= values["world_size"] <= len(values["files"]):
+            raise ValueError(f"world_size is {values['world_size']}, but every rank wrote a file")
+        values["files"] = {name: tuple(entry) for name, entry in values["files"].items()}
+        return cls(**values)
 
 
 def checkpoint_name(step: int) -> str:
@@ -106,9 +124,8 @@ def candidates(resume: str, output_dir: str, launch: str) -> list[str]:
 def read_manifest(url: str) -> Manifest:
     """Raises CorruptCheckpoint when it is not there (any more), or no manifest."""
     with _whole(url, COMPLETE):
-        values = json.loads(storage.with_retries(lambda: storage.read_bytes(storage.join(url, COMPLETE)), RETRY_SECONDS))
-        values["files"] = {name: tuple(entry) for name, entry in values["files"].items()}
-        return Manifest(**values)
+        data = storage.with_retries(lambda: storage.read_small(storage.join(url, COMPLETE)), RETRY_SECONDS)
+        return Manifest.from_bytes(data, url)
 
 
 @contextlib.contextmanager
@@ -121,16 +138,18 @@ def _whole(url: str, name: str) -> Iterator[None]:
         if error.kind != "missing":
             raise
         raise CorruptCheckpoint(f"{url}: {name} is missing; {advice}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        what = " ".join(str(error).split())
+    except CorruptCheckpoint:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, DataError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:300]
         raise CorruptCheckpoint(f"{url}: {name} is damaged ({what}); {advice}") from None
 
 
 def read_file(url: str, manifest: Manifest, name: str) -> bytes:
     """Raises CorruptCheckpoint when the file is missing, or is not what was written."""
     with _whole(url, name):
-        data = storage.with_retries(lambda: storage.read_bytes(storage.join(url, name)), RETRY_SECONDS)
         size, digest = manifest.files[name]
+        data = storage.with_retries(lambda: storage.read_bytes(storage.join(url, name), 0, size + 1), RETRY_SECONDS)
         if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
             raise ValueError(f"{len(data)} bytes of {size}")
         return data

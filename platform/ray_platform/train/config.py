@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ray_platform.contracts import ConfigError
+from ray_platform.placement import check_labels
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class TrainConfig:
     seed: int = 0
     cpus_per_worker: float = 1.0
     gpus_per_worker: int = 0
+    placement: dict[str, str] = field(default_factory=dict)  # labels of the nodes that train, as {pool: gpu}; empty: any
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps; there is always one at the end
     keep_checkpoints: int = 2  # the newest
@@ -76,6 +78,7 @@ class TrainConfig:
             raise ConfigError(f"train.max_loss_factor: {self.max_loss_factor} is not above 1")
         if self.heldout_sources and self.heldout_every < 1:
             raise ConfigError("train.heldout_every: at least 1, or give no heldout_sources")
+        check_labels("train.placement", self.placement)
 
     @property
     def last_step(self) -> int:

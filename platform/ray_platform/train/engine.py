@@ -30,6 +30,11 @@ from ray_platform.contracts import Task
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.optimizer import EMA, AdamW
 
+# DeepSpeed asks this table for an operation of inference alone, which it would compile on every CPU host that trains for the
+# first time: half a minute, for which a host needs a compiler. A process that is killed meanwhile leaves a lock, and whatever
+# trains there next waits for ever. The table's own way to be filled starts compilers, too.
+deepspeed.ops.__compatible_ops__ = {}
+
 WEIGHTS = "weights"  # state name; the others are the optimizer's
 Inputs = dict[str, torch.Tensor]
 Metrics = dict[str, torch.Tensor]

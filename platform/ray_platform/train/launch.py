@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_platform import storage
@@ -22,14 +22,18 @@ from ray_platform.data.catalog import Catalog, build_catalog, difference, to_jso
 from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
-from ray_platform.tracking import RunStatus, TrackerHandle, TrackingConfig, start_tracker, tracking_uri
-from ray_platform.train import checkpoint
+from ray_platform.placement import selector
+from ray_platform.redaction import redacted_values
+from ray_platform.tracking import ModelPackage, RunStatus, TrackerHandle, TrackingConfig, start_tracker, tracking_uri
+from ray_platform.tracking.machines import Machines
+from ray_platform.train import about, checkpoint
 from ray_platform.train.code_version import code_version
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.elastic import SaveBeforeResize
 from ray_platform.train.heldout import read_heldout
 from ray_platform.train.job import Job
 from ray_platform.train.loop import train_worker
+from ray_platform.train.network import ProcessGroup
 from ray_platform.train.overseer import Overseer
 from ray_platform.train.restarts import Restarts, Stopped, TrainingError
 from ray_platform.train.watch import start_watch
@@ -56,6 +60,8 @@ class Run:
     params: dict[str, Any]  # the whole resolved configuration, for the tracker
     # What the model's frozen encoders are, to compare with what made precomputed shards; called only for those.
     describe_encoders: Callable[[], dict[str, Any]]
+    package: ModelPackage | None = None  # how the exported model becomes one of MLflow's; None: it is stored as plain files
+    command: str = ""  # that started it
 
     def check(self) -> Catalog:
         """The data's catalog, after every check that needs no cluster. Raises ConfigError or DataError."""
@@ -70,6 +76,11 @@ class Run:
             raise ConfigError(
                 f"tracking.uri: give an MLflow server or sqlite:/// path, as {self.output_dir} cannot hold a database"
             )
+        if self.train.elastic and self.data.placement and not self.train.placement:
+            raise ConfigError(
+                "train.placement: the workers of an elastic run would take the CPUs of data.placement, where their reads are to "
+                "be; give them nodes of their own, as {pool: gpu}"
+            )
         catalog = self._catalog()
         check_world_size(catalog, self.train.max_workers)
         if self.train.resume == "none" and (found := checkpoint.complete_ones(self.output_dir)):
@@ -82,7 +93,7 @@ class Run:
     def _catalog(self) -> Catalog:
         """The source's, compared with the one that a resumed run was begun with, and with the model's encoders."""
         url = storage.join(self.output_dir, CATALOG)
-        saved = storage.read_bytes(url) if storage.exists(url) else None
+        saved = storage.read_small(url, storage.LISTING_BYTES) if storage.exists(url) else None
         catalog = build_catalog(self.data, saved)
         if saved and self.train.resume == "auto" and (changes := difference(saved, catalog)):
             raise DataError(
@@ -135,7 +146,8 @@ class Run:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor a run, for what the Overseer does
         connect()
         storage.write_bytes(storage.join(self.output_dir, CATALOG), to_json(catalog))
-        tracker, tracked = self._start_tracker()
+        version = code_version()
+        tracker, tracked = self._start_tracker(catalog, version)
         job = Job(
             self.build_task,
             self._data(),
@@ -148,14 +160,18 @@ class Run:
             start_watch(),
             ray.put(heldout) if heldout is not None else None,
             self.params,
-            code_version(),
+            version,
         )
+        machines = Machines(tracker, self.tracking.system_metrics_seconds)
         status: RunStatus = "FAILED"
         try:
-            with Overseer(job.watch, tracker, self.train) as overseer:
+            with Overseer(job.watch, tracker, machines, self.train) as overseer:
                 self._train_to_the_end(job, overseer)
-            if self.train.last_step == self.train.num_steps:
-                tracker.log_folder(job.export_dir, "model")
+            if self.train.last_step == self.train.num_steps and self.tracking.log_model:
+                if self.package:
+                    tracker.log_model(job.export_dir, self.package)
+                else:
+                    tracker.log_folder(job.export_dir, "model")
             status = "FINISHED"
         finally:
             tracker.end(status)
@@ -169,8 +185,9 @@ class Run:
         return storage.join(self.output_dir, "ray_train")
 
     def _data(self) -> DataConfig:
-        """An elastic run's workers hold the CPUs of their reads themselves: Ray counts how many workers there is room for."""
-        if not self.train.elastic:
+        """An elastic run's workers hold the CPUs of their reads themselves: Ray counts how many workers there is room for.
+        Reads on nodes of their own ask for theirs there."""
+        if not self.train.elastic or self.data.placement:
             return self.data
         return replace(self.data, cpus_per_read=0.0)
 
@@ -187,16 +204,24 @@ class Run:
                 logger.warning("%s", restarts.judge(error, overseer.last_hang, overseer.stopping))
                 overseer.workers_are_gone()
 
-    def _start_tracker(self) -> tuple[TrackerHandle, dict[str, str]]:
-        """The tracker's run: the one that a resumed run began in, else a new one."""
+    def _start_tracker(self, catalog: Catalog, version: str) -> tuple[TrackerHandle, dict[str, str]]:
+        """The tracker's run: the one that a resumed run began in, else a new one. It is told what this run is."""
         url, known = storage.join(self.output_dir, TRACKED), {}
         if self.train.resume != "none" and storage.exists(url):
-            known = json.loads(storage.read_bytes(url))
-        tracker = start_tracker(self.tracking, self.output_dir, known.get("run_id", ""))
+            known = storage.read_json(url)
+        recipe = str(self.params.get("recipe", "run"))
+        named = replace(self.tracking, run_name=self.tracking.run_name or f"{about.dated(recipe)}-seed{self.train.seed}")
+        tracker = start_tracker(named, self.output_dir, known.get("run_id", ""))
         tracker.log_params(self.params)
+        data_sets = about.data_sets(catalog, self.data, self.train)
+        tracker.describe(
+            about.description(recipe, self.command, self.train, data_sets, self.output_dir),
+            about.tags(recipe, self.output_dir, version) | {"data.sources": ", ".join(self.data.sources)},
+        )
+        tracker.log_data_sets(data_sets)
         uri = tracking_uri(self.tracking, self.output_dir)
         tracked = {"tracking_uri": uri, "experiment": self.tracking.experiment, "run_id": tracker.run_id()}
-        storage.write_bytes(url, json.dumps(tracked, indent=2).encode())
+        storage.write_bytes(url, json.dumps(redacted_values(tracked), indent=2).encode())
         return tracker, tracked
 
     def _trainer(self, job: Job) -> TorchTrainer:
@@ -204,14 +229,18 @@ class Run:
         resources = {"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})
         workers: dict[str, Any] = {"num_workers": train.max_workers}
         if train.elastic:
-            resources["CPU"] += self.data.reads_per_rank * self.data.cpus_per_read
+            if not self.data.placement:
+                resources["CPU"] += self.data.reads_per_rank * self.data.cpus_per_read
             workers = {"num_workers": train.num_workers, "elastic_resize_monitor_interval_s": RESIZE_SECONDS}
         return TorchTrainer(
             train_worker,
             train_loop_config=job,
-            torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
+            torch_config=ProcessGroup(backend="nccl" if train.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
-                use_gpu=bool(train.gpus_per_worker), resources_per_worker=resources, **workers
+                use_gpu=bool(train.gpus_per_worker),
+                resources_per_worker=resources,
+                label_selector=selector(train.placement),
+                **workers,
             ),
             run_config=ray.train.RunConfig(
                 name=f"{job.launch}-{time.monotonic_ns()}",  # a name that Ray knows would resume

@@ -216,9 +216,11 @@ class Trainer:
         return metrics
 
     def _show(self, metrics: dict[str, float]) -> None:
-        self.first, self.last, self.logged = self.first or metrics, self.last | metrics, self.logged | metrics
-        if self.rank == 0 and metrics:
-            self.job.tracker.log_metrics(metrics, self.step)
+        self.first, self.last = self.first or metrics, self.last | metrics
+        grouped = {name if "/" in name else f"train/{name}": value for name, value in metrics.items()}  # MLflow groups by /
+        self.logged |= grouped
+        if self.rank == 0 and grouped:
+            self.job.tracker.log_metrics(grouped, self.step)
 
     def _samples_seen(self) -> int:
         return self.at.samples_seen + (self.step - self.at.step) * self.plan.global_batch_size

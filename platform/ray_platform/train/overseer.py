@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from ray_platform.tracking import TrackerHandle
+from ray_platform.tracking.machines import Machines
 from ray_platform.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,8 @@ _ANSWER_TIMEOUT_S = 10.0
 class Overseer:
     """For the length of a `with` block, to be entered in the main thread where SIGTERM shall be answered."""
 
-    def __init__(self, watch: Any, tracker: TrackerHandle, train: TrainConfig):
-        self.watch, self.tracker, self.train = watch, tracker, train
+    def __init__(self, watch: Any, tracker: TrackerHandle, machines: Machines, train: TrainConfig):
+        self.watch, self.tracker, self.machines, self.train = watch, tracker, machines, train
         self.stopping = False  # SIGTERM came: a checkpoint is made, and the run ends
         self.last_hang = ""  # said once by `workers_are_gone`
         self._shown = -1
@@ -65,15 +66,16 @@ class Overseer:
                 try:
                     if self.stopping:  # again: workers that were just being started would not know
                         self._order_stop()
-                    self._hand_on_drains()
+                    nodes = ray.get(self.watch.nodes.remote(), timeout=_ANSWER_TIMEOUT_S)
+                    self._hand_on_drains(nodes)
                     self._end_a_hang()
+                    self.machines.look(nodes)
                 except ray.exceptions.RayError as error:
                     logger.warning("the watch over the workers does not answer: %s", error)
 
-    def _hand_on_drains(self) -> None:
-        """A node that will be taken away, by its cloud say: save while it is there, and go on without it."""
-        draining = ray._private.state.state.get_draining_nodes()
-        if draining and (ours := draining.keys() & ray.get(self.watch.nodes.remote(), timeout=_ANSWER_TIMEOUT_S)):
+    def _hand_on_drains(self, nodes: set[str]) -> None:
+        """One of `nodes` that will be taken away, by its cloud say: save while it is there, and go on without it."""
+        if ours := ray._private.state.state.get_draining_nodes().keys() & nodes:
             self.watch.order_stop.remote(f"node {min(ours)[:8]} is being taken away")
 
     def _end_a_hang(self) -> None:
@@ -99,7 +101,8 @@ def progress_line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
 
     Stalled: by checkpoints, scores and previews, where they take at least 1 %.
     """
-    losses = "  ".join(f"{n} {v:.3f}" for n, v in sorted(metrics.items(), reverse=True) if n.startswith("loss_"))
+    names = [name for name in sorted(metrics, reverse=True) if name.startswith("train/loss_")]
+    losses = "  ".join(f"{name.removeprefix('train/')} {metrics[name]:.3f}" for name in names)
     minutes, seconds = divmod(int(metrics.get("train/seconds_left", 0)), 60)
     stalled = metrics.get("train/share_stalled", 0)
     return (

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import ray
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError
+from ray_platform.contracts import ConfigError, DataError, SaidError
 from ray_platform.train.checkpoint import RETRY_SECONDS
 from ray_platform.train.guard import Diverged
 
 
-class TrainingError(Exception):
+class TrainingError(SaidError):
     """The run ended before its last step. The message says why in one line."""
 
 
@@ -82,7 +82,8 @@ def cause_of(error: BaseException) -> tuple[BaseException, str]:
 
 def _unwrapped(failure: BaseException) -> BaseException:
     """Ray wraps what a task or an actor raised, and how it ended."""
-    while inner := getattr(failure, "health_check_failure", None) or getattr(failure, "cause", None):
+    wrappers = ("health_check_failure", "controller_failure", "cause")
+    while inner := next(filter(None, (getattr(failure, name, None) for name in wrappers)), None):
         failure = inner
     return failure
 

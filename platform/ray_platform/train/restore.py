@@ -39,13 +39,16 @@ class Found:
         """This rank's part. Raises CorruptCheckpoint."""
         rank, world_size = dist.get_rank(), dist.get_world_size()
         manifest = checkpoint.read_manifest(url)
+        states = {r: checkpoint.load_rank_state(url, manifest, r) for r in {0, *range(rank, manifest.world_size, world_size)}}
+        for number, state in states.items():
+            _check_state(url, number, state)
         return cls(
             url,
             manifest,
             checkpoint.tensors(url, manifest, checkpoint.tensor_files(manifest)[rank::world_size]),
             checkpoint.load_ledgers(url, manifest) if manifest.source_digest == source_digest else None,
-            checkpoint.load_rank_state(url, manifest, 0),
-            [checkpoint.load_rank_state(url, manifest, r) for r in range(rank, manifest.world_size, world_size)],
+            states[0],
+            [states[r] for r in range(rank, manifest.world_size, world_size)],
         )
 
     def into(self, engine: Engine) -> None:
@@ -142,6 +145,18 @@ def rank_state(skipped: dict[str, int], history: History) -> dict[str, Any]:
     """What one rank knows besides the engine's state and the ledgers."""
     rng = base64.b64encode(bytes(torch.get_rng_state().tolist())).decode()
     return {"skipped": skipped, "history": asdict(history), "rng": rng}
+
+
+def _check_state(url: str, rank: int, state: Any) -> None:
+    """Raises CorruptCheckpoint for what is none of `rank_state`'s."""
+    try:
+        History(**state["history"])
+        counts = [state["skipped"][cause] for cause in state["skipped"]]
+        good = all(isinstance(count, int) for count in counts) and _to_tensor(state["rng"]).shape == torch.get_rng_state().shape
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        good = False
+    if not good:
+        raise CorruptCheckpoint(f"{url}: the state of rank {rank} is damaged; go on from another checkpoint by --resume PATH")
 
 
 def _to_tensor(rng: str) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""CIFAR's own files: pickles of Python 2, read by an unpickler that makes nothing but plain values and arrays."""
+"""CIFAR's own files: pickles of Python 2, read by an unpickler that makes nothing but plain values and one kind of array.
+
+Not by numpy's own functions: a pickle can have them make an array of objects out of bytes, which are followed as pointers.
+"""
 
 import codecs
 import functools
@@ -29,14 +32,42 @@ def _latin1(text: str, encoding: str) -> bytes:
     return codecs.encode(text, "latin1")
 
 
-_NEW_ARRAY = np.empty(0).__reduce__()[0]  # numpy's own name of it has changed over the versions
+class _Dtype:
+    """Stands for numpy's dtype: bytes, or nothing."""
+
+    def __init__(self, kind: str | bytes, *flags: Any) -> None:
+        if kind not in ("u1", b"u1", "|u1", b"|u1"):
+            raise pickle.UnpicklingError(f"an array of {str(kind)[:20]!r}, where CIFAR has u1")
+
+    def __setstate__(self, state: Any) -> None:
+        """Byte order and the like, which bytes do not have."""
+
+
+class _Array:
+    """Stands for numpy's array: its state is (version, shape, dtype, is Fortran's order, bytes)."""
+
+    def __init__(self, *like: Any) -> None:
+        self.pixels = np.empty(0, dtype=np.uint8)
+
+    def __setstate__(self, state: tuple[int, tuple[int, ...], _Dtype, bool, bytes]) -> None:
+        _, shape, dtype, fortran, content = state
+        if not isinstance(dtype, _Dtype) or not isinstance(content, bytes):
+            raise pickle.UnpicklingError("an array that is not made of bytes")
+        self.pixels = np.frombuffer(content, dtype=np.uint8).reshape(shape, order="F" if fortran else "C")
+
+
+class _Ndarray:
+    """Stands for numpy's class itself, which is named, but never called."""
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _NEW_ARRAY,
-    ("numpy._core.multiarray", "_reconstruct"): _NEW_ARRAY,
+    ("numpy", "ndarray"): _Ndarray,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
     ("_codecs", "encode"): _latin1,
 }
+_LARGEST = 2**28  # bytes; CIFAR's files with test images have 31 million
 
 
 class _Unpickler(pickle.Unpickler):
@@ -48,7 +79,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _load(set_name: str, url: str) -> dict[str, Any]:
     """The dictionary in a file, with texts for keys. Raises DataError for any other content, StorageError."""
-    data = storage.read_bytes(url)
+    data = storage.read_small(url, _LARGEST)
     try:
         values = _Unpickler(io.BytesIO(data), encoding="bytes").load()
         return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in values.items()}
@@ -61,10 +92,10 @@ def _load(set_name: str, url: str) -> dict[str, Any]:
 def _images(set_name: str, url: str, size: int) -> tuple[np.ndarray, list[int]]:
     """[N, 32, 32, 3] uint8 and N labels. Raises DataError, StorageError."""
     values = _load(set_name, url)
-    pixels, labels = values.get("data"), values.get("labels", values.get("fine_labels"))
+    array, labels = values.get("data"), values.get("labels", values.get("fine_labels"))
+    pixels = array.pixels if isinstance(array, _Array) else None
     if (
-        not isinstance(pixels, np.ndarray)
-        or pixels.dtype != np.uint8
+        pixels is None
         or pixels.size % np.prod(_SHAPE)
         or not isinstance(labels, list)
         or len(labels) != pixels.size // np.prod(_SHAPE)
@@ -72,7 +103,9 @@ def _images(set_name: str, url: str, size: int) -> tuple[np.ndarray, list[int]]:
         raise DataError(
             f"{set_name}: {url} does not hold CIFAR's images of 3 x 32 x 32 bytes with a label each; fetch the set again"
         )
-    return pixels.reshape(-1, *_SHAPE).transpose(0, 2, 3, 1), [int(label) for label in labels]
+    if not all(isinstance(label, int) for label in labels):
+        raise DataError(f"{set_name}: {url} has labels that are no whole numbers; fetch the set again")
+    return pixels.reshape(-1, *_SHAPE).transpose(0, 2, 3, 1), labels
 
 
 @dataclass(frozen=True)

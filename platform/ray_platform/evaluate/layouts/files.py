@@ -20,9 +20,11 @@ from ray_platform.evaluate.classes import (
 )
 from ray_platform.evaluate.sets import REGISTRY, EvaluationSet, make_set
 from ray_platform.evaluate.slices import IMAGES_A_SLICE, RawSample, Slice, Wanted
+from ray_platform.names import check_below
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _READS_AT_ONCE = 16
+_LARGEST_IMAGE = 2**28  # bytes; of a larger file this is read, which is not the whole picture
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class FilesSlice(Slice):
 
     def _content(self, name: str) -> bytes | storage.StorageError:
         try:
-            return storage.read_bytes(storage.join(self.folder, name))
+            return storage.read_bytes(storage.join(self.folder, name), 0, _LARGEST_IMAGE)
         except storage.StorageError as error:
             return error
 
@@ -71,7 +73,12 @@ def files_set(
     samples: Sequence[tuple[str, int]],
     sizes: Mapping[str, int],
 ) -> EvaluationSet:
-    """A set of image files: their names below `url` with labels, in order, and the sizes of those that are there."""
+    """A set of image files: their names below `url` with labels, in order, and the sizes of those that are there.
+
+    Raises DataError for a name that leads out of `url`.
+    """
+    for name, _ in samples:  # an index from somewhere may name any file of this machine
+        check_below(name, url)
     slices: list[Slice] = []
     for start in range(0, len(samples), IMAGES_A_SLICE):
         part = tuple(samples[start : start + IMAGES_A_SLICE])

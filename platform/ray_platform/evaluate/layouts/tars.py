@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
+from ray_platform.data.captions import LONGEST_CAPTION
 from ray_platform.data.catalog import NOMINAL_BYTES
 from ray_platform.data.causes import Reject
 from ray_platform.data.tar import IMAGE_SUFFIXES, Record, read_part, read_tar
@@ -20,6 +21,7 @@ from ray_platform.storage import StoredFile
 SPLIT = "test"
 _TYPE, _NUM_SHARDS = "dataset_type.txt", "nshards.txt"
 _BEHIND_PART = 2**16  # bytes read behind a part, for its last sample; grows where they do not reach
+_LONGEST_SAMPLE = 2**29  # bytes; one that goes on longer behind its part is cut off
 _LEAST_BYTES = 4 * tarfile.BLOCKSIZE  # of a sample: two members, a header and a block each
 _INTEGER = re.compile(rb"\s*[+-]?\d{1,9}\s*")
 
@@ -53,9 +55,8 @@ class TarSlice(Slice):
             until = min(self.stop + behind, self.size)
             data += storage.read_bytes(self.url, self.start + len(data), until)
             self._check_length(len(data), until - self.start)
-            records = read_part(
-                data, self.tar, self.stop - self.start, first=self.start == 0, last=until == self.size, suffixes=suffixes
-            )
+            last = until == self.size or behind > _LONGEST_SAMPLE
+            records = read_part(data, self.tar, self.stop - self.start, first=self.start == 0, last=last, suffixes=suffixes)
             if records is not None:
                 return records
             behind *= 8
@@ -81,6 +82,8 @@ class TarSlice(Slice):
             return RawSample(record.key, image, int(label)) if _INTEGER.fullmatch(label) else Reject(record.key, "label_invalid")
         if self.wanted.task == "images":
             return RawSample(record.key, image)
+        if len(members.get("txt", b"")) > LONGEST_CAPTION:
+            return Reject(record.key, "caption_too_long")
         try:
             lines = bytes(members.get("txt", b"")).decode().split("\n")
         except UnicodeDecodeError:
@@ -160,8 +163,8 @@ def _in_order(name: str) -> tuple[str, int, str]:
 
 def _check_shards(set_name: str, counted: str, tars: Sequence[StoredFile]) -> None:
     """Whether there are the tars that nshards.txt speaks of, no less and no more."""
-    text = storage.read_bytes(counted).strip()
-    if not text.isdigit() or not int(text):
+    text = storage.read_small(counted).strip()
+    if not text.isdigit() or not 0 < int(text[:9]) == int(text[:20]):
         says = text[:40].decode(errors="replace")
         raise DataError(
             f"{set_name}: {counted} must have the number of shards, but says {says!r}; correct it, or fetch the set again"
@@ -184,7 +187,7 @@ def _check_shards(set_name: str, counted: str, tars: Sequence[StoredFile]) -> No
 
 def _task(set_name: str, type_url: str | None) -> str:
     """What CLIP_benchmark calls the type of a set, which must be the registry's."""
-    kind = (storage.read_bytes(type_url).decode(errors="replace").strip().lower() if type_url else "") or "classification"
+    kind = (storage.read_small(type_url).decode(errors="replace").strip().lower() if type_url else "") or "classification"
     if kind not in ("classification", "retrieval"):
         raise DataError(f"{set_name}: {type_url} says {kind!r}; only classification and retrieval sets can be evaluated")
     info = REGISTRY.get(set_name)

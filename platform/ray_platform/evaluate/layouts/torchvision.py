@@ -78,7 +78,7 @@ def _indexed(set_name: str, folder: str, layout: Layout) -> EvaluationSet:
 
 
 def _mat(folder: str, name: str) -> dict:
-    return scipy.io.loadmat(io.BytesIO(storage.read_bytes(storage.join(folder, name))), squeeze_me=True)
+    return scipy.io.loadmat(io.BytesIO(storage.read_small(storage.join(folder, name))), squeeze_me=True)
 
 
 def _cars(folder: str) -> Index:
@@ -97,7 +97,7 @@ def _flowers(folder: str) -> Index:
 
 
 def _food(folder: str) -> Index:
-    names = json.loads(storage.read_bytes(storage.join(folder, "meta/test.json")))
+    names = json.loads(storage.read_small(storage.join(folder, "meta/test.json")))
     classes = sorted(names)
     samples = [(f"images/{name}.jpg", label) for label, class_name in enumerate(classes) for name in names[class_name]]
     return Index(classes, storage.join(folder, "meta/test.json"), samples, "images/*/*")

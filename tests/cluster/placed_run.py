@@ -1,0 +1,126 @@
+"""A cluster of three labelled nodes, and who ran on which of them: `python placed_run.py <folder>`.
+
+What Ray runs is seen from outside: every worker process is a child of its node's raylet and is named for what it does.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+from ray_platform.contracts import ConfigError
+from ray_platform.data.catalog import build_catalog
+from ray_platform.data.config import DataConfig
+from ray_platform.data.precompute import precompute
+from ray_platform.evaluate.fan_out import FanOut, Fleet
+from ray_platform.evaluate.kept import Kept
+from ray_platform.placement import room
+from tests.end_to_end.conftest import write_shards
+from tests.end_to_end.test_faults import make_run
+from tests.ray_platform.evaluate.test_fan_out import squares
+from tests.ray_platform.evaluate.work_for_tests import no_parts
+from tests.ray_platform.test_precompute import encoders
+
+CPU, GPU = {"pool": "cpu"}, {"pool": "gpu"}  # the second one trains; that it has no GPU here changes nothing
+# Each has room for all that runs, so that nothing but the labels says where.
+NODES = {"head": 0, "cpu": 4, "gpu": 4}
+
+
+class Watcher:
+    """Which processes each node had, by name, for the length of a `with` block."""
+
+    def __init__(self, raylets):
+        self.raylets, self.seen = raylets, {pool: set() for pool in raylets}
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+
+    def _look(self):
+        while not self.done.wait(0.01):
+            for pool, pid in self.raylets.items():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    for process in psutil.Process(pid).children(recursive=True):
+                        with contextlib.suppress(psutil.Error, IndexError):
+                            self.seen[pool].add(process.cmdline()[0])
+
+    def names(self):
+        return {pool: sorted(name for name in names if name.startswith("ray::")) for pool, names in self.seen.items()}
+
+
+def refusals(run, catalog, config):
+    """What is said where the labelled nodes are too small, or not there."""
+    for wanted in (
+        lambda: Fleet(no_parts, 5, placement=GPU).size(),
+        lambda: list(precompute(catalog, config, replace(encoders(), count=9, placement=GPU), "/nowhere")),
+        lambda: replace(run, train=replace(run.train, num_workers=(1, 2), placement={})).check(),
+    ):
+        try:
+            wanted()
+        except ConfigError as error:
+            yield str(error)
+
+
+def size_where_nodes_may_come():
+    """Of a fleet that does not fit, once the cluster's books say what they say where KubeRay's autoscaler is on."""
+    key, namespace = ray._raylet.GCS_AUTOSCALER_V2_ENABLED_KEY, ray._raylet.GCS_AUTOSCALER_STATE_NAMESPACE
+    internal_kv_get_gcs_client().internal_kv_put(key.encode(), b"1", True, namespace=namespace.encode())
+    return Fleet(no_parts, 5, placement=GPU).size()
+
+
+def main():
+    output = Path(sys.argv[1])
+    shards = write_shards(output / "shards", num_shards=4, samples_a_shard=60)
+    nodes, cluster = {}, Cluster()
+    for pool, cpus in NODES.items():
+        nodes[pool] = cluster.add_node(
+            num_cpus=cpus, labels={"pool": pool}, object_store_memory=200 * 2**20, include_dashboard=False
+        )
+    raylets = {pool: node.all_processes["raylet"][0].process.pid for pool, node in nodes.items()}
+    ray.init(
+        address=cluster.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+    )  # fmt: skip
+    config = DataConfig(sources=(str(shards),), image_size=16, placement=CPU)
+    run = make_run(output, shards, num_steps=12, placement=GPU)
+    run = replace(run, data=replace(run.data, placement=CPU))
+    catalog = build_catalog(config)
+    with Watcher(raylets) as trained:
+        run.fit()
+    with Watcher(raylets) as encoded:
+        list(precompute(catalog, config, replace(encoders(count=2), placement=GPU), str(output / "encoded")))
+    with Watcher(raylets) as evaluated:
+        fleet = Fleet(no_parts, 2, cpus_per_worker=0.5, placement=GPU)
+        rows = list(FanOut(fleet, Kept(str(output / "kept")), lambda line: None).run(squares(range(40))))
+    found = {
+        "trained": trained.names(),
+        "encoded": encoded.names(),
+        "evaluated": evaluated.names(),
+        "units": len(rows),
+        "cpus": {pool: room({"pool": pool}).get("CPU", 0) for pool in (*NODES, "none")},
+        "refusals": list(refusals(run, catalog, config)),
+    }
+    found["size_where_nodes_may_come"] = size_where_nodes_may_come()
+    (output / "found.json").write_text(json.dumps(found, indent=2))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()

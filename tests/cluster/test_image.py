@@ -1,0 +1,94 @@
+"""The image's recipe: its linter, its steps against `make setup`, its files against the repository."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.manifests import CLUSTER, IMAGE_ROOT, ROOT, pinned
+
+DOCKERFILE = CLUSTER / "Dockerfile"
+
+
+def instructions():
+    """(instruction, its arguments), with continued lines joined."""
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(line for line in DOCKERFILE.read_text().splitlines() if not line.startswith("#")))
+    return [tuple(line.split(None, 1)) for line in joined.splitlines() if line]
+
+
+def copied():
+    for name, arguments in instructions():
+        if name == "COPY":
+            *sources, _ = [word for word in arguments.split() if not word.startswith("--")]
+            yield from sources
+
+
+def installed(*assignments):
+    """The commands of `make setup` in a folder where nothing is installed."""
+    command = ["make", "--dry-run", "setup", "VENV=/nowhere/venv", *assignments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_linter_finds_nothing():
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_it_installs_by_the_steps_and_the_versions_that_everybody_has():
+    runs = [arguments for name, arguments in instructions() if name == "RUN"]
+    (step,) = [run for run in runs if "pip" in run.lower()]
+    assert re.search(r"make setup EXTRAS=demo,eval,server$", step), "no step of its own that could drift from the Makefile's"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"demo", "eval", "server"} <= extras.keys()
+    commands = installed("EXTRAS=demo,eval,server")
+    assert '--editable ".[demo,eval,server]"' in commands
+    assert commands.count("--constraint constraints.txt") == commands.count("pip --disable-pip-version-check install") == 4
+    assert "clip-benchmark" not in commands
+    assert "clip-benchmark" in installed(), "the peers come with dev, as before"
+    for requirement in extras["server"]:
+        assert pinned(requirement.partition("[")[0])
+
+
+def test_what_it_copies_is_there_and_reaches_the_build():
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert sorted(allowed) == sorted(copied())
+    for source in copied():
+        assert (ROOT / source).exists()
+    assert ("WORKDIR", IMAGE_ROOT) in instructions()
+
+
+def test_a_cpu_variant_is_one_argument_away():
+    arguments = {text.partition("=")[0]: text.partition("=")[2] for name, text in instructions() if name == "ARG"}
+    assert arguments == {"PYTHON": "3.11", "TORCH_INDEX": '""'}
+    assert arguments["PYTHON"] in (ROOT / "pyproject.toml").read_text()
+    (step,) = [text for name, text in instructions() if name == "RUN" and "make setup" in text]
+    assert 'PIP_EXTRA_INDEX_URL="${TORCH_INDEX}"' in step
+
+
+def test_it_is_no_root_asks_for_a_token_and_has_what_kuberay_calls():
+    found = dict(instructions())
+    assert found["USER"] == "1000"
+    assert "RAY_AUTH_MODE=token" in found["ENV"]
+    packages = next(text for name, text in instructions() if name == "RUN" and "apt-get install" in text).split()
+    assert {"bash", "wget"} <= set(packages)
+
+
+@pytest.mark.parametrize("name", ["pretrain.py", "sweep.py"])  # the second imports what all others do
+def test_the_copied_files_are_enough_for_a_job(name, tmp_path):
+    """In a copy of what the image gets, by an interpreter that has the dependencies and not this project."""
+    for source in copied():
+        subprocess.run(["cp", "-r", str(ROOT / source), str(tmp_path / source)], check=True)
+    packages = next(path for path in sys.path if path.endswith("site-packages"))
+    program = (
+        f"import sys, runpy; sys.path = [p for p in sys.path if p != {packages!r}] + [{packages!r}]; "
+        f"sys.argv = [{name!r}, '--help']; sys.path.insert(0, {str(tmp_path / 'jobs')!r}); "
+        f"runpy.run_path({str(tmp_path / 'jobs' / name)!r}, run_name='__main__')"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-S", "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "--output_dir" in done.stdout

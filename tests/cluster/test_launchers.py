@@ -1,0 +1,136 @@
+"""Ray's VM launcher, containers on one machine, and the commands of docs/clusters.md."""
+
+import re
+import shlex
+
+import boto3
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import start
+
+from recipes import command_line
+from tests.cluster.manifests import CLUSTER, ROOT, documents, ray_cluster
+
+NEEDS_A_CLOUD = "<!-- needs a cloud"  # in the line above a block of commands that nothing here can run
+DOCS = (ROOT / "docs" / "clusters.md").read_text()
+POOLS = {"head", "cpu", "gpu"}
+
+
+def aws():
+    (config,) = documents(CLUSTER / "aws.yaml")
+    return config
+
+
+def blocks():
+    """(whether it needs a cloud, its commands, with continued lines joined)."""
+    for above, block in re.findall(r"([^\n]*)\n```\n(.*?)```", DOCS, re.DOTALL):
+        joined = block.replace("\\\n", " ")
+        yield above.startswith(NEEDS_A_CLOUD), [shlex.split(line, comments=True) for line in joined.splitlines()]
+
+
+def commands(*words):
+    return [line for _, lines in blocks() for line in lines if line[: len(words)] == list(words)]
+
+
+def labels(arguments):
+    return start.make_context("ray start", list(arguments)).params["labels"]
+
+
+def test_rays_launcher_takes_the_file():
+    config = prepare_config(aws())
+    validate_config(config)
+    types = config["available_node_types"]
+    pools = {name: (t["labels"]["pool"], t["resources"].get("CPU"), t["resources"].get("GPU", 0)) for name, t in types.items()}
+    assert pools == {"head": ("head", 0, 0), "cpu": ("cpu", 16, 0), "gpu": ("gpu", 192, 8)}
+    assert sum(t["max_workers"] for t in types.values() if t["labels"]["pool"] != "head") == config["max_workers"]
+    broken = prepare_config(aws() | {"idle_timeout_minuets": 3})
+    with pytest.raises(Exception, match="idle_timeout_minuets"):
+        validate_config(broken)
+
+
+def test_amazon_has_the_fields_of_a_machine():
+    """Parameters checked as boto3 does before it sends anything; the launcher adds the number and the network."""
+    client = boto3.client("ec2", region_name=aws()["provider"]["region"], aws_access_key_id="a", aws_secret_access_key="b")
+    shape = client.meta.service_model.operation_model("RunInstances").input_shape
+    from botocore.validate import ParamValidator
+
+    for node_type in aws()["available_node_types"].values():
+        report = ParamValidator().validate({"MinCount": 1, "MaxCount": 1, **node_type["node_config"]}, shape)
+        assert not report.has_errors(), report.generate_report()
+    wrong = ParamValidator().validate({"MinCount": 1, "MaxCount": 1, "InstanceTyp": "m7i.large"}, shape)
+    assert "InstanceTyp" in wrong.generate_report()
+
+
+def test_no_machine_has_a_public_address_and_the_token_is_on_all():
+    config = aws()
+    assert config["provider"]["use_internal_ips"]
+    for rule in config["provider"]["security_group"]["IpPermissions"]:
+        assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
+        assert [entry["CidrIp"] for entry in rule["IpRanges"]] == ["10.0.0.0/8"]
+    assert list(config["file_mounts"]) == ["/home/ray/.ray/auth_token"]
+    assert "useradd --create-home" in (CLUSTER / "Dockerfile").read_text()
+    for key, address in (("head_start_ray_commands", None), ("worker_start_ray_commands", "$RAY_HEAD_IP:6379")):
+        (command,) = config[key]
+        options = start.make_context("ray start", shlex.split(command)[2:]).params
+        assert options["address"] == address
+        assert options["dashboard_host"] in ("localhost", "127.0.0.1")
+
+
+def test_on_demand_where_drivers_are_and_spot_where_a_run_goes_on():
+    types = aws()["available_node_types"]
+    assert "InstanceMarketOptions" not in types["head"]["node_config"]
+    assert types["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    for node_type in types.values():
+        assert node_type["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
+
+
+def test_containers_on_one_machine():
+    (compose,) = documents(CLUSTER / "local" / "compose.yaml")
+    assert compose["services"].keys() == POOLS
+    for name, service in compose["services"].items():
+        ray, verb, *arguments = shlex.split(service["command"])
+        assert (ray, verb) == ("ray", "start")
+        assert labels(arguments) == f"pool={name}"
+        assert service["secrets"] == ["ray_token"]
+        assert service["environment"] == {"RAY_AUTH_TOKEN_PATH": "/run/secrets/ray_token"}
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:")
+    head = start.make_context("ray start", shlex.split(compose["services"]["head"]["command"])[2:]).params
+    assert (head["num_cpus"], head["head"]) == (0, True)
+
+
+def test_the_pools_are_the_same_everywhere():
+    spec = ray_cluster()["spec"]
+    kubernetes = {group["labels"]["pool"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])}
+    launcher = {node_type["labels"]["pool"] for node_type in aws()["available_node_types"].values()}
+    machines = {labels(line[2:]).removeprefix("pool=") for line in commands("ray", "start")}
+    assert kubernetes == launcher == machines == POOLS
+
+
+def test_every_job_in_the_docs_can_be_started():
+    """Those that need a cloud by their options; all others by what they do: see the next."""
+    jobs = commands("python") + [line[line.index("--") + 1 :] for line in commands("ray", "job", "submit")]
+    assert len(jobs) == 3
+    for python, script, *arguments in jobs:
+        assert (python, script.rpartition("/")[2]) == ("python", "pretrain.py")
+        config = command_line.parse(arguments).config
+        assert (config.data.placement, config.train.placement) == ({"pool": "cpu"}, {"pool": "gpu"})
+
+
+def test_what_needs_no_cloud_is_run(build_shards, tmp_path, capsys, monkeypatch):
+    (line,) = [line for cloud, lines in blocks() if not cloud for line in lines]
+    own = {"/data/my-shards": str(build_shards), "/data/my-run": str(tmp_path / "run")}
+    command = command_line.parse([own.get(argument, argument) for argument in line[2:]])
+    assert command.dry_run
+    shown = command.config.run(command.recipe).dry_run()
+    assert (shown["shards"], shown["workers"]) == (4, 2)
+    assert yaml.safe_load(command.yaml)["train"]["placement"] == {"pool": "gpu"}
+
+
+def test_files_that_the_docs_name_are_there():
+    for name in set(re.findall(r"cluster/[\w./-]+\.yaml|cluster/Dockerfile", DOCS)):
+        assert (ROOT / name).is_file(), name
+    for name in re.findall(r"^\| `(.*?)`", DOCS[DOCS.index("| file | what |") :], re.MULTILINE):
+        folder = CLUSTER / "kuberay"
+        assert (folder / name).is_file() or (ROOT / name).is_file(), name

@@ -1,0 +1,44 @@
+"""A training across hosts with addresses of their own, one of whose links is cut: for a while, and for good."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import hosts
+
+BENCHMARK = hosts.ROOT / "tests" / "benchmarks" / "several_hosts.py"
+
+
+def run(folder: Path, *cuts: str) -> tuple[dict, str]:
+    """(what came out, all that was said). The hosts need a network, and so a process, of their own."""
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(str(path) for path in (hosts.ROOT, hosts.ROOT / "platform", hosts.ROOT / "jobs")),
+        "TMPDIR": str(folder),
+    }
+    command = [sys.executable, str(BENCHMARK), "--cuts", *cuts]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.s3
+@pytest.mark.timeout(1200)
+def test_a_run_across_hosts_loses_nothing_when_a_link_is_cut(tmp_path):
+    """`ray job submit` to three hosts with S3 on a fourth, ZeRO 2. Ten seconds are waited for; after a host that is gone for
+    good, the run goes on from its newest checkpoint with the one to spare."""
+    if reason := hosts.why_not():
+        pytest.skip(reason)
+    found, said = run(tmp_path, "worker", "replaced")
+    assert found["finished"], said
+    assert found["exit_code"] == 0, said
+    assert (found["num_hosts"], found["num_samples_lost"], found["num_samples_doubled"]) == (5, 0, 0), said
+    assert found["epochs_in_ledger"] == found["num_epochs"], said
+    short, lasting = found["cuts"]
+    assert not short["noticed"], said
+    assert "going on from s3://tests/run/checkpoints" in lasting["noticed"], said
+    assert found["num_steps_done_twice"] > 0, "the second cut came between two checkpoints"

@@ -1,0 +1,153 @@
+"""MLflow as users see it: a real training's run, its data sets and its model, in SQLite and on a server; and its pages."""
+
+import base64
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from ray_platform.tracking import TrackingConfig
+from serving.package import model_package
+from tests.mlflow_pages import Pages
+from tests.mlflow_server import MlflowServer
+from tests.postgres_server import PostgresServer
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+# In a process without our paths, which knows the store alone.
+USE = """
+import base64, json, sys
+import mlflow
+uri, version = sys.argv[1:]
+mlflow.set_tracking_uri(uri)
+model = mlflow.pyfunc.load_model(f"models:/tiny/{version}")
+rows, params = model.input_example, {"classes": ["red circle", "blue star"], "num_steps": 2}
+chosen = model.predict(rows, params)["class"][0]
+drawn = model.predict({"caption": "red heart"}, {"task": "generate", "num_steps": 2})["image"][0]
+print(json.dumps([chosen, base64.b64encode(drawn).decode()]))
+"""
+
+
+def train(make_run, output, **tracking):
+    """A training of two workers with previews and a checkpoint; returns where it is tracked."""
+    run = make_run(output, preview_every=20, num_steps=40, log_every=2)
+    config = TrackingConfig(registered_model="tiny", tags={"team": "vision"}, system_metrics_seconds=1.0, **tracking)
+    command = "python jobs/pretrain.py --tracking.uri http://someone:secret@mlflow.example"
+    return dataclasses.replace(run, tracking=config, package=model_package("joint"), command=command).fit()
+
+
+@pytest.fixture(scope="module")
+def finished(make_run, tmp_path_factory, ray_cluster):
+    return train(make_run, tmp_path_factory.mktemp("finished"))
+
+
+def check_run(tracked, shards):
+    """What every finished run shows, wherever it is tracked."""
+    client = MlflowClient(tracked["tracking_uri"])
+    run = client.get_run(tracked["run_id"])
+    assert run.info.status == "FINISHED"
+    assert re.fullmatch(r"test-\d{4}-\d{4}-seed0", run.info.run_name)
+    tags = run.data.tags
+    assert (tags["recipe"], tags["team"], tags["data.sources"]) == ("test", "vision", str(shards))
+    assert tags["code_version"].startswith(("git-", "files-"))
+    note = tags["mlflow.note.content"]
+    assert "Pretraining by the recipe `test`, seed 0: 40 steps on 2 workers, ZeRO 1." in note
+    assert "python jobs/pretrain.py --tracking.uri http://***@mlflow.example" in note, "and no password"
+    [given] = run.inputs.dataset_inputs
+    assert (given.dataset.name, json.loads(given.dataset.source)["uri"]) == (shards.name, str(shards))
+    assert json.loads(given.dataset.profile)["num_shards"] == 4
+    assert {tag.value for tag in given.tags} == {"training"}
+    assert given.dataset.digest in note
+    ungrouped = {name for name in run.data.metrics if "/" not in name}
+    assert not ungrouped, "MLflow's pages group metrics by what precedes the slash"
+    assert {name.partition("/")[0] for name in run.data.metrics} >= {"train", "data", "memory", "system"}
+    assert 0 < run.data.metrics["system/node_0/system_memory_usage_percentage"] < 100
+    assert tags["node_0"] == os.uname().nodename
+    assert {file.path for file in client.list_artifacts(tracked["run_id"], "previews")} == {
+        "previews/step_00000020.png", "previews/step_00000040.png",
+    }  # fmt: skip
+    version = max(client.search_model_versions("name='tiny'"), key=lambda version: int(version.version))
+    assert (version.run_id, version.tags["recipe"]) == (tracked["run_id"], "test")
+    made = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert {metric.key for metric in made.metrics} >= {"train/loss_generation", "train/loss_alignment"}
+    return version.version
+
+
+def check_model(uri, version, folder):
+    environment = {n: v for n, v in os.environ.items() if n != "PYTHONPATH" and not n.startswith("AWS_")}
+    command = [sys.executable, "-c", USE, uri, str(version)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    chosen, drawn = json.loads(done.stdout.strip().splitlines()[-1])
+    assert chosen in ("red circle", "blue star")
+    assert Image.open(io.BytesIO(base64.b64decode(drawn))).size == (16, 16)
+
+
+def test_a_finished_run_in_sqlite(finished, shards, tmp_path):
+    check_model(finished["tracking_uri"], check_run(finished, shards), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.s3
+def test_a_finished_run_on_a_server_over_postgresql_and_s3(make_run, shards, s3_server, tmp_path):
+    """The client has no credentials of the bucket: artifacts go through the server."""
+    import fsspec
+
+    with (
+        PostgresServer() as postgres,
+        MlflowServer(
+            tmp_path, postgres.url, "--artifacts-destination", "s3://tests/mlflow", environment=s3_server.environment
+        ) as server,
+    ):
+        tracked = train(make_run, tmp_path / "run", uri=server.url)
+        check_model(server.url, check_run(tracked, shards), tmp_path)
+        assert not (tmp_path / "run" / "mlflow.db").exists()
+        given = s3_server.environment
+        bucket = fsspec.filesystem(
+            "s3", key=given["AWS_ACCESS_KEY_ID"], secret=given["AWS_SECRET_ACCESS_KEY"], endpoint_url=s3_server.endpoint,
+            client_kwargs={"region_name": "us-east-1"}, skip_instance_cache=True,
+        )  # fmt: skip
+        stored = bucket.find("tests/mlflow")
+        assert any(name.endswith("previews/step_00000040.png") for name in stored)
+        assert any(name.endswith("unet/diffusion_pytorch_model.safetensors") for name in stored)
+
+
+@pytest.fixture
+def page() -> Iterator:
+    """A page of Debian's chromium, without a window."""
+    browser = shutil.which("chromium")
+    if not browser:
+        pytest.skip("no chromium here (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        shown = opened.new_page(viewport={"width": 1440, "height": 900})
+        shown.set_default_timeout(90_000)
+        yield shown
+        opened.close()
+
+
+@pytest.mark.slow
+def test_the_pages_show_curves_grids_and_the_model(finished, page, tmp_path):
+    with MlflowServer(tmp_path, finished["tracking_uri"]) as server:
+        pages = Pages(page, server.url, finished["tracking_uri"], finished["run_id"])
+        overview = pages.overview()
+        assert "Pretraining by the recipe" in overview
+        assert "team" in overview
+        names, drawn = pages.curves()
+        assert "loss_generation" in names
+        assert drawn >= 3, "lines of the losses"
+        assert "node_0" in pages.machines()
+        assert pages.grid("previews/step_00000040.png") > 32, "pixels of the preview's width"
+        assert "caption" in pages.model(), "its signature"
+        assert not pages.errors, pages.errors

@@ -1,0 +1,127 @@
+"""Hosts with addresses of their own on one machine, whose links can be cut: Linux namespaces and a bridge.
+
+All of it lives in a sandbox, `goes_on_alone`: with its last process go the network, the mounts and whatever still runs on the
+hosts. Nothing is added to the machine's own network, so any number of sandboxes stand side by side.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+_INSIDE = "DIFFDIS_TESTS_SANDBOX"
+_UNSHARE = ["unshare", "--net", "--mount", "--propagation", "private"]
+_SANDBOX = [*_UNSHARE, "--pid", "--fork", "--kill-child", "--mount-proc"]
+_TRIAL = "ip link add bridge type bridge && ip link add one type veth peer name two && mount -t tmpfs tmpfs /mnt"
+_SUBNET = "10.77.0"
+# The shell that holds a host's namespaces. Its /tmp is a folder of ours; what of the project lies below /tmp shows through.
+# /etc/hosts is as Debian's installer writes it: the host's name is an address of loopback.
+_BOOT = """
+set -e
+hostname "$1"
+ip link set lo up
+mount -t tmpfs -o size="$3" tmpfs /dev/shm
+printf '127.0.0.1 localhost\\n127.0.1.1 %s\\n' "$1" > "$2/hosts"
+mount --bind "$2/hosts" /etc/hosts
+for folder in "${@:4}"; do mkdir -p "$2/${folder#/tmp/}"; mount --bind "$folder" "$2/${folder#/tmp/}"; done
+mount --rbind "$2" /tmp
+echo up
+exec sleep infinity
+"""
+
+
+def why_not() -> str:
+    """Why no hosts can be built here; empty where they can."""
+    if missing := [tool for tool in ("unshare", "nsenter", "ip") if not shutil.which(tool)]:
+        return f"needs {' and '.join(missing)} (util-linux, iproute2)"
+    done = subprocess.run([*_sandbox(), "sh", "-c", _TRIAL], capture_output=True, text=True)
+    return f"namespaces are not permitted: {done.stderr.strip()}" if done.returncode else ""
+
+
+def goes_on_alone() -> None:
+    """Call it first: the same command once more, in a sandbox, in this process's place. Returns inside."""
+    if not os.environ.get(_INSIDE):
+        if reason := why_not():
+            sys.exit(f"error: no hosts can be built: {reason}")
+        os.environ[_INSIDE] = "1"
+        os.execvp("unshare", [*_sandbox(), sys.executable, *sys.argv])
+
+
+def _sandbox() -> list[str]:
+    return _SANDBOX if os.geteuid() == 0 else [*_SANDBOX, "--map-root-user"]
+
+
+class Network:
+    """A switch to which the sandbox itself, as the user's own machine, and the hosts are connected, for the length of a `with`
+    block."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` takes what the hosts write, each in a folder of its name."""
+        self.folder = folder
+        self.hosts: list[Host] = []
+        _ip("link set lo up")
+        _ip("link add switch type bridge")
+        _ip(f"addr add {_SUBNET}.1/24 dev switch")
+        _ip("link set switch up")
+
+    def __enter__(self) -> "Network":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """All hosts lose their power. What has lost its parent is the sandbox's first process's child, so this one's."""
+        while processes := [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]:
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(processes, timeout=5)
+
+    def host(self, name: str, shared_memory: int = 2**28) -> "Host":
+        """A new host, connected. `shared_memory`: bytes of its /dev/shm."""
+        self.hosts.append(Host(name, f"{_SUBNET}.{len(self.hosts) + 2}", self.folder / name, shared_memory))
+        return self.hosts[-1]
+
+
+class Host:
+    """Its processes see a network interface, /tmp, /dev/shm and name of its own; the machine's other files are its image."""
+
+    def __init__(self, name: str, address: str, files: Path, shared_memory: int) -> None:
+        """`files` is its /tmp."""
+        self.name, self.address, self.files = name, address, files
+        files.mkdir(parents=True)
+        below_tmp = [str(folder) for folder in (ROOT, Path(sys.prefix)) if folder.is_relative_to("/tmp")]
+        boot = ["bash", "-c", _BOOT, "boot", name, str(files), str(shared_memory), *below_tmp]
+        holder = subprocess.Popen([*_UNSHARE, "--uts", *boot], stdout=subprocess.PIPE, text=True)
+        assert holder.stdout is not None
+        if holder.stdout.readline() != "up\n":
+            raise RuntimeError(f"the host {name} did not come up")
+        # What comes before a command that is to run there, in its /tmp.
+        self.prefix = ["nsenter", f"--target={holder.pid}", "--net", "--mount", "--uts", "--wdns=/tmp", "--"]
+        _ip(f"link add {name} type veth peer name eth0 netns {holder.pid}")
+        _ip(f"link set {name} master switch up")
+        self.run(["ip", "addr", "add", f"{address}/24", "dev", "eth0"])
+        self.run(["ip", "link", "set", "eth0", "up"])
+
+    def run(self, command: Sequence[str]) -> None:
+        subprocess.run([*self.prefix, *command], check=True)
+
+    def start(self, command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen:
+        """What it says goes to `log` among its files."""
+        with (self.files / "log").open("ab") as log:
+            return subprocess.Popen([*self.prefix, *command], env=dict(env), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def cut(self) -> None:
+        """Its cable is pulled: nothing arrives any more, and nobody is told."""
+        _ip(f"link set {self.name} down")
+
+    def mend(self) -> None:
+        _ip(f"link set {self.name} up")
+
+
+def _ip(command: str) -> None:
+    subprocess.run(["ip", *command.split()], check=True)

@@ -1,0 +1,54 @@
+"""A real MLflow server on a free port of loopback."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class MlflowServer:
+    """`mlflow server` over a store, for the length of a `with` block."""
+
+    def __init__(self, folder: Path, store: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = folder / "mlflow_server.log"
+        self._command = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+            "--backend-store-uri", store, *arguments,
+        ]  # fmt: skip
+        settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self._environment = {**os.environ, **settings, **(environment or {})}
+
+    def __enter__(self) -> "MlflowServer":
+        with self._log.open("wb") as log:
+            # A session of its own: it starts others, which end with it.
+            self._process = subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 600
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return self
+            except OSError as error:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    self.__exit__()
+                    raise RuntimeError(f"MLflow's server did not start: {self.said}") from error
+                time.sleep(0.2)
+
+    def __exit__(self, *_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(self._process.pid, number)
+                self._process.wait(timeout=30)
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()[-4000:]

@@ -1,0 +1,52 @@
+"""How a run presents itself: names, tags, description, data sets."""
+
+import re
+import shutil
+
+from ray_platform.data.catalog import build_catalog
+from ray_platform.data.config import DataConfig
+from ray_platform.train import about
+from ray_platform.train.config import TrainConfig
+
+
+def data_sets(sources, weights=(), max_read_mb=256, **train):
+    config = DataConfig(sources=tuple(map(str, sources)), weights=weights, max_read_mb=max_read_mb)
+    return about.data_sets(build_catalog(config), config, TrainConfig(**train))
+
+
+def test_a_source_has_one_digest_wherever_it_is_and_however_it_is_read(shard_folder, tmp_path):
+    [alone] = data_sets([shard_folder])
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(shard_folder, moved)
+    shutil.copytree(shard_folder, other)
+    (other / "00003.tar").unlink()
+    mixed = data_sets([moved, other], weights=(0.75, 0.25), max_read_mb=1, heldout_sources=(str(shard_folder),))
+    assert [data.context for data in mixed] == ["training", "training", "heldout"]
+    assert [data.name for data in mixed] == ["moved", "other", shard_folder.name]
+    assert (mixed[0].digest, mixed[2].digest, mixed[1].digest != alone.digest) == (alone.digest, alone.digest, True)
+    assert alone.counts == {"num_shards": 5, "num_bytes": sum(tar.stat().st_size for tar in shard_folder.glob("*.tar"))}
+    assert mixed[1].counts["num_shards"] == 4
+
+
+def test_counts_of_samples_are_told_where_all_shards_have_one(shard_folder, tmp_path):
+    folder = tmp_path / "train"
+    shutil.copytree(shard_folder, folder)
+    for tar in folder.glob("*.tar"):
+        tar.with_name(f"{tar.stem}_stats.json").write_text('{"successes": 2}')
+    [found], [matched] = data_sets([folder]), data_sets([folder / "0000[0-9].tar"])
+    assert (found.name, found.counts["num_samples"], found.url) == ("train", 10, str(folder))
+    assert (matched.name, matched.digest, "num_samples" in matched.counts) == ("train", found.digest, False)
+    text = about.description("demo", "", TrainConfig(num_steps=1000), [found], "/data/run")
+    assert (
+        f"- training data: 10 samples, 5 shards, {found.counts['num_bytes'] / 1e6:.1f} MB in `{folder}` (digest `{found.digest}`)"
+        in text
+    )
+
+
+def test_a_description_says_what_runs(shard_folder):
+    text = about.description("demo", "python jobs/pretrain.py", TrainConfig(num_workers=(2, 8), zero_stage=3), [], "s3://b/run")
+    assert text.startswith("Pretraining by the recipe `demo`, seed 0: 100,000 steps on 2 to 8 workers, ZeRO 3.")
+    assert text.endswith("```\npython jobs/pretrain.py\n```")
+    assert re.fullmatch(r"demo-\d{4}-\d{4}", about.dated("demo"))
+    assert about.tags("demo", "/run", "git-0123")["mlflow.source.git.commit"] == "0123"
+    assert "mlflow.source.git.commit" not in about.tags("demo", "/run", "files-0123")

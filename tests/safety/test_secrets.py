@@ -1,0 +1,150 @@
+"""What is printed, logged, saved and told to MLflow holds no secret, and a saved configuration still starts."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ray_platform import redaction, storage
+from ray_platform.contracts import ConfigError, DataError
+from ray_platform.redaction import is_redacted, redacted, redacted_values, restored
+from ray_platform.tracking import Tracker, TrackingConfig
+from recipes.command_line import parse
+
+ROOT = Path(__file__).parents[2]
+PASSWORD = "hunter2-and-more"
+URI = f"postgresql://mlflow:{PASSWORD}@db:5432/mlflow"
+SIGNED = "https://b.s3.amazonaws.com/k?X-Amz-Credential=AKIAIOSFODNN7EXAMPLE%2F1&X-Amz-Signature=0badc0de&x=1"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (URI, "postgresql://***@db:5432/mlflow"),
+        ("see https://user:p@ss/w@host/x.", "see https://***@host/x."),
+        ("git clone https://ghp_token@github.com/x", "git clone https://***@github.com/x"),
+        ("s3://AKIAIOSFODNN7EXAMPLE:wJalr/XUtnFEMI@bucket/x", "s3://***@bucket/x"),
+        (SIGNED, "https://b.s3.amazonaws.com/k?X-Amz-Credential=***&X-Amz-Signature=***&x=1"),
+        ("AWS_SECRET_ACCESS_KEY=abc python x.py", "AWS_SECRET_ACCESS_KEY=*** python x.py"),
+        ("python x.py --tracker.api_key 'abc def' --y", "python x.py --tracker.api_key '*** def' --y"),
+        ('{"wandb": {"api_key": "abc"}}', '{"wandb": {"api_key": "***"}}'),
+        ("Authorization: Bearer abcdefgh.ijk", "Authorization: Bearer ***"),
+        (f"hf_{'a' * 34}", "***"),
+        # What only looks like one.
+        ("http://mlflow:5000/#/runs", "http://mlflow:5000/#/runs"),
+        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
+        ("a photo of me@home, model.text_encoder.token_dim 384", "a photo of me@home, model.text_encoder.token_dim 384"),
+        ("--model.text_encoder.token_dim=384", "--model.text_encoder.token_dim=384"),
+        ("s3://bucket/part-*/{00000..00009}.tar", "s3://bucket/part-*/{00000..00009}.tar"),
+    ],
+)
+def test_what_is_hidden_and_what_is_not(text, shown):
+    assert redacted(text) == shown
+    assert redacted(shown) == shown
+
+
+def test_the_environments_own_secrets_go_wherever_they_stand(monkeypatch):
+    monkeypatch.setenv("MY_SERVICE_PASSWORD", "a/long+secret")
+    monkeypatch.setenv("MY_SHORT_TOKEN", "x")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef")
+    assert redacted("it said a/long+secret, a%2Flong%2Bsecret, x and 0123456789abcdef") == "it said ***, ***, x and ***"
+
+
+def test_values_are_hidden_by_their_names():
+    config = {"token_dim": 384, "token": "abc", "inner": [{"aws_secret_access_key": "abc"}], "uri": URI, "none": None}
+    shown = {"token_dim": 384, "token": "***", "inner": [{"aws_secret_access_key": "***"}], "uri": redacted(URI), "none": None}
+    assert redacted_values(config) == shown
+
+
+def test_what_was_hidden_is_found_again_in_what_is_given():
+    assert restored(redacted(URI), URI) == URI
+    assert restored(redacted(URI), "postgresql://mlflow:x@other/db") == redacted(URI)
+    assert restored("sqlite:////x.db", URI) == "sqlite:////x.db"
+    assert [is_redacted(text) for text in (redacted(URI), "***", redacted(SIGNED), URI, "a *** b")] == [True] * 3 + [False] * 2
+
+
+def test_errors_of_ours_hide_what_they_quote():
+    assert str(DataError(f"cannot reach {URI}")) == str(ConfigError(f"cannot reach {URI}")) == f"cannot reach {redacted(URI)}"
+    error = storage.StorageError(f"{URI}: gone", "missing")
+    assert PASSWORD not in str(error)
+
+
+def test_a_saved_configuration_has_none_and_says_which_field_to_give_again(tmp_path):
+    deepspeed = json.dumps({"wandb": {"api_key": "abc", "team": "x"}})
+    command = parse(["--tracking.uri", URI, "--train.deepspeed", deepspeed, "--output_dir", "/x"])
+    assert command.config.tracking.uri == URI  # what runs has it
+    assert PASSWORD not in command.yaml
+    saved = yaml.safe_load(command.yaml)
+    assert (saved["tracking"]["uri"], saved["train"]["deepspeed"]) == (redacted(URI), {"wandb": {"api_key": "***", "team": "x"}})
+    (tmp_path / "config.yaml").write_text(command.yaml)
+    start = ["--config", str(tmp_path / "config.yaml")]
+    with pytest.raises(ConfigError) as raised:
+        parse(start)
+    left_out = ": a secret in it was not saved with the configuration; give this field again"
+    assert str(raised.value) == f"--train.deepspeed.wandb.api_key{left_out}"
+    with pytest.raises(ConfigError) as raised:
+        parse([*start, "--train.deepspeed", deepspeed])
+    assert str(raised.value) == f"--tracking.uri{left_out}"
+    again = parse([*start, "--tracking.uri", URI, "--train.deepspeed", deepspeed])
+    assert again.config == command.config
+    assert again.yaml == command.yaml
+
+
+def test_without_secrets_the_configuration_is_saved_as_it_was(tmp_path):
+    command = parse(["--output_dir", "/x"])
+    (tmp_path / "config.yaml").write_text(command.yaml)
+    assert parse(["--config", str(tmp_path / "config.yaml")]).config == command.config
+
+
+def test_s3_credentials_are_refused_wherever_they_stand():
+    with pytest.raises(ConfigError, match=r"^model.warm_start: a URL holds credentials"):
+        parse(["--model.warm_start", "s3://key:secret@bucket/x"])
+
+
+def test_what_a_run_tells_mlflow_and_its_checkpoints():
+    run = parse(["--tracking.uri", URI, "--output_dir", "s3://bucket/x"]).config.run("demo")
+    assert run.tracking.uri == URI
+    assert run.params["tracking"]["uri"] == redacted(URI)
+    assert PASSWORD not in json.dumps(run.params)
+
+
+def test_mlflow_shows_stars(tmp_path):
+    from mlflow import MlflowClient
+
+    tracker = Tracker(TrackingConfig(), str(tmp_path))
+    tracker.log_params({"tracking": {"uri": URI}, "api_key": "abc", "signed": SIGNED})
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    params = client.get_run(tracker.run_id()).data.params
+    assert params == {"tracking.uri": redacted(URI), "api_key": "***", "signed": redacted(SIGNED)}
+    artifact = next(tmp_path.rglob("config.yaml")).read_text()
+    assert PASSWORD not in artifact
+    assert "***" in artifact
+
+
+def test_a_tracker_that_fails_does_not_print_the_password(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        Tracker(TrackingConfig(uri=f"nosuch://mlflow:{PASSWORD}@db/mlflow"), str(tmp_path))
+    assert "tracking: start failed" in caplog.text
+    assert PASSWORD not in caplog.text
+
+
+def test_the_script_prints_none(tmp_path):
+    """`--dry-run` prints the configuration, and an error its line."""
+    command = [sys.executable, "jobs/pretrain.py", "--tracking.uri", URI, "--output_dir", str(tmp_path), "--dry-run"]
+    done = subprocess.run(
+        [*command, "--data.sources", f"https://user:{PASSWORD}@host/x"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert PASSWORD not in done.stdout + done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_one_place_knows_what_a_secret_looks_like():
+    """The other modules call it; none has patterns of its own."""
+    files = [file for folder in ("platform", "jobs", "diffdis") for file in (ROOT / folder).rglob("*.py")]
+    assert [f for f in files if "X-Amz-" in f.read_text()] == [Path(redaction.__file__)]
