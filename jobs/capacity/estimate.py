@@ -111,7 +111,7 @@ def _estimate(config: SizingConfig, counts: Counts, plan: BatchPlan) -> Estimate
     rate = min(wanted, rates["S3"])  # CPU nodes are added as decoding asks for them
     lost = faults(counts, train, n, samples / rate, cluster)
     seconds = config.epochs * config.data.pairs / (rate * lost.useful_share) if lost.useful_share else float("inf")
-    held = memory(counts, train, n, live)
+    held = memory(counts, train, plan, live)
     storage = _storage(config, counts, lost)
     return Estimate(
         num_gpus=n,

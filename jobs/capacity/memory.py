@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from capacity.counts import FULL, Counts
-from ray_platform.train.config import TrainConfig
+from ray_platform.train.config import BatchPlan, TrainConfig
 
 # DeepSpeed's own defaults; `train.deepspeed` changes them.
 _BUCKET, _MAX_LIVE = 5e8, 1e9  # numbers
@@ -25,31 +25,32 @@ class Memory:
         return self.states + self.buffers + self.activations + self.encoders
 
 
-def memory(counts: Counts, config: TrainConfig, num_gpus: int, live: bool) -> Memory:
+def memory(counts: Counts, config: TrainConfig, plan: BatchPlan, live: bool) -> Memory:
+    num_gpus = plan.world_size
     activations = max(counts.activation_bytes, counts.encoders.peak_bytes if live else 0)
     return Memory(
-        state_bytes(counts, config, num_gpus) + gathered_bytes(counts, config, num_gpus),
+        state_bytes(counts, config, num_gpus, plan.num_micro_batches > 1) + gathered_bytes(counts, config, num_gpus),
         buffer_bytes(counts, config, num_gpus),
         activations,
         FULL * counts.encoders.parameters,
     )
 
 
-def state_bytes(counts: Counts, config: TrainConfig, num_gpus: int) -> float:
+def state_bytes(counts: Counts, config: TrainConfig, num_gpus: int, accumulating: bool = False) -> float:
     """With W = 4 bytes a trained parameter, n ranks, and k = 2 moments (3 with an EMA):
 
-    0: W weights + W gradients + k W.  1: 2 W + (W master weights + k W) / n.  2: W + (W gradients + W + k W) / n.
-    3: (W + W gradients + W master weights + k W) / n.  Offloaded: master weights and moments are the host's.
+    0: W weights + W gradients + k W.  1 and 2: W + (W gradients + W master weights + k W) / n; where gradients are accumulated
+    over micro-batches, 1 has W of them more.  3: (W + W gradients + W master weights + k W) / n.  Offloaded: master weights and
+    moments are the host's.
     """
     whole, frozen = FULL * counts.trained, FULL * counts.frozen
     states = (2 + bool(config.ema_decay)) * whole
     if config.zero_stage == 0:
         return 2 * whole + states + frozen
     sharded = 0 if config.offload_optimizer else (whole + states) / num_gpus
-    if config.zero_stage == 1:
-        return 2 * whole + sharded + frozen
-    if config.zero_stage == 2:
-        return whole + whole / num_gpus + sharded + frozen
+    if config.zero_stage < 3:
+        accumulated = whole if config.zero_stage == 1 and accumulating else 0
+        return whole + accumulated + whole / num_gpus + sharded + frozen
     return 2 * whole / num_gpus + sharded + frozen / num_gpus
 
 
