@@ -43,6 +43,7 @@ class AlignmentHead(nn.Module):
         self.norm_image = nn.LayerNorm(image_channels)
         self.image_in = nn.Linear(image_channels, config.width)
         self.query_in = nn.Linear(embedding_dim, config.width)
+        nn.init.zeros_(self.query_in.weight)  # as FC_in: at first, all that the query knows is what it attends to
         blocks = (HeadBlock(config) for _ in range(config.num_layers))
         self.blocks: list[HeadBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm_out = nn.LayerNorm(config.width)

@@ -46,6 +46,7 @@ class DualStreamBlock(nn.Module):
     def __init__(self, embedding_dim: int, width: int, num_layers: int):
         super().__init__()
         self.fc_in = nn.Linear(embedding_dim, width)
+        nn.init.zeros_(self.fc_in.weight)  # the query starts as one learned token, without e_t's noise [D; LOG.md]
         self.layers: list[QueryLayer] = nn.ModuleList(QueryLayer(width) for _ in range(num_layers))  # type: ignore[assignment]
         self.fc_out = nn.Linear(width, embedding_dim)
 

@@ -23,6 +23,12 @@ from transformers import (
 WIDTH = 32
 
 
+def draw_query_weights(model) -> None:
+    """What a DiffDis model starts with as zeros, drawn: so that its queries differ by their noise, as a trained model's do."""
+    for layer in [*(block.fc_in for block in model.stream.blocks), model.head.query_in]:
+        layer.reset_parameters()
+
+
 def save_tokenizer(folder: Path) -> int:
     """A character tokenizer with [CLS] and [SEP]; returns the size of its vocabulary."""
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]

@@ -7,6 +7,7 @@ import torch
 
 from diffdis.config import ObjectiveConfig
 from diffdis.task import DiffDisTask
+from tests.tiny_checkpoints import draw_query_weights
 
 CAPTIONS = ("red heart", "blue circle", "green leaf", "yellow star", "red heart", "black cat")
 
@@ -18,11 +19,14 @@ def visibility(request):
 
 @pytest.fixture
 def make_task(tiny_model):
-    """make_task(objective, **config fields) -> a tiny task with fixed initial weights."""
+    """make_task(objective, **config fields) -> a tiny task with fixed weights."""
 
     def make(objective: ObjectiveConfig | None = None, **changes) -> DiffDisTask:
         torch.manual_seed(0)
-        return DiffDisTask(dataclasses.replace(tiny_model, **changes), objective or ObjectiveConfig(), CAPTIONS[:2])
+        task = DiffDisTask(dataclasses.replace(tiny_model, **changes), objective or ObjectiveConfig(), CAPTIONS[:2])
+        if task.config.trained_for in ("joint", "alignment") and not task.config.warm_start:
+            draw_query_weights(task.module.model)
+        return task
 
     return make
 

@@ -1,5 +1,7 @@
 """The method against diffusers and against plain torch written anew."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from diffdis import schedule
 from diffdis.attention import image_attention
 from diffdis.config import ObjectiveConfig, ScheduleConfig
 from diffdis.image_branch import walk
+from diffdis.task import DiffDisTask
 
 
 def test_generation_pass_is_the_stock_unet_bit_for_bit(make_task, batch):
@@ -200,3 +203,14 @@ def test_noise_of_an_image_depends_on_its_key_not_on_its_batch(make_task, batch)
     whole = pipeline.embed_image(batch.images, num_steps=3, num_draws=2)
     parts = [pipeline.embed_image(np.ascontiguousarray(batch.images[i : i + 1]), num_steps=3, num_draws=2) for i in range(6)]
     torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-6)
+
+
+def test_an_untrained_query_knows_the_image_and_not_its_own_noise(tiny_model, batch, visibility):
+    torch.manual_seed(0)
+    config = dataclasses.replace(tiny_model, query_visibility=visibility)
+    task = DiffDisTask(config, ObjectiveConfig())
+    with torch.no_grad():
+        inputs = task.inputs(batch, torch.device("cpu"))
+        queries = [task.module.predict(inputs, task.module.draw(inputs, seed)).queries for seed in (1, 2)]
+    assert torch.equal(*queries)
+    assert not torch.allclose(queries[0][0], queries[0][1])

@@ -14,6 +14,7 @@ from diffdis.task import DiffDisTask
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.meter import count_flops
 from tests.ranks import Ranks
+from tests.tiny_checkpoints import draw_query_weights
 
 CPU = torch.device("cpu")
 CAPTIONS = ("red heart", "blue circle", "green leaf", "yellow star", "red heart", "black cat", "white tree", "pizza")
@@ -30,7 +31,10 @@ def two_ranks():
 
 def build(config, **objective):
     torch.manual_seed(0)
-    return DiffDisTask(config, ObjectiveConfig(**objective), CAPTIONS[:3])
+    task = DiffDisTask(config, ObjectiveConfig(**objective), CAPTIONS[:3])
+    if task.config.trained_for in ("joint", "alignment"):
+        draw_query_weights(task.module.model)
+    return task
 
 
 def batch_of(captions):

@@ -25,7 +25,7 @@ from evaluation.run import evaluate, plan, table
 from ray_platform.contracts import ConfigError, DataError
 from recipes.evaluate import parse
 from tests.evaluation_sets import encoded, picture, write_all_twelve, write_wds
-from tests.tiny_checkpoints import save_clip
+from tests.tiny_checkpoints import draw_query_weights, save_clip
 
 COLOURS = ("red", "blue", "gold", "pink", "grey", "teal", "lime")
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -36,6 +36,7 @@ def exported(tiny_model, tmp_path_factory):
     """An untrained model, in a run's folder with its MLflow run."""
     torch.manual_seed(1)
     task = DiffDisTask(tiny_model, ObjectiveConfig())
+    draw_query_weights(task.module.model)
     run = tmp_path_factory.mktemp("run")
     task.save_pretrained(task.module.state_dict(), run / "export")
     client = MlflowClient(f"sqlite:///{run}/mlflow.db")

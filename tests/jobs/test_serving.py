@@ -24,6 +24,7 @@ from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
 from ray_platform.tracking import Tracker, TrackingConfig, tracking_uri
 from serving.package import model_package, red_circle
+from tests.tiny_checkpoints import draw_query_weights
 
 CLASSES = ["red heart", "blue star", "green tree"]
 
@@ -31,6 +32,8 @@ CLASSES = ["red heart", "blue star", "green tree"]
 def write_export(tiny_model, folder, task="joint"):
     torch.manual_seed(0)
     made = DiffDisTask(tiny_model, ObjectiveConfig(task=task), ("red heart",))
+    if task == "joint":
+        draw_query_weights(made.module.model)
     made.save_pretrained(made.module.state_dict(), folder)
     return folder
 
