@@ -26,6 +26,16 @@ SPACE: dict[str, dict[str, Any]] = {
     "evaluation.quality.guidance_scales": {"low": 1.0, "high": 6.0},
 }
 
+# Of a model that is trained from scratch, the rates come first.
+DEMO_SPACE = {
+    "objective.lr_unet": {"low": 3e-4, "high": 2e-3, "log": True},
+    "objective.lr_new": {"low": 3e-4, "high": 2e-3, "log": True},
+    **{
+        name: SPACE[name]
+        for name in ("objective.lambda_alignment", "objective.temperature", "evaluation.quality.guidance_scales")
+    },
+}
+
 
 @dataclass(frozen=True)
 class SweepConfig:
@@ -79,8 +89,9 @@ def demo_sweep() -> SweepConfig:
             scoring=ScoringConfig(num_draws=4),
             quality=QualityConfig(prompts=str(heldout / "classnames.txt"), reference=str(heldout), num_images=128, num_steps=20),
         ),
+        space=DEMO_SPACE,
         num_trials=8,
-        samples=12_800,
+        samples=10_240,
     )
 
 
