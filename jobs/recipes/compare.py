@@ -110,9 +110,6 @@ def demo_compare(data: str) -> CompareConfig:
     return CompareConfig(
         pretrain=dataclasses.replace(
             base,
-            objective=dataclasses.replace(
-                base.objective, lambda_alignment=0.5
-            ),  # the best of those tried, at both tasks (LOG.md)
             data=dataclasses.replace(base.data, sources=(storage.join(data, "train"),)),
             train=dataclasses.replace(
                 base.train,
