@@ -125,7 +125,7 @@ def evaluate(config: EvalConfig, made: Plan) -> dict[str, Any]:
     )  # fmt: skip
     fan_out = FanOut(fleet, Kept(storage.join(config.output_dir, UNITS)), functools.partial(print, flush=True))
     _measure(fan_out, made)
-    print("all units are there; putting the results together …", flush=True)
+    print("all is measured; putting the results together …", flush=True)
     details = _details(made)
     _illustrate(fan_out, made, details)
     details |= {"code_version": code_version(), "seconds": round(time.monotonic() - begun, 1)}
