@@ -42,7 +42,7 @@ def demo() -> PretrainConfig:
     model = presets.demo()
     return PretrainConfig(
         model=dataclasses.replace(model, text_encoder=dataclasses.replace(model.text_encoder, path=minilm_folder())),
-        objective=ObjectiveConfig(lr_unet=1e-3, lr_new=1e-3, num_draws=4, lambda_alignment=0.1),
+        objective=ObjectiveConfig(lr_unet=1e-3, lr_new=1e-3, num_draws=4, lambda_alignment=0.02),
         data=DataConfig(image_size=32),
         train=TrainConfig(
             num_workers=2,

@@ -18,7 +18,7 @@ from recipes.sd_v1_laion import sd_v1_laion_one_way
 
 # What the method leaves open: the losses' weights, where the text query's noise lies, and guidance.
 SPACE: dict[str, dict[str, Any]] = {
-    "objective.lambda_alignment": {"low": 0.1, "high": 4.0, "log": True},
+    "objective.lambda_alignment": {"low": 0.004, "high": 1.0, "log": True},
     "model.schedule.gamma": {"low": 0.03, "high": 0.5, "log": True},
     "objective.query_timestep_min": {"low": 0, "high": 700},
     "objective.caption_dropout": {"low": 0.0, "high": 0.3},
@@ -91,7 +91,8 @@ def demo_sweep() -> SweepConfig:
         ),
         space=DEMO_SPACE,
         num_trials=8,
-        samples=10_240,
+        samples=15_360,
+        num_milestones=2,
     )
 
 
