@@ -93,8 +93,9 @@ def make(data, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_grid_with_asha_from_its_configuration_to_mlflow(make, tmp_path):
+def test_a_grid_with_asha_from_its_configuration_to_mlflow(make, tmp_path, monkeypatch):
     config = make()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/sweep/mlflow.db")  # where models:/ is looked up
     details = run(plan(config, "tiny"), "yaml: 1\n", "python jobs/sweep.py …")
     assert ray.util.placement_group_table() == {} or all(
         group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()
