@@ -42,7 +42,7 @@ class Block:
             lexer.whitespace_split = True
             commands.append([])
             for word in lexer:
-                if set(word) <= set(";&|"):
+                if word and set(word) <= set(";&|"):
                     commands.append([])
                 else:
                     commands[-1].append(word)
