@@ -1,4 +1,4 @@
-"""Search a recipe's open choices: `ray job submit --working-dir . -- python jobs/sweep.py --recipe demo_sweep --output_dir …`.
+"""Search a recipe's open choices: `python jobs/sweep.py --recipe demo_sweep --output_dir …`; as a job: docs/sweeps.md.
 
 Where no cluster is named (RAY_ADDRESS), this machine's CPUs do it.
 """

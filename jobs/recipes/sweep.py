@@ -18,7 +18,7 @@ from recipes.sd_v1_laion import sd_v1_laion_one_way
 
 # What the method leaves open: the losses' weights, where the text query's noise lies, and guidance.
 SPACE: dict[str, dict[str, Any]] = {
-    "objective.lambda_alignment": {"low": 0.004, "high": 1.0, "log": True},
+    "objective.lambda_alignment": {"low": 0.02, "high": 4.0, "log": True},
     "model.schedule.gamma": {"low": 0.03, "high": 0.5, "log": True},
     "objective.query_timestep_min": {"low": 0, "high": 700},
     "objective.caption_dropout": {"low": 0.0, "high": 0.3},
@@ -26,14 +26,12 @@ SPACE: dict[str, dict[str, Any]] = {
     "evaluation.quality.guidance_scales": {"low": 1.0, "high": 6.0},
 }
 
-# Of a model that is trained from scratch, the rates come first.
+# Of a model that is trained from scratch, the rates come first, and lambda is small (docs/comparison.md).
 DEMO_SPACE = {
     "objective.lr_unet": {"low": 3e-4, "high": 2e-3, "log": True},
     "objective.lr_new": {"low": 3e-4, "high": 2e-3, "log": True},
-    **{
-        name: SPACE[name]
-        for name in ("objective.lambda_alignment", "objective.temperature", "evaluation.quality.guidance_scales")
-    },
+    "objective.lambda_alignment": {"low": 0.004, "high": 1.0, "log": True},
+    **{name: SPACE[name] for name in ("objective.temperature", "evaluation.quality.guidance_scales")},
 }
 
 

@@ -95,7 +95,6 @@ def make(data, tiny_model, tmp_path):
 @pytest.mark.slow
 def test_a_grid_with_asha_from_its_configuration_to_mlflow(make, tmp_path, monkeypatch):
     config = make()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/sweep/mlflow.db")  # where models:/ is looked up
     details = run(plan(config, "tiny"), "yaml: 1\n", "python jobs/sweep.py …")
     assert ray.util.placement_group_table() == {} or all(
         group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()
@@ -118,6 +117,7 @@ def test_a_grid_with_asha_from_its_configuration_to_mlflow(make, tmp_path, monke
     assert saved["trials"] == json.loads(json.dumps(trials))
     assert "recipe's own values" in table(details)
     assert "trial_003" in (tmp_path / "sweep" / "report.html").read_text()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/sweep/mlflow.db")  # where models:/ is looked up
     _check_mlflow(config, details)
 
     again = run(plan(config, "tiny"), "yaml: 1\n", "python jobs/sweep.py …")
