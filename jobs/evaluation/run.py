@@ -123,11 +123,11 @@ def evaluate(config: EvalConfig, made: Plan) -> dict[str, Any]:
         functools.partial(Parts, builders, threads),
         config.num_workers, config.cpus_per_worker, config.gpus_per_worker, config.placement,
     )  # fmt: skip
-    fan_out = FanOut(fleet, Kept(storage.join(config.output_dir, UNITS)), functools.partial(print, flush=True))
-    _measure(fan_out, made)
-    print("all is measured; putting the results together …", flush=True)
-    details = _details(made)
-    _illustrate(fan_out, made, details)
+    with FanOut(fleet, Kept(storage.join(config.output_dir, UNITS)), functools.partial(print, flush=True)) as fan_out:
+        _measure(fan_out, made)
+        print("all is measured; putting the results together …", flush=True)
+        details = _details(made)
+        _illustrate(fan_out, made, details)
     details |= {"code_version": code_version(), "seconds": round(time.monotonic() - begun, 1)}
     write_results(details, config.output_dir)
     storage.write_bytes(storage.join(config.output_dir, REPORT), report_page(details).encode())

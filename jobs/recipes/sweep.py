@@ -31,7 +31,8 @@ DEMO_SPACE = {
     "objective.lr_unet": {"low": 3e-4, "high": 2e-3, "log": True},
     "objective.lr_new": {"low": 3e-4, "high": 2e-3, "log": True},
     "objective.lambda_alignment": {"low": 0.004, "high": 1.0, "log": True},
-    **{name: SPACE[name] for name in ("objective.temperature", "evaluation.quality.guidance_scales")},
+    "train.micro_batch_size": {"values": [16, 32, 64]},  # at equal samples: more steps against more negatives
+    "evaluation.quality.guidance_scales": SPACE["evaluation.quality.guidance_scales"],
 }
 
 

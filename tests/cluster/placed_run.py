@@ -107,7 +107,8 @@ def main():
         list(precompute(catalog, config, replace(encoders(count=2), placement=GPU), str(output / "encoded")))
     with Watcher(raylets) as evaluated:
         fleet = Fleet(no_parts, 2, cpus_per_worker=0.5, placement=GPU)
-        rows = list(FanOut(fleet, Kept(str(output / "kept")), lambda line: None).run(squares(range(40))))
+        with FanOut(fleet, Kept(str(output / "kept")), lambda line: None) as workers:
+            rows = list(workers.run(squares(range(40))))
     found = {
         "trained": trained.names(),
         "encoded": encoded.names(),

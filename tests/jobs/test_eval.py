@@ -194,7 +194,7 @@ def test_what_was_done_is_not_done_again_and_a_reference_file_serves_later(expor
 def test_a_clip_and_the_curve_of_steps_and_draws_come_from_the_same_code(exported, data, tmp_path):
     clip = save_clip(tmp_path / "small-clip")
     curve = ("--curve_set", "mine", "--curve_steps", "[1,3]", "--curve_draws", "[1,2]")
-    details = run(exported, data, tmp_path / "out", "--baselines", clip, *curve)
+    details = run(exported, data, tmp_path / "out", "--num_workers", 1, "--baselines", clip, *curve)
     assert {entry["model"] for entry in details["zero_shot"]} == {"diffdis", "small-clip"}
     assert {entry["model"] for entry in details["retrieval"]} == {"diffdis", "small-clip"}
     assert [(e["num_draws"], e["num_steps"]) for e in details["curve"]] == [(1, 1), (1, 3), (2, 1), (2, 3)]
@@ -205,7 +205,7 @@ def test_all_twelve_sets_in_their_own_layouts_give_their_mean(exported, tmp_path
     root = tmp_path / "data"
     write_all_twelve(root)
     arguments = ["--checkpoint", str(exported), "--data_roots", str(root), "--output_dir", str(tmp_path / "out")]
-    arguments += ["--cpus_per_worker", "0.5", "--allow_missing", "true", "--scoring.num_steps", "1"]
+    arguments += ["--cpus_per_worker", "0.5", "--num_workers", "2", "--allow_missing", "true", "--scoring.num_steps", "1"]
     config = parse(arguments).config
     refused = evaluate(config, plan(config))
     assert len(refused["failures"]) == 14, "12 short sets, and retrieval, which is missing"

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import ray
@@ -116,11 +116,19 @@ class Progress:
 
 
 class FanOut:
-    """Does units and yields their outcomes, in any order."""
+    """Does units and yields their outcomes, in any order. In a `with` block: a run's workers stay for the block's next one."""
 
     def __init__(self, fleet: Fleet, kept: Kept, show: Callable[[str], None]):
         self.fleet, self.kept, self.show = fleet, kept, show
         self._running: dict[ray.ObjectRef, tuple[Unit, Any, bool]] = {}  # call -> unit, actor, whether it has that for itself
+        self.schedule = Schedule([])  # of the last run; its workers are the ones that there are
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self.schedule.workers:
+            ray.kill(actor)
 
     def run(self, units: Sequence[Unit]) -> Iterator[Outcome]:
         """Each unit once; those that an earlier run did come first. After a group's first error its units come no more.
@@ -137,14 +145,12 @@ class FanOut:
                 left.append(unit)
         if not left:
             return
-        self.schedule, self._running = Schedule(left), {}
-        try:
-            for _ in range(min(self.fleet.size(), len(left))):
-                self.schedule.add_worker(self._start())
-            yield from self._work()
-        finally:
-            for actor in self.schedule.workers:
-                ray.kill(actor)
+        there, self.schedule, self._running = self.schedule.workers, Schedule(left), {}
+        for actor in there:
+            self.schedule.add_worker(actor)
+        for _ in range(len(there), min(self.fleet.size(), len(left))):
+            self.schedule.add_worker(self._start())
+        yield from self._work()
         self.show(self.progress.line())
 
     def _start(self) -> Any:

@@ -1,6 +1,7 @@
 """Units over actors: same rows whoever does them, dead workers, failing groups, kept results."""
 
 import numpy as np
+import psutil
 import pytest
 
 from ray_platform.contracts import ConfigError
@@ -25,6 +26,11 @@ def fan_out(folder, num_workers=2, shown=None):
     return FanOut(fleet, Kept(str(folder)), (shown if shown is not None else []).append)
 
 
+def run(units, *arguments, **options):
+    with fan_out(*arguments, **options) as workers:
+        return list(workers.run(units))
+
+
 def values(outcomes):
     return sorted(int(outcome.rows["squares"][0]) for outcome in outcomes if outcome.rows)
 
@@ -35,7 +41,7 @@ def test_every_unit_is_done_once_and_the_second_time_taken_from_what_was_kept(tm
     notes.mkdir()
     units = squares(range(12), notes=str(notes))
     for _ in range(2):
-        assert values(fan_out(tmp_path / "kept", num_workers).run(units)) == [n**2 for n in range(12)]
+        assert values(run(units, tmp_path / "kept", num_workers)) == [n**2 for n in range(12)]
         assert len(list(notes.iterdir())) == 12
 
 
@@ -43,29 +49,48 @@ def test_a_cut_off_evaluation_goes_on_and_a_damaged_file_is_made_again(tmp_path)
     notes = tmp_path / "notes"
     notes.mkdir()
     units = squares(range(6), notes=str(notes))
-    run = fan_out(tmp_path / "kept", 1).run(units)
-    done = [next(run), next(run)]
-    run.close()  # as an exception or Ctrl-C in the driver does
+    with fan_out(tmp_path / "kept", 1) as workers:
+        outcomes = workers.run(units)
+        done = [next(outcomes), next(outcomes)]  # and then the block ends, as by an exception or Ctrl-C in the driver
     before = len(list(notes.iterdir()))
     assert 2 <= before < 6
     kept = tmp_path / "kept" / f"{done[0].unit.key}.npz"
     kept.write_bytes(kept.read_bytes()[:50])
-    assert values(fan_out(tmp_path / "kept").run(units)) == [0, 1, 4, 9, 16, 25]
+    assert values(run(units, tmp_path / "kept")) == [0, 1, 4, 9, 16, 25]
     again = [int(note.name.partition("-")[0]) for note in notes.iterdir()]
     assert again.count(done[0].unit.work.number) == 2
     assert again.count(done[1].unit.work.number) == 1
 
 
+def test_workers_stay_for_the_next_run_and_end_with_the_block(tmp_path):
+    (tmp_path / "notes").mkdir()
+
+    def processes(numbers):
+        list(workers.run(squares(numbers, notes=str(tmp_path / "notes"), seconds=0.2)))
+        notes = [note.name.split("-") for note in (tmp_path / "notes").iterdir()]
+        return {int(process) for number, process, _ in notes if int(number) in numbers}
+
+    with pytest.raises(KeyError, match="in the block"), fan_out(tmp_path / "kept", 2) as workers:
+        first = processes(range(1))
+        assert len(first) == 1, "no more workers than units"
+        second = processes(range(1, 9))
+        assert len(second) == 2
+        assert first < second
+        found = [psutil.Process(process) for process in second]
+        raise KeyError("in the block")
+    assert not psutil.wait_procs(found, timeout=20)[1]
+
+
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path):
     shown = []
     units = [*squares(range(8)), unit(DieOnce(8, str(tmp_path))), unit(DieOnce(9, str(tmp_path), times=2))]
-    assert values(fan_out(tmp_path / "kept", shown=shown).run(units)) == [n**2 for n in range(10)]
+    assert values(run(units, tmp_path / "kept", shown=shown)) == [n**2 for n in range(10)]
     assert "workers lost" in shown[-1]
 
 
 def test_a_unit_that_kills_every_worker_fails_its_group_and_no_other(tmp_path):
     deadly = unit(DieOnce(1, str(tmp_path), times=99), group="deadly")
-    found = list(fan_out(tmp_path / "kept", 1).run([deadly, *squares(range(4))]))
+    found = run([deadly, *squares(range(4))], tmp_path / "kept", 1)
     assert values(found) == [0, 1, 4, 9]
     (error,) = [outcome.error for outcome in found if outcome.error]
     assert error.startswith(f"{deadly.name}: {MAX_DEATHS} workers died with it, the last time so: ")
@@ -77,7 +102,7 @@ def test_an_error_is_one_line_and_leaves_out_the_rest_of_its_group(tmp_path):
     bad = unit(Fail("cars: label 200 is out of range"), group="cars", cost=9.0)
     rest = [unit(Square(n, str(notes)), group="cars") for n in range(50, 90)]
     broken = unit(Divide(), group="broken", cost=9.0)
-    found = list(fan_out(tmp_path / "kept", 1).run([*rest, bad, broken, *squares(range(3))]))
+    found = run([*rest, bad, broken, *squares(range(3))], tmp_path / "kept", 1)
     errors = {outcome.unit.group: outcome.error for outcome in found if outcome.error}
     assert errors["cars"] == "cars: label 200 is out of range"
     assert errors["broken"] == f"{broken.name}: ZeroDivisionError: integer division or modulo by zero"
@@ -90,7 +115,7 @@ def test_units_that_others_wait_for_come_first_and_then_the_dearest(tmp_path):
     notes.mkdir()
     dear, cheap = unit(Square(1, str(notes), 0.3), cost=5.0), unit(Square(2, str(notes)), cost=1.0)
     first = unit(Square(3, str(notes), 0.3), cost=0.5, first=True)
-    list(fan_out(tmp_path / "kept", 1).run([cheap, dear, first]))
+    run([cheap, dear, first], tmp_path / "kept", 1)
     order = sorted((int(note.name.rsplit("-", 1)[1]), int(note.name.partition("-")[0])) for note in notes.iterdir())
     assert [number for _, number in order][2] == 2
     assert {number for _, number in order[:2]} == {1, 3}
