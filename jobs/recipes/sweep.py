@@ -27,7 +27,7 @@ SPACE: dict[str, dict[str, Any]] = {
 }
 
 # Of a model that is trained from scratch, the rates come first, and lambda is small (docs/comparison.md).
-DEMO_SPACE = {
+DEMO_SPACE: dict[str, dict[str, Any]] = {
     "objective.lr_unet": {"low": 3e-4, "high": 2e-3, "log": True},
     "objective.lr_new": {"low": 3e-4, "high": 2e-3, "log": True},
     "objective.lambda_alignment": {"low": 0.004, "high": 1.0, "log": True},
