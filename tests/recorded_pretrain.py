@@ -35,8 +35,8 @@ def main():
 
     plain = PretrainConfig.run
 
-    def run(self, recipe):
-        made = plain(self, recipe)
+    def run(self, *arguments):
+        made = plain(self, *arguments)
         return replace(made, build_task=functools.partial(recording, RECORDS, recorded_pretrain.paced, made.build_task))
 
     PretrainConfig.run = run
