@@ -101,7 +101,8 @@ def check_run(said, data):
 def check_ui(ui):
     (run,) = ui.runs("diffdis", "params.`objective.lambda_alignment` = '0.5'")
     assert run["info"]["status"] == "FINISHED"
-    assert {"train/loss_generation", "train/loss_alignment", "alignment/retrieval_shuffled_images"} <= names(run, "metrics").keys()
+    curves = {"train/loss_generation", "train/loss_alignment", "alignment/retrieval_shuffled_images"}
+    assert curves <= names(run, "metrics").keys()
     assert "previews/step_00000160.png" in ui.files(run, "previews")
 
 
