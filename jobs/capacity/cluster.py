@@ -1,4 +1,5 @@
-"""What this project could not measure, for no accelerator and no cloud was at hand: each a field, to be given one's own value."""
+"""What depends on the machines, each a field, to be given one's own value. A GPU's defaults were measured on one H100
+(tests/benchmarks/accelerator.py); networks, S3, failures and prices are assumed, for no cloud was at hand."""
 
 from dataclasses import dataclass
 
@@ -10,14 +11,15 @@ from ray_platform.train.meter import PEAK_FLOPS
 class Cluster:
     """Assumptions about machines, network, storage, failures and prices. Raises ConfigError for a value that cannot be."""
 
-    gpu: str = "A100"  # of the table of 16 bit peaks in train/meter.py
-    # Share of the peak that the executed operations reach; what a run on accelerators logs as train/mfu. See docs/sizing.md.
-    mfu: float = 0.28
-    # Of the frozen encoders' peak, as a share of the 16 bit one: they compute in float32, of which torch lets convolutions
-    # use TF32, and TF32 has half of it.
-    encoder_peak_share: float = 0.5
+    gpu: str = "H100"  # of the table of 16 bit peaks in train/meter.py
+    # Share of the peak that the executed operations reach while the GPU is what is waited for.
+    mfu: float = 0.155
+    # Microseconds of the host, a parameter tensor and pass, to issue what is computed with it, forward and backward, at whatever
+    # batch: a GPU that is faster waits for it.
+    issue_us: float = 260.0
+    encoder_mfu: float = 0.095  # share of the peak that the frozen encoders reach, which compute in float32 and TF32
     gpu_memory_gb: float = 80.0
-    memory_reserve: float = 0.1  # share of it that CUDA, NCCL, cuDNN and fragmentation take
+    memory_reserve: float = 0.15  # share of it that CUDA, NCCL, cuDNN and fragmentation take
     gpus_per_node: int = 8
     cpus_per_gpu_node: int = 96
     cpus_per_cpu_node: int = 64
@@ -26,18 +28,18 @@ class Cluster:
     network_gb_per_second: float = 40.0
     latency_us: float = 15.0  # of one message between two nodes
     overlap: float = 0.8  # share of what can be sent during the backward pass that is hidden behind it
-    host_copy_gb_per_second: float = 10.0  # from an accelerator to its host's memory
+    host_copy_gb_per_second: float = 2.1  # from an accelerator to its host's memory
     s3_gb_per_second: float = 2.5  # of one node
     failures_per_node_day: float = 0.0038
     minutes_to_replace_node: float = 5.0
-    gpu_hour: float = 2.0  # all prices in one currency
+    gpu_hour: float = 3.0  # all prices in one currency
     cpu_node_hour: float = 2.5
     storage_tb_month: float = 23.0
 
     def __post_init__(self) -> None:
         if self.gpu not in PEAK_FLOPS:
             raise ConfigError(f"cluster.gpu: {self.gpu} is not known; there are {', '.join(PEAK_FLOPS)}")
-        for name in ("mfu", "encoder_peak_share"):
+        for name in ("mfu", "encoder_mfu"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"cluster.{name}: {getattr(self, name)} is not a share above 0 and up to 1")
         for name in ("memory_reserve", "overlap"):
@@ -50,7 +52,7 @@ class Cluster:
         for name in ("gpus_per_node", "cpus_per_gpu_node", "cpus_per_cpu_node"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"cluster.{name}: {getattr(self, name)} is below 1")
-        not_below_0 = ("latency_us", "failures_per_node_day", "minutes_to_replace_node", "gpu_hour", "cpu_node_hour")
+        not_below_0 = ("issue_us", "latency_us", "failures_per_node_day", "minutes_to_replace_node", "gpu_hour", "cpu_node_hour")
         for name in (*not_below_0, "storage_tb_month"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"cluster.{name}: {getattr(self, name)} is below 0")
@@ -67,7 +69,7 @@ class Cluster:
 
     @property
     def encoder_flops(self) -> float:
-        return self.flops * self.encoder_peak_share
+        return self.peak_flops * self.encoder_mfu
 
     def num_nodes(self, num_gpus: int) -> int:
         return -(-num_gpus // self.gpus_per_node)

@@ -121,10 +121,16 @@ def _step(module: Objective, inputs: dict[str, torch.Tensor], half: bool) -> tup
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
-    with operation_counter() as counter, LiveBytes([*module.parameters(), *module.buffers(), *inputs.values()]) as live:
+    def once() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             loss, _ = module(inputs, 0)
         loss.backward()
+
+    with operation_counter() as counter:
+        once()
+    # Apart: the counter's hooks on modules keep alive what activation checkpointing lets go.
+    with LiveBytes([*module.parameters(), *module.buffers(), *inputs.values()]) as live:
+        once()
     return counter.get_total_flops(), live.peak
 
 
@@ -159,6 +165,11 @@ def _autoencoder(config: AutoencoderConfig) -> Any:
         return None
     if config.path:
         return AutoencoderKL.from_config(AutoencoderKL.load_config(**component_of(config.path, "vae")))
+    return stable_diffusion_autoencoder()
+
+
+def stable_diffusion_autoencoder() -> AutoencoderKL:
+    """Of Stable Diffusion v1's shape, with random weights."""
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -177,6 +188,11 @@ def _text_encoder(config: TextEncoderConfig) -> Any:
         return AutoModel.from_config(found)
     if config.kind == "mean_pool":
         raise ConfigError("model.text_encoder.path: give the folder (or hub name) of the text encoder")
+    return clip_text_encoder(config)
+
+
+def clip_text_encoder(config: TextEncoderConfig, **special_tokens: int) -> CLIPTextModelWithProjection:
+    """Of CLIP ViT-L/14's shape, with random weights."""
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             hidden_size=config.token_dim,
@@ -185,5 +201,6 @@ def _text_encoder(config: TextEncoderConfig) -> Any:
             num_attention_heads=config.token_dim // 64,
             projection_dim=config.embedding_dim,
             vocab_size=49408,
+            **special_tokens,
         )
     )

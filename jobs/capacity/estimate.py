@@ -19,14 +19,19 @@ _SECONDS_A_MONTH = 30.44 * DAY
 class Step:
     """Seconds of one optimiser step."""
 
-    compute: float
+    computing: float  # on the GPU
+    issuing: float  # on its host, at the same time
     encoding: float  # of live inputs
     traffic: Traffic
     network: float  # what is not hidden
 
     @property
+    def busy(self) -> float:
+        return max(self.computing, self.issuing)
+
+    @property
     def seconds(self) -> float:
-        return self.compute + self.encoding + self.network
+        return self.busy + self.encoding + self.network
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def _estimate(config: SizingConfig, counts: Counts, plan: BatchPlan) -> Estimate
     wanted = samples / step.seconds
     inputs = _inputs(config, counts, n, wanted)
     rates = {
-        "compute": samples / (step.compute + step.encoding),
+        "compute": samples / (step.busy + step.encoding),
         "network": samples / step.seconds,
         "decoding" if live else "reading": inputs.spare_cores / inputs.core_seconds,
         "S3": (cluster.num_nodes(n) + inputs.cpu_nodes) * 1e9 * cluster.s3_gb_per_second / inputs.sample_bytes,
@@ -133,19 +138,24 @@ def _estimate(config: SizingConfig, counts: Counts, plan: BatchPlan) -> Estimate
 
 def step_of(config: SizingConfig, counts: Counts, plan: BatchPlan, train: TrainConfig) -> Step:
     cluster, objective = config.cluster, config.pretrain.objective
-    compute = plan.samples * counts.executed_flops / cluster.flops
+    computing = plan.samples * counts.executed_flops / cluster.flops
+    passes = plan.num_micro_batches * (2 if objective.task == "joint" else 1) * counts.executed_flops / counts.flops
+    issuing = passes * counts.num_tensors * 1e-6 * cluster.issue_us
     encoding = plan.samples * counts.encoders.flops / cluster.encoder_flops if config.inputs == "live" else 0.0
     sent = traffic(counts, train, plan, objective.task != "generation", objective.num_draws, cluster)
-    hidden = min(cluster.overlap * sent.backward, compute * 2 / 3)  # two thirds of the operations are the backward pass's
-    return Step(compute, encoding, sent, sent.backward - hidden + sent.exposed)
+    # Two thirds of the operations are the backward pass's.
+    hidden = min(cluster.overlap * sent.backward, max(computing, issuing) * 2 / 3)
+    return Step(computing, issuing, encoding, sent, sent.backward - hidden + sent.exposed)
 
 
 def _bound(rates: dict[str, float], step: Step) -> str:
-    """What is slowest; the network where it takes longer than computing does."""
+    """What is slowest; the network where it takes longer than computing does; the host where its GPU waits for it."""
     slowest = min(("decoding", "reading", "S3"), key=lambda name: rates.get(name, float("inf")))
     if rates[slowest] < rates["network"]:
         return slowest
-    return "network" if step.network > step.compute + step.encoding else "compute"
+    if step.network > step.busy + step.encoding:
+        return "network"
+    return "host" if step.issuing > step.computing + step.encoding else "compute"
 
 
 def _inputs(config: SizingConfig, counts: Counts, num_gpus: int, rate: float) -> Inputs:

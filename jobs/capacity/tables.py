@@ -18,7 +18,7 @@ def _header(config: SizingConfig, counts: Counts) -> list[str]:
     train, cluster, encoders = config.pretrain.train, config.cluster, counts.encoders
     sizes = f"{_millions(counts.trained)} parameters trained, {_millions(counts.frozen)} frozen"
     work = f"{counts.flops / 1e12:.3g} TFLOP, {counts.executed_flops / 1e12:.3g} executed"
-    rate = f"{cluster.gpu} at {cluster.mfu:.0%} of {cluster.peak_flops / 1e12:,.0f} TFLOP/s"
+    rate = f"{cluster.gpu} at {cluster.mfu:.1%} of {cluster.peak_flops / 1e12:,.0f} TFLOP/s"
     rows = [
         ("model", f"{sizes}; encoders {_millions(encoders.parameters)}"),
         ("operations a sample", f"{work}; encoders {encoders.flops / 1e12:.3g}"),
@@ -45,7 +45,8 @@ def _rows(config: SizingConfig) -> list[Row]:
         ("**days**", lambda e: _number(e.days)),
         ("**cost**", lambda e: f"{_number(e.cost.total)}"),
         ("batch", lambda e: f"{e.global_batch_size:,}"),
-        ("step, s: computing", lambda e: _number(e.step.compute)),
+        ("step, s: computing", lambda e: _number(e.step.computing)),
+        ("… its host's issuing, at the same time", lambda e: _number(e.step.issuing)),
         ("… encoding inputs", lambda e: _number(e.step.encoding)),
         ("… network, not hidden", lambda e: _number(e.step.network)),
         ("… of it InfoNCE", lambda e: _number(e.step.traffic.contrastive)),

@@ -4,9 +4,11 @@ import dataclasses
 import gc
 import json
 import math
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -77,7 +79,7 @@ def test_what_is_computed_again_is_executed_and_not_the_models_own_work(recipe):
     plain, again = (count(recipe({"activation_checkpointing": on})) for on in (False, True))
     assert again.flops == plain.flops
     assert 1.1 < again.executed_flops / plain.executed_flops < 1.4
-    assert again.activation_bytes < 0.9 * plain.activation_bytes
+    assert again.activation_bytes < 0.75 * plain.activation_bytes
     cached = recipe(objective={"negatives": "step"})
     assert count(cached, 4).executed_flops > count(cached, 1).executed_flops == pytest.approx(plain.executed_flops)
 
@@ -166,7 +168,7 @@ def test_states_and_checkpoints_are_as_large_as_real_ones(recipe, two_ranks, tmp
 
 def asked(*more: str):
     """A demo-sized recipe's estimates: counting takes a second."""
-    return estimate(parse(["--recipe", "demo", *more]))
+    return estimate(parse(["--recipe", "demo", "--cluster.issue_us", "0", *more]))
 
 
 def test_one_gpu_waits_for_nobody_and_many_do():
@@ -180,10 +182,22 @@ def test_one_gpu_waits_for_nobody_and_many_do():
 
 
 def test_half_the_use_of_a_gpu_takes_twice_the_time():
-    rarely = ("--num_gpus", "[1]", "--pretrain.train.checkpoint_every", "1000000")  # else a demo's steps wait for its uploads
+    # Without the encoders, whose rate is a field of its own, and what a demo's steps wait for: its uploads, and S3.
+    rarely = ("--num_gpus", "[1]", "--inputs", "precomputed", "--pretrain.train.checkpoint_every", "1000000")
+    rarely += ("--cluster.s3_gb_per_second", "1000")
     whole, half = (asked(*rarely, "--cluster.mfu", mfu)[1][0] for mfu in ("0.4", "0.2"))
     assert half.samples_per_second == pytest.approx(whole.samples_per_second / 2)
     assert half.cost.gpu_hours == pytest.approx(2 * whole.cost.gpu_hours, rel=0.01)
+
+
+def test_a_gpu_that_is_faster_waits_for_its_host():
+    fast = ("--num_gpus", "[1]", "--cluster.issue_us", "500", "--inputs", "precomputed")
+    counts, (waiting,) = asked(*fast)
+    assert waiting.bound == "host"
+    assert waiting.step.seconds == pytest.approx(2 * counts.num_tensors * 500e-6, rel=0.01)  # a pass of either task
+    _, (alone,) = asked(*fast, "--pretrain.objective.task", "alignment")
+    assert alone.step.issuing == pytest.approx(waiting.step.issuing / 2, rel=0.01)
+    assert asked(*fast, "--cluster.mfu", "0.00001")[1][0].bound == "compute"
 
 
 def test_a_step_over_the_network_takes_what_the_formula_says():
@@ -285,6 +299,37 @@ def test_the_tables_of_the_docs_are_what_the_command_prints(number):
     arguments, shown = SHOWN[number]
     config = parse(shlex.split(arguments.replace("\\\n", " ")))
     assert report(config, *estimate(config)) == shown
+
+
+MEASURED = [row.split(" | ") for row in re.findall(r"^\| ((?:joint|generation|alignment) \| \d.*) \|$", DOCS, re.MULTILINE)]
+
+
+@pytest.mark.slow  # counting takes ten seconds a row
+@pytest.mark.parametrize("number", range(len(MEASURED)))
+def test_a_measured_step_is_what_is_foretold(number):
+    task, px, size, activations, seconds, foretold, rate, _, held, held_foretold = MEASURED[number]
+    sizes = ("--pretrain.model.image_size", px, "--pretrain.model.unet.sample_size", str(int(px) // 8))
+    again = "true" if activations == "computed again" else "false"
+    fields = ("--pretrain.objective.task", task, "--pretrain.train.micro_batch_size", size)
+    fields += ("--pretrain.data.image_size", px, "--pretrain.train.activation_checkpointing", again)
+    _, (found,) = estimate(parse(["--num_gpus", "[1]", "--inputs", "precomputed", *sizes, *fields]))
+    assert found.step.seconds == pytest.approx(float(foretold), abs=0.001)
+    assert found.step.seconds == pytest.approx(float(seconds), rel=0.09)
+    assert float(rate) == pytest.approx(int(size) / float(seconds), rel=0.01)
+    assert found.memory.total / 1e9 == pytest.approx(float(held_foretold), abs=0.05)
+    assert found.memory.total / 1e9 == pytest.approx(float(held), rel=0.14)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_an_accelerator_prints_what_sizing_takes():
+    """With a tiny model, here on a CPU: whose peak is not known, so two of the fields are missing."""
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / "accelerator.py"), "--smoke", "--only", "512", "512_alignment"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("platform", "jobs", "."))}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["settings"]["512"]["samples_per_second"] > 0
+    assert set(found["sizing"]) >= {"issue_us"}
+    parse([part for name, value in found["sizing"].items() for part in (f"--cluster.{name}", str(value))])
 
 
 def test_the_docs_show_every_number_of_gpus_and_both_sets():

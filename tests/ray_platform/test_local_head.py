@@ -128,9 +128,10 @@ def test_a_start_that_hangs_is_ended(monkeypatch):
 def start_and_wait(program: str) -> tuple[subprocess.Popen, str, Path]:
     """Run a program that starts a head and prints its marker and folder; return once it did."""
     program = f"""
-import subprocess, sys, time
+import signal, subprocess, sys, time
 from pathlib import Path
 from ray_platform.local_head import MARKER, LocalHead, submit
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
 with LocalHead(num_cpus=1) as head:
     print(head.env[MARKER], head._folder, flush=True)
     {program}
