@@ -238,6 +238,7 @@ def test_a_driver_that_is_stopped_or_killed_can_be_started_again(shards, undistu
     assert_as_undisturbed(tmp_path, run, undisturbed)
 
 
+@pytest.mark.slow  # tests/ray_platform/test_guard.py has the judgement alone
 def test_losses_that_cannot_be_used_end_the_run_and_name_the_samples(shards, ray_cluster, tmp_path):
     """A rate that makes the weights, and with them the losses, infinite."""
 

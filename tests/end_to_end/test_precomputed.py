@@ -26,6 +26,7 @@ def encoded(ray_cluster, shards, tiny_model, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow  # tests/ray_platform/test_precompute.py streams them
 def test_a_run_from_precomputed_shards_follows_the_plain_loop_over_them(make_run, losses, encoded, tmp_path):
     run = make_run(tmp_path / "out", sources=encoded, num_steps=4)
     run.fit()

@@ -142,6 +142,7 @@ def test_two_launches_with_a_stop_between_them_are_one(zero_3_run, make_run, los
         make_run(tmp_path, stop_at_step=7)
 
 
+@pytest.mark.slow  # tests/ray_platform/test_stream.py has the counting alone
 def test_an_undecodable_image_and_an_unreadable_caption_are_skipped_and_counted(make_run, tmp_path):
     import webdataset
 

@@ -294,6 +294,7 @@ DOCS = (ROOT / "docs" / "sizing.md").read_text() if (ROOT / "docs" / "sizing.md"
 SHOWN = re.findall(r"```\npython jobs/sizing\.py (.*?)\n```\n\n(\| \| \|\n.*?)\n\n(?!\| GPUs)", DOCS, re.DOTALL)
 
 
+@pytest.mark.slow  # counting takes ten seconds a recipe
 @pytest.mark.parametrize("number", range(len(SHOWN)))
 def test_the_tables_of_the_docs_are_what_the_command_prints(number):
     arguments, shown = SHOWN[number]

@@ -172,6 +172,7 @@ def _check_mlflow(config, details):
     assert len(embedded["embedding"][0]) == 32
 
 
+@pytest.mark.slow  # so does the whole sweep above
 def test_a_segment_of_a_trial_is_a_run_and_an_evaluation(make, tmp_path):
     """Without Tune."""
     config = make()

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from ray import cloudpickle
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
 
@@ -86,7 +87,7 @@ def test_a_task_that_cannot_be_built_is_not_tried_again(error):
         raise error
 
     with pytest.raises(ConfigError, match=r"^objective\.freeze: no such$") as found:
-        built(SimpleNamespace(train=SimpleNamespace(seed=0), build_task=build))
+        built(SimpleNamespace(train=SimpleNamespace(seed=0), build_task=cloudpickle.dumps(build)))
     assert restarts.is_final(found.value)
 
 

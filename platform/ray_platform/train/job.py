@@ -1,11 +1,9 @@
 """What a worker is told."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ray_platform import storage
-from ray_platform.contracts import Task
 from ray_platform.data.catalog import Catalog
 from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackerHandle
@@ -14,9 +12,9 @@ from ray_platform.train.config import TrainConfig
 
 @dataclass(frozen=True)
 class Job:
-    """It travels to the workers, so it holds plain data and importable functions."""
+    """It travels to the workers by way of Ray Train's controller, which need not import what the workers train."""
 
-    build_task: Callable[[], Task]
+    build_task: bytes  # the pickled function that returns the Task
     data: DataConfig
     train: TrainConfig
     catalog: Catalog
@@ -31,3 +29,10 @@ class Job:
     @property
     def export_dir(self) -> str:
         return storage.join(self.output_dir, "export")
+
+
+def work(job: Job) -> None:
+    """The training function. The controller unpickles it, too: so this module imports nothing that takes seconds."""
+    from ray_platform.train.loop import train_worker
+
+    train_worker(job)

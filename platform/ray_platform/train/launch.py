@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray import cloudpickle
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -31,8 +32,7 @@ from ray_platform.train.code_version import code_version
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.elastic import SaveBeforeResize
 from ray_platform.train.heldout import read_heldout
-from ray_platform.train.job import Job
-from ray_platform.train.loop import train_worker
+from ray_platform.train.job import Job, work
 from ray_platform.train.network import ProcessGroup
 from ray_platform.train.overseer import Overseer
 from ray_platform.train.restarts import Restarts, Stopped, TrainingError
@@ -149,7 +149,7 @@ class Run:
         version = code_version()
         tracker, tracked = self._start_tracker(catalog, version)
         job = Job(
-            self.build_task,
+            cloudpickle.dumps(self.build_task),
             self._data(),
             self.train,
             catalog,
@@ -233,7 +233,7 @@ class Run:
                 resources["CPU"] += self.data.reads_per_rank * self.data.cpus_per_read
             workers = {"num_workers": train.num_workers, "elastic_resize_monitor_interval_s": RESIZE_SECONDS}
         return TorchTrainer(
-            train_worker,
+            work,
             train_loop_config=job,
             torch_config=ProcessGroup(backend="nccl" if train.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(

@@ -17,6 +17,7 @@ import ray
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray import cloudpickle
 
 from ray_platform import storage
 from ray_platform.contracts import Batch, ConfigError, DataError, Mark, Task
@@ -60,7 +61,7 @@ def built(job: Job) -> Task:
     """With equal initial weights on every rank. Raises ConfigError for what cannot be built, however often it is tried."""
     torch.manual_seed(job.train.seed)
     try:
-        return job.build_task()
+        return cloudpickle.loads(job.build_task)()
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
