@@ -29,10 +29,3 @@ class Job:
     @property
     def export_dir(self) -> str:
         return storage.join(self.output_dir, "export")
-
-
-def work(job: Job) -> None:
-    """The training function. The controller unpickles it, too: so this module imports nothing that takes seconds."""
-    from ray_platform.train.loop import train_worker
-
-    train_worker(job)

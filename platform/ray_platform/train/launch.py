@@ -32,11 +32,12 @@ from ray_platform.train.code_version import code_version
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.elastic import SaveBeforeResize
 from ray_platform.train.heldout import read_heldout
-from ray_platform.train.job import Job, work
+from ray_platform.train.job import Job
 from ray_platform.train.network import ProcessGroup
 from ray_platform.train.overseer import Overseer
 from ray_platform.train.restarts import Restarts, Stopped, TrainingError
 from ray_platform.train.watch import start_watch
+from ray_platform.train.worker import work
 
 __all__ = ["Run", "Stopped", "TrainingError"]
 
