@@ -4,6 +4,7 @@ The Task is a small one: it is the platform that is tried here. `tests/benchmark
 """
 
 import contextlib
+import dataclasses
 import functools
 import gzip
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -248,6 +250,36 @@ def test_losses_that_cannot_be_used_end_the_run_and_name_the_samples(shards, ray
     saved = [json.loads(file.read_text()) for file in (tmp_path / "bad_steps").glob("*.json")]
     assert len(saved) >= 3
     assert all(len(entry["keys"]) == 4 for entry in saved)
+
+
+class Large(PixelTask):
+    """Its second rank's accelerator is full at the step of that number."""
+
+    def __init__(self, full_at):
+        super().__init__()
+        self.left, forward = full_at, self.module.forward
+
+        def full(*arguments, **more):
+            if self.module.training and torch.distributed.get_rank() == 1:
+                self.left -= 1
+                if self.left < 0:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of")
+            return forward(*arguments, **more)
+
+        self.module.forward = full
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("full_at", "tries"), [(0, 1), (3, 2)])
+def test_an_accelerator_that_is_full_says_what_to_do(shards, ray_cluster, tmp_path, caplog, full_at, tries):
+    """At the first step at once, later after another try: what else was on it may be gone by then."""
+    run = make_run(tmp_path, shards, num_steps=12, checkpoint_every=12, max_failures=1)
+    run = dataclasses.replace(run, build_task=functools.partial(Large, full_at))
+    told = r"train\.micro_batch_size: the memory of rank 1's accelerator is full \(CUDA out of memory\. Tried to allocate 2"
+    with pytest.raises(TrainingError, match=told) as ended:
+        run.fit()
+    assert "\n" not in str(ended.value)
+    assert caplog.text.count("going on from") == tries - 1
 
 
 @pytest.mark.slow

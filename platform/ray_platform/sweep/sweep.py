@@ -93,6 +93,7 @@ class Sweep:
     def run(self) -> list[Outcome]:
         """All trials to their ends; again after it was cut off, those that were not there yet, and those that failed."""
         os.environ.update(_SETTINGS)
+        os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # between two saves of the sweep's state
         path = storage.join(self.output_dir, TUNE)
         concurrent = self.concurrency()
         random.seed(self.seed)  # population based training draws from it
@@ -145,8 +146,8 @@ class Sweep:
                 name=TUNE,
                 storage_path=self.output_dir,
                 failure_config=tune.FailureConfig(max_failures=1),
-                # One kept: then Tune saves the sweep's state at every report. A population takes over older ones, too.
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=None if self.scheduler == "pbt" else 1),
+                # Without a checkpoint_config's num_to_keep: Tune would delete checkpoints that its saved state still names, and a
+                # sweep that is killed then could not go on with their trials. Each is a line of JSON.
                 # Tune reads what JsonLoggerCallback writes when it ends.
                 callbacks=[Progress(list(self.objectives), self.num_milestones, self.output_dir), JsonLoggerCallback()],
                 verbose=0,

@@ -53,8 +53,21 @@ def train_worker(job: Job) -> None:
     heart.start()
     try:
         Trainer(job, built(job), heart).run()
+    except torch.OutOfMemoryError as error:
+        line = memory_full(error, heart.rank)
+        # At the first step, another try would end the same way.
+        raise (MemoryError(line) if heart.step else ConfigError(line)) from error
     finally:
         heart.stop()
+
+
+def memory_full(error: torch.OutOfMemoryError, rank: int) -> str:
+    """What to do about it, after what torch tried: its own line goes on for paragraphs."""
+    tried = str(error).partition(" GPU ")[0].rstrip(".")
+    return (
+        f"train.micro_batch_size: the memory of rank {rank}'s accelerator is full ({tried}); give fewer samples, with "
+        "train.global_batch_size as it was, or set train.activation_checkpointing; python jobs/sizing.py foretells what fits"
+    )
 
 
 def built(job: Job) -> Task:

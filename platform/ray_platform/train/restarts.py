@@ -71,7 +71,7 @@ def cause_of(error: BaseException) -> tuple[BaseException, str]:
     failures = sorted(getattr(error, "worker_failures", {}).items()) or [(-1, error)]
     causes = [(rank, _unwrapped(failure)) for rank, failure in failures]
     # Where one rank fails or dies, the others' collectives fail after it: what is ours is the cause, else who died.
-    ours, died = (ConfigError, DataError, Diverged, Interrupted), ray.exceptions.RayActorError
+    ours, died = (ConfigError, DataError, Diverged, Interrupted, MemoryError), ray.exceptions.RayActorError
     rank, cause = next(((r, c) for kind in (ours, died) for r, c in causes if isinstance(c, kind)), causes[0])
     line = _first_line(cause)
     if isinstance(cause, ours):
