@@ -121,6 +121,7 @@ def test_a_killed_worker_changes_nothing_in_the_end(shards, undisturbed, tmp_pat
     assert_as_undisturbed(tmp_path, run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_shows_what_happens(shards, ray_cluster, tmp_path):
     """Scores and previews that all ranks make together, operations, memory, a trace; and the best checkpoint by a score."""
     settings = {"heldout_sources": (str(shards),), "heldout_samples": 11, "heldout_every": 4, "preview_every": 4, "log_every": 4}

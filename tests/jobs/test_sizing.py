@@ -75,6 +75,7 @@ def test_operations_and_parameters_are_those_that_a_run_reports(recipe, task, vi
     assert counts.executed_flops >= counts.flops * 0.999
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_is_executed_and_not_the_models_own_work(recipe):
     plain, again = (count(recipe({"activation_checkpointing": on})) for on in (False, True))
     assert again.flops == plain.flops
@@ -152,7 +153,10 @@ def two_ranks():
     group.stop()
 
 
-@pytest.mark.parametrize(("zero_stage", "ema_decay"), [(0, 0.0), (1, 0.0), (2, 0.9), (3, 0.0)])
+@pytest.mark.parametrize(
+    ("zero_stage", "ema_decay"),
+    [(0, 0.0), pytest.param(1, 0.0, marks=pytest.mark.slow), pytest.param(2, 0.9, marks=pytest.mark.slow), (3, 0.0)],
+)
 def test_states_and_checkpoints_are_as_large_as_real_ones(recipe, two_ranks, tmp_path, zero_stage, ema_decay):
     zero = {"reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": 0, "overlap_comm": False}
     live = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}

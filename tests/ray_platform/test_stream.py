@@ -333,6 +333,7 @@ class TestFromS3:
         local = config_of(Path(catalog.shards[0].url).parent)
         assert_same(batches, without_ray(catalog, local, reader_of(catalog), batch_size=16, num_batches=8))
 
+    @pytest.mark.slow
     def test_a_server_that_is_killed_and_comes_back_costs_time_but_no_sample(self, remote, s3_server):
         import ray
 

@@ -73,6 +73,7 @@ def test_a_grid_without_scheduler_runs_every_point_to_its_end(make):
         make(num_trials=5, **fields).points()
 
 
+@pytest.mark.slow
 def test_optuna_searches_both_objectives_at_once(make):
     outcomes = make(search="optuna", num_trials=8).run()
     assert [outcome.name for outcome in outcomes] == [f"trial_{i:03d}" for i in range(8)]
