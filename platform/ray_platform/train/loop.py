@@ -33,7 +33,7 @@ from ray_platform.train.job import Job
 from ray_platform.train.keeper import Keeper
 from ray_platform.train.meter import Meter, count_flops, memory
 from ray_platform.train.profiler import Profiler
-from ray_platform.train.restarts import Interrupted
+from ray_platform.train.restarts import AcceleratorFull, Interrupted
 from ray_platform.train.restore import Position, find, rank_state
 from ray_platform.train.watch import Heart
 
@@ -56,7 +56,7 @@ def train_worker(job: Job) -> None:
     except torch.OutOfMemoryError as error:
         line = memory_full(error, heart.rank)
         # At the first step, another try would end the same way.
-        raise (MemoryError(line) if heart.step else ConfigError(line)) from error
+        raise (AcceleratorFull(line) if heart.step else ConfigError(line)) from error
     finally:
         heart.stop()
 

@@ -22,6 +22,10 @@ class Interrupted(Exception):
     """The workers were told to stop. The message says why, and whether they could save."""
 
 
+class AcceleratorFull(Exception):
+    """While training, where what else was on it may be gone at the next try. The message says what to do."""
+
+
 class Restarts:
     """They do until they are done, or have failed too often at one place, or were told to stop for good."""
 
@@ -71,7 +75,7 @@ def cause_of(error: BaseException) -> tuple[BaseException, str]:
     failures = sorted(getattr(error, "worker_failures", {}).items()) or [(-1, error)]
     causes = [(rank, _unwrapped(failure)) for rank, failure in failures]
     # Where one rank fails or dies, the others' collectives fail after it: what is ours is the cause, else who died.
-    ours, died = (ConfigError, DataError, Diverged, Interrupted, MemoryError), ray.exceptions.RayActorError
+    ours, died = (ConfigError, DataError, Diverged, Interrupted, AcceleratorFull), ray.exceptions.RayActorError
     rank, cause = next(((r, c) for kind in (ours, died) for r, c in causes if isinstance(c, kind)), causes[0])
     line = _first_line(cause)
     if isinstance(cause, ours):
