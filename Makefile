@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # What else is installed, of pyproject.toml's extras. The image (cluster/Dockerfile) sets its own; dev brings the peers, too.
 EXTRAS := demo,eval,dev
-SOURCES := diffdis platform/ray_platform jobs tests
+SOURCES := diffdis platform jobs tests
 
 .PHONY: demo test test-slow lint audit setup clean-demo
 
@@ -20,7 +20,7 @@ test-slow: setup
 lint: setup
 	$(VENV)/bin/ruff check $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES)
-	$(PYTHON) -m mypy diffdis platform/ray_platform jobs
+	$(PYTHON) -m mypy diffdis platform/ray_platform platform/diffdis_platform jobs
 	PYTHONPATH=platform $(VENV)/bin/lint-imports
 
 # Asks a service in the network for known vulnerabilities of the pinned versions.

@@ -60,14 +60,14 @@ class ClipScorer:
 
     def _check_size(self, folder: Path) -> None:
         expected = (self._size, self._size, 3)
-        found = self.prepare(np.zeros((2 * self._size, 3 * self._size, 3), dtype=np.uint8)).shape
+        found = self.preprocess(np.zeros((2 * self._size, 3 * self._size, 3), dtype=np.uint8)).shape
         if found != expected:
             raise ValueError(
                 f"{folder}: preprocessor_config.json makes images of {found[0]} x {found[1]}, the model takes "
                 f"{self._size} x {self._size}: they do not belong together"
             )
 
-    def prepare(self, image: np.ndarray) -> np.ndarray:
+    def preprocess(self, image: np.ndarray) -> np.ndarray:
         """RGB uint8 [H, W, 3] of any size -> uint8 [S, S, 3], as the model sees it. May be called from several threads."""
         if self._is_plain:
             return self._resized_and_cut(image)

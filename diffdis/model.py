@@ -18,7 +18,7 @@ from diffdis.fusion import JointWalk, QueryStream
 from diffdis.image_branch import attention_sites, build_unet, walk
 
 
-class ImageMemory(NamedTuple):
+class ImageKVCache(NamedTuple):
     """What the one-way mask keeps of an image: keys and values at each layer of each site, and of each head block."""
 
     sites: list[list[KeysValues]]
@@ -72,7 +72,7 @@ class DiffDis(nn.Module):
         scaled = (e * e.shape[-1] ** 0.5).unsqueeze(1).expand_as(noise)
         return schedule.add_noise(scaled, noise, self.abar[t_e], self.config.schedule.gamma)
 
-    def encode_image(self, latent: torch.Tensor, null_states: torch.Tensor) -> ImageMemory:
+    def encode_image(self, latent: torch.Tensor, null_states: torch.Tensor) -> ImageKVCache:
         """One-way mask: walk the image once. latent [B, C, H, W], null_states [1, L, D_c]."""
         sites: list[list[KeysValues]] = [[] for _ in self.stream.blocks]
 
@@ -82,17 +82,17 @@ class DiffDis(nn.Module):
             return out
 
         features = self._walk(latent, null_states, remember)  # [B, N, C']
-        return ImageMemory(sites, self.head.encode_image(features))
+        return ImageKVCache(sites, self.head.encode_image(features))
 
     def predict_query(
-        self, image: ImageMemory | tuple[torch.Tensor, torch.Tensor], e_t: torch.Tensor, t_e: torch.Tensor
+        self, image: ImageKVCache | tuple[torch.Tensor, torch.Tensor], e_t: torch.Tensor, t_e: torch.Tensor
     ) -> torch.Tensor:
         """Phi(e_t, t_e, z): the clean query e0_hat, with unit norm. e_t [B, n, D], t_e [B, n] -> [B, n, D].
 
         `image` is what `encode_image` kept (one-way), or (latent, null_states), walked here together with the query (joint).
         """
         noised = e_t + self.stream.time(t_e, e_t.dtype)
-        if isinstance(image, ImageMemory):
+        if isinstance(image, ImageKVCache):
             attentions = [[b.attn1 for b in site.transformer_blocks] for site in attention_sites(self.unet)]
             h = self.stream.one_way(noised, attentions, image.sites)
             out = self.head.one_way(h + noised, image.head)
@@ -104,7 +104,7 @@ class DiffDis(nn.Module):
             out = schedule.x0_from_noise(e_t, out, self.abar[t_e], self.config.schedule.gamma)
         return F.normalize(out.float(), dim=-1)
 
-    def pooled_query(self, latent: torch.Tensor, null_states: torch.Tensor) -> torch.Tensor:
+    def clip_image_embedding(self, latent: torch.Tensor, null_states: torch.Tensor) -> torch.Tensor:
         """The `clip` task's query of an image, with unit norm. latent [B, C, H, W] -> [B, D]."""
 
         def attend(site: int, layer: int, attention, x: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ class DiffDis(nn.Module):
 
         return F.normalize(self.pooled(self._walk(latent, null_states, attend)).float(), dim=-1)
 
-    def see(self, latent: torch.Tensor, null_states: torch.Tensor):
+    def encode_condition(self, latent: torch.Tensor, null_states: torch.Tensor):
         """What `predict_query` takes as its image, by the configured mask."""
         if self.config.query_visibility == "one_way":
             return self.encode_image(latent, null_states)

@@ -10,7 +10,7 @@ from torch import nn
 from diffdis import schedule
 from diffdis.config import ObjectiveConfig
 from diffdis.losses import Alignment, alignment_loss, first_of_rank, gather, generation_loss
-from diffdis.model import DiffDis, ImageMemory
+from diffdis.model import DiffDis, ImageKVCache
 
 NUM_TIMESTEP_BINS = 4  # of t_e, for the logged loss and accuracy: the shortcut shows as a slope over them
 # Of the U-Net, these are used by generation alone: the alignment's walk ends behind the middle block.
@@ -34,7 +34,7 @@ class Predicted(NamedTuple):
     """The text queries that a batch's images give, and what gave them."""
 
     queries: torch.Tensor  # [B, n, D], unit norm
-    image: Any  # as DiffDis.see makes it; None for the clip task
+    image: Any  # what DiffDis.encode_condition returns; None for the clip task
     e_t: torch.Tensor  # [B, n, D]
 
 
@@ -134,10 +134,10 @@ class Objective(nn.Module):
         """The image is clean, its text masked; the noised query rides along, but in the clip task."""
         model, e = self.model, inputs["query"]
         if self.objective.task == "clip":
-            return Predicted(model.pooled_query(inputs["latent"], inputs["null_states"])[:, None], None, draws.noise_e)
+            return Predicted(model.clip_image_embedding(inputs["latent"], inputs["null_states"])[:, None], None, draws.noise_e)
         z = inputs["latent"].masked_fill(draws.drop_image[:, None, None, None], 0.0)
         e_t = model.noise_query(e, draws.noise_e, draws.t_e)
-        image = model.see(z, inputs["null_states"])
+        image = model.encode_condition(z, inputs["null_states"])
         return Predicted(model.predict_query(image, e_t, draws.t_e), image, e_t)
 
     def alignment(self, inputs: Inputs, draws: Draws, cached: Cached | None = None) -> tuple[torch.Tensor, Metrics]:
@@ -183,9 +183,9 @@ class Objective(nn.Module):
         def shuffled(x: torch.Tensor) -> torch.Tensor:
             return x[part].roll(1, dims=0)
 
-        if isinstance(image, ImageMemory):
+        if isinstance(image, ImageKVCache):
             sites = [[(shuffled(k), shuffled(v)) for k, v in site] for site in image.sites]
-            image = ImageMemory(sites, [(shuffled(k), shuffled(v)) for k, v in image.head])
+            image = ImageKVCache(sites, [(shuffled(k), shuffled(v)) for k, v in image.head])
         else:
             image = shuffled(image[0]), image[1]
         queries, ids = gather(inputs["query"]), gather(inputs["caption_ids"])

@@ -114,9 +114,9 @@ class DiffDisPipeline:
             raise ValueError("this model was trained for generation alone: it cannot tell which text belongs to an image")
         null, _ = self.text_encoder.encode([""], self.device)
         if self.config.trained_for == "clip":
-            return self.model.pooled_query(latent, null)
-        image = self.model.see(latent, null)
-        masked = self.model.see(torch.zeros_like(latent), null) if guidance else None
+            return self.model.clip_image_embedding(latent, null)
+        image = self.model.encode_condition(latent, null)
+        masked = self.model.encode_condition(torch.zeros_like(latent), null) if guidance else None
         width = self.config.text_encoder.embedding_dim
         chains = []
         # One draw a chain under the joint mask, where a query changes the image's tokens; all at once under one-way.

@@ -18,7 +18,7 @@ class DiffDisScorer:
             # An image at a time: at 512 px its activations are larger than the U-Net's for the whole batch.
             self.pipeline.autoencoder.vae.enable_slicing()
 
-    def prepare(self, image: np.ndarray) -> np.ndarray:
+    def preprocess(self, image: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] of any size -> [S, S, 3] of the model's size: cut to a square in the middle, bicubic."""
         return self.pipeline.pixels([Image.fromarray(image)])[0]
 

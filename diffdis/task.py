@@ -80,7 +80,7 @@ class DiffDisTask:
             "null_states": self._null_states,
         }
 
-    def prepare(self, inputs: Sequence[Inputs], seeds: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+    def precompute_step_loss(self, inputs: Sequence[Inputs], seeds: Sequence[int]) -> Sequence[Mapping[str, Any]]:
         """With `objective.negatives` = step, the alignment's gradient over all micro-batches of the step (gradient caching)."""
         if self.objective.negatives == "micro_batch" or self.objective.task == "generation" or len(inputs) == 1:
             return [{} for _ in inputs]
@@ -91,7 +91,7 @@ class DiffDisTask:
 
     # --- scores and previews: every rank calls them with its share, for under ZeRO 3 the weights are shared out ---------------
 
-    def represent(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+    def embed_heldout(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """Each image's text query from pure noise in one step, its true one [B, D] and its caption's number [B]."""
         if self.objective.task == "generation":
             return {}
@@ -101,7 +101,7 @@ class DiffDisTask:
         return {"predicted": predicted, "query": inputs["query"], "caption_ids": inputs["caption_ids"]}
 
     def score(self, rows: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Zero-shot accuracy over the distinct captions, and retrieval both ways among all pairs; rows of `represent`."""
+        """Zero-shot accuracy over the distinct captions, and retrieval both ways among all pairs; rows of `embed_heldout`."""
         if not rows:
             return {}
         predicted, query, ids = rows["predicted"], rows["query"], rows["caption_ids"]

@@ -12,8 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from demo_data.builder import PINS, build
-from demo_data.errors import DemoDataError
+from diffdis_platform.demo.builder import PINS, build
+from diffdis_platform.demo.errors import DemoDataError
 
 
 def main(arguments: list[str] | None = None) -> int:

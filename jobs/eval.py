@@ -6,13 +6,14 @@ Where no cluster is named (RAY_ADDRESS), this machine's CPUs do it.
 import sys
 
 import _bootstrap  # noqa: F401
-from evaluation.run import REPORT, evaluate, plan, table
+
+from diffdis_platform.config.evaluate import parse
+from diffdis_platform.evaluation.run import REPORT, evaluate, plan, table
 from ray_platform import storage
 from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.find import listing
 from ray_platform.local_head import HeadError, ensure_cluster
-from recipes.evaluate import parse
 
 
 def main() -> None:

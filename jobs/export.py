@@ -3,8 +3,9 @@
 import sys
 
 import _bootstrap  # noqa: F401
+
+from diffdis_platform.config.export import export, parse
 from ray_platform.contracts import ConfigError, DataError
-from recipes.export import export, parse
 
 if __name__ == "__main__":
     try:

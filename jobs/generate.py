@@ -5,14 +5,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import _bootstrap  # noqa: F401
 import torch
 
-import _bootstrap  # noqa: F401
 from diffdis.pictures import grid
 from diffdis.pipeline import DiffDisPipeline
+from diffdis_platform.config.generate import GenerateConfig, parse
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
-from recipes.generate import GenerateConfig, parse
 
 GRID_IMAGES = 64  # at most, on the one page
 

@@ -9,16 +9,17 @@ import time
 from typing import Any
 
 import _bootstrap  # noqa: F401
+
+from diffdis_platform.config.inspection import InspectConfig, parse
 from ray_platform import storage
 from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.inspection import cluster_cpus, inspect_units, spread_units
-from ray_platform.data.inspection_page import page
 from ray_platform.data.inspection_report import summarise, table, verdict
 from ray_platform.data.statistics import Statistics
 from ray_platform.local_head import HeadError, ensure_cluster
-from recipes.inspection import InspectConfig, parse
+from ray_platform.report.inspection import page
 
 SECONDS_A_LINE = 10.0  # of progress
 

@@ -8,12 +8,13 @@ import sys
 import time
 
 import _bootstrap  # noqa: F401
+
+from diffdis_platform.config.precompute import PrecomputeConfig, parse
 from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.precompute import check, precompute
 from ray_platform.local_head import HeadError, ensure_cluster
-from recipes.precompute import PrecomputeConfig, parse
 
 SECONDS_A_LINE = 10.0  # of progress
 

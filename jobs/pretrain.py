@@ -8,11 +8,12 @@ import shlex
 import sys
 
 import _bootstrap  # noqa: F401
+
+from diffdis_platform.config.command_line import parse
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.local_head import HeadError, ensure_cluster
 from ray_platform.train.launch import TrainingError
-from recipes.command_line import parse
 
 
 def main() -> None:

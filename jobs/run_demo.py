@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
-from demo_data.builder import PINS, build
-from demo_data.errors import DemoDataError
-from demo_report.report import SUMMARY, table, write_report
+
+from diffdis_platform.demo.builder import PINS, build
+from diffdis_platform.demo.errors import DemoDataError
+from diffdis_platform.demo.report import SUMMARY, table, write_report
+from diffdis_platform.recipes.demo import PREVIEW_CAPTIONS
 from ray_platform.contracts import ConfigError
 from ray_platform.local_head import LocalHead, submit
 from ray_platform.tracking import ui_command
-from recipes.demo import PREVIEW_CAPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, OUTPUT = ROOT / "data" / "demo", ROOT / "outputs" / "demo"

@@ -7,10 +7,11 @@ import json
 import sys
 
 import _bootstrap  # noqa: F401
-from capacity.estimate import as_json, estimate
-from capacity.tables import report
+
+from diffdis_platform.config.sizing import parse
+from diffdis_platform.sizing.estimate import as_json, estimate
+from diffdis_platform.sizing.tables import report
 from ray_platform.contracts import ConfigError
-from recipes.sizing import parse
 
 if __name__ == "__main__":
     try:

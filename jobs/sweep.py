@@ -7,13 +7,14 @@ import shlex
 import sys
 
 import _bootstrap  # noqa: F401
+
+from diffdis_platform.config.sweep import parse
+from diffdis_platform.sweeping.run import REPORT, plan, run, table
 from ray_platform import storage
 from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.local_head import HeadError, ensure_cluster
 from ray_platform.redaction import redacted
-from recipes.sweep import parse
-from sweeping.run import REPORT, plan, run, table
 
 
 def main() -> None:

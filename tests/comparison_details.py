@@ -11,7 +11,7 @@ from typing import Any
 
 from scipy import stats
 
-from ray_platform.evaluate.comparison_report import comparison_page
+from ray_platform.report.comparison import comparison_page
 from tests.evaluation_details import CAPTIONS, picture
 
 ARMS: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ def ray_cluster():
     """A cluster of this test run's own, 4 CPUs, whose workers find the three packages. Started once, by whoever asks first."""
     import ray
 
-    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "platform", ROOT / "jobs"))
+    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "platform"))
     context = ray.init(
         address="local",  # never a cluster that the environment names
         num_cpus=4,

@@ -212,6 +212,6 @@ def _quality(scale: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from ray_platform.evaluate.report import report_page
+    from ray_platform.report.evaluation import report_page
 
     Path(sys.argv[1]).write_text(report_page(evaluation()), encoding="utf-8")

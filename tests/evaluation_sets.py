@@ -8,7 +8,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from ray_platform.data.causes import Reject
+from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.sets import PAPER, REGISTRY, EvaluationSet
 from ray_platform.evaluate.slices import RawSample, read_slice
 
@@ -99,7 +99,7 @@ def write_retrieval(root: Path, name: str, num_images: int, captions_an_image: i
     )
 
 
-def read(found: EvaluationSet, **named) -> list[RawSample | Reject]:
+def read(found: EvaluationSet, **named) -> list[RawSample | RejectedSample]:
     """All samples of a set, slice by slice."""
     assert [part.place for part in found.slices] == list(range(len(found.slices)))
     assert len({part.name for part in found.slices}) == len(found.slices)

@@ -17,19 +17,19 @@ SECONDS_A_STEP = 0.2  # at least
 
 def paced(build_task):
     task = build_task()
-    prepare = task.prepare
+    prepare = task.precompute_step_loss
 
     def slowly(parts, seeds):
         time.sleep(SECONDS_A_STEP)
         return prepare(parts, seeds)
 
-    task.prepare = slowly
+    task.precompute_step_loss = slowly
     return task
 
 
 def main():
     sys.path[:0] = [str(ROOT / "jobs"), str(ROOT / "platform"), str(ROOT)]
-    from recipes.config import PretrainConfig
+    from diffdis_platform.config.pretrain import PretrainConfig
     from tests import recorded_pretrain  # what travels to the workers must not be in __main__
     from tests.recording import recording
 

@@ -17,7 +17,7 @@ def recording(folder, build_task, *arguments):
     task = build_task(*arguments)
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = (Path(folder) / f"{time.time_ns()}-{os.getpid()}.jsonl").open("w")
-    inputs, prepare, asked = task.inputs, task.prepare, []
+    inputs, prepare, asked = task.inputs, task.precompute_step_loss, []
 
     def recorded_inputs(batch, device):
         asked.append(batch.keys)
@@ -31,7 +31,7 @@ def recording(folder, build_task, *arguments):
         asked.clear()
         return prepare(parts, seeds)
 
-    task.inputs, task.prepare = recorded_inputs, recorded_prepare
+    task.inputs, task.precompute_step_loss = recorded_inputs, recorded_prepare
     return task
 
 

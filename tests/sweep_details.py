@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ray_platform.sweep.report import pictures, sweep_page
+from ray_platform.report.sweep import pictures, sweep_page
 
 ACCURACY, DISTANCE = "eval/zero_shot_mean", "eval/fd_efficientnet_lite0/guidance_3"
 RETRIEVAL = "eval/heldout_pairs/image_retrieval_recall_at_1"

@@ -10,7 +10,7 @@ import ray
 from ray_platform.contracts import ConfigError
 
 _ROOT = Path(__file__).resolve().parents[2]
-_FOLDERS = ("platform", "jobs")
+_FOLDERS = ("platform",)
 _TIMEOUT_S = 10.0
 
 

@@ -18,22 +18,22 @@ if TYPE_CHECKING:  # every read worker imports this file, and torch would double
     import torch
 
 
-class SaidError(Exception):
+class UserError(Exception):
     """One line for people. It may quote what a user or a server wrote: secrets in it are not shown, wherever it is."""
 
     def __str__(self) -> str:
         return redacted(super().__str__())
 
 
-class DataError(SaidError):
+class DataError(UserError):
     """A source, shard or sample that cannot be used. The message names it and says what to do."""
 
 
-class ConfigError(SaidError):
+class ConfigError(UserError):
     """A field, or a combination of fields, that cannot work. The message names it and says what to do."""
 
 
-class Mark(NamedTuple):
+class ConsumedRange(NamedTuple):
     """Samples start..stop of a unit (a shard, or a part of one) were consumed, unusable ones included; it has `total`.
 
     Samples are counted in the order in which that epoch reads the unit.
@@ -55,7 +55,7 @@ class Batch:
     tensors: Mapping[str, np.ndarray]
     captions: Sequence[str]  # B
     keys: Sequence[str]  # B; "<shard name>/<key in the tar>", unique in the source
-    consumed: Sequence[Mark]  # since the batch before: this batch's samples, and those that were skipped on the way
+    consumed: Sequence[ConsumedRange]  # since the batch before: this batch's samples, and those that were skipped on the way
     skipped: Mapping[str, int]  # cause -> samples skipped since the stream began, on this rank
 
 
@@ -91,14 +91,16 @@ class Task(Protocol):
         """From a batch's images and captions, or from what was precomputed of them, to what `module` takes."""
         ...
 
-    def prepare(self, inputs: Sequence[dict[str, torch.Tensor]], seeds: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+    def precompute_step_loss(
+        self, inputs: Sequence[dict[str, torch.Tensor]], seeds: Sequence[int]
+    ) -> Sequence[Mapping[str, Any]]:
         """What `module` takes besides for each micro-batch of one optimiser step: keyword arguments, none if empty.
 
         Called before the first of them is run: here a loss over the whole step's samples can look at all of them.
         """
         ...
 
-    def represent(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def embed_heldout(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What `score` needs of held-out samples: tensors of B rows each. Called without gradients."""
         ...
 
@@ -132,7 +134,7 @@ class Scorer(Protocol):
     Equal images, keys and settings give equal embeddings, in whatever batch they come.
     """
 
-    def prepare(self, image: np.ndarray) -> np.ndarray:
+    def preprocess(self, image: np.ndarray) -> np.ndarray:
         """RGB uint8 [H, W, 3] of any size -> one row of what `embed_images` takes. Called from several threads."""
         ...
 

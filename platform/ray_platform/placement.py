@@ -15,22 +15,22 @@ Labels = Mapping[str, str]  # that a node must have, all of them; none: any node
 
 
 @dataclass(frozen=True)
-class Need:
+class ResourceRequest:
     """What something takes of the nodes with these labels."""
 
     labels: Labels
     amounts: Mapping[str, float]  # CPU, GPU
 
-    def times(self) -> int:
+    def capacity(self) -> int:
         """How often it fits there now."""
         there = room(self.labels)
         shares = {kind: share for kind, share in self.amounts.items() if share}
         return min((int(there.get(kind, 0) / share + 1e-6) for kind, share in shares.items()), default=_NO_LIMIT)
 
 
-def tightest(needs: Sequence[Need]) -> Need:
+def tightest(needs: Sequence[ResourceRequest]) -> ResourceRequest:
     """The one that fits least often."""
-    return min(needs, key=Need.times)
+    return min(needs, key=ResourceRequest.capacity)
 
 
 def check_labels(field: str, labels: Labels) -> None:

@@ -1,6 +1,6 @@
 """What one accelerator does with a model of Stable Diffusion's size, beside what jobs/sizing.py foretells.
 
-    PYTHONPATH=platform:jobs:. python tests/benchmarks/accelerator.py [--only 512 256] [--smoke]
+    PYTHONPATH=platform:. python tests/benchmarks/accelerator.py [--only 512 256] [--smoke]
 
 The worker's own engine under DeepSpeed in a bare loop, without Ray, over precomputed inputs in memory: the recipe sd_v1_laion
 with random weights, one setting after the other, each in a process of its own. Seconds are medians of steps, each waited for.
@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from capacity.counts import Counts, clip_text_encoder, count, stable_diffusion_autoencoder
-from capacity.memory import memory
 from diffdis.task import DiffDisTask
+from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.recipes.demo import PREVIEW_CAPTIONS
+from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion
+from diffdis_platform.sizing.counts import Counts, clip_text_encoder, count, stable_diffusion_autoencoder
+from diffdis_platform.sizing.memory import memory
 from ray_platform.contracts import Batch
 from ray_platform.train.config import BatchPlan
 from ray_platform.train.meter import peak_flops
-from recipes.config import PretrainConfig
-from recipes.demo import PREVIEW_CAPTIONS
-from recipes.sd_v1_laion import sd_v1_laion
 from tests.tiny_checkpoints import save_clip_tokenizer, save_stable_diffusion
 
 WARM_UP, TIMED, BATCHES = 5, 15, 4  # steps, steps, distinct batches
@@ -176,7 +176,7 @@ def extras(task: DiffDisTask, engine: Any, inputs: dict[str, torch.Tensor]) -> d
     copying = time.perf_counter() - begun
     with engine.inference():
         drawing = seconds(lambda: task.preview(0, 1), 1)
-        embedding = seconds(lambda: task.represent(inputs), 3)
+        embedding = seconds(lambda: task.embed_heldout(inputs), 3)
     return {
         "checkpoint_gb": num_bytes / 1e9,
         "checkpoint_copy_seconds": copying,

@@ -1,6 +1,6 @@
 """What an evaluation costs, against the peers and against the plainest way; and how evenly its units fill the workers.
 
-    PYTHONPATH=platform:jobs:. python tests/benchmarks/evaluate.py [--rounds 5]
+    PYTHONPATH=platform:. python tests/benchmarks/evaluate.py [--rounds 5]
 
 All timings of one process on as many torch threads as there are cores, the contenders in turns in every round; rates are medians
 over the rounds, ratios medians of the rounds' ratios. Ends in one JSON line.
@@ -38,8 +38,8 @@ from ray_platform.evaluate.find import find_set
 from ray_platform.evaluate.layouts.tars import tar_set
 from ray_platform.evaluate.schedule import IN_FLIGHT, Schedule
 from ray_platform.evaluate.sets import PAPER, REGISTRY
-from ray_platform.evaluate.slices import Wanted
-from ray_platform.evaluate.work import BATCH_SIZE, EmbedImages, Parts
+from ray_platform.evaluate.slices import SampleSchema
+from ray_platform.evaluate.work import BATCH_SIZE, EmbedImages, WorkerModels
 from ray_platform.storage import StoredFile
 from tests.benchmarks.clip_benchmark_loop import evaluate_by_clip_benchmark
 from tests.diffdis.metrics.peers import functions_of
@@ -117,7 +117,7 @@ def denoising(folder: Path, image_size: int, num_rounds: int, with_classifier: b
 
     @torch.no_grad()
     def encoder() -> None:
-        pipeline.model.see(latent, null)
+        pipeline.model.encode_condition(latent, null)
 
     def zero_shot() -> None:
         (pipeline.embed_latent(latent, keys, num_steps=NUM_STEPS) @ classes.T).argmax(dim=1)
@@ -145,7 +145,7 @@ def flops_ratio_of_sd_v1() -> float:
     counts = {}
     with torch.no_grad():
         with FlopCounterMode(display=False) as counter:
-            image = model.see(latent, null)
+            image = model.encode_condition(latent, null)
         counts["walk"] = counter.get_total_flops()
         with FlopCounterMode(display=False) as counter:
             model.predict_query(image, e_t, time_)
@@ -185,7 +185,7 @@ def write_photographs(folder: Path) -> Path:
 def evaluate_by_us(root: Path, clip: Path) -> Mapping[str, float]:
     """What one worker does on all cores, with as many units under way as it is given, and the driver with its rows."""
     data = find_set([str(root.parent)], "photographs")
-    parts = Parts({"clip": lambda device: ClipScorer(clip, device)}, os.cpu_count() or 1, "cpu")
+    parts = WorkerModels({"clip": lambda device: ClipScorer(clip, device)}, os.cpu_count() or 1, "cpu")
     classes = class_embeddings(parts["clip"].embed_texts, data.classes, data.templates).numpy()
     with ThreadPoolExecutor(IN_FLIGHT) as units_under_way:
         rows = list(units_under_way.map(lambda part: EmbedImages("clip", data.name, part, {}).run(parts), data.slices))
@@ -262,7 +262,7 @@ def balance() -> dict[str, float]:
         info = REGISTRY[name]
         size = info.num_images * 40_000
         shard = StoredFile(f"/data/wds_{name.replace('/', '-')}/test/0.tar", size)
-        found = tar_set(Wanted(name, info.task), f"/data/{name}", "wds", ((), ()), [shard])
+        found = tar_set(SampleSchema(name, info.task), f"/data/{name}", "wds", ((), ()), [shard])
         each = [part.estimated_images * (dearer if name == "sun397" else 1.0) for part in found.slices]
         by_set[name] = sum(each)
         costs += [part.estimated_images for part in found.slices]  # what the plan goes by: images, not seconds

@@ -1,6 +1,6 @@
 """A run that is killed at random moments, against one that is left alone.
 
-    PYTHONPATH=platform:jobs:. python tests/benchmarks/faults.py [--faults 20] [--seed 0]
+    PYTHONPATH=platform:. python tests/benchmarks/faults.py [--faults 20] [--seed 0]
 
 A small DiffDis trains with two workers on a Ray cluster of a head and two nodes, in deterministic mode. Again and again a worker
 is killed (SIGKILL), or a whole node (and a new one joins), some of them in the middle of a checkpoint's upload. Prints a table

@@ -10,7 +10,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray gives its workers a lower priority: what else this machine does would slow them more than what they are compared with.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
-PATHS = os.pathsep.join(str(path) for path in (ROOT, ROOT / "platform", ROOT / "jobs"))
+PATHS = os.pathsep.join(str(path) for path in (ROOT, ROOT / "platform"))
 OPTIONS = {"log_to_driver": False, "runtime_env": {"env_vars": {"PYTHONPATH": PATHS}}}
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from itertools import takewhile
 from typing import Any
 
-from ray_platform.contracts import Mark
+from ray_platform.contracts import ConsumedRange
 from ray_platform.data.catalog import Catalog, Shard, Unit
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Group, Reader, groups
@@ -40,16 +40,16 @@ def catalog_of(shards: int, samples: int) -> Catalog:
     return Catalog(made, (tuple(Unit(shard, 0, shard.size) for shard in made),), (1.0,))
 
 
-def marks_in_mid_epoch(catalog: Catalog, ranks: int, samples: int, base: Ledger) -> list[list[Mark]]:
+def marks_in_mid_epoch(catalog: Catalog, ranks: int, samples: int, base: Ledger) -> list[list[ConsumedRange]]:
     """Every rank has read half of an epoch: its shards whole, and its open window's to 37 %, in ranges out of order."""
     windows = max(1, len(catalog.shards) // ranks // (READS * INTERLEAVE) // 2)
     order = [item.number for group in _all(catalog, base) for item in group.items]
     whole = order[: windows * READS * INTERLEAVE * ranks]
     open_now = order[len(whole) : len(whole) + READS * INTERLEAVE * ranks]
-    marks = [[Mark(0, 0, number, 0, samples, samples)] for number in whole]
+    marks = [[ConsumedRange(0, 0, number, 0, samples, samples)] for number in whole]
     # Buckets leave holes: samples of a rare shape wait for their batch.
     holes = [(0, 1200), (1201, 3000), (3002, 3700)]
-    marks += [[Mark(0, 0, n, a, b, samples) for a, b in holes] for n in open_now]
+    marks += [[ConsumedRange(0, 0, n, a, b, samples) for a, b in holes] for n in open_now]
     return marks
 
 

@@ -1,6 +1,6 @@
 """A training across hosts whose network links are cut.
 
-    PYTHONPATH=platform:jobs:. python tests/benchmarks/several_hosts.py [--cuts worker s3 head replaced returns]
+    PYTHONPATH=platform:. python tests/benchmarks/several_hosts.py [--cuts worker s3 head replaced returns]
 
 Hosts with addresses of their own (tests/hosts.py): a Ray head, three that train, one with S3. `ray job submit` starts
 jobs/pretrain.py from there: a small DiffDis, data and output in S3, ZeRO 2, a worker a host, one host to spare. Links

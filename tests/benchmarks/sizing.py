@@ -1,9 +1,9 @@
 """What jobs/sizing.py needs to know of a core: the decoder's CPU time by sizes, and what a checkpoint's upload to S3 takes.
 
-    PYTHONPATH=platform:jobs:. python tests/benchmarks/sizing.py [--rounds 5]
+    PYTHONPATH=platform:. python tests/benchmarks/sizing.py [--rounds 5]
 
 One process. Seconds of CPU, not of the clock, so that what runs beside it counts little; rounds are interleaved, medians taken.
-Decoding is fitted by seconds = a + b * megapixels of the file, which is what `capacity.measured` has, in proportion to the
+Decoding is fitted by seconds = a + b * megapixels of the file, as in `diffdis_platform.sizing.measured`, in proportion to the
 loader's own benchmark. The last line is one JSON object.
 """
 

@@ -1,6 +1,6 @@
 """What the framework costs a training step, what the joint task costs over its halves, and what global negatives take of memory.
 
-    PYTHONPATH=platform:jobs:. python tests/benchmarks/train_step.py [--rounds 3]
+    PYTHONPATH=platform:. python tests/benchmarks/train_step.py [--rounds 3]
 
 Three contenders train a model of the demo's kind at 256 px on pictures of equal size, one after the other in every round: (a) the
 worker loop under Ray Train and DeepSpeed, fed by the data plane; (b) the same engine and model in a bare loop over batches in
@@ -31,12 +31,12 @@ from PIL import Image
 
 from diffdis.config import AutoencoderConfig
 from diffdis.task import DiffDisTask
+from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.recipes.demo import demo
 from ray_platform.contracts import Batch
 from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train.launch import Run
-from recipes.config import PretrainConfig
-from recipes.demo import demo
 from tests.benchmarks.contrastive_memory import LOCAL, WIDTH
 from tests.ranks import Ranks
 from tests.recording import Records, recording

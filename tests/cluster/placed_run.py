@@ -24,7 +24,7 @@ from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
 from ray_platform.data.precompute import precompute
 from ray_platform.evaluate.fan_out import FanOut, Fleet
-from ray_platform.evaluate.kept import Kept
+from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.placement import room
 from tests.end_to_end.conftest import write_shards
 from tests.end_to_end.test_faults import make_run
@@ -107,7 +107,7 @@ def main():
         list(precompute(catalog, config, replace(encoders(count=2), placement=GPU), str(output / "encoded")))
     with Watcher(raylets) as evaluated:
         fleet = Fleet(no_parts, 2, cpus_per_worker=0.5, placement=GPU)
-        with FanOut(fleet, Kept(str(output / "kept")), lambda line: None) as workers:
+        with FanOut(fleet, ResultCache(str(output / "kept")), lambda line: None) as workers:
             rows = list(workers.run(squares(range(40))))
     found = {
         "trained": trained.names(),

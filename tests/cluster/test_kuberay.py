@@ -12,7 +12,7 @@ from mlflow.cli import server as mlflow_server
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.scripts.scripts import start
 
-from recipes import command_line, evaluate, precompute, sweep
+from diffdis_platform.config import command_line, evaluate, precompute, sweep
 from tests.cluster.manifests import (
     IMAGE_ROOT,
     KUBERAY,
@@ -195,7 +195,7 @@ def test_jobs_fit_the_pools_that_they_ask_for():
     made = config["precompute"]
     assert made.num_encoders * made.gpus_per_encoder <= sizes["gpu"]["GPU"]
     assert config["eval"].num_workers * config["eval"].gpus_per_worker <= sizes["gpu"]["GPU"]
-    from sweeping.trial import needs
+    from diffdis_platform.sweeping.trial import needs
 
     for need in needs(config["sweep"]):
         for kind, amount in need.amounts.items():

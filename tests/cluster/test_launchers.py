@@ -9,7 +9,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
-from recipes import command_line
+from diffdis_platform.config import command_line
 from tests.cluster.manifests import CLUSTER, ROOT, documents, ray_cluster
 
 NEEDS_A_CLOUD = "<!-- needs a cloud"  # in the line above a block of commands that nothing here can run

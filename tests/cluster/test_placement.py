@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from diffdis_platform.config.command_line import parse
+from diffdis_platform.config.evaluate import EvalConfig
+from diffdis_platform.config.precompute import PrecomputeConfig
 from ray_platform.contracts import ConfigError
 from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig
-from recipes.command_line import parse
-from recipes.evaluate import EvalConfig
-from recipes.precompute import PrecomputeConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def found(tmp_path_factory):
     """What `placed_run.py` saw."""
     folder = tmp_path_factory.mktemp("placed")
-    paths = os.pathsep.join(str(path) for path in (ROOT / "platform", ROOT / "jobs", ROOT))
+    paths = os.pathsep.join(str(path) for path in (ROOT / "platform", ROOT))
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "cluster" / "placed_run.py"), str(folder)],
         env=os.environ | {"PYTHONPATH": paths},

@@ -71,7 +71,7 @@ class Batches(list):
 
 
 def embedded(scorer, images, batch_size):
-    prepared = np.stack([scorer.prepare(image) for image in images])
+    prepared = np.stack([scorer.preprocess(image) for image in images])
     keys = [str(place) for place in range(len(images))]
     batches = range(0, len(images), batch_size)
     return np.concatenate([scorer.embed_images(prepared[i : i + batch_size], keys[i : i + batch_size]) for i in batches])
@@ -110,7 +110,7 @@ def test_pixels_are_those_of_the_folders_processor(tmp_path, size, resample):
     processor.save_pretrained(folder)
     scorer = ClipScorer(folder)
     images = [*pictures(5), np.zeros((3, 50, 3), dtype=np.uint8) + 7]  # 3 pixels high: no channels
-    prepared = np.stack([scorer.prepare(image) for image in images])
+    prepared = np.stack([scorer.preprocess(image) for image in images])
     assert prepared.dtype == np.uint8
     seen = []
     scorer._model.vision_model.register_forward_pre_hook(
@@ -123,9 +123,9 @@ def test_pixels_are_those_of_the_folders_processor(tmp_path, size, resample):
 
 def test_threads_prepare_alike_and_batches_do_not_matter(scorer):
     images = list(pictures(40))
-    one_by_one = [scorer.prepare(image) for image in images]
+    one_by_one = [scorer.preprocess(image) for image in images]
     with ThreadPoolExecutor(4) as pool:
-        assert all(np.array_equal(a, b) for a, b in zip(pool.map(scorer.prepare, images), one_by_one, strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(pool.map(scorer.preprocess, images), one_by_one, strict=True))
     found = embedded(scorer, images, 40)
     assert found.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-6)
@@ -149,10 +149,10 @@ def test_without_a_preprocessor_config_clips_own(tmp_path):
     folder = save_clip(tmp_path, image_size=48)
     given = ClipScorer(folder)
     image = next(pictures(1))
-    expected = given.prepare(image), given.embed_images(given.prepare(image)[None], ["key"])
+    expected = given.preprocess(image), given.embed_images(given.preprocess(image)[None], ["key"])
     (folder / "preprocessor_config.json").unlink()
     scorer = ClipScorer(folder)
-    assert np.array_equal(scorer.prepare(image), expected[0])
+    assert np.array_equal(scorer.preprocess(image), expected[0])
     assert np.array_equal(scorer.embed_images(expected[0][None], ["key"]), expected[1])
 
 

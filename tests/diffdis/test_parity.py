@@ -160,7 +160,7 @@ def test_one_way_features_do_not_change_with_the_query_and_joint_ones_do(make_ta
     time = torch.full((len(batch.captions), 1), 999)
     for seed in range(2):
         e_t = torch.randn(len(batch.captions), 1, 32, generator=torch.Generator().manual_seed(seed))
-        model.predict_query(model.see(inputs["latent"], inputs["null_states"]), e_t, time)
+        model.predict_query(model.encode_condition(inputs["latent"], inputs["null_states"]), e_t, time)
     assert torch.equal(*features) == (visibility == "one_way")
 
 

@@ -138,7 +138,7 @@ def accumulated(task, inputs, num_parts):
     parts = [{k: v if k == "null_states" else v[i * size : (i + 1) * size] for k, v in inputs.items()} for i in range(num_parts)]
     seeds = list(range(num_parts))
     losses = []
-    for part, seed, more in zip(parts, seeds, task.prepare(parts, seeds), strict=True):
+    for part, seed, more in zip(parts, seeds, task.precompute_step_loss(parts, seeds), strict=True):
         loss, metrics = task.module(part, seed, **more)
         (loss / num_parts).backward()
         losses.append((loss.item(), (metrics["loss_alignment"][0] / metrics["loss_alignment"][1]).item()))
@@ -200,8 +200,8 @@ def test_the_held_out_score_does_not_depend_on_the_batch(make_task, batch, name)
     task = make_task(ObjectiveConfig(task=name))
     inputs = task.inputs(batch, CPU)
     with torch.no_grad():
-        whole = task.represent(inputs)
-        parts = [task.represent({k: v if k == "null_states" else v[i : i + 2] for k, v in inputs.items()}) for i in (4, 0, 2)]
+        whole = task.embed_heldout(inputs)
+        parts = [task.embed_heldout({k: v if k == "null_states" else v[i : i + 2] for k, v in inputs.items()}) for i in (4, 0, 2)]
     joined = {name: torch.cat([part[name] for part in parts]) for name in whole}
     torch.testing.assert_close(joined["predicted"][2:], whole["predicted"][:4], rtol=1e-4, atol=1e-5)
     assert task.score(joined) == task.score(whole)

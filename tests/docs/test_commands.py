@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from ray.scripts.scripts import start
 
+from diffdis_platform.config import command_line, compare, evaluate, export, generate, inspection, precompute, sizing, sweep
 from ray_platform.contracts import ConfigError
-from recipes import command_line, compare, evaluate, export, generate, inspection, precompute, sizing, sweep
 from tests.documentation import PAGES, ROOT, Block, all_blocks, blocks
 
 BLOCKS = all_blocks()

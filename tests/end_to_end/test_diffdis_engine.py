@@ -73,11 +73,11 @@ def scores_on_a_rank(rank, config, objective):
     inputs = task.inputs(batch_of(parts_of(2)[rank]), CPU)
     engine = Engine(task, TrainConfig(**ZERO_3, deepspeed=SHARDED), len(CAPTIONS) // 2, 1)
     with engine.inference():
-        before = task.represent(inputs)["predicted"]
+        before = task.embed_heldout(inputs)["predicted"]
     engine.backward([inputs], [0])
     engine.update(0, skip=True)  # the weights stay
     with engine.inference():
-        return before, task.represent(inputs)["predicted"], task.preview(rank, 2)
+        return before, task.embed_heldout(inputs)["predicted"], task.preview(rank, 2)
 
 
 def step_of_one_process(config, objective, num_parts):
@@ -116,7 +116,7 @@ def test_scores_and_previews_of_sharded_weights_are_those_of_whole_ones(two_rank
     found = two_ranks.run(scores_on_a_rank, tiny_model, {"task": "joint"})
     task = build(tiny_model)
     with torch.no_grad():
-        rows = task.represent(task.inputs(batch_of(CAPTIONS), CPU))
+        rows = task.embed_heldout(task.inputs(batch_of(CAPTIONS), CPU))
         images = task.preview(0, 1)
     for when in (0, 1):
         torch.testing.assert_close(torch.cat([rank[when] for rank in found]), rows["predicted"])
@@ -130,7 +130,7 @@ def test_scores_of_sharded_weights_under_the_joint_mask_too(two_ranks, tiny_mode
     found = two_ranks.run(scores_on_a_rank, config, {"task": "alignment"})
     task = build(config, task="alignment")
     with torch.no_grad():
-        rows = task.represent(task.inputs(batch_of(CAPTIONS), CPU))
+        rows = task.embed_heldout(task.inputs(batch_of(CAPTIONS), CPU))
     for when in (0, 1):
         torch.testing.assert_close(torch.cat([rank[when] for rank in found]), rows["predicted"])
 

@@ -211,7 +211,7 @@ except TrainingError as error:
 
 def start_driver(ray_cluster, output, shards, resume):
     env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT, ROOT / "platform", ROOT / "jobs")),
+        "PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT, ROOT / "platform")),
         "RAY_ADDRESS": ray_cluster.address_info["gcs_address"],
     }
     command = [sys.executable, "-c", DRIVER, str(output), str(shards), resume]
@@ -304,7 +304,7 @@ def test_the_loss_goes_on_at_other_numbers_of_workers_and_another_zero_stage(sha
 
 def run_script(name, *arguments):
     """A script of this folder with a Ray of its own; what it printed."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT, ROOT / "platform", ROOT / "jobs"))}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT, ROOT / "platform"))}
     command = [sys.executable, ROOT / "tests" / "end_to_end" / name, *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,7 +16,7 @@ BENCHMARK = hosts.ROOT / "tests" / "benchmarks" / "several_hosts.py"
 def run(folder: str, *cuts: str) -> tuple[dict, str]:
     """(what came out, all that was said). The hosts need a network, and so a process, of their own."""
     env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(str(path) for path in (hosts.ROOT, hosts.ROOT / "platform", hosts.ROOT / "jobs")),
+        "PYTHONPATH": os.pathsep.join(str(path) for path in (hosts.ROOT, hosts.ROOT / "platform")),
         "TMPDIR": folder,
     }
     command = [sys.executable, str(BENCHMARK), "--cuts", *cuts]

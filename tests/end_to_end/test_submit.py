@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import importlib.util, sys
-for name in ("ray_platform", "diffdis", "recipes"):
+for name in ("ray_platform", "diffdis", "diffdis_platform"):
     assert importlib.util.find_spec(name) is None, name
 from pathlib import Path
 root = Path(sys.argv[1])

@@ -16,8 +16,8 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from diffdis_platform.serving.package import model_package
 from ray_platform.tracking import TrackingConfig
-from serving.package import model_package
 from tests.mlflow_pages import Pages
 from tests.mlflow_server import MlflowServer
 from tests.postgres_server import PostgresServer

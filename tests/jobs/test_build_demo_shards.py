@@ -15,12 +15,13 @@ from PIL import Image
 pytest.importorskip("resvg_py")
 
 import build_demo_shards
-from demo_data import package as demo_package
-from demo_data.builder import PINS, build
-from demo_data.errors import DemoDataError
-from demo_data.families import FAMILIES
-from demo_data.naming import caption_of
-from demo_data.splits import HELDOUT_FAMILY, SPLITS, is_heldout_name
+
+from diffdis_platform.demo import package as demo_package
+from diffdis_platform.demo.builder import PINS, build
+from diffdis_platform.demo.errors import DemoDataError
+from diffdis_platform.demo.families import FAMILIES
+from diffdis_platform.demo.naming import caption_of
+from diffdis_platform.demo.splits import HELDOUT_FAMILY, SPLITS, is_heldout_name
 from ray_platform.evaluate.find import open_set
 from ray_platform.evaluate.slices import read_slice
 

@@ -10,18 +10,18 @@ import pytest
 from mlflow import MlflowClient
 from scipy import stats
 
-from comparison import runs
-from comparison.plan import plan
-from comparison.run import compare, table
-from comparison.summary import claim, interval, paired_differences
 from diffdis.config import ObjectiveConfig
+from diffdis_platform.comparison import runs
+from diffdis_platform.comparison.plan import plan
+from diffdis_platform.comparison.run import compare, table
+from diffdis_platform.comparison.summary import claim, interval, paired_differences
+from diffdis_platform.config.compare import ARMS, CompareConfig, demo_compare, parse
+from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringConfig
+from diffdis_platform.config.pretrain import PretrainConfig
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.launch import Stopped
-from recipes.compare import ARMS, CompareConfig, demo_compare, parse
-from recipes.config import PretrainConfig
-from recipes.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from tests.end_to_end.conftest import write_shards
 from tests.evaluation_sets import picture, write_wds
 
@@ -159,7 +159,7 @@ def test_a_run_that_was_cut_off_behind_its_training_is_not_trained_again(whole):
 
 def test_what_is_done_is_not_done_again(whole, monkeypatch):
     config, summary = whole
-    monkeypatch.setattr("comparison.run.measure", None)
+    monkeypatch.setattr("diffdis_platform.comparison.run.measure", None)
     again = run(dataclasses.replace(config, arms=("joint", "generation")))
     assert again["arms"]["joint"] == summary["arms"]["joint"]
     assert again["failures"] == []
@@ -177,7 +177,7 @@ def test_sigterm_ends_the_comparison_and_not_only_the_run(ray_cluster, config_of
     def stopped(*_):
         raise Stopped("stopped by SIGTERM; saved at step 2")
 
-    monkeypatch.setattr("comparison.run.measure", stopped)
+    monkeypatch.setattr("diffdis_platform.comparison.run.measure", stopped)
     with pytest.raises(Stopped):
         run(config_of(tmp_path))
     assert read(config_of(tmp_path), "summary.json")["failures"] == []

@@ -21,9 +21,9 @@ from PIL import Image
 from diffdis.config import ObjectiveConfig
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
-from evaluation.run import evaluate, plan, table
+from diffdis_platform.config.evaluate import parse
+from diffdis_platform.evaluation.run import evaluate, plan, table
 from ray_platform.contracts import ConfigError, DataError
-from recipes.evaluate import parse
 from tests.evaluation_sets import encoded, picture, write_all_twelve, write_wds
 from tests.tiny_checkpoints import draw_query_weights, save_clip
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from diffdis_platform.config import export, generate
 from ray_platform.contracts import ConfigError
-from recipes import export, generate
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from inspect_data import inspect
+
+from diffdis_platform.config.inspection import parse
 from ray_platform.contracts import ConfigError, DataError
-from recipes.inspection import parse
 from tests.ray_platform.conftest import samples_of, tar_of
 
 ROOT = Path(__file__).parents[2]

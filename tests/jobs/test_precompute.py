@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from diffdis_platform.config.precompute import parse
 from ray_platform.contracts import ConfigError
 from ray_platform.data import precomputed
-from recipes.precompute import parse
 from tests.ray_platform.conftest import samples_of, tar_of
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from diffdis_platform.config.command_line import RECIPES, parse
 from ray_platform.contracts import ConfigError, DataError
-from recipes.command_line import RECIPES, parse
 from tests.end_to_end.conftest import write_shards
 
 ROOT = Path(__file__).parents[2]

@@ -16,20 +16,20 @@ import numpy as np
 import pytest
 import torch
 
-from capacity.checkpoints import best_interval, checkpoint_bytes, useful_share
-from capacity.counts import count
-from capacity.estimate import as_json, estimate
-from capacity.memory import buffer_bytes, gathered_bytes, state_bytes
-from capacity.tables import report
 from diffdis.config import ObjectiveConfig
 from diffdis.encoder import FrozenEncoder
 from diffdis.task import DiffDisTask
+from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.config.sizing import parse
+from diffdis_platform.sizing.checkpoints import best_interval, checkpoint_bytes, useful_share
+from diffdis_platform.sizing.counts import count
+from diffdis_platform.sizing.estimate import as_json, estimate
+from diffdis_platform.sizing.memory import buffer_bytes, gathered_bytes, state_bytes
+from diffdis_platform.sizing.tables import report
 from ray_platform.contracts import ConfigError
 from ray_platform.data.precomputed import to_arrow
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.meter import count_flops
-from recipes.config import PretrainConfig
-from recipes.sizing import parse
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_what_is_computed_again_is_executed_and_not_the_models_own_work(recipe):
 
 def test_activations_are_those_of_a_real_pass(recipe):
     """Of tensors with contents, by the same tracker: fake ones have the same sizes, and live as long."""
-    from capacity.counts import _step
+    from diffdis_platform.sizing.counts import _step
 
     config = recipe()
     built = DiffDisTask(config.model, config.objective)
@@ -329,7 +329,7 @@ def test_a_measured_step_is_what_is_foretold(number):
 def test_the_benchmark_of_an_accelerator_prints_what_sizing_takes():
     """With a tiny model, here on a CPU: whose peak is not known, so two of the fields are missing."""
     command = [sys.executable, str(ROOT / "tests" / "benchmarks" / "accelerator.py"), "--smoke", "--only", "512", "512_alignment"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("platform", "jobs", "."))}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("platform", "."))}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["settings"]["512"]["samples_per_second"] > 0

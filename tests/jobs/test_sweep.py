@@ -14,19 +14,19 @@ from mlflow.pyfunc import load_model
 from PIL import Image
 
 from diffdis.config import ObjectiveConfig
+from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringConfig
+from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.config.sweep import RECIPES, SweepConfig, parse
+from diffdis_platform.sweeping.fields import configure, open_space
+from diffdis_platform.sweeping.run import _lasting, plan, run, table
+from diffdis_platform.sweeping.trial import TrialJob, needs, steps
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
 from ray_platform.evaluate.results import as_json
-from ray_platform.placement import Need
+from ray_platform.placement import ResourceRequest
 from ray_platform.sweep.trial import Segment
 from ray_platform.train import checkpoint
 from ray_platform.train.config import TrainConfig
-from recipes.config import PretrainConfig
-from recipes.evaluate import EvalConfig, QualityConfig, ScoringConfig
-from recipes.sweep import RECIPES, SweepConfig, parse
-from sweeping.fields import configure, open_space
-from sweeping.run import _lasting, plan, run, table
-from sweeping.trial import TrialJob, needs, steps
 from tests.evaluation_sets import picture, write_wds
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -278,9 +278,11 @@ def test_what_cannot_be_is_one_line_before_anything_starts(make, tmp_path):
 
 def test_what_a_trial_takes_and_how_long_it_is(make):
     config = make()
-    assert needs(config) == [Need({}, {"CPU": 1.0, "GPU": 0.0})]
+    assert needs(config) == [ResourceRequest({}, {"CPU": 1.0, "GPU": 0.0})]
     wide = dataclasses.replace(config.pretrain, train=dataclasses.replace(config.pretrain.train, num_workers=3))
-    assert needs(make(pretrain=wide)) == [Need({}, {"CPU": 3.0, "GPU": 0.0})], "3 x 0.5 of workers and 3 x 2 x 0.25 of reads"
+    assert needs(make(pretrain=wide)) == [ResourceRequest({}, {"CPU": 3.0, "GPU": 0.0})], (
+        "3 x 0.5 of workers and 3 x 2 x 0.25 of reads"
+    )
     assert steps(config.pretrain, 19) == 4
     assert steps(dataclasses.replace(config.pretrain, train=TrainConfig(global_batch_size=8)), 19) == 2
 

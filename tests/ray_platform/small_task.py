@@ -40,7 +40,7 @@ class SmallTask:
     def enable_activation_checkpointing(self):
         pass
 
-    def prepare(self, inputs, seeds):
+    def precompute_step_loss(self, inputs, seeds):
         return [{} for _ in inputs]
 
 
@@ -70,7 +70,7 @@ class PixelTask(SmallTask):
         stripes = torch.from_numpy(np.array(batch.tensors["image"])).float().flatten(1).unflatten(1, (SIZE, -1)).mean(dim=2) / 255
         return {"x": stripes.to(device), "y": torch.tensor([float(len(c)) for c in batch.captions], device=device) / 10}
 
-    def represent(self, inputs):
+    def embed_heldout(self, inputs):
         noise = torch.zeros_like(inputs["x"])
         return {"error": (self.module(inputs | {"x": inputs["x"] + noise}, 0)[0]).expand(len(inputs["x"])).clone()}
 

@@ -5,13 +5,13 @@ import shutil
 
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
-from ray_platform.train import about
+from ray_platform.tracking import run_metadata
 from ray_platform.train.config import TrainConfig
 
 
 def data_sets(sources, weights=(), max_read_mb=256, **train):
     config = DataConfig(sources=tuple(map(str, sources)), weights=weights, max_read_mb=max_read_mb)
-    return about.data_sets(build_catalog(config), config, TrainConfig(**train))
+    return run_metadata.data_sets(build_catalog(config), config, TrainConfig(**train))
 
 
 def test_a_source_has_one_digest_wherever_it_is_and_however_it_is_read(shard_folder, tmp_path):
@@ -36,7 +36,7 @@ def test_counts_of_samples_are_told_where_all_shards_have_one(shard_folder, tmp_
     [found], [matched] = data_sets([folder]), data_sets([folder / "0000[0-9].tar"])
     assert (found.name, found.counts["num_samples"], found.url) == ("train", 10, str(folder))
     assert (matched.name, matched.digest, "num_samples" in matched.counts) == ("train", found.digest, False)
-    text = about.description("demo", "", TrainConfig(num_steps=1000), [found], "/data/run")
+    text = run_metadata.description("demo", "", TrainConfig(num_steps=1000), [found], "/data/run")
     assert (
         f"- training data: 10 samples, 5 shards, {found.counts['num_bytes'] / 1e6:.1f} MB in `{folder}` (digest `{found.digest}`)"
         in text
@@ -44,9 +44,11 @@ def test_counts_of_samples_are_told_where_all_shards_have_one(shard_folder, tmp_
 
 
 def test_a_description_says_what_runs(shard_folder):
-    text = about.description("demo", "python jobs/pretrain.py", TrainConfig(num_workers=(2, 8), zero_stage=3), [], "s3://b/run")
+    text = run_metadata.description(
+        "demo", "python jobs/pretrain.py", TrainConfig(num_workers=(2, 8), zero_stage=3), [], "s3://b/run"
+    )
     assert text.startswith("Pretraining by the recipe `demo`, seed 0: 100,000 steps on 2 to 8 workers, ZeRO 3.")
     assert text.endswith("```\npython jobs/pretrain.py\n```")
-    assert re.fullmatch(r"demo-\d{4}-\d{4}", about.dated("demo"))
-    assert about.tags("demo", "/run", "git-0123")["mlflow.source.git.commit"] == "0123"
-    assert "mlflow.source.git.commit" not in about.tags("demo", "/run", "files-0123")
+    assert re.fullmatch(r"demo-\d{4}-\d{4}", run_metadata.dated("demo"))
+    assert run_metadata.tags("demo", "/run", "git-0123")["mlflow.source.git.commit"] == "0123"
+    assert "mlflow.source.git.commit" not in run_metadata.tags("demo", "/run", "files-0123")

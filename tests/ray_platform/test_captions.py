@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ray_platform.data.captions import caption, clean, filtered, json_fields
-from ray_platform.data.causes import Unusable
+from ray_platform.data.causes import SampleError
 from ray_platform.data.config import DataConfig, FilterConfig
 
 PLAIN = DataConfig()
@@ -20,7 +20,7 @@ def of_json(**fields) -> dict[str, memoryview]:
 
 
 def cause_of(call, *args) -> str:
-    with pytest.raises(Unusable) as raised:
+    with pytest.raises(SampleError) as raised:
         call(*args)
     return raised.value.cause
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, Mark
+from ray_platform.contracts import ConfigError, ConsumedRange
 from ray_platform.data.ledger import Ledger
 from ray_platform.train import checkpoint, saver
 from ray_platform.train.checkpoint import CorruptCheckpoint, Keep, Manifest
@@ -19,7 +19,7 @@ from ray_platform.train.saver import Saver, Shares
 TENSORS = {f"weights/p{i}": torch.randn(50, generator=torch.Generator().manual_seed(i)) for i in range(6)}
 STATE = rank_state({"image_undecodable": 2}, History(1.5, 30, 4, 1))
 LEDGER = Ledger([3])
-LEDGER.add([Mark(0, 0, 1, 0, 5, 9)])
+LEDGER.add([ConsumedRange(0, 0, 1, 0, 5, 9)])
 
 
 @pytest.fixture(autouse=True)

@@ -43,14 +43,14 @@ def test_the_environments_address_comes_first(attached, listening, monkeypatch):
 def test_a_direct_drivers_workers_get_absolute_paths(attached, listening):
     connect(listening)
     paths = attached[0]["runtime_env"]["env_vars"]["PYTHONPATH"].split(os.pathsep)
-    assert paths == [str(ROOT), str(ROOT / "platform"), str(ROOT / "jobs")]
+    assert paths == [str(ROOT), str(ROOT / "platform")]
 
 
 def test_a_submitted_jobs_workers_get_the_path_in_their_copy(attached, listening, monkeypatch):
     job = {"runtime_env": {"working_dir": "gcs://package.zip", "env_vars": {}}, "metadata": {}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     connect(listening)
-    assert attached[0]["runtime_env"] == {"env_vars": {"PYTHONPATH": "platform:jobs", "RAY_ADDRESS": listening}}
+    assert attached[0]["runtime_env"] == {"env_vars": {"PYTHONPATH": "platform", "RAY_ADDRESS": listening}}
 
 
 def test_no_address_is_an_error(attached):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from ray_platform.data.causes import Unusable
+from ray_platform.data.causes import SampleError
 from ray_platform.data.config import DataConfig, FilterConfig
 from ray_platform.data.decode import crop_box, image, nearest_size, resized
 
@@ -39,7 +39,7 @@ def decoded(content: bytes, size: int = 8, suffix: str = "jpg", seed: str = "", 
 
 
 def cause_of(content: bytes, **fields) -> str:
-    with pytest.raises(Unusable) as raised:
+    with pytest.raises(SampleError) as raised:
         decoded(content, **fields)
     return raised.value.cause
 
@@ -143,11 +143,11 @@ def test_the_size_filter_goes_by_the_file_not_by_what_was_decoded_of_it(decoder)
 
 def test_which_member_is_the_image():
     good = memoryview(encode(photo(9, 9), "PNG"))
-    with pytest.raises(Unusable, match="image_missing"):
+    with pytest.raises(SampleError, match="image_missing"):
         image({"txt": good, "gif": good}, DataConfig(), "")
     assert image({"png": good}, DataConfig(image_size=4), "").shape == (4, 4, 3)
     # The first of IMAGE_SUFFIXES counts, wherever it stands in the tar.
-    with pytest.raises(Unusable, match="image_undecodable"):
+    with pytest.raises(SampleError, match="image_undecodable"):
         image({"png": good, "jpg": memoryview(b"broken")}, DataConfig(image_size=4), "")
 
 
@@ -318,7 +318,7 @@ def test_of_a_jpeg_damaged_within_what_pillow_refuses_is_refused():
             pillow_refuses = True
         try:
             decoded(bytes(content))
-        except Unusable:
+        except SampleError:
             refused[pillow_refuses] += 1
         else:
             assert not pillow_refuses
@@ -391,7 +391,7 @@ def test_any_damage_gives_a_picture_or_a_cause(seed):
                     content[at : at + 8] = b"\xff" * 8
         try:
             pixels = decoded(bytes(content), 16, decoder=rng.choice(("exact", "fast")), crop="random", seed="s")
-        except Unusable as unusable:
+        except SampleError as unusable:
             seen.add(unusable.cause)
         else:
             assert (pixels.shape, pixels.dtype) == ((16, 16, 3), np.uint8)

@@ -8,19 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_platform.contracts import Mark
+from ray_platform.contracts import ConsumedRange
 from ray_platform.data import source
 from ray_platform.data.catalog import Catalog, Shard, Unit
-from ray_platform.data.causes import Reject
+from ray_platform.data.causes import RejectedSample
 from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader, groups
+from ray_platform.data.skip_counter import SkipCounter
 from ray_platform.data.stream import Batcher, merged
-from ray_platform.data.tally import Tally
 
 
-def mark(unit: int, start: int, stop: int, total: int = 10, epoch: int = 0, pool: int = 0) -> Mark:
-    return Mark(pool, epoch, unit, start, stop, total)
+def mark(unit: int, start: int, stop: int, total: int = 10, epoch: int = 0, pool: int = 0) -> ConsumedRange:
+    return ConsumedRange(pool, epoch, unit, start, stop, total)
 
 
 def test_ranges_join_until_a_unit_is_complete():
@@ -78,7 +78,7 @@ class FakeUnit:
     def sample(self, place):
         key = f"{self.name}/{place}"
         if place % 5 == 4:
-            return Reject(key, "image_undecodable")
+            return RejectedSample(key, "image_undecodable")
         return source.Sample(key, "", {"image": np.zeros((1, 1 + place % 2, 3), np.uint8)})
 
 
@@ -125,7 +125,7 @@ class Run:
                     yield from map(source.unpack, source.read_group(group, self.config, 3))
 
         rows = merged([lane(number) for number in range(self.config.reads_per_rank)])
-        return Batcher(self.batch_size, Tally(f"rank {rank}", 0.9)).batches(rows)
+        return Batcher(self.batch_size, SkipCounter(f"rank {rank}", 0.9)).batches(rows)
 
     def good_keys(self, pool: int, epoch: int) -> set[str]:
         return {

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_platform.contracts import ConfigError, Mark
+from ray_platform.contracts import ConfigError, ConsumedRange
 from ray_platform.data.catalog import Catalog, Shard, Unit
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader, check_world_size, groups, shuffled
@@ -48,7 +48,7 @@ def test_what_was_consumed_is_left_out_and_groups_stay_as_they_were():
     whole = list(islice(groups(catalog, Reader(0, 1, 2, base, base), 3, 1), 4))
     consumed = base.copy()
     first, second = whole[0].items[1].number, whole[1].items[2].number
-    consumed.add([Mark(0, 0, first, 0, 10, 10), Mark(0, 0, second, 2, 4, 10)])
+    consumed.add([ConsumedRange(0, 0, first, 0, 10, 10), ConsumedRange(0, 0, second, 2, 4, 10)])
     rest = list(islice(groups(catalog, Reader(0, 1, 2, base, consumed), 3, 1), 4))
     assert [[item.number for item in group.items] for group in rest] == [
         [item.number for item in group.items if item.number != first or item.epoch] for group in whole
@@ -64,7 +64,7 @@ def test_lanes_share_out_each_window_and_no_window_crosses_an_epoch():
     for window in range(4):
         assert {item.epoch for g in whole if g.window == window for item in g.items} == {window // 2}
     consumed = nothing.copy()
-    consumed.add(Mark(0, 0, item.number, 0, 10, 10) for item in whole[0].items)
+    consumed.add(ConsumedRange(0, 0, item.number, 0, 10, 10) for item in whole[0].items)
     rest = list(islice(groups(catalog, Reader(0, 0, 1, nothing, consumed), 2, 2), 11))
     assert rest == whole[1:]
 
@@ -73,7 +73,7 @@ def test_another_world_size_shares_out_what_is_left():
     catalog = catalog_of(9)
     base = Ledger([9])
     done = [item.number for item in items_of(catalog, 0, 3, count=3)]
-    base.add([Mark(0, 0, number, 0, 10, 10) for number in done])
+    base.add([ConsumedRange(0, 0, number, 0, 10, 10) for number in done])
     found = [item for rank in range(2) for item in items_of(catalog, rank, 2, count=3, base=base)]
     assert sorted(item.number for item in found) == sorted(set(range(9)) - set(done))
     assert {item.epoch for item in found} == {0}

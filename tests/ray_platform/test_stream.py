@@ -14,9 +14,9 @@ from ray_platform.data.catalog import Catalog, build_catalog
 from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader, groups
+from ray_platform.data.skip_counter import SkipCounter
 from ray_platform.data.source import read_group, unpack
 from ray_platform.data.stream import Batcher, merged, stream
-from ray_platform.data.tally import Tally
 
 NUM_SAMPLES = 60  # in shard_folder
 
@@ -38,7 +38,7 @@ def without_ray(catalog, config, reader, *, batch_size, num_batches) -> list[Bat
             if group.lane == number:
                 yield from map(unpack, read_group(group, config, reader.seed))
 
-    batcher = Batcher(batch_size, Tally(f"rank {reader.rank}", config.max_skipped_share))
+    batcher = Batcher(batch_size, SkipCounter(f"rank {reader.rank}", config.max_skipped_share))
     return list(islice(batcher.batches(merged([lane(number) for number in range(config.reads_per_rank)])), num_batches))
 
 

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_platform.data.causes import Reject
+from ray_platform.data.causes import RejectedSample
 from ray_platform.data.tar import Record, read_part, read_tar
 
-TRUNCATED = Reject("s.tar/", "tar_truncated")
-EMPTY = Reject("s.tar/", "shard_empty")
+TRUNCATED = RejectedSample("s.tar/", "tar_truncated")
+EMPTY = RejectedSample("s.tar/", "shard_empty")
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -180,7 +180,7 @@ def test_damage_never_raises_and_never_passes_unnoticed(build_tar, build_samples
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def read_parts(tar: bytes, part: int, behind: int) -> list[Record | Reject]:
+def read_parts(tar: bytes, part: int, behind: int) -> list[Record | RejectedSample]:
     """All parts of a tar, each read as data/source.py does."""
     found = []
     for start in range(0, len(tar), part):
@@ -228,7 +228,7 @@ def test_parts_have_each_sample_once_wherever_the_cuts_are(tar, part, behind):
     assert len(contents(records)) == sum(isinstance(record, Record) for record in records)  # no key twice
     assert list(contents(records).items()) == list(contents(whole).items())
     # A part in which no sample begins has nothing else to give.
-    assert {record for record in records if isinstance(record, Reject)} <= {EMPTY}
+    assert {record for record in records if isinstance(record, RejectedSample)} <= {EMPTY}
 
 
 @settings(max_examples=80, deadline=None)

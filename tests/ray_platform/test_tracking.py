@@ -25,7 +25,7 @@ from ray_platform.tracking import (
     tracking_uri,
     ui_command,
 )
-from ray_platform.tracking.machines import Machines
+from ray_platform.tracking.node_metrics import NodeMetrics
 
 CONFIG = {"train": {"lr": 3e-4, "betas": [0.9, 0.99]}, "data": {"sources": "x" * 9000}, "folder": Path("/data")}
 
@@ -251,12 +251,12 @@ def test_a_worker_writes_through_the_actor(ray_cluster, output):
 
 def test_the_machines_of_a_run_are_watched(ray_cluster, output, caplog):
     tracker = start_tracker(TrackingConfig(), output)
-    run_id, machines = tracker.run_id(), Machines(tracker, seconds=0.05)
+    run_id, machines = tracker.run_id(), NodeMetrics(tracker, seconds=0.05)
     here = ray.get_runtime_context().get_node_id()
     gone = "0" * 56  # no such node
     name, deadline = "system/node_1/cpu_utilization_percentage", time.monotonic() + 120
     while not history(output, run_id, name):
-        machines.look({here, gone})
+        machines.poll({here, gone})
         assert time.monotonic() < deadline
         time.sleep(0.1)
     tracker.end("FINISHED")
@@ -265,7 +265,7 @@ def test_the_machines_of_a_run_are_watched(ray_cluster, output, caplog):
     assert 0 < run.data.metrics["system/node_1/system_memory_usage_percentage"] < 100
     assert {"system/node_1/disk_usage_percentage", "system/node_1/network_receive_megabytes"} <= run.data.metrics.keys()
     assert not caplog.records, "a node that goes away is no news here"
-    Machines(tracker, seconds=0.0).look({here})  # none are watched
+    NodeMetrics(tracker, seconds=0.0).poll({here})  # none are watched
 
 
 def test_the_actors_death_is_one_warning(ray_cluster, output, caplog):

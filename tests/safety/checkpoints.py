@@ -11,12 +11,12 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from diffdis_platform.config import export
+from diffdis_platform.recipes.demo import demo
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.ledger import Ledger
 from ray_platform.train import checkpoint
 from ray_platform.train.checkpoint import Manifest
-from recipes import export
-from recipes.demo import demo
 from tests.safety.cases import Case, Evil, line_of
 
 EXPORT, RESUME = "`jobs/export.py --checkpoint`", "`--resume`"

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
+from diffdis_platform.config import compare, evaluate
+from diffdis_platform.config.command_line import parse
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
-from recipes import compare, evaluate
-from recipes.command_line import parse
 from tests.safety.cases import CANARY, Case, line_of
 
 PRETRAIN, EVAL, COMPARE = "`jobs/pretrain.py --config`", "`jobs/eval.py --suite`", "`jobs/compare.py --own_arms`"

@@ -20,12 +20,12 @@ from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
 from diffdis.warm_start import load
-from evaluation.quality import Reference
+from diffdis_platform.evaluation.quality import Reference
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.precomputed import EncodedUnit, to_arrow
 from ray_platform.data.source import Sample
 from ray_platform.evaluate.find import find_set
-from ray_platform.evaluate.kept import Kept
+from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.slices import read_slice
 from tests.ray_platform.conftest import png, tar_of
 from tests.safety.cases import CANARY, Case, Evil, line_of
@@ -246,7 +246,7 @@ def parquet(content: bytes):
 def units(content: bytes):
     def feed(folder: Path) -> str:
         (folder / f"{'a' * 32}.npz").write_bytes(content)
-        return f"{len(Kept(str(folder)).read(['a' * 32]))} of 1 unit taken as done"
+        return f"{len(ResultCache(str(folder)).read(['a' * 32]))} of 1 unit taken as done"
 
     return feed
 

@@ -6,11 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from inspect_data import inspect
+
+from diffdis_platform.config.inspection import parse
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
-from recipes.inspection import parse
 from tests.html_page import Page
 from tests.ray_platform.conftest import samples_of, tar_of
 from tests.ray_platform.test_stream import reader_of, without_ray

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from diffdis_platform.config.command_line import parse
 from ray_platform import redaction, storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.redaction import is_redacted, redacted, redacted_values, restored
 from ray_platform.tracking import Tracker, TrackingConfig
-from recipes.command_line import parse
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = "hunter2-and-more"

@@ -1,4 +1,4 @@
-"""Write the table of docs/safety.md anew: `PYTHONPATH=platform:jobs:. python -m tests.safety.write_table`."""
+"""Write the table of docs/safety.md anew: `PYTHONPATH=platform:. python -m tests.safety.write_table`."""
 
 from tests.safety.test_hostile import BEGIN, DOCS, END, table
 

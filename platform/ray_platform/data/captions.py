@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_platform.data.causes import Filtered, Unusable
+from ray_platform.data.causes import Filtered, SampleError
 from ray_platform.data.config import DataConfig, FilterConfig
 
 # The names under which LAION's sets and img2dataset's columns hold each score.
@@ -25,29 +25,29 @@ _JOINERS = "\u200c\u200d"  # invisible, but Persian, Indic scripts and emoji nee
 
 
 def caption(members: Mapping[str, memoryview], config: DataConfig) -> str:
-    """A sample's caption. Raises Unusable."""
+    """A sample's caption. Raises SampleError."""
     if config.caption_field:
         text = json_fields(members).get(config.caption_field)
     elif "txt" in members:
         if len(members["txt"]) > LONGEST_CAPTION:
-            raise Unusable("caption_too_long")
+            raise SampleError("caption_too_long")
         text = _decoded(members["txt"])
     elif "json" in members:
         text = json_fields(members).get("caption")
     else:
-        raise Unusable("caption_missing")
+        raise SampleError("caption_missing")
     if text is None:
-        raise Unusable("caption_missing")
+        raise SampleError("caption_missing")
     if not isinstance(text, str):
-        raise Unusable("json_invalid")
+        raise SampleError("json_invalid")
     try:
         if len(text.encode()) > LONGEST_CAPTION:
-            raise Unusable("caption_too_long")
+            raise SampleError("caption_too_long")
     except UnicodeError:  # "\ud800" is valid JSON, but no text: neither Arrow nor a tokenizer takes it
-        raise Unusable("caption_not_utf8") from None
+        raise SampleError("caption_not_utf8") from None
     text = clean(text) if config.clean_captions else text.strip()
     if not text:
-        raise Unusable("caption_empty")
+        raise SampleError("caption_empty")
     return text
 
 
@@ -67,7 +67,7 @@ def _visible(char: str) -> str:
 
 
 def filtered(members: Mapping[str, memoryview], config: FilterConfig) -> Filtered | None:
-    """Which filter on scores refuses the sample, None where it passes. Raises Unusable when a score is missing."""
+    """Which filter on scores refuses the sample, None where it passes. Raises SampleError when a score is missing."""
     limits = (
         ("similarity", config.min_similarity, 1),
         ("unsafe", config.max_unsafe, -1),
@@ -84,17 +84,17 @@ def filtered(members: Mapping[str, memoryview], config: FilterConfig) -> Filtere
 
 
 def json_fields(members: Mapping[str, memoryview]) -> dict[str, Any]:
-    """The .json of a sample, empty where there is none. Raises Unusable."""
+    """The .json of a sample, empty where there is none. Raises SampleError."""
     if "json" not in members:
         return {}
     if len(members["json"]) > _LARGEST_JSON:
-        raise Unusable("json_too_large")
+        raise SampleError("json_too_large")
     try:
         fields = json.loads(_decoded(members["json"]))
     except (ValueError, RecursionError):
-        raise Unusable("json_invalid") from None
+        raise SampleError("json_invalid") from None
     if not isinstance(fields, dict):
-        raise Unusable("json_invalid")
+        raise SampleError("json_invalid")
     return fields
 
 
@@ -102,7 +102,7 @@ def _decoded(content: memoryview) -> str:
     try:
         return bytes(content).decode("utf-8-sig")
     except UnicodeError:
-        raise Unusable("caption_not_utf8") from None
+        raise SampleError("caption_not_utf8") from None
 
 
 def _score(fields: Mapping[str, Any], names: Sequence[str]) -> float:
@@ -112,7 +112,7 @@ def _score(fields: Mapping[str, Any], names: Sequence[str]) -> float:
     try:
         score = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        raise Unusable("score_missing") from None
+        raise SampleError("score_missing") from None
     if score != score:
-        raise Unusable("score_missing")
+        raise SampleError("score_missing")
     return score

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Bad = Literal[
+ErrorReason = Literal[
     "image_missing",
     "image_empty",
     "image_undecodable",
@@ -26,23 +26,23 @@ Bad = Literal[
 ]
 Filtered = Literal["filtered_size", "filtered_similarity", "filtered_unsafe", "filtered_watermark", "filtered_aesthetic"]
 Unlabelled = Literal["label_missing", "label_invalid"]  # of a set to evaluate on; invalid: not a whole number
-Cause = Bad | Filtered | Unlabelled
-BAD: tuple[str, ...] = get_args(Bad)
+Cause = ErrorReason | Filtered | Unlabelled
+BAD: tuple[str, ...] = get_args(ErrorReason)
 FILTERED: tuple[str, ...] = get_args(Filtered)
 # By what storage said, see `storage.StorageError`.
-LOST: dict[str, Bad] = {"missing": "shard_missing", "forbidden": "shard_forbidden", "unavailable": "shard_unavailable"}
+LOST: dict[str, ErrorReason] = {"missing": "shard_missing", "forbidden": "shard_forbidden", "unavailable": "shard_unavailable"}
 
 
 @dataclass(frozen=True)
-class Reject:
+class RejectedSample:
     """A sample, or a part of a shard, that is not used."""
 
     key: str
     cause: Cause
 
 
-class Unusable(Exception):
-    """Raised while a sample is decoded; becomes its Reject."""
+class SampleError(Exception):
+    """Raised while a sample is decoded; becomes its RejectedSample."""
 
     def __init__(self, cause: Cause) -> None:
         super().__init__(cause)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image
 
-from ray_platform.data.causes import Unusable
+from ray_platform.data.causes import SampleError
 from ray_platform.data.config import DataConfig
 from ray_platform.data.tar import IMAGE_SUFFIXES
 
@@ -35,20 +35,20 @@ _PUBLISHED_FORMATS = (*_FORMATS, "GIF", "BMP")  # which some JPEGs of published 
 def image(members: Mapping[str, memoryview], config: DataConfig, seed: str) -> np.ndarray:
     """A sample's image in one of `config.target_sizes`, upright and on white. `seed` places a random crop.
 
-    Raises Unusable for what cannot be decoded, and never anything else for what is in the file.
+    Raises SampleError for what cannot be decoded, and never anything else for what is in the file.
     """
     content = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
     if content is None:
-        raise Unusable("image_missing")
+        raise SampleError("image_missing")
     if not content:
-        raise Unusable("image_empty")
+        raise SampleError("image_empty")
     decoded = _jpeg(content, config) if content[:3] == _JPEG else None
     if decoded is None:
         pixels = _by_pillow(content)
         decoded = pixels, pixels.shape[:2]
     pixels, (height, width) = decoded
     if min(height, width) < config.filters.min_size:
-        raise Unusable("filtered_size")
+        raise SampleError("filtered_size")
     target = nearest_size(width / height, config.target_sizes)
     return resized(pixels, target, random.Random(seed) if config.crop == "random" else None)
 
@@ -83,7 +83,7 @@ def _jpeg(content: memoryview, config: DataConfig) -> tuple[np.ndarray, tuple[in
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         if height * width > (Image.MAX_IMAGE_PIXELS or height * width) or _scans_too_much(content, height * width):
-            raise Unusable("image_too_large")
+            raise SampleError("image_too_large")
         if colours in ("CMYK", "YCCK"):
             return None  # to RGB, libjpeg rounds otherwise
         orientation = _orientation(content)
@@ -99,7 +99,7 @@ def _jpeg(content: memoryview, config: DataConfig) -> tuple[np.ndarray, tuple[in
     except ValueError as error:
         # libjpeg fills what is missing with grey, and Pillow lets it. What merely stands between markers is its to judge.
         if any(what in str(error) for what in ("remature end", "bad Huffman code")):
-            raise Unusable("image_undecodable") from None
+            raise SampleError("image_undecodable") from None
         return None
     return turned(pixels, orientation), (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
@@ -108,11 +108,11 @@ def rgb(content: bytes | memoryview) -> np.ndarray:
     """An encoded image as [H, W, 3], equal to what Pillow's `Image.open(…).convert("RGB")` gives.
 
     That is what published scores were measured on: not turned as EXIF says, transparency dropped, 16 bits clipped at 255.
-    Called from several threads. Raises Unusable for what cannot be decoded, and never anything else for what is in the file.
+    Called from several threads. Raises SampleError for what cannot be decoded, and never anything else for what is in the file.
     """
     view = memoryview(content)
     if not view:
-        raise Unusable("image_empty")
+        raise SampleError("image_empty")
     pixels = _whole_jpeg(view) if view[:3] == _JPEG else None
     if pixels is not None:
         return pixels
@@ -122,9 +122,9 @@ def rgb(content: bytes | memoryview) -> np.ndarray:
             _check_scans(opened, view)
             return np.array(opened.convert("RGB"))
     except Image.DecompressionBombError:
-        raise Unusable("image_too_large") from None
+        raise SampleError("image_too_large") from None
     except Exception:
-        raise Unusable("image_undecodable") from None
+        raise SampleError("image_undecodable") from None
 
 
 def _whole_jpeg(content: memoryview) -> np.ndarray | None:
@@ -132,7 +132,7 @@ def _whole_jpeg(content: memoryview) -> np.ndarray | None:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         if _scans_too_much(content, height * width):
-            raise Unusable("image_too_large")
+            raise SampleError("image_too_large")
         if height * width > (Image.MAX_IMAGE_PIXELS or height * width) or colours in ("CMYK", "YCCK"):
             return None
         return np.asarray(simplejpeg.decode_jpeg(content))
@@ -191,10 +191,10 @@ def _by_pillow(content: memoryview) -> np.ndarray:
         with _opened(content, _FORMATS) as opened:
             return _upright_rgb(opened)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise Unusable("image_too_large") from None
+        raise SampleError("image_too_large") from None
     except Exception:
         # Pillow's plugins raise nearly anything on broken files (OSError, SyntaxError, struct.error, EOFError, …).
-        raise Unusable("image_undecodable") from None
+        raise SampleError("image_undecodable") from None
 
 
 @contextmanager

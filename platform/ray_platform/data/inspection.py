@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 from ray_platform.contracts import DataError
 from ray_platform.data.catalog import Catalog, Unit
-from ray_platform.data.causes import Reject
+from ray_platform.data.causes import RejectedSample
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Item
 from ray_platform.data.source import Sample, TarUnit, open_unit
@@ -51,7 +51,7 @@ def inspect_first_samples(catalog: Catalog, config: DataConfig, limit: int) -> I
     unit = open_unit(Item(0, 0, 0, first, []), config, seed=0)
     samples = [unit.sample(place) for place in range(min(limit, len(unit)))]
     good = [sample for sample in samples if isinstance(sample, Sample)]
-    rejected = Counter(str(sample.cause) for sample in samples if isinstance(sample, Reject))
+    rejected = Counter(str(sample.cause) for sample in samples if isinstance(sample, RejectedSample))
     if not good:
         causes = ", ".join(f"{count} × {cause}" for cause, count in rejected.most_common())
         raise DataError(
@@ -109,9 +109,9 @@ def _lost(unit: Unit, cause: str) -> Statistics:
     return found
 
 
-def _count_image(found: Statistics, record: Record | Reject) -> tuple[int, int] | None:
+def _count_image(found: Statistics, record: Record | RejectedSample) -> tuple[int, int] | None:
     """The image's (width, height) as it is seen, by its header."""
-    members = {} if isinstance(record, Reject) else record.members
+    members = {} if isinstance(record, RejectedSample) else record.members
     content = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
     try:
         with warnings.catch_warnings():

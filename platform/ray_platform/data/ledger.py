@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ray_platform.contracts import Mark
+from ray_platform.contracts import ConsumedRange
 
 Ranges = list[tuple[int, int]]  # sorted, disjoint, half-open
 
@@ -31,7 +31,7 @@ class Ledger:
         self.first_epoch = [0] * len(self.num_units)  # of each pool; all before it are complete
         self._epochs: dict[tuple[int, int], _Epoch] = {}
 
-    def add(self, marks: Iterable[Mark]) -> None:
+    def add(self, marks: Iterable[ConsumedRange]) -> None:
         """Raises ValueError for a sample that was consumed before: reading it twice is what the ledger is there to prevent."""
         for mark in marks:
             self._add(mark)
@@ -63,7 +63,7 @@ class Ledger:
         }
         return other
 
-    def _add(self, mark: Mark) -> None:
+    def _add(self, mark: ConsumedRange) -> None:
         pool, epoch, unit = mark.pool, mark.epoch, mark.unit
         if mark.start >= mark.stop:
             raise ValueError(f"an empty range: {mark}")
@@ -112,7 +112,7 @@ class Ledger:
         return ledger
 
 
-def _merged(ranges: Ranges, mark: Mark) -> Ranges:
+def _merged(ranges: Ranges, mark: ConsumedRange) -> Ranges:
     """`ranges` with the mark's, neighbours joined."""
     merged: Ranges = []
     for start, stop in sorted([*ranges, (mark.start, mark.stop)]):

@@ -27,8 +27,8 @@ from ray_platform.data.catalog import MANIFEST, Catalog, Unit
 from ray_platform.data.config import DataConfig
 from ray_platform.data.execution import data_context
 from ray_platform.data.plan import Group, Item
+from ray_platform.data.skip_counter import SkipCounter
 from ray_platform.data.source import ShardSource, unpack
-from ray_platform.data.tally import Tally
 from ray_platform.placement import Labels, may_grow, named, room, selector
 
 # Decoded bytes a file is made of, at most 512 images: at 256 px and Stable Diffusion's sizes it has 64 MB, a good size to read.
@@ -84,7 +84,7 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: Encoders, output_
     units = dict(enumerate(catalog.pools[0]))
     _check_stems(units.values())
     done = _resume(output_dir, manifest, units)
-    tally, begun = Tally("precompute", config.max_skipped_share), time.perf_counter()
+    tally, begun = SkipCounter("precompute", config.max_skipped_share), time.perf_counter()
     for record in _records({n: unit for n, unit in units.items() if n not in done}, config, encoders, output_dir):
         if unit_done := _collect(record, done, tally):
             unit, now = unit_done
@@ -230,7 +230,7 @@ class EncodeBlock:
         storage.with_retries(write, self.retry_seconds)
 
 
-def _collect(record: dict[str, Any], done: dict[int, Done], tally: Tally) -> tuple[int, Done] | None:
+def _collect(record: dict[str, Any], done: dict[int, Done], tally: SkipCounter) -> tuple[int, Done] | None:
     """Count a block; the unit and what is known of it when this was its last."""
     number, total = record["item"][2:4]
     now = done.setdefault(number, Done(total))

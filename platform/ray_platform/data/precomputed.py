@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_platform.contracts import DataError
-from ray_platform.data.causes import Reject
+from ray_platform.data.causes import RejectedSample
 from ray_platform.data.config import DataConfig
 
 # Fields of DataConfig that were decided when the shards were made.
@@ -78,8 +78,8 @@ class EncodedUnit:
         try:
             opened = cls(from_arrow(data), build)
         except (pa.ArrowInvalid, KeyError, ValueError, TypeError):
-            return _Single(Reject(f"{name}/", "shard_unreadable"))
-        return opened if opened.keys else _Single(Reject(f"{name}/", "shard_empty"))
+            return _Single(RejectedSample(f"{name}/", "shard_unreadable"))
+        return opened if opened.keys else _Single(RejectedSample(f"{name}/", "shard_empty"))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -89,11 +89,11 @@ class EncodedUnit:
 
 
 class _Single:
-    def __init__(self, reject: Reject):
+    def __init__(self, reject: RejectedSample):
         self.reject = reject
 
     def __len__(self) -> int:
         return 1
 
-    def sample(self, place: int) -> Reject:
+    def sample(self, place: int) -> RejectedSample:
         return self.reject

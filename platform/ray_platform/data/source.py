@@ -19,7 +19,7 @@ from ray.data.block import BlockMetadata
 from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data import captions, decode
-from ray_platform.data.causes import LOST, Bad, Reject, Unusable
+from ray_platform.data.causes import LOST, ErrorReason, RejectedSample, SampleError
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Group, Item
 from ray_platform.data.precomputed import EncodedUnit
@@ -46,49 +46,49 @@ class Unit(Protocol):
 
     def __len__(self) -> int: ...
 
-    def sample(self, place: int) -> Sample | Reject: ...
+    def sample(self, place: int) -> Sample | RejectedSample: ...
 
 
 class TarUnit:
     """The samples of a tar, decoded when they are asked for."""
 
-    def __init__(self, records: Sequence[Record | Reject], config: DataConfig, seed: str):
+    def __init__(self, records: Sequence[Record | RejectedSample], config: DataConfig, seed: str):
         self.records, self.config, self.seed = records, config, seed
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def sample(self, place: int) -> Sample | Reject:
+    def sample(self, place: int) -> Sample | RejectedSample:
         return decode_record(self.records[place], self.config, self.seed)
 
 
 class LostUnit:
     """Stands for a unit that could not be read."""
 
-    def __init__(self, key: str, cause: Bad, consumed: int):
-        self.reject, self.count = Reject(key, cause), consumed + 1
+    def __init__(self, key: str, cause: ErrorReason, consumed: int):
+        self.reject, self.count = RejectedSample(key, cause), consumed + 1
 
     def __len__(self) -> int:
         return self.count
 
-    def sample(self, place: int) -> Reject:
+    def sample(self, place: int) -> RejectedSample:
         return self.reject
 
 
-def decode_record(record: Record | Reject, config: DataConfig, seed: str) -> Sample | Reject:
+def decode_record(record: Record | RejectedSample, config: DataConfig, seed: str) -> Sample | RejectedSample:
     """Never raises for what is in the record."""
-    if isinstance(record, Reject):
+    if isinstance(record, RejectedSample):
         return record
     try:
         if record.repeated:
-            raise Unusable("key_repeated")
+            raise SampleError("key_repeated")
         # Texts first: they cost nothing, an image does.
         caption = captions.caption(record.members, config)
         if cause := captions.filtered(record.members, config.filters):
-            raise Unusable(cause)
+            raise SampleError(cause)
         return Sample(record.key, caption, {"image": decode.image(record.members, config, f"{seed}/{record.key}")})
-    except Unusable as unusable:
-        return Reject(record.key, unusable.cause)
+    except SampleError as unusable:
+        return RejectedSample(record.key, unusable.cause)
 
 
 def open_unit(item: Item, config: DataConfig, seed: int) -> Unit:
@@ -190,9 +190,9 @@ class Packer:
     def full(self) -> bool:
         return self.num_bytes >= self.block_bytes or len(self.rows) == _MAX_BLOCK_SAMPLES
 
-    def add(self, index: int, order: int, drawn: float, sample: Sample | Reject) -> None:
+    def add(self, index: int, order: int, drawn: float, sample: Sample | RejectedSample) -> None:
         """`order` is the sample's place in its item's order of reading, by the number that it has `drawn`."""
-        if isinstance(sample, Reject):
+        if isinstance(sample, RejectedSample):
             self.rows.append((index, order, drawn, sample.key, "", sample.cause))
             return
         signature = tuple((name, t.dtype.str, t.shape) for name, t in sample.tensors.items())

@@ -19,13 +19,13 @@ import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import RayTaskError
 
-from ray_platform.contracts import Batch, ConfigError, DataError, Mark
+from ray_platform.contracts import Batch, ConfigError, ConsumedRange, DataError
 from ray_platform.data.catalog import Catalog
 from ray_platform.data.config import DataConfig
 from ray_platform.data.execution import data_context
 from ray_platform.data.plan import Group, Reader, check_world_size, groups
+from ray_platform.data.skip_counter import SkipCounter
 from ray_platform.data.source import Block, ShardSource, unpack
-from ray_platform.data.tally import Tally
 from ray_platform.placement import is_here, may_grow, named, room, selector
 
 # Of one Ray dataset, over however many epochs. The next dataset starts cold, but only once in so many groups.
@@ -42,7 +42,7 @@ def stream(catalog: Catalog, config: DataConfig, reader: Reader, *, batch_size: 
     """
     check_world_size(catalog, reader.world_size)
     check_cpus(config, reader.world_size)
-    batcher = Batcher(batch_size, Tally(f"rank {reader.rank}", config.max_skipped_share))
+    batcher = Batcher(batch_size, SkipCounter(f"rank {reader.rank}", config.max_skipped_share))
 
     def run() -> Iterator[Batch]:
         # No group is without a row, so more groups than samples are never needed; a short run need not set up many.
@@ -73,7 +73,7 @@ class Batcher:
     Samples of other shapes wait for their own batch; they are not consumed until it is full. Independent of where blocks end.
     """
 
-    def __init__(self, batch_size: int, tally: Tally):
+    def __init__(self, batch_size: int, tally: SkipCounter):
         self.batch_size, self.tally = batch_size, tally
         self.waiting: dict[str, list[tuple[Block, int]]] = {}
         self.passed: list[tuple[Block, int]] = []  # skipped since the last batch
@@ -113,15 +113,15 @@ class Batcher:
         )
 
 
-def _marks(rows: Iterable[tuple[Block, int]]) -> tuple[Mark, ...]:
+def _marks(rows: Iterable[tuple[Block, int]]) -> tuple[ConsumedRange, ...]:
     """Single samples as ranges."""
     samples = sorted((*block.header["items"][block.header["item"][row]][:4], block.header["order"][row]) for block, row in rows)
-    return join(Mark(pool, epoch, unit, order, order + 1, total) for pool, epoch, unit, total, order in samples)
+    return join(ConsumedRange(pool, epoch, unit, order, order + 1, total) for pool, epoch, unit, total, order in samples)
 
 
-def join(marks: Iterable[Mark]) -> tuple[Mark, ...]:
+def join(marks: Iterable[ConsumedRange]) -> tuple[ConsumedRange, ...]:
     """Marks, sorted by unit and start, with neighbours joined."""
-    joined: list[Mark] = []
+    joined: list[ConsumedRange] = []
     for mark in sorted(marks):
         last = joined[-1] if joined else None
         if last and last[:3] == mark[:3] and last.stop == mark.start:

@@ -1,7 +1,7 @@
 """From the bytes of a tar to undecoded samples. Plain Python: no Ray, no storage.
 
 The layout is LAION's, as img2dataset writes it: `00012.jpg`, `00012.txt` and `00012.json` make one sample, their key is
-what precedes the first dot. Nothing in a tar can raise: what cannot be used becomes a `Reject`.
+what precedes the first dot. Nothing in a tar can raise: what cannot be used becomes a `RejectedSample`.
 """
 
 import io
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ray_platform.data.causes import Reject
+from ray_platform.data.causes import RejectedSample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("txt", "json")
@@ -33,7 +33,7 @@ class Record:
     repeated: bool = False
 
 
-def read_tar(data: bytes, shard_name: str, suffixes: Sequence[str] = _SUFFIXES) -> list[Record | Reject]:
+def read_tar(data: bytes, shard_name: str, suffixes: Sequence[str] = _SUFFIXES) -> list[Record | RejectedSample]:
     """Group the members of a tar that have one of `suffixes` by key, in the order in which keys first appear.
 
     The list is never empty: it ends with a `tar_truncated` reject when the tar does not end as a tar does, and a tar
@@ -45,7 +45,7 @@ def read_tar(data: bytes, shard_name: str, suffixes: Sequence[str] = _SUFFIXES) 
 
 def read_part(
     data: bytes, shard_name: str, length: int, *, first: bool, last: bool, suffixes: Sequence[str] = _SUFFIXES
-) -> list[Record | Reject] | None:
+) -> list[Record | RejectedSample] | None:
     """The samples of one part of a tar too large to be held whole.
 
     `data` begins with the part and may go on behind its `length` bytes; `last` says that it goes on to the tar's end. A
@@ -82,24 +82,24 @@ def _behind_border(data: bytes, members: list[Member], border: int) -> list[Memb
     return behind[next(begins, len(behind)) :]
 
 
-def _grouped(members: list[Member], truncated: bool, shard_name: str, suffixes: Sequence[str]) -> list[Record | Reject]:
+def _grouped(members: list[Member], truncated: bool, shard_name: str, suffixes: Sequence[str]) -> list[Record | RejectedSample]:
     records: dict[str, Record] = {}
-    too_long: list[Record | Reject] = []
+    too_long: list[Record | RejectedSample] = []
     for name, content, _ in members:
         suffix = posixpath.basename(name).partition(".")[2].lower()
         if suffix not in suffixes:
             continue
         if len(name) > _LONGEST_NAME:
-            too_long.append(Reject(f"{shard_name}/{printable(name[:50])}…", "name_too_long"))
+            too_long.append(RejectedSample(f"{shard_name}/{printable(name[:50])}…", "name_too_long"))
             continue
         key = printable(posixpath.join(shard_name, _key(name)))
         record = records.setdefault(key, Record(key))
         record.repeated |= suffix in record.members
         record.members[suffix] = content
-    found: list[Record | Reject] = [*records.values(), *too_long]
+    found: list[Record | RejectedSample] = [*records.values(), *too_long]
     if truncated:
-        found.append(Reject(f"{shard_name}/", "tar_truncated"))
-    return found or [Reject(f"{shard_name}/", "shard_empty")]
+        found.append(RejectedSample(f"{shard_name}/", "tar_truncated"))
+    return found or [RejectedSample(f"{shard_name}/", "shard_empty")]
 
 
 def printable(name: str) -> str:

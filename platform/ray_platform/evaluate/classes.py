@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.evaluate.sets import REGISTRY
-from ray_platform.evaluate.slices import Wanted
+from ray_platform.evaluate.slices import SampleSchema
 
 CLASSES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -27,7 +27,7 @@ def read_lines(url: str) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def classification(set_name: str, classes: Sequence[str], classes_from: str) -> Wanted:
+def classification(set_name: str, classes: Sequence[str], classes_from: str) -> SampleSchema:
     """What samples of a set with these classes must have. Raises DataError for a list that cannot be the set's."""
     info = REGISTRY.get(set_name)
     if not classes:
@@ -39,7 +39,7 @@ def classification(set_name: str, classes: Sequence[str], classes_from: str) -> 
             f"{set_name}: {classes_from} names {len(classes)} classes, but the set has {info.num_classes}; "
             "correct the list, or fetch the set again"
         )
-    return Wanted(set_name, "zeroshot_classification", len(classes), classes_from)
+    return SampleSchema(set_name, "zeroshot_classification", len(classes), classes_from)
 
 
 def published_names(set_name: str, own: Sequence[str], classes_from: str) -> tuple[str, ...]:

@@ -15,9 +15,9 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.evaluate.kept import Kept, Rows
+from ray_platform.evaluate.result_cache import ResultCache, Rows
 from ray_platform.evaluate.schedule import IN_FLIGHT, MAX_DEATHS, Schedule, Unit
-from ray_platform.placement import Labels, Need, may_grow, named, room, selector
+from ray_platform.placement import Labels, ResourceRequest, may_grow, named, room, selector
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Fleet:
 
     def size(self) -> int:
         """Raises ConfigError where the cluster cannot hold so many, or not even one: they would wait without a word."""
-        fitting = Need(self.placement, {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}).times()
+        fitting = ResourceRequest(self.placement, {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}).capacity()
         needed = max(1, self.num_workers)
         if fitting < needed and not may_grow():
             there = room(self.placement)
@@ -66,7 +66,7 @@ class Fleet:
 class _Actor:
     """The remote skin of a worker. Its parts are made at the first unit, so that what is wrong with them is told as an error."""
 
-    def __init__(self, build: Callable[[str], Any], device: str, kept: Kept):
+    def __init__(self, build: Callable[[str], Any], device: str, kept: ResultCache):
         self._build, self._device, self._kept = build, device, kept
         self._worker: Any = None
         self._lock = threading.Lock()
@@ -118,7 +118,7 @@ class Progress:
 class FanOut:
     """Does units and yields their outcomes, in any order. In a `with` block: a run's workers stay for the block's next one."""
 
-    def __init__(self, fleet: Fleet, kept: Kept, show: Callable[[str], None]):
+    def __init__(self, fleet: Fleet, kept: ResultCache, show: Callable[[str], None]):
         self.fleet, self.kept, self.show = fleet, kept, show
         self._running: dict[ray.ObjectRef, tuple[Unit, Any, bool]] = {}  # call -> unit, actor, whether it has that for itself
         self.schedule = Schedule([])  # of the last run; its workers are the ones that there are

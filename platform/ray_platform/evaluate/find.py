@@ -13,7 +13,7 @@ from ray_platform.evaluate.layouts.parquet import open_parquet
 from ray_platform.evaluate.layouts.tars import SPLIT, open_export, tar_set
 from ray_platform.evaluate.layouts.torchvision import open_torchvision
 from ray_platform.evaluate.sets import REGISTRY, EvaluationSet
-from ray_platform.evaluate.slices import Wanted
+from ray_platform.evaluate.slices import SampleSchema
 
 _LOOKS_AT_ONCE = 16
 
@@ -89,7 +89,7 @@ def open_images(url: str) -> EvaluationSet:
     """
     url = _absolute(url)
     name = posixpath.basename(url)
-    wanted = Wanted(name, "images")
+    wanted = SampleSchema(name, "images")
     for place in (url, storage.join(url, SPLIT)):
         if not _is_pattern(place) and not storage.exists(place):
             continue

@@ -18,7 +18,7 @@ class Unit:
 
     name: str  # for people
     group: str  # whose measurement it belongs to: when one of its units fails, the group's others are left out
-    key: str  # see `kept.key_of`
+    key: str  # see `kept.cache_key`
     cost: float  # relative to the other units'
     work: Any  # see `fan_out.Work`
     first: bool = False  # before all that are not: others wait for its rows

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ray_platform.contracts import DataError
-from ray_platform.evaluate.slices import Slice, Task, Wanted
+from ray_platform.evaluate.slices import SampleSchema, Slice, Task
 
 _DATA = json.loads(Path(__file__).with_name("sets.json").read_text(encoding="utf-8"))
 
@@ -63,14 +63,14 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = _DATA["published"]
 PUBLISHED_RETRIEVAL: Mapping[str, Mapping[str, Mapping[str, float]]] = _DATA["published_retrieval"]
 
 
-def known(wanted: Wanted) -> SetInfo | None:
+def known(wanted: SampleSchema) -> SetInfo | None:
     """What the registry has on a set of that name and task."""
     info = REGISTRY.get(wanted.set_name)
     return info if info and info.task == wanted.task else None
 
 
 def make_set(
-    wanted: Wanted,
+    wanted: SampleSchema,
     url: str,
     layout: str,
     words: tuple[Sequence[str], Sequence[str]],

@@ -6,11 +6,11 @@ from typing import Literal
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
-from ray_platform.data.causes import LOST, Reject
+from ray_platform.data.causes import LOST, RejectedSample
 from ray_platform.data.decode import rgb
-from ray_platform.evaluate.kept import RETRY_SECONDS
+from ray_platform.evaluate.result_cache import RETRY_SECONDS
 
-__all__ = ["IMAGES_A_SLICE", "RawSample", "Slice", "Task", "Wanted", "read_slice", "rgb"]
+__all__ = ["IMAGES_A_SLICE", "RawSample", "SampleSchema", "Slice", "Task", "read_slice", "rgb"]
 
 IMAGES_A_SLICE = 128  # about, and whatever the number of workers: so that 64 of them end together on the twelve sets
 
@@ -28,7 +28,7 @@ class RawSample:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SampleSchema:
     """What every sample of a set must come with."""
 
     set_name: str
@@ -41,34 +41,34 @@ class Wanted:
 class Slice(ABC):
     """What one unit of work reads. A set's slices, by their `place`, have each of its samples once."""
 
-    wanted: Wanted
+    wanted: SampleSchema
     place: int
     name: str  # unique in the set, for people and for what is kept
     estimated_images: float
 
     @abstractmethod
-    def read(self, retry_seconds: float) -> list[RawSample | Reject]:
+    def read(self, retry_seconds: float) -> list[RawSample | RejectedSample]:
         """See `read_slice`. Raises StorageError where nothing of the slice can be read."""
         ...
 
 
-def read_slice(part: Slice, retry_seconds: float = RETRY_SECONDS) -> list[RawSample | Reject]:
+def read_slice(part: Slice, retry_seconds: float = RETRY_SECONDS) -> list[RawSample | RejectedSample]:
     """The samples of a slice, in order; of a part of a tar in which no sample begins, none.
 
-    What cannot be used is a Reject, and so is a slice that storage does not give, as a whole. Raises DataError for what makes
-    the set unusable: a label that no class has, an image without captions in a retrieval set, a shard without samples.
+    A sample that cannot be used is a RejectedSample, and so is a whole slice that storage does not return. Raises DataError for
+    what makes the set unusable: a label that no class has, an image without captions in a retrieval set, a shard without samples.
     """
     try:
         samples = part.read(retry_seconds)
     except storage.StorageError as error:
-        return [Reject(f"{part.name}/", LOST[error.kind])]
+        return [RejectedSample(f"{part.name}/", LOST[error.kind])]
     for sample in samples:
         if isinstance(sample, RawSample):
             _check(sample, part.wanted)
     return samples
 
 
-def _check(sample: RawSample, wanted: Wanted) -> None:
+def _check(sample: RawSample, wanted: SampleSchema) -> None:
     if wanted.task == "zeroshot_classification" and not 0 <= sample.label < wanted.num_classes:
         raise DataError(
             f"{wanted.set_name}: sample {sample.key} has label {sample.label}, but {wanted.classes_from} names "

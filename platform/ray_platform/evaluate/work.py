@@ -15,10 +15,10 @@ from PIL import Image
 
 from ray_platform import storage
 from ray_platform.contracts import Scorer
-from ray_platform.data.causes import Reject, Unusable
+from ray_platform.data.causes import RejectedSample, SampleError
 from ray_platform.data.decode import resized
 from ray_platform.data.statistics import thumbnail_jpeg
-from ray_platform.evaluate.kept import RETRY_SECONDS, Rows
+from ray_platform.evaluate.result_cache import RETRY_SECONDS, Rows
 from ray_platform.evaluate.slices import RawSample, Slice, read_slice, rgb
 
 # Images a model call, and of a unit's remainder: the last batch is filled up. Results of other batch shapes differ in their last
@@ -26,7 +26,7 @@ from ray_platform.evaluate.slices import RawSample, Slice, read_slice, rgb
 BATCH_SIZE, REMAINDER_SIZE = 32, 8
 
 
-class Parts:
+class WorkerModels:
     """A worker's models by name, each built when it is first asked for, and its threads for decoding."""
 
     def __init__(self, builders: Mapping[str, Callable[[str], Any]], num_threads: int, device: str):
@@ -74,7 +74,7 @@ class EmbedClasses:
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
 
-    def run(self, parts: Parts) -> Rows:
+    def run(self, parts: WorkerModels) -> Rows:
         """embeddings [num_classes, D] float32."""
         scorer: Scorer = parts[self.scorer]
         with parts.lock:
@@ -88,7 +88,7 @@ class Thumbnails:
     slice: Slice
     keys: tuple[str, ...]
 
-    def run(self, parts: Parts) -> Rows:
+    def run(self, parts: WorkerModels) -> Rows:
         """keys [n], sizes [n] in bytes, jpegs [sum of sizes] uint8; of those that can be read."""
         wanted = set(self.keys)
         samples = [s for s in read_slice(self.slice) if isinstance(s, RawSample) and s.key in wanted]
@@ -104,7 +104,7 @@ class Thumbnails:
 def _thumbnail(sample: RawSample) -> bytes:
     try:
         return thumbnail_jpeg(rgb(sample.image))
-    except Unusable:
+    except SampleError:
         return b""
 
 
@@ -117,14 +117,14 @@ class EmbedImages:
     slice: Slice
     settings: Mapping[str, Any]
 
-    def run(self, parts: Parts) -> Rows:
+    def run(self, parts: WorkerModels) -> Rows:
         """n samples: keys [n], labels [n] (-1: none), causes [n] ("": the image was read); embeddings [r, D] of the r that were.
 
         Of a retrieval set also num_texts [n], texts [m] and text_embeddings [m, D], in the order of the samples.
         """
         scorer: Scorer = parts[self.scorer]
         samples = read_slice(self.slice)
-        prepared = list(parts.pool.map(lambda sample: _prepared(sample, scorer.prepare), samples))
+        prepared = list(parts.pool.map(lambda sample: _prepared(sample, scorer.preprocess), samples))
         raw = [sample if isinstance(sample, RawSample) else None for sample in samples]
         rows: Rows = {
             "keys": np.array([sample.key for sample in samples], dtype=np.str_),
@@ -148,13 +148,13 @@ class EmbedImages:
         return rows
 
 
-def _prepared(sample: RawSample | Reject, prepare: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | str:
+def _prepared(sample: RawSample | RejectedSample, prepare: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | str:
     """The image, ready for its model, or why not."""
-    if isinstance(sample, Reject):
+    if isinstance(sample, RejectedSample):
         return sample.cause
     try:
         return prepare(rgb(sample.image))
-    except Unusable as unusable:
+    except SampleError as unusable:
         return unusable.cause
 
 
@@ -166,7 +166,7 @@ class MeasureImages:
     networks: tuple[str, ...]
     image_size: int  # cut to a square and resized to this first, as the generated ones are
 
-    def run(self, parts: Parts) -> Rows:
+    def run(self, parts: WorkerModels) -> Rows:
         """Of the n images that can be read: keys [n], and `features/<network>` [n, d]. causes [m] of the others."""
         networks = {name: parts[name] for name in self.networks}
         samples = read_slice(self.slice)
@@ -195,7 +195,7 @@ class DrawImages:
     images_dir: str  # where the images go whose place is below `num_kept`
     num_kept: int
 
-    def run(self, parts: Parts) -> Rows:
+    def run(self, parts: WorkerModels) -> Rows:
         """`features/<network>` [n, d], and with an aligner alignment [n]: the cosine of image and prompt."""
         generator = parts[self.generator]
         networks = {name: parts[name] for name in self.networks}
@@ -212,9 +212,9 @@ class DrawImages:
             rows["alignment"] = self._alignment(parts, images)
         return rows
 
-    def _alignment(self, parts: Parts, images: np.ndarray) -> np.ndarray:
+    def _alignment(self, parts: WorkerModels, images: np.ndarray) -> np.ndarray:
         aligner: Scorer = parts[self.aligner]
-        fitting = list(parts.pool.map(aligner.prepare, images))
+        fitting = list(parts.pool.map(aligner.preprocess, images))
         names = [f"generated/{self.first + place}" for place in range(len(images))]
         embedded = parts.in_batches(lambda part, keys: aligner.embed_images(np.stack(part), keys), fitting, names)
         with parts.lock:

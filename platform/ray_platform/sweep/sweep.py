@@ -15,7 +15,7 @@ from ray.tune.logger import JsonLoggerCallback
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.placement import Need, may_grow, named, room, tightest
+from ray_platform.placement import ResourceRequest, may_grow, named, room, tightest
 from ray_platform.sweep import search
 from ray_platform.sweep.schedulers import HISTORY, SchedulerName, build_scheduler, is_default, milestones
 from ray_platform.sweep.space import Space
@@ -65,7 +65,7 @@ class Sweep:
     num_milestones: int
     reduction: int  # of ASHA
     seed: int
-    needs: Sequence[Need]  # of one trial, each of other nodes
+    needs: Sequence[ResourceRequest]  # of one trial, each of other nodes
     max_concurrent: int  # 0: as many trials as there is room for
 
     def points(self) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ class Sweep:
     def concurrency(self) -> int:
         """How many trials run side by side. Raises ConfigError where the cluster cannot hold so many, or not even one."""
         least = tightest(self.needs)
-        fitting = least.times()
+        fitting = least.capacity()
         if fitting < max(1, self.max_concurrent) and not may_grow():
             need, there = {kind: share for kind, share in least.amounts.items() if share}, room(least.labels)
             raise ConfigError(

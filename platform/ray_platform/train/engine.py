@@ -73,7 +73,7 @@ class Engine:
     def backward(self, micro_batches: Sequence[Inputs], seeds: Sequence[int]) -> tuple[torch.Tensor, Metrics]:
         """Forward and backward of all micro-batches of a step: this rank's mean loss (scalar), and its metrics summed."""
         micro_batches = [self._placed(inputs) for inputs in micro_batches]
-        more = self.task.prepare(micro_batches, seeds)
+        more = self.task.precompute_step_loss(micro_batches, seeds)
         losses: list[torch.Tensor] = []
         metrics: Metrics = {}
         for inputs, seed, extra in zip(micro_batches, seeds, more, strict=True):

@@ -61,7 +61,7 @@ def score(engine: Engine, heldout: Heldout, micro_batch_size: int, moved: Callab
     with engine.inference():
         for start in range(0, len(padded), micro_batch_size):
             batch = heldout.batch(padded[start : start + micro_batch_size])
-            rows = engine.task.represent(engine.task.inputs(batch, engine.device))
+            rows = engine.task.embed_heldout(engine.task.inputs(batch, engine.device))
             parts.append({name: (v.float() if v.is_floating_point() else v).cpu() for name, v in rows.items()})
             moved()
     mine = {name: torch.cat([part[name] for part in parts])[: len(places)] for name in parts[0]}

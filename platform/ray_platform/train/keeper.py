@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ray_platform import storage
-from ray_platform.contracts import Mark
+from ray_platform.contracts import ConsumedRange
 from ray_platform.data.stream import join
 from ray_platform.train import checkpoint
 from ray_platform.train.checkpoint import Keep, Manifest
@@ -40,7 +40,7 @@ class Keeper:
         self._told = False
 
     def save(
-        self, step: int, samples_seen: int, marks: Sequence[Mark], state: Mapping[str, Any], metrics: Mapping[str, float]
+        self, step: int, samples_seen: int, marks: Sequence[ConsumedRange], state: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> None:
         """Copy this rank's share of the engine's state, and leave its upload to a thread.
 
@@ -87,7 +87,7 @@ class Keeper:
             dist.all_gather_object(failures, self.saver.failure)
         return next(filter(None, failures), "")
 
-    def _gather_consumed(self, marks: Sequence[Mark]) -> None:
+    def _gather_consumed(self, marks: Sequence[ConsumedRange]) -> None:
         """Bring every rank's ledger up to date with what all ranks consumed."""
         parts: list[Any] = [None] * self.world_size
         dist.all_gather_object(parts, join(marks))

@@ -25,10 +25,18 @@ from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
 from ray_platform.placement import selector
 from ray_platform.redaction import redacted_values
-from ray_platform.tracking import ModelPackage, RunStatus, TrackerHandle, TrackingConfig, start_tracker, tracking_uri
-from ray_platform.tracking.machines import Machines
-from ray_platform.train import about, checkpoint
-from ray_platform.train.code_version import code_version
+from ray_platform.tracking import (
+    ModelPackage,
+    RunStatus,
+    TrackerHandle,
+    TrackingConfig,
+    run_metadata,
+    start_tracker,
+    tracking_uri,
+)
+from ray_platform.tracking.code_version import code_version
+from ray_platform.tracking.node_metrics import NodeMetrics
+from ray_platform.train import checkpoint
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.elastic import SaveBeforeResize
 from ray_platform.train.heldout import read_heldout
@@ -163,7 +171,7 @@ class Run:
             self.params,
             version,
         )
-        machines = Machines(tracker, self.tracking.system_metrics_seconds)
+        machines = NodeMetrics(tracker, self.tracking.system_metrics_seconds)
         status: RunStatus = "FAILED"
         try:
             with Overseer(job.watch, tracker, machines, self.train) as overseer:
@@ -211,13 +219,13 @@ class Run:
         if self.train.resume != "none" and storage.exists(url):
             known = storage.read_json(url)
         recipe = str(self.params.get("recipe", "run"))
-        named = replace(self.tracking, run_name=self.tracking.run_name or f"{about.dated(recipe)}-seed{self.train.seed}")
+        named = replace(self.tracking, run_name=self.tracking.run_name or f"{run_metadata.dated(recipe)}-seed{self.train.seed}")
         tracker = start_tracker(named, self.output_dir, known.get("run_id", ""))
         tracker.log_params(self.params)
-        data_sets = about.data_sets(catalog, self.data, self.train)
+        data_sets = run_metadata.data_sets(catalog, self.data, self.train)
         tracker.describe(
-            about.description(recipe, self.command, self.train, data_sets, self.output_dir),
-            about.tags(recipe, self.output_dir, version) | {"data.sources": ", ".join(self.data.sources)},
+            run_metadata.description(recipe, self.command, self.train, data_sets, self.output_dir),
+            run_metadata.tags(recipe, self.output_dir, version) | {"data.sources": ", ".join(self.data.sources)},
         )
         tracker.log_data_sets(data_sets)
         uri = tracking_uri(self.tracking, self.output_dir)

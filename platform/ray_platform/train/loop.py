@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ray import cloudpickle
 
 from ray_platform import storage
-from ray_platform.contracts import Batch, ConfigError, DataError, Mark, Task
+from ray_platform.contracts import Batch, ConfigError, ConsumedRange, DataError, Task
 from ray_platform.data.execution import spilled_bytes
 from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
@@ -96,7 +96,7 @@ class Trainer:
         self.engine = Engine(task, job.train, self.plan.micro_batch_size, self.plan.num_micro_batches)
         if found is not None:
             found.into(self.engine)
-        self.marks: list[Mark] = []  # consumed by this rank since the last checkpoint
+        self.marks: list[ConsumedRange] = []  # consumed by this rank since the last checkpoint
         self.skipped: dict[str, int] = dict(position.skipped)
         self.guard = Guard(job.train, history, job.output_dir)
         self.keeper = Keeper(job, self.engine, position, heart)

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from ray_platform.tracking import TrackerHandle
-from ray_platform.tracking.machines import Machines
+from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ _ANSWER_TIMEOUT_S = 10.0
 class Overseer:
     """For the length of a `with` block, to be entered in the main thread where SIGTERM shall be answered."""
 
-    def __init__(self, watch: Any, tracker: TrackerHandle, machines: Machines, train: TrainConfig):
+    def __init__(self, watch: Any, tracker: TrackerHandle, machines: NodeMetrics, train: TrainConfig):
         self.watch, self.tracker, self.machines, self.train = watch, tracker, machines, train
         self.stopping = False  # SIGTERM came: a checkpoint is made, and the run ends
         self.last_hang = ""  # said once by `workers_are_gone`
@@ -69,7 +69,7 @@ class Overseer:
                     nodes = ray.get(self.watch.nodes.remote(), timeout=_ANSWER_TIMEOUT_S)
                     self._hand_on_drains(nodes)
                     self._end_a_hang()
-                    self.machines.look(nodes)
+                    self.machines.poll(nodes)
                 except ray.exceptions.RayError as error:
                     logger.warning("the watch over the workers does not answer: %s", error)
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import ray
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError, SaidError
+from ray_platform.contracts import ConfigError, DataError, UserError
 from ray_platform.train.checkpoint import RETRY_SECONDS
 from ray_platform.train.guard import Diverged
 
 
-class TrainingError(SaidError):
+class TrainingError(UserError):
     """The run ended before its last step. The message says why in one line."""
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_platform.evaluate.charts import Line, Point, line_chart, profile, standalone, ticks
+from ray_platform.report.charts import Line, Point, line_chart, profile, standalone, ticks
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))

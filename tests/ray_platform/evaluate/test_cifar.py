@@ -9,7 +9,7 @@ import pytest
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
-from ray_platform.data.causes import Reject
+from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.find import find_set, open_set
 from ray_platform.evaluate.layouts import cifar
 from ray_platform.evaluate.sets import REGISTRY
@@ -167,4 +167,4 @@ def test_cifar_in_s3(s3_url, tmp_path, monkeypatch):
     assert read(there) == read(here)
     cifar._images.cache_clear()
     storage.delete(f"{s3_url}/cifar/cifar-10-batches-py/test_batch")
-    assert read(there)[0] == Reject("test_batch[0:7]/", "shard_missing")
+    assert read(there)[0] == RejectedSample("test_batch[0:7]/", "shard_missing")

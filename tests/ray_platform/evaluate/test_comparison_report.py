@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from ray_platform.evaluate import metric_names
-from ray_platform.evaluate.comparison_report import comparison_page
-from ray_platform.evaluate.row_chart import Row, row_chart
+from ray_platform.report import metric_names
+from ray_platform.report.comparison import comparison_page
+from ray_platform.report.row_chart import Row, row_chart
 from tests.comparison_details import ARMS, PAIRS, SCORES, SEEDS, comparison
 from tests.html_page import EVIL, Page
 

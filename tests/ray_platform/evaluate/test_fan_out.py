@@ -6,7 +6,7 @@ import pytest
 
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.fan_out import FanOut, Fleet, Progress, in_order
-from ray_platform.evaluate.kept import Kept, key_of
+from ray_platform.evaluate.result_cache import ResultCache, cache_key
 from ray_platform.evaluate.schedule import MAX_DEATHS, Unit
 from tests.ray_platform.evaluate.work_for_tests import DieOnce, Divide, Fail, Square, no_parts
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def unit(work, group="squares", cost=1.0, first=False):
-    return Unit(f"unit {work}", group, key_of({"work": repr(work)}), cost, work, first)
+    return Unit(f"unit {work}", group, cache_key({"work": repr(work)}), cost, work, first)
 
 
 def squares(numbers, **fields):
@@ -23,7 +23,7 @@ def squares(numbers, **fields):
 
 def fan_out(folder, num_workers=2, shown=None):
     fleet = Fleet(no_parts, num_workers, cpus_per_worker=0.5)
-    return FanOut(fleet, Kept(str(folder)), (shown if shown is not None else []).append)
+    return FanOut(fleet, ResultCache(str(folder)), (shown if shown is not None else []).append)
 
 
 def run(units, *arguments, **options):
@@ -122,7 +122,7 @@ def test_units_that_others_wait_for_come_first_and_then_the_dearest(tmp_path):
 
 def test_a_fleet_that_does_not_fit_says_so(tmp_path):
     with pytest.raises(ConfigError) as error:
-        list(FanOut(Fleet(no_parts, 9, cpus_per_worker=1.0), Kept(str(tmp_path)), print).run(squares(range(3))))
+        list(FanOut(Fleet(no_parts, 9, cpus_per_worker=1.0), ResultCache(str(tmp_path)), print).run(squares(range(3))))
     assert str(error.value) == (
         "num_workers: 9 with 1 CPUs and 0 GPUs each do not fit the cluster's 4 CPUs and 0 GPUs; lower num_workers, "
         "cpus_per_worker or gpus_per_worker"

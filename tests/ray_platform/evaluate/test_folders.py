@@ -6,7 +6,7 @@ import pytest
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.data.causes import Reject
+from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.find import find_set, open_images, open_set
 from ray_platform.evaluate.layouts import files
 from ray_platform.evaluate.sets import REGISTRY
@@ -171,6 +171,6 @@ def test_folders_in_s3(s3_url, tmp_path, monkeypatch):
         "a b/0.jpg", "a b/1.jpg", "c[1]/0.jpg", "c[1]/1.jpg", "größe/0.jpg", "größe/1.jpg",
     ]  # fmt: skip
     storage.delete(f"{s3_url}/folders/mine/a b/1.jpg")
-    assert read(images)[1] == Reject("a b/1.jpg", "shard_missing")
+    assert read(images)[1] == RejectedSample("a b/1.jpg", "shard_missing")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert {sample.cause for sample in read(images, retry_seconds=0.5)} == {"shard_unavailable"}

@@ -10,7 +10,7 @@ import pytest
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.data.causes import Reject
+from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.find import find_set, open_set
 from ray_platform.evaluate.layouts import parquet
 from ray_platform.evaluate.sets import REGISTRY
@@ -168,7 +168,7 @@ def test_a_file_that_is_gone_or_broken_is_told(tmp_path):
     file.write_bytes(b"x" * 1000)
     assert [sample.cause for sample in read(found)] == ["shard_unreadable"]
     file.unlink()
-    assert read(found) == [Reject(f"{found.slices[0].name}/", "shard_missing")]
+    assert read(found) == [RejectedSample(f"{found.slices[0].name}/", "shard_missing")]
 
 
 @pytest.mark.parametrize("label", [2, -1])

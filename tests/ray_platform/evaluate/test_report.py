@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from ray_platform.evaluate.report import report_page
+from ray_platform.report.evaluation import report_page
 from tests.evaluation_details import BASELINE, CAPTIONS, OWN, PUBLISHED, SETS, class_names, evaluation
 from tests.html_page import EVIL, Page
 

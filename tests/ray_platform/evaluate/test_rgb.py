@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_platform.data.causes import Unusable
+from ray_platform.data.causes import SampleError
 from ray_platform.evaluate.slices import rgb
 from tests.evaluation_sets import encoded, picture
 
@@ -120,7 +120,7 @@ def test_a_corrupt_jpeg_is_what_pillow_makes_of_it():
             expected = by_pillow(broken)
         except Exception:
             refused += 1
-            with pytest.raises(Unusable):
+            with pytest.raises(SampleError):
                 rgb(broken)
         else:
             same += 1
@@ -153,5 +153,5 @@ def claimed(width: int, height: int) -> bytes:
     ],
 )
 def test_what_cannot_be_decoded(content, cause):
-    with pytest.raises(Unusable, match=cause):
+    with pytest.raises(SampleError, match=cause):
         rgb(content)

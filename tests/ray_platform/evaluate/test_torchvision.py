@@ -9,7 +9,7 @@ import scipy.io
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.data.causes import Reject
+from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.find import find_set, open_set
 from ray_platform.evaluate.sets import REGISTRY
 from tests.evaluation_sets import class_names, encoded, picture, read
@@ -187,7 +187,7 @@ def test_an_image_that_the_index_names_and_that_is_not_there(tmp_path):
     (tmp_path / "oxford-iiit-pet" / lost).unlink()
     found = find_set([str(tmp_path)], "vtab/pets")
     assert found.known_images == 36
-    assert [sample.key for sample in read(found) if sample == Reject(lost, "shard_missing")] == [lost]
+    assert [sample.key for sample in read(found) if sample == RejectedSample(lost, "shard_missing")] == [lost]
     assert len(read(found)) == 37
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ray_platform.contracts import DataError
-from ray_platform.data.causes import Reject
+from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.find import open_set
 from ray_platform.evaluate.sets import REGISTRY
 from ray_platform.evaluate.slices import RawSample
@@ -60,7 +60,7 @@ def test_what_cannot_be_used_is_told(tmp_path, build_tar):
 def test_captions_that_are_no_text_are_told(tmp_path, build_tar):
     folder = write_retrieval(tmp_path, "flickr30k", 1)
     write_tar(folder / "test" / "0.tar", [("0.png", encoded(picture(0), "PNG")), ("0.txt", b"\xff\xfe")], build_tar)
-    assert read(open_set("flickr30k", str(folder))) == [Reject("0.tar/0", "caption_not_utf8")]
+    assert read(open_set("flickr30k", str(folder))) == [RejectedSample("0.tar/0", "caption_not_utf8")]
 
 
 def test_a_truncated_tar_gives_what_precedes_the_cut(tmp_path):
@@ -68,7 +68,7 @@ def test_a_truncated_tar_gives_what_precedes_the_cut(tmp_path):
     tar = folder / "test" / "0.tar"
     tar.write_bytes(tar.read_bytes()[:6000])
     samples = read(open_set("mine", str(folder)))
-    assert Reject("0.tar/", "tar_truncated") in samples
+    assert RejectedSample("0.tar/", "tar_truncated") in samples
     kept = [sample.key for sample in samples if isinstance(sample, RawSample)]
     assert kept == ["0.tar/s0000000", *(f"1.tar/s{i:07d}" for i in range(6, 12))]
 
@@ -76,7 +76,7 @@ def test_a_truncated_tar_gives_what_precedes_the_cut(tmp_path):
 def test_a_file_that_is_no_tar_is_told(tmp_path):
     folder = own(tmp_path)
     (folder / "test" / "0.tar").write_bytes(b"<html>404</html>" * 100)
-    assert read(open_set("mine", str(folder))) == [Reject("0.tar/", "tar_truncated")]
+    assert read(open_set("mine", str(folder))) == [RejectedSample("0.tar/", "tar_truncated")]
 
 
 def test_a_tar_that_is_gone_is_told(tmp_path):
@@ -84,7 +84,7 @@ def test_a_tar_that_is_gone_is_told(tmp_path):
     found = open_set("mine", str(folder))
     (folder / "test" / "0.tar").unlink()
     first, *rest = read(found)
-    assert first == Reject("0.tar/", "shard_missing")
+    assert first == RejectedSample("0.tar/", "shard_missing")
     assert len(rest) == 6
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import ray
 
 from ray_platform.connect import connect
-from ray_platform.placement import Need
+from ray_platform.placement import ResourceRequest
 from ray_platform.sweep.space import Range
 from ray_platform.sweep.sweep import Sweep
 from tests.ray_platform.sweep.curves import Curves
@@ -28,7 +28,7 @@ def main() -> None:
         num_milestones=3,
         reduction=2,
         seed=0,
-        needs=[Need({}, {"CPU": 1.0})],
+        needs=[ResourceRequest({}, {"CPU": 1.0})],
         max_concurrent=2,
     )
     outcomes = [asdict(outcome) for outcome in sweep.run()]

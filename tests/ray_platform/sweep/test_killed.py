@@ -26,7 +26,7 @@ def head():
 
 def start(head, output, folder, search, seconds):
     folder.mkdir(exist_ok=True)
-    path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "platform", ROOT / "jobs"))
+    path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "platform"))
     command = [sys.executable, "-m", "tests.ray_platform.sweep.driver", str(output), str(folder), search, str(seconds)]
     env = head.env | {"PYTHONPATH": path, "TUNE_GLOBAL_CHECKPOINT_S": "0.2"}  # seconds; a segment takes less than those of use
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)

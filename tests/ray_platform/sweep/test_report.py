@@ -7,9 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ray_platform.sweep import charts
-from ray_platform.sweep.parallel_coordinates import Axis, Trial, parallel_coordinates
-from ray_platform.sweep.report import pictures, sweep_page
+from ray_platform.report import sweep_charts
+from ray_platform.report.parallel_coordinates import Axis, Trial, parallel_coordinates
+from ray_platform.report.sweep import pictures, sweep_page
 from tests.html_page import EVIL, Page
 from tests.sweep_details import ACCURACY, DISTANCE, ERROR, OBJECTIVES, RECIPE, SPACE, sweep
 
@@ -159,7 +159,7 @@ def circles(svg):
 
 
 def test_the_front_joins_what_nothing_beats(details):
-    svg = charts.pareto(details, *OBJECTIVES[:2])
+    svg = sweep_charts.pareto(details, *OBJECTIVES[:2])
     shown = [trial for trial in details["trials"] if trial["metrics"]]
     lone = {name for _, _, _, name in circles(svg)}
     assert lone == {trial["name"] for trial in shown}
@@ -182,13 +182,13 @@ def test_a_trial_without_a_score_is_not_drawn(details):
     odd = copy.deepcopy(details)
     odd["trials"][1]["metrics"][ACCURACY] = math.nan
     odd["trials"][2]["metrics"][DISTANCE] = None
-    assert "trial_001" not in {name for *_, name in circles(charts.pareto(odd, *OBJECTIVES[:2]))}
-    assert "trial_002" not in {name for *_, name in circles(charts.pareto(odd, *OBJECTIVES[:2]))}
+    assert "trial_001" not in {name for *_, name in circles(sweep_charts.pareto(odd, *OBJECTIVES[:2]))}
+    assert "trial_002" not in {name for *_, name in circles(sweep_charts.pareto(odd, *OBJECTIVES[:2]))}
     assert "nan" not in sweep_page(odd).lower()
 
 
 def test_learning_curves_end_where_trials_end(details):
-    svg = charts.learning_curves(details, ACCURACY)
+    svg = sweep_charts.learning_curves(details, ACCURACY)
     assert svg.count('<polyline class="line"') == len([trial for trial in details["trials"] if trial["history"]])
     assert len(circles(svg)) == sum(len(trial["history"]) for trial in details["trials"])
     ended = [trial for trial in of_state(details, "stopped", "failed") if trial["history"]]
@@ -245,9 +245,9 @@ def test_the_recipes_values_outside_the_space_are_drawn(details):
     outside["trials"][0]["values"] = RECIPE | {
         "objective.lambda_alignment": 0.0, "objective.query_timestep_min": 50, "model.query_visibility": None,
     }  # fmt: skip
-    svg = charts.parallel_coordinates(outside)
+    svg = sweep_charts.parallel_coordinates(outside)
     assert ">null</text>" in svg
-    assert len(lines_of(svg)) == len(lines_of(charts.parallel_coordinates(details)))
+    assert len(lines_of(svg)) == len(lines_of(sweep_charts.parallel_coordinates(details)))
 
 
 def test_all_of_the_space_is_on_the_page(page):

@@ -4,7 +4,7 @@ import pytest
 import ray
 
 from ray_platform.contracts import ConfigError
-from ray_platform.placement import Need
+from ray_platform.placement import ResourceRequest
 from ray_platform.sweep.space import Choice, Range
 from ray_platform.sweep.sweep import Sweep
 from tests.ray_platform.sweep.curves import Curves, notes
@@ -15,7 +15,7 @@ SPACE = {"x": Range(0.0, 1.0), "y": Range(0.0, 1.0)}
 FIELDS = {
     "space": SPACE, "default": {"x": 0.5, "y": 0.5}, "objectives": {"accuracy": "max", "loss": "min"}, "search": "random",
     "scheduler": "asha", "num_trials": 6, "num_milestones": 3, "reduction": 2, "seed": 0,
-    "needs": [Need({}, {"CPU": 1.0, "GPU": 0.0})], "max_concurrent": 2,
+    "needs": [ResourceRequest({}, {"CPU": 1.0, "GPU": 0.0})], "max_concurrent": 2,
 }  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def test_a_trial_that_fails_once_goes_on_from_where_it_was(make, seen):
 
 def test_too_large_for_the_cluster_is_one_line(make):
     with pytest.raises(ConfigError, match=r"max_concurrent: 1 trials of 8 CPUs each do not fit the cluster's 4 CPUs"):
-        make(needs=[Need({}, {"CPU": 8.0, "GPU": 0.0})], max_concurrent=0).concurrency()
+        make(needs=[ResourceRequest({}, {"CPU": 8.0, "GPU": 0.0})], max_concurrent=0).concurrency()
     with pytest.raises(ConfigError, match=r"max_concurrent: 5 trials of 1 CPUs"):
         make(max_concurrent=5).concurrency()
-    assert make(needs=[Need({}, {"CPU": 1.5, "GPU": 0.0})], max_concurrent=0).concurrency() == 2
+    assert make(needs=[ResourceRequest({}, {"CPU": 1.5, "GPU": 0.0})], max_concurrent=0).concurrency() == 2

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
-from ray_platform.data.causes import Reject
+from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.classes import classification, template_list
 from ray_platform.evaluate.sets import EvaluationSet, make_set
 from ray_platform.evaluate.slices import IMAGES_A_SLICE, RawSample, Slice
@@ -117,7 +117,7 @@ class CifarSlice(Slice):
     start: int
     stop: int
 
-    def read(self, retry_seconds: float) -> list[RawSample | Reject]:
+    def read(self, retry_seconds: float) -> list[RawSample | RejectedSample]:
         pixels, labels = storage.with_retries(lambda: _images(self.wanted.set_name, self.url, self.size), retry_seconds)
         return [
             RawSample(f"{MARKERS[self.wanted.set_name]}/{place:05d}", _encoded(pixels[place]), labels[place])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
-from ray_platform.data.causes import LOST, Reject
+from ray_platform.data.causes import LOST, RejectedSample
 from ray_platform.evaluate.classes import (
     CLASSES,
     DEFAULT_TEMPLATES,
@@ -19,7 +19,7 @@ from ray_platform.evaluate.classes import (
     template_list,
 )
 from ray_platform.evaluate.sets import REGISTRY, EvaluationSet, make_set
-from ray_platform.evaluate.slices import IMAGES_A_SLICE, RawSample, Slice, Wanted
+from ray_platform.evaluate.slices import IMAGES_A_SLICE, RawSample, SampleSchema, Slice
 from ray_platform.names import check_below
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -34,8 +34,8 @@ class FilesSlice(Slice):
     folder: str
     files: tuple[tuple[str, int], ...]
 
-    def read(self, retry_seconds: float) -> list[RawSample | Reject]:
-        """Side by side: a file that cannot be read is a Reject, the others are not."""
+    def read(self, retry_seconds: float) -> list[RawSample | RejectedSample]:
+        """Side by side: a file that cannot be read is a RejectedSample, the others are not."""
         contents: dict[str, bytes] = {}
         lost: dict[str, storage.StorageError] = {}
 
@@ -54,7 +54,7 @@ class FilesSlice(Slice):
         with suppress(storage.StorageError):
             storage.with_retries(fetch, retry_seconds)
         return [
-            RawSample(name, contents[name], label) if name in contents else Reject(name, LOST[lost[name].kind])
+            RawSample(name, contents[name], label) if name in contents else RejectedSample(name, LOST[lost[name].kind])
             for name, label in self.files
         ]
 
@@ -66,7 +66,7 @@ class FilesSlice(Slice):
 
 
 def files_set(
-    wanted: Wanted,
+    wanted: SampleSchema,
     url: str,
     layout: str,
     words: tuple[Sequence[str], Sequence[str]],
@@ -124,7 +124,7 @@ def open_image_files(set_name: str, url: str) -> EvaluationSet | None:
     """All image files below a folder, without labels; None where there are none."""
     sizes = image_sizes(url)
     samples = [(name, -1) for name in sorted(sizes)]
-    return files_set(Wanted(set_name, "images"), url, "image files", ((), ()), samples, sizes) if samples else None
+    return files_set(SampleSchema(set_name, "images"), url, "image files", ((), ()), samples, sizes) if samples else None
 
 
 def image_sizes(url: str, pattern: str = "**") -> dict[str, int]:

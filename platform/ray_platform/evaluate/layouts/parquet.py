@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
-from ray_platform.data.causes import Reject
+from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.classes import (
     CLASSES,
     DEFAULT_TEMPLATES,
@@ -42,11 +42,11 @@ class RowsSlice(Slice):
     image: str  # columns
     label: str
 
-    def read(self, retry_seconds: float) -> list[RawSample | Reject]:
+    def read(self, retry_seconds: float) -> list[RawSample | RejectedSample]:
         try:
             table = storage.with_retries(self._table, retry_seconds)
         except (pa.ArrowException, KeyError):
-            return [Reject(f"{self.name}/", "shard_unreadable")]
+            return [RejectedSample(f"{self.name}/", "shard_unreadable")]
         images = table.column(self.image)
         contents = pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
         rows = zip(contents, table.column(self.label), strict=True)
@@ -56,14 +56,14 @@ class RowsSlice(Slice):
         with storage.open_read(self.url) as file:
             return pq.ParquetFile(file).read_row_groups(list(range(self.start, self.stop)), columns=[self.image, self.label])
 
-    def _sample(self, key: str, content: pa.Scalar, scalar: pa.Scalar) -> RawSample | Reject:
+    def _sample(self, key: str, content: pa.Scalar, scalar: pa.Scalar) -> RawSample | RejectedSample:
         label = scalar.as_py()
         if not content.is_valid:
-            return Reject(key, "image_missing")
+            return RejectedSample(key, "image_missing")
         if label is None:
-            return Reject(key, "label_missing")
+            return RejectedSample(key, "label_missing")
         if not isinstance(label, int):
-            return Reject(key, "label_invalid")
+            return RejectedSample(key, "label_invalid")
         return RawSample(key, memoryview(content.as_buffer()), label)
 
 

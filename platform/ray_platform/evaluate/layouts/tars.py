@@ -11,11 +11,11 @@ from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data.captions import LONGEST_CAPTION
 from ray_platform.data.catalog import NOMINAL_BYTES
-from ray_platform.data.causes import Reject
+from ray_platform.data.causes import RejectedSample
 from ray_platform.data.tar import IMAGE_SUFFIXES, Record, read_part, read_tar
 from ray_platform.evaluate.classes import CLASSES, TEMPLATES, classification, read_lines, template_list
 from ray_platform.evaluate.sets import REGISTRY, EvaluationSet, known, make_set
-from ray_platform.evaluate.slices import IMAGES_A_SLICE, RawSample, Slice, Wanted
+from ray_platform.evaluate.slices import IMAGES_A_SLICE, RawSample, SampleSchema, Slice
 from ray_platform.storage import StoredFile
 
 SPLIT = "test"
@@ -36,15 +36,15 @@ class TarSlice(Slice):
     start: int
     stop: int
 
-    def read(self, retry_seconds: float) -> list[RawSample | Reject]:
+    def read(self, retry_seconds: float) -> list[RawSample | RejectedSample]:
         records = storage.with_retries(self._records, retry_seconds)
-        if records == [Reject(f"{self.tar}/", "shard_empty")]:
+        if records == [RejectedSample(f"{self.tar}/", "shard_empty")]:
             if self.stop - self.start == self.size:
                 raise DataError(f"{self.wanted.set_name}: {self.url} holds no samples; fetch the set again")
             return []  # it is within a very large member, or in the zeros that end a tar
-        return [record if isinstance(record, Reject) else self._sample(record) for record in records]
+        return [record if isinstance(record, RejectedSample) else self._sample(record) for record in records]
 
-    def _records(self) -> list[Record | Reject]:
+    def _records(self) -> list[Record | RejectedSample]:
         suffixes = IMAGE_SUFFIXES if self.wanted.task == "images" else (*IMAGE_SUFFIXES, "cls", "txt")
         if self.stop - self.start == self.size:
             data = storage.read_bytes(self.url)
@@ -68,26 +68,30 @@ class TarSlice(Slice):
                 "a set must not change while it is read: begin anew"
             )
 
-    def _sample(self, record: Record) -> RawSample | Reject:
+    def _sample(self, record: Record) -> RawSample | RejectedSample:
         members = record.members
         image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
         if record.repeated:
-            return Reject(record.key, "key_repeated")
+            return RejectedSample(record.key, "key_repeated")
         if image is None:
-            return Reject(record.key, "image_missing")
+            return RejectedSample(record.key, "image_missing")
         if self.wanted.task == "zeroshot_classification":
             if "cls" not in members:
-                return Reject(record.key, "label_missing")
+                return RejectedSample(record.key, "label_missing")
             label = bytes(members["cls"])
-            return RawSample(record.key, image, int(label)) if _INTEGER.fullmatch(label) else Reject(record.key, "label_invalid")
+            return (
+                RawSample(record.key, image, int(label))
+                if _INTEGER.fullmatch(label)
+                else RejectedSample(record.key, "label_invalid")
+            )
         if self.wanted.task == "images":
             return RawSample(record.key, image)
         if len(members.get("txt", b"")) > LONGEST_CAPTION:
-            return Reject(record.key, "caption_too_long")
+            return RejectedSample(record.key, "caption_too_long")
         try:
             lines = bytes(members.get("txt", b"")).decode().split("\n")
         except UnicodeDecodeError:
-            return Reject(record.key, "caption_not_utf8")
+            return RejectedSample(record.key, "caption_not_utf8")
         # The exporter writes a line break within a caption as "\n".
         return RawSample(record.key, image, captions=tuple(line.strip().replace(r"\n", "\n") for line in lines if line.strip()))
 
@@ -110,7 +114,7 @@ def open_export(set_name: str, url: str) -> EvaluationSet | None:
         _check_shards(set_name, counted, tars)
     words: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     if _task(set_name, beside.get(_TYPE)) == "retrieval":
-        wanted = Wanted(set_name, "zeroshot_retrieval")
+        wanted = SampleSchema(set_name, "zeroshot_retrieval")
     else:
         if CLASSES not in beside:
             raise DataError(f"{set_name}: {url} has {SPLIT}/*.tar but no {CLASSES}; write it, a class a line in label order")
@@ -121,7 +125,7 @@ def open_export(set_name: str, url: str) -> EvaluationSet | None:
 
 
 def tar_set(
-    wanted: Wanted, url: str, layout: str, words: tuple[Sequence[str], Sequence[str]], tars: Sequence[StoredFile]
+    wanted: SampleSchema, url: str, layout: str, words: tuple[Sequence[str], Sequence[str]], tars: Sequence[StoredFile]
 ) -> EvaluationSet:
     """A set of tars, large ones in parts. Raises DataError for an empty file among them."""
     if empty := [file.url for file in tars if not file.size]:

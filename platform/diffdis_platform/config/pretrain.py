@@ -1,0 +1,61 @@
+"""The configuration of a pretraining run: where the two libraries meet."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from diffdis.config import DiffDisConfig, ObjectiveConfig
+from diffdis.encoder import describe_encoders
+from diffdis.task import DiffDisTask
+from diffdis.warm_start import resolved
+from diffdis_platform.serving.package import model_package
+from ray_platform import storage
+from ray_platform.contracts import ConfigError
+from ray_platform.data.config import DataConfig
+from ray_platform.redaction import redacted_values
+from ray_platform.tracking import TrackingConfig
+from ray_platform.train.config import TrainConfig
+from ray_platform.train.launch import Run
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that a run is started from; saved with it as config.yaml."""
+
+    output_dir: str = ""  # absolute folder or s3:// URL for checkpoints, the exported model and the tracker's default store
+    model: DiffDisConfig = field(default_factory=DiffDisConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    preview_captions: tuple[str, ...] = ("a red apple", "a blue car", "a green tree", "a yellow sun")
+
+    def run(self, recipe: str, command: str = "") -> Run:
+        """Join model, objective and data; `command` is what was typed. Raises ConfigError where they do not fit each other."""
+        check_model(resolved(self.model), self.data)
+        with_folders = storage.with_cached_folders  # paths may be s3:// URLs
+        build_task: Callable[[], Any] = functools.partial(
+            with_folders, DiffDisTask, self.model, self.objective, self.preview_captions
+        )
+        return Run(
+            build_task,
+            self.data,
+            self.train,
+            self.tracking,
+            self.output_dir,
+            redacted_values({"recipe": recipe, **asdict(self)}),
+            functools.partial(with_folders, describe_encoders, resolved(self.model)),
+            model_package(self.objective.task),
+            command,
+        )
+
+
+def check_model(model: DiffDisConfig, data: DataConfig) -> None:
+    """Raises ConfigError where the two do not fit each other, or weights are not named."""
+    if data.image_size != model.image_size:
+        raise ConfigError(f"data.image_size: {data.image_size}, but model.image_size is {model.image_size}")
+    if not model.text_encoder.path:
+        raise ConfigError("model.text_encoder.path: give the folder (or hub name) of the text encoder")
+    if model.autoencoder.kind == "kl" and not model.autoencoder.path:
+        raise ConfigError("model.autoencoder.path: give the folder (or hub name) of the AutoencoderKL")

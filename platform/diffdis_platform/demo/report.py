@@ -1,0 +1,83 @@
+"""The summary, the grid and the table at the end of `make demo`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffdis.pictures import grid
+from diffdis.pipeline import DiffDisPipeline
+from diffdis_platform.demo.scores import SPLITS, colour_agreement, sample_captions, score
+from ray_platform.tracking import Tracker, TrackingConfig
+
+NUM_RANDOM_CAPTIONS = 48
+GUIDANCE_SCALE = 3.0
+SUMMARY = "summary.json"
+
+
+def write_report(output: Path, data: Path, captions: tuple[str, ...]) -> dict[str, Any]:
+    """Score the model in `output/export`, draw the grid, and write `output/summary.json`; all of it goes to MLflow too."""
+    training = json.loads((output / "train_summary.json").read_text())
+    tracked = json.loads((output / "mlflow.json").read_text())
+    pipeline = DiffDisPipeline.from_pretrained(output / "export")
+    print("scoring zero-shot from pure noise …", flush=True)
+    zero_shot = score(pipeline, data)
+    print("drawing the grid …", flush=True)
+    drawn = [*captions, *sample_captions(data, NUM_RANDOM_CAPTIONS)]
+    images = pipeline.generate(drawn, num_steps=30, guidance_scale=GUIDANCE_SCALE)
+    grid(images, drawn).save(output / "grid.png")
+    random_images = images[len(captions) :]
+    summary = {
+        "recipe": "demo",
+        **{key: training[key] for key in ("num_workers", "zero_stage", "num_steps", "num_samples_seen")},
+        "samples_per_second": training["samples_per_second"],
+        "seconds_training": training["seconds"],
+        **{name: {end: training[end][name] for end in ("first", "last")} for name in ("loss_generation", "loss_alignment")},
+        "skipped": training["skipped"],
+        "zero_shot": zero_shot,
+        "colour": colour_agreement(random_images, drawn[len(captions) :], data),
+        "mlflow": tracked,
+        "export_dir": training["export_dir"],
+        "grid": str(output / "grid.png"),
+    }
+    _track(output, summary)
+    (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _track(output: Path, summary: dict[str, Any]) -> None:
+    """Scores and grid on the run that made the model."""
+    run = summary["mlflow"]
+    tracker = Tracker(TrackingConfig(run["tracking_uri"], run["experiment"]), str(output), run["run_id"])
+    scores = {f"zero_shot/{s}/{name}": v for s, values in summary["zero_shot"].items() for name, v in values.items()}
+    tracker.log_metrics(scores | {f"colour/{n}": v for n, v in summary["colour"].items()}, summary["num_steps"])
+    tracker.log_bytes((output / "grid.png").read_bytes(), "grid.png")
+    tracker.end("FINISHED")
+
+
+def table(summary: dict[str, Any]) -> str:
+    """For the terminal."""
+    lines = [
+        f"{summary['num_samples_seen']} samples in {summary['seconds_training']:.0f} s "
+        f"({summary['samples_per_second']:.0f} samples/s, {summary['num_workers']} workers, ZeRO {summary['zero_stage']})",
+        *(
+            f"{name:<18}{summary[name]['first']:>8.3f} -> {summary[name]['last']:.3f}"
+            for name in ("loss_generation", "loss_alignment")
+        ),
+        "",
+        "zero-shot           acc1  x chance    acc5  100-way  shuffled  untrained  classes  images",
+    ]
+    for split in SPLITS:
+        s = summary["zero_shot"][split]
+        lines.append(
+            f"{split:<16}{s['acc1']:>8.2%}{s['acc1'] / s['chance']:>10.1f}{s['acc5']:>8.2%}{s['acc1_100way']:>9.3f}"
+            f"{s['acc1_shuffled_images']:>10.2%}{s['acc1_untrained']:>11.2%}{s['num_classes']:>9}{s['num_images']:>8}"
+        )
+    c = summary["colour"]
+    lines += [
+        "",
+        f"mean colour: {c['distance_to_own_caption']:.1f} from the caption's own drawing, "
+        f"{c['distance_to_random_caption']:.1f} from another caption's",
+        f"grid of generated images: {summary['grid']}",
+        f"exported model: {summary['export_dir']}",
+    ]
+    return "\n".join(lines)

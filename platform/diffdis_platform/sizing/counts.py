@@ -1,0 +1,206 @@
+"""What can be counted of a recipe without running it: operations, parameters, bytes. Nothing here is measured or assumed.
+
+The real modules run over torch's fake tensors, which have shapes and no contents: Stable Diffusion's size takes seconds and no
+memory.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import AutoConfig, AutoModel, CLIPTextConfig, CLIPTextModelWithProjection
+
+from diffdis.autoencoder import component_of
+from diffdis.config import AutoencoderConfig, DiffDisConfig, ObjectiveConfig, TextEncoderConfig
+from diffdis.encoder import PRECOMPUTED
+from diffdis.model import DiffDis
+from diffdis.objective import Objective
+from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.sizing.live_bytes import LiveBytes
+from ray_platform.contracts import ConfigError
+from ray_platform.train.meter import count_flops, operation_counter
+
+HALF, FULL = 2, 4  # bytes of a number
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen half, which makes the inputs."""
+
+    parameters: int
+    autoencoder_flops: float  # a sample, forward
+    text_encoder_flops: float
+    peak_bytes: int  # of one micro-batch, beside the parameters
+
+    @property
+    def flops(self) -> float:
+        return self.autoencoder_flops + self.text_encoder_flops
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one recipe, for one rank."""
+
+    trained: int  # parameters
+    frozen: int
+    num_tensors: int
+    flops: float  # a sample, forward and backward: the model's own work, as train/flops_per_second counts it
+    executed_flops: float  # a sample: with activations that are computed again, gradient caching, and what is for the log alone
+    activation_bytes: int  # the most that one micro-batch takes beside weights, their gradients and states
+    row_bytes: int  # a precomputed sample, without key and caption
+    embedding_dim: int
+    encoders: Encoders
+
+
+def count(config: PretrainConfig, num_micro_batches: int = 1) -> Counts:
+    """Raises ConfigError for a recipe that cannot be built."""
+    train = config.train
+    try:
+        with FakeTensorMode(shape_env=ShapeEnv()):  # sizes that depend on data (InfoNCE's diagonal) become symbols
+            return _count(
+                config.model,
+                config.objective,
+                train.micro_batch_size,
+                train.precision != "fp32",
+                train.activation_checkpointing,
+                num_micro_batches > 1,
+            )
+    except (ValueError, OSError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+@functools.lru_cache(maxsize=8)
+def _count(model: DiffDisConfig, objective: ObjectiveConfig, size: int, half: bool, again: bool, accumulating: bool) -> Counts:
+    """Of micro-batches of `size`; `half` precision; activations computed `again`; several micro-batches a step."""
+    module = Objective(DiffDis(replace(model, trained_for=objective.task)), objective)
+    module.freeze()
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    flops = count_flops(module, _inputs(model, 2), seed=0) / 2  # two samples, as the trainer counts
+    if again:
+        module.enable_activation_checkpointing()
+    executed, peak = _step(module, _inputs(model, size), half)
+    if objective.negatives == "step" and objective.task != "generation" and accumulating:
+        with operation_counter() as counter, torch.no_grad():
+            module(_inputs(model, size), 0, only_queries=True)
+        executed += counter.get_total_flops()
+    row = _inputs(model, 1)
+    return Counts(
+        trained=trained,
+        frozen=sum(p.numel() for p in module.parameters()) - trained,
+        num_tensors=len(list(module.parameters())),
+        flops=flops,
+        executed_flops=executed / size,
+        activation_bytes=peak,
+        row_bytes=sum(HALF * row[name].numel() for name in PRECOMPUTED),
+        embedding_dim=model.text_encoder.embedding_dim,
+        encoders=_encoders(model, size),
+    )
+
+
+def _inputs(config: DiffDisConfig, size: int) -> dict[str, torch.Tensor]:
+    """Shaped as `DiffDisTask.inputs` makes them."""
+    unet, text = config.unet, config.text_encoder
+    return {
+        "latent": torch.randn(size, unet.in_channels, unet.sample_size, unet.sample_size),
+        "token_states": torch.randn(size, text.max_length, text.token_dim),
+        "query": torch.randn(size, text.embedding_dim),
+        "caption_ids": torch.zeros(size, dtype=torch.long),
+        "null_states": torch.randn(1, text.max_length, text.token_dim),
+    }
+
+
+def _step(module: Objective, inputs: dict[str, torch.Tensor], half: bool) -> tuple[int, int]:
+    """(operations, most bytes) of one micro-batch's forward and backward pass, in training mode. Gradients of weights go as soon
+    as they are there: they are counted with the states."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def once() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            loss, _ = module(inputs, 0)
+        loss.backward()
+
+    with operation_counter() as counter:
+        once()
+    # Apart: the counter's hooks on modules keep alive what activation checkpointing lets go.
+    with LiveBytes([*module.parameters(), *module.buffers(), *inputs.values()]) as live:
+        once()
+    return counter.get_total_flops(), live.peak
+
+
+def _encoders(config: DiffDisConfig, size: int) -> Encoders:
+    autoencoder, text_encoder = _autoencoder(config.autoencoder), _text_encoder(config.text_encoder)
+    pixels = torch.randn(size, 3, config.image_size, config.image_size)
+    ids = torch.zeros(size, config.text_encoder.max_length, dtype=torch.long)
+    image_flops, image_bytes, image_parameters = 0.0, 0, 0
+    if autoencoder is not None:
+        image_flops, image_bytes = _forward(autoencoder, lambda: autoencoder.encode(pixels).latent_dist.mode())
+        image_parameters = sum(p.numel() for p in autoencoder.parameters())
+    text_flops, text_bytes = _forward(text_encoder, lambda: text_encoder(input_ids=ids))
+    return Encoders(
+        parameters=image_parameters + sum(p.numel() for p in text_encoder.parameters()),
+        autoencoder_flops=image_flops / size,
+        text_encoder_flops=text_flops / size,
+        peak_bytes=max(image_bytes, text_bytes) + pixels.nbytes,
+    )
+
+
+def _forward(module: torch.nn.Module, run: Callable[[], Any]) -> tuple[float, int]:
+    """(operations, most bytes)."""
+    module.eval()
+    with torch.no_grad(), operation_counter() as counter, LiveBytes([*module.parameters(), *module.buffers()]) as live:
+        run()
+    return float(counter.get_total_flops()), live.peak
+
+
+def _autoencoder(config: AutoencoderConfig) -> Any:
+    """Of Stable Diffusion's shape where no path is given; None for haar, whose operations are none to speak of."""
+    if config.kind == "haar":
+        return None
+    if config.path:
+        return AutoencoderKL.from_config(AutoencoderKL.load_config(**component_of(config.path, "vae")))
+    return stable_diffusion_autoencoder()
+
+
+def stable_diffusion_autoencoder() -> AutoencoderKL:
+    """Of Stable Diffusion v1's shape, with random weights."""
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+    )
+
+
+def _text_encoder(config: TextEncoderConfig) -> Any:
+    """Of CLIP ViT-L/14's shape where no path is given."""
+    if config.path:
+        found = AutoConfig.from_pretrained(**component_of(config.path, "text_encoder"))
+        if config.kind == "clip":
+            return CLIPTextModelWithProjection(getattr(found, "text_config", found))
+        return AutoModel.from_config(found)
+    if config.kind == "mean_pool":
+        raise ConfigError("model.text_encoder.path: give the folder (or hub name) of the text encoder")
+    return clip_text_encoder(config)
+
+
+def clip_text_encoder(config: TextEncoderConfig, **special_tokens: int) -> CLIPTextModelWithProjection:
+    """Of CLIP ViT-L/14's shape, with random weights."""
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            hidden_size=config.token_dim,
+            intermediate_size=4 * config.token_dim,
+            num_hidden_layers=12,
+            num_attention_heads=config.token_dim // 64,
+            projection_dim=config.embedding_dim,
+            vocab_size=49408,
+            **special_tokens,
+        )
+    )
