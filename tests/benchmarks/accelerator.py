@@ -31,7 +31,7 @@ from diffdis_platform.sizing.memory import memory
 from ray_platform.contracts import Batch
 from ray_platform.train.config import BatchPlan
 from ray_platform.train.meter import peak_flops
-from tests.tiny_checkpoints import save_clip_tokenizer, save_stable_diffusion
+from tests.support.tiny_checkpoints import save_clip_tokenizer, save_stable_diffusion
 
 WARM_UP, TIMED, BATCHES = 5, 15, 4  # steps, steps, distinct batches
 PREVIEW_STEPS = 20  # of DiffDisTask.preview
@@ -67,7 +67,7 @@ def configuration(setting: Setting, folder: Path, smoke: bool) -> PretrainConfig
     unet = replace(base.model.unet, sample_size=px // 8)
     text = replace(base.model.text_encoder, path=str(folder))
     head = base.model.head
-    if smoke:  # as tests.tiny_checkpoints makes it
+    if smoke:  # as tests.support.tiny_checkpoints makes it
         kinds = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
         unet = replace(unet, sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2)
         unet = replace(unet, down_block_types=kinds[0], up_block_types=kinds[1], norm_num_groups=8)
