@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.documentation import ROOT, blocks
+from tests.support.documentation import ROOT, blocks
 
 PAGE = "docs/extending.md"
 # Runs the sections in one process, because importing torch for each would take most of the time; prints {section: traceback}.
