@@ -28,7 +28,7 @@ from diffdis_platform.recipes.demo import PREVIEW_CAPTIONS
 from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion
 from diffdis_platform.sizing.counts import Counts, clip_text_encoder, count, stable_diffusion_autoencoder
 from diffdis_platform.sizing.memory import memory
-from ray_platform.contracts import Batch
+from ray_platform.contracts import Batch, one_line
 from ray_platform.train.config import BatchPlan
 from ray_platform.train.meter import peak_flops
 from tests.support.tiny_checkpoints import save_clip_tokenizer, save_stable_diffusion
@@ -230,7 +230,7 @@ def main() -> None:
                 try:
                     results[name] = beside(measuring.get(), config, counts)
                 except (torch.OutOfMemoryError, RuntimeError) as error:  # the other settings' figures are worth having
-                    results[name] = {"failed": " ".join(str(error).split())[:200]}
+                    results[name] = {"failed": one_line(error, 200)}
             print(name, json.dumps(results[name]), flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(json.dumps({"device": device, "torch": torch.__version__, "settings": results, "sizing": for_sizing(results)}))
