@@ -31,9 +31,9 @@ from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.launch import Run
-from tests.end_to_end.conftest import write_shards
-from tests.support.recording import Records, loss_curve, recording
+from tests.support.recording import Records, recording
 from tests.support.tiny_checkpoints import save_mean_pool_encoder
+from tests.support.training import logged_metric, write_shards
 
 STEPS_A_FAULT = 30
 CHECKPOINT_EVERY = 10
@@ -183,7 +183,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="faults_") as temporary:
         folder = Path(temporary)
         save_mean_pool_encoder(folder / "text_encoder")
-        write_shards(folder / "shards", num_shards=12, samples_a_shard=80)
+        write_shards(folder / "shards", num_shards=12, samples_per_shard=80)
         nodes = Nodes()
         try:
             run, records = make_run(folder, "disturbed", STEPS_A_FAULT * arguments.faults)
@@ -198,7 +198,7 @@ def main() -> None:
         finally:
             nodes.stop()
         finished = (folder / "disturbed" / "export" / "diffdis.json").exists()
-        curves = loss_curve(folder / "disturbed"), loss_curve(folder / "alone")
+        curves = tuple(dict(logged_metric(folder / name, "train/loss")) for name in ("disturbed", "alone"))
         print(table(killer.faults))
         print(json.dumps(compare(records, alone_records, curves, killer.faults, finished)))
 

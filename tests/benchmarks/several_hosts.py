@@ -31,12 +31,12 @@ from mlflow import MlflowClient
 from diffdis.config import tiny
 from ray_platform import storage
 from ray_platform.train import checkpoint
-from tests.end_to_end.conftest import write_shards
 from tests.support.hosts import Host, Network
 from tests.support.recorded_pretrain import SECONDS_A_STEP
 from tests.support.recording import Records
 from tests.support.s3_server import S3Server
 from tests.support.tiny_checkpoints import save_mean_pool_encoder
+from tests.support.training import write_shards
 
 NUM_SHARDS, SAMPLES_A_SHARD, SAMPLES_A_STEP = 8, 15, 8
 STEPS_AN_EPOCH = NUM_SHARDS * SAMPLES_A_SHARD // SAMPLES_A_STEP

@@ -26,11 +26,10 @@ from ray_platform.data.precompute import precompute
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.placement import room
 from ray_platform.replicas import ReplicaPool, ReplicaSpec
-from tests.end_to_end.conftest import write_shards
-from tests.end_to_end.test_faults import make_run
 from tests.ray_platform.replica_work import no_replica
 from tests.ray_platform.test_precompute import encoders
 from tests.ray_platform.test_replicas import squares
+from tests.support.training import pixel_run, write_shards
 
 CPU, GPU = {"pool": "cpu"}, {"pool": "gpu"}  # the second one trains; that it has no GPU here changes nothing
 # Each has room for all that runs, so that nothing but the labels says where.
@@ -87,7 +86,7 @@ def size_where_nodes_may_come():
 
 def main():
     output = Path(sys.argv[1])
-    shards = write_shards(output / "shards", num_shards=4, samples_a_shard=60)
+    shards = write_shards(output / "shards", num_shards=4, samples_per_shard=60)
     nodes, cluster = {}, Cluster()
     for pool, cpus in NODES.items():
         nodes[pool] = cluster.add_node(
@@ -98,7 +97,7 @@ def main():
         address=cluster.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
     )  # fmt: skip
     config = DataConfig(sources=(str(shards),), image_size=16, placement=CPU)
-    run = make_run(output, shards, num_steps=12, placement=GPU)
+    run = pixel_run(output, shards, num_steps=12, placement=GPU)
     run = replace(run, data=replace(run.data, placement=CPU))
     catalog = build_catalog(config)
     with Watcher(raylets) as trained:

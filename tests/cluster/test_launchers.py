@@ -118,9 +118,9 @@ def test_every_job_in_the_docs_can_be_started():
         assert (config.data.placement, config.train.placement) == ({"pool": "cpu"}, {"pool": "gpu"})
 
 
-def test_what_needs_no_cloud_is_run(build_shards, tmp_path, capsys, monkeypatch):
+def test_what_needs_no_cloud_is_run(training_shards, tmp_path, capsys, monkeypatch):
     (line,) = [line for cloud, lines in blocks() if not cloud for line in lines]
-    own = {"/data/my-shards": str(build_shards), "/data/my-run": str(tmp_path / "run")}
+    own = {"/data/my-shards": str(training_shards), "/data/my-run": str(tmp_path / "run")}
     command = command_line.parse([own.get(argument, argument) for argument in line[2:]])
     assert command.dry_run
     shown = command.config.run(command.recipe).dry_run()

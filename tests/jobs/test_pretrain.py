@@ -9,7 +9,7 @@ import pytest
 
 from diffdis_platform.config.command_line import RECIPES, parse
 from ray_platform.contracts import ConfigError, DataError
-from tests.end_to_end.conftest import write_shards
+from tests.support.training import write_shards
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,6 +17,8 @@ from tests.ray_platform.sweep.curves import notes
 
 ROOT = Path(__file__).parents[3]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def head():
@@ -47,7 +49,7 @@ def trial_processes(head):
     return found
 
 
-@pytest.mark.parametrize("search", ["random", pytest.param("optuna", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("search", ["random", "optuna"])
 def test_a_killed_sweep_goes_on_to_the_same_trials(head, tmp_path, search):
     whole = finished(start(head, tmp_path / "whole", tmp_path / "notes_whole", search, 0))
     driver = start(head, tmp_path / "cut", tmp_path / "notes", search, 0.5)
