@@ -33,6 +33,10 @@ class ConfigError(UserError):
     """A field, or a combination of fields, that cannot work. The message names it and says what to do."""
 
 
+class TrainingError(UserError):
+    """The training run ended before its last step. The message states the cause in one line."""
+
+
 class ConsumedRange(NamedTuple):
     """Samples start..stop of a unit (a shard, or a part of one) were consumed, unusable ones included; it has `total`.
 

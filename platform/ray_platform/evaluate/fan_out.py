@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.result_cache import ResultCache, Rows
 from ray_platform.evaluate.schedule import IN_FLIGHT, MAX_DEATHS, Schedule, Unit
-from ray_platform.placement import Labels, ResourceRequest, may_grow, named, room, selector
+from ray_platform.placement import Labels, ResourceRequest, can_autoscale, describe_nodes, label_selector, total_resources
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +53,12 @@ class Fleet:
         """Raises ConfigError where the cluster cannot hold so many, or not even one: they would wait without a word."""
         fitting = ResourceRequest(self.placement, {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}).capacity()
         needed = max(1, self.num_workers)
-        if fitting < needed and not may_grow():
-            there = room(self.placement)
+        if fitting < needed and not can_autoscale():
+            there = total_resources(self.placement)
             raise ConfigError(
                 f"num_workers: {needed} with {self.cpus_per_worker:g} CPUs and {self.gpus_per_worker:g} GPUs each do not fit "
-                f"{named(self.placement)}'s {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs; lower num_workers, "
-                "cpus_per_worker or gpus_per_worker"
+                f"{describe_nodes(self.placement)}'s {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs; "
+                "lower num_workers, cpus_per_worker or gpus_per_worker"
             )
         return self.num_workers or max(1, fitting)
 
@@ -159,7 +159,7 @@ class FanOut:
             "num_cpus": self.fleet.cpus_per_worker,
             "num_gpus": self.fleet.gpus_per_worker,
             "max_concurrency": IN_FLIGHT,
-            "label_selector": selector(self.fleet.placement),
+            "label_selector": label_selector(self.fleet.placement),
             "scheduling_strategy": "DEFAULT",  # not into the placement group of a sweep's trial, which has no CPUs
         }
         return ray.remote(_Actor).options(**options).remote(self.fleet.build, device, self.kept)

@@ -16,10 +16,9 @@ from typing import Any, Protocol
 from ray import tune
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError
+from ray_platform.contracts import ConfigError, DataError, TrainingError
 from ray_platform.sweep.schedulers import HISTORY, MILESTONE, RUNG
 from ray_platform.sweep.search import TRIAL
-from ray_platform.train.restarts import TrainingError
 
 _STATE = "state.json"
 
