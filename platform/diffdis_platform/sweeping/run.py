@@ -25,6 +25,7 @@ from ray_platform.sweep.schedulers import milestones
 from ray_platform.sweep.space import Space, describe
 from ray_platform.sweep.sweep import Outcome, Sweep
 from ray_platform.sweep.trial import Segment
+from ray_platform.terminal import render_table
 from ray_platform.tracking import Tracker, run_metadata, tracking_uri
 from ray_platform.tracking.code_version import code_version
 from ray_platform.train.launch import TRACKED
@@ -229,10 +230,10 @@ def _roles(details: Mapping[str, Any]) -> dict[str, list[str]]:
 def table(details: Mapping[str, Any]) -> str:
     """For the terminal: a row a trial."""
     metrics, roles = [objective["metric"] for objective in details["objectives"]], _roles(details)
-    lines = [f"{'':<11}{'':<10}{'samples':>11}" + "".join(f"{metric:>24}" for metric in metrics)]
+    rows = [["", "", "samples", *metrics, ""]]
     for trial in details["trials"]:
         samples = trial["history"][-1]["samples"] if trial["history"] else 0
-        figures = "".join(f"{trial['metrics'][m]:>24.4g}" if m in trial["metrics"] else f"{'-':>24}" for m in metrics)
+        figures = [f"{trial['metrics'][m]:.4g}" if m in trial["metrics"] else "-" for m in metrics]
         notes = [*(["recipe's own values"] if trial["default"] else []), *roles.get(trial["name"], [])]
-        lines.append(f"{trial['name']:<11}{trial['state']:<10}{samples:>11,}{figures}  {', '.join(notes)}".rstrip())
-    return "\n".join(lines)
+        rows.append([trial["name"], trial["state"], f"{samples:,}", *figures, ", ".join(notes)])
+    return render_table(rows)

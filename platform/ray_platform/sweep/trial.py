@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from ray import tune
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError, TrainingError
+from ray_platform.contracts import describe_error
 from ray_platform.sweep.schedulers import HISTORY, MILESTONE, RUNG
 from ray_platform.sweep.search import TRIAL
 
@@ -84,20 +84,12 @@ def run_trial(config: Mapping[str, Any], job: Job, output_dir: str, shares: tupl
     try:
         _run(name, config[TRIAL]["values"], job, output_dir, shares, reduction)
     except Exception as error:
-        storage.write_bytes(url, _line(error).encode())
+        storage.write_bytes(url, describe_error(error).encode())
         raise
 
 
 def error_url(output_dir: str, name: str) -> str:
     return storage.join(output_dir, "trials", f"{name}.error")
-
-
-def _line(error: Exception) -> str:
-    """An error of ours speaks for itself; another one is named by its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, ConfigError | DataError | TrainingError) and lines:
-        return lines[0]
-    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def _run(
