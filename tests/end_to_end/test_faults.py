@@ -24,11 +24,12 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
+from ray_platform.contracts import TrainingError
 from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train import checkpointing
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.launch import Run, TrainingError
+from ray_platform.train.launch import Run
 from tests.end_to_end.conftest import write_shards
 from tests.ray_platform.small_task import PixelTask
 from tests.support.recording import Records, loss_curve, recording
