@@ -15,10 +15,11 @@ from ray_platform.data.catalog import Catalog, Shard, Unit, build_catalog
 from ray_platform.data.causes import BAD, FILTERED
 from ray_platform.data.config import DataConfig, FilterConfig
 from ray_platform.data.inspection import SHARD_CHANGED, SHARD_CRASHES, inspect_unit, inspect_units, spread_units
-from ray_platform.data.inspection_report import MEANINGS, duration_text, summarise, table, verdict
+from ray_platform.data.inspection_report import MEANINGS, summarise, table, verdict
 from ray_platform.data.precomputed import to_arrow
 from ray_platform.data.statistics import EXAMPLES, THUMBNAILS, Histogram, Statistics
 from ray_platform.report.inspection import page
+from ray_platform.units import duration_text
 from tests.ray_platform.conftest import png, samples_of, tar_of
 
 CONFIG = DataConfig(image_size=16, retry_seconds=0, filters=FilterConfig(min_size=10))
