@@ -28,7 +28,7 @@ from ray_platform.tracking import TrackingConfig
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.engine import rate_factor
 from ray_platform.train.launch import Run
-from ray_platform.train.loop import step_seed
+from ray_platform.train.worker import step_seed
 from tests.ray_platform.small_task import PixelTask
 from tests.support.recording import Records, recording
 
