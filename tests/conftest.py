@@ -63,6 +63,11 @@ def _no_processes_in_unit_tests(request, monkeypatch):
     _unit_test_running = False
 
 
+def pytest_sessionfinish():
+    if ranks := sys.modules.get("tests.support.ranks"):
+        ranks.stop_shared_ranks()
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """A Ray cluster of this test run with 4 CPUs, whose workers can import the three packages. Started at its first use."""

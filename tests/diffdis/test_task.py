@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffdis.config import ObjectiveConfig
 from diffdis.pipeline import DiffDisPipeline
-from tests.support.ranks import Ranks
+from tests.support.ranks import shared_ranks
 
 CPU = torch.device("cpu")
 TASKS = ("joint", "generation", "alignment", "clip")
@@ -189,9 +189,8 @@ def test_gradient_caching_over_two_ranks_equals_one_large_batch(make_task, batch
     inputs = make_alignment_task(make_task).inputs(batch, CPU)
     found = []
     for world_size, num_parts in ((1, 1), (2, 3)):
-        group = Ranks(world_size)
+        group = shared_ranks(world_size)
         results = group.run(cached_on_a_rank, world_size, make_alignment_task(make_task), inputs, num_parts)
-        group.stop()
         found.append({name: torch.stack([r[name] for r in results]).mean(dim=0) for name in results[0]})
     assert_gradients_close(found[1], found[0])
 
