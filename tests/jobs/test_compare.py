@@ -110,6 +110,7 @@ def read(config, *parts):
     return json.loads(Path(config.output_dir, *parts).read_text())
 
 
+@pytest.mark.slow
 def test_every_arm_and_seed_has_its_figures_and_costs(whole):
     config, summary = whole
     joint, generation = (summary["arms"][arm]["seeds"] for arm in ("joint", "generation"))
@@ -133,6 +134,7 @@ def test_every_arm_and_seed_has_its_figures_and_costs(whole):
     assert "4 CPUs" in summary["environment"]
 
 
+@pytest.mark.slow
 def test_a_result_says_how_it_came_about(whole):
     config, summary = whole
     result = read(config, "runs", "joint_seed0", "result.json")
@@ -144,6 +146,7 @@ def test_a_result_says_how_it_came_about(whole):
     assert "heldout/acc1" in result["curve"][0]["metrics"]
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_is_a_line_and_ends_nothing(whole):
     _, summary = whole
     assert len(summary["failures"]) == 1
@@ -151,12 +154,14 @@ def test_an_arm_that_fails_is_a_line_and_ends_nothing(whole):
     assert summary["arms"]["broken"]["seeds"] == {}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_behind_its_training_is_not_trained_again(whole):
     config, _ = whole
     launches = list(Path(config.output_dir, "runs", "generation_seed0", "checkpoints").iterdir())
     assert len(launches) == 1
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(whole, monkeypatch):
     config, summary = whole
     monkeypatch.setattr("diffdis_platform.comparison.run.measure", None)
@@ -165,6 +170,7 @@ def test_what_is_done_is_not_done_again(whole, monkeypatch):
     assert again["failures"] == []
 
 
+@pytest.mark.slow
 def test_an_earlier_summary_counts_as_done(whole, config_of, tmp_path):
     config, summary = whole
     shutil.copy(f"{config.output_dir}/summary.json", tmp_path / "summary.json")
@@ -183,6 +189,7 @@ def test_sigterm_ends_the_comparison_and_not_only_the_run(ray_cluster, config_of
     assert read(config_of(tmp_path), "summary.json")["failures"] == []
 
 
+@pytest.mark.slow
 def test_a_field_that_came_later_does_not_make_another_comparison(whole, config_of, tmp_path):
     earlier = json.loads(json.dumps(whole[1]))
     del earlier["config"]["pretrain"]["train"]["ema_decay"]  # 0 by default, as here
@@ -208,6 +215,7 @@ def test_an_earlier_summary_is_extended_by_a_seed(whole, config_of, tmp_path):
     assert (paired["low"], paired["high"], paired["n"]) == (pytest.approx(test.low), pytest.approx(test.high), 2)
 
 
+@pytest.mark.slow
 def test_another_comparison_in_the_folder_is_refused(whole, config_of):
     config, _ = whole
     train = dataclasses.replace(config.pretrain.train, num_steps=4)
@@ -217,6 +225,7 @@ def test_another_comparison_in_the_folder_is_refused(whole, config_of):
     assert "own_arms.broken" in refusal(plan, renamed)
 
 
+@pytest.mark.slow
 def test_the_page_and_the_samples_are_there(whole):
     config, summary = whole
     page = Path(config.output_dir, "report.html").read_text()
@@ -227,6 +236,7 @@ def test_the_page_and_the_samples_are_there(whole):
         assert Path(config.output_dir, "samples", f"{arm}_seed0.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_mlflow_shows_the_runs_below_the_comparison(whole):
     config, summary = whole
     tracked = read(config, "mlflow.json")

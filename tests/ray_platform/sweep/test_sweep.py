@@ -62,6 +62,7 @@ def test_asha_stops_some_never_the_recipe_and_leaves_nothing(make, seen, capsys)
     assert len([entry for entry in seen() if entry["what"] == "train"]) == sum(len(outcome.history) for outcome in outcomes)
 
 
+@pytest.mark.slow
 def test_a_grid_without_scheduler_runs_every_point_to_its_end(make):
     space = {"x": Choice((0.1, 0.9)), "y": Choice((0.2, 0.4, 0.6))}
     fields = {"space": space, "default": {"x": 0.1, "y": 0.2}, "search": "grid", "scheduler": "none"}
@@ -113,6 +114,7 @@ def test_a_failing_trial_is_tried_once_more_and_ends_nothing(make, seen, capsys)
     assert {entry["trial"] for entry in seen()[before:]} == {"trial_002"}
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_once_goes_on_from_where_it_was(make, seen):
     fields = {"default": {"x": 0.5}, "search": "grid", "num_trials": 0, "scheduler": "none"}
     outcomes = make({"fail_at": 0.9, "fail_once": True}, space={"x": Choice((0.5, 0.9))}, **fields).run()
