@@ -24,7 +24,7 @@ from pathlib import Path
 from tests.support import hosts  # isort: skip
 
 if __name__ == "__main__":
-    hosts.goes_on_alone()  # before the imports that take long
+    hosts.continue_in_sandbox()  # before the imports that take long
 
 from mlflow import MlflowClient
 
@@ -177,7 +177,7 @@ class Training:
         cut.step, cut.when = self.records.last()[0], when - begun
         if cut.seconds:
             time.sleep(cut.seconds - 1)
-            link.mend()
+            link.reconnect()
         cut.seconds_to_recover = self.wait_until_past(cut.step) - when
         lines = [f"{line} ({at - when:.0f} s)" for at, line in self.said if at > when and "going on from" in line]
         if lines:
