@@ -147,7 +147,7 @@ def plain_loop(run):
     streams = [stream(catalog, run.data, reader, **size) for reader in readers]
     losses, keys = {}, {}
     for step, batches in enumerate(zip(*streams, strict=True)):
-        keys |= {(step, rank): batch.keys for rank, batch in enumerate(batches)}
+        keys |= {(step, rank): list(batch.keys) for rank, batch in enumerate(batches)}
         inputs = [task.inputs(batch, torch.device("cpu")) for batch in batches]
         drawn = [module.draw(part, step_seed(config.seed, step, rank, 0)) for rank, part in enumerate(inputs)]
         draws = Draws(*(torch.cat(values) for values in zip(*drawn, strict=True)))
