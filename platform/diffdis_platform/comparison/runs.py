@@ -16,10 +16,9 @@ from ray_platform.connect import describe_cluster
 from ray_platform.contracts import DataError
 from ray_platform.evaluate.results import as_json, metrics_for_tracking
 from ray_platform.redaction import restored
-from ray_platform.tracking import TrackingConfig, metric_history
-from ray_platform.tracking.code_version import code_version
+from ray_platform.tracking import RUN_RECORD, TrackingConfig, metric_history
+from ray_platform.tracking.run_metadata import code_version
 from ray_platform.train import checkpoint
-from ray_platform.train.launch import TRACKED
 from ray_platform.train.loop import SUMMARY as TRAINED
 
 _CURVE = "heldout/"  # what is scored while training
@@ -42,8 +41,8 @@ def measure(
     newest = checkpoint.complete_ones(url)[0]
     manifest = checkpoint.read_manifest(newest)
     figures = scores(details) | _costs(manifest, details) | {"environment": describe_cluster()}
-    tracked = storage.read_json(storage.join(url, TRACKED))
-    curve = metric_history(restored(tracked["tracking_uri"], tracking.uri), tracked["run_id"], _CURVE)
+    tracked = storage.read_json(storage.join(url, RUN_RECORD))
+    curve = metric_history(restored(tracked["tracking_uri"], tracking.uri), tracked["run_id"], _CURVE, url)
     result = {
         "arm": arm,
         "seed": seed,
