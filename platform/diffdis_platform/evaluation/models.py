@@ -16,7 +16,7 @@ from diffdis_platform.config.export import ExportConfig, export
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.tracking import RUN_RECORD
-from ray_platform.train.loop import SUMMARY
+from ray_platform.train.launch import SUMMARY
 
 EXPORTED = "exported.json"  # beside a model that an evaluation exported: of which checkpoint
 
