@@ -1,11 +1,8 @@
 """The command line of jobs/sizing.py: a recipe, a data set, numbers of GPUs, and what is assumed of the cluster."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from diffdis_platform.config.arguments import Parser, resolve
-from diffdis_platform.config.command_line import RECIPES, recipe_name
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.sizing.cluster import Cluster
 from diffdis_platform.sizing.datasets import DATASETS, Dataset
@@ -40,14 +37,3 @@ class SizingConfig:
     @property
     def data(self) -> Dataset:
         return DATASETS[self.dataset].changed(self.num_pairs, 1e3 * self.pair_kb, self.shard_px)
-
-
-def parse(arguments: Sequence[str]) -> SizingConfig:
-    """Raises ConfigError, in one line, for a recipe, field or value that does not exist."""
-    recipes = {"sd_v1_laion": RECIPES["sd_v1_laion"], **RECIPES}  # the first is the default
-    name = recipe_name(arguments, recipes)
-    parser = Parser(prog="jobs/sizing.py", description="How fast, how large and how dear a run is, on how many GPUs.")
-    parser.add_argument("--recipe", default=name, help=f"what is trained; one of {', '.join(RECIPES)}")
-    parser.add_class_arguments(SizingConfig, default=SizingConfig(pretrain=RECIPES[name]()))
-    values, _ = resolve(parser, arguments)
-    return SizingConfig(**{name: getattr(values, name) for name in SizingConfig.__dataclass_fields__})

@@ -12,7 +12,8 @@ from diffdis.encoder import digest_of_folder
 from diffdis.pipeline import CONFIG_NAME
 from diffdis.scorer import DiffDisScorer
 from diffdis_platform.config.evaluate import EvalConfig
-from diffdis_platform.config.export import ExportConfig, export
+from diffdis_platform.config.export import ExportConfig
+from diffdis_platform.exporting import export
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.train.launch import TRACKED

@@ -1,24 +1,32 @@
-"""Which code made a checkpoint."""
+"""Version of the code that wrote a checkpoint."""
 
 import hashlib
+import importlib.metadata
 import subprocess
-from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[3]
-_PACKAGES = ("diffdis", "platform", "jobs")
+from ray_platform.checkout import checkout_root
+
+_FOLDERS = ("diffdis", "platform", "jobs")
 
 
 def code_version() -> str:
-    """`git-<commit>` of a checkout without changes, else `files-<digest of the sources>`: a submitted job has no .git."""
+    """Return the version of this code.
+
+    `git-<commit>` for a checkout without changes, `files-<digest of the sources>` for other checkouts (a submitted job has no
+    .git folder), and `version-<number>` for an installed wheel.
+    """
+    root = checkout_root()
+    if root is None:
+        return f"version-{importlib.metadata.version('diffdis-platform')}"
     try:
-        git = ["git", "-C", str(_ROOT), "status", "--porcelain", "--untracked-files=no"]
+        git = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]
         if not subprocess.run(git, capture_output=True, text=True, check=True).stdout:
-            commit = ["git", "-C", str(_ROOT), "rev-parse", "--short=12", "HEAD"]
+            commit = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
             return f"git-{subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip()}"
     except (OSError, subprocess.CalledProcessError):
         pass
     digest = hashlib.sha256()
-    for package in _PACKAGES:
-        for file in sorted((_ROOT / package).rglob("*.py")):
-            digest.update(f"{file.relative_to(_ROOT)}\n".encode() + file.read_bytes())
+    for folder in _FOLDERS:
+        for file in sorted((root / folder).rglob("*.py")):
+            digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
     return f"files-{digest.hexdigest()[:12]}"
