@@ -14,7 +14,8 @@ from diffdis_platform.exporting import build_task
 from ray_platform import storage
 from ray_platform.connect import describe_cluster
 from ray_platform.contracts import DataError
-from ray_platform.evaluate.results import as_json, metrics_for_tracking
+from ray_platform.evaluate.results import metrics_for_tracking
+from ray_platform.json_values import to_json
 from ray_platform.redaction import restored
 from ray_platform.tracking import TrackingConfig, metric_history
 from ray_platform.tracking.code_version import code_version
@@ -56,7 +57,7 @@ def measure(
         "run_id": tracked["run_id"],
         "code_version": code_version(),
     }
-    storage.write_bytes(storage.join(url, RESULT), as_json(result))
+    storage.write_bytes(storage.join(url, RESULT), to_json(result))
     return figures
 
 
