@@ -4,6 +4,7 @@ Torch and Ray are imported when a run is built: parsing a command line needs nei
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,9 @@ class PretrainConfig:
 
         check_model(resolved(self.model), self.data)
         with_folders = storage.with_cached_folders  # the paths may be s3:// URLs
-        build_task = functools.partial(with_folders, DiffDisTask, self.model, self.objective, self.preview_captions)
+        build_task: Callable[[], Any] = functools.partial(
+            with_folders, DiffDisTask, self.model, self.objective, self.preview_captions
+        )
         return Run(
             build_task,
             self.data,
