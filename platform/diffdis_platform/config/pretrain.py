@@ -6,7 +6,7 @@ Torch and Ray are imported when a run is built: parsing a command line needs nei
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffdis.config import DiffDisConfig, ObjectiveConfig
 from ray_platform.contracts import ConfigError
