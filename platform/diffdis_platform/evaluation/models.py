@@ -16,8 +16,7 @@ from diffdis_platform.config.export import ExportConfig
 from diffdis_platform.exporting import export, find_checkpoint
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.train.launch import TRACKED
-from ray_platform.train.loop import SUMMARY
+from ray_platform.train.launch import SUMMARY, TRACKED
 
 EXPORTED = "exported.json"  # beside a model that an evaluation exported: of which checkpoint
 
