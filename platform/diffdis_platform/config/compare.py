@@ -8,7 +8,6 @@ from typing import Any
 from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.parse import check_output_dir, with_fields
 from diffdis_platform.config.pretrain import PretrainConfig
-from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.tracking import TrackingConfig
 
@@ -73,7 +72,7 @@ class CompareConfig:
         return (ARMS | self.own_arms)[arm]
 
     def run_dir(self, arm: str, seed: int) -> str:
-        return storage.join(self.output_dir, "runs", f"{arm}_seed{seed}")
+        return f"{self.output_dir.rstrip('/')}/runs/{arm}_seed{seed}"
 
     def pretrain_of(self, arm: str, seed: int) -> PretrainConfig:
         """Raises ConfigError for a field or value of the arm that does not exist."""
@@ -91,8 +90,8 @@ class CompareConfig:
             quality = dataclasses.replace(quality, prompts="")
         return dataclasses.replace(
             self.evaluation,
-            checkpoint=storage.join(url, "export"),
-            output_dir=storage.join(url, "evaluation"),
+            checkpoint=f"{url}/export",
+            output_dir=f"{url}/evaluation",
             quality=quality,
             tracking=self.tracking,
         )

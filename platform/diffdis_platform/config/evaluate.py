@@ -8,7 +8,6 @@ import yaml
 
 from diffdis_platform.config.parse import MAX_CONFIG_BYTES, check_output_dir
 from ray_platform.contracts import ConfigError, one_line
-from ray_platform.evaluate.sets import PAPER
 from ray_platform.placement import check_labels
 from ray_platform.tracking import TrackingConfig
 
@@ -16,7 +15,6 @@ RETRIEVAL = ("flickr30k", "mscoco_captions")
 QUICK = ("vtab/cifar10", "vtab/dtd", "vtab/pets", "vtab/eurosat")
 _SET_NAME = re.compile(r"(?=.{1,100}$)[\w.-]+(/[\w.-]+)*")  # it becomes a part of files' names, and of metrics'
 DEMO = ("heldout_style", "heldout_names", "heldout_pairs")  # which jobs/build_demo_shards.py writes
-SUITES: dict[str, tuple[str, ...]] = {"paper": (*PAPER, *RETRIEVAL), "quick": QUICK, "demo": DEMO}
 
 
 @dataclass(frozen=True)
@@ -95,11 +93,13 @@ class EvalConfig:
 def suite_sets(suite: str) -> dict[str, str]:
     """{set: where it is, or "" to look for it below data_roots}. Raises ConfigError for a suite that cannot be read."""
     from ray_platform import storage
+    from ray_platform.evaluate.sets import PAPER
 
-    if suite in SUITES:
-        return dict.fromkeys(SUITES[suite], "")
+    suites = {"paper": (*PAPER, *RETRIEVAL), "quick": QUICK, "demo": DEMO}
+    if suite in suites:
+        return dict.fromkeys(suites[suite], "")
     if not suite.endswith((".yaml", ".yml")):
-        raise ConfigError(f"suite: {suite} is none of {', '.join(SUITES)}, and no .yaml file")
+        raise ConfigError(f"suite: {suite} is none of {', '.join(suites)}, and no .yaml file")
     try:
         content: Any = yaml.safe_load(storage.read_small(suite, MAX_CONFIG_BYTES))
         sets = content["sets"]
