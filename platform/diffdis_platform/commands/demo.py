@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
     """Arguments are passed on to `diffdis pretrain`."""
     from diffdis_platform.demo.builder import PINS, build
     from diffdis_platform.demo.report import SUMMARY, table, write_report
-    from ray_platform.tracking import ui_command
+    from ray_platform.tracking.mlflow_tracker import ui_command
 
     output = (checkout_root() or Path.cwd()) / "outputs" / "demo"
     print(build(DEMO_DATA, None, os.cpu_count() or 1, PINS), flush=True)

@@ -1,45 +1,36 @@
-"""Experiment tracking with MLflow, which no other package imports: parameters, metrics, previews, data sets and models.
+"""Tracking of runs: parameters, metrics, previews, datasets and models, written to MLflow, to JSON lines, or to your own tracker.
 
-A failure of the tracker is logged as a warning, once for each kind of call, and never stops a training.
-The names are imported on first use: configurations import `TrackingConfig`, and `--help` must not wait for Ray and MLflow.
+`start_run` opens a run. Nothing else in the platform imports MLflow. What needs Ray is imported on first use: every configuration
+imports `TrackingConfig`, and `--help` must not wait for Ray.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from ray_platform.tracking.handle import TrackerHandle, start_tracker
-    from ray_platform.tracking.records import DataSet, ModelPackage
-    from ray_platform.tracking.store import TrackingConfig, metric_history, tracking_uri, ui_command
-    from ray_platform.tracking.tracker import RunStatus, Tracker
+from ray_platform.tracking.config import RUN_RECORD, RunRecord, TrackingConfig, read_run_record, tracking_uri
+from ray_platform.tracking.tracker import ModelPackage, RunMetadata, TrackedData, Tracker
 
-_MODULES = {
-    "TrackerHandle": "handle",
-    "start_tracker": "handle",
-    "DataSet": "records",
-    "ModelPackage": "records",
-    "TrackingConfig": "store",
-    "metric_history": "store",
-    "tracking_uri": "store",
-    "ui_command": "store",
-    "RunStatus": "tracker",
-    "Tracker": "tracker",
-}
+if TYPE_CHECKING:
+    from ray_platform.tracking.runs import metric_history, run_record, start_run
+
 __all__ = [
-    "DataSet",
+    "RUN_RECORD",
     "ModelPackage",
-    "RunStatus",
+    "RunMetadata",
+    "RunRecord",
+    "TrackedData",
     "Tracker",
-    "TrackerHandle",
     "TrackingConfig",
     "metric_history",
-    "start_tracker",
+    "read_run_record",
+    "run_record",
+    "start_run",
     "tracking_uri",
-    "ui_command",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in ("metric_history", "run_record", "start_run"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    from ray_platform.tracking import runs
+
+    return getattr(runs, name)
