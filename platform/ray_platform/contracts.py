@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ray_platform.redaction import redacted
 
@@ -53,7 +53,7 @@ def describe_error(error: BaseException) -> str:
 
 
 # Arrays by name, such as the results of a unit of work: numbers and strings, no objects.
-Rows: TypeAlias = "dict[str, np.ndarray]"
+Rows = dict[str, "np.ndarray"]
 
 
 class ConsumedRange(NamedTuple):

@@ -18,8 +18,8 @@ from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.export import ExportConfig
 from diffdis_platform.config.pretrain import PretrainConfig
-from diffdis_platform.config.sizing import SizingConfig
 from diffdis_platform.config.sweep import SweepConfig
+from diffdis_platform.sizing.config import SizingConfig
 from ray_platform.contracts import ConfigError
 from tests.support.documentation import PAGES, ROOT, Block, all_blocks, blocks
 
