@@ -27,6 +27,7 @@ HARMLESS_COMMANDS = ("git",)  # the version of the code is asked for everywhere
 _unit_test_running = False
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker, and before xdist looks for groups
 def pytest_collection_modifyitems(items):
     """Give every test its tier, and keep the tests of the Ray tier in one xdist worker, because they share one cluster."""
     for item in items:

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from diffdis.pipeline import DiffDisPipeline
+from diffdis_platform.commands.compare import parse_arguments as parse_compare
+from diffdis_platform.commands.eval import parse_arguments as parse_eval
+from diffdis_platform.commands.pretrain import parse_arguments as parse_pretrain
 from diffdis_platform.comparison.plan import plan as comparison_plan
-from diffdis_platform.config.command_line import parse as parse_pretrain
-from diffdis_platform.config.compare import parse as parse_compare
-from diffdis_platform.config.evaluate import parse as parse_eval
-from diffdis_platform.config.export import build_task
+from diffdis_platform.exporting import build_task
 from ray_platform.contracts import DataError
 from ray_platform.data import precomputed
 from ray_platform.data.catalog import build_catalog, difference

@@ -8,7 +8,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
-from diffdis_platform.config import command_line
+from diffdis_platform.commands import pretrain
 from tests.cluster.manifests import CLUSTER, documents, ray_cluster
 from tests.support.documentation import blocks
 
@@ -99,8 +99,8 @@ def test_the_pools_are_the_same_everywhere():
 def test_what_needs_no_cloud_is_run(training_shards, tmp_path, capsys, monkeypatch):
     (line,) = [words for block, words in COMMANDS if not block.mark]
     own = {"/data/my-shards": str(training_shards), "/data/my-run": str(tmp_path / "run")}
-    command = command_line.parse([own.get(argument, argument) for argument in line[2:]])
-    assert command.dry_run
+    command = pretrain.parse_arguments([own.get(argument, argument) for argument in line[2:]])
+    assert "dry_run" in command.switches
     shown = command.config.run(command.recipe).dry_run()
     assert (shown["shards"], shown["workers"]) == (4, 2)
     assert yaml.safe_load(command.yaml)["train"]["placement"] == {"pool": "gpu"}

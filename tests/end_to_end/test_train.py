@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from diffdis.encoder import FrozenEncoder, describe_encoders
 from diffdis.pipeline import DiffDisPipeline
-from diffdis_platform.config import export
+from diffdis_platform.config.export import ExportConfig
+from diffdis_platform.exporting import export
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
@@ -58,8 +59,8 @@ def test_an_existing_run_is_not_overwritten(make_run, trained_run):
 
 
 def test_a_checkpoint_exports_as_the_run_itself_did(trained_run, tmp_path):
-    def exported(folder, *more):
-        line = export.export(export.parse(["--checkpoint", str(trained_run.output), "--output_dir", str(folder), *more]))
+    def exported(folder, **fields):
+        line = export(ExportConfig(str(trained_run.output), str(folder), **fields))
         return line, {part: load_file(folder / part) for part in parts}
 
     parts = ("unet/diffusion_pytorch_model.safetensors", "alignment/model.safetensors")
@@ -69,7 +70,7 @@ def test_a_checkpoint_exports_as_the_run_itself_did(trained_run, tmp_path):
     for part, tensors in ema.items():
         expected = load_file(trained_run.output / "export" / part)
         assert all(torch.equal(tensors[name], value) for name, value in expected.items())
-    _, weights = exported(tmp_path / "weights", "--weights", "weights")
+    _, weights = exported(tmp_path / "weights", weights="weights")
     assert not torch.equal(weights[parts[1]]["head.query_out.weight"], ema[parts[1]]["head.query_out.weight"])
     (image,) = DiffDisPipeline.from_pretrained(tmp_path / "ema").generate(["red heart"], num_steps=2)
     assert image.size == (16, 16)

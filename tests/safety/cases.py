@@ -20,7 +20,7 @@ class Case:
     def check(self, line: str) -> None:
         assert "\n" not in line
         pattern = ".*".join(re.escape(part) for part in self.answer.split("…"))
-        matches = re.search(pattern, line) if line.startswith("error: ") else line == self.answer
+        matches = (re.search if line.startswith("error: ") else re.fullmatch)(pattern, line)
         assert matches, f"{self.what}: {line!r} is not {self.answer!r}"
 
 
