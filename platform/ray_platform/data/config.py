@@ -4,22 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ray_platform.contracts import ConfigError
+from ray_platform.data.filters import FilterConfig
 from ray_platform.placement import check_labels
-
-
-@dataclass(frozen=True)
-class FilterConfig:
-    """Which samples are wanted. What is filtered out is counted, but is not bad data. None and 0 filter nothing.
-
-    The four scores are fields of a sample's .json, by LAION's names or img2dataset's (see `captions.SCORES`). A sample
-    without the field that a filter asks for is bad data.
-    """
-
-    min_size: int = 0  # pixels of the shorter side, before resizing
-    min_similarity: float | None = None  # CLIP's, of image and caption
-    max_unsafe: float | None = None  # probability
-    max_watermark: float | None = None  # probability
-    min_aesthetic: float | None = None  # about 1 to 10
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,18 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image
 
+from ray_platform.data import filters
 from ray_platform.data.causes import SampleError
 from ray_platform.data.config import DataConfig
 from ray_platform.data.tar import IMAGE_SUFFIXES
 
+THUMBNAIL_SIZE = 96
 _JPEG = b"\xff\xd8\xff"
 _JPEG_PIXELS = 0xDA  # the marker before them
 # A progressive JPEG may go over all pixels as often as it likes, for a few bytes each time; usual are up to 10 times.
 _MOST_SCANNED = 20  # times Image.MAX_IMAGE_PIXELS, over all its scans
-_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's others include readers that start programs
-_PUBLISHED_FORMATS = (*_FORMATS, "GIF", "BMP")  # which some JPEGs of published sets are in truth
+FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's others include readers that start programs
+_PUBLISHED_FORMATS = (*FORMATS, "GIF", "BMP")  # which some JPEGs of published sets are in truth
 
 
 def image(members: Mapping[str, memoryview], config: DataConfig, seed: str) -> np.ndarray:
@@ -47,8 +49,7 @@ def image(members: Mapping[str, memoryview], config: DataConfig, seed: str) -> n
         pixels = _by_pillow(content)
         decoded = pixels, pixels.shape[:2]
     pixels, (height, width) = decoded
-    if min(height, width) < config.filters.min_size:
-        raise SampleError("filtered_size")
+    filters.check(filters.Candidate(members=members, width=width, height=height), config.filters, reads_image=True)
     target = nearest_size(width / height, config.target_sizes)
     return resized(pixels, target, random.Random(seed) if config.crop == "random" else None)
 
@@ -188,7 +189,7 @@ def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _by_pillow(content: memoryview) -> np.ndarray:
     try:
-        with _opened(content, _FORMATS) as opened:
+        with _opened(content, FORMATS) as opened:
             return _upright_rgb(opened)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise SampleError("image_too_large") from None
@@ -218,3 +219,12 @@ def _upright_rgb(opened: Image.Image) -> np.ndarray:
         rgb = rgb.convert("RGBA")
         rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb)
     return turned(np.array(rgb.convert("RGB")), orientation)
+
+
+def thumbnail_jpeg(pixels: np.ndarray) -> bytes:
+    """[H, W, 3] uint8 -> a JPEG whose longer side has at most THUMBNAIL_SIZE pixels."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85, subsampling=0)
+    return buffer.getvalue()

@@ -5,7 +5,6 @@ come back to the driver. A unit of the source is done when its record, `progress
 files; what is done is not done again. The manifest comes last: without it nobody reads the folder.
 """
 
-import functools
 import json
 import time
 from collections import Counter
@@ -226,8 +225,8 @@ class EncodeBlock:
         parts = [self.encode(images[at : at + self.batch_size], captions[at : at + self.batch_size]) for at in starts]
         encoded = {tensor: np.concatenate([part[tensor] for part in parts]) for tensor in parts[0]}
         content = precomputed.to_arrow(keys, captions, encoded)
-        write = functools.partial(storage.write_bytes, storage.join(self.output_dir, name), content)
-        storage.with_retries(write, self.retry_seconds)
+        with storage.retrying_for(self.retry_seconds):
+            storage.write_bytes(storage.join(self.output_dir, name), content)
 
 
 def _collect(record: dict[str, Any], done: dict[int, Done], skips: SkipCounter) -> tuple[int, Done] | None:

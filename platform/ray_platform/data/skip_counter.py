@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from ray_platform.contracts import DataError
-from ray_platform.data.causes import FILTERED
+from ray_platform.data.causes import is_filtered, samples_lost
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class SkipCounter:
 
     @property
     def bad(self) -> Counter[str]:
-        return Counter({cause: count for cause, count in self.skipped.items() if cause not in FILTERED})
+        return Counter({cause: count for cause, count in self.skipped.items() if not is_filtered(cause)})
 
     def count_good(self, item: Sequence[int], number: int = 1) -> None:
         """`number` good samples of a unit; `item` is what a block's header says of it."""
@@ -40,7 +40,7 @@ class SkipCounter:
         """Returns how many samples it stands for. Raises DataError when too many are bad."""
         lost, before = self._lost(cause, item), self.skipped[cause]
         self.skipped[cause] += lost
-        if cause in FILTERED:
+        if is_filtered(cause):
             return lost
         if before < SHOWN_REJECTS:
             more = "; further ones are only counted" if self.skipped[cause] >= SHOWN_REJECTS else ""
@@ -51,14 +51,13 @@ class SkipCounter:
         return lost
 
     def _lost(self, cause: str, item: Sequence[int]) -> int:
-        """A reject of a whole shard, or of its end, stands for all that it took along."""
+        """Return how many samples a rejection stands for: one of a whole shard, or of its end, for everything it lost."""
         *unit, total, known, nominal = item
         if not cause.startswith("shard_"):
             self.unit_samples[tuple(unit)] = total
-            return max(1, known - (total - 1)) if cause == "tar_truncated" else 1
-        if known > 0:
-            return known
-        return round(fmean(self.unit_samples.values())) if self.unit_samples else nominal
+        elif known <= 0:
+            return round(fmean(self.unit_samples.values())) if self.unit_samples else nominal
+        return samples_lost(cause, known, total)
 
     def _judge(self) -> None:
         bad = self.bad

@@ -17,8 +17,8 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from ray_platform import storage
-from ray_platform.data import captions, decode
-from ray_platform.data.causes import LOST, ErrorReason, RejectedSample, SampleError
+from ray_platform.data import captions, decode, filters
+from ray_platform.data.causes import LOST, RejectedSample, SampleError
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Group, Item
 from ray_platform.data.precomputed import PrecomputedSamples
@@ -62,7 +62,7 @@ class TarSamples:
 class RejectedShard:
     """Stands for a unit that could not be read."""
 
-    def __init__(self, key: str, cause: ErrorReason, consumed: int):
+    def __init__(self, key: str, cause: str, consumed: int):
         self.reject, self.count = RejectedSample(key, cause), consumed + 1
 
     def __len__(self) -> int:
@@ -79,10 +79,8 @@ def decode_record(record: Record | RejectedSample, config: DataConfig, seed: str
     try:
         if record.repeated:
             raise SampleError("key_repeated")
-        # Texts first: they cost nothing, an image does.
         caption = captions.caption(record.members, config)
-        if cause := captions.filtered(record.members, config.filters):
-            raise SampleError(cause)
+        filters.check(filters.Candidate(caption, record.members), config.filters, reads_image=False)
         return Sample(record.key, caption, {"image": decode.image(record.members, config, f"{seed}/{record.key}")})
     except SampleError as unusable:
         return RejectedSample(record.key, unusable.cause)
@@ -92,7 +90,8 @@ def open_samples(item: Item, config: DataConfig, seed: int) -> ShardSamples:
     """Read a unit. One that storage does not give becomes a RejectedShard; DataError for one that is not what was catalogued."""
     shard = item.unit.shard
     try:
-        return storage.with_retries(lambda: _read(item, config, f"{seed}/{item.epoch}"), config.retry_seconds)
+        with storage.retrying_for(config.retry_seconds):
+            return _read(item, config, f"{seed}/{item.epoch}")
     except storage.StorageError as error:
         return RejectedShard(f"{shard.name}/", LOST[error.kind], max((stop for _, stop in item.consumed), default=0))
 
