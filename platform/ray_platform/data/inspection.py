@@ -26,7 +26,7 @@ from ray_platform.data.decode import FORMATS, thumbnail_jpeg
 from ray_platform.data.plan import Item
 from ray_platform.data.source import Sample, TarSamples, open_samples
 from ray_platform.data.tar import IMAGE_SUFFIXES, Record
-from ray_platform.placement import room, selector
+from ray_platform.placement import label_selector, total_resources
 
 logger = logging.getLogger(__name__)
 
@@ -248,8 +248,13 @@ def _count_image(statistics: Statistics, record: Record | RejectedSample) -> tup
 
 
 def cluster_cpus(config: DataConfig) -> int:
+<<<<<<< HEAD
     """Return the number of CPUs of the nodes that may read."""
     return max(1, int(room(config.placement).get("CPU", 1)))
+=======
+    """Of the nodes that may read."""
+    return max(1, int(total_resources(config.placement).get("CPU", 1)))
+>>>>>>> main
 
 
 def inspect_units(units: Sequence[ShardRange], config: DataConfig) -> Iterator[Statistics]:
@@ -257,7 +262,11 @@ def inspect_units(units: Sequence[ShardRange], config: DataConfig) -> Iterator[S
 
     A unit whose reader fails or dies counts as lost; the others continue.
     """
+<<<<<<< HEAD
     task = ray.remote(inspect_unit).options(num_cpus=1, max_retries=1, label_selector=selector(config.placement))
+=======
+    task = ray.remote(_inspect_unit).options(num_cpus=1, max_retries=1, label_selector=label_selector(config.placement))
+>>>>>>> main
     waiting = list(reversed(units))
     running: dict[ray.ObjectRef, ShardRange] = {}
     while waiting or running:

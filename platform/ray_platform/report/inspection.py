@@ -43,12 +43,8 @@ def _head(summary: InspectionSummary) -> str:
     ]
     total = max(1, samples.inspected)
     counts = {"used": samples.used, "filtered": samples.filtered, "bad": samples.bad}
-    share = "".join(
-        f'<i class="{name}" style="flex:{getattr(samples, name) / total:.5f}"></i>' for name in names if getattr(samples, name)
-    )
-    key = "".join(
-        f'<i class="{name}"></i>{name} {getattr(samples, name):,} ({getattr(samples, name) / total:.1%})' for name in names
-    )
+    share = "".join(f'<i class="{name}" style="flex:{n / total:.5f}"></i>' for name, n in counts.items() if n)
+    key = "".join(f'<i class="{name}"></i>{name} {n:,} ({n / total:.1%})' for name, n in counts.items())
     lines = [text(line) for line in summary.epoch_lines]
     if summary.shapes:
         shapes = ", ".join(f"{shape.replace('x', ' × ')}: {count:,}" for shape, count in summary.shapes.items())
