@@ -248,13 +248,8 @@ def _count_image(statistics: Statistics, record: Record | RejectedSample) -> tup
 
 
 def cluster_cpus(config: DataConfig) -> int:
-<<<<<<< HEAD
     """Return the number of CPUs of the nodes that may read."""
-    return max(1, int(room(config.placement).get("CPU", 1)))
-=======
-    """Of the nodes that may read."""
     return max(1, int(total_resources(config.placement).get("CPU", 1)))
->>>>>>> main
 
 
 def inspect_units(units: Sequence[ShardRange], config: DataConfig) -> Iterator[Statistics]:
@@ -262,11 +257,7 @@ def inspect_units(units: Sequence[ShardRange], config: DataConfig) -> Iterator[S
 
     A unit whose reader fails or dies counts as lost; the others continue.
     """
-<<<<<<< HEAD
-    task = ray.remote(inspect_unit).options(num_cpus=1, max_retries=1, label_selector=selector(config.placement))
-=======
-    task = ray.remote(_inspect_unit).options(num_cpus=1, max_retries=1, label_selector=label_selector(config.placement))
->>>>>>> main
+    task = ray.remote(inspect_unit).options(num_cpus=1, max_retries=1, label_selector=label_selector(config.placement))
     waiting = list(reversed(units))
     running: dict[ray.ObjectRef, ShardRange] = {}
     while waiting or running:

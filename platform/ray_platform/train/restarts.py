@@ -5,13 +5,8 @@ from collections.abc import Callable
 import ray
 
 from ray_platform import storage
-<<<<<<< HEAD
-from ray_platform.contracts import ConfigError, DataError, UserError
-from ray_platform.retry import RETRY_SECONDS
-=======
 from ray_platform.contracts import ConfigError, DataError, TrainingError
-from ray_platform.train.checkpointing import RETRY_SECONDS
->>>>>>> main
+from ray_platform.retry import RETRY_SECONDS
 from ray_platform.train.guard import Diverged
 
 
