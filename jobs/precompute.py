@@ -13,7 +13,7 @@ from diffdis_platform.config.precompute import PrecomputeConfig, parse
 from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.catalog import build_catalog
-from ray_platform.data.precompute import check, precompute
+from ray_platform.data.precompute import PrecomputeProgress, check, precompute
 from ray_platform.local_head import HeadError, ensure_cluster
 
 SECONDS_A_LINE = 10.0  # of progress
@@ -26,16 +26,17 @@ def main() -> None:
     encoders = config.encoders()
     ensure_cluster()
     connect()
-    said, progress = time.monotonic(), {}
+    last_line, progress = time.monotonic(), None
     for progress in precompute(catalog, config.data, encoders, config.output_dir):
-        if time.monotonic() - said > SECONDS_A_LINE:
-            said = time.monotonic()
+        if time.monotonic() - last_line > SECONDS_A_LINE:
+            last_line = time.monotonic()
             print(line(progress), flush=True)
     print(f"{line(progress)}\ndone: precomputed shards are in {config.output_dir}" if progress else "nothing was left to do")
 
 
-def line(progress: dict[str, float]) -> str:
-    return "{shards_done:,} of {shards:,} shards, {samples:,} samples, {samples_per_second:.0f} samples/s".format(**progress)
+def line(progress: PrecomputeProgress) -> str:
+    done, total = progress.shards_done, progress.shards
+    return f"{done:,} of {total:,} shards, {progress.samples:,} samples, {progress.samples_per_second:.0f} samples/s"
 
 
 if __name__ == "__main__":

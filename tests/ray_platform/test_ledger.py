@@ -121,7 +121,7 @@ class Run:
         def lane(number: int):
             planned = groups(self.catalog, reader, self.config.interleave, self.config.reads_per_rank)
             for group in planned:
-                if group.lane == number:
+                if group.read_stream == number:
                     yield from map(source.unpack, source.read_group(group, self.config, 3))
 
         rows = merged([lane(number) for number in range(self.config.reads_per_rank)])

@@ -101,16 +101,16 @@ def test_what_is_done_is_not_done_again(shard_folder, tmp_path):
 
 def test_a_folder_of_something_else_is_refused(shard_folder, build_tar, build_samples, tmp_path):
     run(shard_folder, tmp_path / "out", encoders())
-    with pytest.raises(DataError, match=r"out: was begun with another encoders \(see its manifest.json\)"):
+    with pytest.raises(DataError, match=r"out: was started with another encoders \(see its manifest.json\)"):
         run(shard_folder, tmp_path / "out", encoders(name="other"))
-    with pytest.raises(DataError, match="was begun with another settings"):
+    with pytest.raises(DataError, match="was started with another settings"):
         run(shard_folder, tmp_path / "out", encoders(), decoder="fast")
     (tmp_path / "more").mkdir()
     (tmp_path / "more/00000.tar").write_bytes(build_tar(build_samples(0, 3)))
-    with pytest.raises(DataError, match="was begun with another source"):
+    with pytest.raises(DataError, match="was started with another source"):
         run(tmp_path / "more", tmp_path / "out", encoders())
     (tmp_path / "out/manifest.json").write_text("[]")
-    with pytest.raises(DataError, match="is no manifest"):
+    with pytest.raises(DataError, match="is not a manifest"):
         run(shard_folder, tmp_path / "out", encoders())
 
 
@@ -149,9 +149,9 @@ def test_a_lost_shard_is_tried_again_by_the_next_run(build_tar, build_samples, t
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"crop": "random"}, "data.crop: cannot be had with precomputed shards"),
-        ({"aspect_ratios": (1.0, 2.0)}, "data.aspect_ratios: cannot"),
-        ({"weights": (1.0,)}, "data.weights: cannot"),
+        ({"crop": "random"}, "data.crop: does not work with precomputed shards"),
+        ({"aspect_ratios": (1.0, 2.0)}, "data.aspect_ratios: does not work"),
+        ({"weights": (1.0,)}, "data.weights: does not work"),
     ],
 )
 def test_what_cannot_be_precomputed(shard_folder, fields, message):
@@ -179,7 +179,7 @@ def test_settings_of_the_run_and_of_the_shards():
     manifest = json.loads(json.dumps(manifest | {"settings": manifest["settings"] | {"decoder": "fast", "filters": {}}}))
     precomputed.check_settings(manifest, DataConfig())  # what is not given is what it was made with
     precomputed.check_settings(manifest, DataConfig(decoder="fast"))
-    with pytest.raises(DataError, match=r'data\.crop: "random", but the precomputed shards were made with "centre"'):
+    with pytest.raises(DataError, match=r'data\.crop: "random", but the precomputed shards were written with "centre"'):
         precomputed.check_settings(manifest, DataConfig(crop="random"))
     with pytest.raises(DataError, match=r"data.filters: .*leave it out"):
         precomputed.check_settings(manifest, DataConfig(filters=FilterConfig(min_size=9)))

@@ -103,11 +103,11 @@ def check(candidate: Candidate, config: FilterConfig, *, reads_image: bool) -> N
             raise SampleError(cause)
 
 
-def meanings() -> dict[str, str]:
+def meanings(config_class: type[FilterConfig] = FilterConfig) -> dict[str, str]:
     """Return cause -> meaning of all filters."""
     return {
         filter_cause(f.name): f"{f.metadata['meaning']} {'below' if f.name.startswith('min_') else 'above'} data.filters.{f.name}"
-        for f in fields(FilterConfig)
+        for f in fields(config_class)
     }
 
 

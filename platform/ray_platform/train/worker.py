@@ -21,9 +21,9 @@ from ray import cloudpickle
 
 from ray_platform import storage
 from ray_platform.contracts import Batch, ConfigError, ConsumedRange, DataError, Task, one_line
-from ray_platform.data.execution import spilled_bytes
 from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
+from ray_platform.ray_internals import spilled_bytes
 from ray_platform.train import heldout, previews
 from ray_platform.train.config import BatchPlan
 from ray_platform.train.engine import Engine
