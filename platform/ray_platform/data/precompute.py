@@ -84,7 +84,7 @@ def check(catalog: Catalog, config: DataConfig) -> None:
     for name, default in (("aspect_ratios", ()), ("crop", "centre"), ("weights", ())):
         if getattr(config, name) != default:
             raise ConfigError(
-                f"data.{name}: does not work with precomputed shards, whose images have one shape and are cropped once; leave it out"
+                f"data.{name}: does not work with precomputed shards (their images have one shape and one crop); leave it out"
             )
 
 
@@ -132,9 +132,7 @@ def _check_stems(units: Iterable[ShardRange]) -> None:
     names: dict[str, str] = {}
     for unit in units:
         if (other := names.setdefault(stem(unit), unit.shard.url)) != unit.shard.url:
-            raise DataError(
-                f"{unit.shard.url}: its precomputed files would have the names of those of {other}; rename one of them"
-            )
+            raise DataError(f"{unit.shard.url}: its precomputed files would have the same names as those of {other}; rename one")
 
 
 def check_cluster(encoders: Encoders, readers: Labels) -> None:

@@ -1,7 +1,7 @@
 """The Ray Data source: one task reads, filters, decodes and resizes the samples of a group of units and yields them as blocks.
 
-A block is a table with one row: each tensor of its samples as one binary value, which crosses processes without a copy, and a JSON
-header with everything else. Ray neither splits nor joins such blocks, and images of several shapes fit in one.
+A block is a table with one row: each tensor of its samples as one binary value, which crosses processes without a copy, and a
+JSON header with everything else. Ray neither splits nor joins such blocks, and images of several shapes fit in one.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """A rank's endless, resumable stream of batches.
 
-Ray Data runs `source.read_group` for the rank's groups, several at a time, and `merged` puts their samples into one order, however
-fast each read was: with one seed and world_size, the stream is the same sample for sample, and a `Ledger` records where to resume.
-Only `_blocks`, `_context` and `check_cpus` know Ray.
+Ray Data runs `source.read_group` for the rank's groups, several at a time, and `merged` puts their samples into one order,
+however fast each read was: with one seed and world_size, the stream is the same sample for sample, and a `Ledger` records where
+to resume. Only `_blocks`, `_context` and `check_cpus` know Ray.
 """
 
 import heapq
