@@ -87,7 +87,7 @@ def test_what_is_done_is_not_done_again(shard_folder, tmp_path):
         run(shard_folder, tmp_path / "out", encoders(fails_at="sample 50"))
     done = {path.stem for path in (tmp_path / "out/progress").iterdir()}
     assert "00004" not in done
-    with pytest.raises(DataError, match="its precomputation did not end"):
+    with pytest.raises(DataError, match="precomputing it did not finish"):
         build_catalog(DataConfig(sources=(str(tmp_path / "out"),)))
     notes = tmp_path / "notes"
     run(shard_folder, tmp_path / "out", encoders(notes))

@@ -116,7 +116,7 @@ def test_braces(pattern, expanded):
 
 @pytest.mark.parametrize("pattern", ["{3..1}", "{1..", "{a}", "{a..c}", "{a,{b,c}}"])
 def test_braces_that_mean_nothing(pattern):
-    with pytest.raises(DataError, match="cannot read its braces"):
+    with pytest.raises(DataError, match="its braces are not valid"):
         storage.expand_braces(pattern)
 
 

@@ -299,7 +299,7 @@ SETS = [
     Case(
         "an index that names `../../outside/secret.png`",
         SETS_DOOR,
-        "…cars: names a file 'cars_test/../../outside/secret.png', which does not lie below it; remove it, or …",
+        "…cars: names a file 'cars_test/../../outside/secret.png', which is not below it; remove it, or …",
         cars,
     ),
     Case(

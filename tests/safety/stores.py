@@ -89,13 +89,13 @@ STORES = [
     Case(
         "a key `model/../../outside/escaped` in a bucket",
         MODEL,
-        "s3://b/model: names a file '../../outside/escaped', which does not lie below it; remove it, or correct the name",
+        "s3://b/model: names a file '../../outside/escaped', which is not below it; remove it, or correct the name",
         fetched("model/../../outside/escaped"),
     ),
     Case(
         "a key with an absolute path in it",
         MODEL,
-        "s3://b/model: names a file '/tmp/escaped', which does not lie below it…",
+        "s3://b/model: names a file '/tmp/escaped', which is not below it…",
         fetched("model//tmp/escaped"),
     ),
     Case(
@@ -107,7 +107,7 @@ STORES = [
     Case(
         "credentials in an s3:// URL",
         "any URL",
-        "s3://***@b/x: holds credentials (before an @); leave them out, and set …",
+        "s3://***@b/x: contains credentials (before an @); leave them out, and set …",
         lambda folder: line_of(lambda: storage.read_bytes("s3://AKIAIOSFODNN7EXAMPLE:wJalrXUtnFEMI@b/x"), DataError),
     ),
 ]
