@@ -222,7 +222,7 @@ def test_tars_and_precomputed_shards_do_not_mix(shard_folder, data, tmp_path):
 def test_precomputed_shards_without_a_manifest(tmp_path):
     folder = precomputed(tmp_path / "made")
     message = refused(folder / "*.arrow")
-    assert message.startswith(f"{folder}/manifest.json: is not there")
+    assert message.startswith(f"{folder}/manifest.json: is missing")
     assert "jobs/precompute.py" in message
 
 
@@ -240,7 +240,7 @@ def test_counts_of_precomputed_shards_come_from_the_manifest(tmp_path):
     folder = precomputed(tmp_path / "made", COMPLETE)
     assert [shard.num_samples for shard in catalog_of(folder).shards] == [3, 4]
     (folder / "00002.arrow").write_bytes(b"left by another run")
-    assert f"{folder}/00002.arrow: is not in the manifest.json beside it" in refused(folder)
+    assert f"{folder}/00002.arrow: is not in the manifest.json of its folder" in refused(folder)
     assert catalog_of(folder / "{00000..00001}.arrow").num_samples == 7
 
 
@@ -279,7 +279,7 @@ def test_precomputed_shards_in_s3(s3_url, tmp_path):
     for source in ("made", "made/*.arrow", "m*/*.arrow"):
         assert catalog_of(f"{s3_url}/precomputed/{source}").manifest == manifest
     storage.put_folder(precomputed(tmp_path / "bare"), f"{s3_url}/bare")
-    assert f"{s3_url}/bare/manifest.json: is not there" in refused(f"{s3_url}/bare/*.arrow")
+    assert f"{s3_url}/bare/manifest.json: is missing" in refused(f"{s3_url}/bare/*.arrow")
 
 
 # --------------------------------------------------------------------------------------------------------------- config

@@ -18,7 +18,7 @@ class DataConfig:
     aspect_ratios: tuple[float, ...] = ()  # width / height of the buckets, such as 0.75, 1, 1.33; empty: all square
     size_step: int = 64  # pixels; the sides of the buckets' images are multiples of it
     crop: Literal["centre", "random"] = "centre"  # which part of an image of another shape is used
-    # fast: scaled decoding of JPEGs at least twice the target's size; 1.5 to 6 grey levels from exact (13 in fine print)
+    # fast: scaled decoding of JPEGs at least twice the target's size; 1.5 to 6 gray levels from exact (13 in fine print)
     decoder: Literal["exact", "fast"] = "exact"
     caption_field: str = ""  # of the .json; empty: the .txt, or else `caption` of the .json
     clean_captions: bool = False  # undo HTML, drop tags and control characters, collapse white space
