@@ -1,10 +1,9 @@
 import json
-from dataclasses import dataclass
 
 import pytest
 
 from ray_platform.data.causes import SampleError, is_filtered
-from ray_platform.data.filters import Candidate, FilterConfig, check, json_fields, meanings, measures
+from ray_platform.data.filters import Candidate, FilterConfig, check, json_fields, meanings
 
 DEEP = b"[" * 100_000
 
@@ -68,18 +67,3 @@ def test_a_sample_without_a_valid_json():
 
 def test_without_score_filters_the_json_is_not_read():
     assert cause_of(candidate(DEEP), FilterConfig(min_size=100)) == ""
-
-
-def test_a_new_filter_is_one_field():
-    """The example of docs/extending.md."""
-
-    @dataclass(frozen=True)
-    class MyFilters(FilterConfig):
-        max_caption_words: int | None = measures(lambda sample: len(sample.caption.split()), "number of words")
-        max_aspect_ratio: float | None = measures(lambda sample: sample.width / sample.height, "width / height", reads_image=True)
-
-    config = MyFilters(max_caption_words=3, max_aspect_ratio=2.0)
-    assert cause_of(Candidate("a red heart"), config) == ""
-    assert cause_of(Candidate("a very red heart"), config) == "filtered_caption_words"
-    assert cause_of(Candidate(width=300, height=100), config, reads_image=True) == "filtered_aspect_ratio"
-    assert meanings(MyFilters)["filtered_caption_words"] == "number of words above data.filters.max_caption_words"
