@@ -43,7 +43,7 @@ def encoders(notes: Path | str = "", fails_at: str = "nothing", name="mean", **f
     return Encoders(build, {"name": name}, batch_size=4, cpus=0.5, **fields)
 
 
-def run(folder, out, made_by, **fields) -> list[dict]:
+def run(folder, out, made_by, **fields) -> list[module.PrecomputeProgress]:
     config = DataConfig(sources=(str(folder),), image_size=16, **fields)
     return list(precompute(build_catalog(config), config, made_by, str(out)))
 
@@ -57,7 +57,7 @@ def batches(source, count, size=6):
 
 def test_what_was_precomputed_is_streamed(shard_folder, tmp_path):
     progress = run(shard_folder, tmp_path / "out", encoders(count=2))
-    assert (progress[-1]["shards_done"], progress[-1]["samples"]) == (5, 60)
+    assert (progress[-1].shards_done, progress[-1].samples) == (5, 60)
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert (manifest["complete"], manifest["samples"], manifest["rejected"]) == (True, 60, {})
     encoded = {k: (b, i) for b in batches(tmp_path / "out", 10) for i, k in enumerate(b.keys)}
