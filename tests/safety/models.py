@@ -305,7 +305,7 @@ SETS = [
     Case(
         "a list of classes of 100 MB",
         SETS_DOOR,
-        "…classnames.txt: has more than 67,108,864 bytes, which no such file has; write it again",
+        "…classnames.txt: has more than 67,108,864 bytes, so it is not a file of this kind; write it again",
         lambda folder: own_set(folder, **{"classnames.txt": b"a" * 10**8}),
     ),
     Case(

@@ -101,7 +101,7 @@ STORES = [
     Case(
         "a folder for copies that others can write to, found in the temporary folder",
         MODEL,
-        "…diffdis-cache-…: is a link, or others may write to it, so that models in it could be theirs; remove it",
+        "…diffdis-cache-…: is a link, or other users may write to it, so models in it cannot be trusted; remove it",
         planted,
     ),
     Case(
