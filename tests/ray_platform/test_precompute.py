@@ -15,7 +15,7 @@ from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig, FilterConfig
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader
-from ray_platform.data.precompute import Encoders, check, precompute
+from ray_platform.data.precompute import EncoderPool, check, precompute
 from ray_platform.data.stream import stream
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -38,9 +38,9 @@ class MeanColour:
         return {"colour": images.mean(axis=(1, 2)).astype(np.float16), "length": lengths}
 
 
-def encoders(notes: Path | str = "", fails_at: str = "nothing", name="mean", **fields) -> Encoders:
+def encoders(notes: Path | str = "", fails_at: str = "nothing", name="mean", **fields) -> EncoderPool:
     build = functools.partial(MeanColour, notes=str(notes), fails_at=fails_at)
-    return Encoders(build, {"name": name}, batch_size=4, cpus=0.5, **fields)
+    return EncoderPool(build, {"name": name}, batch_size=4, cpus=0.5, **fields)
 
 
 def run(folder, out, made_by, **fields) -> list[module.PrecomputeProgress]:

@@ -14,7 +14,7 @@ from diffdis_platform.config.pretrain import check_model
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.data.config import DataConfig
-from ray_platform.data.precompute import Encoders
+from ray_platform.data.precompute import EncoderPool
 from ray_platform.placement import check_labels
 
 
@@ -38,10 +38,10 @@ class PrecomputeConfig:
             raise ConfigError("gpus_per_encoder cannot be negative, and cpus_per_encoder must be above 0")
         check_labels("placement", self.placement)
 
-    def encoders(self) -> Encoders:
+    def encoders(self) -> EncoderPool:
         model = resolved(self.model)
         check_model(model, self.data)
-        return Encoders(
+        return EncoderPool(
             functools.partial(storage.with_cached_folders, FrozenEncoder, model),
             storage.with_cached_folders(describe_encoders, model),
             self.num_encoders,

@@ -36,8 +36,8 @@ PROGRESS = "progress"
 
 
 @dataclass(frozen=True)
-class Encoders:
-    """The actors that encode."""
+class EncoderPool:
+    """How many actors encode, on which nodes, and with which encoder."""
 
     build: Callable[[str], Encoder]  # torch device -> encoder; importable, because it is sent to the actors
     description: dict[str, Any]  # equal descriptions give equal results
@@ -88,7 +88,7 @@ def check(catalog: Catalog, config: DataConfig) -> None:
             )
 
 
-def precompute(catalog: Catalog, config: DataConfig, encoders: Encoders, output_dir: str) -> Iterator[PrecomputeProgress]:
+def precompute(catalog: Catalog, config: DataConfig, encoders: EncoderPool, output_dir: str) -> Iterator[PrecomputeProgress]:
     """Encode what is not complete yet, and write the manifest at the end. Yields the progress after every unit.
 
     Needs a running Ray.
@@ -135,7 +135,7 @@ def _check_stems(units: Iterable[ShardRange]) -> None:
             raise DataError(f"{unit.shard.url}: its precomputed files would have the same names as those of {other}; rename one")
 
 
-def check_cluster(encoders: Encoders, readers: Labels) -> None:
+def check_cluster(encoders: EncoderPool, readers: Labels) -> None:
     """Raise ConfigError if the encoders and one task that decodes do not fit: they would wait without a message."""
     if can_autoscale():
         return
@@ -155,7 +155,7 @@ def check_cluster(encoders: Encoders, readers: Labels) -> None:
             )
 
 
-def _manifest(catalog: Catalog, config: DataConfig, encoders: Encoders) -> dict[str, Any]:
+def _manifest(catalog: Catalog, config: DataConfig, encoders: EncoderPool) -> dict[str, Any]:
     """Return what must be equal for the work to be resumed in the same folder."""
     settings = {name: asdict(config)[name] for name in precomputed.SETTINGS}
     content = {"encoders": encoders.description, "settings": settings, "source": catalog.digest}
@@ -185,7 +185,9 @@ def _resume(output_dir: str, manifest: dict[str, Any], units: dict[int, ShardRan
     return {number: UnitProgress(shards=r["shards"], rejected=Counter(r["rejected"])) for number, r in records.items()}
 
 
-def _records(units: dict[int, ShardRange], config: DataConfig, encoders: Encoders, output_dir: str) -> Iterator[dict[str, Any]]:
+def _records(
+    units: dict[int, ShardRange], config: DataConfig, encoders: EncoderPool, output_dir: str
+) -> Iterator[dict[str, Any]]:
     """Yield the record of each block that was encoded (see `EncodeBlock`), in any order."""
     if not units:
         return
@@ -219,7 +221,7 @@ def _records(units: dict[int, ShardRange], config: DataConfig, encoders: Encoder
 class EncodeBlock:
     """Actor that encodes the images and captions of blocks and writes each result as one shard."""
 
-    def __init__(self, encoders: Encoders, output_dir: str, stems: dict[int, str], retry_seconds: float):
+    def __init__(self, encoders: EncoderPool, output_dir: str, stems: dict[int, str], retry_seconds: float):
         torch.set_num_threads(max(1, int(encoders.cpus)))
         self.encode = encoders.build(encoders.device).encode
         self.batch_size, self.output_dir, self.stems, self.retry_seconds = encoders.batch_size, output_dir, stems, retry_seconds
