@@ -28,7 +28,7 @@ from ray_platform.data.tar import Record, check_size, read_tar_slice
 
 BLOCK_BYTES = 16 * 2**20
 _MAX_BLOCK_SAMPLES = 512
-_MAX_ARROW_BYTES = 2**31  # jobs/precompute.py writes some megabytes per file
+_MAX_ARROW_BYTES = 2**31  # precomputing writes some megabytes per file
 
 
 @dataclass(frozen=True)
