@@ -19,7 +19,7 @@ from diffdis_platform.exporting import export
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
-from ray_platform.data.precompute import Encoders, precompute
+from ray_platform.data.precompute import EncoderPool, precompute
 from tests.support.training import assert_close_losses, logged_losses, logged_metric, plain_loop, write_shards
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -119,7 +119,7 @@ def test_undecodable_samples_are_skipped_and_counted(make_run, tmp_path):
 def test_a_run_from_precomputed_shards_follows_the_plain_loop(make_run, training_shards, tiny_model, tmp_path):
     encoded = tmp_path / "encoded"
     config = DataConfig(sources=(str(training_shards),), image_size=tiny_model.image_size)
-    encoders = Encoders(functools.partial(FrozenEncoder, tiny_model), describe_encoders(tiny_model), cpus=0.5)
+    encoders = EncoderPool(functools.partial(FrozenEncoder, tiny_model), describe_encoders(tiny_model), cpus=0.5)
     list(precompute(build_catalog(config), config, encoders, str(encoded)))
     run = make_run(tmp_path / "out", sources=encoded, num_steps=4)
     run.fit()
