@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ray_platform.data.inspection_report import table as inspection_table
 
 from diffdis.pipeline import DiffDisPipeline
 from diffdis_platform.commands.compare import parse_arguments as parse_compare
@@ -22,7 +23,6 @@ from ray_platform.contracts import DataError
 from ray_platform.data import precomputed
 from ray_platform.data.catalog import build_catalog, difference
 from ray_platform.data.config import DataConfig
-from ray_platform.data.inspection_report import table as inspection_table
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.results import metrics_for_tracking
 from ray_platform.report.comparison import comparison_page
