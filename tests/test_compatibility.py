@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ray_platform.data.inspection_report import table as inspection_table
 
 from diffdis.pipeline import DiffDisPipeline
 from diffdis_platform.commands.compare import parse_arguments as parse_compare
@@ -20,6 +19,7 @@ from diffdis_platform.commands.pretrain import parse_arguments as parse_pretrain
 from diffdis_platform.comparison.plan import plan as comparison_plan
 from diffdis_platform.exporting import build_task
 from ray_platform.contracts import DataError
+from ray_platform.data import inspection_summary as inspection
 from ray_platform.data import precomputed
 from ray_platform.data.catalog import build_catalog, difference
 from ray_platform.data.config import DataConfig
@@ -198,9 +198,18 @@ def test_a_sweeps_report(old):
     assert all(trial["name"] in page.text for trial in details["trials"])
 
 
-def test_an_inspections_report(old, expected):
-    summary = json.loads((old / "inspection" / "inspection.json").read_text())
-    assert inspection_table(summary).startswith("2 of 2 shards inspected")
+def test_an_inspections_report(old):
+    values = json.loads((old / "inspection" / "inspection.json").read_text())
+    records = {
+        "shards": inspection.ShardCounts(**values["shards"]),
+        "samples": inspection.SampleCounts(**values["samples"]),
+        "rejects": {name: inspection.CauseCounts(**count) for name, count in values["rejects"].items()},
+        "histograms": {name: inspection.HistogramSummary(**histogram) for name, histogram in values["histograms"].items()},
+        "epoch": inspection.EpochEstimate(**values["epoch"]),
+    }
+    summary = inspection.InspectionSummary(**values | records)
+    assert summary.as_dict() == values
+    assert summary.table.startswith("2 of 2 shards inspected")
     assert "24" in Page(inspection_page(summary, (), DataConfig(image_size=16))).text
 
 
