@@ -1,7 +1,6 @@
 """Launch of a training run by its driver: check the configuration, start the workers, restart them when they fail."""
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -24,24 +23,25 @@ from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
 from ray_platform.placement import label_selector
-from ray_platform.redaction import redacted_values
 from ray_platform.tracking import (
     ModelPackage,
-    RunStatus,
-    TrackerHandle,
+    RunRecord,
+    Tracker,
     TrackingConfig,
-    run_metadata,
-    start_tracker,
+    read_run_record,
+    run_record,
+    start_run,
     tracking_uri,
 )
-from ray_platform.tracking.code_version import code_version
 from ray_platform.tracking.node_metrics import NodeMetrics
+from ray_platform.tracking.run_metadata import code_version
 from ray_platform.train.checkpoint_format import candidates, list_checkpoints, read_manifest
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.fault_tolerance import RestartPolicy, SaveBeforeResize, Stopped
 from ray_platform.train.hang_detector import start_hang_detector
-from ray_platform.train.heldout import read_heldout
+from ray_platform.train.heldout import HeldoutSamples, read_heldout
 from ray_platform.train.monitor import DriverMonitor
+from ray_platform.train.run_description import pretraining_metadata
 
 __all__ = ["Run", "Stopped"]
 
@@ -51,7 +51,6 @@ INSPECTED_SAMPLES = 64
 RESIZE_SECONDS = 60.0  # between checks whether an elastic run can have more workers: each change costs a restart
 CATALOG = "catalog.json"  # in output_dir: the shards with which the run started
 SUMMARY = "train_summary.json"  # in output_dir: the result of a finished run
-TRACKED = "mlflow.json"  # in output_dir: the tracked run, which a resume continues
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class WorkerSpec:
     catalog: Catalog
     output_dir: str
     launch: str  # names this launch's checkpoints
-    tracker: TrackerHandle
+    tracker: Tracker
     hang_detector: Any  # handle of the HangDetector actor
     heldout: Any  # Ray reference to HeldoutSamples, or None
     params: dict[str, Any]  # resolved configuration
@@ -144,10 +143,7 @@ class Run:
                 f"output_dir: {self.output_dir} is relative, and a submitted job runs in a temporary copy of its folder; "
                 "give an absolute path or an s3:// URL"
             )
-        if "://" in self.output_dir and not self.tracking.uri:
-            raise ConfigError(
-                f"tracking.uri: give an MLflow server or sqlite:/// path, as {self.output_dir} cannot hold a database"
-            )
+        tracking_uri(self.tracking, self.output_dir)
         if self.train.elastic and self.data.placement and not self.train.placement:
             raise ConfigError(
                 "train.placement: the workers of an elastic run would take the CPUs of data.placement, which its reads need; "
@@ -205,8 +201,8 @@ class Run:
             "output_dir": self.output_dir,
         }
 
-    def fit(self) -> dict[str, Any]:
-        """Train to the launch's last step, and log the model. Return {tracking_uri, experiment, run_id}.
+    def fit(self) -> RunRecord:
+        """Train to the launch's last step, and return the record of the tracked run.
 
         Raises:
             ConfigError, DataError: before anything starts.
@@ -220,7 +216,22 @@ class Run:
         connect()
         storage.write_bytes(storage.join(self.output_dir, CATALOG), to_json(catalog))
         version = code_version()
-        tracker, tracked = self._start_tracker(catalog, version)
+        known = read_run_record(self.output_dir) if self.train.resume != "none" else None
+        metadata = pretraining_metadata(
+            self.params, catalog, self.data, self.train, self.output_dir, command=self.command, code_version=version
+        )
+        with start_run(
+            self.tracking, self.output_dir, metadata, run_id=known["run_id"] if known else "", record=True, in_actor=True
+        ) as tracker:
+            try:
+                self._train(catalog, heldout, tracker, version)
+            finally:
+                with contextlib.suppress(storage.StorageError):
+                    storage.delete(self._ray_dir)
+            return run_record(self.tracking, self.output_dir, tracker)
+
+    def _train(self, catalog: Catalog, heldout: HeldoutSamples | None, tracker: Tracker, version: str) -> None:
+        """Run the workers to the last step, and store the exported model in the tracker."""
         spec = WorkerSpec(
             build_task=cloudpickle.dumps(self.build_task),
             data=self._worker_data(),
@@ -236,21 +247,13 @@ class Run:
             code_version=version,
         )
         node_metrics = NodeMetrics(tracker, self.tracking.system_metrics_seconds)
-        status: RunStatus = "FAILED"
-        try:
-            with DriverMonitor(spec.hang_detector, tracker, node_metrics, self.train) as monitor:
-                self._run_workers(spec, monitor)
-            if self.train.last_step == self.train.num_steps and self.tracking.log_model:
-                if self.package:
-                    tracker.log_model(spec.export_dir, self.package)
-                else:
-                    tracker.log_folder(spec.export_dir, "model")
-            status = "FINISHED"
-        finally:
-            tracker.end(status)
-            with contextlib.suppress(storage.StorageError):
-                storage.delete(self._ray_dir)
-        return tracked
+        with DriverMonitor(spec.hang_detector, tracker, node_metrics, self.train) as monitor:
+            self._run_workers(spec, monitor)
+        if self.train.last_step == self.train.num_steps and self.tracking.log_model:
+            if self.package:
+                tracker.log_model(spec.export_dir, self.package)
+            else:
+                tracker.log_folder(spec.export_dir, "model")
 
     @property
     def _ray_dir(self) -> str:
@@ -276,26 +279,6 @@ class Run:
             except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
                 logger.warning("%s", restarts.record_failure(error, monitor.last_hang, monitor.stopping))
                 monitor.reset_workers()
-
-    def _start_tracker(self, catalog: Catalog, version: str) -> tuple[TrackerHandle, dict[str, str]]:
-        """Start the tracker with the run of a resumed training, else with a new one, and describe the training there."""
-        url, known = storage.join(self.output_dir, TRACKED), {}
-        if self.train.resume != "none" and storage.exists(url):
-            known = storage.read_json(url)
-        recipe = str(self.params.get("recipe", "run"))
-        named = replace(self.tracking, run_name=self.tracking.run_name or f"{run_metadata.dated(recipe)}-seed{self.train.seed}")
-        tracker = start_tracker(named, self.output_dir, known.get("run_id", ""))
-        tracker.log_params(self.params)
-        data_sets = run_metadata.data_sets(catalog, self.data, self.train)
-        tracker.describe(
-            run_metadata.description(recipe, self.command, self.train, data_sets, self.output_dir),
-            run_metadata.tags(recipe, self.output_dir, version) | {"data.sources": ", ".join(self.data.sources)},
-        )
-        tracker.log_data_sets(data_sets)
-        uri = tracking_uri(self.tracking, self.output_dir)
-        tracked = {"tracking_uri": uri, "experiment": self.tracking.experiment, "run_id": tracker.run_id()}
-        storage.write_bytes(url, json.dumps(redacted_values(tracked), indent=2).encode())
-        return tracker, tracked
 
     def _trainer(self, spec: WorkerSpec) -> TorchTrainer:
         train = self.train

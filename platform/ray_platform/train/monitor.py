@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from ray_platform.ray_internals import draining_nodes
-from ray_platform.tracking import TrackerHandle
+from ray_platform.tracking import Tracker
 from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.train.config import TrainConfig
 
@@ -23,7 +23,7 @@ _ANSWER_TIMEOUT_SECONDS = 10.0
 class DriverMonitor:
     """Watches the workers for the length of a `with` block. Enter it in the main thread, where it handles SIGTERM."""
 
-    def __init__(self, hang_detector: Any, tracker: TrackerHandle, node_metrics: NodeMetrics, train: TrainConfig):
+    def __init__(self, hang_detector: Any, tracker: Tracker, node_metrics: NodeMetrics, train: TrainConfig):
         self.hang_detector, self.tracker, self.node_metrics, self.train = hang_detector, tracker, node_metrics, train
         self.stopping = False  # SIGTERM was received: the workers save, and the run ends
         self.last_hang = ""  # message about the workers killed since the last `reset_workers`
