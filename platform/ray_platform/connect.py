@@ -3,14 +3,12 @@
 import json
 import os
 import socket
-from pathlib import Path
 
 import ray
 
+from ray_platform.checkout import checkout_root
 from ray_platform.contracts import ConfigError
 
-_ROOT = Path(__file__).resolve().parents[2]
-_FOLDERS = ("platform",)
 _TIMEOUT_S = 10.0
 
 
@@ -36,7 +34,7 @@ def connect(address: str = "") -> None:
     _check_answers(address)
     # Without RAY_ADDRESS, Ray Train's placement group cleaner asks the newest cluster on its machine whether the trainer lives,
     # and ends our workers when that is another cluster.
-    variables = {"PYTHONPATH": _worker_path(), "RAY_ADDRESS": address}
+    variables = _worker_path() | {"RAY_ADDRESS": address}
     try:
         ray.init(address=address, runtime_env={"env_vars": variables}, logging_level="WARNING")
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
@@ -51,16 +49,19 @@ def describe_cluster() -> str:
     return f"{resources.get('CPU', 0):g} CPUs{gpus}"
 
 
-def _worker_path() -> str:
-    """Return the PYTHONPATH of the workers.
+def _worker_path() -> dict[str, str]:
+    """Return the PYTHONPATH of the workers as an environment variable; nothing for an installed wheel, which they import too.
 
     For a submitted job it is relative: its workers run in their node's copy of the working directory, whose root is on their path
     already. Any other driver shares its files with the workers, by one machine, image or mount.
     """
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    root = checkout_root()
+    if root is None:
+        return {}
     if job.get("runtime_env", {}).get("working_dir"):
-        return os.pathsep.join(_FOLDERS)
-    return os.pathsep.join((str(_ROOT), *(str(_ROOT / folder) for folder in _FOLDERS)))
+        return {"PYTHONPATH": "platform"}
+    return {"PYTHONPATH": os.pathsep.join((str(root), str(root / "platform")))}
 
 
 def _reason(error: Exception) -> str:

@@ -26,7 +26,6 @@ from ray_platform.names import check_below
 COMPLETE = "complete.json"
 BASE, CONSUMED = "base", "consumed"  # names of the two ledgers
 TENSORS = ".safetensors"
-RETRY_SECONDS = 120.0  # retry with backoff while storage does not answer
 
 
 class CorruptCheckpoint(DataError):
@@ -101,14 +100,14 @@ def contiguous_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 def read_manifest(url: str) -> Manifest:
     with _corruption_named(url, COMPLETE):
-        data = storage.with_retries(lambda: storage.read_small(storage.join(url, COMPLETE)), RETRY_SECONDS)
+        data = storage.read_small(storage.join(url, COMPLETE))
         return Manifest.from_bytes(data, url)
 
 
 def read_file(url: str, manifest: Manifest, name: str) -> bytes:
     with _corruption_named(url, name):
         size, digest = manifest.files[name]
-        data = storage.with_retries(lambda: storage.read_bytes(storage.join(url, name), 0, size + 1), RETRY_SECONDS)
+        data = storage.read_bytes(storage.join(url, name), 0, size + 1)
         if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
             raise ValueError(f"{len(data)} bytes of {size}")
         return data

@@ -24,11 +24,11 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError, ConsumedRange, one_line
 from ray_platform.data.catalog import Catalog
 from ray_platform.data.ledger import Ledger, merge_ranges
+from ray_platform.retry import RETRY_SECONDS
 from ray_platform.train.checkpoint_format import (
     BASE,
     COMPLETE,
     CONSUMED,
-    RETRY_SECONDS,
     TENSORS,
     CorruptCheckpoint,
     Manifest,
@@ -135,7 +135,8 @@ def find_checkpoint(resume: str, output_dir: str, launch: str, source_digest: st
     """
     urls: list[Any] = [None]
     if dist.get_rank() == 0:
-        urls = [storage.with_retries(lambda: candidates(resume, output_dir, launch), RETRY_SECONDS)]
+        with storage.retrying_for(RETRY_SECONDS):
+            urls = [candidates(resume, output_dir, launch)]
     dist.broadcast_object_list(urls)
     damages: list[Any] = [""] * dist.get_world_size()
     for url in urls[0]:
@@ -427,17 +428,17 @@ class AsyncUploader:
             logger.warning("checkpoint %s failed on rank %d; training continues: %s", url, self.rank, self.failure)
 
     def _write(self, url: str, name: str, data: bytes) -> tuple[int, str]:
-        storage.with_retries(lambda: storage.write_bytes(storage.join(url, name), data), RETRY_SECONDS)
+        storage.write_bytes(storage.join(url, name), data)
         self.on_progress()
         return len(data), hashlib.sha256(data).hexdigest()
 
     def _complete(self, url: str, manifest: Manifest, retention: RetentionPolicy) -> None:
         try:
             names = [json_name(f"{rank_name(rank)}_files", self.token) for rank in range(manifest.world_size)]
-            lists = storage.with_retries(lambda: [storage.read_bytes(storage.join(url, name)) for name in names], RETRY_SECONDS)
+            lists = [storage.read_bytes(storage.join(url, name)) for name in names]
             files: dict[str, tuple[int, str]] = {name: entry for content in lists for name, entry in json.loads(content).items()}
             data = replace(manifest, files=files).to_bytes()
-            storage.with_retries(lambda: storage.write_bytes(storage.join(url, COMPLETE), data), RETRY_SECONDS)
+            storage.write_bytes(storage.join(url, COMPLETE), data)
             logger.info("checkpoint %s is complete", url)
         except Exception as error:
             self.failure = one_line(error)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ray_platform import storage
 from ray_platform.contracts import Batch, ConfigError, DataError, TrainingError
 from ray_platform.ray_internals import ControllerCallback
-from ray_platform.train.checkpoint_format import RETRY_SECONDS
+from ray_platform.retry import RETRY_SECONDS
 from ray_platform.train.collective import collective
 from ray_platform.train.config import TrainConfig
 
@@ -125,7 +125,8 @@ class LossMonitor:
         content = {"step": step, "rank": rank, "loss": repr(loss), "keys": list(batch.keys), "captions": list(batch.captions)}
         try:
             url = storage.join(self.folder, f"step_{step:08d}_rank_{rank:05d}.json")
-            storage.write_bytes(url, json.dumps(content, indent=1).encode())
+            with storage.retrying_for(0):  # training does not wait for it
+                storage.write_bytes(url, json.dumps(content, indent=1).encode())
         except storage.StorageError as error:
             logger.warning("the sample keys of step %d could not be saved: %s", step, error)
 
@@ -160,7 +161,8 @@ class RestartPolicy:
             raise Stopped(f"{reason}; {self._resume_advice()}") from None
         if is_final(cause):
             raise TrainingError(line) from error
-        newest = storage.with_retries(self.newest_checkpoint, RETRY_SECONDS)
+        with storage.retrying_for(RETRY_SECONDS):
+            newest = self.newest_checkpoint()
         if newest != self.last_checkpoint:
             self.num_failures, self.last_checkpoint = 0, newest
         self.num_failures += not isinstance(cause, Interrupted)

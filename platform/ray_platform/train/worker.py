@@ -21,10 +21,10 @@ from ray import cloudpickle
 
 from ray_platform import storage
 from ray_platform.contracts import Batch, ConfigError, ConsumedRange, DataError, Task, one_line
-from ray_platform.data.execution import spilled_bytes
 from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
-from ray_platform.train.checkpoint_format import RETRY_SECONDS, Manifest, RetentionPolicy, checkpoints_dir
+from ray_platform.ray_internals import spilled_bytes
+from ray_platform.train.checkpoint_format import Manifest, RetentionPolicy, checkpoints_dir
 from ray_platform.train.checkpointing import CheckpointManager, RankState, TrainState, add_counts, find_checkpoint, restore
 from ray_platform.train.collective import collective
 from ray_platform.train.config import BatchPlan
@@ -324,10 +324,10 @@ class Trainer:
         if weights is not None:
             with tempfile.TemporaryDirectory(prefix="export_") as folder:
                 self.task.save_pretrained(weights, Path(folder))
-                storage.with_retries(lambda: storage.put_folder(Path(folder), self.spec.export_dir), RETRY_SECONDS)
+                storage.put_folder(Path(folder), self.spec.export_dir)
             url = storage.join(self.spec.output_dir, SUMMARY)
             content = json.dumps(self._summary(skipped), indent=2).encode()
-            storage.with_retries(lambda: storage.write_bytes(url, content), RETRY_SECONDS)
+            storage.write_bytes(url, content)
         with self.heartbeat.waiting_for_ranks():
             dist.barrier()
 
