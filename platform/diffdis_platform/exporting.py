@@ -15,7 +15,7 @@ from diffdis_platform.config.export import ExportConfig
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, describe_error
 from ray_platform.train import checkpoint_format
-from ray_platform.train.checkpointing import Manifest
+from ray_platform.train.checkpoint_format import Manifest
 
 
 def find_checkpoint(checkpoint_url: str) -> tuple[str, Manifest]:
@@ -25,7 +25,7 @@ def find_checkpoint(checkpoint_url: str) -> tuple[str, Manifest]:
         ConfigError: there is no complete checkpoint.
     """
     url = checkpoint_url.rstrip("/")
-    if not storage.exists(storage.join(url, checkpointing.COMPLETE)):
+    if not storage.exists(storage.join(url, checkpoint_format.COMPLETE)):
         checkpoints = checkpoint_format.list_checkpoints(url)
         if not checkpoints:
             raise ConfigError(f"checkpoint: {url} is no complete checkpoint, and no run that has one")
