@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from ray_platform.train.fault_tolerance import (
 )
 from ray_platform.train.monitor import progress_line
 from ray_platform.train.optimizer import LossScale
-from ray_platform.train.worker import build_task
+from ray_platform.train.worker import Trainer, build_task
 
 BATCH = SimpleNamespace(keys=("shard/1", "shard/2"), captions=("a cat", "a dog"))
 
@@ -60,6 +61,16 @@ def test_a_loss_that_cannot_be_used_is_counted_and_its_keys_are_saved(tmp_path, 
     assert monitor.history.num_bad == 1
     saved = json.loads((tmp_path / "bad_steps" / "step_00000030_rank_00000.json").read_text())
     assert (saved["keys"], saved["captions"]) == (["shard/1", "shard/2"], ["a cat", "a dog"])
+
+
+def test_checkpoints_by_the_clock_are_due_on_rank_0_and_agreed_on(tmp_path, one_rank):
+    trainer = SimpleNamespace(config=TrainConfig(checkpoint_minutes=1.0), rank=0, saved_at=time.monotonic() - 61)
+    assert Trainer._is_checkpoint_due(trainer)
+    for change in ({"rank": 1}, {"saved_at": time.monotonic()}, {"config": TrainConfig()}):
+        assert not Trainer._is_checkpoint_due(SimpleNamespace(**(vars(trainer) | change)))
+    flags = {"stop": False, "checkpoint_due": True, "uploading": False, "upload_failed": False}
+    status = loss_monitor(tmp_path).sync_step_status(torch.tensor(1.0), **flags)
+    assert (status.checkpoint_due, status.stop, status.any_uploading, status.any_upload_failed) == (True, False, False, False)
 
 
 def test_a_loss_is_not_called_unusual_before_it_is_known_what_is_usual(tmp_path, one_rank):
