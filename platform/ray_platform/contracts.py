@@ -33,6 +33,10 @@ class ConfigError(UserError):
     """A field, or a combination of fields, that cannot work. The message names it and says what to do."""
 
 
+class TrainingError(UserError):
+    """The training run ended before its last step. The message states the cause in one line."""
+
+
 def one_line(error: BaseException | str, max_length: int | None = None) -> str:
     """Return the text of an error on one line, at most `max_length` characters; the name of its type when it has no text."""
     if isinstance(error, RecursionError):
@@ -47,6 +51,10 @@ def describe_error(error: BaseException) -> str:
         return one_line(error)
     text = one_line(error, max_length=500)
     return text if text == type(error).__name__ else f"{type(error).__name__}: {text}"
+
+
+# Arrays by name, such as the results of a unit of work: numbers and strings, no objects.
+Rows = dict[str, np.ndarray]
 
 
 class ConsumedRange(NamedTuple):

@@ -22,10 +22,10 @@ from diffdis_platform.sweeping.run import _lasting, plan, run, table
 from diffdis_platform.sweeping.trial import TrialJob, needs, steps
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
-from ray_platform.evaluate.results import as_json
+from ray_platform.json_values import to_json
 from ray_platform.placement import ResourceRequest
 from ray_platform.sweep.trial import Segment
-from ray_platform.train import checkpoint
+from ray_platform.train import checkpointing
 from ray_platform.train.config import TrainConfig
 from tests.support.evaluation_sets import picture, write_wds
 
@@ -132,7 +132,7 @@ def test_a_grid_with_asha_from_its_configuration_to_mlflow(make, tmp_path, monke
 def test_a_sweep_goes_on_under_code_with_new_fields(make, tmp_path):
     """What was begun before a field existed had its default."""
     config, begun = make(), tmp_path / "sweep" / "sweep.json"
-    saved = json.loads(as_json(_lasting(config)))
+    saved = json.loads(to_json(_lasting(config)))
     begun.parent.mkdir()
     del saved["pretrain"]["train"]["ema_decay"]
     begun.write_text(json.dumps(saved))
@@ -182,7 +182,7 @@ def test_a_segment_of_a_trial_is_a_run_and_an_evaluation(make, tmp_path):
     segment = Segment("trial_001", values, str(tmp_path / "sweep" / "trials" / "trial_001_abc"), "", 0.5)
     reached = job.train(segment)
     assert (reached.step, reached.samples) == (2, 8)
-    assert checkpoint.read_manifest(reached.checkpoint).config["objective"]["lambda_alignment"] == 0.5
+    assert checkpointing.read_manifest(reached.checkpoint).config["objective"]["lambda_alignment"] == 0.5
     metrics = job.evaluate(segment, reached)
     assert metrics["fd_efficientnet_lite0"] == metrics["eval/fd_efficientnet_lite0/guidance_1.5"]
     assert metrics["accuracy"] == metrics["eval/mine/acc1"]

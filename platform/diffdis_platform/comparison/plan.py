@@ -13,7 +13,7 @@ from diffdis_platform.evaluation.run import open_sets
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.find import open_images
-from ray_platform.evaluate.results import first_difference, with_defaults
+from ray_platform.json_values import first_difference, with_defaults
 from ray_platform.redaction import redacted_values
 
 SUMMARY, RESULT = "summary.json", "result.json"

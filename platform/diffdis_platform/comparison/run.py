@@ -20,8 +20,8 @@ from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.evaluation.quality import read_prompts
 from ray_platform import storage
 from ray_platform.contracts import UserError, describe_error
-from ray_platform.evaluate.results import as_json
 from ray_platform.evaluate.work import image_name
+from ray_platform.json_values import to_json
 from ray_platform.redaction import redacted_values
 from ray_platform.report.comparison import comparison_page
 from ray_platform.terminal import render_table
@@ -91,7 +91,7 @@ def _start_tracker(config: CompareConfig, made: Plan, recipe: str, command: str)
 
 def _write_summary(config: CompareConfig, made: Plan, failures: Sequence[str]) -> dict[str, Any]:
     summary = summarize(made, failures)
-    storage.write_bytes(storage.join(config.output_dir, SUMMARY), as_json(summary))
+    storage.write_bytes(storage.join(config.output_dir, SUMMARY), to_json(summary))
     return summary
 
 

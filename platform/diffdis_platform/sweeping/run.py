@@ -17,7 +17,7 @@ from diffdis_platform.sweeping.fields import open_space
 from diffdis_platform.sweeping.trial import TrialJob, needs, steps
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.evaluate.results import as_json, first_difference, with_defaults
+from ray_platform.json_values import first_difference, to_json, with_defaults
 from ray_platform.redaction import redacted_values
 from ray_platform.report.sweep import pictures, sweep_page
 from ray_platform.sweep.pareto import best, pareto_front
@@ -100,9 +100,9 @@ def _check_same(config: SweepConfig) -> None:
     url = storage.join(config.output_dir, BEGUN)
     if not storage.exists(url):
         return
-    begun, now = storage.read_json(url), json.loads(as_json(_lasting(config)))
+    begun, now = storage.read_json(url), json.loads(to_json(_lasting(config)))
     for part, defaults in (("pretrain", PretrainConfig()), ("evaluation", EvalConfig())):  # fields that the code got since
-        begun[part] = with_defaults(begun[part], json.loads(as_json(asdict(defaults))))
+        begun[part] = with_defaults(begun[part], json.loads(to_json(asdict(defaults))))
     if difference := first_difference(begun, now):
         field, one, other = difference
         raise ConfigError(
@@ -131,14 +131,14 @@ def run(made: Plan, yaml: str, command: str) -> dict[str, Any]:
     """
     config, begun = made.config, time.monotonic()
     made.sweep({}).concurrency()  # before anything is written
-    storage.write_bytes(storage.join(config.output_dir, BEGUN), as_json(_lasting(config)))
+    storage.write_bytes(storage.join(config.output_dir, BEGUN), to_json(_lasting(config)))
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), yaml.encode())
     tracker, tracked = _open_run(config, made.recipe, command)
     status: Any = "FAILED"
     try:
         outcomes = made.sweep(tracked).run()
         details = _details(made, outcomes, command, time.monotonic() - begun)
-        storage.write_bytes(storage.join(config.output_dir, DETAILS), as_json(details))
+        storage.write_bytes(storage.join(config.output_dir, DETAILS), to_json(details))
         storage.write_bytes(storage.join(config.output_dir, REPORT), sweep_page(details).encode())
         _track(tracker, config, details)
         status = "FINISHED"
@@ -206,7 +206,7 @@ def _track(tracker: Tracker, config: SweepConfig, details: Mapping[str, Any]) ->
     for metric, name in details["best"].items():
         tracker.log_metrics({f"best/{metric}": trials[name]["metrics"][metric]}, 0)
     files = {REPORT: sweep_page(details), **pictures(details)}
-    for name, content in ((DETAILS, as_json(details)), *((name, text.encode()) for name, text in files.items())):
+    for name, content in ((DETAILS, to_json(details)), *((name, text.encode()) for name, text in files.items())):
         tracker.log_bytes(content, name)
     for name, roles in _roles(details).items():
         trial = trials[name]
