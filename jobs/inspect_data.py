@@ -19,7 +19,7 @@ from ray_platform.data.inspection import cluster_cpus, inspect_units, spread_uni
 from ray_platform.data.inspection_report import summarise, table, verdict
 from ray_platform.data.statistics import Statistics
 from ray_platform.local_head import HeadError, ensure_cluster
-from ray_platform.report.inspection import page
+from ray_platform.report.inspection import inspection_page
 
 SECONDS_A_LINE = 10.0  # of progress
 
@@ -36,7 +36,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     summary = summarise(catalog, config.data, found, cluster_cpus(config.data))
     html = storage.join(config.output_dir, "inspection.html")
     storage.write_bytes(storage.join(config.output_dir, "inspection.json"), json.dumps(summary, indent=2).encode())
-    storage.write_bytes(html, page(summary, found.thumbnails, config.data).encode())
+    storage.write_bytes(html, inspection_page(summary, found.thumbnails, config.data).encode())
     print(f"{table(summary)}\n\nwith a contact sheet: {html}", flush=True)
     return summary
 

@@ -70,7 +70,8 @@ def _paired_plots(arms: Arms) -> tuple[list[tuple[str, DotPlot]], list[tuple[str
         if difference.mean is not None:
             metric = difference.metric
             groups.setdefault("" if metric.is_fraction else metric.name.partition("_")[0], []).append(difference)
-    in_points, others = [], []
+    in_points: list[tuple[str, DotPlot]] = []
+    others: list[tuple[str, DotPlot]] = []
     for name, differences in groups.items():
         title = describe_metric(name).label if name else "Accuracy and retrieval, in points"
         arm = differences[0].first if len({each.first for each in differences}) == 1 else "the first"
@@ -128,7 +129,7 @@ def _curves(details: ComparisonDetails, arms: Arms) -> list[tuple[str, Chart]]:
             line = []
             for point in points:
                 value = point["metrics"].get(name)
-                if value is not None and is_number(value):
+                if is_number(value):
                     tooltip = f"{arm}, seed {seed}: {metric.text(value)} after {point['samples']:,} samples"
                     line.append(Point(point["samples"], metric.axis_value(value), tooltip=tooltip))
             if line:

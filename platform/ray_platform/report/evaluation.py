@@ -102,7 +102,7 @@ class Scores:
         if complete:
             return self.published[model].get("mean") if model in self.published else self._means.get(model)
         values = [self.main(name, model) for name in self.sets]
-        numbers = [value for value in values if value is not None and is_number(value)]
+        numbers = [value for value in values if is_number(value)]
         return sum(numbers) / len(numbers) if numbers and len(numbers) == len(values) else None
 
 
@@ -178,14 +178,15 @@ def _dataset_card(results: Sequence[ZeroShotResult], scores: Scores, models: Mod
 
 
 def _class_bars(result: ZeroShotResult, baseline: ZeroShotResult | None) -> list[ClassBar]:
-    """Return the classes that have images, worst first. Baselines go by place, because names repeat (ImageNet has 998 of 1000)."""
+    """Return the classes that have images, worst first."""
+    # Baselines go by place, because names repeat: ImageNet has 998 of 1000.
     others: Sequence[ClassRecall | None] = [None] * len(result["per_class"])
     if baseline and [one["class"] for one in baseline["per_class"]] == [one["class"] for one in result["per_class"]]:
         others = baseline["per_class"]
     bars = []
     for one, other in zip(result["per_class"], others, strict=True):
         recall = one["recall"]
-        if recall is not None and is_number(recall):
+        if is_number(recall):
             tooltip = f"{clipped(one['class'])}: {percent_text(recall)} % of {one['count']:,} images"
             bars.append(ClassBar(one["class"], recall, other["recall"] if other else None, tooltip))
     return sorted(bars, key=lambda bar: (bar.recall, bar.name))
@@ -312,7 +313,7 @@ def _curve_chart(known: Mapping[tuple[int, int], CurvePoint], draws: Sequence[in
         points = []
         for k in steps:
             acc1 = known[n, k]["acc1"] if (n, k) in known else None
-            if acc1 is not None and is_number(acc1):
+            if is_number(acc1):
                 took = duration_text(known[n, k]["seconds"])
                 tooltip = f"{k} steps, {plural(n, 'draw')}: acc1 {percent_text(acc1)} %, {took}"
                 points.append(Point(k, 100 * acc1, tooltip=tooltip))

@@ -32,7 +32,7 @@ CHARACTER = 6.8  # px, width of a character of a label
 _LONGEST_LABEL = 24  # characters
 _SVG = "{http://www.w3.org/2000/svg}"
 _INVALID_IN_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
-THEME: dict[str, Any] = {
+THEME: Any = {  # Any: the type that matplotlib declares has no name
     "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.family": "DejaVu Sans", "font.size": 12,
     "lines.scale_dashes": False, "lines.linewidth": 2, "lines.solid_joinstyle": "round", "path.simplify": False,
 }  # fmt: skip
@@ -94,7 +94,7 @@ class Chart:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a glyph that the font for measuring texts lacks; browsers have it
             figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-        self._root = ElementTree.fromstring(text.getvalue())
+        self._root = ElementTree.fromstring(text.getvalue())  # noqa: S314 (matplotlib's output)
         for attribute in ("version", "width", "height"):
             self._root.attrib.pop(attribute, None)
         self._root.attrib |= {"role": "img", "aria-label": printable(label)} | ({"class": kind} if kind else {})
@@ -124,7 +124,7 @@ class Chart:
         size = {"width": f"{width:g}", "height": f"{whole:g}"}
         root.attrib |= size | {"viewBox": f"0 {-top} {width:g} {whole:g}"}
         root.insert(0, ElementTree.Element(_SVG + "rect", {"y": str(-top), "style": f"fill: {COLORS['card']}", **size}))
-        lines = [(18 * i - top + 24, 14, "ink", line) for i, line in enumerate(titles)]
+        lines: list[tuple[float, int, str, str]] = [(18 * i - top + 24, 14, "ink", line) for i, line in enumerate(titles)]
         lines += [(height + 14 + 16 * i, 12, "soft", line) for i, line in enumerate(notes)]
         for y, font_size, color, line in lines:
             style = f"font: {font_size}px system-ui, sans-serif; fill: {COLORS[color]}" + "; font-weight: 600" * (font_size == 14)
@@ -313,7 +313,7 @@ def _draw_line(axes: Axes, line: Line, number: int, artists: dict[str, Artist]) 
 
 def _write_line_names(axes: Axes, lines: Sequence[Line], pixels: Sequence[Any], right: float) -> None:
     """Write names next to the last points, moved apart, with thin lines to the points that they belong to."""
-    ends = sorted((y, x, shorten(line.name)) for line, ((x, y), *_) in zip(lines, (p[::-1] for p in pixels)) if line.name)
+    ends = sorted((y, x, shorten(line.name)) for line, (*_, (x, y)) in zip(lines, pixels, strict=True) if line.name)
     places = spread_apart([y for y, _, _ in ends], _LABEL_GAP, _BOTTOM, _HEIGHT - _TOP)
     arrow = {"arrowstyle": "-", "color": COLORS["soft"], "linewidth": 0.7, "shrinkA": 3, "shrinkB": 5, "relpos": (0, 0.5)}
     for (y, x, name), place in zip(ends, places, strict=True):
@@ -326,8 +326,10 @@ def _write_point_labels(axes: Axes, lines: Sequence[Line], pixels: Sequence[Any]
     """Write each label next to its point, on the side where it covers least of what is drawn there."""
     drawn = [box for places in pixels for box in _covered_boxes(places)]
     written: list[Bbox] = []
-    labeled = [(x, y, shorten(p.label)) for line, at in zip(lines, pixels) for p, (x, y) in zip(line.points, at) if p.label]
-    for x, y, label in labeled:
+    points = [
+        (point, at) for line, places in zip(lines, pixels, strict=True) for point, at in zip(line.points, places, strict=True)
+    ]
+    for label, (x, y) in [(shorten(point.label), at) for point, at in points if point.label]:
         width = len(label) * CHARACTER
         places = [(left, y + up) for up in (-6, 6, -19, 19, -32) for left in (x + 8, x - 8 - width, x - width / 2)]
         boxes = [

@@ -8,7 +8,6 @@ from ray_platform.data.causes import FILTERED
 from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection_report import epoch_lines, title, value_text, verdict
 from ray_platform.data.statistics import Thumbnail
-from ray_platform.report.records import HistogramRecord, InspectionSummary
 from ray_platform.report.render import render
 from ray_platform.units import size_text
 
@@ -24,7 +23,7 @@ class HistogramBar(NamedTuple):
     is_low: bool  # sides that are shorter than training asks for
 
 
-def inspection_page(summary: InspectionSummary, thumbnails: Sequence[Thumbnail], config: DataConfig) -> str:
+def inspection_page(summary: dict[str, Any], thumbnails: Sequence[Thumbnail], config: DataConfig) -> str:
     """Return the HTML page of an inspection."""
     images = [base64.b64encode(thumbnail.jpeg).decode() if thumbnail.jpeg else "" for thumbnail in thumbnails]
     return render(
@@ -45,7 +44,7 @@ def inspection_page(summary: InspectionSummary, thumbnails: Sequence[Thumbnail],
     )
 
 
-def _tiles(summary: InspectionSummary) -> list[tuple[str, str]]:
+def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
     shards, samples = summary["shards"], summary["samples"]
     return [
         (f"{samples['inspected']:,}", "samples inspected"),
@@ -57,7 +56,7 @@ def _tiles(summary: InspectionSummary) -> list[tuple[str, str]]:
     ]
 
 
-def _histogram(name: str, histogram: HistogramRecord, image_size: int) -> dict[str, Any]:
+def _histogram(name: str, histogram: dict[str, Any], image_size: int) -> dict[str, Any]:
     edges, counts = histogram["edges"], histogram["counts"]
     filled = [i for i, count in enumerate(counts) if count]
     bars = []

@@ -10,7 +10,16 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 
 from ray_platform.report.figures import (
-    CHARACTER, COLORS, THEME, Artist, Chart, pixel_figure, round_ticks, shorten, spread_apart, tick_text,
+    CHARACTER,
+    COLORS,
+    THEME,
+    Artist,
+    Chart,
+    pixel_figure,
+    round_ticks,
+    shorten,
+    spread_apart,
+    tick_text,
 )  # fmt: skip
 
 _AXIS_GAP = 150  # px
@@ -57,7 +66,8 @@ def parallel_coordinates(axes: Sequence[ParallelAxis], lines: Sequence[ParallelL
     """Draw the lines in their order, the last one on top, with a gap where a value is missing."""
     longest = max((len(shorten(line.name, _LONGEST_NAME)) for line in lines), default=0)
     width = _LEFT + (len(axes) - 1) * _AXIS_GAP + max(64, longest * CHARACTER + 16)
-    canvas = pixel_figure(width, _HEIGHT).add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, _HEIGHT))
+    figure = pixel_figure(width, _HEIGHT)
+    canvas = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, _HEIGHT))
     canvas.set_axis_off()
     positions = [AxisPositions(axis, [line.values[i] for line in lines]) for i, axis in enumerate(axes)]
     artists: dict[str, Artist] = {}
@@ -73,7 +83,7 @@ def parallel_coordinates(axes: Sequence[ParallelAxis], lines: Sequence[ParallelL
     _write_names(canvas, lines, positions, xs[-1])
     if scale:
         _draw_scale(canvas, scale)
-    return Chart(canvas.figure, f"trials by {', '.join(axis.name for axis in axes)}", artists, "wide")
+    return Chart(figure, f"trials by {', '.join(axis.name for axis in axes)}", artists, "wide")
 
 
 def choice_text(value: Any) -> str:

@@ -9,7 +9,12 @@ from ray_platform.report.parallel_coordinates import choice_text
 from ray_platform.report.records import ObjectiveRecord, SearchDimension, SweepDetails, TrialRecord
 from ray_platform.report.render import render
 from ray_platform.report.sweep_charts import (
-    CURVES_NOTE, TRIALS_NOTE, learning_curves, pareto_chart, pareto_note, trials_chart,
+    CURVES_NOTE,
+    TRIALS_NOTE,
+    learning_curves,
+    pareto_chart,
+    pareto_note,
+    trials_chart,
 )  # fmt: skip
 from ray_platform.units import is_number
 
@@ -82,12 +87,11 @@ def _label(objective: ObjectiveRecord) -> str:
 def _summary(details: SweepDetails, objective: ObjectiveRecord) -> ObjectiveSummary:
     metric = objective["metric"]
     best = next((trial for trial in details["trials"] if trial["name"] == details["best"].get(metric)), None)
-    finished = (trial for trial in details["trials"] if trial["default"] and trial["state"] == "finished")
-    default = next(finished, {}).get("metrics", {}).get(metric)
+    finished = [trial for trial in details["trials"] if trial["default"] and trial["state"] == "finished"]
+    default = finished[0]["metrics"].get(metric) if finished else None
     if not is_number(default):
-        default = None
-    gain = float(best["metrics"][metric] or 0) - default if best and default is not None else 0.0
-    return ObjectiveSummary(metric, best, default, gain)
+        return ObjectiveSummary(metric, best, None, 0.0)
+    return ObjectiveSummary(metric, best, default, float(best["metrics"][metric] or 0) - default if best else 0.0)
 
 
 def _tiles(details: SweepDetails, trained: int) -> list[tuple[str, str]]:
@@ -111,7 +115,7 @@ def _ranked(details: SweepDetails) -> Sequence[TrialRecord]:
 
     def order(trial: TrialRecord) -> tuple[int, float]:
         value = trial["metrics"].get(objective["metric"])
-        if value is None or not is_number(value):
+        if not is_number(value):
             return list(_STATES).index(trial["state"]), float("inf")
         return list(_STATES).index(trial["state"]), -value if objective["mode"] == "max" else value
 
@@ -120,7 +124,7 @@ def _ranked(details: SweepDetails) -> Sequence[TrialRecord]:
 
 def _facts(details: SweepDetails) -> dict[str, str]:
     """Return what else is needed to repeat the sweep."""
-    facts = {name: details[name] for name in ("recipe", "search", "scheduler")}  # type: ignore[literal-required]
+    facts = {name: details[name] for name in ("recipe", "search", "scheduler")}
     facts["samples per trial"] = f"{details['budget_samples']:,}"
     return facts | {field: _space_text(space) for field, space in details["space"].items()}
 

@@ -8,7 +8,11 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from ray_platform.metric_registry import describe_metric
 from ray_platform.report.figures import COLORS, Chart, Line, Point, line_chart
 from ray_platform.report.parallel_coordinates import (
-    ColorScale, ParallelAxis, ParallelLine, choice_text, parallel_coordinates,
+    ColorScale,
+    ParallelAxis,
+    ParallelLine,
+    choice_text,
+    parallel_coordinates,
 )  # fmt: skip
 from ray_platform.report.records import ObjectiveRecord, SearchDimension, SweepDetails, TrialRecord
 from ray_platform.units import is_number
@@ -53,7 +57,7 @@ def learning_curves(details: SweepDetails, name: str) -> Chart | None:
         points = []
         for entry in trial["history"]:
             value = entry["metrics"].get(name)
-            if value is not None and is_number(value):
+            if is_number(value):
                 tooltip = f"{short_name(trial)}: {metric.text(value)} after {entry['samples']:,} samples"
                 points.append(Point(entry["samples"], metric.axis_value(value), tooltip=tooltip))
         if points:
@@ -78,7 +82,7 @@ def trials_chart(details: SweepDetails) -> Chart | None:
         values = [_axis_value(trial["values"][field]) if field in trial["values"] else None for field in details["space"]]
         for objective in details["objectives"]:
             value = trial["metrics"].get(objective["metric"])
-            values.append(describe_metric(objective["metric"]).axis_value(value or 0) if is_number(value) else None)
+            values.append(describe_metric(objective["metric"]).axis_value(value) if is_number(value) else None)
         opacity = 0.95 if trial["state"] == "finished" else 0.35
         label = short_name(trial) if _stands_out(details, trial) else ""
         lines.append(ParallelLine(label, values, color, opacity, trial["default"], trial_tooltip(details, trial)))
@@ -131,7 +135,7 @@ def _front(trials: Sequence[TrialRecord], x: ObjectiveRecord, y: ObjectiveRecord
 def _field_axis(field: str, space: SearchDimension) -> ParallelAxis:
     above, _, name = field.rpartition(".")
     choices = [_axis_value(value) for value in space.get("values", ())]
-    ends = [space[end] for end in ("low", "high") if end in space]  # type: ignore[literal-required]
+    ends = [space[end] for end in ("low", "high") if end in space]
     log = bool(space.get("log"))
     return ParallelAxis(name, above, field + ", log" * log, log, choices, ends)
 
