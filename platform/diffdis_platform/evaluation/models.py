@@ -12,10 +12,12 @@ from diffdis.encoder import digest_of_folder
 from diffdis.pipeline import CONFIG_NAME
 from diffdis.scorer import DiffDisScorer
 from diffdis_platform.config.evaluate import EvalConfig
-from diffdis_platform.config.export import ExportConfig, export
+from diffdis_platform.config.export import ExportConfig
+from diffdis_platform.exporting import export, find_checkpoint
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.train.launch import SUMMARY, TRACKED
+from ray_platform.tracking import RUN_RECORD
+from ray_platform.train.launch import SUMMARY
 
 EXPORTED = "exported.json"  # beside a model that an evaluation exported: of which checkpoint
 
@@ -59,7 +61,7 @@ def open_model(config: EvalConfig) -> Model:
         url, step, run = _exported(config)
         places = [run]
     saved = storage.read_json(storage.join(url, CONFIG_NAME))
-    tracked, summary = (_first(places, name) for name in (TRACKED, SUMMARY))
+    tracked, summary = (_first(places, name) for name in (RUN_RECORD, SUMMARY))
     task = saved.get("trained_for", "joint")
     settings = {"num_steps": config.scoring.num_steps, "num_draws": config.scoring.num_draws, "guidance": config.scoring.guidance}
     return Model(
@@ -92,7 +94,7 @@ def _digest(url: str) -> str:
 def _exported(config: EvalConfig) -> tuple[str, int, str]:
     """(the folder of the checkpoint's model, its step, the run's folder). What an earlier evaluation exported serves again."""
     wanted = ExportConfig(config.checkpoint, storage.join(config.output_dir, "model"), config.weights)
-    url, manifest = wanted.find()
+    url, manifest = find_checkpoint(config.checkpoint)
     mark = {"checkpoint": url, "token": manifest.token, "weights": config.weights}
     mark_url = storage.join(wanted.output_dir, EXPORTED)
     if not storage.exists(mark_url) or storage.read_json(mark_url) != mark:

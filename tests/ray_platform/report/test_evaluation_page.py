@@ -48,7 +48,7 @@ def test_better_and_worse_are_marked(page):
     assert cells.count("num up") == 1 + 10
     assert cells.count("num down") == 2 + 1  # and the images that could not be read
     assert cells.count("num best") == 4  # FID, FID ∞, KID and alignment
-    assert [row[4] for row in page.rows if row[0] == "5"][0] == "0.3132"
+    assert next(row[4] for row in page.rows if row[0] == "5") == "0.3132"
 
 
 def test_bars_are_as_long_as_their_values(page, details):
