@@ -26,9 +26,9 @@ from ray_platform.data.config import DataConfig
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.results import metrics_for_tracking
 from ray_platform.report.comparison import comparison_page
-from ray_platform.report.inspection import page as inspection_page
+from ray_platform.report.inspection import inspection_page
 from ray_platform.report.sweep import sweep_page
-from ray_platform.train import checkpointing
+from ray_platform.train import checkpoint_format
 from tests.support.html_page import Page
 from tests.support.training import logged_losses
 
@@ -61,8 +61,8 @@ def expected(old):
 
 @pytest.fixture(scope="module")
 def old_checkpoint(old):
-    (url,) = checkpointing.list_checkpoints(str(old / "run"))
-    return url, checkpointing.read_manifest(url)
+    (url,) = checkpoint_format.list_checkpoints(str(old / "run"))
+    return url, checkpoint_format.read_manifest(url)
 
 
 def digest(arrays) -> str:
@@ -98,29 +98,29 @@ def test_a_checkpoints_manifest_and_ledgers(old_checkpoint, expected):
     url, manifest = old_checkpoint
     exact = expected["exact"]
     assert_contains(as_json(manifest), exact["checkpoint/manifest"])
-    base, consumed = checkpointing.load_ledgers(url, manifest)
+    base, consumed = checkpoint_format.read_ledgers(url, manifest)
     assert json.loads(base.to_bytes()) == exact["checkpoint/base"]
     assert json.loads(consumed.to_bytes()) == exact["checkpoint/consumed"]
     for unit, ranges in exact["checkpoint/consumed ranges of pool 0, epoch 1"].items():
         assert [int(end) for end in np.ravel(list(consumed.ranges(0, 1, int(unit))))] == ranges
     for rank, state in exact["checkpoint/rank states"].items():
-        found = checkpointing.load_rank_state(url, manifest, int(rank))
+        found = checkpoint_format.read_rank_state(url, manifest, int(rank))
         assert (found["skipped"], as_json(found["history"])) == (state["skipped"], state["history"])
 
 
 def test_a_checkpoints_tensors(old_checkpoint, expected):
     url, manifest = old_checkpoint
     exact = expected["exact"]
-    tensors = checkpointing.tensors(url, manifest, checkpointing.tensor_files(manifest))
+    tensors = checkpoint_format.read_tensors(url, manifest, checkpoint_format.tensor_files(manifest))
     assert digest(tensors) == exact["checkpoint/tensors"]["digest"]
     for which in ("weights", "ema"):
-        assert digest(dict(checkpointing.weights_of(url, which))) == exact[f"checkpoint/{which}"]
+        assert digest(dict(checkpoint_format.read_weights(url, which))) == exact[f"checkpoint/{which}"]
 
 
 def test_an_export_equals_the_one_made_of_its_checkpoint(old, old_checkpoint, expected, tmp_path):
     url, manifest = old_checkpoint
     config = json.loads(json.dumps(manifest.config).replace(OLD_ROOT, str(old)))
-    build_task(config).save_pretrained(dict(checkpointing.weights_of(url, "ema")), tmp_path)
+    build_task(config).save_pretrained(dict(checkpoint_format.read_weights(url, "ema")), tmp_path)
     for folder in (old / "run" / "export", tmp_path):
         assert digest(DiffDisPipeline.from_pretrained(folder).model.state_dict()) == expected["exact"]["export"]["digest"]
 

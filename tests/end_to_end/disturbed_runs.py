@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 
 from ray_platform import storage
 from ray_platform.tracking import TrackingConfig
-from ray_platform.train import checkpointing, launch
+from ray_platform.train import checkpoint_format, launch
 from tests.support.s3_server import S3Server
 from tests.support.training import at_step, pixel_run, records, write_shards
 
@@ -73,10 +73,10 @@ def s3(folder, seconds_away):
 
     at_step(folder, 60, go_away)
     run.fit()
-    newest = checkpointing.list_checkpoints("s3://tests/run")[0]
+    newest = checkpoint_format.list_checkpoints("s3://tests/run")[0]
     done = len(records(folder, run).trained_on())
     print(f"{done} of {2 * run.train.num_steps} rank steps, {records(folder).count()} in all, newest {newest.rsplit('/', 1)[1]}")
-    assert dict(checkpointing.weights_of(newest, "ema"))
+    assert dict(checkpoint_format.read_weights(newest, "ema"))
     assert storage.exists("s3://tests/run/export/model.safetensors")
     ray.shutdown()
     server.stop()

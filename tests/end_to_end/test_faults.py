@@ -25,7 +25,7 @@ from PIL import Image
 
 from ray_platform.contracts import TrainingError
 from ray_platform.tracking import TrackingConfig
-from ray_platform.train import checkpointing
+from ray_platform.train import checkpoint_format
 from tests.ray_platform.small_task import PixelTask
 from tests.support.recording import Records
 from tests.support.training import ROOT, at_step, logged_metric, pixel_run, records, wait_for_steps, write_shards
@@ -98,7 +98,7 @@ def test_a_run_logs_scores_previews_operations_a_trace_and_keeps_the_best_checkp
     trace = json.loads(gzip.decompress((tmp_path / "profile" / "rank_00000.json.gz").read_bytes()))
     assert any("aten::addmm" in event["name"] for event in trace["traceEvents"])
     errors = dict(logged_metric(tmp_path, "heldout/error"))
-    left = sorted(int(url[-8:]) for url in checkpointing.list_checkpoints(str(tmp_path)))
+    left = sorted(int(url[-8:]) for url in checkpoint_format.list_checkpoints(str(tmp_path)))
     assert left == sorted({min(errors, key=errors.get), 12})
     assert not (tmp_path / "ray_train").exists()
 
@@ -264,8 +264,8 @@ def test_an_elastic_run_continues_with_fewer_workers_and_takes_new_ones(tmp_path
     assert sum(read.values()) == num_steps * 8
     # Where the workers changed within an epoch, one of them may start the next epoch before the other one ends this one: what of
     # the last epochs was read is in the last checkpoint's ledger, shard by shard.
-    newest = checkpointing.list_checkpoints(str(tmp_path))[0]
-    _, ledger = checkpointing.load_ledgers(newest, checkpointing.read_manifest(newest))
+    newest = checkpoint_format.list_checkpoints(str(tmp_path))[0]
+    _, ledger = checkpoint_format.read_ledgers(newest, checkpoint_format.read_manifest(newest))
     complete = ledger.first_epoch[0]  # number of complete epochs
     assert len(read) == 480
     assert all(count - complete in (0, 1, 2) for count in read.values()), "of a complete epoch, every sample once"

@@ -26,8 +26,8 @@ from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.engine import rate_factor
 from ray_platform.train.launch import Run
+from ray_platform.train.optimizer import learning_rate_factor
 from ray_platform.train.worker import step_seed
 from tests.ray_platform.small_task import PixelTask
 from tests.support.recording import Records, recording
@@ -156,7 +156,7 @@ def plain_loop(run):
         alignment, _ = module.alignment(whole, draws)
         losses[step + 1] = (generation.item(), alignment.item())
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * rate_factor(config)(step)
+            group["lr"] = rate * learning_rate_factor(config, step)
         optimizer.zero_grad()
         (generation + module.objective.lambda_alignment * alignment).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.gradient_clipping)
