@@ -12,7 +12,7 @@ from diffdis.pictures import grid
 from diffdis.pipeline import DiffDisPipeline
 from diffdis_platform.config.generate import GenerateConfig, parse
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError
+from ray_platform.contracts import ConfigError, DataError, one_line
 
 GRID_IMAGES = 64  # at most, on the one page
 
@@ -47,7 +47,7 @@ def open_model(config: GenerateConfig) -> DiffDisPipeline:
         pipeline = DiffDisPipeline.from_pretrained(storage.cached_folder(config.model))
         return pipeline.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (FileNotFoundError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"model: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"model: {one_line(error)}") from error
 
 
 if __name__ == "__main__":

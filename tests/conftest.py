@@ -36,7 +36,7 @@ def ray_cluster():
 
 @pytest.fixture(scope="session")
 def text_encoder_folder(tmp_path_factory):
-    from tests.tiny_checkpoints import save_mean_pool_encoder
+    from tests.support.tiny_checkpoints import save_mean_pool_encoder
 
     return save_mean_pool_encoder(tmp_path_factory.mktemp("text_encoder"))
 

@@ -33,6 +33,22 @@ class ConfigError(UserError):
     """A field, or a combination of fields, that cannot work. The message names it and says what to do."""
 
 
+def one_line(error: BaseException | str, max_length: int | None = None) -> str:
+    """Return the text of an error on one line, at most `max_length` characters; the name of its type when it has no text."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if max_length is None or len(text) <= max_length else f"{text[: max_length - 1]}…"
+
+
+def describe_error(error: BaseException) -> str:
+    """Return `one_line(error)` for a `UserError`; the text of any other error is shortened and preceded by its type."""
+    if isinstance(error, UserError):
+        return one_line(error)
+    text = one_line(error, max_length=500)
+    return text if text == type(error).__name__ else f"{type(error).__name__}: {text}"
+
+
 class ConsumedRange(NamedTuple):
     """Samples start..stop of a unit (a shard, or a part of one) were consumed, unusable ones included; it has `total`.
 

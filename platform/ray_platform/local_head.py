@@ -23,6 +23,8 @@ from typing import Any
 
 import psutil
 
+from ray_platform.contracts import UserError
+
 MARKER = "DIFFDIS_LOCAL_HEAD"  # in the environment of every process of a head; its value is that head's own
 
 _HOST = "127.0.0.1"
@@ -45,7 +47,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 _RAY = ("-m", "ray.scripts.scripts")
 
 
-class HeadError(RuntimeError):
+class HeadError(UserError):
     """The head did not start. The message ends with the last lines of its log."""
 
 

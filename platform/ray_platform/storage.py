@@ -35,7 +35,7 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem, resolve_s3_region
 
-from ray_platform.contracts import DataError
+from ray_platform.contracts import DataError, one_line
 from ray_platform.names import check_below, expand_braces
 from ray_platform.redaction import redacted
 
@@ -154,8 +154,7 @@ def read_json(url: str) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"a {type(found).__name__}")
     except (ValueError, RecursionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise DataError(f"{url}: is no JSON object ({what}); write it again, or remove it") from None
+        raise DataError(f"{url}: is no JSON object ({one_line(error)}); write it again, or remove it") from None
     return found
 
 
@@ -396,5 +395,4 @@ def _errors(url: str) -> Iterator[None]:
             "unavailable",
         ) from None
     except OSError as error:
-        what = " ".join(str(error).split())
-        raise StorageError(f"{url}: {what}; check that it can be read and written there", "unavailable") from None
+        raise StorageError(f"{url}: {one_line(error)}; check that it can be read and written there", "unavailable") from None

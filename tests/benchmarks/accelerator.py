@@ -28,10 +28,10 @@ from diffdis_platform.recipes.demo import PREVIEW_CAPTIONS
 from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion
 from diffdis_platform.sizing.counts import Counts, clip_text_encoder, count, stable_diffusion_autoencoder
 from diffdis_platform.sizing.memory import memory
-from ray_platform.contracts import Batch
+from ray_platform.contracts import Batch, one_line
 from ray_platform.train.config import BatchPlan
 from ray_platform.train.meter import peak_flops
-from tests.tiny_checkpoints import save_clip_tokenizer, save_stable_diffusion
+from tests.support.tiny_checkpoints import save_clip_tokenizer, save_stable_diffusion
 
 WARM_UP, TIMED, BATCHES = 5, 15, 4  # steps, steps, distinct batches
 PREVIEW_STEPS = 20  # of DiffDisTask.preview
@@ -67,7 +67,7 @@ def configuration(setting: Setting, folder: Path, smoke: bool) -> PretrainConfig
     unet = replace(base.model.unet, sample_size=px // 8)
     text = replace(base.model.text_encoder, path=str(folder))
     head = base.model.head
-    if smoke:  # as tests.tiny_checkpoints makes it
+    if smoke:  # as tests.support.tiny_checkpoints makes it
         kinds = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
         unet = replace(unet, sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2)
         unet = replace(unet, down_block_types=kinds[0], up_block_types=kinds[1], norm_num_groups=8)
@@ -230,7 +230,7 @@ def main() -> None:
                 try:
                     results[name] = beside(measuring.get(), config, counts)
                 except (torch.OutOfMemoryError, RuntimeError) as error:  # the other settings' figures are worth having
-                    results[name] = {"failed": " ".join(str(error).split())[:200]}
+                    results[name] = {"failed": one_line(error, 200)}
             print(name, json.dumps(results[name]), flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(json.dumps({"device": device, "torch": torch.__version__, "settings": results, "sizing": for_sizing(results)}))

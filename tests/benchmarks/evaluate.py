@@ -44,7 +44,7 @@ from ray_platform.storage import StoredFile
 from tests.benchmarks.clip_benchmark_loop import evaluate_by_clip_benchmark
 from tests.diffdis.metrics.peers import functions_of
 from tests.ray_platform.evaluate.test_schedule import makespan, units
-from tests.tiny_checkpoints import save_clip, save_mean_pool_encoder
+from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder
 
 # The demo's networks at twice its image size. (At its own 32 px a walk of the image costs no more than 20 steps of a query: see
 # `k10_cost_ratio_32px`; at Stable Diffusion's sizes it costs as much as some thousand: `k10_flops_ratio_sd_v1`.)

@@ -32,8 +32,8 @@ from ray_platform.tracking import TrackingConfig
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.launch import Run
 from tests.end_to_end.conftest import write_shards
-from tests.recording import Records, loss_curve, recording
-from tests.tiny_checkpoints import save_mean_pool_encoder
+from tests.support.recording import Records, loss_curve, recording
+from tests.support.tiny_checkpoints import save_mean_pool_encoder
 
 STEPS_A_FAULT = 30
 CHECKPOINT_EVERY = 10

@@ -14,7 +14,7 @@ from pathlib import Path
 import fsspec
 
 from ray_platform import storage
-from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
+from tests.support.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 
 SIZE, FILES, ROUNDS = 100 * 2**20, 3, 7
 

@@ -2,7 +2,7 @@
 
     PYTHONPATH=platform:. python tests/benchmarks/several_hosts.py [--cuts worker s3 head replaced returns]
 
-Hosts with addresses of their own (tests/hosts.py): a Ray head, three that train, one with S3. `ray job submit` starts
+Hosts with addresses of their own (tests/support/hosts.py): a Ray head, three that train, one with S3. `ray job submit` starts
 jobs/pretrain.py from there: a small DiffDis, data and output in S3, ZeRO 2, a worker a host, one host to spare. Links
 are cut one after the other. Prints a table: what was cut, when, and the time until the run was past the step that it had
 reached. Ends in one JSON line.
@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests import hosts  # isort: skip
+from tests.support import hosts  # isort: skip
 
 if __name__ == "__main__":
     hosts.goes_on_alone()  # before the imports that take long
@@ -32,11 +32,11 @@ from diffdis.config import tiny
 from ray_platform import storage
 from ray_platform.train import checkpoint
 from tests.end_to_end.conftest import write_shards
-from tests.hosts import Host, Network
-from tests.recorded_pretrain import SECONDS_A_STEP
-from tests.recording import Records
-from tests.s3_server import S3Server
-from tests.tiny_checkpoints import save_mean_pool_encoder
+from tests.support.hosts import Host, Network
+from tests.support.recorded_pretrain import SECONDS_A_STEP
+from tests.support.recording import Records
+from tests.support.s3_server import S3Server
+from tests.support.tiny_checkpoints import save_mean_pool_encoder
 
 NUM_SHARDS, SAMPLES_A_SHARD, SAMPLES_A_STEP = 8, 15, 8
 STEPS_AN_EPOCH = NUM_SHARDS * SAMPLES_A_SHARD // SAMPLES_A_STEP
@@ -137,7 +137,7 @@ class Training:
             "tracking": {"uri": "sqlite:////tmp/mlflow.db"},
         }  # fmt: skip
         (cluster.head.files / "run.yaml").write_text(json.dumps(config))
-        entrypoint = ["python", "tests/recorded_pretrain.py", "--config", "/tmp/run.yaml"]
+        entrypoint = ["python", "tests/support/recorded_pretrain.py", "--config", "/tmp/run.yaml"]
         command = cluster.client("submit", "--submission-id=run", f"--working-dir={hosts.ROOT}")
         self.process = subprocess.Popen(
             [*command, "--", *entrypoint], env=cluster.client_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -24,7 +24,7 @@ from ray_platform import storage
 from ray_platform.data.config import DataConfig
 from ray_platform.data.decode import image
 from tests.benchmarks.loader_data import photo_like
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 
 SIDES = ((256, 256), (384, 256), (512, 256), (384, 512), (512, 512), (1024, 512))  # of a JPEG, and of the target
 IMAGES = 24

@@ -19,7 +19,7 @@ from loader import ROOT, Contender, compare
 from loader_data import build
 
 from ray_platform.data.precomputed import to_arrow
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 
 SHAPES = {"latent": (4, 32, 32), "token_states": (77, 768), "query": (768,)}
 PRECOMPUTED_SHARDS, SHARD_SAMPLES = 16, 500

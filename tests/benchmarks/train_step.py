@@ -38,8 +38,8 @@ from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train.launch import Run
 from tests.benchmarks.contrastive_memory import LOCAL, WIDTH
-from tests.ranks import Ranks
-from tests.recording import Records, recording
+from tests.support.ranks import Ranks
+from tests.support.recording import Records, recording
 
 WARM_UP, TIMED = 4, 24  # steps
 FILLING = (

@@ -7,7 +7,7 @@ import torch
 
 from diffdis.config import ObjectiveConfig
 from diffdis.task import DiffDisTask
-from tests.tiny_checkpoints import draw_query_weights
+from tests.support.tiny_checkpoints import draw_query_weights
 
 CAPTIONS = ("red heart", "blue circle", "green leaf", "yellow star", "red heart", "black cat")
 

@@ -15,7 +15,7 @@ from diffdis.clip_scorer import ClipScorer
 from diffdis.metrics.retrieval import retrieval_recalls
 from diffdis.metrics.zero_shot import accuracies, top_k
 from tests.diffdis.metrics.peers import zeroshot_classification
-from tests.tiny_checkpoints import save_clip, save_clip_text_encoder
+from tests.support.tiny_checkpoints import save_clip, save_clip_text_encoder
 
 CLASSES = ["cat", "grey horse", "tree", "star", "boat", "red heart", "old house"]
 TEMPLATES = ["a photo of a {c}.", "a drawing of the {c}", "{c}"]

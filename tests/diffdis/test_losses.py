@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from diffdis import losses
 from tests.diffdis.plain_losses import plain_alignment_loss
-from tests.ranks import Ranks
+from tests.support.ranks import Ranks
 
 GLOBAL_BATCH, WIDTH = 12, 8
 

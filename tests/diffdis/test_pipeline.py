@@ -11,7 +11,7 @@ from diffdis.config import DiffDisConfig, HeadConfig, ObjectiveConfig, TextEncod
 from diffdis.metrics.zero_shot import shuffled_images, subset_accuracy, top_k_accuracy
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
-from tests.tiny_checkpoints import WIDTH, save_clip_text_encoder, save_stable_diffusion
+from tests.support.tiny_checkpoints import WIDTH, save_clip_text_encoder, save_stable_diffusion
 
 
 @pytest.fixture

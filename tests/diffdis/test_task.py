@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffdis.config import ObjectiveConfig
 from diffdis.pipeline import DiffDisPipeline
-from tests.ranks import Ranks
+from tests.support.ranks import Ranks
 
 CPU = torch.device("cpu")
 TASKS = ("joint", "generation", "alignment", "clip")

@@ -12,7 +12,7 @@ from ray.scripts.scripts import start
 
 from diffdis_platform.config import command_line, compare, evaluate, export, generate, inspection, precompute, sizing, sweep
 from ray_platform.contracts import ConfigError
-from tests.documentation import PAGES, ROOT, Block, all_blocks, blocks
+from tests.support.documentation import PAGES, ROOT, Block, all_blocks, blocks
 
 BLOCKS = all_blocks()
 SHELL_BLOCKS = [block for block in BLOCKS if block.is_shell]
@@ -105,7 +105,7 @@ def test_every_command_is_run_or_parsed_or_needs_what_is_not_here(block):
         taken = tuple(command) in RUN or job_of(command) or command[0].startswith("--") or command[0] in PREFIXES
         assert taken, (
             f"{block}: `{' '.join(command)}` is run by no test: put `<!-- run by tests/… -->` above the block and let that test "
-            "run it (tests/documentation.py), or `<!-- needs a cloud -->`"
+            "run it (tests/support/documentation.py), or `<!-- needs a cloud -->`"
         )
 
 

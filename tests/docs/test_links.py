@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documentation import PAGES, ROOT
+from tests.support.documentation import PAGES, ROOT
 
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"`([\w./-]+\.py):([A-Za-z_][\w.]*)`")

@@ -16,7 +16,7 @@ from ray_platform.tracking import TrackingConfig
 from ray_platform.train import checkpoint
 from tests.end_to_end.conftest import write_shards
 from tests.end_to_end.test_faults import make_run, records, wait_for_steps
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 
 
 def main():

@@ -13,8 +13,8 @@ from diffdis.objective import Draws
 from diffdis.task import DiffDisTask
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.meter import count_flops
-from tests.ranks import Ranks
-from tests.tiny_checkpoints import draw_query_weights
+from tests.support.ranks import Ranks
+from tests.support.tiny_checkpoints import draw_query_weights
 
 CPU = torch.device("cpu")
 CAPTIONS = ("red heart", "blue circle", "green leaf", "yellow star", "red heart", "black cat", "white tree", "pizza")

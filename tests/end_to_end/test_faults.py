@@ -31,7 +31,7 @@ from ray_platform.train.config import TrainConfig
 from ray_platform.train.launch import Run, TrainingError
 from tests.end_to_end.conftest import write_shards
 from tests.ray_platform.small_task import PixelTask
-from tests.recording import Records, loss_curve, recording
+from tests.support.recording import Records, loss_curve, recording
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 
-from tests import hosts
+from tests.support import hosts
 
 BENCHMARK = hosts.ROOT / "tests" / "benchmarks" / "several_hosts.py"
 

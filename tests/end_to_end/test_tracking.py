@@ -18,10 +18,10 @@ from PIL import Image
 
 from diffdis_platform.serving.package import model_package
 from ray_platform.tracking import TrackingConfig
-from tests.mlflow_pages import Pages
-from tests.mlflow_server import MlflowServer
-from tests.postgres_server import PostgresServer
-from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
+from tests.support.mlflow_pages import Pages
+from tests.support.mlflow_server import MlflowServer
+from tests.support.postgres_server import PostgresServer
+from tests.support.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

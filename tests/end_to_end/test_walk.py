@@ -18,7 +18,7 @@ import urllib.request
 import pytest
 import yaml
 
-from tests.documentation import ROOT, Shell, blocks_run_by, readers_environment
+from tests.support.documentation import ROOT, Shell, blocks_run_by, readers_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
 

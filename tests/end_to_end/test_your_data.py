@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.documentation import ROOT, Shell, blocks_run_by, readers_environment
 from tests.end_to_end.conftest import write_shards
-from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
+from tests.support.documentation import ROOT, Shell, blocks_run_by, readers_environment
+from tests.support.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.s3, pytest.mark.timeout(1800)]
 

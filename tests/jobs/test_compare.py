@@ -23,7 +23,7 @@ from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.launch import Stopped
 from tests.end_to_end.conftest import write_shards
-from tests.evaluation_sets import picture, write_wds
+from tests.support.evaluation_sets import picture, write_wds
 
 COLOURS = ("red", "blue", "gold")
 BROKEN = {"broken": {"objective.freeze": ["nothing.*"]}}  # a run finds out only when it builds the model

@@ -24,8 +24,8 @@ from diffdis.task import DiffDisTask
 from diffdis_platform.config.evaluate import parse
 from diffdis_platform.evaluation.run import evaluate, plan, table
 from ray_platform.contracts import ConfigError, DataError
-from tests.evaluation_sets import encoded, picture, write_all_twelve, write_wds
-from tests.tiny_checkpoints import draw_query_weights, save_clip
+from tests.support.evaluation_sets import encoded, picture, write_all_twelve, write_wds
+from tests.support.tiny_checkpoints import draw_query_weights, save_clip
 
 COLOURS = ("red", "blue", "gold", "pink", "grey", "teal", "lime")
 pytestmark = pytest.mark.usefixtures("ray_cluster")

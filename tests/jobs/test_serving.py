@@ -24,7 +24,7 @@ from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
 from diffdis_platform.serving.package import model_package, red_circle
 from ray_platform.tracking import Tracker, TrackingConfig, tracking_uri
-from tests.tiny_checkpoints import draw_query_weights
+from tests.support.tiny_checkpoints import draw_query_weights
 
 CLASSES = ["red heart", "blue star", "green tree"]
 

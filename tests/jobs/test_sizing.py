@@ -30,7 +30,7 @@ from ray_platform.contracts import ConfigError
 from ray_platform.data.precomputed import to_arrow
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.meter import count_flops
-from tests.ranks import Ranks
+from tests.support.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ from ray_platform.placement import ResourceRequest
 from ray_platform.sweep.trial import Segment
 from ray_platform.train import checkpoint
 from ray_platform.train.config import TrainConfig
-from tests.evaluation_sets import picture, write_wds
+from tests.support.evaluation_sets import picture, write_wds
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 
 
 def png(seed: int, size: int = 16) -> bytes:

@@ -10,8 +10,8 @@ from ray_platform.contracts import ConfigError
 from ray_platform.train import checkpoint
 from ray_platform.train.config import BatchPlan, TrainConfig
 from ray_platform.train.optimizer import ema_decay_at
-from tests.ranks import Ranks
 from tests.ray_platform.small_task import PictureTask, PixelTask, SmallTask, samples
+from tests.support.ranks import Ranks
 
 GLOBAL_BATCH, STEPS = 16, 6
 # Else ZeRO 3 keeps small parameters whole on every rank, and a small model is not sharded at all.

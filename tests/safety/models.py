@@ -29,7 +29,7 @@ from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.slices import read_slice
 from tests.ray_platform.conftest import png, tar_of
 from tests.safety.cases import CANARY, Case, Evil, line_of
-from tests.tiny_checkpoints import save_clip, save_mean_pool_encoder, save_stable_diffusion
+from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder, save_stable_diffusion
 
 ENCODER, CLIP, START, MODEL = "`model.text_encoder.path`", "`baselines`", "`model.warm_start`", "`jobs/generate.py --model`"
 

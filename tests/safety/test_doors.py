@@ -11,10 +11,10 @@ from inspect_data import inspect
 from diffdis_platform.config.inspection import parse
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
-from tests.html_page import Page
 from tests.ray_platform.conftest import samples_of, tar_of
 from tests.ray_platform.test_stream import reader_of, without_ray
 from tests.safety.tars import IMAGES, SHARDS, TARS
+from tests.support.html_page import Page
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,15 @@ from diffdis_platform.comparison.summary import summarize
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.evaluation.quality import read_prompts
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError
+from ray_platform.contracts import UserError, describe_error
 from ray_platform.evaluate.results import as_json
 from ray_platform.evaluate.work import image_name
 from ray_platform.redaction import redacted_values
 from ray_platform.report.comparison import comparison_page
+from ray_platform.terminal import render_table
 from ray_platform.tracking import RunStatus, Tracker, TrackingConfig, run_metadata, tracking_uri
 from ray_platform.tracking.code_version import code_version
-from ray_platform.train.launch import TRACKED, Stopped, TrainingError
+from ray_platform.train.launch import TRACKED, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def compare(config: CompareConfig, made: Plan, recipe: str, command: str) -> dic
             except Stopped:
                 raise
             except Exception as error:  # hours of other runs shall not be lost to it
-                failures.append(f"{arm}, seed {seed}: {_line(error)}")
+                failures.append(f"{arm}, seed {seed}: {_logged_line(error)}")
                 print(f"failed: {failures[-1]}", flush=True)
             summary = _write_summary(config, made, failures)
         about = {"command": command, "seconds": round(time.monotonic() - begun, 1), "code_version": code_version()}
@@ -65,12 +66,11 @@ def compare(config: CompareConfig, made: Plan, recipe: str, command: str) -> dic
     return summary
 
 
-def _line(error: Exception) -> str:
-    """An error of ours speaks for itself; of another one the log has the rest."""
-    if isinstance(error, ConfigError | DataError | TrainingError):
-        return str(error)
-    logger.error("an unexpected error", exc_info=error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _logged_line(error: Exception) -> str:
+    """Return the error on one line; log the traceback of an unexpected one."""
+    if not isinstance(error, UserError):
+        logger.error("an unexpected error", exc_info=error)
+    return describe_error(error)
 
 
 def _start_tracker(config: CompareConfig, made: Plan, recipe: str, command: str) -> tuple[Tracker, TrackingConfig]:
@@ -158,18 +158,16 @@ def table(summary: Mapping[str, Any]) -> str:
     """For the terminal: a column an arm, then the paired differences and the claim."""
     arms = summary["arms"]
     names = dict.fromkeys(name for entry in arms.values() for name in entry["mean"])
-    lines = [f"{'':<26}" + "".join(f"{arm:>22}" for arm in arms)]
-    lines.append(f"{'seeds':<26}" + "".join(f"{len(entry['seeds']):>22}" for entry in arms.values()))
+    rows = [["", *arms], ["seeds", *(str(len(entry["seeds"])) for entry in arms.values())]]
     for name in names:
-        cells = (_cell(entry["mean"].get(name), entry["std"].get(name)) for entry in arms.values())
-        lines.append(f"{name:<26}" + "".join(f"{cell:>22}" for cell in cells))
-    lines.append("")
+        rows.append([name, *(_cell(entry["mean"].get(name), entry["std"].get(name)) for entry in arms.values())])
+    differences = [["paired difference", "mean", "95 % interval", "n"]]
     for name, difference in summary["paired"].items():
         mean, low, high = difference["mean"], difference["low"], difference["high"]
         interval = "no interval" if low is None else f"{low:+.4g} to {high:+.4g}"
-        lines.append(f"{name:<52}{mean:>+12.4g}  {interval}  (n = {difference['n']})")
+        differences.append([name, f"{mean:+.4g}", interval, str(difference["n"])])
     held = "the claim holds" if summary["claim"]["holds"] else "the claim does not hold"
-    return "\n".join([*lines, "", f"{held}: {summary['claim']['why']}"])
+    return "\n\n".join([render_table(rows), render_table(differences), f"{held}: {summary['claim']['why']}"])
 
 
 def _cell(mean: float | None, std: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from ray_platform.contracts import ConfigError
+from ray_platform.contracts import ConfigError, one_line
 from ray_platform.redaction import is_redacted, redacted_values
 
 LISTS = (
@@ -29,7 +29,7 @@ class Parser(ArgumentParser):
     """Whatever it refuses is a ConfigError of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigError(" ".join(message.split()))
+        raise ConfigError(one_line(message))
 
 
 def resolve(parser: Parser, arguments: Sequence[str]) -> tuple[Namespace, str]:
@@ -43,7 +43,7 @@ def resolve(parser: Parser, arguments: Sequence[str]) -> tuple[Namespace, str]:
     try:
         values = parser.parse_args(arguments)
     except ImportError as error:  # what a class_path names
-        raise ConfigError(" ".join(str(error).split())) from None
+        raise ConfigError(one_line(error)) from None
     text = parser.dump(values.clone(with_meta=False), skip_none=False)
     plain = yaml.safe_load(text)
     _check_secrets(plain)
@@ -52,7 +52,7 @@ def resolve(parser: Parser, arguments: Sequence[str]) -> tuple[Namespace, str]:
     try:
         return parser.instantiate(values), text
     except ValueError as error:  # what a config's own checks say
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(one_line(error)) from error
 
 
 def early(arguments: Sequence[str], flag: str, default: str) -> str:
@@ -100,7 +100,7 @@ def _check_config(path: Path) -> None:
     try:
         values = _num_values(yaml.compose(content, yaml.SafeLoader), {})
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        what = one_line(error)
         raise ConfigError(f"--config: {path} is no YAML that can be read ({what}); give a saved config.yaml") from None
     if values > MOST_VALUES:
         raise ConfigError(f"--config: {path} stands for more than {MOST_VALUES:,} values: its aliases multiply; write them out")

@@ -10,7 +10,7 @@ import yaml
 
 from diffdis_platform.config.arguments import LARGEST_CONFIG, Parser, resolve
 from ray_platform import storage
-from ray_platform.contracts import ConfigError
+from ray_platform.contracts import ConfigError, one_line
 from ray_platform.evaluate.sets import PAPER
 from ray_platform.placement import check_labels
 from ray_platform.tracking import TrackingConfig
@@ -123,8 +123,9 @@ def suite_sets(suite: str) -> dict[str, str]:
         sets = content["sets"]
         found = dict.fromkeys(sets, "") if isinstance(sets, list) else {name: url or "" for name, url in sets.items()}
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        what = " ".join(str(error).split())
-        raise ConfigError(f"suite: {suite} is not `sets:` with a list of names, or `name: folder` pairs ({what})") from None
+        raise ConfigError(
+            f"suite: {suite} is not `sets:` with a list of names, or `name: folder` pairs ({one_line(error)})"
+        ) from None
     if not found or not all(isinstance(text, str) for pair in found.items() for text in pair):
         raise ConfigError(f"suite: {suite}: `sets:` needs at least one name, and names and folders must be texts")
     if odd := [name for name in found if not _SET_NAME.fullmatch(name) or ".." in name.split("/")]:

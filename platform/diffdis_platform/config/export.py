@@ -15,7 +15,7 @@ from diffdis.task import DiffDisTask
 from diffdis.warm_start import resolved
 from diffdis_platform.config.arguments import Parser, resolve
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError
+from ray_platform.contracts import ConfigError, DataError, describe_error
 from ray_platform.train import checkpoint
 from ray_platform.train.checkpoint import Manifest
 
@@ -52,21 +52,19 @@ def export(config: ExportConfig) -> str:
         ema = config.weights == "ema" or (config.weights == "best" and manifest.config["train"]["ema_decay"] > 0)
         task = build_task(manifest.config)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
-        raise DataError(f"{url}: no model can be built from the configuration in it ({_line(error)}); take another") from None
+        raise DataError(
+            f"{url}: no model can be built from the configuration in it ({describe_error(error)}); take another"
+        ) from None
     weights = dict(checkpoint.weights_of(url, "ema" if ema else "weights"))
     with tempfile.TemporaryDirectory(prefix="export_") as folder:
         try:
             task.save_pretrained(weights, Path(folder))
         except (KeyError, ValueError, RuntimeError) as error:
-            raise DataError(f"{url}: its tensors are not those of its model ({_line(error)}); take another") from None
+            raise DataError(f"{url}: its tensors are not those of its model ({describe_error(error)}); take another") from None
         opened = ", ".join(check_opens(Path(folder)))
         storage.put_folder(Path(folder), config.output_dir)
     which = "the EMA" if ema else "the weights"
     return f"done: {which} of step {manifest.step} ({url}) in {config.output_dir}; opens as {opened}"
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def check_opens(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Other values for some fields of a configuration: `objective.lambda_alignment = 0.5`."""
+"""Replacement of config fields by dotted names: `objective.lambda_alignment = 0.5`."""
 
 import json
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def with_fields(config: T, values: Mapping[str, Any]) -> T:
-    """`config` with the values of dotted fields, checked as those of a command line are.
+    """Return `config` with other values for dotted fields, checked like those of a command line.
 
-    Raises ConfigError, in one line, for a field that does not exist, a value of another type, or one that the configuration
-    refuses.
+    Raises:
+        ConfigError: a field that does not exist, or a value of another type or one that the config rejects.
     """
     parser = Parser()
     parser.add_class_arguments(type(config), default=config)

@@ -7,6 +7,7 @@ from typing import Any
 from diffdis.pictures import grid
 from diffdis.pipeline import DiffDisPipeline
 from diffdis_platform.demo.scores import SPLITS, colour_agreement, sample_captions, score
+from ray_platform.terminal import render_table
 from ray_platform.tracking import Tracker, TrackingConfig
 
 NUM_RANDOM_CAPTIONS = 48
@@ -64,14 +65,14 @@ def table(summary: dict[str, Any]) -> str:
             for name in ("loss_generation", "loss_alignment")
         ),
         "",
-        "zero-shot           acc1  x chance    acc5  100-way  shuffled  untrained  classes  images",
     ]
+    rows = [["zero-shot", "acc1", "x chance", "acc5", "100-way", "shuffled", "untrained", "classes", "images"]]
     for split in SPLITS:
         s = summary["zero_shot"][split]
-        lines.append(
-            f"{split:<16}{s['acc1']:>8.2%}{s['acc1'] / s['chance']:>10.1f}{s['acc5']:>8.2%}{s['acc1_100way']:>9.3f}"
-            f"{s['acc1_shuffled_images']:>10.2%}{s['acc1_untrained']:>11.2%}{s['num_classes']:>9}{s['num_images']:>8}"
-        )
+        shares = [f"{s['acc1_100way']:.3f}", f"{s['acc1_shuffled_images']:.2%}", f"{s['acc1_untrained']:.2%}"]
+        times = f"{s['acc1'] / s['chance']:.1f}"
+        rows.append([split, f"{s['acc1']:.2%}", times, f"{s['acc5']:.2%}", *shares, str(s["num_classes"]), str(s["num_images"])])
+    lines.append(render_table(rows))
     c = summary["colour"]
     lines += [
         "",

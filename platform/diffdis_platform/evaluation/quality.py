@@ -18,7 +18,7 @@ from diffdis_platform.config.evaluate import QualityConfig
 from diffdis_platform.evaluation.models import Model
 from diffdis_platform.evaluation.units import unit
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError
+from ray_platform.contracts import ConfigError, DataError, one_line
 from ray_platform.evaluate.fan_out import in_order
 from ray_platform.evaluate.find import open_images, open_set
 from ray_platform.evaluate.result_cache import Rows, read_arrays
@@ -48,7 +48,7 @@ def _built(build: Callable[[str], Any]) -> Any:
     try:
         return build("cpu")
     except ValueError as error:
-        raise ConfigError(f"quality.networks: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"quality.networks: {one_line(error)}") from error
 
 
 def read_prompts(config: QualityConfig) -> list[str]:
@@ -87,7 +87,7 @@ class Reference:
             found = read_arrays(storage.read_bytes(url))
             return cls(found["features"], json.loads(str(found["protocol"])))
         except (ValueError, KeyError, RecursionError) as error:
-            what = " ".join(str(error).split())
+            what = one_line(error)
             raise DataError(f"quality.reference: {url} is no reference_<network>.npz that an evaluation wrote ({what})") from None
 
 

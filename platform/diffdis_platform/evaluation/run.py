@@ -29,6 +29,7 @@ from ray_platform.evaluate.sets import PAPER, PUBLISHED, PUBLISHED_RETRIEVAL, Ev
 from ray_platform.evaluate.work import Thumbnails, WorkerModels, image_name
 from ray_platform.redaction import is_redacted, restored
 from ray_platform.report.evaluation import report_page
+from ray_platform.terminal import render_table
 from ray_platform.tracking import DataSet, Tracker, TrackingConfig, run_metadata
 from ray_platform.tracking.code_version import code_version
 from ray_platform.train.launch import TRACKED
@@ -268,7 +269,7 @@ def _data_set(data: EvaluationSet) -> DataSet:
 
 def table(details: Mapping[str, Any], names: Sequence[str]) -> str:
     """For the terminal: a row a set, a column a model."""
-    lines = [f"{'':<22}" + "".join(f"{name:>16}" for name in names)]
+    cells = [["", *names]]
     for kind, metric in (("zero_shot", ""), ("retrieval", "text_retrieval_recall@1"), ("retrieval", "image_retrieval_recall@1")):
         rows: dict[str, dict[str, float]] = {}
         for entry in details[kind]:
@@ -276,7 +277,8 @@ def table(details: Mapping[str, Any], names: Sequence[str]) -> str:
             label = f"{entry['set']} {'' if not metric else metric.split('_')[0] + ' R@1'}".strip()
             rows.setdefault(label, {})[entry["model"]] = entry["metrics"][shown]
         for label, values in rows.items():
-            lines.append(f"{label:<22}" + "".join(f"{values[n]:>16.2%}" if n in values else f"{'-':>16}" for n in names))
+            cells.append([label, *(f"{values[n]:.2%}" if n in values else "-" for n in names)])
+    lines = [render_table(cells)]
     for entry in details["quality"]:
         figures = "  ".join(f"{name} {value:.4g}" for name, value in entry["metrics"].items())
         lines.append(f"guidance {entry['guidance_scale']:g}: {figures}")

@@ -22,7 +22,7 @@ from diffdis.model import DiffDis
 from diffdis.objective import Objective
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.sizing.live_bytes import LiveBytes
-from ray_platform.contracts import ConfigError
+from ray_platform.contracts import ConfigError, one_line
 from ray_platform.train.meter import count_flops, operation_counter
 
 HALF, FULL = 2, 4  # bytes of a number
@@ -71,7 +71,7 @@ def count(config: PretrainConfig, num_micro_batches: int = 1) -> Counts:
                 num_micro_batches > 1,
             )
     except (ValueError, OSError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(one_line(error)) from error
 
 
 @functools.lru_cache(maxsize=8)

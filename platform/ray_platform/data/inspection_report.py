@@ -8,6 +8,7 @@ from ray_platform.data.causes import FILTERED
 from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import SHARD_CHANGED, SHARD_CRASHES
 from ray_platform.data.statistics import Histogram, Statistics
+from ray_platform.terminal import render_table
 
 # What each cause means, and what can be done about it.
 MEANINGS = {
@@ -96,13 +97,14 @@ def table(summary: dict[str, Any]) -> str:
     shards, samples, rejects = summary["shards"], summary["samples"], summary["rejects"]
     bytes_read = f"{size_text(shards['bytes_inspected'])} of {size_text(shards['bytes_in_source'])}"
     lines = [f"{shards['inspected']:,} of {shards['in_source']:,} shards inspected, {bytes_read}", ""]
-    lines.append(f"samples   {samples['inspected']:>12,}")
+    counts = [["samples", f"{samples['inspected']:,}", "", ""]]
     for name, is_meant in (("used", None), ("filtered", True), ("bad", False)):
         causes = ", ".join(
             f"{cause} {reject['samples']:,}" for cause, reject in rejects.items() if (cause in FILTERED) is is_meant
         )
         share = samples[name] / max(1, samples["inspected"])
-        lines.append(f"  {name:<8}{samples[name]:>12,}{share:>8.1%}   {causes}".rstrip())
+        counts.append([f"  {name}", f"{samples[name]:,}", f"{share:.1%}", causes])
+    lines.append(render_table(counts))
     if samples["upscaled"]:
         share = samples["upscaled"] / samples["used"]
         lines.append(f"scaled up: {samples['upscaled']:,} of the used images ({share:.1%}), smaller than what training asks for")
@@ -110,11 +112,12 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"shards without a usable sample: {shards['unusable']:,}")
     if len(summary["shapes"]) > 1:
         lines.append("shapes: " + ", ".join(f"{shape} {count:,}" for shape, count in summary["shapes"].items()))
-    lines += ["", f"{'':<22}{'least':>10}{'10 %':>10}{'median':>10}{'90 %':>10}{'most':>10}"]
+    quantiles = [["", "least", "10 %", "median", "90 %", "most"]]
     for name, histogram in summary["histograms"].items():
-        values = [value_text(name, histogram[of]) for of in ("least", "p10", "p50", "p90", "most")]
         if histogram["least"] is not None:
-            lines.append(f"{title(name):<22}" + "".join(f"{value:>10}" for value in values))
+            values = [value_text(name, histogram[of]) for of in ("least", "p10", "p50", "p90", "most")]
+            quantiles.append([title(name), *values])
+    lines += ["", render_table(quantiles)]
     lines += ["", *epoch_lines(summary)]
     return "\n".join(lines)
 

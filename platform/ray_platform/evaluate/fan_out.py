@@ -14,7 +14,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from ray_platform.contracts import ConfigError, DataError
+from ray_platform.contracts import ConfigError, UserError, describe_error, one_line
 from ray_platform.evaluate.result_cache import ResultCache, Rows
 from ray_platform.evaluate.schedule import IN_FLIGHT, MAX_DEATHS, Schedule, Unit
 from ray_platform.placement import Labels, ResourceRequest, may_grow, named, room, selector
@@ -200,7 +200,7 @@ class FanOut:
             logger.warning("a worker died; another one takes its units")
         if self.schedule.again(unit, alone):
             return None
-        return self._fail(unit, f"{unit.name}: {MAX_DEATHS} workers died with it, the last time so: {_one_line(error)[:200]}")
+        return self._fail(unit, f"{unit.name}: {MAX_DEATHS} workers died with it, the last time so: {one_line(error)[:200]}")
 
     def _fail(self, unit: Unit, line: str) -> Outcome | None:
         if unit.group in self.schedule.failed:
@@ -210,16 +210,8 @@ class FanOut:
 
 
 def _line(cause: Exception, unit: Unit) -> str:
-    """An error of ours speaks for itself; another one is named by its type and the unit."""
-    return (
-        _one_line(cause)
-        if isinstance(cause, DataError | ConfigError)
-        else (f"{unit.name}: {type(cause).__name__}: {_one_line(cause)[:500]}")
-    )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """Return the error on one line; an unexpected one is preceded by the name of the unit."""
+    return describe_error(cause) if isinstance(cause, UserError) else f"{unit.name}: {describe_error(cause)}"
 
 
 def in_order(parts: Mapping[int, Rows]) -> Rows:

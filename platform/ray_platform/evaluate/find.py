@@ -14,6 +14,7 @@ from ray_platform.evaluate.layouts.tars import SPLIT, open_export, tar_set
 from ray_platform.evaluate.layouts.torchvision import open_torchvision
 from ray_platform.evaluate.sets import REGISTRY, EvaluationSet
 from ray_platform.evaluate.slices import SampleSchema
+from ray_platform.terminal import render_table
 
 _LOOKS_AT_ONCE = 16
 
@@ -116,15 +117,7 @@ def listing(roots: Sequence[str]) -> str:
             where = "refused"
             notes.append(str(error))
         rows.append((name, where, layout, files, size, str(info.num_classes or ""), f"{info.num_images:,}", info.main_metric))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    right = range(3, 7)
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width) for column, (cell, width) in enumerate(cells)
-        ).rstrip()
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-    return "\n".join(lines + [f"refused: {note}" for note in notes])
+    return "\n".join([render_table(rows)] + [f"refused: {note}" for note in notes])
 
 
 def _folders(name: str) -> tuple[str, ...]:

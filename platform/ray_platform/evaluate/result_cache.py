@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ray_platform import storage
+from ray_platform.contracts import one_line
 
 Rows = dict[str, np.ndarray]  # of one unit, by name; numbers and strings, no objects
 
@@ -32,7 +33,7 @@ def read_arrays(content: bytes) -> Rows:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise ValueError(one_line(error)) from None
 
 
 class ResultCache:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError
+from ray_platform.contracts import ConfigError, DataError, one_line
 from ray_platform.data.ledger import Ledger
 from ray_platform.names import check_below
 
@@ -141,8 +141,7 @@ def _whole(url: str, name: str) -> Iterator[None]:
     except CorruptCheckpoint:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, DataError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:300]
-        raise CorruptCheckpoint(f"{url}: {name} is damaged ({what}); {advice}") from None
+        raise CorruptCheckpoint(f"{url}: {name} is damaged ({one_line(error, 300)}); {advice}") from None
 
 
 def read_file(url: str, manifest: Manifest, name: str) -> bytes:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ray import cloudpickle
 
 from ray_platform import storage
-from ray_platform.contracts import Batch, ConfigError, ConsumedRange, DataError, Task
+from ray_platform.contracts import Batch, ConfigError, ConsumedRange, DataError, Task, one_line
 from ray_platform.data.execution import spilled_bytes
 from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
@@ -76,7 +76,7 @@ def built(job: Job) -> Task:
     try:
         return cloudpickle.loads(job.build_task)()
     except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(one_line(error)) from error
 
 
 class Trainer:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ray_platform.contracts import one_line
 from ray_platform.train.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -38,5 +39,5 @@ def draw_page(engine: Engine, step: int) -> bytes | None:
     except Exception as error:
         failure = failure or f"{type(error).__name__}: {error}"
     if failure:
-        logger.warning("the preview at step %d failed, or a part of it; training goes on: %s", step, " ".join(failure.split()))
+        logger.warning("the preview at step %d failed, or a part of it; training goes on: %s", step, one_line(failure))
     return page

@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from ray_platform import storage
+from ray_platform.contracts import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -43,4 +44,4 @@ class Profiler:
                 done.export_chrome_trace(str(Path(folder) / "rank_00000.json.gz"))
                 storage.put_folder(Path(folder), self.folder)
         except Exception as error:
-            logger.warning("the profiler's trace could not be written; training goes on: %s", " ".join(str(error).split()))
+            logger.warning("the profiler's trace could not be written; training goes on: %s", one_line(error))

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 from ray_platform import storage
+from ray_platform.contracts import one_line
 from ray_platform.train import checkpoint
 from ray_platform.train.checkpoint import RETRY_SECONDS, Keep, Manifest, json_name
 
@@ -88,7 +89,7 @@ class Saver:
             self._put(json_name(f"{rank_name}_files", self.token), json.dumps(written).encode())
             logger.debug("rank %d uploaded its share in %.1f s", self.rank, time.monotonic() - begun)
         except Exception as error:
-            self.failure = _line(error)
+            self.failure = one_line(error)
             logger.warning("the checkpoint %s failed on rank %d; training goes on: %s", self.url, self.rank, self.failure)
 
     def _put(self, name: str, data: bytes) -> tuple[int, str]:
@@ -107,17 +108,13 @@ class Saver:
             storage.with_retries(lambda: storage.write_bytes(storage.join(url, checkpoint.COMPLETE), whole), RETRY_SECONDS)
             logger.info("checkpoint %s is complete", url)
         except Exception as error:
-            self.failure = _line(error)
+            self.failure = one_line(error)
             logger.warning("the checkpoint %s was not completed; training goes on: %s", url, self.failure)
             return
         try:
             keep.prune(url)
         except Exception as error:
-            logger.warning("older checkpoints than %s could not be removed; the next one tries again: %s", url, _line(error))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+            logger.warning("older checkpoints than %s could not be removed; the next one tries again: %s", url, one_line(error))
 
 
 def _packed(share: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:

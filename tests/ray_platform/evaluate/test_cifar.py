@@ -14,7 +14,7 @@ from ray_platform.evaluate.find import find_set, open_set
 from ray_platform.evaluate.layouts import cifar
 from ray_platform.evaluate.sets import REGISTRY
 from ray_platform.evaluate.slices import rgb
-from tests.evaluation_sets import CIFAR10, class_names, picture, read
+from tests.support.evaluation_sets import CIFAR10, class_names, picture, read
 
 
 def refused(name: str, url: Path, kind=DataError) -> str:

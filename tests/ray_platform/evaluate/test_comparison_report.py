@@ -8,8 +8,8 @@ import pytest
 from ray_platform.report import metric_names
 from ray_platform.report.comparison import comparison_page
 from ray_platform.report.row_chart import Row, row_chart
-from tests.comparison_details import ARMS, PAIRS, SCORES, SEEDS, comparison
-from tests.html_page import EVIL, Page
+from tests.support.comparison_details import ARMS, PAIRS, SCORES, SEEDS, comparison
+from tests.support.html_page import EVIL, Page
 
 
 @pytest.fixture(scope="module")

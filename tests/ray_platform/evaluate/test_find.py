@@ -5,7 +5,7 @@ from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.find import find_set, find_sets, listing, open_set
 from ray_platform.evaluate.sets import PAPER, REGISTRY
 from ray_platform.evaluate.slices import read_slice
-from tests.evaluation_sets import CIFAR10, picture, write_all_twelve, write_one, write_retrieval, write_wds
+from tests.support.evaluation_sets import CIFAR10, picture, write_all_twelve, write_one, write_retrieval, write_wds
 
 # What DataComp's download_evalsets.py calls its folders of the twelve. Its CIFAR-10 is not named after VTAB.
 DATACOMP = {

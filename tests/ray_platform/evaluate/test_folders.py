@@ -10,7 +10,7 @@ from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.find import find_set, open_images, open_set
 from ray_platform.evaluate.layouts import files
 from ray_platform.evaluate.sets import REGISTRY
-from tests.evaluation_sets import encoded, picture, read
+from tests.support.evaluation_sets import encoded, picture, read
 
 IMAGENET = REGISTRY["imagenet1k"].class_folders
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ray_platform.evaluate.find import open_images, open_set
 from ray_platform.evaluate.slices import read_slice
-from tests.evaluation_sets import encoded, picture, write_one
+from tests.support.evaluation_sets import encoded, picture, write_one
 
 
 def keys(found) -> list[str]:

@@ -15,7 +15,7 @@ from ray_platform.evaluate.find import find_set, open_set
 from ray_platform.evaluate.layouts import parquet
 from ray_platform.evaluate.sets import REGISTRY
 from ray_platform.evaluate.slices import read_slice, rgb
-from tests.evaluation_sets import CIFAR10, class_names, encoded, picture, read
+from tests.support.evaluation_sets import CIFAR10, class_names, encoded, picture, read
 
 CAT_DOG = {"label": ("cat", "dog")}
 

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from ray_platform.report.evaluation import report_page
-from tests.evaluation_details import BASELINE, CAPTIONS, OWN, PUBLISHED, SETS, class_names, evaluation
-from tests.html_page import EVIL, Page
+from tests.support.evaluation_details import BASELINE, CAPTIONS, OWN, PUBLISHED, SETS, class_names, evaluation
+from tests.support.html_page import EVIL, Page
 
 NAMES = {"class", "true", "predicted", "key", "cause", "caption", "text", "title", "code_version", "name", "pretrained", "task"}
 

@@ -14,7 +14,7 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.results import check_same_protocol, metrics_for_tracking, model_folders, write_results
 from ray_platform.tracking import Tracker, TrackingConfig, tracking_uri
-from tests.evaluation_details import OWN, SETS, evaluation
+from tests.support.evaluation_details import OWN, SETS, evaluation
 
 FOLDER, BASELINE_FOLDER = "DiffDis-step-40000", "CLIP-ViT-B-32-own-run"
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ray_platform.data.causes import SampleError
 from ray_platform.evaluate.slices import rgb
-from tests.evaluation_sets import encoded, picture
+from tests.support.evaluation_sets import encoded, picture
 
 REAL = sorted((Path(find_spec("foolbox").origin).parent / "data").glob("*.*g"))
 ORIENTATION = 0x0112

@@ -11,7 +11,7 @@ from ray_platform.contracts import DataError
 from ray_platform.evaluate.classes import classification, published_names
 from ray_platform.evaluate.find import open_set
 from ray_platform.evaluate.sets import PAPER, PUBLISHED, PUBLISHED_RETRIEVAL, REGISTRY, check_counts
-from tests.evaluation_sets import CIFAR10, picture, write_one, write_retrieval, write_wds
+from tests.support.evaluation_sets import CIFAR10, picture, write_one, write_retrieval, write_wds
 
 CLIP_BENCHMARK = Path(find_spec("clip_benchmark").origin).parent / "datasets"
 TEMPLATES = json.loads((CLIP_BENCHMARK / "en_zeroshot_classification_templates.json").read_text())

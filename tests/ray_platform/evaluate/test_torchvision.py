@@ -12,7 +12,7 @@ from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.find import find_set, open_set
 from ray_platform.evaluate.sets import REGISTRY
-from tests.evaluation_sets import class_names, encoded, picture, read
+from tests.support.evaluation_sets import class_names, encoded, picture, read
 
 
 def refused(name: str, url: Path, kind=DataError) -> str:

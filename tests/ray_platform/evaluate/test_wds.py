@@ -13,7 +13,7 @@ from ray_platform.evaluate.find import open_images, open_set
 from ray_platform.evaluate.layouts import tars
 from ray_platform.evaluate.sets import PAPER, REGISTRY
 from ray_platform.evaluate.slices import read_slice, rgb
-from tests.evaluation_sets import class_names, encoded, picture, read, write_one, write_retrieval, write_wds
+from tests.support.evaluation_sets import class_names, encoded, picture, read, write_one, write_retrieval, write_wds
 
 REAL = Path(find_spec("foolbox").origin).parent / "data"
 

@@ -9,7 +9,7 @@ from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.find import open_set
 from ray_platform.evaluate.sets import REGISTRY
 from ray_platform.evaluate.slices import RawSample
-from tests.evaluation_sets import class_names, encoded, picture, read, write_one, write_retrieval, write_wds
+from tests.support.evaluation_sets import class_names, encoded, picture, read, write_one, write_retrieval, write_wds
 
 
 def own(folder: Path, count: int = 6, **fields) -> Path:

@@ -10,8 +10,8 @@ import pytest
 from ray_platform.report import sweep_charts
 from ray_platform.report.parallel_coordinates import Axis, Trial, parallel_coordinates
 from ray_platform.report.sweep import pictures, sweep_page
-from tests.html_page import EVIL, Page
-from tests.sweep_details import ACCURACY, DISTANCE, ERROR, OBJECTIVES, RECIPE, SPACE, sweep
+from tests.support.html_page import EVIL, Page
+from tests.support.sweep_details import ACCURACY, DISTANCE, ERROR, OBJECTIVES, RECIPE, SPACE, sweep
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ray_platform import storage
-from ray_platform.contracts import DataError
+from ray_platform.contracts import DataError, describe_error
 from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.classes import classification, template_list
 from ray_platform.evaluate.sets import EvaluationSet, make_set
@@ -84,7 +84,7 @@ def _load(set_name: str, url: str) -> dict[str, Any]:
         values = _Unpickler(io.BytesIO(data), encoding="bytes").load()
         return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in values.items()}
     except Exception as error:  # garbage makes pickle raise nearly anything
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        what = describe_error(error)
         raise DataError(f"{set_name}: {url} is no CIFAR file that can be trusted ({what}); fetch the set again") from None
 
 

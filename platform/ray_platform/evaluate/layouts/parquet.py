@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_platform import storage
-from ray_platform.contracts import DataError
+from ray_platform.contracts import DataError, one_line
 from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.classes import (
     CLASSES,
@@ -156,7 +156,7 @@ def _header(set_name: str, url: str) -> pq.FileMetaData:
         with storage.open_read(url) as file:
             return pq.ParquetFile(file).metadata
     except pa.ArrowException as error:
-        raise DataError(f"{set_name}: {url} is no parquet file ({' '.join(str(error).split())}); fetch the set again") from None
+        raise DataError(f"{set_name}: {url} is no parquet file ({one_line(error)}); fetch the set again") from None
 
 
 def _schema(schema: pa.Schema, set_name: str) -> Schema:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import scipy.io
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError
+from ray_platform.contracts import ConfigError, DataError, describe_error
 from ray_platform.evaluate.classes import classification, published_names, read_lines, template_list
 from ray_platform.evaluate.layouts import cifar, files
 from ray_platform.evaluate.sets import REGISTRY, EvaluationSet
@@ -60,7 +60,7 @@ def _indexed(set_name: str, folder: str, layout: Layout) -> EvaluationSet:
     except DataError:
         raise
     except Exception as error:  # garbage makes scipy raise nearly anything
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        what = describe_error(error)
         raise DataError(
             f"{set_name}: {storage.join(folder, layout.marker)} or a file beside it is not as torchvision's dataset has it "
             f"({what}); fetch the set again"

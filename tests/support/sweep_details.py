@@ -1,6 +1,6 @@
 """A whole sweep, made up: 16 trials under ASHA, of which some fail.
 
-python -m tests.sweep_details report.html [folder for its pictures]
+python -m tests.support.sweep_details report.html [folder for its pictures]
 """
 
 import math

@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECORDS = "/tmp/records"
 SECONDS_A_STEP = 0.2  # at least
 
@@ -30,8 +30,8 @@ def paced(build_task):
 def main():
     sys.path[:0] = [str(ROOT / "jobs"), str(ROOT / "platform"), str(ROOT)]
     from diffdis_platform.config.pretrain import PretrainConfig
-    from tests import recorded_pretrain  # what travels to the workers must not be in __main__
-    from tests.recording import recording
+    from tests.support import recorded_pretrain  # what travels to the workers must not be in __main__
+    from tests.support.recording import recording
 
     plain = PretrainConfig.run
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SHELL = ("", "bash", "sh", "shell", "console")  # a block that says nothing is one
 _MARK = re.compile(r"<!-- (.*) -->")

@@ -1,6 +1,6 @@
 """A whole evaluation, made up: 12 sets of the real sizes, two sets of captions, images drawn for several guidance scales.
 
-python -m tests.evaluation_details report.html
+python -m tests.support.evaluation_details report.html
 """
 
 import base64

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _INSIDE = "DIFFDIS_TESTS_SANDBOX"
 _UNSHARE = ["unshare", "--net", "--mount", "--propagation", "private"]
 _SANDBOX = [*_UNSHARE, "--pid", "--fork", "--kill-child", "--mount-proc"]

@@ -1,6 +1,6 @@
 """A whole comparison, made up: four arms and the joint mask, three seeds.
 
-python -m tests.comparison_details report.html [null]
+python -m tests.support.comparison_details report.html [null]
 """
 
 import random
@@ -12,7 +12,7 @@ from typing import Any
 from scipy import stats
 
 from ray_platform.report.comparison import comparison_page
-from tests.evaluation_details import CAPTIONS, picture
+from tests.support.evaluation_details import CAPTIONS, picture
 
 ARMS: dict[str, dict[str, Any]] = {
     "joint": {"objective.task": "joint"},

@@ -1,0 +1,61 @@
+"""Every Python block of docs/extending.md runs as it stands, the blocks of one section in one namespace."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.documentation import ROOT, blocks
+
+PAGE = "docs/extending.md"
+# Runs the sections in one process, because importing torch for each would take most of the time; prints {section: traceback}.
+RUNNER = """
+import json, os, sys, tempfile, traceback
+failures = {}
+for section, sources in json.load(sys.stdin).items():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        namespace = {"__name__": "extending"}
+        try:
+            for source in sources:
+                exec(compile(source, section, "exec"), namespace)
+        except BaseException:
+            failures[section] = traceback.format_exc()
+        os.chdir("/")
+print("\\nRESULT " + json.dumps(failures))
+"""
+
+
+def python_blocks() -> dict[str, list[str]]:
+    """Source of the page's Python blocks by section."""
+    headings = [
+        (number, line.removeprefix("## "))
+        for number, line in enumerate((ROOT / PAGE).read_text().splitlines(), 1)
+        if line.startswith("## ")
+    ]
+    sections: dict[str, list[str]] = {}
+    for block in (block for block in blocks(PAGE) if block.language == "python"):
+        section = [title for number, title in headings if number < block.line][-1]
+        # Blank lines in front keep the page's line numbers in tracebacks.
+        sections.setdefault(section, []).append("\n" * block.line + block.text)
+    return sections
+
+
+BLOCKS = python_blocks()
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "platform"), str(ROOT))), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", RUNNER], input=json.dumps(BLOCKS), env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(process.stdout.rpartition("RESULT ")[2])
+
+
+@pytest.mark.parametrize("section", BLOCKS)
+def test_the_examples_of_a_section_run(failures, section):
+    assert section not in failures, failures[section]
