@@ -1,6 +1,6 @@
 """The controlled comparison: `ray job submit --working-dir . -- python jobs/compare.py --recipe demo_compare --output_dir …`.
 
-Where no cluster is named (RAY_ADDRESS), this machine's CPUs do it.
+Without RAY_ADDRESS, it runs on this machine's CPUs.
 """
 
 import shlex
@@ -8,8 +8,9 @@ import sys
 
 import _bootstrap  # noqa: F401
 
-from diffdis_platform.comparison.plan import SUMMARY, plan
-from diffdis_platform.comparison.run import REPORT, compare, table
+from diffdis_platform.comparison.run import REPORT, compare
+from diffdis_platform.comparison.runs import SUMMARY, plan_comparison
+from diffdis_platform.comparison.summary import format_summary
 from diffdis_platform.config.compare import parse
 from ray_platform import storage
 from ray_platform.connect import connect
@@ -22,15 +23,15 @@ from ray_platform.train.launch import TrainingError
 def main() -> None:
     command = parse(sys.argv[1:])
     config = command.config
-    made = plan(config)
+    plan = plan_comparison(config)
     ensure_cluster()
     connect()
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
-    summary = compare(config, made, command.recipe, redacted(shlex.join(["python", *sys.argv])))
-    print(f"\n{table(summary)}\n")
-    print(f"done: {storage.join(config.output_dir, REPORT)}, with {SUMMARY} and samples/ beside it", flush=True)
+    summary = compare(config, plan, command.recipe, redacted(shlex.join(["python", *sys.argv])))
+    print(f"\n{format_summary(summary)}\n")
+    print(f"done: {storage.join(config.output_dir, REPORT)}, next to {SUMMARY} and samples/", flush=True)
     if summary["failures"]:
-        raise DataError("not all was measured: " + "; ".join(summary["failures"]))
+        raise DataError("not everything was measured: " + "; ".join(summary["failures"]))
 
 
 if __name__ == "__main__":
@@ -39,4 +40,4 @@ if __name__ == "__main__":
     except (ConfigError, DataError, HeadError, TrainingError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+        sys.exit("stopped; the same command resumes the comparison")

@@ -44,8 +44,8 @@ def open_space(config: SweepConfig) -> tuple[dict[str, Dimension], dict[str, Any
     """Return the search space, and the recipe's values of its fields in JSON types.
 
     Raises:
-        ConfigError: a field that does not exist or that the sweep sets, or a value or an end of a range that is not valid while all
-            other fields have the recipe's values.
+        ConfigError: a field that does not exist or that the sweep sets, or a value or an end of a range that is not valid
+            while all other fields have the recipe's values.
     """
     space: dict[str, Dimension] = {}
     baseline: dict[str, Any] = {}

@@ -58,7 +58,7 @@ def plan_sweep(config: SweepConfig, recipe: str) -> SweepPlan:
     space, baseline = open_space(config)
     if training_steps(config.pretrain, config.samples) * config.budget_fractions[0] < 1:
         raise ConfigError(
-            f"samples: {config.samples} give less than a step to the first of {config.num_milestones} milestones; use more samples"
+            f"samples: {config.samples} give less than a step to the first of {config.num_milestones} milestones; use more"
         )
     try:
         tracking_uri(config.tracking, config.output_dir)
@@ -161,8 +161,8 @@ def _check_settings(config: SweepConfig) -> None:
     if difference := first_difference(saved, current):
         field, before, now = difference
         raise ConfigError(
-            f"{field}: {now}, but the sweep in {config.output_dir} was started with {before}; restore that value, or give another "
-            "output_dir"
+            f"{field}: {now}, but the sweep in {config.output_dir} was started with {before}; restore that value, or give "
+            "another output_dir"
         )
 
 

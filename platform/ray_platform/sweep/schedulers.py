@@ -1,4 +1,4 @@
-"""Trial schedulers, which decide at a milestone which trials continue. None stops or changes the baseline (the recipe's values)."""
+"""Trial schedulers, which decide at a milestone which trials continue. The baseline is never stopped or changed."""
 
 import math
 import statistics

@@ -33,7 +33,7 @@ _SETTINGS = {
 }
 # The process of a trial takes no CPU, since its workers do. It runs on the driver's node, where a local MLflow file is, and takes
 # a fraction of this resource (of which that node has 1) that limits how many trials run at the same time.
-_HEAD = "node:__internal_head__"
+HEAD = "node:__internal_head__"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Sweep:
         def trial(trial_config: dict[str, Any]) -> None:
             run_trial(trial_config, run_segment, config)
 
-        return tune.with_resources(trial, tune.PlacementGroupFactory([{_HEAD: math.floor(9_900 / concurrent) / 10_000}]))
+        return tune.with_resources(trial, tune.PlacementGroupFactory([{HEAD: math.floor(9_900 / concurrent) / 10_000}]))
 
     def _points(self) -> dict[str, Any]:
         points = trial_points(self.config, self.space, self.baseline)

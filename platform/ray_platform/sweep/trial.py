@@ -1,7 +1,7 @@
 """One trial of a sweep as a function that Ray Tune runs: train and evaluate from milestone to milestone.
 
-No training or evaluation worker runs at a milestone, so a trial that is stopped there leaves nothing behind. Ray Tune's checkpoint
-of a trial is a small file that names the training checkpoint.
+No training or evaluation worker runs at a milestone, so a trial that is stopped there leaves nothing behind. Ray Tune's
+checkpoint of a trial is a small file that names the training checkpoint.
 """
 
 import hashlib
@@ -97,7 +97,7 @@ def _run_segments(name: str, values: Mapping[str, Any], run_segment: RunSegment,
 
 
 def _load_state(trial: str) -> _TrialState:
-    """Return the state in Ray Tune's checkpoint; if PBT cloned another trial, its results so far, and its checkpoint as origin."""
+    """Return the state in Ray Tune's checkpoint. A clone has the results of the other trial, whose checkpoint is its origin."""
     checkpoint = tune.get_checkpoint()
     if checkpoint is None:
         return _TrialState(trial)
