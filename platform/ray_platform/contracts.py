@@ -49,6 +49,10 @@ def describe_error(error: BaseException) -> str:
     return text if text == type(error).__name__ else f"{type(error).__name__}: {text}"
 
 
+# Arrays by name, such as the results of a unit of work: numbers and strings, no objects.
+Rows = dict[str, np.ndarray]
+
+
 class ConsumedRange(NamedTuple):
     """Samples start..stop of a unit (a shard, or a part of one) were consumed, unusable ones included; it has `total`.
 

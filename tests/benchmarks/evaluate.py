@@ -36,14 +36,14 @@ from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
 from ray_platform.evaluate.find import find_set
 from ray_platform.evaluate.layouts.tars import tar_set
-from ray_platform.evaluate.schedule import IN_FLIGHT, Schedule
 from ray_platform.evaluate.sets import PAPER, REGISTRY
 from ray_platform.evaluate.slices import SampleSchema
 from ray_platform.evaluate.work import BATCH_SIZE, EmbedImages, WorkerModels
+from ray_platform.replicas import UNITS_IN_FLIGHT, WorkQueue
 from ray_platform.storage import StoredFile
 from tests.benchmarks.clip_benchmark_loop import evaluate_by_clip_benchmark
 from tests.diffdis.metrics.peers import functions_of
-from tests.ray_platform.evaluate.test_schedule import makespan, units
+from tests.ray_platform.test_replicas import makespan, queued
 from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder
 
 # The demo's networks at twice its image size. (At its own 32 px a walk of the image costs no more than 20 steps of a query: see
@@ -187,7 +187,7 @@ def evaluate_by_us(root: Path, clip: Path) -> Mapping[str, float]:
     data = find_set([str(root.parent)], "photographs")
     parts = WorkerModels({"clip": lambda device: ClipScorer(clip, device)}, os.cpu_count() or 1, "cpu")
     classes = class_embeddings(parts["clip"].embed_texts, data.classes, data.templates).numpy()
-    with ThreadPoolExecutor(IN_FLIGHT) as units_under_way:
+    with ThreadPoolExecutor(UNITS_IN_FLIGHT) as units_under_way:
         rows = list(units_under_way.map(lambda part: EmbedImages("clip", data.name, part, {}).run(parts), data.slices))
     labels = np.concatenate([part["labels"] for part in rows])
     return accuracies(labels, top_k(np.concatenate([part["embeddings"] for part in rows]), classes, k=5), len(data.classes))
@@ -270,7 +270,7 @@ def balance() -> dict[str, float]:
     took = {f"key{i}": value for i, value in enumerate(seconds)}
     ideal = sum(seconds) / WORKERS
     return {
-        "makespan_ratio": round(makespan(Schedule(units(costs)), WORKERS, lambda unit: took[unit.key]) / ideal, 4),
+        "makespan_ratio": round(makespan(WorkQueue(queued(costs)), WORKERS, lambda unit: took[unit.key]) / ideal, 4),
         "makespan_ratio_by_set": round(max(by_set.values()) / ideal, 1),
         "share_of_total_by_set": round(max(by_set.values()) / sum(by_set.values()), 3),
         "num_units": len(costs),

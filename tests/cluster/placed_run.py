@@ -23,14 +23,14 @@ from ray_platform.contracts import ConfigError
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
 from ray_platform.data.precompute import precompute
-from ray_platform.evaluate.fan_out import FanOut, Fleet
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.placement import room
+from ray_platform.replicas import ReplicaPool, ReplicaSpec
 from tests.end_to_end.conftest import write_shards
 from tests.end_to_end.test_faults import make_run
-from tests.ray_platform.evaluate.test_fan_out import squares
-from tests.ray_platform.evaluate.work_for_tests import no_parts
+from tests.ray_platform.replica_work import no_replica
 from tests.ray_platform.test_precompute import encoders
+from tests.ray_platform.test_replicas import squares
 
 CPU, GPU = {"pool": "cpu"}, {"pool": "gpu"}  # the second one trains; that it has no GPU here changes nothing
 # Each has room for all that runs, so that nothing but the labels says where.
@@ -68,7 +68,7 @@ class Watcher:
 def refusals(run, catalog, config):
     """What is said where the labelled nodes are too small, or not there."""
     for wanted in (
-        lambda: Fleet(no_parts, 5, placement=GPU).size(),
+        lambda: ReplicaSpec(no_replica, 5, placement=GPU).resolve_num_replicas(),
         lambda: list(precompute(catalog, config, replace(encoders(), count=9, placement=GPU), "/nowhere")),
         lambda: replace(run, train=replace(run.train, num_workers=(1, 2), placement={})).check(),
     ):
@@ -82,7 +82,7 @@ def size_where_nodes_may_come():
     """Of a fleet that does not fit, once the cluster's books say what they say where KubeRay's autoscaler is on."""
     key, namespace = ray._raylet.GCS_AUTOSCALER_V2_ENABLED_KEY, ray._raylet.GCS_AUTOSCALER_STATE_NAMESPACE
     internal_kv_get_gcs_client().internal_kv_put(key.encode(), b"1", True, namespace=namespace.encode())
-    return Fleet(no_parts, 5, placement=GPU).size()
+    return ReplicaSpec(no_replica, 5, placement=GPU).resolve_num_replicas()
 
 
 def main():
@@ -106,8 +106,8 @@ def main():
     with Watcher(raylets) as encoded:
         list(precompute(catalog, config, replace(encoders(count=2), placement=GPU), str(output / "encoded")))
     with Watcher(raylets) as evaluated:
-        fleet = Fleet(no_parts, 2, cpus_per_worker=0.5, placement=GPU)
-        with FanOut(fleet, ResultCache(str(output / "kept")), lambda line: None) as workers:
+        fleet = ReplicaSpec(no_replica, 2, cpus=0.5, placement=GPU)
+        with ReplicaPool(fleet, ResultCache(str(output / "kept")), lambda line: None) as workers:
             rows = list(workers.run(squares(range(40))))
     found = {
         "trained": trained.names(),

@@ -52,12 +52,12 @@ class TestOnThreeNodes:
 
     def test_an_evaluation_stays_on_its_pool(self, found):
         assert found["units"] == 40
-        assert pools(found["evaluated"], "_Actor") == ["gpu"]
+        assert pools(found["evaluated"], "ReplicaActor") == ["gpu"]
 
     def test_the_room_is_that_of_the_pool_and_too_little_is_refused(self, found):
         assert found["cpus"] == {"head": 0, "cpu": 4, "gpu": 4, "none": 0}
         evaluation, encoding, elastic = found["refusals"]
-        assert "do not fit the part of the cluster with pool=gpu's 4 CPUs" in evaluation
+        assert "do not fit on the part of the cluster with pool=gpu (4 CPUs" in evaluation
         assert "need 4.5 CPUs, but the part of the cluster with pool=gpu has 4" in encoding
         assert elastic.startswith("train.placement: the workers of an elastic run would take the CPUs of data.placement")
 

@@ -130,7 +130,7 @@ def _kill_a_replica():
         found = []
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "_Actor.do" in " ".join(process.cmdline()):
+                if "ReplicaActor.run_unit" in " ".join(process.cmdline()):
                     found.append(process)
         if found:
             time.sleep(1.0)

@@ -22,7 +22,7 @@ from diffdis_platform.sweeping.run import _lasting, plan, run, table
 from diffdis_platform.sweeping.trial import TrialJob, needs, steps
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
-from ray_platform.evaluate.results import as_json
+from ray_platform.json_values import to_json
 from ray_platform.placement import ResourceRequest
 from ray_platform.sweep.trial import Segment
 from ray_platform.train import checkpoint
@@ -132,7 +132,7 @@ def test_a_grid_with_asha_from_its_configuration_to_mlflow(make, tmp_path, monke
 def test_a_sweep_goes_on_under_code_with_new_fields(make, tmp_path):
     """What was begun before a field existed had its default."""
     config, begun = make(), tmp_path / "sweep" / "sweep.json"
-    saved = json.loads(as_json(_lasting(config)))
+    saved = json.loads(to_json(_lasting(config)))
     begun.parent.mkdir()
     del saved["pretrain"]["train"]["ema_decay"]
     begun.write_text(json.dumps(saved))

@@ -18,7 +18,8 @@ from ray_platform import storage
 from ray_platform.connect import describe_cluster
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.find import open_images
-from ray_platform.evaluate.results import as_json, first_difference, metrics_for_tracking, with_defaults
+from ray_platform.evaluate.results import metrics_for_tracking
+from ray_platform.json_values import first_difference, to_json, with_defaults
 from ray_platform.redaction import redacted_values, restored
 from ray_platform.tracking import TrackingConfig, metric_history
 from ray_platform.tracking.code_version import code_version
@@ -37,7 +38,8 @@ _NOT_IN_IDENTITY = (
     "pretrain.train.placement", "evaluation.placement",
 )  # fmt: skip
 
-RunFigures = dict[str, Any]  # scores and costs of a run by name, and its `environment`
+ArmFields = Mapping[str, Any]  # config field -> value
+RunFigures = Mapping[str, Any]  # scores and costs of a run by name, and its `environment`
 Results = dict[str, dict[int, RunFigures]]  # arm -> seed -> figures
 
 
@@ -46,7 +48,7 @@ class ComparisonPlan:
     """A comparison whose config was checked."""
 
     identity: Mapping[str, Any]  # everything that the figures depend on, except for arm and seed
-    fields: dict[str, dict[str, Any]]  # arm -> fields in which it differs
+    fields: dict[str, ArmFields]  # arm -> fields in which it differs
     results: Results  # of earlier calls; `compare` adds to them
     pending: list[tuple[str, int]]  # (arm, seed) in the order in which they run: all arms of a seed first
 
@@ -101,7 +103,7 @@ def measure(
         "run_id": tracked["run_id"],
         "code_version": code_version(),
     }
-    storage.write_bytes(storage.join(url, RESULT), as_json(result))
+    storage.write_bytes(storage.join(url, RESULT), to_json(result))
     return figures
 
 
@@ -161,15 +163,14 @@ def _identity(config: CompareConfig) -> dict[str, Any]:
 
 
 def _shared_fields(config: CompareConfig) -> dict[str, Any]:
-    shared = {"pretrain": asdict(config.pretrain), "evaluation": asdict(config.evaluation)}
+    shared: dict[str, Any] = json.loads(to_json({"pretrain": asdict(config.pretrain), "evaluation": asdict(config.evaluation)}))
     for field in _NOT_IN_IDENTITY:
         *groups, name = field.split(".")
         inner = shared
         for group in groups:
             inner = inner[group]
         inner.pop(name)
-    plain: dict[str, Any] = json.loads(json.dumps(shared))
-    return plain
+    return shared
 
 
 def _quality_digests(config: QualityConfig) -> dict[str, str]:
@@ -187,7 +188,7 @@ def _with_new_fields(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {**identity, **{part: with_defaults(identity[part], values) for part, values in defaults.items()}}
 
 
-def _read_summary(config: CompareConfig, identity: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], Results]:
+def _read_summary(config: CompareConfig, identity: Mapping[str, Any]) -> tuple[dict[str, ArmFields], Results]:
     """Return the arms' fields and results in an existing summary. Raises ConfigError if it is of another comparison."""
     url = storage.join(config.output_dir, SUMMARY)
     if not storage.exists(url):

@@ -4,22 +4,32 @@ import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from scipy import stats
 
 from diffdis_platform.comparison.runs import ComparisonPlan, Results, RunFigures
+from ray_platform.metric_registry import describe_metric, find_metric
+from ray_platform.report.records import ArmResult, ClaimResult, PairedDifference
 from ray_platform.terminal import render_table
 
 CONFIDENCE = 0.95
-COSTS = ("samples", "seconds", "parameters", "flops_a_sample", "flops", "scoring_seconds", "drawing_seconds")
-# The claim: (difference, end of its interval that must be beyond zero, sign of that end).
-_CLAIM = (("accuracy_joint_minus_alignment", "low", 1), ("fd_joint_minus_generation", "high", -1))
-
-PairedDifference = dict[str, float | int | None]  # mean, low and high (None for one seed), n
+_CLAIM = (("accuracy", "joint", "alignment"), ("fd", "joint", "generation"))  # metric, better arm, other arm
 
 
-def summarize(plan: ComparisonPlan, failures: Sequence[str]) -> dict[str, Any]:
+class ComparisonSummary(TypedDict):
+    """`summary.json` of a comparison."""
+
+    config: Mapping[str, Any]
+    config_digest: str
+    environment: str
+    arms: Mapping[str, ArmResult]
+    paired: Mapping[str, PairedDifference]
+    claim: ClaimResult
+    failures: Sequence[str]
+
+
+def summarize(plan: ComparisonPlan, failures: Sequence[str]) -> ComparisonSummary:
     """Return the content of summary.json."""
     paired = paired_differences(plan.results)
     digest = hashlib.sha256(json.dumps(plan.identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -35,7 +45,7 @@ def summarize(plan: ComparisonPlan, failures: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _summarize_arm(runs: Mapping[int, RunFigures]) -> dict[str, Any]:
+def _summarize_arm(runs: Mapping[int, RunFigures]) -> ArmResult:
     columns = _columns(runs)
     return {
         "seeds": {str(seed): runs[seed] for seed in sorted(runs)},
@@ -64,7 +74,7 @@ def paired_differences(results: Results) -> dict[str, PairedDifference]:
     for arm, other in [*pairs, ("joint_mask", "one_way_mask")]:
         seeds = sorted(results.get(arm, {}).keys() & results.get(other, {}).keys())
         columns, other_columns = (_columns({seed: results[a][seed] for seed in seeds}) for a in (arm, other))
-        for name in (name for name in columns if name in other_columns and name not in COSTS):
+        for name in (name for name in columns if name in other_columns and not describe_metric(name).is_cost):
             values = [a - b for a, b in zip(columns[name], other_columns[name], strict=True)]
             differences[f"{name}_{arm}_minus_{other}"] = confidence_interval(values)
     return differences
@@ -79,34 +89,37 @@ def confidence_interval(differences: Sequence[float]) -> PairedDifference:
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
-def check_claim(paired: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def check_claim(paired: Mapping[str, PairedDifference]) -> ClaimResult:
     """Return whether the joint model is better than either single task at that task, with intervals that exclude zero."""
-    if missing := [name for name, _, _ in _CLAIM if name not in paired]:
+    names = {f"{metric}_{arm}_minus_{other}": metric for metric, arm, other in _CLAIM}
+    if missing := [name for name in names if name not in paired]:
         return {"holds": False, "why": f"not measured: {', '.join(missing)}"}
-    verdicts = [_check_difference(name, paired[name], end, sign) for name, end, sign in _CLAIM]
+    verdicts = [_check_difference(name, paired[name], find_metric(metric).direction == "max") for name, metric in names.items()]
     return {"holds": all(holds for holds, _ in verdicts), "why": "; ".join(why for _, why in verdicts)}
 
 
-def _check_difference(name: str, difference: Mapping[str, Any], end: str, sign: int) -> tuple[bool, str]:
-    mean, low, high, n = (difference[part] for part in ("mean", "low", "high", "n"))
-    if low is None:
+def _check_difference(name: str, difference: PairedDifference, higher_is_better: bool) -> tuple[bool, str]:
+    mean, low, high, n = difference["mean"], difference["low"], difference["high"], difference["n"]
+    if low is None or high is None:
         return False, f"{name} is {mean:+.4g} with one seed: no interval"
     text = f"{name} is {mean:+.4g}, 95 % interval {low:+.4g} to {high:+.4g} over {n} seeds"
-    if sign * difference[end] > 0:
-        return True, text
-    is_opposite = high < 0 if sign > 0 else low > 0
-    return False, f"{text}, {'of the opposite sign' if is_opposite else 'which includes zero'}"
+    if low <= 0 <= high:
+        return False, f"{text}, which includes zero"
+    holds = (low > 0) == higher_is_better
+    return holds, text if holds else f"{text}, of the opposite sign"
 
 
-def tracked_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
+def tracked_metrics(summary: ComparisonSummary) -> dict[str, float]:
     """Return the metrics of the comparison's run: `mean/joint/accuracy`, `paired/accuracy_joint_minus_alignment/low`."""
     metrics = {f"mean/{arm}/{name}": value for arm, entry in summary["arms"].items() for name, value in entry["mean"].items()}
     for name, difference in summary["paired"].items():
-        metrics |= {f"paired/{name}/{part}": value for part, value in difference.items() if value is not None}
-    return metrics | {"claim/holds": float(summary["claim"]["holds"])}
+        parts = {"mean": difference["mean"], "low": difference["low"], "high": difference["high"], "n": difference["n"]}
+        metrics |= {f"paired/{name}/{part}": value for part, value in parts.items()}
+    metrics["claim/holds"] = summary["claim"]["holds"]
+    return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
-def format_summary(summary: Mapping[str, Any]) -> str:
+def format_summary(summary: ComparisonSummary) -> str:
     """Return tables for the terminal, a column per arm and a row per paired difference, and the verdict on the claim."""
     arms = summary["arms"]
     names = dict.fromkeys(name for entry in arms.values() for name in entry["mean"])
@@ -115,9 +128,9 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         rows.append([name, *(_format_mean(entry["mean"].get(name), entry["std"].get(name)) for entry in arms.values())])
     differences = [["paired difference", "mean", "95 % interval", "n"]]
     for name, difference in summary["paired"].items():
-        mean, low, high = difference["mean"], difference["low"], difference["high"]
+        low, high = difference["low"], difference["high"]
         interval = "no interval" if low is None else f"{low:+.4g} to {high:+.4g}"
-        differences.append([name, f"{mean:+.4g}", interval, str(difference["n"])])
+        differences.append([name, f"{difference['mean']:+.4g}", interval, str(difference["n"])])
     verdict = "the claim holds" if summary["claim"]["holds"] else "the claim does not hold"
     return "\n\n".join([render_table(rows), render_table(differences), f"{verdict}: {summary['claim']['why']}"])
 

@@ -18,14 +18,13 @@ from diffdis_platform.config.evaluate import QualityConfig
 from diffdis_platform.evaluation.models import Model
 from diffdis_platform.evaluation.units import unit
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError, one_line
-from ray_platform.evaluate.fan_out import in_order
+from ray_platform.contracts import ConfigError, DataError, Rows, one_line
 from ray_platform.evaluate.find import open_images, open_set
-from ray_platform.evaluate.result_cache import Rows, read_arrays
+from ray_platform.evaluate.result_cache import read_arrays
 from ray_platform.evaluate.results import check_same_protocol
-from ray_platform.evaluate.schedule import Unit
 from ray_platform.evaluate.slices import RawSample, read_slice
 from ray_platform.evaluate.work import DrawImages, MeasureImages
+from ray_platform.replicas import WorkUnit, join_rows
 
 IMAGES_A_UNIT = 32
 SHOWN = 64  # images that are kept for the report in any case
@@ -110,7 +109,7 @@ class Quality:
         self._of_unit: dict[str, tuple[dict[int, Rows], int]] = {}  # unit key -> where its rows go, and its place
         self.units = [*self._reference_units(), *self._drawing_units()]
 
-    def _reference_units(self) -> list[Unit]:
+    def _reference_units(self) -> list[WorkUnit]:
         config, units = self.config, []
         if config.reference.endswith(".npz"):
             (name,) = config.networks if len(config.networks) == 1 else ("",)
@@ -132,7 +131,7 @@ class Quality:
             self._of_unit[units[-1].key] = (self._real, part.place)
         return units
 
-    def _drawing_units(self) -> list[Unit]:
+    def _drawing_units(self) -> list[WorkUnit]:
         config, units = self.config, []
         aligner = "clip" if config.clip else self.model.name if self.judge else ""
         for scale in config.guidance_scales:
@@ -156,19 +155,19 @@ class Quality:
     def images_dir(self, scale: float) -> str:
         return storage.join(self.output_dir, "images", f"guidance_{scale:g}")
 
-    def add(self, done: Unit, rows: Rows) -> None:
+    def add(self, done: WorkUnit, rows: Rows) -> None:
         into, place = self._of_unit[done.key]
         into[place] = rows
 
     def results(self) -> list[dict[str, Any]]:
         """The entries of `quality` in the report's details, one a guidance scale. Writes reference_<network>.npz."""
         if self._real:
-            real = in_order(self._real)
+            real = join_rows(self._real)
             for name in self.config.networks:
                 features = real[f"features/{name}"][: self.config.num_images]
                 self.references[name] = Reference(features, self.protocols[name])
                 self.references[name].write(storage.join(self.output_dir, f"reference_{name}.npz"))
-        return [self._at(scale, in_order(rows)) for scale, rows in self._drawn.items()]
+        return [self._at(scale, join_rows(rows)) for scale, rows in self._drawn.items()]
 
     def _at(self, scale: float, rows: Rows) -> dict[str, Any]:
         config = self.config

@@ -8,12 +8,10 @@ import numpy as np
 from diffdis.metrics.retrieval import most_similar, retrieval_recalls
 from diffdis_platform.evaluation.models import Model
 from diffdis_platform.evaluation.units import check_distinct, set_identity, unit
-from ray_platform.contracts import DataError
-from ray_platform.evaluate.fan_out import in_order
-from ray_platform.evaluate.result_cache import Rows
-from ray_platform.evaluate.schedule import Unit
+from ray_platform.contracts import DataError, Rows
 from ray_platform.evaluate.sets import EvaluationSet, check_counts
 from ray_platform.evaluate.work import EmbedImages
+from ray_platform.replicas import WorkUnit, join_rows
 
 _EXAMPLES, _SHOWN = 4, 5  # queries of each kind, and what is found for each
 _UNREADABLE_SHOWN = 20
@@ -33,12 +31,12 @@ class Retrieval:
             self.units.append(made)
             self._parts[made.key] = part
 
-    def add(self, done: Unit, rows: Rows) -> None:
+    def add(self, done: WorkUnit, rows: Rows) -> None:
         self._rows[self._parts[done.key].place] = rows
 
     def result(self) -> dict[str, Any]:
         """An entry of `retrieval` in the report's details."""
-        rows, data = in_order(self._rows), self.data
+        rows, data = join_rows(self._rows), self.data
         check_distinct(data, rows["keys"])
         if "embeddings" not in rows or "texts" not in rows:
             raise DataError(f"{data.name}: no image of {data.url} can be read; see jobs/inspect_data.py")

@@ -20,14 +20,13 @@ from diffdis_platform.evaluation.units import unit
 from diffdis_platform.evaluation.zero_shot import ZeroShot
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.evaluate.fan_out import FanOut, Fleet
 from ray_platform.evaluate.find import NotFoundError, find_set, open_set
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.results import metrics_for_tracking, write_results
-from ray_platform.evaluate.schedule import Unit
 from ray_platform.evaluate.sets import PAPER, PUBLISHED, PUBLISHED_RETRIEVAL, EvaluationSet, check_counts
 from ray_platform.evaluate.work import Thumbnails, WorkerModels, image_name
 from ray_platform.redaction import is_redacted, restored
+from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit
 from ray_platform.report.evaluation import report_page
 from ray_platform.terminal import render_table
 from ray_platform.tracking import DataSet, Tracker, TrackingConfig, run_metadata
@@ -119,11 +118,11 @@ def evaluate(config: EvalConfig, made: Plan) -> dict[str, Any]:
     if config.quality.clip and made.quality:
         builders["clip"] = open_baseline(config.quality.clip, set()).build
     threads = max(1, int(config.cpus_per_worker))
-    fleet = Fleet(
+    fleet = ReplicaSpec(
         functools.partial(WorkerModels, builders, threads),
         config.num_workers, config.cpus_per_worker, config.gpus_per_worker, config.placement,
     )  # fmt: skip
-    with FanOut(fleet, ResultCache(storage.join(config.output_dir, UNITS)), functools.partial(print, flush=True)) as fan_out:
+    with ReplicaPool(fleet, ResultCache(storage.join(config.output_dir, UNITS)), functools.partial(print, flush=True)) as fan_out:
         _measure(fan_out, made)
         print("all is measured; putting the results together …", flush=True)
         details = _details(made)
@@ -135,10 +134,10 @@ def evaluate(config: EvalConfig, made: Plan) -> dict[str, Any]:
     return details
 
 
-def _measure(fan_out: FanOut, made: Plan) -> None:
+def _measure(fan_out: ReplicaPool, made: Plan) -> None:
     """All units of all measurements in one fan-out. Two that ask for the same unit share it."""
     wanted: dict[str, list[Any]] = {}
-    units: dict[str, Unit] = {}
+    units: dict[str, WorkUnit] = {}
     for measurement in made.all:
         for piece in measurement.units:
             units.setdefault(piece.key, piece)
@@ -190,7 +189,7 @@ def _mean(name: str, entries: Iterable[Mapping[str, Any]]) -> float | None:
     return float(np.mean([found[name] for name in PAPER])) if all(name in found for name in PAPER) else None
 
 
-def _illustrate(fan_out: FanOut, made: Plan, details: dict[str, Any]) -> None:
+def _illustrate(fan_out: ReplicaPool, made: Plan, details: dict[str, Any]) -> None:
     """Fetch the pictures that the report shows, by the same workers, and put them into `details`."""
     slots: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in details["zero_shot"]:

@@ -7,15 +7,14 @@ import numpy as np
 
 from diffdis_platform.evaluation.models import Model
 from ray_platform.contracts import DataError
-from ray_platform.evaluate.fan_out import Work
 from ray_platform.evaluate.result_cache import cache_key
-from ray_platform.evaluate.schedule import Unit
 from ray_platform.evaluate.sets import EvaluationSet
+from ray_platform.replicas import UnitWork, WorkUnit
 
 
-def unit(group: str, name: str, cost: float, work: Work, identity: Mapping[str, Any], *, first: bool = False) -> Unit:
+def unit(group: str, name: str, cost: float, work: UnitWork, identity: Mapping[str, Any], *, first: bool = False) -> WorkUnit:
     """`identity` is all that the rows depend on besides the kind of work and the code."""
-    return Unit(name, group, cache_key({"work": type(work).__name__, **identity}), cost, work, first)
+    return WorkUnit(name, group, cache_key({"work": type(work).__name__, **identity}), cost, work, first)
 
 
 def set_identity(model: Model, data: EvaluationSet) -> dict[str, Any]:

@@ -8,12 +8,10 @@ import numpy as np
 from diffdis.metrics.zero_shot import NONE, accuracies, confusion_matrix, recall_per_class, top_k
 from diffdis_platform.evaluation.models import Model
 from diffdis_platform.evaluation.units import check_distinct, set_identity, unit
-from ray_platform.contracts import DataError
-from ray_platform.evaluate.fan_out import in_order
-from ray_platform.evaluate.result_cache import Rows
-from ray_platform.evaluate.schedule import Unit
+from ray_platform.contracts import DataError, Rows
 from ray_platform.evaluate.sets import EvaluationSet, check_counts
 from ray_platform.evaluate.work import EmbedClasses, EmbedImages
+from ray_platform.replicas import WorkUnit, join_rows
 
 CLASSES_A_UNIT = 64
 _TEXT_COST = 0.05  # of an image's pass
@@ -34,7 +32,7 @@ class ZeroShot:
         self._first_class = {u.key: first for first, u in self._class_units.items()}
         self._seconds = 0.0  # of workers
 
-    def _classes_by_chunk(self) -> dict[int, Unit]:
+    def _classes_by_chunk(self) -> dict[int, WorkUnit]:
         data, found = self.data, {}
         for first in range(0, len(data.classes), CLASSES_A_UNIT):
             names = data.classes[first : first + CLASSES_A_UNIT]
@@ -44,7 +42,7 @@ class ZeroShot:
             found[first] = unit(self.group, f"classes of {data.name}", cost, work, identity, first=True)
         return found
 
-    def _images_by_slice(self) -> dict[str, tuple[Unit, Any]]:
+    def _images_by_slice(self) -> dict[str, tuple[WorkUnit, Any]]:
         model, data, found = self.model, self.data, {}
         for part in data.slices:
             identity = set_identity(model, data) | {"slice": part.name}
@@ -53,7 +51,7 @@ class ZeroShot:
             found[made.key] = (made, part)
         return found
 
-    def add(self, done: Unit, rows: Rows) -> None:
+    def add(self, done: WorkUnit, rows: Rows) -> None:
         self._seconds += float(rows["seconds"].sum())
         if done.key in self._first_class:
             self._classes[self._first_class[done.key]] = rows["embeddings"]
@@ -75,7 +73,7 @@ class ZeroShot:
 
     def result(self) -> dict[str, Any]:
         """An entry of `zero_shot` in the report's details, and `wanted`: the examples to draw, keys by slice."""
-        rows, data = in_order(self._scored), self.data
+        rows, data = join_rows(self._scored), self.data
         check_distinct(data, rows["keys"])
         lost = rows["labels"] < 0  # what has not even a label
         check_counts(data, int((~lost).sum()), int(lost.sum()), self.allow_short)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -20,8 +20,10 @@ from diffdis_platform.sweeping.fields import open_space
 from diffdis_platform.sweeping.trial import TrialRunner, training_steps, trial_resources
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.evaluate.results import as_json, first_difference, with_defaults
+from ray_platform.json_values import first_difference, to_json, with_defaults
+from ray_platform.metric_registry import check_declared
 from ray_platform.redaction import redacted_values
+from ray_platform.report.records import HistoryEntry, SweepDetails, TrialRecord
 from ray_platform.report.sweep import pictures, sweep_page
 from ray_platform.sweep.search import best_point, pareto_front, trial_points
 from ray_platform.sweep.space import Space, describe_space
@@ -76,7 +78,7 @@ def plan_sweep(config: SweepConfig, recipe: str) -> SweepPlan:
     return SweepPlan(config, recipe, space, baseline)
 
 
-def run_sweep(plan: SweepPlan, yaml: str, command: str) -> dict[str, Any]:
+def run_sweep(plan: SweepPlan, yaml: str, command: str) -> SweepDetails:
     """Run a sweep, or resume it, on the connected cluster. Write details.json and report.html, and return the details.
 
     Args:
@@ -86,7 +88,7 @@ def run_sweep(plan: SweepPlan, yaml: str, command: str) -> dict[str, Any]:
     """
     config, start = plan.config, time.monotonic()
     plan.sweep(TrackingConfig()).concurrency()  # raises before anything is written
-    storage.write_bytes(storage.join(config.output_dir, SETTINGS), as_json(_VERSION | _settings(config)))
+    storage.write_bytes(storage.join(config.output_dir, SETTINGS), to_json(_VERSION | _settings(config)))
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), yaml.encode())
     description = (
         f"A sweep by the recipe `{plan.recipe}`; its trials are the runs below this one. Report: `{config.output_dir}/{REPORT}`."
@@ -97,7 +99,7 @@ def run_sweep(plan: SweepPlan, yaml: str, command: str) -> dict[str, Any]:
     try:
         outcomes = plan.sweep(tracking).run()
         details = _build_details(plan, outcomes, command, time.monotonic() - start)
-        storage.write_bytes(storage.join(config.output_dir, DETAILS), as_json(details))
+        storage.write_bytes(storage.join(config.output_dir, DETAILS), to_json(details))
         storage.write_bytes(storage.join(config.output_dir, REPORT), sweep_page(details).encode())
         _track(tracker, config, details)
         status = "FINISHED"
@@ -106,7 +108,7 @@ def run_sweep(plan: SweepPlan, yaml: str, command: str) -> dict[str, Any]:
     return details
 
 
-def rebuild_report(output_dir: str) -> dict[str, Any] | None:
+def rebuild_report(output_dir: str) -> SweepDetails | None:
     """If output_dir has a finished sweep of another version, write its report.html anew and return its details.
 
     Returns:
@@ -127,13 +129,14 @@ def rebuild_report(output_dir: str) -> dict[str, Any] | None:
             f"output_dir: {output_dir} has an unfinished sweep of another version (format {version['format_version']}, Ray "
             f"{version['ray_version']}); finish it with that version, or give another output_dir"
         )
-    details: dict[str, Any] = storage.read_json(details_url)
+    details = cast(SweepDetails, storage.read_json(details_url))
     storage.write_bytes(storage.join(output_dir, REPORT), sweep_page(details).encode())
     return details
 
 
 def _check_objectives(config: SweepConfig, tasks: set[str]) -> None:
     """Check that the evaluation measures the headline metrics among the objectives; others are checked at the first milestone."""
+    check_declared(config.objectives)
     for metric in config.objectives:
         if metric == "accuracy" and "zeroshot_classification" not in tasks:
             raise ConfigError("objectives: accuracy needs a zero-shot set in evaluation.suite")
@@ -154,10 +157,10 @@ def _check_settings(config: SweepConfig) -> None:
     url = storage.join(config.output_dir, SETTINGS)
     if not storage.exists(url):
         return
-    saved, current = storage.read_json(url), json.loads(as_json(_settings(config)))
+    saved, current = storage.read_json(url), json.loads(to_json(_settings(config)))
     saved = {name: value for name, value in saved.items() if name not in _VERSION}
     for part, defaults in (("pretrain", PretrainConfig()), ("evaluation", EvalConfig())):  # fields added to the code since
-        saved[part] = with_defaults(saved[part], json.loads(as_json(asdict(defaults))))
+        saved[part] = with_defaults(saved[part], json.loads(to_json(asdict(defaults))))
     if difference := first_difference(saved, current):
         field, before, now = difference
         raise ConfigError(
@@ -166,10 +169,10 @@ def _check_settings(config: SweepConfig) -> None:
         )
 
 
-def _build_details(plan: SweepPlan, outcomes: list[TrialOutcome], command: str, seconds: float) -> dict[str, Any]:
+def _build_details(plan: SweepPlan, outcomes: list[TrialOutcome], command: str, seconds: float) -> SweepDetails:
     """Return the content of details.json. Pareto front and best trials are among the trials that finished."""
     config = plan.config
-    trials = [_trial_details(outcome) for outcome in outcomes]
+    trials = [_trial_record(outcome) for outcome in outcomes]
     finished = {trial["name"]: trial["metrics"] for trial in trials if trial["state"] == "finished"}
     return {
         "title": f"Sweep of {plan.recipe}",
@@ -189,7 +192,7 @@ def _build_details(plan: SweepPlan, outcomes: list[TrialOutcome], command: str, 
     }
 
 
-def _trial_details(outcome: TrialOutcome) -> dict[str, Any]:
+def _trial_record(outcome: TrialOutcome) -> TrialRecord:
     url = storage.join(outcome.url, TRACKED) if outcome.url else ""
     return {
         "name": outcome.name,
@@ -197,19 +200,23 @@ def _trial_details(outcome: TrialOutcome) -> dict[str, Any]:
         "default": outcome.is_baseline,
         "error": outcome.error,
         "values": dict(outcome.values),
-        "history": [{key: entry[key] for key in ("step", "samples", "seconds", "metrics")} for entry in outcome.history],
+        "history": [
+            HistoryEntry(step=one["step"], samples=one["samples"], seconds=one["seconds"], metrics=one["metrics"])
+            for one in outcome.history
+        ],
         "metrics": outcome.history[-1]["metrics"] if outcome.history else {},
         "run_id": storage.read_json(url)["run_id"] if url and storage.exists(url) else "",
         "url": outcome.url,
     }
 
 
-def _track(tracker: Tracker, config: SweepConfig, details: Mapping[str, Any]) -> None:
+def _track(tracker: Tracker, config: SweepConfig, details: SweepDetails) -> None:
     """Log the report, figures and best values; register the best trials and the Pareto front as versions of a model."""
     trials = {trial["name"]: trial for trial in details["trials"]}
     for metric, name in details["best"].items():
-        tracker.log_metrics({f"best/{metric}": trials[name]["metrics"][metric]}, 0)
-    tracker.log_bytes(as_json(details), DETAILS)
+        if (value := trials[name]["metrics"][metric]) is not None:
+            tracker.log_metrics({f"best/{metric}": value}, 0)
+    tracker.log_bytes(to_json(details), DETAILS)
     for file, text in {REPORT: sweep_page(details), **pictures(details)}.items():
         tracker.log_bytes(text.encode(), file)
     for name, roles in _trial_roles(details).items():
@@ -221,7 +228,7 @@ def _track(tracker: Tracker, config: SweepConfig, details: Mapping[str, Any]) ->
             tracker.register_model(config.registered_model, export, trial["run_id"], tags)
 
 
-def _trial_roles(details: Mapping[str, Any]) -> dict[str, list[str]]:
+def _trial_roles(details: SweepDetails) -> dict[str, list[str]]:
     """Return why each notable trial is notable: trial -> [`best accuracy`, `pareto front`]."""
     roles: dict[str, list[str]] = {}
     for metric, name in details["best"].items():
@@ -231,7 +238,7 @@ def _trial_roles(details: Mapping[str, Any]) -> dict[str, list[str]]:
     return roles
 
 
-def format_trials(details: Mapping[str, Any]) -> str:
+def format_trials(details: SweepDetails) -> str:
     """Return a table of the trials for the terminal."""
     metrics, roles = [objective["metric"] for objective in details["objectives"]], _trial_roles(details)
     rows = [["trial", "state", "samples", *metrics, ""]]

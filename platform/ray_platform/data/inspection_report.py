@@ -9,6 +9,7 @@ from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import SHARD_CHANGED, SHARD_CRASHES
 from ray_platform.data.statistics import Histogram, Statistics
 from ray_platform.terminal import render_table
+from ray_platform.units import duration_text, size_text
 
 # What each cause means, and what can be done about it.
 MEANINGS = {
@@ -145,21 +146,6 @@ def value_text(name: str, value: float | None) -> str:
     if name == "image_bytes":
         return size_text(value)
     return f"{value:.2f}" if name == "aspect_ratio" else f"{value:,.0f}"
-
-
-def size_text(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if num_bytes < 999.5 or unit == "TB":
-            break
-        num_bytes /= 1000
-    return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 99.95 else f"{num_bytes:.1f} {unit}"
-
-
-def duration_text(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def _rejects(found: Statistics) -> dict[str, dict[str, Any]]:

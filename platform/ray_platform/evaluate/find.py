@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.data.inspection_report import size_text
 from ray_platform.evaluate.layouts.files import open_image_files, open_image_folder
 from ray_platform.evaluate.layouts.parquet import open_parquet
 from ray_platform.evaluate.layouts.tars import SPLIT, open_export, tar_set
@@ -15,6 +14,7 @@ from ray_platform.evaluate.layouts.torchvision import open_torchvision
 from ray_platform.evaluate.sets import REGISTRY, EvaluationSet
 from ray_platform.evaluate.slices import SampleSchema
 from ray_platform.terminal import render_table
+from ray_platform.units import size_text
 
 _LOOKS_AT_ONCE = 16
 

@@ -1,4 +1,4 @@
-"""Results of finished units in storage, so that an evaluation that was cut off goes on where it was."""
+"""The rows of finished units in storage, so that an interrupted evaluation resumes where it stopped."""
 
 import hashlib
 import io
@@ -10,24 +10,26 @@ from typing import Any
 import numpy as np
 
 from ray_platform import storage
-from ray_platform.contracts import one_line
+from ray_platform.contracts import Rows, one_line
 
-Rows = dict[str, np.ndarray]  # of one unit, by name; numbers and strings, no objects
-
-RETRY_SECONDS = 120.0  # while storage does not answer
-_READ_AT_ONCE = 64
+RETRY_SECONDS = 120.0  # how long requests are repeated while storage does not answer
+_READS_AT_ONCE = 64
 
 
 def cache_key(identity: Mapping[str, Any]) -> str:
-    """32 hex digits: equal identities stand for equal results."""
+    """Return 32 hex digits; equal identities stand for equal results."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def read_arrays(content: bytes) -> Rows:
-    """What `np.savez` wrote: numbers and texts, never objects. Raises ValueError for anything else."""
+    """Return the arrays of an uncompressed .npz file, which may hold numbers and strings, but no objects.
+
+    Raises:
+        ValueError: The content is anything else.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            # Nothing is compressed, so that what is read is no larger than the file.
+            # Without compression the arrays cannot be larger than the file.
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("compressed")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
@@ -37,29 +39,29 @@ def read_arrays(content: bytes) -> Rows:
 
 
 class ResultCache:
-    """A folder, local or s3://, with a file a finished unit, named by its key."""
+    """A folder, local or s3://, with one .npz file per finished unit, named by the unit's key. See `replicas.ResultStore`."""
 
     def __init__(self, folder: str):
         self.folder = folder
 
     def write(self, key: str, rows: Rows) -> None:
-        """Raises StorageError after two minutes without storage."""
+        """Raise StorageError when storage does not answer for two minutes."""
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **rows)
         storage.with_retries(lambda: storage.write_bytes(self._url(key), buffer.getvalue()), RETRY_SECONDS)
 
     def read(self, keys: Sequence[str]) -> dict[str, Rows]:
-        """What there is of `keys`. A file that cannot be read as what was written is as good as none: its unit is done again."""
-        there = {file.url for file in storage.list_files(self.folder)} if storage.exists(self.folder) else set()
-        urls = {url: key for key in keys if (url := self._url(key)) in there or url.partition("://")[2] in there}
-        found = {}
-        for start in range(0, len(urls), _READ_AT_ONCE):
-            for url, content in storage.read_many(list(urls)[start : start + _READ_AT_ONCE]).items():
+        """Return the rows that are stored for `keys`. A damaged file is ignored: its unit is computed again."""
+        stored = {file.url for file in storage.list_files(self.folder)} if storage.exists(self.folder) else set()
+        keys_by_url = {url: key for key in keys if (url := self._url(key)) in stored or url.partition("://")[2] in stored}
+        urls, results = list(keys_by_url), {}
+        for start in range(0, len(urls), _READS_AT_ONCE):
+            for url, content in storage.read_many(urls[start : start + _READS_AT_ONCE]).items():
                 try:
-                    found[urls[url]] = read_arrays(content)
+                    results[keys_by_url[url]] = read_arrays(content)
                 except ValueError:
                     continue
-        return found
+        return results
 
     def _url(self, key: str) -> str:
         return storage.join(self.folder, f"{key}.npz")

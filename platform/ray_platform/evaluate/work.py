@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from ray_platform import storage
-from ray_platform.contracts import Scorer
+from ray_platform.contracts import Rows, Scorer
 from ray_platform.data.causes import RejectedSample, SampleError
 from ray_platform.data.decode import resized
 from ray_platform.data.statistics import thumbnail_jpeg
-from ray_platform.evaluate.result_cache import RETRY_SECONDS, Rows
+from ray_platform.evaluate.result_cache import RETRY_SECONDS
 from ray_platform.evaluate.slices import RawSample, Slice, read_slice, rgb
 
 # Images a model call, and of a unit's remainder: the last batch is filled up. Results of other batch shapes differ in their last

@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ray_platform.data.inspection_report import duration_text
 from ray_platform.report import metric_names
 from ray_platform.report.text import NOTHING, NUM_COLOURS, is_number, isolated
+from ray_platform.units import duration_text
 
 _COST = re.compile(r"seconds|flops|samples|parameters")
 _VISIBILITY = "model.query_visibility"

@@ -6,9 +6,10 @@ from typing import Any
 
 from ray_platform.data.causes import FILTERED
 from ray_platform.data.config import DataConfig
-from ray_platform.data.inspection_report import epoch_lines, size_text, title, value_text, verdict
+from ray_platform.data.inspection_report import epoch_lines, title, value_text, verdict
 from ray_platform.data.statistics import Thumbnail
 from ray_platform.report.page import Bar, bars, document, figure, table, text, tile
+from ray_platform.units import size_text
 
 _UNITS = {"width": ", px", "height": ", px", "aspect_ratio": ", width / height"}  # of the charts
 _STYLE = """

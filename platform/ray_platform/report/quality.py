@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray_platform.contracts import ConfigError
-from ray_platform.data.inspection_report import duration_text
 from ray_platform.evaluate.results import check_same_protocol
 from ray_platform.report.charts import Line, Point, line_chart
 from ray_platform.report.page import figure, table, text
 from ray_platform.report.text import NOTHING, Models, clipped, facts, is_number, isolated, number, percent, section
+from ray_platform.units import duration_text
 
 STYLE = """
 .best { font-weight: 600; } h3.apart { margin: 20px 0 8px; }

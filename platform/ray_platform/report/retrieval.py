@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_platform.data.inspection_report import duration_text
 from ray_platform.report.page import figure, table, text
 from ray_platform.report.text import Models, clipped, isolated, percent, section, thumbnail, unreadable
+from ray_platform.units import duration_text
 
 # CLIP_benchmark's names: what is retrieved.
 _DIRECTIONS = {"image_retrieval_recall": "text → image", "text_retrieval_recall": "image → text"}

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from ray_platform.data.inspection_report import duration_text
 from ray_platform.report.charts import profile
 from ray_platform.report.page import Bar, bars, table, text
 from ray_platform.report.text import Models, clipped, is_number, isolated, percent, section, thumbnail, unreadable
 from ray_platform.report.zero_shot import METRICS, Scores
+from ray_platform.units import duration_text
 
 _ALL_AS_BARS = 60  # so many classes are all drawn; of more, the worst and the best
 _BESIDE = 20  # so many are drawn beside the confusions, more above them

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_platform.data.inspection_report import duration_text
 from ray_platform.report import metric_names, sweep_charts
 from ray_platform.report import text as report_text
 from ray_platform.report.charts import standalone
@@ -12,6 +11,7 @@ from ray_platform.report.page import document, table, text, tile
 from ray_platform.report.parallel_coordinates import choice_text
 from ray_platform.report.sweep_charts import learning_curves, parallel_coordinates, pareto, pareto_note
 from ray_platform.report.text import NOTHING, clipped, facts, head, is_number, isolated, section
+from ray_platform.units import duration_text
 
 _STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
 _STYLE = """

@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_platform.data.inspection_report import duration_text
 from ray_platform.report.page import image, text
+from ray_platform.units import duration_text
 
 NOTHING = "–"
 _LONGEST_TEXT = 600  # characters of a caption that are shown

@@ -83,7 +83,7 @@ def tune_domain(dimension: Dimension) -> Any:
     return (tune.loguniform if dimension.log else tune.uniform)(low, high)
 
 
-def pareto_front(points: Mapping[str, Mapping[str, float]], objectives: Mapping[str, Mode]) -> list[str]:
+def pareto_front(points: Mapping[str, Mapping[str, float | None]], objectives: Mapping[str, Mode]) -> list[str]:
     """Return the names of the points that no other point dominates, the best by the first objective first.
 
     A point dominates another if it is at least as good in every objective and better in one. Points without a finite value for
@@ -91,17 +91,17 @@ def pareto_front(points: Mapping[str, Mapping[str, float]], objectives: Mapping[
     """
     study = optuna.create_study(directions=[f"{mode}imize" for mode in objectives.values()])
     for name, metrics in points.items():
-        values = [metrics.get(metric, math.nan) for metric in objectives]
-        if all(map(math.isfinite, values)):
+        values = [value for metric in objectives if (value := metrics.get(metric)) is not None and math.isfinite(value)]
+        if len(values) == len(objectives):
             study.add_trial(optuna.trial.create_trial(values=values, user_attrs={"name": name}))
     signs = [-1 if mode == "max" else 1 for mode in objectives.values()]
     front = sorted(study.best_trials, key=lambda trial: [sign * v for sign, v in zip(signs, trial.values, strict=True)])
     return [trial.user_attrs["name"] for trial in front]
 
 
-def best_point(points: Mapping[str, Mapping[str, float]], metric: str, mode: Mode) -> str:
+def best_point(points: Mapping[str, Mapping[str, float | None]], metric: str, mode: Mode) -> str:
     """Return the name of the point with the best value, the first of equals. Raises ValueError if no point has the metric."""
-    values = {name: metrics[metric] for name, metrics in points.items() if metric in metrics}
+    values = {name: value for name, metrics in points.items() if (value := metrics.get(metric)) is not None}
     return (max if mode == "max" else min)(values, key=lambda name: values[name])
 
 

@@ -55,6 +55,6 @@ def parse_dimension(field: str, spec: Mapping[str, Any]) -> Dimension:
     return Range(low, high, log)
 
 
-def describe_space(space: Space) -> dict[str, dict[str, Any]]:
+def describe_space(space: Space) -> dict[str, Any]:
     """Return the space in plain JSON types, as `parse_dimension` reads it."""
     return {field: {"values": list(d.values)} if isinstance(d, Choice) else asdict(d) for field, d in space.items()}

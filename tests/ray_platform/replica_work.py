@@ -1,4 +1,4 @@
-"""Units of work that workers find by import: they note where they ran, die, or fail as they are told."""
+"""Units of work that replicas import: they record where they ran, kill their replica, or fail."""
 
 import os
 import signal
@@ -13,13 +13,13 @@ from ray_platform.contracts import DataError
 
 @dataclass(frozen=True)
 class Square:
-    """The square of a number; `seconds` long. Every time that it is done leaves a file."""
+    """The square of a number, after some seconds. Every run leaves a file."""
 
     number: int
     notes: str = ""
     seconds: float = 0.0
 
-    def run(self, parts):
+    def run(self, replica):
         if self.notes:
             (Path(self.notes) / f"{self.number}-{os.getpid()}-{time.time_ns()}").touch()
         time.sleep(self.seconds)
@@ -27,14 +27,14 @@ class Square:
 
 
 @dataclass(frozen=True)
-class DieOnce:
-    """Its worker is killed in the midst of it, the first `times` times."""
+class KillReplica:
+    """Kills its replica the first `times` times."""
 
     number: int
     notes: str
     times: int = 1
 
-    def run(self, parts):
+    def run(self, replica):
         before = list(Path(self.notes).glob(f"died-{self.number}-*"))
         if len(before) < self.times:
             (Path(self.notes) / f"died-{self.number}-{len(before)}").touch()
@@ -44,17 +44,13 @@ class DieOnce:
 
 @dataclass(frozen=True)
 class Fail:
-    message: str
+    message: str  # of a DataError; empty: another error
 
-    def run(self, parts):
-        raise DataError(self.message)
-
-
-@dataclass(frozen=True)
-class Divide:
-    def run(self, parts):
+    def run(self, replica):
+        if self.message:
+            raise DataError(self.message)
         return {"squares": np.array([1 // 0])}
 
 
-def no_parts(device):
+def no_replica(device):
     return None

@@ -1,0 +1,49 @@
+"""Write JSON values strictly and compare saved ones, such as configurations and measuring protocols."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def to_json(value: Any) -> bytes:
+    """Return strict JSON: NaN and infinities, which only Python reads, become null."""
+    return (json.dumps(to_plain(value), indent=1, allow_nan=False) + "\n").encode()
+
+
+def to_plain(value: Any) -> Any:
+    """Return a JSON value with None in the place of NaN and infinities, and lists in the place of tuples."""
+    if isinstance(value, Mapping):
+        return {key: to_plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def first_difference(a: Any, b: Any, field: str = "") -> tuple[str, str, str] | None:
+    """Return the first field in which two JSON values differ, in the order of `a`, and both its values, shortened."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in dict.fromkeys([*a, *b]):
+            inner = f"{field}.{key}" if field else key
+            if key not in a or key not in b:
+                return inner, _shorten(a[key]) if key in a else "absent", _shorten(b[key]) if key in b else "absent"
+            if difference := first_difference(a[key], b[key], inner):
+                return difference
+        return None
+    return None if a == b else (field, _shorten(a), _shorten(b))
+
+
+def with_defaults(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that was saved earlier, with the default of every field that the code has gained since then."""
+    filled = dict(saved)
+    for name, default in defaults.items():
+        if name not in saved:
+            filled[name] = default
+        elif isinstance(saved[name], dict) and isinstance(default, dict):
+            filled[name] = with_defaults(saved[name], default)
+    return filled
+
+
+def _shorten(value: Any) -> str:
+    line = json.dumps(value, ensure_ascii=False)
+    return line if len(line) <= 80 else f"{line[:79]}…"

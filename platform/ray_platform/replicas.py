@@ -1,0 +1,321 @@
+"""Run units of work on replicas of a model: Ray actors that are replaced when they die.
+
+Results do not depend on the number of replicas or on their deaths: a unit gives the same rows on every replica, and `join_rows`
+joins the rows of a group by the places of its units. The units that an earlier run finished come from a store.
+
+`WorkQueue` decides which replica gets which unit and knows neither Ray nor the clock. `ReplicaPool` runs it on actors.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from ray_platform.contracts import ConfigError, Rows, UserError, describe_error, one_line
+from ray_platform.placement import Labels, ResourceRequest, may_grow, named, room, selector
+
+logger = logging.getLogger(__name__)
+
+UNITS_IN_FLIGHT = 2  # units per replica: while one is computed, the next one is read and decoded
+MAX_DEATHS = 3  # replicas that may die while they run a unit and no other one, before the unit fails
+_POLL_SECONDS = 5.0
+
+
+class UnitWork(Protocol):
+    """The work of one unit. It is sent to a replica, so it holds plain data."""
+
+    def run(self, replica: Any) -> Rows:
+        """Return the unit's rows. `replica` is what `ReplicaSpec.build` returned."""
+        ...
+
+
+class ResultStore(Protocol):
+    """The rows of finished units by their keys, such as `evaluate.result_cache.ResultCache`."""
+
+    def read(self, keys: Sequence[str]) -> dict[str, Rows]: ...
+
+    def write(self, key: str, rows: Rows) -> None: ...
+
+
+@dataclass(frozen=True)
+class WorkUnit:
+    """One piece of work."""
+
+    name: str  # for messages
+    group: str  # the measurement that the unit belongs to: when one unit of a group fails, the others are dropped
+    key: str  # equal keys stand for equal rows
+    cost: float  # relative to the other units
+    work: UnitWork
+    runs_first: bool = False  # before all other units, because others wait for its rows
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """The rows of a unit, or the error with which its group failed."""
+
+    unit: WorkUnit
+    rows: Rows | None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class ReplicaSpec:
+    """How many replicas run, on which nodes, and how each is built."""
+
+    build: Callable[[str], Any]  # torch device -> what `UnitWork.run` receives; called in the actor's process
+    num_replicas: int = 0  # 0: as many as fit on the cluster now
+    cpus: float = 1.0  # per replica
+    gpus: float = 0.0  # per replica
+    placement: Labels = field(default_factory=dict)  # labels of the nodes
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+    def resolve_num_replicas(self) -> int:
+        """Return the number of replicas to start.
+
+        Raises:
+            ConfigError: They do not fit on the cluster, where they would wait without a message.
+        """
+        capacity = ResourceRequest(self.placement, {"CPU": self.cpus, "GPU": self.gpus}).capacity()
+        needed = max(1, self.num_replicas)
+        if capacity < needed and not may_grow():
+            available = room(self.placement)
+            raise ConfigError(
+                f"num_workers: {needed} workers with {self.cpus:g} CPUs and {self.gpus:g} GPUs each do not fit on "
+                f"{named(self.placement)} ({available.get('CPU', 0):g} CPUs, {available.get('GPU', 0):g} GPUs); "
+                "lower num_workers, cpus_per_worker or gpus_per_worker"
+            )
+        return self.num_replicas or max(1, capacity)
+
+
+class WorkQueue:
+    """Assigns units to replicas: the most expensive unit first (longest processing time), so that all replicas end together."""
+
+    def __init__(self, units: Iterable[WorkUnit]):
+        self.waiting = deque(sorted(units, key=lambda unit: (not unit.runs_first, -unit.cost)))
+        self.failed_groups: set[str] = set()
+        self._load: dict[Any, int] = {}  # replica -> number of its units in flight
+        self._deaths: Counter[str] = Counter()  # unit key -> replicas that died while they ran no other unit
+        self._suspects: set[str] = set()  # keys of units whose replica died: from then on each has a replica for itself
+
+    @property
+    def replicas(self) -> list[Any]:
+        return list(self._load)
+
+    def add_replica(self, replica: Hashable) -> None:
+        self._load[replica] = 0
+
+    def assign(self, start: Callable[[WorkUnit, Any, bool], None], drop: Callable[[WorkUnit], None]) -> None:
+        """Call `start(unit, replica, exclusive)` for every unit that can start now and `drop(unit)` for those of failed groups.
+
+        Every replica gets one unit before any gets a second one. At the end no replica gets a second unit that another one
+        could start at once.
+        """
+        for level in range(UNITS_IN_FLIGHT):
+            for replica, load in self._load.items():
+                if load == level and (level == 0 or len(self.waiting) > len(self._load)):
+                    unit = self._next_unit(is_idle=level == 0, drop=drop)
+                    if unit is not None:
+                        exclusive = unit.key in self._suspects
+                        self._load[replica] = UNITS_IN_FLIGHT if exclusive else load + 1
+                        start(unit, replica, exclusive)
+
+    def _next_unit(self, is_idle: bool, drop: Callable[[WorkUnit], None]) -> WorkUnit | None:
+        """Return the next unit for a replica; only an idle one may get a suspect."""
+        for unit in list(self.waiting):
+            if unit.group in self.failed_groups:
+                self.waiting.remove(unit)
+                drop(unit)
+            elif is_idle or unit.key not in self._suspects:
+                self.waiting.remove(unit)
+                return unit
+        return None
+
+    def finish(self, replica: Hashable, exclusive: bool) -> None:
+        """Record that one of the replica's units ended, in whatever way."""
+        if replica in self._load:
+            self._load[replica] -= UNITS_IN_FLIGHT if exclusive else 1
+
+    def remove_replica(self, replica: Hashable) -> bool:
+        """Return whether the replica was known until now: the death of a replica with two units is reported twice."""
+        return self._load.pop(replica, None) is not None
+
+    def retry(self, unit: WorkUnit, exclusive: bool) -> bool:
+        """Put back a unit whose replica died. Return False when that happened MAX_DEATHS times."""
+        self._suspects.add(unit.key)
+        self._deaths[unit.key] += exclusive  # when two units were in flight, the other one may be the cause
+        if self._deaths[unit.key] >= MAX_DEATHS:
+            return False
+        self.waiting.appendleft(unit)
+        return True
+
+
+@dataclass
+class PoolProgress:
+    """Progress over all units of a run, weighted by their costs."""
+
+    total_cost: float
+    num_units: int
+    started: float = field(default_factory=time.monotonic)
+    done_cost: float = 0.0
+    cached_cost: float = 0.0  # the part of done_cost that earlier runs had finished
+    units_done: int = 0
+    replicas_lost: int = 0
+
+    def add(self, unit: WorkUnit, *, cached: bool) -> None:
+        self.done_cost, self.units_done = self.done_cost + unit.cost, self.units_done + 1
+        self.cached_cost += unit.cost if cached else 0.0
+
+    def drop(self, unit: WorkUnit) -> None:
+        self.total_cost, self.num_units = self.total_cost - unit.cost, self.num_units - 1
+
+    def line(self) -> str:
+        """Return `412/940 units  [########            ]  41 %  left 3:12`."""
+        fraction = self.done_cost / self.total_cost if self.total_cost else 1.0
+        computed, elapsed = self.done_cost - self.cached_cost, time.monotonic() - self.started
+        left = int(elapsed * (self.total_cost - self.done_cost) / computed) if computed else 0
+        bar = "#" * round(20 * fraction)
+        lost = f"  workers lost {self.replicas_lost}" if self.replicas_lost else ""
+        return f"{self.units_done}/{self.num_units} units  [{bar:<20}]  {fraction:.0%}  left {left // 60}:{left % 60:02d}{lost}"
+
+
+class ReplicaActor:
+    """Actor that runs units. It builds its replica at the first unit, so that an error in it is reported as that unit's error."""
+
+    def __init__(self, build: Callable[[str], Any], device: str, store: ResultStore):
+        self._build, self._device, self._store = build, device, store
+        self._replica: Any = None
+        self._lock = threading.Lock()
+        self._last_end = 0.0  # when the previous unit ended
+
+    def run_unit(self, key: str, work: UnitWork) -> Rows:
+        with self._lock:
+            if self._replica is None:
+                self._replica = self._build(self._device)
+            started = time.monotonic()
+        rows = work.run(self._replica)
+        with self._lock:  # two units in flight share the replica's time: each counts what passed since the previous one ended
+            now = time.monotonic()
+            rows["seconds"] = np.array([now - max(started, self._last_end)])
+            self._last_end = now
+        self._store.write(key, rows)
+        return rows
+
+
+class ReplicaPool:
+    """Runs units on replicas and yields results in any order. A context manager: replicas stay alive between its runs."""
+
+    def __init__(self, spec: ReplicaSpec, store: ResultStore, show: Callable[[str], None]):
+        """`show` receives a line of progress every few seconds."""
+        self.spec, self.store, self.show = spec, store, show
+        self._running: dict[ray.ObjectRef, tuple[WorkUnit, Any, bool]] = {}  # call -> unit, actor, whether it is exclusive
+        self.queue = WorkQueue([])  # of the last run; it knows the replicas that are alive
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self.queue.replicas:
+            ray.kill(actor)
+
+    def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult]:
+        """Yield one result per unit, those of an earlier run first. After a group's first error its other units are dropped.
+
+        An error of the unit's work becomes the error of its group, in one line.
+
+        Raises:
+            ConfigError: The replicas do not fit on the cluster.
+        """
+        self.progress = PoolProgress(sum(unit.cost for unit in units), len(units))
+        cached, remaining = self.store.read([unit.key for unit in units]), []
+        for unit in units:
+            if unit.key in cached:
+                self.progress.add(unit, cached=True)
+                yield UnitResult(unit, cached.pop(unit.key))
+            else:
+                remaining.append(unit)
+        if not remaining:
+            return
+        replicas, self.queue, self._running = self.queue.replicas, WorkQueue(remaining), {}
+        for actor in replicas:
+            self.queue.add_replica(actor)
+        for _ in range(len(replicas), min(self.spec.resolve_num_replicas(), len(remaining))):
+            self.queue.add_replica(self._start_replica())
+        yield from self._run_queue()
+        self.show(self.progress.line())
+
+    def _start_replica(self) -> Any:
+        options: dict[str, Any] = {
+            "num_cpus": self.spec.cpus,
+            "num_gpus": self.spec.gpus,
+            "max_concurrency": UNITS_IN_FLIGHT,
+            "label_selector": selector(self.spec.placement),
+            "scheduling_strategy": "DEFAULT",  # not the placement group of a sweep's trial, which has no CPUs
+        }
+        return ray.remote(ReplicaActor).options(**options).remote(self.spec.build, self.spec.device, self.store)
+
+    def _run_queue(self) -> Iterator[UnitResult]:
+        last_shown = time.monotonic()
+        while True:
+            self.queue.assign(self._start_unit, self.progress.drop)
+            if not self._running:
+                return
+            finished, _ = ray.wait(list(self._running), num_returns=1, timeout=_POLL_SECONDS)
+            for call in finished:
+                if (result := self._collect(call)) is not None:
+                    yield result
+            if time.monotonic() - last_shown > _POLL_SECONDS:
+                last_shown = time.monotonic()
+                self.show(self.progress.line())
+
+    def _start_unit(self, unit: WorkUnit, actor: Any, exclusive: bool) -> None:
+        self._running[actor.run_unit.remote(unit.key, unit.work)] = unit, actor, exclusive
+
+    def _collect(self, call: ray.ObjectRef) -> UnitResult | None:
+        unit, actor, exclusive = self._running.pop(call)
+        self.queue.finish(actor, exclusive)
+        try:
+            rows = ray.get(call)
+        except RayTaskError as error:
+            prefix = "" if isinstance(error.cause, UserError) else f"{unit.name}: "
+            return self._fail_group(unit, prefix + describe_error(error.cause))
+        except RayError as error:  # the replica or its node died, together with the rows
+            return self._handle_death(unit, actor, error, exclusive)
+        self.progress.add(unit, cached=False)
+        return None if unit.group in self.queue.failed_groups else UnitResult(unit, rows)
+
+    def _handle_death(self, unit: WorkUnit, actor: Any, error: RayError, exclusive: bool) -> UnitResult | None:
+        if isinstance(error, RayActorError) and self.queue.remove_replica(actor):
+            self.queue.add_replica(self._start_replica())
+            self.progress.replicas_lost += 1
+            logger.warning("a worker died; a new one runs its units")
+        if self.queue.retry(unit, exclusive):
+            return None
+        cause = one_line(error, max_length=200)
+        return self._fail_group(unit, f"{unit.name}: {MAX_DEATHS} workers died while they ran it; the last error: {cause}")
+
+    def _fail_group(self, unit: WorkUnit, error: str) -> UnitResult | None:
+        if unit.group in self.queue.failed_groups:
+            return None
+        self.queue.failed_groups.add(unit.group)
+        return UnitResult(unit, None, error)
+
+
+def join_rows(rows_by_place: Mapping[int, Rows]) -> Rows:
+    """Concatenate the rows of all units of a group in the order of the units' places."""
+    ordered = [rows_by_place[place] for place in sorted(rows_by_place)]
+    joined = {}
+    for name in sorted({name for rows in ordered for name in rows}):
+        # A unit without samples does not know the width of its arrays.
+        arrays = [rows[name] for rows in ordered if len(rows.get(name, ()))]
+        joined[name] = np.concatenate(arrays) if arrays else np.empty(0)
+    return joined

@@ -1,0 +1,351 @@
+"""Typed records of what the pages show: the details of an evaluation, a sweep, a comparison and an inspection.
+
+They are TypedDicts because each one is stored as JSON (`details.json`, `summary.json`, `inspection.json`) and a page can be built
+again from the file. Keys that older releases did not write, and parts that may not have been measured, are optional.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NotRequired, TypedDict
+
+from ray_platform.metric_registry import Direction
+
+Metrics = Mapping[str, float | None]  # by the names that the metric registry declares
+
+
+class RunHeader(TypedDict):
+    """What every report starts with."""
+
+    title: str
+    created: str  # ISO 8601, local time
+    seconds: float
+    code_version: str
+
+
+# --- Evaluation -----------------------------------------------------------------------------------------------------------------
+
+
+class EvaluatedModel(TypedDict):
+    """A model of an evaluation; the first one is what the report is about, the others are baselines."""
+
+    name: str
+    pretrained: str  # folder or URL of the checkpoint
+    task: str
+    step: int | None
+    settings: Mapping[str, Any]
+
+
+class UnreadableSample(TypedDict):
+    """A sample of a dataset that could not be read."""
+
+    key: str
+    cause: str
+
+
+class DatasetResult(TypedDict):
+    """What the results of a zero-shot and of a retrieval dataset have in common."""
+
+    set: str
+    model: str
+    metrics: Metrics
+    seconds: float
+    unreadable: Sequence[UnreadableSample]  # the first ones
+    num_unreadable: int
+
+
+class ExampleImage(TypedDict):
+    """An image of a dataset."""
+
+    key: str
+    jpeg: NotRequired[str]  # base64; absent if the image could not be fetched
+
+
+class ClassRecall(TypedDict("ClassName", {"class": str})):
+    """Recall of one class."""
+
+    count: int  # images of the class
+    recall: float | None  # None without images
+
+
+class Confusion(TypedDict):
+    """A class whose images were taken for another class."""
+
+    true: str
+    predicted: str
+    count: int
+    share: float  # of the images of class `true`
+    examples: Sequence[ExampleImage]
+
+
+class ZeroShotResult(DatasetResult):
+    """A model's zero-shot classification of one dataset."""
+
+    main_metric: str
+    n: int  # images
+    chance: float  # accuracy of guessing
+    per_class: Sequence[ClassRecall]
+    confusions: Sequence[Confusion]
+
+
+class RetrievedImage(ExampleImage):
+    similarity: float
+    right: bool
+
+
+class RetrievedCaption(TypedDict):
+    text: str
+    similarity: float
+    right: bool
+
+
+class CaptionQuery(TypedDict):
+    """A caption and the images that were retrieved for it, best first."""
+
+    caption: str
+    images: Sequence[RetrievedImage]
+
+
+class ImageQuery(ExampleImage):
+    """An image and the captions that were retrieved for it, best first."""
+
+    captions: Sequence[RetrievedCaption]
+
+
+class RetrievalResult(DatasetResult):
+    """A model's retrieval in both directions on one dataset."""
+
+    num_images: int
+    num_texts: int
+    examples: Sequence[CaptionQuery]
+    image_examples: Sequence[ImageQuery]
+
+
+class GeneratedSample(TypedDict):
+    caption: str
+    png: str  # base64
+
+
+class QualityPoint(TypedDict):
+    """Image quality at one guidance scale."""
+
+    guidance_scale: float
+    metrics: Metrics
+    alignment_by: NotRequired[str]  # the model that measured `alignment`
+    protocol: Mapping[str, Any]
+    n: int  # images
+    seconds: float
+    samples: Sequence[GeneratedSample]
+
+
+class CurvePoint(TypedDict):
+    """Zero-shot accuracy with one number of denoising steps and of draws."""
+
+    set: str
+    model: str
+    num_steps: int
+    num_draws: int
+    acc1: float | None
+    seconds: float
+
+
+class EvaluationDetails(RunHeader):
+    """`details.json` of an evaluation; the file lacks the images."""
+
+    models: Sequence[EvaluatedModel]
+    zero_shot: NotRequired[Sequence[ZeroShotResult]]
+    means: NotRequired[Mapping[str, float | None]]  # model -> mean over all sets of the benchmark; None if one is missing
+    published: NotRequired[Mapping[str, Mapping[str, float]]]  # model -> set or "mean" -> main metric
+    retrieval: NotRequired[Sequence[RetrievalResult]]
+    published_retrieval: NotRequired[Mapping[str, Mapping[str, Metrics]]]  # model -> set -> metrics
+    quality: NotRequired[Sequence[QualityPoint]]
+    curve: NotRequired[Sequence[CurvePoint]]
+    failures: NotRequired[Sequence[str]]
+
+
+# --- Sweep ----------------------------------------------------------------------------------------------------------------------
+
+
+class ObjectiveRecord(TypedDict):
+    metric: str
+    mode: Direction
+
+
+class HistoryEntry(TypedDict):
+    """What a trial had reached at one milestone."""
+
+    step: int
+    samples: int
+    seconds: float
+    metrics: Metrics
+
+
+class TrialRecord(TypedDict):
+    """One trial of a sweep."""
+
+    name: str
+    state: Literal["finished", "stopped", "failed"]
+    default: bool  # trained with the recipe's values
+    error: str
+    values: Mapping[str, Any]  # field -> value
+    history: Sequence[HistoryEntry]
+    metrics: Metrics  # of the last milestone
+    run_id: str
+    url: str
+
+
+class SearchDimension(TypedDict, total=False):
+    """The values of a field: either `values`, or a range from `low` to `high`."""
+
+    values: Sequence[Any]
+    low: float
+    high: float
+    log: bool
+
+
+class SweepDetails(RunHeader):
+    """`details.json` of a sweep."""
+
+    command: str
+    recipe: str
+    objectives: Sequence[ObjectiveRecord]
+    space: Mapping[str, SearchDimension]
+    budget_samples: int  # that a finished trial was trained on
+    scheduler: str
+    search: str
+    trials: Sequence[TrialRecord]
+    front: Sequence[str]  # names of the trials on the Pareto front of all objectives
+    best: Mapping[str, str]  # metric -> name of the trial
+
+
+# --- Comparison -----------------------------------------------------------------------------------------------------------------
+
+
+class ArmResult(TypedDict):
+    """The runs of one arm."""
+
+    seeds: Mapping[str, Mapping[str, Any]]  # seed -> metrics and costs of the run; `environment` is text
+    mean: Metrics
+    std: Metrics  # None with one seed
+
+
+class PairedDifference(TypedDict):
+    """Mean difference of two arms over the seeds that both have, and its 95 % interval."""
+
+    mean: float | None
+    low: float | None  # None with fewer than two seeds
+    high: float | None
+    n: int
+
+
+class ClaimResult(TypedDict):
+    holds: bool
+    why: str
+
+
+class ImageGrid(TypedDict):
+    """Images that one run generated."""
+
+    arm: str
+    seed: int
+    samples: Sequence[GeneratedSample]
+
+
+class TrainingPoint(TypedDict):
+    """Metrics while training, after so many samples."""
+
+    samples: int
+    metrics: Metrics
+
+
+class ComparisonDetails(RunHeader):
+    """`summary.json` of a comparison, with its header, images and learning curves."""
+
+    command: str
+    config: NotRequired[Mapping[str, Any]]
+    config_digest: NotRequired[str]
+    environment: NotRequired[str]
+    arms: Mapping[str, ArmResult]
+    paired: NotRequired[Mapping[str, PairedDifference]]  # `<metric>_<arm>_minus_<arm>`
+    claim: ClaimResult
+    failures: NotRequired[Sequence[str]]
+    grids: NotRequired[Sequence[ImageGrid]]
+    curves: NotRequired[Mapping[str, Mapping[str, Sequence[TrainingPoint]]]]  # arm -> seed -> points
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a comparison is about: differences that must all favor their first arm, and a sentence for each outcome."""
+
+    differences: tuple[tuple[str, str, str], ...]  # (metric, first arm, second arm)
+    holds: str
+    opposite: str  # a difference is significant in the other direction
+    not_shown: str  # an interval includes zero
+    undecided: str  # not everything was measured over several seeds
+
+
+# --- Inspection -----------------------------------------------------------------------------------------------------------------
+
+
+class ShardCounts(TypedDict):
+    in_source: int
+    inspected: int
+    unusable: int
+    bytes_in_source: int
+    bytes_inspected: int
+
+
+class SampleCounts(TypedDict):
+    inspected: int
+    used: int
+    filtered: int
+    bad: int
+    bad_share: float  # of the samples that were not filtered out
+    max_skipped_share: float
+    upscaled: int
+
+
+class RejectRecord(TypedDict):
+    """The samples that were rejected for one cause."""
+
+    samples: int
+    share: float
+    shards_of_unknown_count: int
+    examples: Sequence[str]
+    meaning: str
+
+
+class HistogramRecord(TypedDict):
+    edges: Sequence[float]  # lower edges of the bins; the last bin is open
+    counts: Sequence[int]
+    least: float | None
+    most: float | None
+    p10: float | None
+    p50: float | None
+    p90: float | None
+
+
+class EpochEstimate(TypedDict):
+    """Throughput that was measured, and the estimate of an epoch over the source."""
+
+    measured_samples: int
+    decode_cpu_seconds: float
+    read_seconds: float
+    samples_per_cpu_second: float
+    bytes_per_reader_second: float
+    cpus: int
+    samples: int
+    used: int
+    seconds: float
+    samples_per_second: float
+
+
+class InspectionSummary(TypedDict):
+    """`inspection.json`."""
+
+    sources: Sequence[str]
+    shards: ShardCounts
+    samples: SampleCounts
+    rejects: Mapping[str, RejectRecord]  # by cause, the most frequent first
+    shapes: Mapping[str, int]  # "<width>x<height>" in training -> images
+    histograms: Mapping[str, HistogramRecord]
+    epoch: EpochEstimate

@@ -1,0 +1,217 @@
+"""Units on replicas: the same rows on every replica, dead replicas, failing groups, stored results, and the order of units."""
+
+import heapq
+import random
+
+import numpy as np
+import psutil
+import pytest
+
+from ray_platform.contracts import ConfigError
+from ray_platform.evaluate.result_cache import ResultCache, cache_key
+from ray_platform.replicas import MAX_DEATHS, PoolProgress, ReplicaPool, ReplicaSpec, WorkQueue, WorkUnit, join_rows
+from tests.ray_platform.replica_work import Fail, KillReplica, Square, no_replica
+
+
+def unit(work, group="squares", cost=1.0, runs_first=False):
+    return WorkUnit(f"unit {work}", group, cache_key({"work": repr(work)}), cost, work, runs_first)
+
+
+def squares(numbers, **fields):
+    return [unit(Square(number, **fields)) for number in numbers]
+
+
+def pool(folder, num_replicas=2, shown=None):
+    spec = ReplicaSpec(no_replica, num_replicas, cpus=0.5)
+    return ReplicaPool(spec, ResultCache(str(folder)), (shown if shown is not None else []).append)
+
+
+def run(units, *arguments, **options):
+    with pool(*arguments, **options) as replicas:
+        return list(replicas.run(units))
+
+
+def values(results):
+    return sorted(int(result.rows["squares"][0]) for result in results if result.rows)
+
+
+@pytest.fixture
+def notes(tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------ the pool
+
+
+@pytest.mark.usefixtures("ray_cluster")
+class TestReplicaPool:
+    def test_every_unit_runs_once_and_a_second_run_reads_the_stored_rows(self, tmp_path, notes):
+        units = squares(range(12), notes=str(notes))
+        for _ in range(2):
+            assert values(run(units, tmp_path / "cache", 3)) == [n**2 for n in range(12)]
+            assert len(list(notes.iterdir())) == 12
+
+    def test_an_interrupted_run_resumes_and_a_damaged_file_is_computed_again(self, tmp_path, notes):
+        units = squares(range(6), notes=str(notes))
+        with pool(tmp_path / "cache", 1) as replicas:
+            results = replicas.run(units)
+            done = [next(results), next(results)]  # then the block ends, as after an exception or Ctrl-C in the driver
+        assert 2 <= len(list(notes.iterdir())) < 6
+        stored = tmp_path / "cache" / f"{done[0].unit.key}.npz"
+        stored.write_bytes(stored.read_bytes()[:50])
+        assert values(run(units, tmp_path / "cache")) == [0, 1, 4, 9, 16, 25]
+        numbers = [int(note.name.partition("-")[0]) for note in notes.iterdir()]
+        assert numbers.count(done[0].unit.work.number) == 2
+        assert numbers.count(done[1].unit.work.number) == 1
+
+    def test_replicas_stay_for_the_next_run_and_end_with_the_block(self, tmp_path, notes):
+        def processes(numbers):
+            list(replicas.run(squares(numbers, notes=str(notes), seconds=0.2)))
+            names = [note.name.split("-") for note in notes.iterdir()]
+            return {int(process) for number, process, _ in names if int(number) in numbers}
+
+        with pool(tmp_path / "cache", 2) as replicas:
+            first = processes(range(1))
+            assert len(first) == 1, "no more replicas than units"
+            second = processes(range(1, 9))
+            assert len(second) == 2
+            assert first < second
+            alive = [psutil.Process(process) for process in second]
+        assert not psutil.wait_procs(alive, timeout=20)[1]
+
+    def test_a_killed_replica_is_replaced_and_nothing_is_lost(self, tmp_path):
+        shown = []
+        units = [*squares(range(8)), unit(KillReplica(8, str(tmp_path))), unit(KillReplica(9, str(tmp_path), times=2))]
+        assert values(run(units, tmp_path / "cache", shown=shown)) == [n**2 for n in range(10)]
+        assert "workers lost" in shown[-1]
+
+    def test_a_unit_that_kills_every_replica_fails_its_group_and_no_other(self, tmp_path):
+        deadly = unit(KillReplica(1, str(tmp_path), times=99), group="deadly")
+        results = run([deadly, *squares(range(4))], tmp_path / "cache", 1)
+        assert values(results) == [0, 1, 4, 9]
+        (error,) = [result.error for result in results if result.error]
+        assert error.startswith(f"{deadly.name}: {MAX_DEATHS} workers died")
+
+    def test_an_error_is_one_line_and_drops_the_rest_of_its_group(self, tmp_path, notes):
+        bad = unit(Fail("cars: label 200 is out of range"), group="cars", cost=9.0)
+        rest = [unit(Square(n, str(notes)), group="cars") for n in range(50, 90)]
+        broken = unit(Fail(""), group="broken", cost=9.0)
+        results = run([*rest, bad, broken, *squares(range(3))], tmp_path / "cache", 1)
+        errors = {result.unit.group: result.error for result in results if result.error}
+        assert errors["cars"] == "cars: label 200 is out of range"
+        assert errors["broken"] == f"{broken.name}: ZeroDivisionError: integer division or modulo by zero"
+        assert {0, 1, 4} <= set(values(results))
+        assert len(list(notes.iterdir())) < 5, "units that had not started are dropped"
+
+    def test_replicas_that_do_not_fit_on_the_cluster(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"num_workers: 9 workers .* do not fit .*\(4 CPUs, 0 GPUs\)"):
+            list(ReplicaPool(ReplicaSpec(no_replica, 9), ResultCache(str(tmp_path)), print).run(squares(range(3))))
+        with pytest.raises(ConfigError, match=r"num_workers: 1 workers with 1 CPUs and 0\.5 GPUs"):
+            ReplicaSpec(no_replica, gpus=0.5).resolve_num_replicas()
+
+
+# ------------------------------------------------------------------------------------ the queue, in simulated time
+
+
+def queued(costs, group="g"):
+    return [WorkUnit(f"u{i}", group, f"key{i}", cost, None) for i, cost in enumerate(costs)]
+
+
+def makespan(queue, num_replicas, seconds):
+    """When the last unit ends; a replica runs its units one after the other."""
+    for replica in range(num_replicas):
+        queue.add_replica(replica)
+    now, ends, free = 0.0, [], dict.fromkeys(range(num_replicas), 0.0)
+
+    def start(unit, replica, exclusive):
+        free[replica] = max(now, free[replica]) + seconds(unit)
+        heapq.heappush(ends, (free[replica], replica, exclusive))
+
+    queue.assign(start, lambda unit: None)
+    while ends:
+        now, replica, exclusive = heapq.heappop(ends)
+        queue.finish(replica, exclusive)
+        queue.assign(start, lambda unit: None)
+    return now
+
+
+def test_replicas_end_together_though_costs_are_estimates():
+    rng = random.Random(0)
+    costs = [256 * rng.uniform(0.5, 1.0) for _ in range(900)]
+    seconds = {f"key{i}": cost * rng.uniform(0.8, 1.2) for i, cost in enumerate(costs)}
+    end = makespan(WorkQueue(queued(costs)), 64, lambda unit: seconds[unit.key])
+    assert end <= 1.05 * sum(seconds.values()) / 64
+
+
+def test_units_that_run_first_precede_the_most_expensive_ones():
+    started = []
+    queue = WorkQueue([unit(None, cost=1.0), unit(None, cost=5.0), unit(None, cost=0.5, runs_first=True)])
+    queue.add_replica(0)
+    queue.assign(lambda unit, replica, exclusive: started.append(unit.cost), lambda unit: None)
+    assert started == [0.5, 5.0]
+
+
+def test_at_the_end_no_replica_holds_back_a_unit_that_another_could_start():
+    started = []
+    queue = WorkQueue(queued([1.0] * 4))
+    for replica in range(3):
+        queue.add_replica(replica)
+    queue.assign(lambda unit, replica, exclusive: started.append(replica), lambda unit: None)
+    assert sorted(started) == [0, 1, 2], "the fourth unit waits for the first replica that ends"
+    queue.finish(1, False)
+    queue.assign(lambda unit, replica, exclusive: started.append(replica), lambda unit: None)
+    assert started[3] == 1
+
+
+def test_a_unit_whose_replica_died_is_retried_alone_and_fails_in_the_end():
+    queue = WorkQueue(queued([2.0, 1.0, 1.0, 1.0]))
+    queue.add_replica("a")
+    started = []
+
+    def start(unit, replica, exclusive):
+        started.append((unit, replica, exclusive))
+
+    queue.assign(start, lambda unit: None)
+    assert [exclusive for _, _, exclusive in started] == [False, False], "two in flight: either may be the cause"
+    assert queue.remove_replica("a")
+    assert not queue.remove_replica("a")
+    assert all(queue.retry(unit, exclusive) for unit, _, exclusive in started)
+    suspect = None
+    for number in range(MAX_DEATHS):
+        started.clear()
+        queue.add_replica(number)
+        queue.assign(start, lambda unit: None)
+        ((unit, replica, exclusive),) = started
+        assert exclusive
+        assert suspect in (None, unit)
+        suspect = unit
+        queue.remove_replica(replica)
+        assert queue.retry(unit, exclusive) == (number < MAX_DEATHS - 1)
+
+
+def test_units_of_a_failed_group_are_dropped():
+    queue = WorkQueue([*queued([3.0, 2.0], group="bad"), WorkUnit("good", "good", "k", 1.0, None)])
+    queue.failed_groups.add("bad")
+    queue.add_replica(0)
+    started, dropped = [], []
+    queue.assign(lambda unit, replica, exclusive: started.append(unit.group), lambda unit: dropped.append(unit.group))
+    assert (started, dropped) == (["good"], ["bad", "bad"])
+
+
+def test_rows_are_joined_by_place_and_a_unit_without_rows_adds_none():
+    rows = {2: {"x": np.array([[5.0, 6.0]]), "y": np.array([3])}, 0: {"x": np.array([[1.0, 2.0]])}, 1: {"y": np.array([2])}}
+    joined = join_rows(rows)
+    assert joined["x"].tolist() == [[1.0, 2.0], [5.0, 6.0]]
+    assert joined["y"].tolist() == [2, 3]
+    assert join_rows({0: {"x": np.array([])}})["x"].shape == (0,)
+
+
+def test_the_progress_bar_counts_stored_rows_as_done_but_not_as_speed():
+    progress = PoolProgress(10.0, 4)
+    progress.add(unit(Square(1), cost=4.0), cached=True)
+    assert progress.line().startswith("1/4 units  [########            ]  40%  left 0:00")
+    progress.started -= 60
+    progress.add(unit(Square(2), cost=2.0), cached=False)
+    assert progress.line() == "2/4 units  [############        ]  60%  left 2:00"
