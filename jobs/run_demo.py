@@ -13,7 +13,7 @@ from diffdis_platform.demo.report import SUMMARY, table, write_report
 from diffdis_platform.recipes.demo import PREVIEW_CAPTIONS
 from ray_platform.contracts import ConfigError
 from ray_platform.local_head import LocalHead, submit
-from ray_platform.tracking import ui_command
+from ray_platform.tracking.mlflow_tracker import ui_command
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, OUTPUT = ROOT / "data" / "demo", ROOT / "outputs" / "demo"

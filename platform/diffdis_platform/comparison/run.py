@@ -15,15 +15,15 @@ from diffdis_platform.comparison.runs import RESULT, SUMMARY, ComparisonPlan, me
 from diffdis_platform.comparison.summary import ComparisonSummary, summarize, tracked_metrics
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.evaluation.quality import read_prompts
-from diffdis_platform.parent_run import open_parent_run
+from diffdis_platform.parent_run import start_parent_run
 from ray_platform import storage
 from ray_platform.contracts import UserError, describe_error
 from ray_platform.evaluate.work import image_name
 from ray_platform.json_values import to_json
 from ray_platform.report.comparison import comparison_page
 from ray_platform.report.records import ComparisonDetails, GeneratedSample, ImageGrid, TrainingPoint
-from ray_platform.tracking import RunStatus, Tracker
-from ray_platform.tracking.code_version import code_version
+from ray_platform.tracking import Tracker
+from ray_platform.tracking.run_metadata import code_version
 from ray_platform.train.launch import Stopped
 
 logger = logging.getLogger(__name__)
@@ -45,9 +45,7 @@ def compare(config: CompareConfig, plan: ComparisonPlan, recipe: str, command: s
     failures: list[str] = []
     text = f"A comparison by the recipe `{recipe}`; its runs are those below this one. Report: `{config.output_dir}/{REPORT}`."
     params = {"arms": plan.fields, "seeds": list(config.seeds), **plan.identity}
-    tracker, tracking = open_parent_run(config.tracking, config.output_dir, recipe, text, command, params)
-    status: RunStatus = "FAILED"
-    try:
+    with start_parent_run(config.tracking, config.output_dir, recipe, text, command, params) as (tracker, tracking):
         summary = _write_summary(config, plan, failures)  # before the first run: it identifies the comparison in this folder
         for number, (arm, seed) in enumerate(plan.pending, 1):
             print(f"run {number} of {len(plan.pending)}: {arm}, seed {seed}", flush=True)
@@ -73,9 +71,6 @@ def compare(config: CompareConfig, plan: ComparisonPlan, recipe: str, command: s
             "curves": _read_curves(config),
         }
         _write_report(config, tracker, summary, details)
-        status = "FINISHED"
-    finally:
-        tracker.end(status)
     return summary
 
 

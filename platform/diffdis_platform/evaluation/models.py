@@ -15,8 +15,8 @@ from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.export import ExportConfig, export
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.train.launch import TRACKED
-from ray_platform.train.loop import SUMMARY
+from ray_platform.tracking import RUN_RECORD
+from ray_platform.train.launch import SUMMARY
 
 EXPORTED = "exported.json"  # beside a model that an evaluation exported: of which checkpoint
 
@@ -60,7 +60,7 @@ def open_model(config: EvalConfig) -> Model:
         url, step, run = _exported(config)
         places = [run]
     saved = storage.read_json(storage.join(url, CONFIG_NAME))
-    tracked, summary = (_first(places, name) for name in (TRACKED, SUMMARY))
+    tracked, summary = (_first(places, name) for name in (RUN_RECORD, SUMMARY))
     task = saved.get("trained_for", "joint")
     settings = {"num_steps": config.scoring.num_steps, "num_draws": config.scoring.num_draws, "guidance": config.scoring.guidance}
     return Model(

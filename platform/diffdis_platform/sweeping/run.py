@@ -15,7 +15,7 @@ from diffdis_platform.config.sweep import SweepConfig
 from diffdis_platform.evaluation.headline import RETRIEVAL
 from diffdis_platform.evaluation.quality import read_prompts
 from diffdis_platform.evaluation.run import open_sets
-from diffdis_platform.parent_run import open_parent_run
+from diffdis_platform.parent_run import start_parent_run
 from diffdis_platform.sweeping.fields import open_space
 from diffdis_platform.sweeping.trial import TrialRunner, training_steps, trial_resources
 from ray_platform import storage
@@ -30,9 +30,8 @@ from ray_platform.sweep.space import Space, describe_space
 from ray_platform.sweep.sweep import Sweep, TrialOutcome
 from ray_platform.sweep.trial import TrialSegment
 from ray_platform.terminal import render_table
-from ray_platform.tracking import RunStatus, Tracker, TrackingConfig, tracking_uri
-from ray_platform.tracking.code_version import code_version
-from ray_platform.train.launch import TRACKED
+from ray_platform.tracking import Tracker, TrackingConfig, read_run_record, tracking_uri
+from ray_platform.tracking.run_metadata import code_version
 
 REPORT, DETAILS, SETTINGS = "report.html", "details.json", "sweep.json"
 # Ray Tune's saved state names functions of this code and types of Ray: another version of either cannot resume it.
@@ -62,10 +61,7 @@ def plan_sweep(config: SweepConfig, recipe: str) -> SweepPlan:
         raise ConfigError(
             f"samples: {config.samples} give less than a step to the first of {config.num_milestones} milestones; use more"
         )
-    try:
-        tracking_uri(config.tracking, config.output_dir)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    tracking_uri(config.tracking, config.output_dir)
     segment = TrialSegment("", baseline, storage.join(config.output_dir, "trials"), "", 1.0)
     TrialRunner(config, recipe, TrackingConfig()).pretrain_config(segment).run(recipe).check()
     sets, _ = open_sets(config.evaluation)
@@ -94,17 +90,13 @@ def run_sweep(plan: SweepPlan, yaml: str, command: str) -> SweepDetails:
         f"A sweep by the recipe `{plan.recipe}`; its trials are the runs below this one. Report: `{config.output_dir}/{REPORT}`."
     )
     params = {"recipe": plan.recipe, **asdict(config)}
-    tracker, tracking = open_parent_run(config.tracking, config.output_dir, plan.recipe, description, command, params)
-    status: RunStatus = "FAILED"
-    try:
+    parent = start_parent_run(config.tracking, config.output_dir, plan.recipe, description, command, params)
+    with parent as (tracker, tracking):
         outcomes = plan.sweep(tracking).run()
         details = _build_details(plan, outcomes, command, time.monotonic() - start)
         storage.write_bytes(storage.join(config.output_dir, DETAILS), to_json(details))
         storage.write_bytes(storage.join(config.output_dir, REPORT), sweep_page(details).encode())
         _track(tracker, config, details)
-        status = "FINISHED"
-    finally:
-        tracker.end(status)
     return details
 
 
@@ -193,7 +185,7 @@ def _build_details(plan: SweepPlan, outcomes: list[TrialOutcome], command: str, 
 
 
 def _trial_record(outcome: TrialOutcome) -> TrialRecord:
-    url = storage.join(outcome.url, TRACKED) if outcome.url else ""
+    run = read_run_record(outcome.url) if outcome.url else None
     return {
         "name": outcome.name,
         "state": outcome.state,
@@ -205,7 +197,7 @@ def _trial_record(outcome: TrialOutcome) -> TrialRecord:
             for one in outcome.history
         ],
         "metrics": outcome.history[-1]["metrics"] if outcome.history else {},
-        "run_id": storage.read_json(url)["run_id"] if url and storage.exists(url) else "",
+        "run_id": run["run_id"] if run else "",
         "url": outcome.url,
     }
 

@@ -14,9 +14,8 @@ from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.results import metrics_for_tracking
 from ray_platform.placement import ResourceRequest
 from ray_platform.sweep.trial import SegmentResult, TrialSegment
-from ray_platform.tracking import Tracker, TrackingConfig
-from ray_platform.train import checkpoint
-from ray_platform.train.launch import TRACKED
+from ray_platform.tracking import RUN_RECORD, TrackingConfig, read_run_record, start_run
+from ray_platform.train import checkpointing
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class TrialRunner:
         """Train to the end of the segment and evaluate. Raises DataError if an objective was not measured."""
         self._adopt_tracked_run(segment)
         self.pretrain_config(segment).run(self.recipe).fit()
-        url = checkpoint.complete_ones(segment.folder)[0]
-        manifest = checkpoint.read_manifest(url)
+        url = checkpointing.list_checkpoints(segment.folder)[0]
+        manifest = checkpointing.read_manifest(url)
         metrics = self._evaluate(segment, manifest.step)
         return SegmentResult(url, manifest.step, manifest.samples_seen, metrics)
 
@@ -51,7 +50,7 @@ class TrialRunner:
                 num_steps=num_steps,
                 stop_at_step=max(1, round(num_steps * segment.budget_fraction)),
                 keep_checkpoints=keep,
-                resume="auto" if checkpoint.complete_ones(segment.folder) else segment.origin or "auto",
+                resume="auto" if checkpointing.list_checkpoints(segment.folder) else segment.origin or "auto",
             ),
             tracking=replace(self.tracking, run_name=segment.trial),
         )
@@ -67,10 +66,9 @@ class TrialRunner:
             raise DataError(f"objectives: {missing[0]} was not measured; use one of {', '.join(sorted(metrics))}")
         self._share_reference(segment, config)
         # Under names that are equal for all trials, whatever their guidance scale, so that MLflow can compare them.
-        run_id = storage.read_json(storage.join(segment.folder, TRACKED))["run_id"]
-        tracker = Tracker(config.tracking, segment.folder, run_id)
-        tracker.log_metrics({f"sweep/{name}": value for name, value in main_metrics.items()}, step)
-        tracker.end("FINISHED")
+        if run := read_run_record(segment.folder):
+            with start_run(config.tracking, segment.folder, run_id=run["run_id"]) as tracker:
+                tracker.log_metrics({f"sweep/{name}": value for name, value in main_metrics.items()}, step)
         return metrics
 
     def _evaluation_config(self, segment: TrialSegment, step: int) -> EvalConfig:
@@ -81,7 +79,7 @@ class TrialRunner:
         return replace(
             evaluation,
             checkpoint=storage.join(segment.folder, "export"),
-            output_dir=storage.join(segment.folder, "evaluations", checkpoint.checkpoint_name(step)),
+            output_dir=storage.join(segment.folder, "evaluations", checkpointing.checkpoint_name(step)),
             quality=quality,
             tracking=replace(self.tracking, run_name=segment.trial),
             num_workers=evaluation_workers(self.config),
@@ -89,10 +87,10 @@ class TrialRunner:
 
     def _adopt_tracked_run(self, segment: TrialSegment) -> None:
         """Keep the trial's MLflow run when the trial, as a clone, starts in another folder."""
-        url, trials = storage.join(segment.folder, TRACKED), storage.join(self.config.output_dir, "trials")
+        url, trials = storage.join(segment.folder, RUN_RECORD), storage.join(self.config.output_dir, "trials")
         if storage.exists(url) or not storage.exists(trials):
             return
-        if earlier := storage.list_files(storage.join(trials, f"{segment.trial}_*", TRACKED)):
+        if earlier := storage.list_files(storage.join(trials, f"{segment.trial}_*", RUN_RECORD)):
             storage.write_bytes(url, storage.read_bytes(earlier[0].url))
 
     def _shared_reference(self, pretrain: PretrainConfig, config: EvalConfig) -> str:

@@ -15,7 +15,7 @@ from ray.tune.logger import JsonLoggerCallback
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.placement import ResourceRequest, may_grow, named, room, tightest
+from ray_platform.placement import ResourceRequest, can_autoscale, describe_nodes, most_restrictive, total_resources
 from ray_platform.sweep.config import SearchConfig
 from ray_platform.sweep.schedulers import HISTORY, build_scheduler, is_baseline, trial_name
 from ray_platform.sweep.search import TRIAL, MultiObjectiveSearch, trial_config, trial_points
@@ -61,13 +61,14 @@ class Sweep:
 
     def concurrency(self) -> int:
         """Return the number of concurrent trials. Raises ConfigError if the cluster has too few resources for them."""
-        requested, tight = self.config.max_concurrent, tightest(self.needs)
-        capacity = tight.capacity()
-        if capacity < max(1, requested) and not may_grow():
-            needed, available = {kind: amount for kind, amount in tight.amounts.items() if amount}, room(tight.labels)
+        requested, largest = self.config.max_concurrent, most_restrictive(self.needs)
+        capacity = largest.capacity()
+        if capacity < max(1, requested) and not can_autoscale():
+            needed = {kind: amount for kind, amount in largest.amounts.items() if amount}
+            available = total_resources(largest.labels)
             raise ConfigError(
                 f"max_concurrent: {max(1, requested)} trials of {_listed(needed)} each do not fit "
-                f"{named(tight.labels)}'s {_listed({kind: available.get(kind, 0) for kind in needed})}; "
+                f"{describe_nodes(largest.labels)}'s {_listed({kind: available.get(kind, 0) for kind in needed})}; "
                 "each trains with its workers and their reads, then evaluates with evaluation.num_workers"
             )
         return requested or max(1, capacity)

@@ -1,7 +1,6 @@
 """The driver's side of a training run: check what can be checked, start the workers, and again if lost, say what failed."""
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -23,38 +22,48 @@ from ray_platform.data.catalog import Catalog, build_catalog, difference, to_jso
 from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
-from ray_platform.placement import selector
-from ray_platform.redaction import redacted_values
+from ray_platform.placement import label_selector
 from ray_platform.tracking import (
     ModelPackage,
-    RunStatus,
-    TrackerHandle,
+    RunRecord,
+    Tracker,
     TrackingConfig,
-    run_metadata,
-    start_tracker,
+    read_run_record,
+    run_record,
+    start_run,
     tracking_uri,
 )
-from ray_platform.tracking.code_version import code_version
 from ray_platform.tracking.node_metrics import NodeMetrics
-from ray_platform.train import checkpoint
+from ray_platform.tracking.run_metadata import code_version
+from ray_platform.train import checkpointing
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.elastic import SaveBeforeResize
 from ray_platform.train.heldout import read_heldout
 from ray_platform.train.job import Job
 from ray_platform.train.network import ProcessGroup
 from ray_platform.train.overseer import Overseer
-from ray_platform.train.restarts import Restarts, Stopped, TrainingError
+from ray_platform.train.restarts import Restarts, Stopped
+from ray_platform.train.run_description import pretraining_metadata
 from ray_platform.train.watch import start_watch
-from ray_platform.train.worker import work
 
-__all__ = ["Run", "Stopped", "TrainingError"]
+__all__ = ["Run", "Stopped"]
 
 logger = logging.getLogger(__name__)
 
 INSPECTED_SAMPLES = 64
 RESIZE_SECONDS = 60.0  # between looks whether an elastic run can have more workers: each change costs a restart
 CATALOG = "catalog.json"  # in output_dir: the shards that the run was begun with
-TRACKED = "mlflow.json"  # in output_dir: the run to go on in after a resume
+SUMMARY = "train_summary.json"  # in output_dir: the result of a finished run
+
+
+def run_worker(job: Job) -> None:
+    """Training function that Ray Train runs on every worker.
+
+    Ray Train's controller unpickles it, too, so the engine, whose imports take seconds, is imported by the workers only.
+    """
+    from ray_platform.train.worker import train_worker
+
+    train_worker(job)
 
 
 @dataclass(frozen=True)
@@ -81,10 +90,7 @@ class Run:
                 f"output_dir: {self.output_dir} is relative, and a submitted job's folder is a copy that is thrown away; "
                 "give an absolute path or an s3:// URL"
             )
-        if "://" in self.output_dir and not self.tracking.uri:
-            raise ConfigError(
-                f"tracking.uri: give an MLflow server or sqlite:/// path, as {self.output_dir} cannot hold a database"
-            )
+        tracking_uri(self.tracking, self.output_dir)
         if self.train.elastic and self.data.placement and not self.train.placement:
             raise ConfigError(
                 "train.placement: the workers of an elastic run would take the CPUs of data.placement, where their reads are to "
@@ -92,7 +98,7 @@ class Run:
             )
         catalog = self._catalog()
         check_world_size(catalog, self.train.max_workers)
-        if self.train.resume == "none" and (found := checkpoint.complete_ones(self.output_dir)):
+        if self.train.resume == "none" and (found := checkpointing.list_checkpoints(self.output_dir)):
             raise ConfigError(
                 f"output_dir: {self.output_dir} already holds a run (up to {found[0].rsplit('/', 1)[1]}); "
                 "go on with it by --resume auto, or give another output_dir"
@@ -119,8 +125,8 @@ class Run:
         catalog = self.check()
         train = self.train
         samples = inspect_first_samples(catalog, self.data, INSPECTED_SAMPLES)
-        starts = checkpoint.candidates(train.resume, self.output_dir, "none yet")
-        saved = checkpoint.read_manifest(starts[0]) if starts else None
+        starts = checkpointing.candidates(train.resume, self.output_dir, "none yet")
+        saved = checkpointing.read_manifest(starts[0]) if starts else None
         global_batch = train.global_batch_size or (
             saved.global_batch_size if saved else train.max_workers * train.micro_batch_size
         )
@@ -142,8 +148,8 @@ class Run:
             "output_dir": self.output_dir,
         }
 
-    def fit(self) -> dict[str, Any]:
-        """Train to the launch's last step. Returns where it is tracked: {tracking_uri, experiment, run_id}.
+    def fit(self) -> RunRecord:
+        """Train to the launch's last step, and return the record of the tracked run.
 
         Raises ConfigError and DataError before anything starts, and TrainingError, in one line, when the run fails or is
         stopped by SIGTERM (which it answers with a checkpoint).
@@ -156,7 +162,22 @@ class Run:
         connect()
         storage.write_bytes(storage.join(self.output_dir, CATALOG), to_json(catalog))
         version = code_version()
-        tracker, tracked = self._start_tracker(catalog, version)
+        known = read_run_record(self.output_dir) if self.train.resume != "none" else None
+        metadata = pretraining_metadata(
+            self.params, catalog, self.data, self.train, self.output_dir, command=self.command, code_version=version
+        )
+        with start_run(
+            self.tracking, self.output_dir, metadata, run_id=known["run_id"] if known else "", record=True, in_actor=True
+        ) as tracker:
+            try:
+                self._train(catalog, heldout, tracker, version)
+            finally:
+                with contextlib.suppress(storage.StorageError):
+                    storage.delete(self._ray_dir)
+            return run_record(self.tracking, self.output_dir, tracker)
+
+    def _train(self, catalog: Catalog, heldout: Any, tracker: Tracker, version: str) -> None:
+        """Run the workers to the last step, and store the exported model in the tracker."""
         job = Job(
             cloudpickle.dumps(self.build_task),
             self._data(),
@@ -172,21 +193,13 @@ class Run:
             version,
         )
         machines = NodeMetrics(tracker, self.tracking.system_metrics_seconds)
-        status: RunStatus = "FAILED"
-        try:
-            with Overseer(job.watch, tracker, machines, self.train) as overseer:
-                self._train_to_the_end(job, overseer)
-            if self.train.last_step == self.train.num_steps and self.tracking.log_model:
-                if self.package:
-                    tracker.log_model(job.export_dir, self.package)
-                else:
-                    tracker.log_folder(job.export_dir, "model")
-            status = "FINISHED"
-        finally:
-            tracker.end(status)
-            with contextlib.suppress(storage.StorageError):
-                storage.delete(self._ray_dir)
-        return tracked
+        with Overseer(job.watch, tracker, machines, self.train) as overseer:
+            self._train_to_the_end(job, overseer)
+        if self.train.last_step == self.train.num_steps and self.tracking.log_model:
+            if self.package:
+                tracker.log_model(job.export_dir, self.package)
+            else:
+                tracker.log_folder(job.export_dir, "model")
 
     @property
     def _ray_dir(self) -> str:
@@ -203,7 +216,7 @@ class Run:
     def _train_to_the_end(self, job: Job, overseer: Overseer) -> None:
         """Start the workers, and again, from the newest checkpoint, as long as that can help."""
         restarts = Restarts(
-            self.train.max_failures, lambda: next(iter(checkpoint.complete_ones(self.output_dir, job.launch)), "")
+            self.train.max_failures, lambda: next(iter(checkpointing.list_checkpoints(self.output_dir, job.launch)), "")
         )
         while True:
             try:
@@ -212,26 +225,6 @@ class Run:
             except (TrainingFailedError, ray.exceptions.RayActorError) as error:
                 logger.warning("%s", restarts.judge(error, overseer.last_hang, overseer.stopping))
                 overseer.workers_are_gone()
-
-    def _start_tracker(self, catalog: Catalog, version: str) -> tuple[TrackerHandle, dict[str, str]]:
-        """The tracker's run: the one that a resumed run began in, else a new one. It is told what this run is."""
-        url, known = storage.join(self.output_dir, TRACKED), {}
-        if self.train.resume != "none" and storage.exists(url):
-            known = storage.read_json(url)
-        recipe = str(self.params.get("recipe", "run"))
-        named = replace(self.tracking, run_name=self.tracking.run_name or f"{run_metadata.dated(recipe)}-seed{self.train.seed}")
-        tracker = start_tracker(named, self.output_dir, known.get("run_id", ""))
-        tracker.log_params(self.params)
-        data_sets = run_metadata.data_sets(catalog, self.data, self.train)
-        tracker.describe(
-            run_metadata.description(recipe, self.command, self.train, data_sets, self.output_dir),
-            run_metadata.tags(recipe, self.output_dir, version) | {"data.sources": ", ".join(self.data.sources)},
-        )
-        tracker.log_data_sets(data_sets)
-        uri = tracking_uri(self.tracking, self.output_dir)
-        tracked = {"tracking_uri": uri, "experiment": self.tracking.experiment, "run_id": tracker.run_id()}
-        storage.write_bytes(url, json.dumps(redacted_values(tracked), indent=2).encode())
-        return tracker, tracked
 
     def _trainer(self, job: Job) -> TorchTrainer:
         train = self.train
@@ -242,13 +235,13 @@ class Run:
                 resources["CPU"] += self.data.reads_per_rank * self.data.cpus_per_read
             workers = {"num_workers": train.num_workers, "elastic_resize_monitor_interval_s": RESIZE_SECONDS}
         return TorchTrainer(
-            work,
+            run_worker,
             train_loop_config=job,
             torch_config=ProcessGroup(backend="nccl" if train.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 use_gpu=bool(train.gpus_per_worker),
                 resources_per_worker=resources,
-                label_selector=selector(train.placement),
+                label_selector=label_selector(train.placement),
                 **workers,
             ),
             run_config=ray.train.RunConfig(
