@@ -283,7 +283,7 @@ def test_an_invalid_sweep_is_rejected_in_one_line_before_anything_starts(make, t
     assert "none.yaml" in refusal(make, evaluation=dataclasses.replace(make().evaluation, suite="none.yaml"))
     objectives = {"accuracy": "max", "fd_efficientnet_lite0": "min"}
     unmeasured = dataclasses.replace(make().evaluation, quality=QualityConfig())
-    assert "objectives: fd_efficientnet_lite0 needs evaluation.quality.prompts" in refused(
+    assert "objectives: fd_efficientnet_lite0 needs evaluation.quality.prompts" in refusal(
         make, evaluation=unmeasured, objectives=objectives
     )
     assert not (tmp_path / "sweep").exists(), "nothing was written"
