@@ -10,13 +10,15 @@ from mlflow import MlflowClient
 from scipy import stats
 
 from diffdis.config import ObjectiveConfig
+from diffdis_platform.commands.compare import parse_arguments as parse
 from diffdis_platform.comparison import runs
 from diffdis_platform.comparison.run import compare
 from diffdis_platform.comparison.runs import plan_comparison
 from diffdis_platform.comparison.summary import check_claim, confidence_interval, format_summary, paired_differences
-from diffdis_platform.config.compare import ARMS, CompareConfig, demo_compare, parse
+from diffdis_platform.config.compare import ARMS, CompareConfig
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.recipes import demo_compare
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig
@@ -296,21 +298,21 @@ def refusal(call, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "demo"], "--recipe demo: no such recipe; there are demo_compare"),
+        (["--recipe", "demo"], "--recipe demo: no such recipe"),
         (["--output_dir", "x"], "output_dir: x; give an absolute folder"),
-        (["--arms", "jont"], "arms: there is no jont; there are joint, generation, alignment, clip, joint_mask, one_way_mask"),
-        (["--seeds", "[1, 1]"], "seeds: [1, 1]; give at least one, and none twice"),
+        (["--arms", "jont"], "arms: no such arm (jont); use joint, generation, alignment, clip, joint_mask, one_way_mask"),
+        (["--seeds", "[1, 1]"], "seeds: [1, 1]; give at least one"),
         (["--seeds", "[-1]"], "seeds: -1 is below 0"),
-        (["--own_arms", '{"clip": {}}'], "own_arms: there is an arm clip already"),
-        (["--own_arms", '{"a b": {}}'], "own_arms: 'a b'; a name has up to 64 letters"),
+        (["--own_arms", '{"clip": {}}'], "own_arms: clip is a predefined arm"),
+        (["--own_arms", '{"a b": {}}'], "own_arms: invalid name 'a b'"),
         (
             ["--arms", "a", "--own_arms", '{"a": {"train.num_steps": 9}}'],
-            "own_arms.a: train.num_steps; an arm has fields of model",
+            "own_arms.a: train.num_steps is not a field of model",
         ),
         (["--arms", "a", "--own_arms", '{"a": {"objective.lamda": 9}}'], "own_arms.a: --objective.lamda: no such field; did you"),
         (["--arms", "a", "--own_arms", '{"a": {"model.schedule.gamma": 9}}'], "own_arms.a: model.schedule.gamma: 9.0 is not in"),
-        (["--pretrain.train.seed", "3"], "pretrain.train.seed: is set by the comparison; give seeds"),
-        (["--pretrain.output_dir", "/x"], "pretrain.output_dir: is set by the comparison; give output_dir"),
+        (["--pretrain.train.seed", "3"], "pretrain.train.seed: is set by the comparison; use seeds"),
+        (["--pretrain.output_dir", "/x"], "pretrain.output_dir: is set by the comparison; use output_dir"),
     ],
 )
 def test_invalid_fields_are_rejected_in_one_line(arguments, message):

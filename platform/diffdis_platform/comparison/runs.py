@@ -8,12 +8,12 @@ from typing import Any
 
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.evaluate import QualityConfig
-from diffdis_platform.config.export import build_task
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.evaluation.headline import headline
 from diffdis_platform.evaluation.quality import Reference, read_prompts
 from diffdis_platform.evaluation.run import evaluate, open_sets
 from diffdis_platform.evaluation.run import plan as plan_evaluation
+from diffdis_platform.exporting import build_task
 from ray_platform import storage
 from ray_platform.connect import describe_cluster
 from ray_platform.contracts import ConfigError, DataError

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from diffdis_platform.config.evaluate import EvalConfig
-from diffdis_platform.config.fields import with_fields
+from diffdis_platform.config.parse import with_fields
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.config.sweep import SweepConfig
 from ray_platform.contracts import ConfigError
