@@ -134,13 +134,13 @@ CHECKPOINTS = [
     Case(
         "a file named `../../outside/secret.safetensors` in its list",
         EXPORT,
-        "…complete.json is damaged (…names a file '../../outside/secret.safetensors', which does not lie below it…",
+        "…complete.json is damaged (…names a file '../../outside/secret.safetensors', which is not below it…",
         exported(files={"../../outside/secret.safetensors": (1, "0" * 64)}),
     ),
     Case(
         "an absolute name in its list",
         EXPORT,
-        "…complete.json is damaged (…names a file '/etc/passwd', which does not lie below it…",
+        "…complete.json is damaged (…names a file '/etc/passwd', which is not below it…",
         exported(files={"/etc/passwd": (1, "0" * 64)}),
     ),
     Case(

@@ -11,6 +11,7 @@ from datetime import datetime
 from PIL import Image
 
 from diffdis.pictures import grid
+from diffdis_platform.comparison.claim import CLAIM
 from diffdis_platform.comparison.runs import RESULT, SUMMARY, ComparisonPlan, measure
 from diffdis_platform.comparison.summary import ComparisonSummary, summarize, tracked_metrics
 from diffdis_platform.config.compare import CompareConfig
@@ -82,7 +83,7 @@ def _write_summary(config: CompareConfig, plan: ComparisonPlan, failures: list[s
 
 def _write_report(config: CompareConfig, tracker: Tracker, summary: ComparisonSummary, details: ComparisonDetails) -> None:
     """Write the report and sample images to the output folder and, with the metrics, to the tracked run."""
-    files = {REPORT: comparison_page(details).encode()}
+    files = {REPORT: comparison_page(details, CLAIM).encode()}
     for arm in details["grids"]:
         images = [Image.open(io.BytesIO(base64.b64decode(sample["png"]))) for sample in arm["samples"]]
         buffer = io.BytesIO()

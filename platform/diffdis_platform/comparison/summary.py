@@ -8,13 +8,13 @@ from typing import Any, TypedDict
 
 from scipy import stats
 
+from diffdis_platform.comparison.claim import CLAIM
 from diffdis_platform.comparison.runs import ComparisonPlan, Results, RunFigures
 from ray_platform.metric_registry import describe_metric, find_metric
 from ray_platform.report.records import ArmResult, ClaimResult, PairedDifference
 from ray_platform.terminal import render_table
 
 CONFIDENCE = 0.95
-_CLAIM = (("accuracy", "joint", "alignment"), ("fd", "joint", "generation"))  # metric, better arm, other arm
 
 
 class ComparisonSummary(TypedDict):
@@ -91,7 +91,7 @@ def confidence_interval(differences: Sequence[float]) -> PairedDifference:
 
 def check_claim(paired: Mapping[str, PairedDifference]) -> ClaimResult:
     """Return whether the joint model is better than either single task at that task, with intervals that exclude zero."""
-    names = {f"{metric}_{arm}_minus_{other}": metric for metric, arm, other in _CLAIM}
+    names = {f"{metric}_{arm}_minus_{other}": metric for metric, arm, other in CLAIM.differences}
     if missing := [name for name in names if name not in paired]:
         return {"holds": False, "why": f"not measured: {', '.join(missing)}"}
     verdicts = [_check_difference(name, paired[name], find_metric(metric).direction == "max") for name, metric in names.items()]

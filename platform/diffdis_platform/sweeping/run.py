@@ -24,7 +24,7 @@ from ray_platform.json_values import first_difference, to_json, with_defaults
 from ray_platform.metric_registry import check_declared
 from ray_platform.redaction import redacted_values
 from ray_platform.report.records import HistoryEntry, SweepDetails, TrialRecord
-from ray_platform.report.sweep import pictures, sweep_page
+from ray_platform.report.sweep import sweep_files, sweep_page
 from ray_platform.sweep.search import best_point, pareto_front, trial_points
 from ray_platform.sweep.space import Space, describe_space
 from ray_platform.sweep.sweep import Sweep, TrialOutcome
@@ -209,7 +209,7 @@ def _track(tracker: Tracker, config: SweepConfig, details: SweepDetails) -> None
         if (value := trials[name]["metrics"][metric]) is not None:
             tracker.log_metrics({f"best/{metric}": value}, 0)
     tracker.log_bytes(to_json(details), DETAILS)
-    for file, text in {REPORT: sweep_page(details), **pictures(details)}.items():
+    for file, text in {REPORT: sweep_page(details), **sweep_files(details)}.items():
         tracker.log_bytes(text.encode(), file)
     for name, roles in _trial_roles(details).items():
         trial = trials[name]

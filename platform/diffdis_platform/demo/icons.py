@@ -1,14 +1,22 @@
-"""Reads the emoji families of an unpacked @iconify/json folder and drops what is no picture of a concept."""
+"""Emoji families of an unpacked @iconify/json folder: which icons are used, and their images."""
 
+import hashlib
+import io
 import json
+import multiprocessing
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffdis_platform.demo.errors import DemoDataError
+import resvg_py
+from PIL import Image
 
+from ray_platform.contracts import DataError
+
+SIZE = 64  # pixels of an image
 FAMILIES = (
     "noto",
     "noto-v1",
@@ -24,7 +32,7 @@ FAMILIES = (
 TONE_SUFFIX = re.compile(r"-(?:(?:medium-)?(?:dark|light)|medium|tone[1-5])$")
 NUMBER_SUFFIX = re.compile(r"-(\d+)$")
 
-# Trade marks, software and persons among OpenMoji's extras: a caption names them, a drawing does not explain them.
+# Trademarks, software and persons among OpenMoji's extras: the drawing does not show what the caption names.
 OPENMOJI_BRANDS = """
     adilette android apple arduino artstation bluesky c chrome chrome-canary chromium cplusplus crocs csharp discord
     dotnet ecosia-browser edge element facebook facetime firefox firefox-developer firefox-nightly github gitlab
@@ -41,7 +49,7 @@ OPENMOJI_INTERFACE = """
     swipe-down swipe-left swipe-right swipe-up switch tap three-finger-operation timer toggle-button
     toggle-button-state-b upload wireframes
 """
-# Noto v1's bare digits hold <text>, which no renderer without its font can draw: they come out blank.
+# Noto v1's digits contain <text>, which a renderer without its font draws as a blank image.
 NOTO_V1_BLANK = """asterisk pound-symbol digit-zero digit-one digit-two digit-three digit-four digit-five digit-six
     digit-seven digit-eight digit-nine"""
 DROPPED = {
@@ -52,37 +60,37 @@ DROPPED = {
 
 @dataclass(frozen=True)
 class Icon:
-    """One drawing as the package holds it."""
+    """An icon of the package."""
 
     family: str
     icon: str
     category: str
     licence: str
     body: str
-    box: tuple[float, float, float, float]  # left, top, width, height in the drawing's own units
+    box: tuple[float, float, float, float]  # left, top, width, height in units of the icon
 
 
 def read_json(path: Path) -> Any:
-    """Parse one file of the package; raises DemoDataError when it is missing or broken."""
+    """Return the content of a file of the package. Raises DataError if it is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DemoDataError(f"{path} is missing: is its folder an unpacked @iconify/json?") from None
+        raise DataError(f"{path} is missing; give the folder of an unpacked @iconify/json") from None
     except ValueError as error:
-        raise DemoDataError(f"{path} is not valid JSON ({error}): unpack the package again") from None
+        raise DataError(f"{path} is not valid JSON ({error}); unpack the package again") from None
 
 
 def read_sets(package: Path) -> dict[str, dict[str, Any]]:
-    """The nine icon sets by family name, as parsed JSON."""
+    """Return the nine icon sets by family, as parsed JSON. Raises DataError."""
     sets = {family: read_json(package / "json" / f"{family}.json") for family in FAMILIES}
     for family, icon_set in sets.items():
         if not icon_set.get("icons"):
-            raise DemoDataError(f"{package}/json/{family}.json holds no icons: unpack the package again")
+            raise DataError(f"{package}/json/{family}.json holds no icons; unpack the package again")
     return sets
 
 
 def _kept_names(family: str, icon_set: dict[str, Any]) -> list[str]:
-    # "hidden" marks what the set's authors renamed or withdrew: most are second copies under an old name.
+    # The authors of a set hide icons that they renamed or withdrew: most are second copies under an old name.
     every = set(icon_set["icons"])
     shown = sorted(name for name in every if not icon_set["icons"][name].get("hidden"))
     return [
@@ -95,9 +103,9 @@ def _kept_names(family: str, icon_set: dict[str, Any]) -> list[str]:
 
 
 def _without_numbered_skins(names: list[str], category_of: dict[str, str]) -> list[str]:
-    """Streamline numbers its drawings of one concept: of people, `-2` and `-3` are other skin colours, so drop them.
+    """Return the names without the numbered people of Streamline: their `-2` and `-3` are other skin colors.
 
-    Of animals, things and faces they are drawings of their own, and stay.
+    Numbered animals, things and faces are different drawings, and stay.
     """
     kept, seen = [], set()
     for name in names:
@@ -112,7 +120,7 @@ def _without_numbered_skins(names: list[str], category_of: dict[str, str]) -> li
 
 
 def read_icons(sets: dict[str, dict[str, Any]]) -> Iterator[Icon]:
-    """The drawings to use, by family and then by name."""
+    """Yield the icons to use, by family and then by name."""
     for family, icon_set in sets.items():
         category_of = {name: group for group, names in icon_set.get("categories", {}).items() for name in names}
         names = _kept_names(family, icon_set)
@@ -128,3 +136,47 @@ def read_icons(sets: dict[str, dict[str, Any]]) -> Iterator[Icon]:
             category = category_of.get(name, "")
             spdx = licence.get("spdx", licence["title"])
             yield Icon(family, name, category, spdx, entry["body"], (left, top, width, height))
+
+
+@dataclass(frozen=True)
+class IconImage:
+    """Image of an icon: its PNG file, and a digest of its pixels, which does not depend on the PNG encoder."""
+
+    png: bytes
+    pixels_sha256: str
+
+
+def svg_of(icon: Icon) -> str:
+    """Return a square SVG document around the icon, in which a nested element centers it and clips it to its box."""
+    left, top, width, height = icon.box
+    side = max(width, height)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'width="{SIZE}" height="{SIZE}" viewBox="0 0 {side:g} {side:g}">'
+        f'<svg x="{(side - width) / 2:g}" y="{(side - height) / 2:g}" width="{width:g}" height="{height:g}" '
+        f'viewBox="{left:g} {top:g} {width:g} {height:g}">{icon.body}</svg></svg>'
+    )
+
+
+def draw(icon: Icon) -> IconImage:
+    """Return the image of an icon. Raises DataError if it is not valid SVG."""
+    try:
+        # With the fonts of this machine, the same build would differ between machines.
+        drawn = resvg_py.svg_to_bytes(
+            svg_string=svg_of(icon), width=SIZE, height=SIZE, background="#ffffff", skip_system_fonts=True
+        )
+    except ValueError as error:
+        raise DataError(f"{icon.family}:{icon.icon}: cannot be drawn ({error}); unpack the package again") from None
+    image = Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
+    file = io.BytesIO()
+    image.save(file, format="PNG", compress_level=9)
+    return IconImage(file.getvalue(), hashlib.sha256(image.tobytes()).hexdigest())
+
+
+def draw_all(icons: Sequence[Icon], num_processes: int) -> list[IconImage]:
+    """Return the images of the icons, in order."""
+    if num_processes <= 1:
+        return [draw(icon) for icon in icons]
+    # Spawned, not forked: a fork would leave the locks of the caller's threads (torch, Ray) locked.
+    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(draw, icons, chunksize=64))
