@@ -30,8 +30,8 @@ from ray_platform.tracking import TrackingConfig
 from ray_platform.train import checkpointing
 from ray_platform.train.config import TrainConfig
 from tests.support.evaluation_sets import picture, write_wds
-from tests.support.sweep_details import sweep as sweep_details
 
+DETAILS = Path(__file__).parents[1] / "fixtures" / "reports" / "sweep.json"  # of ba8fcc6
 COLORS = ("red", "blue", "gold", "pink", "grey")
 
 
@@ -159,7 +159,7 @@ def test_a_sweep_of_another_version_is_shown_if_it_finished_and_rejected_if_not(
         write_settings(config, **fields)
         with pytest.raises(ConfigError, match=r"output_dir: .*unfinished sweep of another version.*; finish it"):
             rebuild_report(config.output_dir)
-    details = json.loads(to_json(sweep_details()))
+    details = json.loads(DETAILS.read_text())
     Path(config.output_dir, "details.json").write_text(json.dumps(details))
     assert rebuild_report(config.output_dir) == details
     assert "trial_015" in Path(config.output_dir, "report.html").read_text()

@@ -1,4 +1,4 @@
-"""Statistics of a comparison over its seeds, and the paper's claim: joint training is at least as good as each single task."""
+"""Statistics of a comparison over its seeds, and the check of the paper's claim."""
 
 import hashlib
 import json
