@@ -23,7 +23,7 @@ from ray_platform.json_values import first_difference, to_json, with_defaults
 from ray_platform.redaction import redacted_values, restored
 from ray_platform.tracking import RUN_RECORD, TrackingConfig, metric_history
 from ray_platform.tracking.run_metadata import code_version
-from ray_platform.train import checkpointing
+from ray_platform.train import checkpoint_format
 from ray_platform.train.launch import SUMMARY as TRAINING_SUMMARY
 
 SUMMARY, RESULT = "summary.json", "result.json"
@@ -85,8 +85,8 @@ def measure(
     details = evaluate(evaluation, plan_evaluation(evaluation))
     if details["failures"]:
         raise DataError("; ".join(details["failures"]))
-    newest = checkpointing.list_checkpoints(url)[0]
-    manifest = checkpointing.read_manifest(newest)
+    newest = checkpoint_format.list_checkpoints(url)[0]
+    manifest = checkpoint_format.read_manifest(newest)
     figures = _scores(details) | _costs(manifest, details) | {"environment": describe_cluster()}
     tracked = storage.read_json(storage.join(url, RUN_RECORD))
     curve = metric_history(restored(tracked["tracking_uri"], tracking.uri), tracked["run_id"], "heldout/", url)
@@ -130,7 +130,7 @@ def _scores(details: Mapping[str, Any]) -> dict[str, float]:
     return scores | {f"accuracy_{name}": value for name, value in sets.items()}
 
 
-def _costs(manifest: checkpointing.Manifest, details: Mapping[str, Any]) -> dict[str, float]:
+def _costs(manifest: checkpoint_format.Manifest, details: Mapping[str, Any]) -> dict[str, float]:
     """Return the costs of a run: samples, seconds, trained parameters, FLOPs, and seconds of scoring and generation, summed over
     workers. The seconds of training are samples / mean throughput, so that they do not depend on interruptions."""
     metrics, parts = manifest.metrics, build_task(manifest.config).describe()["parameters"]

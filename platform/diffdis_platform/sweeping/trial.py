@@ -15,7 +15,7 @@ from ray_platform.evaluate.results import metrics_for_tracking
 from ray_platform.placement import ResourceRequest
 from ray_platform.sweep.trial import SegmentResult, TrialSegment
 from ray_platform.tracking import RUN_RECORD, TrackingConfig, read_run_record, start_run
-from ray_platform.train import checkpointing
+from ray_platform.train import checkpoint_format
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class TrialRunner:
         """Train to the end of the segment and evaluate. Raises DataError if an objective was not measured."""
         self._adopt_tracked_run(segment)
         self.pretrain_config(segment).run(self.recipe).fit()
-        url = checkpointing.list_checkpoints(segment.folder)[0]
-        manifest = checkpointing.read_manifest(url)
+        url = checkpoint_format.list_checkpoints(segment.folder)[0]
+        manifest = checkpoint_format.read_manifest(url)
         metrics = self._evaluate(segment, manifest.step)
         return SegmentResult(url, manifest.step, manifest.samples_seen, metrics)
 
@@ -50,7 +50,7 @@ class TrialRunner:
                 num_steps=num_steps,
                 stop_at_step=max(1, round(num_steps * segment.budget_fraction)),
                 keep_checkpoints=keep,
-                resume="auto" if checkpointing.list_checkpoints(segment.folder) else segment.origin or "auto",
+                resume="auto" if checkpoint_format.list_checkpoints(segment.folder) else segment.origin or "auto",
             ),
             tracking=replace(self.tracking, run_name=segment.trial),
         )
@@ -79,7 +79,7 @@ class TrialRunner:
         return replace(
             evaluation,
             checkpoint=storage.join(segment.folder, "export"),
-            output_dir=storage.join(segment.folder, "evaluations", checkpointing.checkpoint_name(step)),
+            output_dir=storage.join(segment.folder, "evaluations", checkpoint_format.checkpoint_name(step)),
             quality=quality,
             tracking=replace(self.tracking, run_name=segment.trial),
             num_workers=evaluation_workers(self.config),
