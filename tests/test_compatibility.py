@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from diffdis.pipeline import DiffDisPipeline
 from diffdis_platform.commands.compare import parse_arguments as parse_compare
 from diffdis_platform.commands.eval import parse_arguments as parse_eval
 from diffdis_platform.commands.pretrain import parse_arguments as parse_pretrain
-from diffdis_platform.comparison.plan import plan as comparison_plan
+from diffdis_platform.comparison.runs import plan_comparison
 from diffdis_platform.exporting import build_task
-from ray_platform.contracts import DataError
+from diffdis_platform.sweeping.run import rebuild_report
+from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data import inspection_summary as inspection
 from ray_platform.data import precomputed
 from ray_platform.data.catalog import build_catalog, difference
@@ -27,7 +29,6 @@ from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.results import metrics_for_tracking
 from ray_platform.report.comparison import comparison_page
 from ray_platform.report.inspection import inspection_page
-from ray_platform.report.sweep import sweep_page
 from ray_platform.train import checkpoint_format
 from tests.support.html_page import Page
 from tests.support.training import logged_losses
@@ -183,8 +184,8 @@ def test_an_evaluation(old, expected):
 
 
 def test_a_comparison_has_nothing_left_to_do(old, expected):
-    plan = comparison_plan(parse_compare(["--config", str(old / "comparison" / "config.yaml")]).config)
-    assert plan.left == []
+    plan = plan_comparison(parse_compare(["--config", str(old / "comparison" / "config.yaml")]).config)
+    assert plan.pending == []
     assert as_json(plan.results) == expected["exact"]["comparison/plan"]["results"]
     summary = json.loads((old / "comparison" / "summary.json").read_text())
     details = {"title": "t", "created": "2026-01-01T00:00:00", "seconds": 1.0, "code_version": "c", "command": "x"}
@@ -192,10 +193,20 @@ def test_a_comparison_has_nothing_left_to_do(old, expected):
     assert "generation" in page.text
 
 
-def test_a_sweeps_report(old):
-    details = json.loads((old / "sweep" / "details.json").read_text())
-    page = Page(sweep_page(details))
-    assert all(trial["name"] in page.text for trial in details["trials"])
+def test_the_report_of_a_finished_sweep_is_rebuilt(old):
+    report = old / "sweep" / "report.html"
+    report.unlink(missing_ok=True)
+    details = rebuild_report(str(old / "sweep"))
+    text = Page(report.read_text()).text
+    assert [trial["name"] for trial in details["trials"]] == ["trial_000", "trial_001"]
+    assert all(trial["name"] in text for trial in details["trials"])
+
+
+def test_an_unfinished_sweep_is_rejected_in_one_line(old, tmp_path):
+    shutil.copy(old / "sweep" / "sweep.json", tmp_path)
+    with pytest.raises(ConfigError, match=r"^output_dir: .*unfinished") as error:
+        rebuild_report(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 def test_an_inspections_report(old):
