@@ -1,4 +1,4 @@
-"""How much memory tensors take at most while something runs."""
+"""Peak memory of the tensors of a computation."""
 
 import gc
 import weakref
@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """The bytes of all storages that come to life inside, and of the most that were alive at a time, without those of `known`.
+    """Counter of the bytes of all storages that are created inside the context, without those of the `known` tensors.
 
-    torch's own tracker (torch.distributed._tools.mem_tracker) stops at sizes that depend on data, as InfoNCE's diagonal does
-    under fake tensors; such storages are left out here: they are indices.
+    `now` and `peak` are the bytes that are alive. torch's tracker (torch.distributed._tools.mem_tracker) fails for sizes that
+    depend on data, such as InfoNCE's diagonal under fake tensors; such storages, which are indices, are not counted.
     """
 
     def __init__(self, known: Iterable[torch.Tensor]):
@@ -23,7 +23,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen: dict[int, Any] = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in known)}
 
     def __enter__(self) -> "LiveBytes":
-        """Without collections of garbage meanwhile, whose moment is not the same in every run."""
+        """Suspend garbage collection, whose time differs between runs."""
         gc.collect()
         self._collecting = gc.isenabled()
         gc.disable()
@@ -35,21 +35,21 @@ class LiveBytes(TorchDispatchMode):
             gc.enable()
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._add(leaf.untyped_storage())
-        return made
+        return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
         if key in self._seen or not isinstance(size, int):
             return
 
-        def gone(_: Any) -> None:
+        def subtract(_: Any) -> None:
             self.now -= size
             del self._seen[key]
 
         self.now += size
         self.peak = max(self.peak, self.now)
-        self._seen[key] = weakref.ref(storage, gone)
+        self._seen[key] = weakref.ref(storage, subtract)
