@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoConfig, AutoModel, CLIPTextConfig, CLIPTextModelWithProjection
 
 from diffdis.autoencoder import component_of
@@ -21,7 +19,7 @@ from diffdis.model import DiffDis
 from diffdis.objective import Objective
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.sizing.constants import HALF
-from diffdis_platform.sizing.live_bytes import LiveBytes
+from diffdis_platform.sizing.torch_internals import LiveBytes, fake_tensors
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.train.throughput import count_flops, operation_counter
 
@@ -59,7 +57,7 @@ def count(config: PretrainConfig, num_micro_batches: int = 1) -> Counts:
     """Return the counts of a run with `num_micro_batches` per step. Raises ConfigError for a model that cannot be built."""
     train = config.train
     try:
-        with FakeTensorMode(shape_env=ShapeEnv()):  # sizes that depend on data (InfoNCE's diagonal) become symbols
+        with fake_tensors():
             return _count(
                 config.model,
                 config.objective,

@@ -1,13 +1,19 @@
-"""Peak memory of the tensors of a computation."""
+"""Private and experimental APIs of torch that sizing uses: fake tensors, and the peak memory of the tensors of a computation."""
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+
+def fake_tensors() -> FakeTensorMode:
+    """Return a context whose tensors have shapes and no contents; sizes that depend on data become symbols."""
+    return FakeTensorMode(shape_env=ShapeEnv())
 
 
 class LiveBytes(TorchDispatchMode):
@@ -36,9 +42,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._add(leaf.untyped_storage())
+        for tensor in _tensors(result):
+            self._add(tensor.untyped_storage())
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -53,3 +58,12 @@ class LiveBytes(TorchDispatchMode):
         self.now += size
         self.peak = max(self.peak, self.now)
         self._seen[key] = weakref.ref(storage, subtract)
+
+
+def _tensors(result: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that an operation returned."""
+    if isinstance(result, torch.Tensor):
+        yield result
+    elif isinstance(result, list | tuple):
+        for part in result:
+            yield from _tensors(part)
