@@ -37,9 +37,9 @@ class DiffDisScorer:
         """[num_classes, D] float32."""
         return self.pipeline.embed_classes(class_names, templates).float().cpu().numpy()
 
-    def draw(
+    def generate_images(
         self, captions: Sequence[str], places: Sequence[int], num_steps: int, guidance_scale: float, seed: int
     ) -> np.ndarray:
-        """uint8 [B, S, S, 3]; see `DiffDisPipeline.generate`."""
+        """Return uint8 [B, S, S, 3]; see `DiffDisPipeline.generate`."""
         images = self.pipeline.generate(captions, num_steps=num_steps, guidance_scale=guidance_scale, seed=seed, places=places)
         return np.stack([np.asarray(image) for image in images])

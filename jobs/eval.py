@@ -12,7 +12,7 @@ from diffdis_platform.evaluation.run import REPORT, evaluate, plan, table
 from ray_platform import storage
 from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.evaluate.find import listing
+from ray_platform.evaluate.discovery import render_listing
 from ray_platform.local_head import HeadError, ensure_cluster
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     command = parse(sys.argv[1:])
     config = command.config
     if command.list_only:
-        print(listing(config.data_roots))
+        print(render_listing(config.data_roots))
         return
     made = plan(config)
     ensure_cluster()

@@ -34,11 +34,11 @@ from diffdis.metrics.zero_shot import accuracies, class_embeddings, top_k
 from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
-from ray_platform.evaluate.find import find_set
-from ray_platform.evaluate.layouts.tars import tar_set
-from ray_platform.evaluate.sets import PAPER, REGISTRY
-from ray_platform.evaluate.slices import SampleSchema
-from ray_platform.evaluate.work import BATCH_SIZE, EmbedImages, WorkerModels
+from ray_platform.evaluate.discovery import find_evaluation_set
+from ray_platform.evaluate.layouts.tars import build_tar_set
+from ray_platform.evaluate.sets import PAPER_SETS, KNOWN_SETS
+from ray_platform.evaluate.samples import SampleSchema
+from ray_platform.evaluate.unit_work import BATCH_SIZE, EmbedImages, WorkerModels
 from ray_platform.replicas import UNITS_IN_FLIGHT, WorkQueue
 from ray_platform.storage import StoredFile
 from tests.benchmarks.clip_benchmark_loop import evaluate_by_clip_benchmark
@@ -158,7 +158,7 @@ def flops_ratio_of_sd_v1() -> float:
 
 def write_photographs(folder: Path) -> Path:
     """A `wds_*` set of JPEGs of 384 to 512 px with structure at several scales, and some of ImageNet's classes."""
-    rng, imagenet = np.random.default_rng(0), REGISTRY["imagenet1k"]
+    rng, imagenet = np.random.default_rng(0), KNOWN_SETS["imagenet1k"]
     root = folder / "wds_photographs"
     (root / "test").mkdir(parents=True)
     (root / "classnames.txt").write_text("\n".join(imagenet.classes[:NUM_CLASSES]) + "\n")
@@ -184,7 +184,7 @@ def write_photographs(folder: Path) -> Path:
 
 def evaluate_by_us(root: Path, clip: Path) -> Mapping[str, float]:
     """What one worker does on all cores, with as many units under way as it is given, and the driver with its rows."""
-    data = find_set([str(root.parent)], "photographs")
+    data = find_evaluation_set([str(root.parent)], "photographs")
     parts = WorkerModels({"clip": lambda device: ClipScorer(clip, device)}, os.cpu_count() or 1, "cpu")
     classes = class_embeddings(parts["clip"].embed_texts, data.classes, data.templates).numpy()
     with ThreadPoolExecutor(UNITS_IN_FLIGHT) as units_under_way:
@@ -255,14 +255,14 @@ def frechet(num_rounds: int) -> dict[str, float]:
 def balance() -> dict[str, float]:
     """Simulated seconds: of an image the same in every set but SUN397, whose images are dearer; of a unit 10 % off."""
     rng = random.Random(0)
-    rest = sum(REGISTRY[name].num_images for name in PAPER if name != "sun397")
-    dearer = SUN397_SHARE / (1 - SUN397_SHARE) * rest / REGISTRY["sun397"].num_images
+    rest = sum(KNOWN_SETS[name].num_images for name in PAPER_SETS if name != "sun397")
+    dearer = SUN397_SHARE / (1 - SUN397_SHARE) * rest / KNOWN_SETS["sun397"].num_images
     costs, seconds, by_set = [], [], {}
-    for name in PAPER:
-        info = REGISTRY[name]
+    for name in PAPER_SETS:
+        info = KNOWN_SETS[name]
         size = info.num_images * 40_000
         shard = StoredFile(f"/data/wds_{name.replace('/', '-')}/test/0.tar", size)
-        found = tar_set(SampleSchema(name, info.task), f"/data/{name}", "wds", ((), ()), [shard])
+        found = build_tar_set(SampleSchema(name, info.task), f"/data/{name}", "wds", ((), ()), [shard])
         each = [part.estimated_images * (dearer if name == "sun397" else 1.0) for part in found.slices]
         by_set[name] = sum(each)
         costs += [part.estimated_images for part in found.slices]  # what the plan goes by: images, not seconds

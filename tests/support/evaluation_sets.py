@@ -9,8 +9,8 @@ import webdataset
 from PIL import Image
 
 from ray_platform.data.causes import RejectedSample
-from ray_platform.evaluate.sets import PAPER, REGISTRY, EvaluationSet
-from ray_platform.evaluate.slices import RawSample, read_slice
+from ray_platform.evaluate.sets import PAPER_SETS, KNOWN_SETS, EvaluationSet
+from ray_platform.evaluate.samples import RawSample, read_slice
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SUFFIXES = {b"\x89PN": "png", b"\xff\xd8\xff": "jpg", b"RIF": "webp"}
@@ -70,7 +70,7 @@ def write_wds(
 
 def class_names(name: str) -> tuple[str, ...]:
     """The registry's, CIFAR-10's, or names that stand for those that come with the data."""
-    info = REGISTRY[name]
+    info = KNOWN_SETS[name]
     if info.classes:
         return info.classes
     return CIFAR10 if info.num_classes == 10 else tuple(f"{name.rpartition('/')[2]} {i}" for i in range(info.num_classes))
@@ -78,7 +78,7 @@ def class_names(name: str) -> tuple[str, ...]:
 
 def write_one(root: Path, name: str, images_a_class: int = 1, samples_a_shard: int = 10_000) -> Path:
     """One of the twelve in the layout of its export, with so many pictures of each class, in turn."""
-    info = REGISTRY[name]
+    info = KNOWN_SETS[name]
     labels = list(range(info.num_classes)) * images_a_class
     images = [picture(seed) for seed in range(len(labels))]
     return write_wds(
@@ -88,7 +88,7 @@ def write_one(root: Path, name: str, images_a_class: int = 1, samples_a_shard: i
 
 def write_all_twelve(root: Path, images_a_class: int = 1, samples_a_shard: int = 10_000) -> dict[str, Path]:
     """All twelve below `root`; name -> folder. They are short: the real ones have more images."""
-    return {name: write_one(root, name, images_a_class, samples_a_shard) for name in PAPER}
+    return {name: write_one(root, name, images_a_class, samples_a_shard) for name in PAPER_SETS}
 
 
 def write_retrieval(root: Path, name: str, num_images: int, captions_an_image: int = 5, samples_a_shard: int = 10_000) -> Path:

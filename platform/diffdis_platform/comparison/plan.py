@@ -12,7 +12,7 @@ from diffdis_platform.evaluation.quality import Reference, read_prompts
 from diffdis_platform.evaluation.run import open_sets
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.evaluate.find import open_images
+from ray_platform.evaluate.discovery import open_image_set
 from ray_platform.json_values import first_difference, with_defaults
 from ray_platform.redaction import redacted_values
 
@@ -102,7 +102,7 @@ def _quality(config: QualityConfig) -> dict[str, str]:
     if not config.prompts:
         return {}
     prompts = hashlib.sha256("\n".join(read_prompts(config)).encode()).hexdigest()[:16]
-    real = Reference.read(config.reference) if config.reference.endswith(".npz") else open_images(config.reference)
+    real = Reference.read(config.reference) if config.reference.endswith(".npz") else open_image_set(config.reference)
     return {"prompts": prompts, "reference": real.digest}
 
 

@@ -20,7 +20,7 @@ from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.evaluation.quality import read_prompts
 from ray_platform import storage
 from ray_platform.contracts import UserError, describe_error
-from ray_platform.evaluate.work import image_name
+from ray_platform.evaluate.unit_work import image_name
 from ray_platform.json_values import to_json
 from ray_platform.redaction import redacted_values
 from ray_platform.report.comparison import comparison_page

@@ -11,7 +11,7 @@ import yaml
 from diffdis_platform.config.arguments import LARGEST_CONFIG, Parser, resolve
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, one_line
-from ray_platform.evaluate.sets import PAPER
+from ray_platform.evaluate.sets import PAPER_SETS
 from ray_platform.placement import check_labels
 from ray_platform.tracking import TrackingConfig
 
@@ -19,7 +19,7 @@ RETRIEVAL = ("flickr30k", "mscoco_captions")
 QUICK = ("vtab/cifar10", "vtab/dtd", "vtab/pets", "vtab/eurosat")
 _SET_NAME = re.compile(r"(?=.{1,100}$)[\w.-]+(/[\w.-]+)*")  # it becomes a part of files' names, and of metrics'
 DEMO = ("heldout_style", "heldout_names", "heldout_pairs")  # which jobs/build_demo_shards.py writes
-SUITES: dict[str, tuple[str, ...]] = {"paper": (*PAPER, *RETRIEVAL), "quick": QUICK, "demo": DEMO}
+SUITES: dict[str, tuple[str, ...]] = {"paper": (*PAPER_SETS, *RETRIEVAL), "quick": QUICK, "demo": DEMO}
 
 
 @dataclass(frozen=True)

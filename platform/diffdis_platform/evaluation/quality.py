@@ -19,11 +19,11 @@ from diffdis_platform.evaluation.models import Model
 from diffdis_platform.evaluation.units import unit
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, Rows, one_line
-from ray_platform.evaluate.find import open_images, open_set
+from ray_platform.evaluate.discovery import open_image_set, open_evaluation_set
 from ray_platform.evaluate.result_cache import read_arrays
 from ray_platform.evaluate.results import check_same_protocol
-from ray_platform.evaluate.slices import RawSample, read_slice
-from ray_platform.evaluate.work import DrawImages, MeasureImages
+from ray_platform.evaluate.samples import RawSample, read_slice
+from ray_platform.evaluate.unit_work import GenerateImages, MeasureImages
 from ray_platform.replicas import WorkUnit, join_rows
 
 IMAGES_A_UNIT = 32
@@ -56,7 +56,7 @@ def read_prompts(config: QualityConfig) -> list[str]:
         lines = storage.read_small(config.prompts).decode(errors="replace").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
     else:
-        data = open_set("prompts", config.prompts)
+        data = open_evaluation_set("prompts", config.prompts)
         samples = (sample for part in data.slices for sample in read_slice(part))
         prompts = [sample.captions[0] for sample in samples if isinstance(sample, RawSample) and sample.captions]
     if len(prompts) < 2:
@@ -120,7 +120,7 @@ class Quality:
             self.references = {name: Reference.read(config.reference)}
             check_same_protocol(self.references[name].protocol, self.protocols[name])
             return []
-        data, expected = open_images(config.reference), 0.0
+        data, expected = open_image_set(config.reference), 0.0
         for part in data.slices:
             if expected > 1.25 * config.num_images:  # sizes are estimates
                 break
@@ -139,7 +139,7 @@ class Quality:
             for first in range(0, len(self.prompts), IMAGES_A_UNIT):
                 prompts = tuple(self.prompts[first : first + IMAGES_A_UNIT])
                 kept = len(self.prompts) if config.keep_images else SHOWN
-                work = DrawImages(
+                work = GenerateImages(
                     self.model.name, prompts, first, settings, config.networks, aligner, self.images_dir(scale), kept
                 )
                 identity = {

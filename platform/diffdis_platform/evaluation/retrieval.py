@@ -10,7 +10,7 @@ from diffdis_platform.evaluation.models import Model
 from diffdis_platform.evaluation.units import check_distinct, set_identity, unit
 from ray_platform.contracts import DataError, Rows
 from ray_platform.evaluate.sets import EvaluationSet, check_counts
-from ray_platform.evaluate.work import EmbedImages
+from ray_platform.evaluate.unit_work import EmbedImages
 from ray_platform.replicas import WorkUnit, join_rows
 
 _EXAMPLES, _SHOWN = 4, 5  # queries of each kind, and what is found for each

@@ -20,11 +20,11 @@ from diffdis_platform.evaluation.units import unit
 from diffdis_platform.evaluation.zero_shot import ZeroShot
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.evaluate.find import NotFoundError, find_set, open_set
+from ray_platform.evaluate.discovery import SetNotFoundError, find_evaluation_set, open_evaluation_set
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.results import metrics_for_tracking, write_results
-from ray_platform.evaluate.sets import PAPER, PUBLISHED, PUBLISHED_RETRIEVAL, EvaluationSet, check_counts
-from ray_platform.evaluate.work import Thumbnails, WorkerModels, image_name
+from ray_platform.evaluate.sets import PAPER_SETS, PUBLISHED, PUBLISHED_RETRIEVAL, EvaluationSet, check_counts
+from ray_platform.evaluate.unit_work import Thumbnails, WorkerModels, image_name
 from ray_platform.redaction import is_redacted, restored
 from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit
 from ray_platform.report.evaluation import report_page
@@ -83,8 +83,8 @@ def open_sets(config: EvalConfig) -> tuple[dict[str, EvaluationSet], dict[str, s
     sets, missing = {}, {}
     for name, url in suite_sets(config.suite).items():
         try:
-            sets[name] = open_set(name, url) if url else find_set(config.data_roots, name)
-        except NotFoundError as error:
+            sets[name] = open_evaluation_set(name, url) if url else find_evaluation_set(config.data_roots, name)
+        except SetNotFoundError as error:
             missing[name] = str(error)
     if missing and not config.allow_missing:
         raise ConfigError(f"{'; '.join(missing.values())} (--allow_missing true goes on without)")
@@ -186,7 +186,7 @@ def _details(made: Plan) -> dict[str, Any]:
 def _mean(name: str, entries: Iterable[Mapping[str, Any]]) -> float | None:
     """Of the main metrics of the 12 sets; None where one is missing."""
     found = {entry["set"]: entry["metrics"][entry["main_metric"]] for entry in entries if entry["model"] == name}
-    return float(np.mean([found[name] for name in PAPER])) if all(name in found for name in PAPER) else None
+    return float(np.mean([found[name] for name in PAPER_SETS])) if all(name in found for name in PAPER_SETS) else None
 
 
 def _illustrate(fan_out: ReplicaPool, made: Plan, details: dict[str, Any]) -> None:

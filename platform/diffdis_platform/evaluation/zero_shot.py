@@ -10,7 +10,7 @@ from diffdis_platform.evaluation.models import Model
 from diffdis_platform.evaluation.units import check_distinct, set_identity, unit
 from ray_platform.contracts import DataError, Rows
 from ray_platform.evaluate.sets import EvaluationSet, check_counts
-from ray_platform.evaluate.work import EmbedClasses, EmbedImages
+from ray_platform.evaluate.unit_work import EmbedClasses, EmbedImages
 from ray_platform.replicas import WorkUnit, join_rows
 
 CLASSES_A_UNIT = 64
@@ -87,7 +87,7 @@ class ZeroShot:
             "model": self.model.name,
             "url": data.url,
             "settings": dict(self.model.settings),
-            "main_metric": data.info.main_metric if data.info else "acc1",
+            "main_metric": data.known.main_metric if data.known else "acc1",
             "metrics": accuracies(labels, top5, len(data.classes)),
             "n": len(labels),
             "num_unreadable": len(unreadable),

@@ -10,16 +10,16 @@ import pytest
 from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data.causes import RejectedSample
-from ray_platform.evaluate.find import find_set, open_set
+from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set
 from ray_platform.evaluate.layouts import cifar
-from ray_platform.evaluate.sets import REGISTRY
-from ray_platform.evaluate.slices import rgb
+from ray_platform.evaluate.sets import KNOWN_SETS
+from ray_platform.data.decode import rgb
 from tests.support.evaluation_sets import CIFAR10, class_names, picture, read
 
 
 def refused(name: str, url: Path, kind=DataError) -> str:
     with pytest.raises(kind) as raised:
-        read(open_set(name, str(url)))
+        read(open_evaluation_set(name, str(url)))
     message = str(raised.value)
     assert "\n" not in message
     return message
@@ -92,9 +92,9 @@ def write_cifar(root: Path, name: str, count: int = 30) -> list[int]:
 @pytest.mark.parametrize("images_a_slice", [256, 7])
 def test_cifars_own_files(tmp_path, monkeypatch, name, images_a_slice):
     labels = write_cifar(tmp_path, name)
-    monkeypatch.setattr(cifar, "IMAGES_A_SLICE", images_a_slice)
-    found = find_set([str(tmp_path)], name)
-    assert (found.classes, found.templates) == (class_names(name), REGISTRY[name].templates)
+    monkeypatch.setattr(cifar, "IMAGES_PER_SLICE", images_a_slice)
+    found = find_evaluation_set([str(tmp_path)], name)
+    assert (found.classes, found.templates) == (class_names(name), KNOWN_SETS[name].templates)
     assert (found.known_images, found.layout, len(found.slices)) == (30, "torchvision", -(-30 // images_a_slice))
     samples = read(found)
     assert [sample.label for sample in samples] == labels
@@ -110,7 +110,7 @@ def test_cifar_pickled_again_by_a_newer_python(tmp_path, protocol):
     values = {"data": cifar_pixels(5), "labels": [1, 2, 3, 4, 5], b"batch_label": b"testing"}
     (folder / "test_batch").write_bytes(pickle.dumps(values, protocol=protocol))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR10)}, protocol=protocol))
-    samples = read(open_set("vtab/cifar10", str(folder)))
+    samples = read(open_evaluation_set("vtab/cifar10", str(folder)))
     assert [sample.label for sample in samples] == [1, 2, 3, 4, 5]
     assert np.array_equal(rgb(samples[4].image), picture(4, 32, 32))
 
@@ -159,10 +159,10 @@ def test_cifar_files_without_cifars_images(tmp_path, values):
 
 @pytest.mark.s3
 def test_cifar_in_s3(s3_url, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar, "IMAGES_A_SLICE", 7)
+    monkeypatch.setattr(cifar, "IMAGES_PER_SLICE", 7)
     write_cifar(tmp_path, "vtab/cifar10")
     storage.put_folder(tmp_path, f"{s3_url}/cifar")
-    here, there = find_set([str(tmp_path)], "vtab/cifar10"), find_set([f"{s3_url}/cifar"], "vtab/cifar10")
+    here, there = find_evaluation_set([str(tmp_path)], "vtab/cifar10"), find_evaluation_set([f"{s3_url}/cifar"], "vtab/cifar10")
     assert (there.digest, there.url) == (here.digest, f"{s3_url}/cifar/cifar-10-batches-py")
     assert read(there) == read(here)
     cifar._images.cache_clear()

@@ -2,9 +2,9 @@ import pytest
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.evaluate.find import find_set, find_sets, listing, open_set
-from ray_platform.evaluate.sets import PAPER, REGISTRY
-from ray_platform.evaluate.slices import read_slice
+from ray_platform.evaluate.discovery import find_evaluation_set, find_sets, listing, open_evaluation_set
+from ray_platform.evaluate.sets import PAPER_SETS, KNOWN_SETS
+from ray_platform.evaluate.samples import read_slice
 from tests.support.evaluation_sets import CIFAR10, picture, write_all_twelve, write_one, write_retrieval, write_wds
 
 # What DataComp's download_evalsets.py calls its folders of the twelve. Its CIFAR-10 is not named after VTAB.
@@ -40,18 +40,18 @@ def twelve(tmp_path_factory):
 
 def test_all_twelve_are_found(twelve):
     root, folders = twelve
-    found = find_sets([str(root)], PAPER)
-    assert list(found) == list(PAPER)
+    found = find_sets([str(root)], PAPER_SETS)
+    assert list(found) == list(PAPER_SETS)
     assert {name: one.url for name, one in found.items()} == {name: str(folder) for name, folder in folders.items()}
     for name, one in found.items():
-        assert sum(len(read_slice(part)) for part in one.slices) == REGISTRY[name].num_classes
+        assert sum(len(read_slice(part)) for part in one.slices) == KNOWN_SETS[name].num_classes
 
 
 def test_datacomps_names(twelve, tmp_path):
     _, folders = twelve
     for name, called in DATACOMP.items():
         (tmp_path / called).symlink_to(folders[name])
-    found = find_sets([str(tmp_path)], PAPER)
+    found = find_sets([str(tmp_path)], PAPER_SETS)
     assert {name: one.url for name, one in found.items()} == {name: str(tmp_path / called) for name, called in DATACOMP.items()}
 
 
@@ -59,7 +59,7 @@ def test_other_sets_of_the_same_short_name_are_left_alone(tmp_path):
     """wds_caltech101 and wds_eurosat are CLIP_benchmark's too, of all images and with another order of the classes."""
     for name in ("caltech101", "eurosat"):
         write_wds(tmp_path, name, [picture(0)], labels=[0], classes=["a"], templates=["{c}"])
-        assert "not found below" in refused(ConfigError, find_set, [str(tmp_path)], f"vtab/{name}")
+        assert "not found below" in refused(ConfigError, find_evaluation_set, [str(tmp_path)], f"vtab/{name}")
 
 
 def test_the_first_root_that_has_a_set_counts(tmp_path):
@@ -67,17 +67,17 @@ def test_the_first_root_that_has_a_set_counts(tmp_path):
         write_one(tmp_path / place, "vtab/cifar10", images_a_class=count)
     write_one(tmp_path / "two", "vtab/eurosat")
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    assert find_set([one, two], "vtab/cifar10").url == f"{one}/wds_vtab-cifar10"
-    assert find_set([two, one], "vtab/cifar10").url == f"{two}/wds_vtab-cifar10"
-    assert find_set([one, two], "vtab/eurosat").url == f"{two}/wds_vtab-eurosat"
+    assert find_evaluation_set([one, two], "vtab/cifar10").url == f"{one}/wds_vtab-cifar10"
+    assert find_evaluation_set([two, one], "vtab/cifar10").url == f"{two}/wds_vtab-cifar10"
+    assert find_evaluation_set([one, two], "vtab/eurosat").url == f"{two}/wds_vtab-eurosat"
 
 
 def test_an_export_counts_before_other_layouts_and_one_without_the_split_is_no_hindrance(tmp_path):
     (tmp_path / "one" / "eurosat" / "2750" / "Forest").mkdir(parents=True)
     write_one(tmp_path / "two", "vtab/eurosat")
     roots = [str(tmp_path / "one"), str(tmp_path / "two")]
-    assert find_set(roots, "vtab/eurosat").layout == "wds"
-    assert "has no test split" in refused(ConfigError, find_set, roots[:1], "vtab/eurosat")
+    assert find_evaluation_set(roots, "vtab/eurosat").layout == "wds"
+    assert "has no test split" in refused(ConfigError, find_evaluation_set, roots[:1], "vtab/eurosat")
 
 
 def test_a_broken_set_is_not_passed_over(tmp_path):
@@ -85,16 +85,16 @@ def test_a_broken_set_is_not_passed_over(tmp_path):
     write_one(tmp_path / "two", "vtab/cifar10")
     (broken / "test" / "0.tar").unlink()
     roots = [str(tmp_path / "one"), str(tmp_path / "two")]
-    assert "0.tar is missing" in refused(DataError, find_set, roots, "vtab/cifar10")
+    assert "0.tar is missing" in refused(DataError, find_evaluation_set, roots, "vtab/cifar10")
 
 
 def test_an_own_set_by_its_folders_name(tmp_path):
     for name in ("my/birds", "pets2"):
         write_wds(tmp_path, name, [picture(0)], labels=[0], classes=["a"], templates=["{c}"])
-    assert find_set([str(tmp_path)], "my/birds").url == f"{tmp_path}/wds_my-birds"
-    assert find_set([str(tmp_path)], "wds_pets2").url == f"{tmp_path}/wds_pets2"
+    assert find_evaluation_set([str(tmp_path)], "my/birds").url == f"{tmp_path}/wds_my-birds"
+    assert find_evaluation_set([str(tmp_path)], "wds_pets2").url == f"{tmp_path}/wds_pets2"
     (tmp_path / "empty").mkdir()
-    assert refused(ConfigError, find_set, [str(tmp_path)], "empty") == (
+    assert refused(ConfigError, find_evaluation_set, [str(tmp_path)], "empty") == (
         f"empty: not found below {tmp_path}; looked for wds_empty, wds_empty_test, empty; correct the roots, or leave the set out"
     )
 
@@ -121,30 +121,30 @@ def test_sets_that_are_nowhere(tmp_path):
 
 def test_a_folder_in_no_layout(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    assert refused(ConfigError, open_set, "vtab/cifar10", str(tmp_path)) == (
+    assert refused(ConfigError, open_evaluation_set, "vtab/cifar10", str(tmp_path)) == (
         f"vtab/cifar10: {tmp_path} has no layout that is known: test/*.tar as CLIP_benchmark exports them, torchvision's "
         "folders, test-*.parquet, or a subfolder of images a class; there are 1 other files in it, such as a.txt"
     )
-    assert refused(ConfigError, open_set, "mine", str(tmp_path / "no")) == (
+    assert refused(ConfigError, open_evaluation_set, "mine", str(tmp_path / "no")) == (
         f"mine: {tmp_path}/no: no such folder; correct the path"
     )
 
 
 def test_a_set_of_another_task(tmp_path):
     folder = write_wds(tmp_path / "a", "mscoco_captions", [picture(0)], labels=[0], classes=["a"], templates=["{c}"])
-    assert "is a set for zeroshot_retrieval" in refused(DataError, open_set, "mscoco_captions", str(folder))
+    assert "is a set for zeroshot_retrieval" in refused(DataError, open_evaluation_set, "mscoco_captions", str(folder))
     (tmp_path / "b" / "cat").mkdir(parents=True)
     (tmp_path / "b" / "cat" / "0.png").write_bytes(b"x")
-    assert "has no layout that is known" in refused(ConfigError, open_set, "flickr30k", str(tmp_path / "b"))
+    assert "has no layout that is known" in refused(ConfigError, open_evaluation_set, "flickr30k", str(tmp_path / "b"))
 
 
 def test_paths_may_be_relative(tmp_path, monkeypatch):
     folder = write_one(tmp_path, "vtab/cifar10")
     monkeypatch.chdir(tmp_path)
-    for found in (open_set("vtab/cifar10", "wds_vtab-cifar10/"), find_set(["."], "vtab/cifar10")):
+    for found in (open_evaluation_set("vtab/cifar10", "wds_vtab-cifar10/"), find_evaluation_set(["."], "vtab/cifar10")):
         assert found.url == str(folder)
         assert found.slices[0].url == f"{folder}/test/0.tar"
-    assert find_set([f"file://{tmp_path}"], "vtab/cifar10").url == str(folder)
+    assert find_evaluation_set([f"file://{tmp_path}"], "vtab/cifar10").url == str(folder)
 
 
 def test_the_listing(tmp_path):
@@ -154,7 +154,7 @@ def test_the_listing(tmp_path):
     (broken / "test" / "0.tar").unlink()
     lines = listing([str(tmp_path)]).splitlines()
     assert lines[0].split() == ["set", "where", "layout", "files", "size", "classes", "images", "metric"]
-    assert [line.split()[0] for line in lines[1:15]] == list(REGISTRY)
+    assert [line.split()[0] for line in lines[1:15]] == list(KNOWN_SETS)
     rows = {line.split()[0]: line.split() for line in lines[1:15]}
     assert rows["vtab/cifar10"] == [
         "vtab/cifar10", f"{tmp_path}/wds_vtab-cifar10", "wds", "3", *rows["vtab/cifar10"][4:6], "10", "10,000", "acc1",
@@ -179,7 +179,7 @@ def test_sets_in_s3(s3_url, tmp_path):
         "vtab/cifar10": f"{s3_url}/found/sets/wds_vtab-cifar10", "flickr30k": f"{s3_url}/found/sets/wds_flickr30k",
     }  # fmt: skip
     assert found["vtab/cifar10"].classes == CIFAR10
-    assert found["vtab/cifar10"].digest == find_set([str(tmp_path)], "vtab/cifar10").digest
+    assert found["vtab/cifar10"].digest == find_evaluation_set([str(tmp_path)], "vtab/cifar10").digest
     table = listing([f"{s3_url}/found/sets", str(tmp_path)])
     assert table.count(f"{s3_url}/found/sets/wds_") == 2
     assert table.count("not found") == 12

@@ -7,17 +7,17 @@ import pytest
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.causes import RejectedSample
-from ray_platform.evaluate.find import find_set, open_images, open_set
+from ray_platform.evaluate.discovery import find_evaluation_set, open_image_set, open_evaluation_set
 from ray_platform.evaluate.layouts import files
-from ray_platform.evaluate.sets import REGISTRY
+from ray_platform.evaluate.sets import KNOWN_SETS
 from tests.support.evaluation_sets import encoded, picture, read
 
-IMAGENET = REGISTRY["imagenet1k"].class_folders
+IMAGENET = KNOWN_SETS["imagenet1k"].class_folders
 
 
 def refused(name: str, url: Path, kind=DataError) -> str:
     with pytest.raises(kind) as raised:
-        read(open_set(name, str(url)))
+        read(open_evaluation_set(name, str(url)))
     message = str(raised.value)
     assert "\n" not in message
     return message
@@ -43,7 +43,7 @@ def test_an_own_folder_of_classes(tmp_path):
     (root / "README").write_text("x")
     write_image(root / "cat" / "deeper" / "last.JPEG", 9)
     write_image(root / ".hidden" / "0.jpg", 9)
-    found = open_set("mine", str(root))
+    found = open_evaluation_set("mine", str(root))
     assert (found.layout, found.classes, found.templates) == (
         "image folder", ("cat", "dog", "great ape"), ("a photo of a {c}.",),
     )  # fmt: skip
@@ -58,7 +58,7 @@ def test_names_and_templates_beside_the_classes(tmp_path):
     root = write_classes(tmp_path / "mine", ["n1", "n2"])
     (root / "classnames.txt").write_text("a cat\na dog\n")
     (root / "zeroshot_classification_templates.txt").write_text("this is {c}\n")
-    found = open_set("mine", str(root))
+    found = open_evaluation_set("mine", str(root))
     assert (found.classes, found.templates) == (("a cat", "a dog"), ("this is {c}",))
     (root / "classnames.txt").write_text("a cat\n")
     assert refused("mine", root) == (
@@ -68,9 +68,9 @@ def test_names_and_templates_beside_the_classes(tmp_path):
 
 
 def test_a_published_set_as_a_folder_of_classes(tmp_path):
-    root = write_classes(tmp_path / "pets", [name.replace(" ", "_") for name in REGISTRY["vtab/pets"].classes])
-    found = open_set("vtab/pets", str(root))
-    assert (found.classes, found.templates) == (REGISTRY["vtab/pets"].classes, REGISTRY["vtab/pets"].templates)
+    root = write_classes(tmp_path / "pets", [name.replace(" ", "_") for name in KNOWN_SETS["vtab/pets"].classes])
+    found = open_evaluation_set("vtab/pets", str(root))
+    assert (found.classes, found.templates) == (KNOWN_SETS["vtab/pets"].classes, KNOWN_SETS["vtab/pets"].templates)
     flowers = write_classes(tmp_path / "flowers", [f"{label + 1}" for label in range(102)], 1)  # sorted: 1, 10, 100, …
     assert refused("vtab/flowers", flowers) == (
         f"vtab/flowers: {flowers} (a subfolder a class) has its classes in another order than the published set, such as '1' for "
@@ -83,9 +83,9 @@ def test_imagenets_validation_folder(tmp_path, inside):
     root = write_classes(tmp_path / inside, IMAGENET, 1)
     write_image(root.parent / "train" / IMAGENET[0] / "0.jpg", 0)
     if inside == "val":
-        assert open_set("imagenet1k", str(tmp_path)).digest == open_set("imagenet1k", str(root)).digest
-    found = open_set("imagenet1k", str(root)) if inside == "val" else find_set([str(tmp_path)], "imagenet1k")
-    assert (found.url, found.layout, found.classes) == (str(root), "image folder", REGISTRY["imagenet1k"].classes)
+        assert open_evaluation_set("imagenet1k", str(tmp_path)).digest == open_evaluation_set("imagenet1k", str(root)).digest
+    found = open_evaluation_set("imagenet1k", str(root)) if inside == "val" else find_evaluation_set([str(tmp_path)], "imagenet1k")
+    assert (found.url, found.layout, found.classes) == (str(root), "image folder", KNOWN_SETS["imagenet1k"].classes)
     assert [sample.label for sample in read(found)] == list(range(1000))
     assert [part.estimated_images for part in found.slices] == [128] * 7 + [104]
 
@@ -103,9 +103,9 @@ def test_imagenet_folders_that_are_not_the_thousand(tmp_path):
 @pytest.mark.parametrize("images_a_slice", [1, 2, 5, 100])
 def test_slices_have_each_file_once_and_in_order(tmp_path, monkeypatch, images_a_slice):
     root = write_classes(tmp_path / "mine", ["a", "b", "c"], 4)
-    whole = read(open_set("mine", str(root)))
-    monkeypatch.setattr(files, "IMAGES_A_SLICE", images_a_slice)
-    found = open_set("mine", str(root))
+    whole = read(open_evaluation_set("mine", str(root)))
+    monkeypatch.setattr(files, "IMAGES_PER_SLICE", images_a_slice)
+    found = open_evaluation_set("mine", str(root))
     assert read(found) == whole
     assert len(found.slices) == -(-12 // images_a_slice)
 
@@ -113,14 +113,14 @@ def test_slices_have_each_file_once_and_in_order(tmp_path, monkeypatch, images_a
 def test_names_that_patterns_are_made_of(tmp_path):
     for name in ("a/image[1].jpg", "a/image1.jpg", "a/what?.jpg", "a/{b}.jpg", "a/*.jpg", "ü ✓/größe.jpg"):
         write_image(tmp_path / "mine" / name, 1)
-    assert sorted(sample.key for sample in read(open_set("mine", str(tmp_path / "mine")))) == [
+    assert sorted(sample.key for sample in read(open_evaluation_set("mine", str(tmp_path / "mine")))) == [
         "a/*.jpg", "a/image1.jpg", "a/image[1].jpg", "a/what?.jpg", "a/{b}.jpg", "ü ✓/größe.jpg",
     ]  # fmt: skip
 
 
 def test_files_that_are_gone_or_forbidden_are_told_and_the_others_read(tmp_path, monkeypatch):
     root = write_classes(tmp_path / "mine", ["a"], 4)
-    found = open_set("mine", str(root))
+    found = open_evaluation_set("mine", str(root))
     (root / "a" / "1.jpg").unlink()
     (root / "a" / "2.jpg").unlink()
     (root / "a" / "2.jpg").mkdir()
@@ -135,7 +135,7 @@ def test_images_of_any_folder(tmp_path):
     for name in ("b.jpg", "a/c.png", "a/d/e.WEBP", "f.bmp"):
         write_image(tmp_path / "some" / name, 1)
     (tmp_path / "some" / "notes.txt").write_text("x")
-    found = open_images(str(tmp_path / "some"))
+    found = open_image_set(str(tmp_path / "some"))
     assert (found.name, found.task, found.layout) == ("some", "images", "image files")
     assert [(sample.key, sample.label) for sample in read(found)] == [
         ("a/c.png", -1), ("a/d/e.WEBP", -1), ("b.jpg", -1), ("f.bmp", -1),
@@ -144,16 +144,16 @@ def test_images_of_any_folder(tmp_path):
 
 def test_no_images(tmp_path):
     with pytest.raises(ConfigError) as raised:
-        open_images(str(tmp_path / "nowhere"))
+        open_image_set(str(tmp_path / "nowhere"))
     assert str(raised.value) == f"{tmp_path}/nowhere: holds no images: neither tars nor image files; there is no such folder"
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ConfigError) as raised:
-        open_images(str(tmp_path))
+        open_image_set(str(tmp_path))
     assert str(raised.value) == (
         f"{tmp_path}: holds no images: neither tars nor image files; there are 1 other files in it, such as notes.txt"
     )
     with pytest.raises(ConfigError, match="holds no images"):
-        open_images(f"{tmp_path}/*.tar")
+        open_image_set(f"{tmp_path}/*.tar")
 
 
 # ------------------------------------------------------------------------------------------------------------------- S3
@@ -163,10 +163,10 @@ def test_no_images(tmp_path):
 def test_folders_in_s3(s3_url, tmp_path, monkeypatch):
     write_classes(tmp_path / "mine", ["a b", "größe", "c[1]"])
     storage.put_folder(tmp_path, f"{s3_url}/folders")
-    here, there = find_set([str(tmp_path)], "mine"), find_set([f"{s3_url}/folders/"], "mine")
+    here, there = find_evaluation_set([str(tmp_path)], "mine"), find_evaluation_set([f"{s3_url}/folders/"], "mine")
     assert there.digest == here.digest
     assert read(there) == read(here)
-    images = open_images(f"{s3_url}/folders/mine")
+    images = open_image_set(f"{s3_url}/folders/mine")
     assert [sample.key for sample in read(images)] == [
         "a b/0.jpg", "a b/1.jpg", "c[1]/0.jpg", "c[1]/1.jpg", "größe/0.jpg", "größe/1.jpg",
     ]  # fmt: skip

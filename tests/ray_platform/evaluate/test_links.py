@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ray_platform.evaluate.find import open_images, open_set
-from ray_platform.evaluate.slices import read_slice
+from ray_platform.evaluate.discovery import open_image_set, open_evaluation_set
+from ray_platform.evaluate.samples import read_slice
 from tests.support.evaluation_sets import encoded, picture, write_one
 
 
@@ -25,7 +25,7 @@ def test_an_export_in_hugging_faces_cache(tmp_path):
         link.parent.mkdir(parents=True, exist_ok=True)
         path.rename(blob)
         link.symlink_to(blob)
-    found = open_set("vtab/cifar10", str(cache / "snapshots" / "main"))
+    found = open_evaluation_set("vtab/cifar10", str(cache / "snapshots" / "main"))
     assert found.num_files == 3
     assert keys(found) == [f"{i // 4}.tar/s{i:07d}" for i in range(10)]
 
@@ -39,5 +39,5 @@ def test_links_to_classes_and_to_images(tmp_path):
     (tmp_path / "there" / "b" / "link.jpg").symlink_to(tmp_path / "there" / "a" / "0.jpg")
     (tmp_path / "there" / "b" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (tmp_path / "there" / "b" / "circle").symlink_to(tmp_path / "there" / "b")
-    assert keys(open_set("mine", str(tmp_path / "mine"))) == ["a/0.jpg", "b/0.jpg", "b/link.jpg"]
-    assert keys(open_images(str(tmp_path / "mine"))) == ["a/0.jpg", "b/0.jpg", "b/link.jpg"]
+    assert keys(open_evaluation_set("mine", str(tmp_path / "mine"))) == ["a/0.jpg", "b/0.jpg", "b/link.jpg"]
+    assert keys(open_image_set(str(tmp_path / "mine"))) == ["a/0.jpg", "b/0.jpg", "b/link.jpg"]

@@ -11,10 +11,11 @@ import pytest
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.causes import RejectedSample
-from ray_platform.evaluate.find import find_set, open_set
+from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set
 from ray_platform.evaluate.layouts import parquet
-from ray_platform.evaluate.sets import REGISTRY
-from ray_platform.evaluate.slices import read_slice, rgb
+from ray_platform.evaluate.sets import KNOWN_SETS
+from ray_platform.data.decode import rgb
+from ray_platform.evaluate.samples import read_slice
 from tests.support.evaluation_sets import CIFAR10, class_names, encoded, picture, read
 
 CAT_DOG = {"label": ("cat", "dog")}
@@ -51,7 +52,7 @@ def own(folder: Path, count: int = 4, **fields) -> Path:
 
 def refused(name: str, url: Path) -> str:
     with pytest.raises((DataError, ConfigError)) as raised:
-        read(open_set(name, str(url)))
+        read(open_evaluation_set(name, str(url)))
     message = str(raised.value)
     assert "\n" not in message
     return message
@@ -66,9 +67,9 @@ def test_a_published_set(tmp_path, inside):
         write(folder, f"test-0000{number}-of-00002-0123456789abcdef.parquet", made, rows_a_group=4)
     write(folder, "train-00000-of-00001.parquet", table(images_of(1, 900), {"label": [0]}, {"label": CIFAR10}, "img"))
     (tmp_path / "cifar10" / "README.md").write_text("---")
-    found = find_set([str(tmp_path)], "vtab/cifar10")
+    found = find_evaluation_set([str(tmp_path)], "vtab/cifar10")
     assert (found.layout, found.url, found.classes) == ("parquet", str(folder), CIFAR10)
-    assert (found.templates, found.known_images, found.num_files) == (REGISTRY["vtab/cifar10"].templates, 25, 2)
+    assert (found.templates, found.known_images, found.num_files) == (KNOWN_SETS["vtab/cifar10"].templates, 25, 2)
     samples = read(found)
     assert [sample.label for sample in samples] == labels
     assert [sample.key for sample in samples[14:16]] == [
@@ -81,9 +82,9 @@ def test_a_published_set(tmp_path, inside):
 @pytest.mark.parametrize("rows_a_group", [1, 3, 100])
 def test_slices_have_each_row_once_and_in_order(tmp_path, monkeypatch, images_a_slice, rows_a_group):
     folder = own(tmp_path / "mine", 20, rows_a_group=rows_a_group)
-    whole = read(open_set("mine", str(folder)))
-    monkeypatch.setattr(parquet, "IMAGES_A_SLICE", images_a_slice)
-    found = open_set("mine", str(folder))
+    whole = read(open_evaluation_set("mine", str(folder)))
+    monkeypatch.setattr(parquet, "IMAGES_PER_SLICE", images_a_slice)
+    found = open_evaluation_set("mine", str(folder))
     assert [(sample.key, sample.label, bytes(sample.image)) for sample in read(found)] == [
         (sample.key, sample.label, bytes(sample.image)) for sample in whole
     ]
@@ -92,11 +93,11 @@ def test_slices_have_each_row_once_and_in_order(tmp_path, monkeypatch, images_a_
 
 
 def test_an_own_set(tmp_path):
-    found = open_set("mine", str(own(tmp_path / "mine")))
+    found = open_evaluation_set("mine", str(own(tmp_path / "mine")))
     assert (found.classes, found.templates) == (("cat", "dog"), ("a photo of a {c}.",))
     (tmp_path / "mine" / "classnames.txt").write_text("a cat\na dog\n")
     (tmp_path / "mine" / "zeroshot_classification_templates.txt").write_text("this is {c}\n")
-    found = open_set("mine", str(tmp_path / "mine"))
+    found = open_evaluation_set("mine", str(tmp_path / "mine"))
     assert (found.classes, found.templates) == (("a cat", "a dog"), ("this is {c}",))
 
 
@@ -106,32 +107,32 @@ def test_the_fine_labels_of_several(tmp_path):
     labels = {"coarse_label": [1, 2], "fine_label": [50, 99]}
     made = table(images_of(2), labels, {"coarse_label": coarse, "fine_label": names})
     write(tmp_path / "cifar100" / "data", "test-00000-of-00001.parquet", made)
-    found = find_set([str(tmp_path)], "vtab/cifar100")
+    found = find_evaluation_set([str(tmp_path)], "vtab/cifar100")
     assert (found.classes, [sample.label for sample in read(found)]) == (names, [50, 99])
     makers, variants = [f"maker {i}" for i in range(30)], class_names("fgvc_aircraft")
     made = table(images_of(2), {"manufacturer": [1, 2], "variant": [7, 8]}, {"manufacturer": makers, "variant": variants})
     write(tmp_path / "fgvc_aircraft", "test.parquet", made)
-    found = find_set([str(tmp_path)], "fgvc_aircraft")
+    found = find_evaluation_set([str(tmp_path)], "fgvc_aircraft")
     assert (found.classes, [sample.label for sample in read(found)]) == (variants, [7, 8])
 
 
 def test_names_of_the_published_set(tmp_path):
-    names = [f"{name}, its Latin name" for name in REGISTRY["imagenet1k"].classes]
+    names = [f"{name}, its Latin name" for name in KNOWN_SETS["imagenet1k"].classes]
     made = table(images_of(3), {"label": [0, 1, 999]}, {"label": names})
     folder = write(tmp_path / "imagenet-1k" / "data", "validation-00000-of-00001.parquet", made)
     unlabelled = table(images_of(3), {"label": [-1, -1, -1]}, {"label": names})
     write(folder, "test-00000-of-00001.parquet", unlabelled)
-    found = find_set([str(tmp_path)], "imagenet1k")
-    assert found.classes == REGISTRY["imagenet1k"].classes
+    found = find_evaluation_set([str(tmp_path)], "imagenet1k")
+    assert found.classes == KNOWN_SETS["imagenet1k"].classes
     assert [sample.label for sample in read(found)] == [0, 1, 999]
     # Elsewhere, validation stands in for test where there is none.
     dishes = [name.replace(" ", "_") for name in class_names("food101")]
     write(tmp_path / "food101", "validation-00000-of-00001.parquet", table(images_of(1), {"label": [5]}, {"label": dishes}))
-    assert find_set([str(tmp_path)], "food101").classes == class_names("food101")
+    assert find_evaluation_set([str(tmp_path)], "food101").classes == class_names("food101")
 
 
 def test_another_order_of_the_classes_is_refused(tmp_path):
-    names = sorted(REGISTRY["vtab/flowers"].classes)
+    names = sorted(KNOWN_SETS["vtab/flowers"].classes)
     folder = write(tmp_path / "flowers", "test.parquet", table(images_of(1), {"label": [0]}, {"label": names}))
     assert refused("vtab/flowers", folder) == (
         f"vtab/flowers: {folder}/test.parquet has its classes in another order than the published set, such as 'air plant' for "
@@ -146,24 +147,24 @@ def test_a_schema_without_features(tmp_path):
         "order"
     )
     (folder / "classnames.txt").write_text("a\nb\n")
-    assert [sample.label for sample in read(open_set("mine", str(folder)))] == [0, 1]
+    assert [sample.label for sample in read(open_evaluation_set("mine", str(folder)))] == [0, 1]
     plain = pa.table({"picture": pa.array(images_of(2), pa.binary()), "label": [1, 0]})
     write(folder, "test.parquet", plain)
-    samples = read(open_set("mine", str(folder)))
+    samples = read(open_evaluation_set("mine", str(folder)))
     assert [(sample.label, bytes(sample.image)) for sample in samples] == [(1, images_of(2)[0]), (0, images_of(2)[1])]
 
 
 def test_what_cannot_be_used_is_told(tmp_path):
     made = table([images_of(1)[0], None, images_of(1)[0]], {"label": [1, 0, None]}, CAT_DOG)
     folder = write(tmp_path / "mine", "test.parquet", made)
-    assert [getattr(sample, "cause", sample.key) for sample in read(open_set("mine", str(folder)))] == [
+    assert [getattr(sample, "cause", sample.key) for sample in read(open_evaluation_set("mine", str(folder)))] == [
         "test.parquet/0", "image_missing", "label_missing",
     ]  # fmt: skip
 
 
 def test_a_file_that_is_gone_or_broken_is_told(tmp_path):
     folder = own(tmp_path / "mine", 100)
-    found = open_set("mine", str(folder))
+    found = open_evaluation_set("mine", str(folder))
     file = folder / "test-00000-of-00001.parquet"
     file.write_bytes(b"x" * 1000)
     assert [sample.cause for sample in read(found)] == ["shard_unreadable"]
@@ -216,10 +217,10 @@ def test_an_empty_set(tmp_path):
 
 @pytest.mark.s3
 def test_parquet_in_s3(s3_url, tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "IMAGES_A_SLICE", 5)
+    monkeypatch.setattr(parquet, "IMAGES_PER_SLICE", 5)
     own(tmp_path / "mine" / "data", 20, rows_a_group=5)
     storage.put_folder(tmp_path, f"{s3_url}/parquet")
-    here, there = open_set("mine", str(tmp_path / "mine")), find_set([f"{s3_url}/parquet"], "mine")
+    here, there = open_evaluation_set("mine", str(tmp_path / "mine")), find_evaluation_set([f"{s3_url}/parquet"], "mine")
     assert (there.digest, there.url, len(there.slices)) == (here.digest, f"{s3_url}/parquet/mine/data", 4)
     for one, other in zip(read(there), read(here), strict=True):
         assert (one.key, one.label, bytes(one.image)) == (other.key, other.label, bytes(other.image))

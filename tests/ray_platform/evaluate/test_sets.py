@@ -8,9 +8,9 @@ from statistics import mean
 import pytest
 
 from ray_platform.contracts import DataError
-from ray_platform.evaluate.classes import classification, published_names
-from ray_platform.evaluate.find import open_set
-from ray_platform.evaluate.sets import PAPER, PUBLISHED, PUBLISHED_RETRIEVAL, REGISTRY, check_counts
+from ray_platform.evaluate.classes import classification, to_published_names
+from ray_platform.evaluate.discovery import open_evaluation_set
+from ray_platform.evaluate.sets import PAPER_SETS, PUBLISHED, PUBLISHED_RETRIEVAL, KNOWN_SETS, check_counts
 from tests.support.evaluation_sets import CIFAR10, picture, write_one, write_retrieval, write_wds
 
 CLIP_BENCHMARK = Path(find_spec("clip_benchmark").origin).parent / "datasets"
@@ -31,7 +31,7 @@ def short(name: str) -> str:
 
 def test_the_twelve_are_those_of_the_paper():
     """Classes, images and templates, as EVALUATION.md has them."""
-    counts = {name: (REGISTRY[name].num_classes, REGISTRY[name].num_images, len(REGISTRY[name].templates)) for name in PAPER}
+    counts = {name: (KNOWN_SETS[name].num_classes, KNOWN_SETS[name].num_images, len(KNOWN_SETS[name].templates)) for name in PAPER_SETS}
     assert counts == {
         "vtab/cifar10": (10, 10000, 18),
         "vtab/cifar100": (100, 10000, 18),
@@ -46,17 +46,17 @@ def test_the_twelve_are_those_of_the_paper():
         "vtab/eurosat": (10, 5400, 3),
         "imagenet1k": (1000, 50000, 80),
     }
-    assert list(counts) == list(PAPER)
-    per_class = {name for name in PAPER if REGISTRY[name].main_metric == "mean_per_class_recall"}
+    assert list(counts) == list(PAPER_SETS)
+    per_class = {name for name in PAPER_SETS if KNOWN_SETS[name].main_metric == "mean_per_class_recall"}
     assert per_class == {"vtab/caltech101", "vtab/flowers", "fgvc_aircraft", "vtab/pets"}
-    assert {REGISTRY[name].main_metric for name in set(PAPER) - per_class} == {"acc1"}
-    retrieval = {name: info.num_images for name, info in REGISTRY.items() if info.task == "zeroshot_retrieval"}
+    assert {KNOWN_SETS[name].main_metric for name in set(PAPER_SETS) - per_class} == {"acc1"}
+    retrieval = {name: info.num_images for name, info in KNOWN_SETS.items() if info.task == "zeroshot_retrieval"}
     assert retrieval == {"flickr30k": 1000, "mscoco_captions": 5000}
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", PAPER_SETS)
 def test_templates_and_classes_are_clip_benchmarks(name):
-    info = REGISTRY[name]
+    info = KNOWN_SETS[name]
     assert list(info.templates) == TEMPLATES[short(name)]
     assert all("{c}" in template for template in info.templates)
     if info.classes:
@@ -69,9 +69,9 @@ def test_templates_and_classes_are_clip_benchmarks(name):
 
 def test_imagenet_folders_are_its_wordnet_ids():
     listed = re.search(r"^all_imagenet_wordnet_ids = \[(.*)\]", (CLIP_BENCHMARK / "builder.py").read_text(), re.MULTILINE)[1]
-    assert list(REGISTRY["imagenet1k"].class_folders) == re.findall(r"n\d{8}", listed)
-    assert list(REGISTRY["imagenet1k"].class_folders) == sorted(set(REGISTRY["imagenet1k"].class_folders))
-    assert len(set(REGISTRY["imagenet1k"].classes)) == 998  # two names stand for two classes each
+    assert list(KNOWN_SETS["imagenet1k"].class_folders) == re.findall(r"n\d{8}", listed)
+    assert list(KNOWN_SETS["imagenet1k"].class_folders) == sorted(set(KNOWN_SETS["imagenet1k"].class_folders))
+    assert len(set(KNOWN_SETS["imagenet1k"].classes)) == 998  # two names stand for two classes each
 
 
 def test_published_figures_have_their_means():
@@ -79,8 +79,8 @@ def test_published_figures_have_their_means():
     for model, expected in (("CLIP ViT-B/32", 0.649), ("CLIP ViT-L/14", 0.750)):
         figures = PUBLISHED[model]
         assert figures["mean"] == expected
-        assert list(figures) == [*PAPER, "mean"]
-        assert mean(figures[name] for name in PAPER) == pytest.approx(expected, abs=0.0005)
+        assert list(figures) == [*PAPER_SETS, "mean"]
+        assert mean(figures[name] for name in PAPER_SETS) == pytest.approx(expected, abs=0.0005)
     recalls = PUBLISHED_RETRIEVAL["CLIP ViT-L/14"]
     assert recalls["flickr30k"]["image_retrieval_recall@1"] == 0.650
     assert recalls["mscoco_captions"]["text_retrieval_recall@10"] == 0.866
@@ -102,7 +102,7 @@ def test_published_figures_have_their_means():
     ],
 )
 def test_other_names_in_the_same_order_become_the_published_ones(name, own):
-    assert published_names(name, own, "names") == REGISTRY[name].classes
+    assert to_published_names(name, own, "names") == KNOWN_SETS[name].classes
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_other_names_in_the_same_order_become_the_published_ones(name, own):
 )
 def test_another_order_of_the_classes_is_refused(name, own, strange):
     with pytest.raises(DataError) as raised:
-        published_names(name, own, "/data/names")
+        to_published_names(name, own, "/data/names")
     assert str(raised.value) == (
         f"{name}: /data/names has its classes in another order than the published set, such as {strange[0]}, and {strange[1]}; "
         "use CLIP_benchmark's copy of the set"
@@ -124,10 +124,10 @@ def test_another_order_of_the_classes_is_refused(name, own, strange):
 
 
 def test_names_that_come_with_the_data_are_written_as_clip_benchmark_writes_them():
-    assert published_names("food101", ["apple_pie", "waffles"], "") == ("apple pie", "waffles")
-    assert published_names("sun397", ["abbey", "apartment_building/outdoor"], "") == ("abbey", "apartment building outdoor")
-    assert published_names("vtab/cifar100", ["aquarium_fish"], "") == ("aquarium_fish",)
-    assert published_names("mine", ["a_b"], "") == ("a_b",)
+    assert to_published_names("food101", ["apple_pie", "waffles"], "") == ("apple pie", "waffles")
+    assert to_published_names("sun397", ["abbey", "apartment_building/outdoor"], "") == ("abbey", "apartment building outdoor")
+    assert to_published_names("vtab/cifar100", ["aquarium_fish"], "") == ("aquarium_fish",)
+    assert to_published_names("mine", ["a_b"], "") == ("a_b",)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_class_lists_that_cannot_be_the_sets(name, classes, message):
 
 @pytest.fixture
 def cifar(tmp_path):
-    return open_set("vtab/cifar10", str(write_one(tmp_path, "vtab/cifar10")))
+    return open_evaluation_set("vtab/cifar10", str(write_one(tmp_path, "vtab/cifar10")))
 
 
 def refused(*arguments, **named) -> str:
@@ -191,7 +191,7 @@ def test_too_many_images_are_always_refused(cifar, num_read, num_rejected, said,
 
 def test_nothing_is_known_of_the_count_of_an_own_set(tmp_path):
     folder = write_wds(tmp_path, "mine", [picture(0)], labels=[0], classes=["a"], templates=["{c}"])
-    check_counts(open_set("mine", str(folder)), 1, 0, allow_short=False)
+    check_counts(open_evaluation_set("mine", str(folder)), 1, 0, allow_short=False)
 
 
 # --------------------------------------------------------------------------------------------------------------- digest
@@ -200,7 +200,7 @@ def test_nothing_is_known_of_the_count_of_an_own_set(tmp_path):
 def test_the_digest_tells_other_data_but_not_another_place(tmp_path):
     def digest(place: str, images, **fields) -> str:
         values = {"labels": [0, 1], "classes": ["a", "b"], "templates": ["a {c}"]} | fields
-        return open_set("mine", str(write_wds(tmp_path / place, "mine", images, **values))).digest
+        return open_evaluation_set("mine", str(write_wds(tmp_path / place, "mine", images, **values))).digest
 
     images = [picture(0), picture(1)]
     first = digest("one", images)
@@ -216,5 +216,5 @@ def test_the_digest_tells_other_data_but_not_another_place(tmp_path):
 
 
 def test_the_digest_does_not_depend_on_the_cut(tmp_path):
-    found = open_set("flickr30k", str(write_retrieval(tmp_path, "flickr30k", 3)))
+    found = open_evaluation_set("flickr30k", str(write_retrieval(tmp_path, "flickr30k", 3)))
     assert replace(found, slices=()).digest == found.digest

@@ -10,14 +10,14 @@ import scipy.io
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.causes import RejectedSample
-from ray_platform.evaluate.find import find_set, open_set
-from ray_platform.evaluate.sets import REGISTRY
+from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set
+from ray_platform.evaluate.sets import KNOWN_SETS
 from tests.support.evaluation_sets import class_names, encoded, picture, read
 
 
 def refused(name: str, url: Path, kind=DataError) -> str:
     with pytest.raises(kind) as raised:
-        read(open_set(name, str(url)))
+        read(open_evaluation_set(name, str(url)))
     message = str(raised.value)
     assert "\n" not in message
     return message
@@ -33,7 +33,7 @@ def write_image(path: Path, seed: int) -> None:
 
 def label_of(name: str, i: int) -> int:
     """As in the real files, images are not in the order of their classes."""
-    return i * 7 % REGISTRY[name].num_classes
+    return i * 7 % KNOWN_SETS[name].num_classes
 
 
 def write_cars(root: Path) -> dict[str, int]:
@@ -124,7 +124,7 @@ def write_pets(root: Path) -> dict[str, int]:
     lines = []
     for i in range(37):
         label = label_of("vtab/pets", i)
-        breed = REGISTRY["vtab/pets"].classes[label].replace(" ", "_")
+        breed = KNOWN_SETS["vtab/pets"].classes[label].replace(" ", "_")
         name = f"{breed if i % 2 else breed.lower()}_{i + 200}"
         write_image(folder / "images" / f"{name}.jpg", i)
         lines.append(f"{name} {label + 1} {1 + i % 2} 1")
@@ -149,10 +149,10 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_the_test_split_of_torchvisions_folders(tmp_path, name):
     labels = WRITERS[name](tmp_path)
-    found = find_set([str(tmp_path)], name)
-    assert (found.layout, found.task, found.info) == ("torchvision", "zeroshot_classification", REGISTRY[name])
-    assert found.templates == REGISTRY[name].templates
-    assert len(found.classes) == REGISTRY[name].num_classes
+    found = find_evaluation_set([str(tmp_path)], name)
+    assert (found.layout, found.task, found.info) == ("torchvision", "zeroshot_classification", KNOWN_SETS[name])
+    assert found.templates == KNOWN_SETS[name].templates
+    assert len(found.classes) == KNOWN_SETS[name].num_classes
     samples = read(found)
     assert {sample.key: sample.label for sample in samples} == labels
     assert (len(samples), found.known_images, found.num_files) == (len(labels),) * 3
@@ -163,10 +163,10 @@ def test_the_test_split_of_torchvisions_folders(tmp_path, name):
 def test_class_names_of_torchvisions_folders(tmp_path):
     for write in WRITERS.values():
         write(tmp_path)
-    classes = {name: find_set([str(tmp_path)], name).classes for name in WRITERS}
+    classes = {name: find_evaluation_set([str(tmp_path)], name).classes for name in WRITERS}
     assert classes["cars"] == class_names("cars")
-    assert classes["vtab/flowers"] == REGISTRY["vtab/flowers"].classes
-    assert classes["vtab/pets"] == REGISTRY["vtab/pets"].classes
+    assert classes["vtab/flowers"] == KNOWN_SETS["vtab/flowers"].classes
+    assert classes["vtab/pets"] == KNOWN_SETS["vtab/pets"].classes
     assert classes["food101"][:2] == ("dish aa", "dish ab")
     assert classes["vtab/dtd"][-1] == "texture-bu"
     assert classes["fgvc_aircraft"][:2] == ("Boeing 70-0", "Boeing 71-3")
@@ -177,7 +177,7 @@ def test_class_names_of_torchvisions_folders(tmp_path):
 @pytest.mark.parametrize("inside", ["dtd/dtd", "dtd", ""])
 def test_the_folder_itself_may_be_given_or_one_above_it(tmp_path, inside):
     labels = write_textures(tmp_path)
-    found = open_set("vtab/dtd", str(tmp_path / inside))
+    found = open_evaluation_set("vtab/dtd", str(tmp_path / inside))
     assert (found.url, len(read(found))) == (str(tmp_path / "dtd" / "dtd"), len(labels))
 
 
@@ -185,7 +185,7 @@ def test_an_image_that_the_index_names_and_that_is_not_there(tmp_path):
     labels = write_pets(tmp_path)
     lost = sorted(labels)[5]
     (tmp_path / "oxford-iiit-pet" / lost).unlink()
-    found = find_set([str(tmp_path)], "vtab/pets")
+    found = find_evaluation_set([str(tmp_path)], "vtab/pets")
     assert found.known_images == 36
     assert [sample.key for sample in read(found) if sample == RejectedSample(lost, "shard_missing")] == [lost]
     assert len(read(found)) == 37
@@ -243,7 +243,7 @@ def test_sets_of_which_torchvision_has_no_test_split(tmp_path, name, folder):
         f"give CLIP_benchmark's copy, wds_{name.replace('/', '-')}"
     )
     with pytest.raises(ConfigError) as raised:
-        find_set([str(tmp_path)], name)
+        find_evaluation_set([str(tmp_path)], name)
     assert str(raised.value) == message
     assert refused(name, tmp_path / folder.partition("/")[0], ConfigError) == message
 
@@ -254,6 +254,6 @@ def test_torchvisions_folders_in_s3(s3_url, tmp_path):
         write(tmp_path)
     storage.put_folder(tmp_path, f"{s3_url}/torchvision")
     for name in ("vtab/pets", "food101", "cars", "vtab/dtd"):
-        here, there = find_set([str(tmp_path)], name), find_set([f"{s3_url}/torchvision/"], name)
+        here, there = find_evaluation_set([str(tmp_path)], name), find_evaluation_set([f"{s3_url}/torchvision/"], name)
         assert (there.digest, there.classes) == (here.digest, here.classes)
         assert read(there) == read(here)

@@ -6,9 +6,9 @@ import pytest
 
 from ray_platform.contracts import DataError
 from ray_platform.data.causes import RejectedSample
-from ray_platform.evaluate.find import open_set
-from ray_platform.evaluate.sets import REGISTRY
-from ray_platform.evaluate.slices import RawSample
+from ray_platform.evaluate.discovery import open_evaluation_set
+from ray_platform.evaluate.sets import KNOWN_SETS
+from ray_platform.evaluate.samples import RawSample
 from tests.support.evaluation_sets import class_names, encoded, picture, read, write_one, write_retrieval, write_wds
 
 
@@ -24,7 +24,7 @@ def write_tar(url: Path, members, build_tar) -> None:
 
 def refused(name: str, url: Path) -> str:
     with pytest.raises(DataError) as raised:
-        read(open_set(name, str(url)))
+        read(open_evaluation_set(name, str(url)))
     message = str(raised.value)
     assert "\n" not in message
     return message
@@ -46,7 +46,7 @@ def test_what_cannot_be_used_is_told(tmp_path, build_tar):
         ("last.webp", good), ("last.cls", b"0"),
     ]  # fmt: skip
     write_tar(folder / "test" / "0.tar", members, build_tar)
-    assert [(sample.key, getattr(sample, "cause", sample)) for sample in read(open_set("mine", str(folder)))] == [
+    assert [(sample.key, getattr(sample, "cause", sample)) for sample in read(open_evaluation_set("mine", str(folder)))] == [
         ("0.tar/good", RawSample("0.tar/good", good, 2)),
         ("0.tar/no_image", "image_missing"),
         ("0.tar/no_label", "label_missing"),
@@ -60,14 +60,14 @@ def test_what_cannot_be_used_is_told(tmp_path, build_tar):
 def test_captions_that_are_no_text_are_told(tmp_path, build_tar):
     folder = write_retrieval(tmp_path, "flickr30k", 1)
     write_tar(folder / "test" / "0.tar", [("0.png", encoded(picture(0), "PNG")), ("0.txt", b"\xff\xfe")], build_tar)
-    assert read(open_set("flickr30k", str(folder))) == [RejectedSample("0.tar/0", "caption_not_utf8")]
+    assert read(open_evaluation_set("flickr30k", str(folder))) == [RejectedSample("0.tar/0", "caption_not_utf8")]
 
 
 def test_a_truncated_tar_gives_what_precedes_the_cut(tmp_path):
     folder = own(tmp_path, 12, samples_a_shard=6)
     tar = folder / "test" / "0.tar"
     tar.write_bytes(tar.read_bytes()[:6000])
-    samples = read(open_set("mine", str(folder)))
+    samples = read(open_evaluation_set("mine", str(folder)))
     assert RejectedSample("0.tar/", "tar_truncated") in samples
     kept = [sample.key for sample in samples if isinstance(sample, RawSample)]
     assert kept == ["0.tar/s0000000", *(f"1.tar/s{i:07d}" for i in range(6, 12))]
@@ -76,12 +76,12 @@ def test_a_truncated_tar_gives_what_precedes_the_cut(tmp_path):
 def test_a_file_that_is_no_tar_is_told(tmp_path):
     folder = own(tmp_path)
     (folder / "test" / "0.tar").write_bytes(b"<html>404</html>" * 100)
-    assert read(open_set("mine", str(folder))) == [RejectedSample("0.tar/", "tar_truncated")]
+    assert read(open_evaluation_set("mine", str(folder))) == [RejectedSample("0.tar/", "tar_truncated")]
 
 
 def test_a_tar_that_is_gone_is_told(tmp_path):
     folder = own(tmp_path, 12, samples_a_shard=6)
-    found = open_set("mine", str(folder))
+    found = open_evaluation_set("mine", str(folder))
     (folder / "test" / "0.tar").unlink()
     first, *rest = read(found)
     assert first == RejectedSample("0.tar/", "shard_missing")
@@ -121,7 +121,7 @@ def test_a_tar_without_samples(tmp_path, build_tar):
 
 def test_a_tar_that_changes_under_an_evaluation(tmp_path):
     folder = own(tmp_path)
-    found, tar = open_set("mine", str(folder)), folder / "test" / "0.tar"
+    found, tar = open_evaluation_set("mine", str(folder)), folder / "test" / "0.tar"
     size = tar.stat().st_size
     tar.write_bytes(tar.read_bytes() + b"\0" * 512)
     with pytest.raises(DataError) as raised:
@@ -148,13 +148,13 @@ def test_missing_and_extra_shards(tmp_path):
     )
     (folder / "test" / "8.tar").unlink()
     (folder / "test" / "11.tar").unlink()
-    assert len(read(open_set("mine", str(folder)))) == 8
+    assert len(read(open_evaluation_set("mine", str(folder)))) == 8
 
 
 def test_without_a_count_the_tars_that_are_there_are_the_set(tmp_path):
     folder = own(tmp_path, 4, samples_a_shard=1)
     (folder / "test" / "nshards.txt").unlink()
-    assert len(read(open_set("mine", str(folder)))) == 4
+    assert len(read(open_evaluation_set("mine", str(folder)))) == 4
 
 
 @pytest.mark.parametrize("text", ["", "many", "-1", "0", "1.5"])
@@ -170,7 +170,7 @@ def test_class_lists(tmp_path):
     folder = write_one(tmp_path, "vtab/cifar10")
     names = folder / "classnames.txt"
     names.write_bytes(b"\xef\xbb\xbf" + names.read_bytes().replace(b"\n", b"\r\n") + b"\r\n\n")
-    assert open_set("vtab/cifar10", str(folder)).classes == class_names("vtab/cifar10")  # as Windows writes it
+    assert open_evaluation_set("vtab/cifar10", str(folder)).classes == class_names("vtab/cifar10")  # as Windows writes it
     names.write_text("airplane\nbird\n")
     assert refused("vtab/cifar10", folder) == (
         f"vtab/cifar10: {names} names 2 classes, but the set has 10; correct the list, or fetch the set again"
@@ -191,7 +191,7 @@ def test_templates(tmp_path):
     folder = write_one(tmp_path, "vtab/pets")
     templates = folder / "zeroshot_classification_templates.txt"
     templates.write_text("my {c}\n")
-    assert open_set("vtab/pets", str(folder)).templates == ("my {c}",)
+    assert open_evaluation_set("vtab/pets", str(folder)).templates == ("my {c}",)
     templates.write_text("my {c}\na photo\n")
     assert refused("vtab/pets", folder) == (
         f"vtab/pets: {templates} has a template without \"{{c}}\", which stands for the class: 'a photo'"
@@ -201,7 +201,7 @@ def test_templates(tmp_path):
         f'vtab/pets: {templates} has no templates; write one a line, such as "a photo of a {{c}}."'
     )
     templates.unlink()
-    assert open_set("vtab/pets", str(folder)).templates == REGISTRY["vtab/pets"].templates
+    assert open_evaluation_set("vtab/pets", str(folder)).templates == KNOWN_SETS["vtab/pets"].templates
 
 
 def test_an_own_set_without_templates(tmp_path):
@@ -224,7 +224,7 @@ def test_types_of_sets(tmp_path):
         f"vtab/cifar10: is a set for zeroshot_classification, but {kind} says 'retrieval'; fetch the set again"
     )
     kind.write_text("Classification\n")
-    assert open_set("vtab/cifar10", str(folder)).task == "zeroshot_classification"
+    assert open_evaluation_set("vtab/cifar10", str(folder)).task == "zeroshot_classification"
     captions = write_retrieval(tmp_path, "flickr30k", 2)
     (captions / "dataset_type.txt").unlink()
     assert refused("flickr30k", captions) == (
