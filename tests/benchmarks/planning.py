@@ -16,7 +16,7 @@ from itertools import takewhile
 from typing import Any
 
 from ray_platform.contracts import ConsumedRange
-from ray_platform.data.catalog import Catalog, Shard, Unit
+from ray_platform.data.catalog import Catalog, Shard, ShardRange
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Group, Reader, groups
 
@@ -37,7 +37,7 @@ def measured(work: Callable[[], Any]) -> tuple[Any, float, float]:
 
 def catalog_of(shards: int, samples: int) -> Catalog:
     made = tuple(Shard(f"s3://laion/part/{i:07d}.tar", samples * 40_000, f"{i:07d}.tar", samples) for i in range(shards))
-    return Catalog(made, (tuple(Unit(shard, 0, shard.size) for shard in made),), (1.0,))
+    return Catalog(made, (tuple(ShardRange(shard, 0, shard.size) for shard in made),), (1.0,))
 
 
 def marks_in_mid_epoch(catalog: Catalog, ranks: int, samples: int, base: Ledger) -> list[list[ConsumedRange]]:

@@ -10,7 +10,7 @@ from ray_platform.data import catalog as catalogs
 from ray_platform.data.catalog import Catalog, build_catalog, difference, to_json
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Item
-from ray_platform.data.source import open_unit
+from ray_platform.data.source import open_samples
 
 ENCODERS = {"vae": "a", "text": "b"}
 COMPLETE = {"encoders": ENCODERS, "settings": {}, "complete": True, "shards": {"00000.arrow": 3, "00001.arrow": 4}}
@@ -187,7 +187,7 @@ def test_a_large_shard_is_read_in_parts(build_tar, build_samples, tmp_path):
     assert "data.max_read_mb" in difference(to_json(parts), catalog_of(tmp_path))
 
     def keys(units) -> list[str]:
-        opened = [open_unit(Item(0, 0, number, unit, ()), config, 0) for number, unit in enumerate(units)]
+        opened = [open_samples(Item(0, 0, number, unit, ()), config, 0) for number, unit in enumerate(units)]
         return [unit.sample(place).key for unit in opened for place in range(len(unit))]
 
     assert keys(parts.pools[0]) == keys([whole]) == [f"large.tar/{number:05d}" for number in range(36)]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ray_platform.data.catalog import Catalog, Shard, Unit, build_catalog
+from ray_platform.data.catalog import Catalog, Shard, ShardRange, build_catalog
 from ray_platform.data.causes import BAD, FILTERED
 from ray_platform.data.config import DataConfig, FilterConfig
 from ray_platform.data.inspection import SHARD_CHANGED, SHARD_CRASHES, inspect_unit, inspect_units, spread_units
@@ -25,9 +25,9 @@ from tests.ray_platform.conftest import png, samples_of, tar_of
 CONFIG = DataConfig(image_size=16, retry_seconds=0, filters=FilterConfig(min_size=10))
 
 
-def unit_of(path: Path, num_samples: int = -1) -> Unit:
+def unit_of(path: Path, num_samples: int = -1) -> ShardRange:
     size = path.stat().st_size
-    return Unit(Shard(str(path), size, path.name, num_samples), 0, size)
+    return ShardRange(Shard(str(path), size, path.name, num_samples), 0, size)
 
 
 def summary_of(found: Statistics, units, config=CONFIG) -> dict:
@@ -53,7 +53,7 @@ def picture(height: int, width: int, kind: str = "PNG", **options) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def mixture(tmp_path_factory) -> list[Unit]:
+def mixture(tmp_path_factory) -> list[ShardRange]:
     """30 good samples, 2 too small ones, and bad ones of many causes."""
     folder = tmp_path_factory.mktemp("mixture")
     shards = {
@@ -146,7 +146,7 @@ def test_a_tar_in_parts_counts_as_the_whole_one(tmp_path):
     path.write_bytes(tar_of(samples_of(0, 40)))
     whole = unit_of(path)
     border = whole.stop // 2 // 512 * 512
-    halves = [Unit(whole.shard, 0, border), Unit(whole.shard, border, whole.stop)]
+    halves = [ShardRange(whole.shard, 0, border), ShardRange(whole.shard, border, whole.stop)]
     one, two = untimed(inspect_unit(whole, CONFIG)), untimed(merged(inspect_unit(half, CONFIG) for half in halves))
     assert (two.units, two.readable_units, two.used) == (2, 2, 40)
     assert dataclasses.replace(two, units=1, readable_units=1) == one
@@ -201,9 +201,9 @@ def test_the_page_takes_nothing_of_the_web_for_markup(tmp_path):
 def test_ray_reads_all_units_and_survives_what_goes_wrong(ray_cluster, mixture, tmp_path, caplog):
     (tmp_path / "grown.tar").write_bytes(tar_of(samples_of(0, 2)))
     grown = unit_of(tmp_path / "grown.tar")
-    grown = Unit(grown.shard._replace(size=grown.stop - 512), 0, grown.stop - 512)
-    gone = Unit(Shard(str(tmp_path / "gone.tar"), 99, "gone.tar"), 0, 99)
-    nonsense = Unit(Shard(None, 99, "nonsense.tar", 7), 0, 99)  # type: ignore[arg-type]
+    grown = ShardRange(grown.shard._replace(size=grown.stop - 512), 0, grown.stop - 512)
+    gone = ShardRange(Shard(str(tmp_path / "gone.tar"), 99, "gone.tar"), 0, 99)
+    nonsense = ShardRange(Shard(None, 99, "nonsense.tar", 7), 0, 99)  # type: ignore[arg-type]
     found = merged(inspect_units([*mixture, grown, gone, nonsense], CONFIG))
     assert (found.units, found.used) == (7, 30)
     assert found.lost_units == {"shard_empty": 1, "shard_missing": 1, SHARD_CHANGED: 1}
@@ -214,7 +214,7 @@ def test_ray_reads_all_units_and_survives_what_goes_wrong(ray_cluster, mixture, 
 
 
 def test_units_are_spread_over_every_pool():
-    pools = tuple(tuple(Unit(Shard(f"{p}{i}", 1, f"{p}{i:03}"), 0, 1) for i in range(n)) for p, n in (("a", 100), ("b", 3)))
+    pools = tuple(tuple(ShardRange(Shard(f"{p}{i}", 1, f"{p}{i:03}"), 0, 1) for i in range(n)) for p, n in (("a", 100), ("b", 3)))
     catalog = Catalog(tuple(unit.shard for pool in pools for unit in pool), pools, (0.5, 0.5))
     chosen = [unit.shard.name for unit in spread_units(catalog, 10)]
     assert chosen == [unit.shard.name for unit in spread_units(catalog, 10)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ray_platform.contracts import ConsumedRange
 from ray_platform.data import source
-from ray_platform.data.catalog import Catalog, Shard, Unit
+from ray_platform.data.catalog import Catalog, Shard, ShardRange
 from ray_platform.data.causes import RejectedSample
 from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import Ledger
@@ -85,7 +85,7 @@ class FakeUnit:
 def catalog_of(pools: list[list[int]]) -> Catalog:
     """Shards of 40 kB a sample; one pool for each list of sizes."""
     units = [
-        tuple(Unit(Shard(f"/{p}-{i}.tar", size, f"{p}-{i}.tar", size), 0, size) for i, size in enumerate(sizes))
+        tuple(ShardRange(Shard(f"/{p}-{i}.tar", size, f"{p}-{i}.tar", size), 0, size) for i, size in enumerate(sizes))
         for p, sizes in enumerate(pools)
     ]
     return Catalog(tuple(unit.shard for pool in units for unit in pool), tuple(units), (1 / len(pools),) * len(pools))
@@ -145,7 +145,7 @@ pools = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=7), min_size=1
 def test_every_epoch_gives_every_sample_exactly_once_whatever_crashes(pools, legs, interleave, reads, batch_size):
     catalog = catalog_of(pools)
     run = Run(catalog, interleave, batch_size, reads)
-    with mock.patch.object(source, "open_unit", lambda item, config, seed: FakeUnit(item, item.unit.shard.size)):
+    with mock.patch.object(source, "open_samples", lambda item, config, seed: FakeUnit(item, item.unit.shard.size)):
         for world_size, steps, lost in [*legs, (2, 25, 0)]:
             run.go_on(min(world_size, sum(catalog.num_units)), steps, lost)
     assert set(run.seen.values()) <= {1}, "a sample twice in an epoch"
@@ -158,7 +158,7 @@ def test_weights_share_out_the_samples():
     catalog = catalog_of([[10] * 5, [10] * 5])
     catalog = Catalog(catalog.shards, catalog.pools, (0.75, 0.25))
     run = Run(catalog, 2, 8)
-    with mock.patch.object(source, "open_unit", lambda item, config, seed: FakeUnit(item, 10)):
+    with mock.patch.object(source, "open_samples", lambda item, config, seed: FakeUnit(item, 10)):
         run.go_on(2, 60, 0)
     from_first = sum(key.startswith("0-") for key in run.seen)
     assert 0.7 < from_first / run.seen.total() < 0.8

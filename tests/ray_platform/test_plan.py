@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_platform.contracts import ConfigError, ConsumedRange
-from ray_platform.data.catalog import Catalog, Shard, Unit
+from ray_platform.data.catalog import Catalog, Shard, ShardRange
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader, check_world_size, groups, shuffled
 
 
 def catalog_of(num_shards: int) -> Catalog:
-    units = tuple(Unit(Shard(f"/data/{i:05d}.tar", 1, f"{i:05d}.tar", 10), 0, 1) for i in range(num_shards))
+    units = tuple(ShardRange(Shard(f"/data/{i:05d}.tar", 1, f"{i:05d}.tar", 10), 0, 1) for i in range(num_shards))
     return Catalog(tuple(unit.shard for unit in units), (units,), (1.0,))
 
 

@@ -227,7 +227,7 @@ def test_a_lost_shard_counts_for_its_samples_and_is_consumed(write, build_sample
 def test_a_shard_that_changed_under_the_run_is_named(write, build_samples, build_tar):
     catalog, config = write({"a.tar": build_samples(0, 50)})
     Path(catalog.shards[0].url).write_bytes(build_tar(build_samples(0, 90)))
-    with pytest.raises(DataError, match=r"a\.tar: changed since the run began: \d+ bytes where the catalog has \d+; shards must"):
+    with pytest.raises(DataError, match=r"a\.tar: changed since it was listed"):
         without_ray(catalog, config, reader_of(catalog), batch_size=5, num_batches=4)
 
 

@@ -22,7 +22,7 @@ from diffdis.text_encoder import build_text_encoder
 from diffdis.warm_start import load
 from diffdis_platform.evaluation.quality import Reference
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.data.precomputed import EncodedUnit, to_arrow
+from ray_platform.data.precomputed import PrecomputedSamples, to_arrow
 from ray_platform.data.source import Sample
 from ray_platform.evaluate.discovery import find_evaluation_set
 from ray_platform.evaluate.result_cache import ResultCache
@@ -279,7 +279,7 @@ def offsets(folder: Path) -> str:
     content = bytearray(to_arrow(["key"] * 3, ["caption"] * 3, {"latent": np.zeros((3, 2), dtype=np.float16)}))
     at = content.find(np.array([0, 7, 14, 21], dtype=np.int32).tobytes())
     content[at + 4 : at + 8] = (2**31 - 5).to_bytes(4, "little")
-    unit = EncodedUnit.open(pa.py_buffer(bytes(content)), "0.arrow", Sample)
+    unit = PrecomputedSamples.open(pa.py_buffer(bytes(content)), "0.arrow", Sample)
     return f"0 used, {len(unit)} × {unit.sample(0).cause}"
 
 

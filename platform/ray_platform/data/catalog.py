@@ -33,7 +33,7 @@ class Shard(NamedTuple):
     num_samples: int = -1  # by img2dataset's `_stats.json` beside it; -1: unknown
 
 
-class Unit(NamedTuple):
+class ShardRange(NamedTuple):
     """What one read takes of a shard: bytes start..stop, all of them but for a very large one."""
 
     shard: Shard
@@ -60,7 +60,7 @@ class Catalog:
     """All shards of a configuration, in pools that are mixed by weight."""
 
     shards: tuple[Shard, ...]  # of all pools, sorted by name
-    pools: tuple[tuple[Unit, ...], ...]
+    pools: tuple[tuple[ShardRange, ...], ...]
     weights: tuple[float, ...]  # one a pool, summing to 1
     manifest: dict[str, Any] | None = None  # of precomputed shards
     sources: tuple[int, ...] = ()  # of each shard the one of data.sources that named it
@@ -96,7 +96,7 @@ class Catalog:
         shared = posixpath.commonpath({shard.url.rpartition("/")[0] for shard in shards}) if shards else ""
         return tuple(shard._replace(name=_below(shard.url, shared)) for shard in shards)
 
-    def estimated_samples(self, unit: Unit) -> float:
+    def estimated_samples(self, unit: ShardRange) -> float:
         """By the shard's count where that is known, else by its size."""
         shard, length = unit.shard, unit.stop - unit.start
         return shard.num_samples * length / max(1, shard.size) if shard.num_samples > 0 else length / self._bytes_a_sample
@@ -138,7 +138,7 @@ def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
     counts = _manifest_counts(list(listed), manifests) if manifests else _counts(list(listed.values()), sidecars, cached)
     shared = posixpath.commonpath(parents) if len({"://" in url for url in listed}) == 1 else ""
     named = {url: Shard(url, file.size, _below(url, shared), counts.get(url, -1)) for url, file in listed.items()}
-    pools: list[list[Unit]] = [[] for _ in (config.weights or (1.0,))]
+    pools: list[list[ShardRange]] = [[] for _ in (config.weights or (1.0,))]
     ordered = sorted(named.values(), key=lambda shard: shard.name)
     for shard in ordered:
         pools[found[shard.url] if config.weights else 0].extend(_units(shard, config.max_read_mb * 2**20))
@@ -173,12 +173,12 @@ def difference(saved: bytes, catalog: Catalog) -> str:
     return ", ".join(told) or "the same shards in other pools or parts (data.weights, data.max_read_mb)"
 
 
-def _units(shard: Shard, max_bytes: int) -> list[Unit]:
+def _units(shard: Shard, max_bytes: int) -> list[ShardRange]:
     """Tars can be cut at multiples of their block size; Arrow files cannot."""
     if shard.size <= max_bytes or not shard.url.endswith(".tar"):
-        return [Unit(shard, 0, shard.size)]
+        return [ShardRange(shard, 0, shard.size)]
     starts = range(0, shard.size, max_bytes)
-    return [Unit(shard, start, min(start + max_bytes, shard.size)) for start in starts]
+    return [ShardRange(shard, start, min(start + max_bytes, shard.size)) for start in starts]
 
 
 def _counts(files: Sequence[storage.StoredFile], sidecars: set[str], cached: bytes | None) -> dict[str, int]:

@@ -16,11 +16,11 @@ from PIL import Image
 from ray.exceptions import RayError
 
 from ray_platform.contracts import DataError
-from ray_platform.data.catalog import Catalog, Unit
+from ray_platform.data.catalog import Catalog, ShardRange
 from ray_platform.data.causes import RejectedSample
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Item
-from ray_platform.data.source import Sample, TarUnit, open_unit
+from ray_platform.data.source import Sample, TarSamples, open_samples
 from ray_platform.data.statistics import Statistics, thumbnail_jpeg
 from ray_platform.data.tar import IMAGE_SUFFIXES, Record
 from ray_platform.placement import room, selector
@@ -48,7 +48,7 @@ class Inspection:
 def inspect_first_samples(catalog: Catalog, config: DataConfig, limit: int) -> Inspection:
     """Decode the first `limit` samples of the first shard, here, without Ray. Raises DataError when none is good."""
     first = catalog.pools[0][0]
-    unit = open_unit(Item(0, 0, 0, first, []), config, seed=0)
+    unit = open_samples(Item(0, 0, 0, first, []), config, seed=0)
     samples = [unit.sample(place) for place in range(min(limit, len(unit)))]
     good = [sample for sample in samples if isinstance(sample, Sample)]
     rejected = Counter(str(sample.cause) for sample in samples if isinstance(sample, RejectedSample))
@@ -61,7 +61,7 @@ def inspect_first_samples(catalog: Catalog, config: DataConfig, limit: int) -> I
     return Inspection(len(good), dict(rejected), good[0])
 
 
-def spread_units(catalog: Catalog, limit: int) -> list[Unit]:
+def spread_units(catalog: Catalog, limit: int) -> list[ShardRange]:
     """About `limit` units, always the same ones: one at random from each of as many equal stretches of every pool. 0: all."""
     total = sum(catalog.num_units)
     if not limit or limit >= total:
@@ -75,11 +75,11 @@ def spread_units(catalog: Catalog, limit: int) -> list[Unit]:
     return chosen
 
 
-def inspect_unit(unit: Unit, config: DataConfig) -> Statistics:
+def inspect_unit(unit: ShardRange, config: DataConfig) -> Statistics:
     """Look at all samples of a unit as training would, here, without Ray. What is wrong with it is counted, not raised."""
     begun = time.perf_counter()
     try:
-        opened = open_unit(Item(0, 0, 0, unit, []), config, seed=0)
+        opened = open_samples(Item(0, 0, 0, unit, []), config, seed=0)
     except DataError:
         return _lost(unit, SHARD_CHANGED)
     found = Statistics(units=1, num_bytes=unit.stop - unit.start, read_seconds=time.perf_counter() - begun)
@@ -88,7 +88,7 @@ def inspect_unit(unit: Unit, config: DataConfig) -> Statistics:
         begun = time.thread_time()  # not the clock's: others may be using this CPU too
         sample = opened.sample(place)
         found.decode_seconds += time.thread_time() - begun
-        size = _count_image(found, opened.records[place]) if isinstance(opened, TarUnit) else None
+        size = _count_image(found, opened.records[place]) if isinstance(opened, TarSamples) else None
         if isinstance(sample, Sample):
             _count_used(found, sample, size)
         elif sample.cause.startswith("shard_"):
@@ -103,7 +103,7 @@ def inspect_unit(unit: Unit, config: DataConfig) -> Statistics:
     return found
 
 
-def _lost(unit: Unit, cause: str) -> Statistics:
+def _lost(unit: ShardRange, cause: str) -> Statistics:
     found = Statistics(units=1, unusable_units=1, num_bytes=unit.stop - unit.start)
     found.count_reject(f"{unit.shard.name}/", cause, max(0, unit.known_samples))
     return found
@@ -150,14 +150,14 @@ def cluster_cpus(config: DataConfig) -> int:
     return max(1, int(room(config.placement).get("CPU", 1)))
 
 
-def inspect_units(units: Sequence[Unit], config: DataConfig) -> Iterator[Statistics]:
+def inspect_units(units: Sequence[ShardRange], config: DataConfig) -> Iterator[Statistics]:
     """Each unit's statistics as they come, by Ray: a task a unit on a CPU of its own, as many at a time as there are CPUs.
 
     A unit whose reader fails or dies counts as lost; the others go on.
     """
     task = ray.remote(_inspect_unit).options(num_cpus=1, max_retries=1, label_selector=selector(config.placement))
     waiting = list(reversed(units))
-    running: dict[ray.ObjectRef, Unit] = {}
+    running: dict[ray.ObjectRef, ShardRange] = {}
     while waiting or running:
         while waiting and len(running) < cluster_cpus(config):
             unit = waiting.pop()
@@ -171,6 +171,6 @@ def inspect_units(units: Sequence[Unit], config: DataConfig) -> Iterator[Statist
             yield _lost(unit, SHARD_CRASHES)
 
 
-def _inspect_unit(unit: Unit, config: DataConfig) -> Statistics:
+def _inspect_unit(unit: ShardRange, config: DataConfig) -> Statistics:
     torch.set_num_threads(1)  # as in training: as many tasks run at once as there are cores for them
     return inspect_unit(unit, config)

@@ -123,3 +123,15 @@ def _merged(ranges: Ranges, mark: ConsumedRange) -> Ranges:
         else:
             merged.append((start, stop))
     return merged
+
+
+def merge_ranges(ranges: Iterable[ConsumedRange]) -> tuple[ConsumedRange, ...]:
+    """Return `ranges` sorted by unit and start, with adjacent ranges of a unit merged."""
+    merged: list[ConsumedRange] = []
+    for consumed in sorted(ranges):
+        last = merged[-1] if merged else None
+        if last and last[:3] == consumed[:3] and last.stop == consumed.start:
+            merged[-1] = last._replace(stop=consumed.stop)
+        else:
+            merged.append(consumed)
+    return tuple(merged)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ray_platform.contracts import ConfigError
-from ray_platform.data.catalog import Catalog, Unit
+from ray_platform.data.catalog import Catalog, ShardRange
 from ray_platform.data.ledger import Ledger, Ranges
 
 
@@ -22,7 +22,7 @@ class Item:
     pool: int
     epoch: int
     number: int  # of the unit in its pool
-    unit: Unit
+    unit: ShardRange
     consumed: Ranges  # what need not be read of it
 
 

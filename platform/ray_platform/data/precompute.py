@@ -23,7 +23,7 @@ from ray.exceptions import RayTaskError
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, Encoder
 from ray_platform.data import precomputed
-from ray_platform.data.catalog import MANIFEST, Catalog, Unit
+from ray_platform.data.catalog import MANIFEST, Catalog, ShardRange
 from ray_platform.data.config import DataConfig
 from ray_platform.data.execution import data_context
 from ray_platform.data.plan import Group, Item
@@ -84,9 +84,9 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: Encoders, output_
     units = dict(enumerate(catalog.pools[0]))
     _check_stems(units.values())
     done = _resume(output_dir, manifest, units)
-    tally, begun = SkipCounter("precompute", config.max_skipped_share), time.perf_counter()
+    skips, begun = SkipCounter("precompute", config.max_skipped_share), time.perf_counter()
     for record in _records({n: unit for n, unit in units.items() if n not in done}, config, encoders, output_dir):
-        if unit_done := _collect(record, done, tally):
+        if unit_done := _collect(record, done, skips):
             unit, now = unit_done
             if not now.lost:
                 content = json.dumps({"shards": now.shards, "rejected": now.rejected}).encode()
@@ -94,19 +94,19 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: Encoders, output_
             yield {
                 "shards_done": sum(known.rows == known.total for known in done.values()),
                 "shards": len(units),
-                "samples": tally.seen - tally.bad.total(),
-                "samples_per_second": tally.seen / (time.perf_counter() - begun),
+                "samples": skips.seen - skips.bad.total(),
+                "samples_per_second": skips.seen / (time.perf_counter() - begun),
             }
     _finish(output_dir, manifest, done)
 
 
-def stem(unit: Unit) -> str:
+def stem(unit: ShardRange) -> str:
     """A unit's part of the names of its files, unique in the catalog."""
     name = unit.shard.name.removesuffix(".tar").replace("/", "--")
     return name if unit.whole else f"{name}-at-{unit.start}"
 
 
-def _check_stems(units: Iterable[Unit]) -> None:
+def _check_stems(units: Iterable[ShardRange]) -> None:
     """Raise DataError where two units' files would have one name: `a/b.tar` beside `a--b.tar`."""
     names: dict[str, str] = {}
     for unit in units:
@@ -141,7 +141,7 @@ def _manifest(catalog: Catalog, config: DataConfig, encoders: Encoders) -> dict[
     return json.loads(json.dumps(described))  # tuples become lists, as they are when it is read back
 
 
-def _resume(output_dir: str, manifest: dict[str, Any], units: dict[int, Unit]) -> dict[int, Done]:
+def _resume(output_dir: str, manifest: dict[str, Any], units: dict[int, ShardRange]) -> dict[int, Done]:
     """The units that are done; begins the folder where there is none."""
     url = storage.join(output_dir, MANIFEST)
     if not storage.exists(url):
@@ -164,7 +164,7 @@ def _resume(output_dir: str, manifest: dict[str, Any], units: dict[int, Unit]) -
     return {number: Done(shards=r["shards"], rejected=Counter(r["rejected"])) for number, r in records.items()}
 
 
-def _records(units: dict[int, Unit], config: DataConfig, encoders: Encoders, output_dir: str) -> Iterator[dict[str, Any]]:
+def _records(units: dict[int, ShardRange], config: DataConfig, encoders: Encoders, output_dir: str) -> Iterator[dict[str, Any]]:
     """What the encoders report of each block, in any order."""
     if not units:
         return
@@ -230,16 +230,16 @@ class EncodeBlock:
         storage.with_retries(write, self.retry_seconds)
 
 
-def _collect(record: dict[str, Any], done: dict[int, Done], tally: SkipCounter) -> tuple[int, Done] | None:
+def _collect(record: dict[str, Any], done: dict[int, Done], skips: SkipCounter) -> tuple[int, Done] | None:
     """Count a block; the unit and what is known of it when this was its last."""
     number, total = record["item"][2:4]
     now = done.setdefault(number, Done(total))
     now.rows += record["rows"]
     if record["samples"]:
         now.shards[record["shard"]] = record["samples"]
-        tally.count_good(record["item"], record["samples"])
+        skips.count_good(record["item"], record["samples"])
     for key, cause in record["rejects"]:
-        now.rejected[cause] += tally.count_reject(key, cause, record["item"])
+        now.rejected[cause] += skips.count_reject(key, cause, record["item"])
         now.lost |= cause in ("shard_missing", "shard_forbidden", "shard_unavailable")
     return (number, now) if now.rows == now.total else None
 

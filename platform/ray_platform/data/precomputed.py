@@ -66,7 +66,7 @@ def check_settings(manifest: Mapping[str, Any], config: DataConfig) -> None:
             )
 
 
-class EncodedUnit:
+class PrecomputedSamples:
     """The samples of one such file."""
 
     def __init__(self, contents: tuple[list[str], list[str], dict[str, np.ndarray]], build: Callable[..., Any]):

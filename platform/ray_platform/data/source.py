@@ -17,18 +17,15 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from ray_platform import storage
-from ray_platform.contracts import DataError
 from ray_platform.data import captions, decode
 from ray_platform.data.causes import LOST, ErrorReason, RejectedSample, SampleError
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Group, Item
-from ray_platform.data.precomputed import EncodedUnit
-from ray_platform.data.tar import Record, read_part, read_tar
+from ray_platform.data.precomputed import PrecomputedSamples
+from ray_platform.data.tar import Record, check_size, read_tar_slice
 
 BLOCK_BYTES = 16 * 2**20
 _MAX_BLOCK_SAMPLES = 512
-_BEHIND_PART = 2**20  # bytes read behind a part, for its last sample
-_LONGEST_SAMPLE = 2**29  # bytes; one that goes on longer behind its part is cut off
 _LARGEST_ARROW = 2**31  # bytes; jobs/precompute.py writes some megabytes a file
 
 
@@ -41,7 +38,7 @@ class Sample:
     tensors: dict[str, np.ndarray]
 
 
-class Unit(Protocol):
+class ShardSamples(Protocol):
     """An opened unit: its samples by their place in it."""
 
     def __len__(self) -> int: ...
@@ -49,7 +46,7 @@ class Unit(Protocol):
     def sample(self, place: int) -> Sample | RejectedSample: ...
 
 
-class TarUnit:
+class TarSamples:
     """The samples of a tar, decoded when they are asked for."""
 
     def __init__(self, records: Sequence[Record | RejectedSample], config: DataConfig, seed: str):
@@ -62,7 +59,7 @@ class TarUnit:
         return decode_record(self.records[place], self.config, self.seed)
 
 
-class LostUnit:
+class RejectedShard:
     """Stands for a unit that could not be read."""
 
     def __init__(self, key: str, cause: ErrorReason, consumed: int):
@@ -91,48 +88,27 @@ def decode_record(record: Record | RejectedSample, config: DataConfig, seed: str
         return RejectedSample(record.key, unusable.cause)
 
 
-def open_unit(item: Item, config: DataConfig, seed: int) -> Unit:
-    """Read a unit. One that storage does not give becomes a LostUnit; DataError for one that is not what was catalogued."""
+def open_samples(item: Item, config: DataConfig, seed: int) -> ShardSamples:
+    """Read a unit. One that storage does not give becomes a RejectedShard; DataError for one that is not what was catalogued."""
     shard = item.unit.shard
     try:
         return storage.with_retries(lambda: _read(item, config, f"{seed}/{item.epoch}"), config.retry_seconds)
     except storage.StorageError as error:
-        return LostUnit(f"{shard.name}/", LOST[error.kind], max((stop for _, stop in item.consumed), default=0))
+        return RejectedShard(f"{shard.name}/", LOST[error.kind], max((stop for _, stop in item.consumed), default=0))
 
 
-def _read(item: Item, config: DataConfig, seed: str) -> Unit:
+def _read(item: Item, config: DataConfig, seed: str) -> ShardSamples:
     unit, shard = item.unit, item.unit.shard
-    if unit.whole:
-        if shard.url.endswith(".arrow"):
-            if shard.size > _LARGEST_ARROW:
-                return LostUnit(f"{shard.name}/", "shard_unreadable", max((stop for _, stop in item.consumed), default=0))
-            encoded = storage.read_buffer(shard.url)
-            _check_length(shard, encoded.size, shard.size)
-            return EncodedUnit.open(encoded, shard.name, Sample)
-        data = storage.read_bytes(shard.url)
-        _check_length(shard, len(data), shard.size)
-        return TarUnit(read_tar(data, shard.name), config, seed)
-    behind, last = _BEHIND_PART, unit.stop == shard.size
-    while True:
-        stop = min(unit.stop + behind, shard.size)
-        data = storage.read_bytes(shard.url, unit.start, stop)
-        _check_length(shard, len(data), stop - unit.start)
-        ends = stop == shard.size or behind > _LONGEST_SAMPLE
-        records = read_part(data, shard.name, unit.stop - unit.start, first=unit.start == 0, last=last or ends)
-        if records is not None:
-            return TarUnit(records, config, seed)
-        behind *= 8
+    if shard.url.endswith(".arrow"):
+        if shard.size > _LARGEST_ARROW:
+            return RejectedShard(f"{shard.name}/", "shard_unreadable", max((stop for _, stop in item.consumed), default=0))
+        encoded = storage.read_buffer(shard.url)
+        check_size(shard.url, encoded.size, shard.size)
+        return PrecomputedSamples.open(encoded, shard.name, Sample)
+    return TarSamples(read_tar_slice(shard.url, shard.name, shard.size, unit.start, unit.stop), config, seed)
 
 
-def _check_length(shard: Any, length: int, expected: int) -> None:
-    if length != expected:
-        raise DataError(
-            f"{shard.url}: changed since the run began: {length} bytes where the catalog has {expected}; "
-            "shards must not change under a run: write the new ones elsewhere, or begin anew"
-        )
-
-
-def reading_order(group: Group, units: Sequence[Unit], seed: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+def reading_order(group: Group, units: Sequence[ShardSamples], seed: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """In which order a group's samples are read.
 
     Every sample draws a number from (seed, epoch, unit); each unit is read in the order of its numbers, and the units of a
@@ -141,7 +117,7 @@ def reading_order(group: Group, units: Sequence[Unit], seed: int) -> tuple[np.nd
     Returns the numbers [N], ascending; [N, 2] (unit in the group, order in the unit), both without what was consumed; and
     for each unit order -> place.
     """
-    drawn, rows, places = [], [], []
+    sort_key, rows, places = [], [], []
     for index, (item, unit) in enumerate(zip(group.items, units, strict=True)):
         digest = hashlib.sha256(f"{seed}/{item.epoch}/{item.unit.shard.name}/{item.unit.start}".encode()).digest()
         numbers = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).random(len(unit))
@@ -150,30 +126,30 @@ def reading_order(group: Group, units: Sequence[Unit], seed: int) -> tuple[np.nd
         for start, stop in item.consumed:
             left[start:stop] = False
         kept = np.flatnonzero(left)
-        drawn.append(numbers[order][kept])
+        sort_key.append(numbers[order][kept])
         rows.append(np.stack([np.full(len(kept), index), kept], axis=1))
         places.append(order)
-    merged = np.argsort(np.concatenate(drawn), kind="stable")
-    return np.concatenate(drawn)[merged], np.concatenate(rows)[merged], places
+    merged = np.argsort(np.concatenate(sort_key), kind="stable")
+    return np.concatenate(sort_key)[merged], np.concatenate(rows)[merged], places
 
 
 def read_group(group: Group, config: DataConfig, seed: int, block_bytes: int = BLOCK_BYTES) -> Iterator[pa.Table]:
     """A group's samples, decoded, as blocks. Raises DataError."""
     torch.set_num_threads(1)  # as many tasks run at once as there are cores for them
-    units = [open_unit(item, config, seed) for item in group.items]
-    drawn, order, places = reading_order(group, units, seed)
+    units = [open_samples(item, config, seed) for item in group.items]
+    sort_key, order, places = reading_order(group, units, seed)
     totals = [len(unit) for unit in units]
-    packer = Packer(group, totals, block_bytes)
-    for number, (index, row) in zip(drawn.tolist(), order.tolist(), strict=True):
-        packer.add(index, row, number, units[index].sample(int(places[index][row])))
-        if packer.full:
-            yield packer.block()
-            packer = Packer(group, totals, block_bytes)
-    if packer.rows:
-        yield packer.block()
+    builder = BlockBuilder(group, totals, block_bytes)
+    for number, (index, row) in zip(sort_key.tolist(), order.tolist(), strict=True):
+        builder.add(index, row, number, units[index].sample(int(places[index][row])))
+        if builder.full:
+            yield builder.block()
+            builder = BlockBuilder(group, totals, block_bytes)
+    if builder.rows:
+        yield builder.block()
 
 
-class Packer:
+class BlockBuilder:
     """Builds one block. Samples of equal shapes are written side by side as they come, into one contiguous array."""
 
     def __init__(self, group: Group, totals: Sequence[int], block_bytes: int):
@@ -182,7 +158,7 @@ class Packer:
             (item.pool, item.epoch, item.number, total, item.unit.known_samples, item.unit.nominal_samples)
             for item, total in zip(group.items, totals, strict=True)
         ]
-        self.rows: list[tuple[int, int, float, str, str, str]] = []  # item, order, drawn, key, caption, cause
+        self.rows: list[tuple[int, int, float, str, str, str]] = []  # item, order, sort_key, key, caption, cause
         self.stacks: dict[tuple, _Stack] = {}
         self.num_bytes = 0
 
@@ -190,20 +166,20 @@ class Packer:
     def full(self) -> bool:
         return self.num_bytes >= self.block_bytes or len(self.rows) == _MAX_BLOCK_SAMPLES
 
-    def add(self, index: int, order: int, drawn: float, sample: Sample | RejectedSample) -> None:
-        """`order` is the sample's place in its item's order of reading, by the number that it has `drawn`."""
+    def add(self, index: int, order: int, sort_key: float, sample: Sample | RejectedSample) -> None:
+        """`order` is the sample's place in its item's order of reading, by the number that it has `sort_key`."""
         if isinstance(sample, RejectedSample):
-            self.rows.append((index, order, drawn, sample.key, "", sample.cause))
+            self.rows.append((index, order, sort_key, sample.key, "", sample.cause))
             return
         signature = tuple((name, t.dtype.str, t.shape) for name, t in sample.tensors.items())
         if signature not in self.stacks:
             self.stacks[signature] = _Stack(sample.tensors, self.block_bytes)
         self.num_bytes += self.stacks[signature].add(sample.tensors, len(self.rows))
-        self.rows.append((index, order, drawn, sample.key, sample.caption, ""))
+        self.rows.append((index, order, sort_key, sample.key, sample.caption, ""))
 
     def block(self) -> pa.Table:
         """All that was added, as a table of one row."""
-        names = ("item", "order", "drawn", "key", "caption", "cause")
+        names = ("item", "order", "sort_key", "key", "caption", "cause")
         header: dict[str, Any] = {"window": self.window, "items": self.items} | dict(
             zip(names, zip(*self.rows, strict=True), strict=True)
         )
@@ -246,7 +222,7 @@ class _Stack:
 
 @dataclass(frozen=True)
 class Block:
-    """What a `Packer` packed."""
+    """What a `BlockBuilder` packed."""
 
     header: dict[str, Any]
     stacks: list[dict[str, np.ndarray]]

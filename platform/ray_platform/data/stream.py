@@ -23,6 +23,7 @@ from ray_platform.contracts import Batch, ConfigError, ConsumedRange, DataError
 from ray_platform.data.catalog import Catalog
 from ray_platform.data.config import DataConfig
 from ray_platform.data.execution import data_context
+from ray_platform.data.ledger import merge_ranges
 from ray_platform.data.plan import Group, Reader, check_world_size, groups
 from ray_platform.data.skip_counter import SkipCounter
 from ray_platform.data.source import Block, ShardSource, unpack
@@ -59,8 +60,8 @@ def merged(lanes: Sequence[Iterable[Block]]) -> Iterator[tuple[Block, int]]:
 
     def rows(blocks: Iterable[Block]) -> Iterator[tuple[int, float, Block, int]]:
         for block in blocks:
-            for row, drawn in enumerate(block.header["drawn"]):
-                yield block.header["window"], drawn, block, row
+            for row, sort_key in enumerate(block.header["sort_key"]):
+                yield block.header["window"], sort_key, block, row
 
     if len(lanes) == 1:  # already in order, or in whatever order it was asked for
         return ((block, row) for _, _, block, row in rows(lanes[0]))
@@ -73,8 +74,8 @@ class Batcher:
     Samples of other shapes wait for their own batch; they are not consumed until it is full. Independent of where blocks end.
     """
 
-    def __init__(self, batch_size: int, tally: SkipCounter):
-        self.batch_size, self.tally = batch_size, tally
+    def __init__(self, batch_size: int, skips: SkipCounter):
+        self.batch_size, self.skips = batch_size, skips
         self.waiting: dict[str, list[tuple[Block, int]]] = {}
         self.passed: list[tuple[Block, int]] = []  # skipped since the last batch
 
@@ -83,10 +84,10 @@ class Batcher:
             header = block.header
             key, cause, item = header["key"][row], header["cause"][row], header["items"][header["item"][row]]
             if cause:
-                self.tally.count_reject(key, cause, item)
+                self.skips.count_reject(key, cause, item)
                 self.passed.append((block, row))
                 continue
-            self.tally.count_good(item)
+            self.skips.count_good(item)
             waiting = self.waiting.setdefault(block.shapes[block.place[row][0]], [])
             waiting.append((block, row))
             if len(waiting) == self.batch_size:
@@ -108,27 +109,15 @@ class Batcher:
             tensors,
             tuple(block.header["caption"][row] for block, row in rows),
             tuple(block.header["key"][row] for block, row in rows),
-            _marks([*self.passed, *rows]),
-            dict(self.tally.skipped),
+            _consumed_ranges([*self.passed, *rows]),
+            dict(self.skips.skipped),
         )
 
 
-def _marks(rows: Iterable[tuple[Block, int]]) -> tuple[ConsumedRange, ...]:
-    """Single samples as ranges."""
+def _consumed_ranges(rows: Iterable[tuple[Block, int]]) -> tuple[ConsumedRange, ...]:
+    """Return the ranges that consist of these samples."""
     samples = sorted((*block.header["items"][block.header["item"][row]][:4], block.header["order"][row]) for block, row in rows)
-    return join(ConsumedRange(pool, epoch, unit, order, order + 1, total) for pool, epoch, unit, total, order in samples)
-
-
-def join(marks: Iterable[ConsumedRange]) -> tuple[ConsumedRange, ...]:
-    """Marks, sorted by unit and start, with neighbours joined."""
-    joined: list[ConsumedRange] = []
-    for mark in sorted(marks):
-        last = joined[-1] if joined else None
-        if last and last[:3] == mark[:3] and last.stop == mark.start:
-            joined[-1] = last._replace(stop=mark.stop)
-        else:
-            joined.append(mark)
-    return tuple(joined)
+    return merge_ranges(ConsumedRange(pool, epoch, unit, order, order + 1, total) for pool, epoch, unit, total, order in samples)
 
 
 def _lanes(catalog: Catalog, config: DataConfig, reader: Reader, at_once: int) -> list[Generator[pa.Table, None, None]]:
@@ -185,14 +174,14 @@ def _tasks(planned: Iterable[Group], least_samples: int) -> Iterator[list[Group]
 
 
 def _next(blocks: Iterator[pa.Table]) -> pa.Table | None:
-    _Paced.wanted.set()
+    SchedulerThrottle.wanted.set()
     try:
         return next(blocks, None)
     finally:
-        _Paced.wanted.clear()
+        SchedulerThrottle.wanted.clear()
 
 
-class _Paced(ExecutionCallback):
+class SchedulerThrottle(ExecutionCallback):
     """A pause in each turn of Ray Data's scheduling loop, which runs in a thread of the trainer's process.
 
     While a rank trains, its reads wait with full hands, and the loop turns without pause: it took half of the process's
@@ -210,7 +199,7 @@ def _context(config: DataConfig, world_size: int) -> ray.data.DataContext:
     context = data_context()
     context.execution_options.preserve_order = config.deterministic
     context._max_num_blocks_in_streaming_gen_buffer = 4  # a read may be that far ahead of a turn of the scheduling loop
-    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Paced]
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, SchedulerThrottle]
     # Each dataset believes itself alone: by default each would fill half of the object store.
     datasets = world_size * (config.reads_per_rank if config.deterministic else 1)
     if share := room(config.placement).get("object_store_memory", 0) / 2 / datasets:  # else such nodes are still to come

@@ -1,7 +1,7 @@
-"""From the bytes of a tar to undecoded samples. Plain Python: no Ray, no storage.
+"""Reading webdataset-style tars: the bytes of a tar, or of a slice of one, become undecoded samples.
 
-The layout is LAION's, as img2dataset writes it: `00012.jpg`, `00012.txt` and `00012.json` make one sample, their key is
-what precedes the first dot. Nothing in a tar can raise: what cannot be used becomes a `RejectedSample`.
+The layout is LAION's, as img2dataset writes it: `00012.jpg`, `00012.txt` and `00012.json` are one sample, and its key is
+everything before the first dot. No content of a tar raises an exception: what cannot be used becomes a `RejectedSample`.
 """
 
 import io
@@ -12,32 +12,79 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ray_platform import storage
+from ray_platform.contracts import DataError
 from ray_platform.data.causes import RejectedSample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("txt", "json")
 _SUFFIXES = IMAGE_SUFFIXES + TEXT_SUFFIXES
 _BLOCK = tarfile.BLOCKSIZE
-_LONGEST_HEADER = 2**16  # bytes, with the long names and dates that may precede it
-_LONGEST_NAME = 1024  # characters
-_MOST_FIELDS = 100  # that a header gives to all members, each of which is looked through for all
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # what could write elsewhere in a log
+_MAX_HEADER_BYTES = 2**16  # including the long names and dates that may precede it
+_MAX_NAME_LENGTH = 1024  # characters
+_MAX_GLOBAL_FIELDS = 100  # PAX fields that a header sets for all members; each is looked up for every member
+_READ_AHEAD_BYTES = 2**20  # read past the end of a slice, for its last sample
+_MAX_SAMPLE_BYTES = 2**29  # a sample that continues further past the end of its slice is cut off
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # could forge or overwrite lines of a log
 
 
 @dataclass
 class Record:
-    """The undecoded members of one key. They are views: the tar's bytes are not copied."""
+    """The undecoded members of one key, as views of the tar's bytes."""
 
     key: str
     members: dict[str, memoryview] = field(default_factory=dict)  # suffix -> content
-    repeated: bool = False
+    repeated: bool = False  # two members have the same suffix
+
+
+def read_tar_slice(
+    url: str, shard_name: str, size: int, start: int, stop: int, suffixes: Sequence[str] = _SUFFIXES
+) -> list[Record | RejectedSample]:
+    """Read the samples that begin in bytes start..stop of a tar in storage.
+
+    Consecutive slices of a tar together contain each of its samples once. A slice in which no sample begins gives `shard_empty`.
+
+    Args:
+        url: the tar.
+        shard_name: the first part of the samples' keys.
+        size: bytes that the tar had when it was listed.
+        start, stop: the slice, in multiples of 512 bytes; (0, size) is the whole tar.
+        suffixes: the file name extensions of the members to read.
+
+    Raises:
+        StorageError: storage does not return the bytes.
+        DataError: the tar has another size than `size`.
+    """
+    if stop - start == size:
+        data = storage.read_bytes(url)
+        check_size(url, len(data), size)
+        return read_tar(data, shard_name, suffixes)
+    data, ahead = b"", _READ_AHEAD_BYTES
+    while True:
+        end = min(stop + ahead, size)
+        data += storage.read_bytes(url, start + len(data), end)
+        check_size(url, start + len(data), end)
+        is_last = end == size or ahead > _MAX_SAMPLE_BYTES
+        records = read_part(data, shard_name, stop - start, first=start == 0, last=is_last, suffixes=suffixes)
+        if records is not None:
+            return records
+        ahead *= 8
+
+
+def check_size(url: str, num_bytes: int, expected: int) -> None:
+    """Raise DataError if a shard does not have the size with which it was listed."""
+    if num_bytes != expected:
+        raise DataError(
+            f"{url}: changed since it was listed ({num_bytes} bytes instead of {expected}); "
+            "a shard must not change while it is used: write changed shards to another folder, or start over"
+        )
 
 
 def read_tar(data: bytes, shard_name: str, suffixes: Sequence[str] = _SUFFIXES) -> list[Record | RejectedSample]:
     """Group the members of a tar that have one of `suffixes` by key, in the order in which keys first appear.
 
-    The list is never empty: it ends with a `tar_truncated` reject when the tar does not end as a tar does, and a tar
-    without samples gives `shard_empty`.
+    The list is never empty: it ends with a `tar_truncated` rejection if the tar has no valid end, and a tar without samples
+    gives `shard_empty`.
     """
     members, ending = _members(data, 0)
     return _grouped(members, ending != "whole", shard_name, suffixes)
@@ -46,68 +93,73 @@ def read_tar(data: bytes, shard_name: str, suffixes: Sequence[str] = _SUFFIXES) 
 def read_part(
     data: bytes, shard_name: str, length: int, *, first: bool, last: bool, suffixes: Sequence[str] = _SUFFIXES
 ) -> list[Record | RejectedSample] | None:
-    """The samples of one part of a tar too large to be held whole.
+    """Return the samples that begin in the first `length` bytes of `data`, a part of a tar.
 
-    `data` begins with the part and may go on behind its `length` bytes; `last` says that it goes on to the tar's end. A
-    sample belongs to the part in which it begins, a sample's beginning being the first member whose key differs from that
-    of the first member at or behind the border: so both neighbours of a border agree. Members of a key must stand
-    together, and none be a tar itself: its headers would be taken for the shard's.
+    A sample begins at the first member whose key differs from the key of the first member at or after a border, so both
+    neighbors of a border agree on it. The members of a key must be adjacent, and no member may be a tar itself: its headers
+    would be taken for the shard's.
 
-    Returns None when `data` ends before the part's last sample does: call again with more. A part in which no sample
-    begins, as within a very large member, gives `shard_empty`: its neighbours have what there is.
+    Args:
+        data: begins at the part and may continue past its end.
+        length: bytes of the part.
+        first: the part begins at the start of the tar.
+        last: `data` extends to the end of the tar.
+
+    Returns:
+        None if `data` ends before the last sample of the part does: call again with more data. A part in which no sample
+        begins, such as one within a very large member, gives `shard_empty`.
     """
     begin = 0 if first else _first_header(data, length)
     if begin is None:
         return _grouped([], False, shard_name, suffixes)
     members, ending = _members(data, begin)
-    behind = _behind_border(data, members, length)
-    if not behind and ending == "cut" and not last:
+    following = _members_after(data, members, length)
+    if not following and ending == "cut" and not last:
         return None
-    stop = behind[0][2] if behind else len(data)
-    own = members if first else _behind_border(data, members, 0)
-    return _grouped([member for member in own if member[2] < stop], not behind and ending != "whole", shard_name, suffixes)
+    stop = following[0][2] if following else len(data)
+    in_part = members if first else _members_after(data, members, 0)
+    return _grouped([member for member in in_part if member[2] < stop], not following and ending != "whole", shard_name, suffixes)
 
 
-Member = tuple[str, memoryview, int]  # name, content, offset in the data of the header that directly precedes it
-Ending = Literal["whole", "cut", "garbage"]  # as a tar ends; where the data ends; before it
+Member = tuple[str, memoryview, int]  # name, content, offset in the data of the header directly before it
+Ending = Literal["whole", "cut", "garbage"]  # a valid end of a tar; the end of the data; something else
 
 
-def _behind_border(data: bytes, members: list[Member], border: int) -> list[Member]:
-    """The members from the first new key behind the first header at or behind `border` on."""
-    behind = [member for member in members if member[2] >= border]
-    # By the name in the header itself: a longer one stands before it, which the border may have cut off.
-    keys = (_key(tarfile.TarInfo.frombuf(data[at : at + _BLOCK], "utf-8", "surrogateescape").name) for _, _, at in behind)
-    before = next(keys, None)
-    begins = (number for number, key in enumerate(keys, 1) if key != before)
-    return behind[next(begins, len(behind)) :]
+def _members_after(data: bytes, members: list[Member], border: int) -> list[Member]:
+    """Return the members from the first sample that begins after `border` on."""
+    after = [member for member in members if member[2] >= border]
+    # By the name in the header itself: a longer name precedes the header and may lie before the border.
+    keys = (_key(tarfile.TarInfo.frombuf(data[at : at + _BLOCK], "utf-8", "surrogateescape").name) for _, _, at in after)
+    previous = next(keys, None)
+    begins = (number for number, key in enumerate(keys, 1) if key != previous)
+    return after[next(begins, len(after)) :]
 
 
 def _grouped(members: list[Member], truncated: bool, shard_name: str, suffixes: Sequence[str]) -> list[Record | RejectedSample]:
     records: dict[str, Record] = {}
-    too_long: list[Record | RejectedSample] = []
+    rejected: list[RejectedSample] = []
     for name, content, _ in members:
         suffix = posixpath.basename(name).partition(".")[2].lower()
         if suffix not in suffixes:
             continue
-        if len(name) > _LONGEST_NAME:
-            too_long.append(RejectedSample(f"{shard_name}/{printable(name[:50])}…", "name_too_long"))
+        if len(name) > _MAX_NAME_LENGTH:
+            rejected.append(RejectedSample(f"{shard_name}/{printable(name[:50])}…", "name_too_long"))
             continue
         key = printable(posixpath.join(shard_name, _key(name)))
         record = records.setdefault(key, Record(key))
         record.repeated |= suffix in record.members
         record.members[suffix] = content
-    found: list[Record | RejectedSample] = [*records.values(), *too_long]
     if truncated:
-        found.append(RejectedSample(f"{shard_name}/", "tar_truncated"))
-    return found or [RejectedSample(f"{shard_name}/", "shard_empty")]
+        rejected.append(RejectedSample(f"{shard_name}/", "tar_truncated"))
+    return [*records.values(), *rejected] or [RejectedSample(f"{shard_name}/", "shard_empty")]
 
 
 def printable(name: str) -> str:
-    """A name of a file, which may hold anything, as one line that Arrow takes: no lone surrogates, no control characters.
+    """Return a file name as one line that Arrow accepts, without lone surrogates and control characters.
 
-    It is a label: nothing is ever written, or read, by a name in a tar.
+    The result is only a label: no file is opened by a name that comes from a tar.
     """
-    name = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", name)
+    name = _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", name)
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -117,7 +169,7 @@ def _key(name: str) -> str:
 
 
 def _first_header(data: bytes, length: int) -> int | None:
-    """The offset of the first tar header in the first `length` bytes; None where there is none."""
+    """Return the offset of the first tar header in the first `length` bytes, or None."""
     for offset in range(0, min(length, len(data) - _BLOCK + 1), _BLOCK):
         if data[offset + 257 : offset + 262] == b"ustar":
             try:
@@ -129,29 +181,29 @@ def _first_header(data: bytes, length: int) -> int | None:
 
 
 def _members(data: bytes, begin: int) -> tuple[list[Member], Ending]:
-    """The regular files of a tar, and how it ends."""
+    """Return the regular files of a tar, and how it ends."""
     view = memoryview(data)
-    found: list[Member] = []
+    members: list[Member] = []
     at = begin
     try:
         file = io.BytesIO(data)
         file.seek(begin)
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # it keeps them all, each with all its headers
-                if member.size < 0 or member.offset_data <= at or len(tar.pax_headers) > _MOST_FIELDS:
-                    return found, "garbage"  # of a size below zero, tarfile goes round in a circle
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every member with all its headers
+                if member.size < 0 or member.offset_data <= at or len(tar.pax_headers) > _MAX_GLOBAL_FIELDS:
+                    return members, "garbage"  # a negative size would make tarfile loop forever
                 at = end = member.offset_data + member.size
                 if end > len(data):
-                    return found, "cut"
+                    return members, "cut"
                 if member.isreg() and not member.issparse():
-                    found.append((member.name, view[member.offset_data : end], member.offset_data - _BLOCK))
-            # tarfile takes a broken header after the first for the end, and a hole in the file too. The true end is
-            # at least a block of zeros, and nothing else.
+                    members.append((member.name, view[member.offset_data : end], member.offset_data - _BLOCK))
+            # tarfile also stops at a broken header and at a hole in the file. A valid end is at least one block of zeros and
+            # nothing else.
             left = len(data) - tar.offset
             if left < _BLOCK:
-                return found, "cut"
-            return found, "whole" if data.count(0, tar.offset) == left else "garbage"
+                return members, "cut"
+            return members, "whole" if data.count(0, tar.offset) == left else "garbage"
     except Exception:
-        # Garbage makes tarfile raise far more than its own errors (ValueError, UnicodeError, RecursionError, …).
-        return found, "cut" if len(data) - at < _LONGEST_HEADER else "garbage"
+        # On garbage, tarfile raises far more than its own errors (ValueError, UnicodeError, RecursionError, …).
+        return members, "cut" if len(data) - at < _MAX_HEADER_BYTES else "garbage"

@@ -12,7 +12,7 @@ from ray_platform.contracts import Batch, DataError
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig, FilterConfig
 from ray_platform.data.plan import Item
-from ray_platform.data.source import Sample, open_unit
+from ray_platform.data.source import Sample, open_samples
 from ray_platform.train.engine import Engine
 
 
@@ -34,7 +34,7 @@ def read_heldout(config: DataConfig, sources: tuple[str, ...], limit: int) -> He
     config = replace(config, sources=sources, weights=(), aspect_ratios=(), filters=FilterConfig(), crop="centre")
     samples: list[Sample] = []
     for number, unit in enumerate(build_catalog(config).pools[0]):
-        opened = open_unit(Item(0, 0, number, unit, []), config, seed=0)
+        opened = open_samples(Item(0, 0, number, unit, []), config, seed=0)
         found = (opened.sample(place) for place in range(len(opened)))
         samples += [sample for sample in found if isinstance(sample, Sample)][: limit - len(samples)]
         if len(samples) == limit:

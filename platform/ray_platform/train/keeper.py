@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ray_platform import storage
 from ray_platform.contracts import ConsumedRange
-from ray_platform.data.stream import join
+from ray_platform.data.ledger import merge_ranges
 from ray_platform.train import checkpoint
 from ray_platform.train.checkpoint import Keep, Manifest
 from ray_platform.train.engine import Engine, copied
@@ -90,7 +90,7 @@ class Keeper:
     def _gather_consumed(self, marks: Sequence[ConsumedRange]) -> None:
         """Bring every rank's ledger up to date with what all ranks consumed."""
         parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, join(marks))
+        dist.all_gather_object(parts, merge_ranges(marks))
         for part in parts:
             self.at.consumed.add(part)
 
