@@ -36,8 +36,8 @@ from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
 from ray_platform.evaluate.discovery import find_evaluation_set
 from ray_platform.evaluate.layouts.tars import build_tar_set
-from ray_platform.evaluate.sets import PAPER_SETS, KNOWN_SETS
 from ray_platform.evaluate.samples import SampleSchema
+from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS
 from ray_platform.evaluate.unit_work import BATCH_SIZE, EmbedImages, WorkerModels
 from ray_platform.replicas import UNITS_IN_FLIGHT, WorkQueue
 from ray_platform.storage import StoredFile

@@ -56,9 +56,9 @@ def data(tmp_path_factory):
     images[7] = encoded(images[7])[:60]
     labels = [i % 7 for i in range(150)]
     names = COLOURS
-    write_wds(root, "mine", images, labels=labels, classes=names, templates=["a {c}.", "the {c}"], samples_a_shard=40)
+    write_wds(root, "mine", images, labels=labels, classes=names, templates=["a {c}.", "the {c}"], samples_per_shard=40)
     captions = [[f"picture {i}, caption {j}" for j in range(3)] for i in range(60)]
-    write_wds(root, "pairs", [picture(1000 + i) for i in range(60)], captions=captions, samples_a_shard=25)
+    write_wds(root, "pairs", [picture(1000 + i) for i in range(60)], captions=captions, samples_per_shard=25)
     (root / "both.yaml").write_text("sets: [mine, pairs]\n")
     (root / "prompts.txt").write_text(
         "".join(f"a {colour} {i}\n" for i in range(10) for colour in ("red", "blue", "green", "grey"))

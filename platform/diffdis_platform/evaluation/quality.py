@@ -19,7 +19,7 @@ from diffdis_platform.evaluation.models import Model
 from diffdis_platform.evaluation.units import unit
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, Rows, one_line
-from ray_platform.evaluate.discovery import open_image_set, open_evaluation_set
+from ray_platform.evaluate.discovery import open_evaluation_set, open_image_set
 from ray_platform.evaluate.result_cache import read_arrays
 from ray_platform.evaluate.results import check_same_protocol
 from ray_platform.evaluate.samples import RawSample, read_slice

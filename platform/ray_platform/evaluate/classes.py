@@ -91,7 +91,7 @@ def load_templates(set_name: str, sidecars: Mapping[str, str], default: tuple[st
     if not templates:
         raise DataError(f'{set_name}: {url} has no templates; write one per line, such as "a photo of a {{c}}."')
     if incomplete := [template for template in templates if "{c}" not in template]:
-        raise DataError(f'{set_name}: {url} has a template without "{{c}}", which stands for the class: {incomplete[0]!r}; add it')
+        raise DataError(f'{set_name}: {url} has a template without "{{c}}", the class ({incomplete[0]!r}); add it')
     return templates
 
 

@@ -62,9 +62,7 @@ def _known_set(name: str, entry: Mapping[str, Any]) -> KnownSet:
     return KnownSet(name, **fields)
 
 
-KNOWN_SETS: Mapping[str, KnownSet] = MappingProxyType(
-    {name: _known_set(name, fields) for name, fields in _DATA["sets"].items()}
-)
+KNOWN_SETS: Mapping[str, KnownSet] = MappingProxyType({name: _known_set(name, fields) for name, fields in _DATA["sets"].items()})
 
 # The twelve sets whose mean is reported, in this order.
 PAPER_SETS: tuple[str, ...] = tuple(_DATA["paper"])

@@ -1,4 +1,4 @@
-"""The work of an evaluation's units, on the models that a replica holds. Plain classes; `ray_platform.replicas` runs them on Ray."""
+"""The work of an evaluation's units, on the models that a replica holds. Plain classes, which `ray_platform.replicas` runs."""
 
 import contextlib
 import ctypes
@@ -57,7 +57,7 @@ class WorkerModels:
                 results.append(call(*batch))
         return np.concatenate(results)[:num_rows]
 
-    def extract_features(self, networks: Sequence[str], images: Sequence[np.ndarray]) -> Rows:
+    def extract_features(self, networks: Sequence[str], images: Sequence[np.ndarray] | np.ndarray) -> Rows:
         """Return `features/<network>` [n, d] of n images of one size."""
         rows = {}
         for name in networks:

@@ -9,7 +9,13 @@ from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data.causes import LOST, RejectedSample
 from ray_platform.evaluate.classes import (
-    CLASSES_FILE, DEFAULT_TEMPLATES, classification_schema, list_sidecars, load_templates, read_lines, to_published_names,
+    CLASSES_FILE,
+    DEFAULT_TEMPLATES,
+    classification_schema,
+    list_sidecars,
+    load_templates,
+    read_lines,
+    to_published_names,
 )  # fmt: skip
 from ray_platform.evaluate.samples import IMAGES_PER_SLICE, DatasetSlice, RawSample, SampleSchema
 from ray_platform.evaluate.sets import KNOWN_SETS, ClassTexts, EvaluationSet, build_set
@@ -41,9 +47,7 @@ class ImageFilesSlice(DatasetSlice):
                         contents[name] = result
                     else:
                         errors[name] = result
-            if unavailable := [
-                errors[name] for name in remaining if name not in contents and errors[name].kind == "unavailable"
-            ]:
+            if unavailable := [errors[name] for name in remaining if name not in contents and errors[name].kind == "unavailable"]:
                 raise unavailable[0]
 
         with suppress(storage.StorageError):

@@ -13,7 +13,13 @@ from ray_platform import storage
 from ray_platform.contracts import DataError, one_line
 from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.classes import (
-    CLASSES_FILE, DEFAULT_TEMPLATES, classification_schema, list_sidecars, load_templates, read_lines, to_published_names,
+    CLASSES_FILE,
+    DEFAULT_TEMPLATES,
+    classification_schema,
+    list_sidecars,
+    load_templates,
+    read_lines,
+    to_published_names,
 )  # fmt: skip
 from ray_platform.evaluate.samples import IMAGES_PER_SLICE, DatasetSlice, RawSample
 from ray_platform.evaluate.sets import KNOWN_SETS, ClassTexts, EvaluationSet, build_set
@@ -98,7 +104,7 @@ def open_parquet(set_name: str, url: str) -> EvaluationSet | None:
         classes, source = to_published_names(set_name, columns.classes, first_url), first_url
     else:
         raise DataError(
-            f"{set_name}: {first_url} does not name its classes; write {url}/{CLASSES_FILE} with one class per line, in label order"
+            f"{set_name}: {first_url} does not name its classes; write {url}/{CLASSES_FILE}, one class per line in label order"
         )
     sample_schema = classification_schema(set_name, classes, source)
     slices: list[ParquetSlice] = []

@@ -1,9 +1,8 @@
 """Webdataset-style sets: CLIP_benchmark's exports, `wds_<name>/`, and DataComp's copies, `wds_<name>_test/`.
 
-They are written with `webdataset` (the demo's sets and those of the tests) and read by `ray_platform.data.tar`, not by webdataset:
-it has no byte ranges, so that one tar could not be shared by several replicas; it groups adjacent members only and merges or
-raises for repeated keys; and a damaged or truncated tar raises an exception or silently ends, while an evaluation must count
-every image that could not be read.
+They are written with `webdataset` (the demo's sets and those of the tests), but read by `ray_platform.data.tar`. Webdataset reads
+no byte ranges, so that several replicas could not share one tar; it groups adjacent members only; and a damaged or truncated tar
+raises an exception or silently ends, while an evaluation must count every image that could not be read.
 """
 
 import math
@@ -152,7 +151,7 @@ def _check_shards(set_name: str, num_shards_url: str, tars: Sequence[StoredFile]
     if not text.isdigit() or not 0 < int(text[:9]) == int(text[:20]):
         content = text[:40].decode(errors="replace")
         raise DataError(
-            f"{set_name}: {num_shards_url} must be the number of shards, but is {content!r}; correct it, or download the set again"
+            f"{set_name}: {num_shards_url} is {content!r} instead of the number of shards; correct it, or download the set again"
         )
     expected = {f"{number}.tar" for number in range(int(text))}
     existing = {posixpath.basename(file.url) for file in tars}
