@@ -1,23 +1,70 @@
-"""What all tests share: one Ray cluster."""
+"""Test tiers and the fixtures that all tests share.
+
+Every test has one tier: `unit` (this process alone), `ranks` (other processes: gloo ranks, a server, a command), `ray` (a Ray
+cluster or a training) or `slow`. A fixture that starts processes gives a test its tier; a test that starts them itself is marked.
+A unit test that starts a process fails.
+"""
 
 import dataclasses
+import multiprocessing.process
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-# Read when Ray is first imported, so before any test module does. A cluster on loopback for one test run needs no token.
+# Ray reads this at its first import, so it is set before any test module is imported. A test cluster on loopback needs no token.
 os.environ["RAY_AUTH_MODE"] = "disabled"
-# Tests call nobody: neither Ray's usage statistics nor a cloud's metadata service in search of credentials.
+# Tests send neither Ray's usage statistics nor requests for credentials to a cloud's metadata service.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 
 ROOT = Path(__file__).parents[1]
+TIERS = ("ray", "ranks", "unit")  # in the order in which they run: the longest first
+TIER_OF_FIXTURE = {"ray_cluster": "ray", "trained_run": "ray", "s3_server": "ranks", "ranks": "ranks", "two_ranks": "ranks"}
+HARMLESS_COMMANDS = ("git",)  # the version of the code is asked for everywhere
+
+_unit_test_running = False
+
+
+def pytest_collection_modifyitems(items):
+    """Give every test its tier, and keep the tests of the Ray tier in one xdist worker, because they share one cluster."""
+    for item in items:
+        marked = [tier for tier in TIERS if item.get_closest_marker(tier)]
+        started = [TIER_OF_FIXTURE[name] for name in item.fixturenames if name in TIER_OF_FIXTURE]
+        tier = min(marked + started, key=TIERS.index, default="unit")
+        item.add_marker(getattr(pytest.mark, tier))
+        item.tier = tier
+        if tier != "unit":
+            item.add_marker(pytest.mark.xdist_group(tier))
+    items.sort(key=lambda item: TIERS.index(item.tier))  # stable
+
+
+def _refuse_processes(event, arguments):
+    if _unit_test_running and event == "subprocess.Popen" and os.path.basename(str(arguments[0])) not in HARMLESS_COMMANDS:
+        raise AssertionError(f"a unit test started {arguments[0]}: mark it `ranks`, `ray` or `slow`")
+
+
+sys.addaudithook(_refuse_processes)
+
+
+@pytest.fixture(autouse=True)
+def _no_processes_in_unit_tests(request, monkeypatch):
+    global _unit_test_running
+    _unit_test_running = request.node.tier == "unit" and not request.node.get_closest_marker("slow")
+    if _unit_test_running:
+
+        def refuse(process):
+            raise AssertionError(f"a unit test started {process}: mark it `ranks`, `ray` or `slow`")
+
+        monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+    yield
+    _unit_test_running = False
 
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """A cluster of this test run's own, 4 CPUs, whose workers find the three packages. Started once, by whoever asks first."""
+    """A Ray cluster of this test run with 4 CPUs, whose workers can import the three packages. Started at its first use."""
     import ray
 
     paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "platform"))

@@ -12,6 +12,8 @@ from tests.cluster.manifests import CLUSTER, IMAGE_ROOT, ROOT, pinned
 
 DOCKERFILE = CLUSTER / "Dockerfile"
 
+pytestmark = pytest.mark.ranks
+
 
 def instructions():
     """(instruction, its arguments), with continued lines joined."""

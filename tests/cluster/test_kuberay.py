@@ -219,6 +219,7 @@ def test_mlflow_is_the_tracker_that_jobs_name_and_takes_its_options():
     assert f"@{database['metadata']['name']}:{database['spec']['ports'][0]['port']}/mlflow" in uri
 
 
+@pytest.mark.ranks
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which has kustomize in it, is not installed")
 def test_kustomize_builds_it_in_one_namespace_with_ones_own_images():
     built = subprocess.run(["kubectl", "kustomize", str(KUBERAY)], capture_output=True, text=True, check=True).stdout

@@ -184,6 +184,7 @@ def fixed_draws(task, inputs, first, size):
     return draw
 
 
+@pytest.mark.ranks
 def test_gradient_caching_over_two_ranks_equals_one_large_batch(make_task, batch):
     inputs = make_alignment_task(make_task).inputs(batch, CPU)
     found = []

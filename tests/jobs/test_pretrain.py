@@ -94,6 +94,7 @@ def test_what_cannot_run_is_one_line(tmp_path, arguments, error, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.ranks
 def test_the_script_exits_with_the_line_and_a_status():
     command = [sys.executable, "jobs/pretrain.py", "--recipe", "demo", "--data.sources", "/none", "--output_dir", "/tmp/none"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -95,6 +95,7 @@ def test_it_is_described_and_holds_no_pickle(logged):
     assert f"torch=={torch.__version__.split('+')[0]}" in required
 
 
+@pytest.mark.ranks
 def test_it_loads_and_answers_where_only_it_is_found(logged, tmp_path):
     """In a fresh process without our paths: the code is what was stored with the model."""
     script = """

@@ -89,6 +89,7 @@ def test_a_process_that_is_attached_stays_as_it_is(ray_cluster, monkeypatch):
     assert ray.is_initialized()
 
 
+@pytest.mark.ranks
 def test_a_job_finds_the_packages_from_anywhere(tmp_path):
     """A driver of a submitted job has neither the root nor `platform/` on its path."""
     job = "import sys; sys.path[:0] = [sys.argv[1]]; import _bootstrap; import ray_platform.contracts, platform, diffdis"

@@ -18,6 +18,8 @@ GLOBAL_BATCH, STEPS = 16, 6
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 BASE = {"num_steps": 12, "warmup_steps": 3, "gradient_clipping": 0.5, "ema_decay": 0.9, "zero_stage": 0}
 
+pytestmark = pytest.mark.ranks
+
 
 def rank_loop(rank, fields, world_size, num_micro, start, stop, state, bad_at):
     """Steps start..stop of one rank, from a state or the beginning: losses, the whole state and what was skipped."""

@@ -36,6 +36,8 @@ print("FROM A WORKER:", *ray.get(look.remote()))
 sys.exit(int(sys.argv[1]))
 """
 
+pytestmark = pytest.mark.ray
+
 
 def marked(value: str) -> list[psutil.Process]:
     found = []

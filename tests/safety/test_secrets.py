@@ -133,6 +133,7 @@ def test_a_tracker_that_fails_does_not_print_the_password(tmp_path, caplog):
     assert PASSWORD not in caplog.text
 
 
+@pytest.mark.ranks
 def test_the_script_prints_none(tmp_path):
     """`--dry-run` prints the configuration, and an error its line."""
     command = [sys.executable, "jobs/pretrain.py", "--tracking.uri", URI, "--output_dir", str(tmp_path), "--dry-run"]
