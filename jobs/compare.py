@@ -13,10 +13,9 @@ from diffdis_platform.comparison.run import REPORT, compare, table
 from diffdis_platform.config.compare import parse
 from ray_platform import storage
 from ray_platform.connect import connect
-from ray_platform.contracts import ConfigError, DataError
+from ray_platform.contracts import ConfigError, DataError, TrainingError
 from ray_platform.local_head import HeadError, ensure_cluster
 from ray_platform.redaction import redacted
-from ray_platform.train.launch import TrainingError
 
 
 def main() -> None:

@@ -11,9 +11,8 @@ import _bootstrap  # noqa: F401
 
 from diffdis_platform.config.command_line import parse
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError
+from ray_platform.contracts import ConfigError, DataError, TrainingError
 from ray_platform.local_head import HeadError, ensure_cluster
-from ray_platform.train.launch import TrainingError
 
 
 def main() -> None:

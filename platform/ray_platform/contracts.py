@@ -33,6 +33,10 @@ class ConfigError(UserError):
     """A field, or a combination of fields, that cannot work. The message names it and says what to do."""
 
 
+class TrainingError(UserError):
+    """The training run ended before its last step. The message states the cause in one line."""
+
+
 def one_line(error: BaseException | str, max_length: int | None = None) -> str:
     """Return the text of an error on one line, at most `max_length` characters; the name of its type when it has no text."""
     if isinstance(error, RecursionError):

@@ -1,71 +1,74 @@
-"""Which nodes may do what, by the labels that nodes were started with (`ray start --labels pool=cpu`), and the room on them."""
+"""Placement of work on nodes by their labels (`ray start --labels pool=cpu`), and the resources of the nodes that have them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
-from ray._private.label_utils import validate_node_label_syntax
-from ray.autoscaler.v2.utils import is_autoscaler_v2
 
 from ray_platform.contracts import ConfigError
+from ray_platform.ray_internals import autoscaler_is_running
 
-_NO_LIMIT = 10**6  # for what takes nothing
+_UNLIMITED = 10**6  # capacity for a request of no resources
+_LABEL = re.compile(r"[a-zA-Z0-9]([-\w.]{0,61}[a-zA-Z0-9])?", re.ASCII)  # Ray's syntax of keys and values
 
-Labels = Mapping[str, str]  # that a node must have, all of them; none: any node will do
+Labels = Mapping[str, str]  # a node must have all of them; empty: any node
 
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """What something takes of the nodes with these labels."""
+    """Resources (`CPU`, `GPU`) that one worker or trial needs on nodes with `labels`."""
 
     labels: Labels
-    amounts: Mapping[str, float]  # CPU, GPU
+    amounts: Mapping[str, float]
 
     def capacity(self) -> int:
-        """How often it fits there now."""
-        there = room(self.labels)
-        shares = {kind: share for kind, share in self.amounts.items() if share}
-        return min((int(there.get(kind, 0) / share + 1e-6) for kind, share in shares.items()), default=_NO_LIMIT)
+        """Return how many such requests the nodes that are alive hold in total."""
+        available = total_resources(self.labels)
+        needed = {kind: amount for kind, amount in self.amounts.items() if amount}
+        return min((int(available.get(kind, 0) / amount + 1e-6) for kind, amount in needed.items()), default=_UNLIMITED)
 
 
-def tightest(needs: Sequence[ResourceRequest]) -> ResourceRequest:
-    """The one that fits least often."""
-    return min(needs, key=ResourceRequest.capacity)
+def most_restrictive(requests: Sequence[ResourceRequest]) -> ResourceRequest:
+    """Return the request with the smallest capacity."""
+    return min(requests, key=ResourceRequest.capacity)
 
 
 def check_labels(field: str, labels: Labels) -> None:
-    """Raises ConfigError for what no node can be labelled with."""
-    try:
-        validate_node_label_syntax(dict(labels))
-    except ValueError as error:
-        raise ConfigError(f"{field}: {error}") from None
+    """Raise ConfigError for keys or values that `ray start --labels` does not accept."""
+    for key, value in labels.items():
+        prefix, slash, name = key.rpartition("/")
+        if not _LABEL.fullmatch(name) or (slash and not all(map(_LABEL.fullmatch, prefix.split(".")))):
+            raise ConfigError(f"{field}: Invalid label key {key!r}; use letters, digits and -_. as in {{pool: gpu}}")
+        if value and not _LABEL.fullmatch(value):
+            raise ConfigError(f"{field}: Invalid label key value {value!r}; use letters, digits and -_. as in {{pool: gpu}}")
 
 
-def selector(labels: Labels) -> dict[str, str] | None:
-    """For Ray's option `label_selector`, for which no labels and an empty dict are not the same."""
+def label_selector(labels: Labels) -> dict[str, str] | None:
+    """Return the value of Ray's option `label_selector`, which distinguishes None from an empty dict."""
     return dict(labels) or None
 
 
-def room(labels: Labels) -> dict[str, float]:
-    """What the nodes with these labels have now: {CPU: 16.0, GPU: 1.0, …}."""
-    found: dict[str, float] = {}
+def total_resources(labels: Labels) -> dict[str, float]:
+    """Return the summed resources of the nodes alive that have these labels: {CPU: 16.0, GPU: 1.0, …}."""
+    total: dict[str, float] = {}
     for node in ray.nodes():
         if node["Alive"] and labels.items() <= node["Labels"].items():
             for kind, amount in node["Resources"].items():
-                found[kind] = found.get(kind, 0.0) + amount
-    return found
+                total[kind] = total.get(kind, 0.0) + amount
+    return total
 
 
-def is_here(labels: Labels) -> bool:
-    """Whether this process's own node has these labels."""
+def is_on_this_node(labels: Labels) -> bool:
+    """Return whether the node of this process has these labels."""
     return labels.items() <= ray.get_runtime_context().get_node_labels().items()
 
 
-def may_grow() -> bool:
-    """Whether an autoscaler (KubeRay's, or that of `ray up`) adds nodes for what waits: then too little room now is no error."""
-    return is_autoscaler_v2(fetch_from_server=True)
+def can_autoscale() -> bool:
+    """Return whether the cluster adds nodes for pending requests: then too few resources now are not an error."""
+    return autoscaler_is_running()
 
 
-def named(labels: Labels) -> str:
-    """For messages: `the cluster`, `the part of the cluster with pool=cpu`."""
+def describe_nodes(labels: Labels) -> str:
+    """Return words for error messages: `the cluster`, `the part of the cluster with pool=cpu`."""
     return " ".join(("the part of the cluster with", *(f"{k}={v}" for k, v in labels.items()))) if labels else "the cluster"

@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_platform.contracts import ConfigError, Rows, UserError, describe_error, one_line
-from ray_platform.placement import Labels, ResourceRequest, may_grow, named, room, selector
+from ray_platform.placement import Labels, ResourceRequest, can_autoscale, describe_nodes, label_selector, total_resources
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +87,11 @@ class ReplicaSpec:
         """
         capacity = ResourceRequest(self.placement, {"CPU": self.cpus, "GPU": self.gpus}).capacity()
         needed = max(1, self.num_replicas)
-        if capacity < needed and not may_grow():
-            available = room(self.placement)
+        if capacity < needed and not can_autoscale():
+            available = total_resources(self.placement)
             raise ConfigError(
                 f"num_workers: {needed} workers with {self.cpus:g} CPUs and {self.gpus:g} GPUs each do not fit on "
-                f"{named(self.placement)} ({available.get('CPU', 0):g} CPUs, {available.get('GPU', 0):g} GPUs); "
+                f"{describe_nodes(self.placement)} ({available.get('CPU', 0):g} CPUs, {available.get('GPU', 0):g} GPUs); "
                 "lower num_workers, cpus_per_worker or gpus_per_worker"
             )
         return self.num_replicas or max(1, capacity)
@@ -258,7 +258,7 @@ class ReplicaPool:
             "num_cpus": self.spec.cpus,
             "num_gpus": self.spec.gpus,
             "max_concurrency": UNITS_IN_FLIGHT,
-            "label_selector": selector(self.spec.placement),
+            "label_selector": label_selector(self.spec.placement),
             "scheduling_strategy": "DEFAULT",  # not the placement group of a sweep's trial, which has no CPUs
         }
         return ray.remote(ReplicaActor).options(**options).remote(self.spec.build, self.spec.device, self.store)

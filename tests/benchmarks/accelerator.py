@@ -30,7 +30,7 @@ from diffdis_platform.sizing.counts import Counts, clip_text_encoder, count, sta
 from diffdis_platform.sizing.memory import memory
 from ray_platform.contracts import Batch, one_line
 from ray_platform.train.config import BatchPlan
-from ray_platform.train.meter import peak_flops
+from ray_platform.train.throughput import peak_flops
 from tests.support.tiny_checkpoints import save_clip_tokenizer, save_stable_diffusion
 
 WARM_UP, TIMED, BATCHES = 5, 15, 4  # steps, steps, distinct batches

@@ -24,7 +24,7 @@ from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
 from ray_platform.data.precompute import precompute
 from ray_platform.evaluate.result_cache import ResultCache
-from ray_platform.placement import room
+from ray_platform.placement import total_resources
 from ray_platform.replicas import ReplicaPool, ReplicaSpec
 from tests.end_to_end.conftest import write_shards
 from tests.end_to_end.test_faults import make_run
@@ -114,7 +114,7 @@ def main():
         "encoded": encoded.names(),
         "evaluated": evaluated.names(),
         "units": len(rows),
-        "cpus": {pool: room({"pool": pool}).get("CPU", 0) for pool in (*NODES, "none")},
+        "cpus": {pool: total_resources({"pool": pool}).get("CPU", 0) for pool in (*NODES, "none")},
         "refusals": list(refusals(run, catalog, config)),
     }
     found["size_where_nodes_may_come"] = size_where_nodes_may_come()

@@ -12,7 +12,7 @@ from diffdis.config import ObjectiveConfig
 from diffdis.objective import Draws
 from diffdis.task import DiffDisTask
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.meter import count_flops
+from ray_platform.train.throughput import count_flops
 from tests.support.ranks import Ranks
 from tests.support.tiny_checkpoints import draw_query_weights
 

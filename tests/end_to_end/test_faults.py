@@ -24,11 +24,12 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
+from ray_platform.contracts import TrainingError
 from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackingConfig
-from ray_platform.train import checkpoint
+from ray_platform.train import checkpointing
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.launch import Run, TrainingError
+from ray_platform.train.launch import Run
 from tests.end_to_end.conftest import write_shards
 from tests.ray_platform.small_task import PixelTask
 from tests.support.recording import Records, loss_curve, recording
@@ -142,7 +143,7 @@ def test_a_run_shows_what_happens(shards, ray_cluster, tmp_path):
     assert any("aten::addmm" in event["name"] for event in trace["traceEvents"])
     errors = {m.step: m.value for m in client.get_metric_history(tracked["run_id"], "heldout/error")}
     best = min(errors, key=errors.get)
-    left = sorted(int(url[-8:]) for url in checkpoint.complete_ones(str(tmp_path)))
+    left = sorted(int(url[-8:]) for url in checkpointing.list_checkpoints(str(tmp_path)))
     assert left == sorted({best, 12})
     assert not (tmp_path / "ray_train").exists()
 
@@ -200,7 +201,7 @@ from pathlib import Path
 import ray
 from tests.end_to_end.test_faults import make_run
 from ray_platform.connect import connect
-from ray_platform.train.launch import TrainingError
+from ray_platform.contracts import TrainingError
 connect()
 try:
     make_run(Path(sys.argv[1]), sys.argv[2], resume=sys.argv[3]).fit()
@@ -328,8 +329,8 @@ def test_an_elastic_run_goes_on_with_fewer_workers_and_takes_back_new_ones(tmp_p
     assert sum(read.values()) == num_steps * 8
     # Where the workers changed within an epoch, one of them may begin the next epoch before the other one ends this one: what of
     # the last epochs was read is what the last checkpoint says, shard by shard.
-    newest = checkpoint.complete_ones(str(tmp_path))[0]
-    _, ledger = checkpoint.load_ledgers(newest, checkpoint.read_manifest(newest))
+    newest = checkpointing.list_checkpoints(str(tmp_path))[0]
+    _, ledger = checkpointing.load_ledgers(newest, checkpointing.read_manifest(newest))
     whole = ledger.first_epoch[0]  # so many epochs are over
     assert len(read) == 480
     assert all(count - whole in (0, 1, 2) for count in read.values()), "of an epoch that is over, every sample once"

@@ -18,7 +18,7 @@ from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
 from ray_platform.train.engine import rate_factor
-from ray_platform.train.loop import step_seed
+from ray_platform.train.worker import step_seed
 from tests.end_to_end.conftest import write_shards
 
 ROOT = Path(__file__).parents[2]

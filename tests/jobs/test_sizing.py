@@ -29,7 +29,7 @@ from diffdis_platform.sizing.tables import report
 from ray_platform.contracts import ConfigError
 from ray_platform.data.precomputed import to_arrow
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.meter import count_flops
+from ray_platform.train.throughput import count_flops
 from tests.support.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ import torch
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, ConsumedRange
 from ray_platform.data.ledger import Ledger
-from ray_platform.train import checkpoint, saver
-from ray_platform.train.checkpoint import CorruptCheckpoint, Keep, Manifest
+from ray_platform.train import checkpointing, saver
+from ray_platform.train.checkpointing import CorruptCheckpoint, Keep, Manifest
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.guard import History
 from ray_platform.train.restore import check_seed, find, rank_state
@@ -25,7 +25,7 @@ LEDGER.add([ConsumedRange(0, 0, 1, 0, 5, 9)])
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch):
     monkeypatch.setattr(saver, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(checkpointing, "RETRY_SECONDS", 0.0)
 
 
 def manifest(step, token="aa", world_size=2, **fields):
@@ -38,14 +38,14 @@ def manifest(step, token="aa", world_size=2, **fields):
 
 def save(output, step, *, launch="a", token="aa", world_size=2, keep=None, tensors=TENSORS, **fields):
     """All ranks of a checkpoint, as the loop does it. Returns its URL and the savers."""
-    folder = storage.join(checkpoint.checkpoints_dir(str(output)), launch)
+    folder = storage.join(checkpointing.checkpoints_dir(str(output)), launch)
     moves = []
     savers = [Saver(folder, rank, token, lambda: moves.append(1)) for rank in range(world_size)]
     shares, parts = Shares(world_size), [{} for _ in savers]
     for name, tensor in tensors.items():
         parts[shares.owner(tensor)][name] = tensor.clone()
     for rank, one in enumerate(savers):
-        files = dict.fromkeys((checkpoint.BASE, checkpoint.CONSUMED), LEDGER.to_bytes()) if rank == 0 else {}
+        files = dict.fromkeys((checkpointing.BASE, checkpointing.CONSUMED), LEDGER.to_bytes()) if rank == 0 else {}
         one.begin(step, parts[rank], files, STATE)
     url = savers[0].url
     for one in savers:
@@ -59,8 +59,8 @@ def save(output, step, *, launch="a", token="aa", world_size=2, keep=None, tenso
 
 
 def read(url):
-    found = checkpoint.read_manifest(url)
-    return checkpoint.tensors(url, found, checkpoint.tensor_files(found))
+    found = checkpointing.read_manifest(url)
+    return checkpointing.tensors(url, found, checkpointing.tensor_files(found))
 
 
 def test_what_was_saved_comes_back_whole(tmp_path, monkeypatch):
@@ -69,23 +69,23 @@ def test_what_was_saved_comes_back_whole(tmp_path, monkeypatch):
     found = read(url)
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
-    assert len(checkpoint.tensor_files(checkpoint.read_manifest(url))) == 6
-    assert checkpoint.load_rank_state(url, checkpoint.read_manifest(url), 1) == STATE
+    assert len(checkpointing.tensor_files(checkpointing.read_manifest(url))) == 6
+    assert checkpointing.load_rank_state(url, checkpointing.read_manifest(url), 1) == STATE
 
 
 def test_without_its_manifest_there_is_no_checkpoint(tmp_path):
     url, _ = save(tmp_path, 10)
-    storage.delete(storage.join(url, checkpoint.COMPLETE))
-    assert checkpoint.complete_ones(str(tmp_path)) == []
-    assert checkpoint.candidates("auto", str(tmp_path), "a") == []
+    storage.delete(storage.join(url, checkpointing.COMPLETE))
+    assert checkpointing.list_checkpoints(str(tmp_path)) == []
+    assert checkpointing.candidates("auto", str(tmp_path), "a") == []
     with pytest.raises(ConfigError, match="is no complete checkpoint"):
-        checkpoint.candidates(url, str(tmp_path), "b")
+        checkpointing.candidates(url, str(tmp_path), "b")
 
 
 @pytest.mark.parametrize("change", ["damaged", "cut", "missing"])
 def test_a_file_that_is_not_what_was_written_is_named(tmp_path, change):
     url, _ = save(tmp_path, 10)
-    name = checkpoint.tensor_files(checkpoint.read_manifest(url))[1]
+    name = checkpointing.tensor_files(checkpointing.read_manifest(url))[1]
     file = tmp_path / "checkpoints" / "a" / "step_00000010" / name
     data = bytearray(file.read_bytes())
     if change == "damaged":
@@ -109,7 +109,7 @@ def test_storage_that_fails_one_rank_fails_the_checkpoint_and_not_the_one_before
     monkeypatch.setattr(storage, "write_bytes", disk_full)
     url, savers = save(tmp_path, 20)
     assert "No space left" in savers[1].failure
-    assert checkpoint.complete_ones(str(tmp_path)) == [before]
+    assert checkpointing.list_checkpoints(str(tmp_path)) == [before]
     savers[0].url = url
     savers[0].abandon()
     savers[0].wait()
@@ -149,7 +149,7 @@ def test_older_ones_that_cannot_be_removed_do_not_fail_the_new_one(tmp_path, mon
     monkeypatch.setattr(storage, "delete", refuse)
     url, savers = save(tmp_path, 20, keep=Keep(str(tmp_path), 1))
     assert savers[0].failure == ""
-    assert checkpoint.complete_ones(str(tmp_path)) == [url, old]
+    assert checkpointing.list_checkpoints(str(tmp_path)) == [url, old]
     assert [r.getMessage() for r in caplog.records if "could not be removed" in r.getMessage()]
     assert not [r for r in caplog.records if "not completed" in r.getMessage()]
 
@@ -161,24 +161,24 @@ def test_the_order_of_what_a_run_goes_on_from(tmp_path):
     old, _ = save(tmp_path, 10, launch="b")
     own, _ = save(tmp_path, 20, launch="b")
     elsewhere, _ = save(tmp_path / "elsewhere", 5)
-    assert checkpoint.candidates("auto", str(tmp_path), "b") == [own, old, other]
-    assert checkpoint.candidates("auto", str(tmp_path), "c") == [own, old, other]
-    assert checkpoint.candidates("auto", str(tmp_path), "a") == [other, own, old]
-    assert checkpoint.candidates(elsewhere + "/", str(tmp_path), "c") == [elsewhere]
-    assert checkpoint.candidates(elsewhere, str(tmp_path), "b") == [own, old, elsewhere]
-    assert checkpoint.candidates("none", str(tmp_path), "c") == []
-    assert checkpoint.candidates("none", str(tmp_path), "b") == [own, old]
+    assert checkpointing.candidates("auto", str(tmp_path), "b") == [own, old, other]
+    assert checkpointing.candidates("auto", str(tmp_path), "c") == [own, old, other]
+    assert checkpointing.candidates("auto", str(tmp_path), "a") == [other, own, old]
+    assert checkpointing.candidates(elsewhere + "/", str(tmp_path), "c") == [elsewhere]
+    assert checkpointing.candidates(elsewhere, str(tmp_path), "b") == [own, old, elsewhere]
+    assert checkpointing.candidates("none", str(tmp_path), "c") == []
+    assert checkpointing.candidates("none", str(tmp_path), "b") == [own, old]
 
 
 def test_a_path_that_was_removed_after_the_launch_began_is_not_missed(tmp_path):
     """It may be in the same folder, and go as any other that is no longer the newest."""
     began_from, _ = save(tmp_path, 10, launch="a")
     own, _ = save(tmp_path, 20, launch="b")
-    assert checkpoint.candidates(began_from, str(tmp_path), "b") == [own, began_from]
+    assert checkpointing.candidates(began_from, str(tmp_path), "b") == [own, began_from]
     storage.delete(began_from)
-    assert checkpoint.candidates(began_from, str(tmp_path), "b") == [own]
+    assert checkpointing.candidates(began_from, str(tmp_path), "b") == [own]
     with pytest.raises(ConfigError, match="is no complete checkpoint"):
-        checkpoint.candidates(began_from, str(tmp_path), "c")
+        checkpointing.candidates(began_from, str(tmp_path), "c")
 
 
 @pytest.fixture(scope="module")
@@ -224,14 +224,14 @@ def test_the_one_before_is_taken_whatever_is_damaged(tmp_path, one_rank, caplog,
 def test_the_one_before_is_taken_when_the_newest_goes_meanwhile(tmp_path, one_rank, monkeypatch):
     old, _ = save(tmp_path, 10)
     new, _ = save(tmp_path, 20)
-    candidates = checkpoint.candidates
+    candidates = checkpointing.candidates
 
     def then_prune(*arguments):
         listed = candidates(*arguments)
         storage.delete(new)
         return listed
 
-    monkeypatch.setattr(checkpoint, "candidates", then_prune)
+    monkeypatch.setattr(checkpointing, "candidates", then_prune)
     assert find("auto", str(tmp_path), "b", "d").url == old
 
 
@@ -259,7 +259,7 @@ def test_the_newest_and_the_best_stay(tmp_path):
     keep = Keep(str(tmp_path), 2, "heldout/acc1", "max")
     for step, accuracy in ((10, 0.1), (20, 0.5), (30, 0.2), (40, 0.3)):
         save(tmp_path, step, keep=keep, metrics={"heldout/acc1": accuracy})
-    assert [url[-2:] for url in checkpoint.complete_ones(str(tmp_path))] == ["40", "30", "20"]
+    assert [url[-2:] for url in checkpointing.list_checkpoints(str(tmp_path))] == ["40", "30", "20"]
 
 
 def test_the_best_is_the_first_of_equal_ones_and_has_a_value(tmp_path):
@@ -268,7 +268,7 @@ def test_the_best_is_the_first_of_equal_ones_and_has_a_value(tmp_path):
     logged = {10: {}, 20: {"heldout/loss": 0.5}, 30: {"heldout/loss": 0.5}, 40: {"heldout/loss": float("nan")}}
     for step, metrics in logged.items():
         save(tmp_path, step, keep=keep, metrics=metrics)
-    assert [url[-2:] for url in checkpoint.complete_ones(str(tmp_path))] == ["40", "20"]
+    assert [url[-2:] for url in checkpointing.list_checkpoints(str(tmp_path))] == ["40", "20"]
 
 
 def test_a_damaged_manifest_does_not_keep_the_others_from_going(tmp_path):
@@ -276,13 +276,13 @@ def test_a_damaged_manifest_does_not_keep_the_others_from_going(tmp_path):
         save(tmp_path, step)
     (tmp_path / "checkpoints/a/step_00000020/complete.json").write_text("{")
     save(tmp_path, 40, keep=Keep(str(tmp_path), 1, "heldout/loss"))
-    assert [url[-2:] for url in checkpoint.complete_ones(str(tmp_path))] == ["40"]
+    assert [url[-2:] for url in checkpointing.list_checkpoints(str(tmp_path))] == ["40"]
 
 
 def test_what_never_became_complete_goes_but_not_what_may_still_become_it(tmp_path):
     """That of a later launch, or beyond the newest of this one, may be under way."""
     for url in [save(tmp_path, step, launch=launch)[0] for launch, step in (("a", 50), ("b", 10), ("b", 30), ("c", 5))]:
-        storage.delete(storage.join(url, checkpoint.COMPLETE))
+        storage.delete(storage.join(url, checkpointing.COMPLETE))
     save(tmp_path, 20, launch="b", keep=Keep(str(tmp_path), 2))
     left = sorted(f"{path.parent.name}{int(path.name[-8:])}" for path in (tmp_path / "checkpoints").glob("*/step_*"))
     assert left == ["b20", "b30", "c5"]
@@ -293,7 +293,7 @@ def test_an_abandoned_branch_gives_way_to_the_launch_that_began_again(tmp_path):
     keep = Keep(str(tmp_path), 2)
     for launch, step in (("a", 10), ("a", 20), ("b", 12), ("b", 14)):
         save(tmp_path, step, launch=launch, keep=keep)
-    assert [url.rsplit("/", 2)[1:] for url in checkpoint.complete_ones(str(tmp_path))] == [
+    assert [url.rsplit("/", 2)[1:] for url in checkpointing.list_checkpoints(str(tmp_path))] == [
         ["b", "step_00000014"], ["b", "step_00000012"],
     ]  # fmt: skip
 
@@ -306,11 +306,11 @@ def test_weights_are_read_without_ranks_and_fall_back_where_there_is_no_ema(tmp_
         "weights/frozen": torch.ones(1) * 5,
     }
     url, _ = save(tmp_path, 10, tensors=tensors)
-    assert {n: t.tolist() for n, t in checkpoint.weights_of(url, "ema")} == {"a": [1, 1, 1], "frozen": [5]}
-    assert {n: t.tolist() for n, t in checkpoint.weights_of(url, "weights")} == {"a": [0, 0, 0], "frozen": [5]}
+    assert {n: t.tolist() for n, t in checkpointing.weights_of(url, "ema")} == {"a": [1, 1, 1], "frozen": [5]}
+    assert {n: t.tolist() for n, t in checkpointing.weights_of(url, "weights")} == {"a": [0, 0, 0], "frozen": [5]}
     plain, _ = save(tmp_path, 20, tensors={"weights/a": torch.zeros(3)})
     with pytest.raises(ConfigError, match="has no ema"):
-        dict(checkpoint.weights_of(plain, "ema"))
+        dict(checkpointing.weights_of(plain, "ema"))
 
 
 def test_the_manifest_is_plain_json(tmp_path):

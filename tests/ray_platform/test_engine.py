@@ -7,7 +7,7 @@ import torch
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.train import checkpoint
+from ray_platform.train import checkpointing
 from ray_platform.train.config import BatchPlan, TrainConfig
 from ray_platform.train.optimizer import ema_decay_at
 from tests.ray_platform.small_task import PictureTask, PixelTask, SmallTask, samples
@@ -245,9 +245,9 @@ def test_weights_that_lie_channels_last_are_kept_too(tmp_path, zero_stage):
     assert failure == ""
     assert "weights/frozen.weight" in strided
     assert ("ema/first.weight" in strided) == (zero_stage == 0)
-    (url,) = checkpoint.complete_ones(str(tmp_path))
-    manifest = checkpoint.read_manifest(url)
-    saved = checkpoint.tensors(url, manifest, checkpoint.tensor_files(manifest))
+    (url,) = checkpointing.list_checkpoints(str(tmp_path))
+    manifest = checkpointing.read_manifest(url)
+    saved = checkpointing.tensors(url, manifest, checkpointing.tensor_files(manifest))
     assert saved.keys() == state.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in state.items())
 
@@ -281,7 +281,7 @@ def test_all_ranks_know_which_checkpoint_failed_and_why(tmp_path):
     assert "step_00000002/rank_00001_000" in told[1]
     assert "step_00000003/complete" in told[2]
     assert (warned, moves > 0) == (True, True), "that the metric of keep_best is not always there; that uploads go on"
-    assert [url[-1] for url in checkpoint.complete_ones(str(tmp_path))] == ["1"]
+    assert [url[-1] for url in checkpointing.list_checkpoints(str(tmp_path))] == ["1"]
 
 
 class FailingPreview(PixelTask):
@@ -334,7 +334,7 @@ def test_what_stalls_a_run_is_a_share_of_its_own():
 
 def stalled(rank):
     """Two steps of 3 s on each rank, half of which it waited, then 1 s of a checkpoint on one rank and 3 s on the other."""
-    from ray_platform.train.meter import Meter
+    from ray_platform.train.throughput import Meter
 
     meter = Meter(0.0)
     for _ in range(2):

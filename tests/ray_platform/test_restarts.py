@@ -7,12 +7,12 @@ from ray import cloudpickle
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
 
-from ray_platform.contracts import ConfigError, DataError
+from ray_platform.contracts import ConfigError, DataError, TrainingError
 from ray_platform.storage import StorageError
 from ray_platform.train import restarts
-from ray_platform.train.loop import built
 from ray_platform.train.overseer import progress_line
-from ray_platform.train.restarts import Interrupted, Restarts, Stopped, TrainingError
+from ray_platform.train.restarts import Interrupted, Restarts, Stopped
+from ray_platform.train.worker import built
 
 
 class Failed(Exception):

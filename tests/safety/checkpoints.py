@@ -15,8 +15,8 @@ from diffdis_platform.config import export
 from diffdis_platform.recipes.demo import demo
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.ledger import Ledger
-from ray_platform.train import checkpoint
-from ray_platform.train.checkpoint import Manifest
+from ray_platform.train import checkpointing
+from ray_platform.train.checkpointing import Manifest
 from tests.safety.cases import Case, Evil, line_of
 
 EXPORT, RESUME = "`jobs/export.py --checkpoint`", "`--resume`"
@@ -32,9 +32,9 @@ def written(folder: Path, weights: bytes | None = None, base: bytes | None = Non
         f"rank_00000.0000.{TOKEN}.safetensors": safetensors.torch.save({"weights/a": torch.zeros(2)})
         if weights is None
         else weights,
-        checkpoint.json_name("base", TOKEN): ledger if base is None else base,
-        checkpoint.json_name("consumed", TOKEN): ledger,
-        checkpoint.json_name("rank_00000", TOKEN): b"{}",
+        checkpointing.json_name("base", TOKEN): ledger if base is None else base,
+        checkpointing.json_name("consumed", TOKEN): ledger,
+        checkpointing.json_name("rank_00000", TOKEN): b"{}",
     }
     for name, content in files.items():
         (step / name).write_bytes(content)
@@ -60,7 +60,7 @@ def manifest(content: bytes):
     def feed(folder: Path) -> str:
         (folder / "step_00000001").mkdir()
         (folder / "step_00000001" / "complete.json").write_bytes(content)
-        return line_of(lambda: checkpoint.read_manifest(str(folder / "step_00000001")), DataError)
+        return line_of(lambda: checkpointing.read_manifest(str(folder / "step_00000001")), DataError)
 
     return feed
 
@@ -68,7 +68,7 @@ def manifest(content: bytes):
 def ledger(content: bytes):
     def feed(folder: Path) -> str:
         url = str(written(folder, base=content))
-        return line_of(lambda: checkpoint.load_ledgers(url, checkpoint.read_manifest(url)), DataError)
+        return line_of(lambda: checkpointing.load_ledgers(url, checkpointing.read_manifest(url)), DataError)
 
     return feed
 
@@ -86,7 +86,7 @@ def huge(folder: Path) -> str:
     (folder / "step_00000001").mkdir()
     with (folder / "step_00000001" / "complete.json").open("wb") as file:
         file.truncate(3 * 2**30)
-    return line_of(lambda: checkpoint.read_manifest(str(folder / "step_00000001")), DataError)
+    return line_of(lambda: checkpointing.read_manifest(str(folder / "step_00000001")), DataError)
 
 
 def model_of(**changes: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ray_platform.train.loop import step_seed
+from ray_platform.train.worker import step_seed
 
 
 def recording(folder, build_task, *arguments):

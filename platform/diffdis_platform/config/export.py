@@ -16,8 +16,8 @@ from diffdis.warm_start import resolved
 from diffdis_platform.config.arguments import Parser, resolve
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, describe_error
-from ray_platform.train import checkpoint
-from ray_platform.train.checkpoint import Manifest
+from ray_platform.train import checkpointing
+from ray_platform.train.checkpointing import Manifest
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class ExportConfig:
     def find(self) -> tuple[str, Manifest]:
         """Raises ConfigError where there is no complete checkpoint."""
         url = self.checkpoint.rstrip("/")
-        if not storage.exists(storage.join(url, checkpoint.COMPLETE)):
-            found = checkpoint.complete_ones(url)
+        if not storage.exists(storage.join(url, checkpointing.COMPLETE)):
+            found = checkpointing.list_checkpoints(url)
             if not found:
                 raise ConfigError(f"checkpoint: {url} is no complete checkpoint, and no run that has one")
             url = found[0]
-        return url, checkpoint.read_manifest(url)
+        return url, checkpointing.read_manifest(url)
 
 
 def export(config: ExportConfig) -> str:
@@ -55,7 +55,7 @@ def export(config: ExportConfig) -> str:
         raise DataError(
             f"{url}: no model can be built from the configuration in it ({describe_error(error)}); take another"
         ) from None
-    weights = dict(checkpoint.weights_of(url, "ema" if ema else "weights"))
+    weights = dict(checkpointing.weights_of(url, "ema" if ema else "weights"))
     with tempfile.TemporaryDirectory(prefix="export_") as folder:
         try:
             task.save_pretrained(weights, Path(folder))

@@ -15,8 +15,7 @@ from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.export import ExportConfig, export
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.train.launch import TRACKED
-from ray_platform.train.loop import SUMMARY
+from ray_platform.train.launch import SUMMARY, TRACKED
 
 EXPORTED = "exported.json"  # beside a model that an evaluation exported: of which checkpoint
 

@@ -4,14 +4,14 @@
 from dataclasses import dataclass
 
 from ray_platform.contracts import ConfigError
-from ray_platform.train.meter import PEAK_FLOPS
+from ray_platform.train.throughput import PEAK_FLOPS
 
 
 @dataclass(frozen=True)
 class Cluster:
     """Assumptions about machines, network, storage, failures and prices. Raises ConfigError for a value that cannot be."""
 
-    gpu: str = "H100"  # of the table of 16 bit peaks in train/meter.py
+    gpu: str = "H100"  # of the table of 16 bit peaks in train/throughput.py
     # Share of the peak that the executed operations reach while the GPU is what is waited for.
     mfu: float = 0.155
     # Microseconds of the host, a parameter tensor and pass, to issue what is computed with it, forward and backward, at whatever

@@ -23,7 +23,7 @@ from diffdis.objective import Objective
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.sizing.live_bytes import LiveBytes
 from ray_platform.contracts import ConfigError, one_line
-from ray_platform.train.meter import count_flops, operation_counter
+from ray_platform.train.throughput import count_flops, operation_counter
 
 HALF, FULL = 2, 4  # bytes of a number
 

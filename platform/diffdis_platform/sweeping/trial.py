@@ -15,7 +15,7 @@ from ray_platform.evaluate.results import metrics_for_tracking
 from ray_platform.placement import ResourceRequest
 from ray_platform.sweep.trial import Reached, Segment
 from ray_platform.tracking import Tracker, TrackingConfig
-from ray_platform.train import checkpoint
+from ray_platform.train import checkpointing
 from ray_platform.train.launch import TRACKED
 
 
@@ -30,8 +30,8 @@ class TrialJob:
     def train(self, segment: Segment) -> Reached:
         self._take_run_over(segment)
         self.pretrain(segment).run(self.recipe).fit()
-        url = checkpoint.complete_ones(segment.folder)[0]
-        manifest = checkpoint.read_manifest(url)
+        url = checkpointing.list_checkpoints(segment.folder)[0]
+        manifest = checkpointing.read_manifest(url)
         return Reached(url, manifest.step, manifest.samples_seen)
 
     def evaluate(self, segment: Segment, reached: Reached) -> dict[str, float]:
@@ -62,7 +62,7 @@ class TrialJob:
                 num_steps=num_steps,
                 stop_at_step=max(1, round(num_steps * segment.share)),
                 keep_checkpoints=keep,
-                resume="auto" if checkpoint.complete_ones(segment.folder) else segment.origin or "auto",
+                resume="auto" if checkpointing.list_checkpoints(segment.folder) else segment.origin or "auto",
             ),
             tracking=self._tracking(segment),
         )
@@ -89,7 +89,7 @@ class TrialJob:
         return replace(
             given,
             checkpoint=storage.join(segment.folder, "export"),
-            output_dir=storage.join(segment.folder, "evaluations", checkpoint.checkpoint_name(reached.step)),
+            output_dir=storage.join(segment.folder, "evaluations", checkpointing.checkpoint_name(reached.step)),
             quality=quality,
             tracking=self._tracking(segment),
             num_workers=evaluation_workers(self.config),

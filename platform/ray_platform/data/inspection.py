@@ -23,7 +23,7 @@ from ray_platform.data.plan import Item
 from ray_platform.data.source import Sample, TarSamples, open_samples
 from ray_platform.data.statistics import Statistics, thumbnail_jpeg
 from ray_platform.data.tar import IMAGE_SUFFIXES, Record
-from ray_platform.placement import room, selector
+from ray_platform.placement import label_selector, total_resources
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def _count_used(found: Statistics, sample: Sample, size: tuple[int, int] | None)
 
 def cluster_cpus(config: DataConfig) -> int:
     """Of the nodes that may read."""
-    return max(1, int(room(config.placement).get("CPU", 1)))
+    return max(1, int(total_resources(config.placement).get("CPU", 1)))
 
 
 def inspect_units(units: Sequence[ShardRange], config: DataConfig) -> Iterator[Statistics]:
@@ -155,7 +155,7 @@ def inspect_units(units: Sequence[ShardRange], config: DataConfig) -> Iterator[S
 
     A unit whose reader fails or dies counts as lost; the others go on.
     """
-    task = ray.remote(_inspect_unit).options(num_cpus=1, max_retries=1, label_selector=selector(config.placement))
+    task = ray.remote(_inspect_unit).options(num_cpus=1, max_retries=1, label_selector=label_selector(config.placement))
     waiting = list(reversed(units))
     running: dict[ray.ObjectRef, ShardRange] = {}
     while waiting or running:

@@ -29,7 +29,7 @@ from ray_platform.data.execution import data_context
 from ray_platform.data.plan import Group, Item
 from ray_platform.data.skip_counter import SkipCounter
 from ray_platform.data.source import ShardSource, unpack
-from ray_platform.placement import Labels, may_grow, named, room, selector
+from ray_platform.placement import Labels, can_autoscale, describe_nodes, label_selector, total_resources
 
 # Decoded bytes a file is made of, at most 512 images: at 256 px and Stable Diffusion's sizes it has 64 MB, a good size to read.
 BLOCK_BYTES = 128 * 2**20
@@ -116,7 +116,7 @@ def _check_stems(units: Iterable[ShardRange]) -> None:
 
 def check_cluster(encoders: Encoders, readers: Labels) -> None:
     """Raise ConfigError when the encoders, and one task that decodes, do not fit: they would wait without a word."""
-    if may_grow():
+    if can_autoscale():
         return
     cpus, gpus = encoders.count * encoders.cpus, encoders.count * encoders.gpus
     beside = readers.items() <= encoders.placement.items()  # all of the encoders' nodes may read, too
@@ -125,11 +125,11 @@ def check_cluster(encoders: Encoders, readers: Labels) -> None:
         (encoders.placement, "CPU", cpus),
         (encoders.placement, "GPU", gpus),
     ):
-        there = room(labels).get(kind, 0)
+        there = total_resources(labels).get(kind, 0)
         if amount > there:
             raise ConfigError(
                 f"num_encoders: {encoders.count} with {encoders.cpus:g} CPUs and {encoders.gpus:g} GPUs each, and a CPU to "
-                f"decode, need {amount:g} {kind}s, but {named(labels)} has {there:g}; "
+                f"decode, need {amount:g} {kind}s, but {describe_nodes(labels)} has {there:g}; "
                 "lower num_encoders, cpus_per_encoder or gpus_per_encoder"
             )
 
@@ -174,7 +174,7 @@ def _records(units: dict[int, ShardRange], config: DataConfig, encoders: Encoder
             ShardSource(tasks, config, seed=0, block_bytes=BLOCK_BYTES),
             override_num_blocks=len(tasks),
             num_cpus=1,
-            label_selector=selector(config.placement),
+            label_selector=label_selector(config.placement),
         )
         records = blocks.map_batches(
             EncodeBlock,
@@ -182,7 +182,7 @@ def _records(units: dict[int, ShardRange], config: DataConfig, encoders: Encoder
             compute=ray.data.ActorPoolStrategy(size=encoders.count),
             num_cpus=encoders.cpus,
             num_gpus=encoders.gpus,
-            label_selector=selector(encoders.placement),
+            label_selector=label_selector(encoders.placement),
             batch_size=None,
             batch_format="pyarrow",
         )

@@ -27,7 +27,7 @@ from ray_platform.data.ledger import merge_ranges
 from ray_platform.data.plan import Group, Reader, check_world_size, groups
 from ray_platform.data.skip_counter import SkipCounter
 from ray_platform.data.source import Block, ShardSource, unpack
-from ray_platform.placement import is_here, may_grow, named, room, selector
+from ray_platform.placement import can_autoscale, describe_nodes, is_on_this_node, label_selector, total_resources
 
 # Of one Ray dataset, over however many epochs. The next dataset starts cold, but only once in so many groups.
 DATASET_GROUPS = 1024
@@ -145,7 +145,7 @@ def _blocks(planned: Iterator[Group], config: DataConfig, reader: Reader, at_onc
                 ShardSource(tasks, config, reader.seed),
                 override_num_blocks=len(tasks),
                 num_cpus=config.cpus_per_read,
-                label_selector=selector(config.placement),
+                label_selector=label_selector(config.placement),
                 compute=ray.data.TaskPoolStrategy(size=1 if config.deterministic else min(config.reads_per_rank, len(tasks))),
             )
         try:
@@ -202,7 +202,9 @@ def _context(config: DataConfig, world_size: int) -> ray.data.DataContext:
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, SchedulerThrottle]
     # Each dataset believes itself alone: by default each would fill half of the object store.
     datasets = world_size * (config.reads_per_rank if config.deterministic else 1)
-    if share := room(config.placement).get("object_store_memory", 0) / 2 / datasets:  # else such nodes are still to come
+    if (
+        share := total_resources(config.placement).get("object_store_memory", 0) / 2 / datasets
+    ):  # else such nodes are still to come
         context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=share)
     return context
 
@@ -214,13 +216,13 @@ def check_cpus(config: DataConfig, world_size: int) -> None:
     reads got none, both wait for ever.
     """
     runtime = ray.get_runtime_context()
-    beside = runtime.get_actor_id() and is_here(config.placement)
+    beside = runtime.get_actor_id() and is_on_this_node(config.placement)
     own = runtime.get_assigned_resources().get("CPU", 0.0) if beside else 0.0
     needed = world_size * (own + config.reads_per_rank * config.cpus_per_read)
-    total = room(config.placement).get("CPU", 0.0)
-    if needed > total and not may_grow():
+    total = total_resources(config.placement).get("CPU", 0.0)
+    if needed > total and not can_autoscale():
         raise ConfigError(
             f"{world_size} workers with {own:g} CPUs and data.reads_per_rank = {config.reads_per_rank} reads of "
-            f"data.cpus_per_read = {config.cpus_per_read:g} each need {needed:g} CPUs, but {named(config.placement)} has "
-            f"{total:g}; lower one of these or give the cluster more CPUs"
+            f"data.cpus_per_read = {config.cpus_per_read:g} each need {needed:g} CPUs, but "
+            f"{describe_nodes(config.placement)} has {total:g}; lower one of these or give the cluster more CPUs"
         )

@@ -15,7 +15,7 @@ from ray.tune.logger import JsonLoggerCallback
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.placement import ResourceRequest, may_grow, named, room, tightest
+from ray_platform.placement import ResourceRequest, can_autoscale, describe_nodes, most_restrictive, total_resources
 from ray_platform.sweep import search
 from ray_platform.sweep.schedulers import HISTORY, SchedulerName, build_scheduler, is_default, milestones
 from ray_platform.sweep.space import Space
@@ -79,13 +79,13 @@ class Sweep:
 
     def concurrency(self) -> int:
         """How many trials run side by side. Raises ConfigError where the cluster cannot hold so many, or not even one."""
-        least = tightest(self.needs)
+        least = most_restrictive(self.needs)
         fitting = least.capacity()
-        if fitting < max(1, self.max_concurrent) and not may_grow():
-            need, there = {kind: share for kind, share in least.amounts.items() if share}, room(least.labels)
+        if fitting < max(1, self.max_concurrent) and not can_autoscale():
+            need, there = {kind: share for kind, share in least.amounts.items() if share}, total_resources(least.labels)
             raise ConfigError(
                 f"max_concurrent: {max(1, self.max_concurrent)} trials of {_listed(need)} each do not fit "
-                f"{named(least.labels)}'s {_listed({kind: there.get(kind, 0) for kind in need})}; "
+                f"{describe_nodes(least.labels)}'s {_listed({kind: there.get(kind, 0) for kind in need})}; "
                 "each trains with its workers and their reads, then evaluates with evaluation.num_workers"
             )
         return self.max_concurrent or max(1, fitting)

@@ -5,7 +5,8 @@ import time
 from typing import Any
 
 import ray
-from ray.train.v2._internal.execution.callback import ControllerCallback
+
+from ray_platform.ray_internals import ControllerCallback
 
 LONGEST_WAIT_S = 600.0  # then the newest checkpoint has to do
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from ray_platform import storage
 from ray_platform.contracts import ConsumedRange
 from ray_platform.data.ledger import merge_ranges
-from ray_platform.train import checkpoint
-from ray_platform.train.checkpoint import Keep, Manifest
+from ray_platform.train import checkpointing
+from ray_platform.train.checkpointing import Keep, Manifest
 from ray_platform.train.engine import Engine, copied
 from ray_platform.train.job import Job
 from ray_platform.train.restore import Position
@@ -32,7 +32,7 @@ class Keeper:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         token = [secrets.token_hex(4)]
         dist.broadcast_object_list(token)
-        folder = storage.join(checkpoint.checkpoints_dir(job.output_dir), job.launch)
+        folder = storage.join(checkpointing.checkpoints_dir(job.output_dir), job.launch)
         self.saver = Saver(folder, self.rank, token[0], heart.moved)
         train = job.train
         self.keep = Keep(job.output_dir, train.keep_checkpoints, train.keep_best, train.keep_best_mode)
@@ -56,7 +56,7 @@ class Keeper:
                     mine[name] = copied(tensor)
         files = {}
         if self.rank == 0:
-            files = {checkpoint.BASE: self.at.base.to_bytes(), checkpoint.CONSUMED: self.at.consumed.to_bytes()}
+            files = {checkpointing.BASE: self.at.base.to_bytes(), checkpointing.CONSUMED: self.at.consumed.to_bytes()}
         self._manifest = self._describe(step, samples_seen, metrics)
         self.saver.begin(step, mine, files, state)
 

@@ -23,7 +23,7 @@ from ray_platform.data.catalog import Catalog, build_catalog, difference, to_jso
 from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
-from ray_platform.placement import selector
+from ray_platform.placement import label_selector
 from ray_platform.redaction import redacted_values
 from ray_platform.tracking import (
     ModelPackage,
@@ -36,25 +36,35 @@ from ray_platform.tracking import (
 )
 from ray_platform.tracking.code_version import code_version
 from ray_platform.tracking.node_metrics import NodeMetrics
-from ray_platform.train import checkpoint
+from ray_platform.train import checkpointing
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.elastic import SaveBeforeResize
 from ray_platform.train.heldout import read_heldout
 from ray_platform.train.job import Job
 from ray_platform.train.network import ProcessGroup
 from ray_platform.train.overseer import Overseer
-from ray_platform.train.restarts import Restarts, Stopped, TrainingError
+from ray_platform.train.restarts import Restarts, Stopped
 from ray_platform.train.watch import start_watch
-from ray_platform.train.worker import work
 
-__all__ = ["Run", "Stopped", "TrainingError"]
+__all__ = ["Run", "Stopped"]
 
 logger = logging.getLogger(__name__)
 
 INSPECTED_SAMPLES = 64
 RESIZE_SECONDS = 60.0  # between looks whether an elastic run can have more workers: each change costs a restart
 CATALOG = "catalog.json"  # in output_dir: the shards that the run was begun with
+SUMMARY = "train_summary.json"  # in output_dir: the result of a finished run
 TRACKED = "mlflow.json"  # in output_dir: the run to go on in after a resume
+
+
+def run_worker(job: Job) -> None:
+    """Training function that Ray Train runs on every worker.
+
+    Ray Train's controller unpickles it, too, so the engine, whose imports take seconds, is imported by the workers only.
+    """
+    from ray_platform.train.worker import train_worker
+
+    train_worker(job)
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ class Run:
             )
         catalog = self._catalog()
         check_world_size(catalog, self.train.max_workers)
-        if self.train.resume == "none" and (found := checkpoint.complete_ones(self.output_dir)):
+        if self.train.resume == "none" and (found := checkpointing.list_checkpoints(self.output_dir)):
             raise ConfigError(
                 f"output_dir: {self.output_dir} already holds a run (up to {found[0].rsplit('/', 1)[1]}); "
                 "go on with it by --resume auto, or give another output_dir"
@@ -119,8 +129,8 @@ class Run:
         catalog = self.check()
         train = self.train
         samples = inspect_first_samples(catalog, self.data, INSPECTED_SAMPLES)
-        starts = checkpoint.candidates(train.resume, self.output_dir, "none yet")
-        saved = checkpoint.read_manifest(starts[0]) if starts else None
+        starts = checkpointing.candidates(train.resume, self.output_dir, "none yet")
+        saved = checkpointing.read_manifest(starts[0]) if starts else None
         global_batch = train.global_batch_size or (
             saved.global_batch_size if saved else train.max_workers * train.micro_batch_size
         )
@@ -203,7 +213,7 @@ class Run:
     def _train_to_the_end(self, job: Job, overseer: Overseer) -> None:
         """Start the workers, and again, from the newest checkpoint, as long as that can help."""
         restarts = Restarts(
-            self.train.max_failures, lambda: next(iter(checkpoint.complete_ones(self.output_dir, job.launch)), "")
+            self.train.max_failures, lambda: next(iter(checkpointing.list_checkpoints(self.output_dir, job.launch)), "")
         )
         while True:
             try:
@@ -242,13 +252,13 @@ class Run:
                 resources["CPU"] += self.data.reads_per_rank * self.data.cpus_per_read
             workers = {"num_workers": train.num_workers, "elastic_resize_monitor_interval_s": RESIZE_SECONDS}
         return TorchTrainer(
-            work,
+            run_worker,
             train_loop_config=job,
             torch_config=ProcessGroup(backend="nccl" if train.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 use_gpu=bool(train.gpus_per_worker),
                 resources_per_worker=resources,
-                label_selector=selector(train.placement),
+                label_selector=label_selector(train.placement),
                 **workers,
             ),
             run_config=ray.train.RunConfig(

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from ray_platform.ray_internals import draining_nodes
 from ray_platform.tracking import TrackerHandle
 from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.train.config import TrainConfig
@@ -75,7 +76,7 @@ class Overseer:
 
     def _hand_on_drains(self, nodes: set[str]) -> None:
         """One of `nodes` that will be taken away, by its cloud say: save while it is there, and go on without it."""
-        if ours := ray._private.state.state.get_draining_nodes().keys() & nodes:
+        if ours := draining_nodes() & nodes:
             self.watch.order_stop.remote(f"node {min(ours)[:8]} is being taken away")
 
     def _end_a_hang(self) -> None:

@@ -5,13 +5,9 @@ from collections.abc import Callable
 import ray
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError, UserError
-from ray_platform.train.checkpoint import RETRY_SECONDS
+from ray_platform.contracts import ConfigError, DataError, TrainingError
+from ray_platform.train.checkpointing import RETRY_SECONDS
 from ray_platform.train.guard import Diverged
-
-
-class TrainingError(UserError):
-    """The run ended before its last step. The message says why in one line."""
 
 
 class Stopped(TrainingError):

@@ -14,8 +14,8 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.data.catalog import Catalog
 from ray_platform.data.ledger import Ledger
-from ray_platform.train import checkpoint
-from ray_platform.train.checkpoint import RETRY_SECONDS, CorruptCheckpoint, Manifest
+from ray_platform.train import checkpointing
+from ray_platform.train.checkpointing import RETRY_SECONDS, CorruptCheckpoint, Manifest
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.engine import Engine
 from ray_platform.train.guard import History
@@ -38,15 +38,15 @@ class Found:
     def read(cls, url: str, source_digest: str) -> "Found":
         """This rank's part. Raises CorruptCheckpoint."""
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        manifest = checkpoint.read_manifest(url)
-        states = {r: checkpoint.load_rank_state(url, manifest, r) for r in {0, *range(rank, manifest.world_size, world_size)}}
+        manifest = checkpointing.read_manifest(url)
+        states = {r: checkpointing.load_rank_state(url, manifest, r) for r in {0, *range(rank, manifest.world_size, world_size)}}
         for number, state in states.items():
             _check_state(url, number, state)
         return cls(
             url,
             manifest,
-            checkpoint.tensors(url, manifest, checkpoint.tensor_files(manifest)[rank::world_size]),
-            checkpoint.load_ledgers(url, manifest) if manifest.source_digest == source_digest else None,
+            checkpointing.tensors(url, manifest, checkpointing.tensor_files(manifest)[rank::world_size]),
+            checkpointing.load_ledgers(url, manifest) if manifest.source_digest == source_digest else None,
             states[0],
             [states[r] for r in range(rank, manifest.world_size, world_size)],
         )
@@ -54,25 +54,25 @@ class Found:
     def into(self, engine: Engine) -> None:
         """Give weights, moments and EMA to an engine of any number of ranks and any ZeRO stage. Every rank must call it."""
         engine.scale.load(self.manifest.loss_scale)
-        lacking = engine.load_state(self.manifest.num_updates, checkpoint.shared_reader(self.share, engine.device))
+        lacking = engine.load_state(self.manifest.num_updates, checkpointing.shared_reader(self.share, engine.device))
         if lacking and dist.get_rank() == 0:
             logger.warning("%s lacks %d tensors, which stay as built, such as %s", self.url, len(lacking), lacking[0])
 
     def history(self, output_dir: str, params: Mapping[str, Any]) -> History:
         """Of the losses so far, where they are this run's and of this objective: others say nothing about what is usual here."""
-        folder = storage.join(checkpoint.checkpoints_dir(output_dir), "")
+        folder = storage.join(checkpointing.checkpoints_dir(output_dir), "")
         here, there = (json.dumps(config.get("objective"), sort_keys=True) for config in (params, self.manifest.config))
         return History(**self.first["history"]) if self.url.startswith(folder) and here == there else History()
 
 
 def find(resume: str, output_dir: str, launch: str, source_digest: str) -> Found | None:
-    """The best of `checkpoint.candidates` that is not damaged; None where there is none to go on from. Every rank must call it.
+    """The best of `candidates` that is not damaged; None where there is none to go on from. Every rank must call it.
 
     Raises CorruptCheckpoint, on all ranks, when all of them are damaged.
     """
     said: list[Any] = [None]
     if dist.get_rank() == 0:
-        said = [storage.with_retries(lambda: checkpoint.candidates(resume, output_dir, launch), RETRY_SECONDS)]
+        said = [storage.with_retries(lambda: checkpointing.candidates(resume, output_dir, launch), RETRY_SECONDS)]
     dist.broadcast_object_list(said)
     damages: list[Any] = [""] * dist.get_world_size()
     for url in said[0]:

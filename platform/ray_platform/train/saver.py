@@ -19,8 +19,8 @@ import torch
 
 from ray_platform import storage
 from ray_platform.contracts import one_line
-from ray_platform.train import checkpoint
-from ray_platform.train.checkpoint import RETRY_SECONDS, Keep, Manifest, json_name
+from ray_platform.train import checkpointing
+from ray_platform.train.checkpointing import RETRY_SECONDS, Keep, Manifest, json_name
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Saver:
     def begin(self, step: int, share: Mapping[str, torch.Tensor], files: Mapping[str, bytes], state: Mapping[str, Any]) -> None:
         """Upload this rank's `share` of the tensors (on the CPU; nobody else may change them), JSON `files` by
         their names, and `state`, which only this rank will read."""
-        self.url, self.failure = storage.join(self.folder, checkpoint.checkpoint_name(step)), ""
+        self.url, self.failure = storage.join(self.folder, checkpointing.checkpoint_name(step)), ""
         self._upload = self._thread.submit(self._run, dict(share), dict(files), dict(state))
 
     def end(self, manifest: Manifest | None, keep: Keep) -> None:
@@ -80,9 +80,9 @@ class Saver:
             begun = time.monotonic()
             written = {}
             for number, names in enumerate(list(_packed(share))):
-                name = f"{checkpoint.rank_name(self.rank)}_{number:03d}.{self.token}{checkpoint.TENSORS}"
+                name = f"{checkpointing.rank_name(self.rank)}_{number:03d}.{self.token}{checkpointing.TENSORS}"
                 written[name] = self._put(name, safetensors.torch.save({key: share.pop(key) for key in names}))
-            rank_name = checkpoint.rank_name(self.rank)
+            rank_name = checkpointing.rank_name(self.rank)
             for plain, data in (*files.items(), (rank_name, json.dumps(state).encode())):
                 name = json_name(plain, self.token)
                 written[name] = self._put(name, data)
@@ -99,13 +99,13 @@ class Saver:
 
     def _complete(self, url: str, manifest: Manifest, keep: Keep) -> None:
         try:
-            names = [json_name(f"{checkpoint.rank_name(rank)}_files", self.token) for rank in range(manifest.world_size)]
+            names = [json_name(f"{checkpointing.rank_name(rank)}_files", self.token) for rank in range(manifest.world_size)]
             lists = [storage.join(url, name) for name in names]
             files: dict[str, tuple[int, str]] = {}
             for content in storage.with_retries(lambda: [storage.read_bytes(url) for url in lists], RETRY_SECONDS):
                 files |= json.loads(content)
             whole = replace(manifest, files=files).to_bytes()
-            storage.with_retries(lambda: storage.write_bytes(storage.join(url, checkpoint.COMPLETE), whole), RETRY_SECONDS)
+            storage.with_retries(lambda: storage.write_bytes(storage.join(url, checkpointing.COMPLETE), whole), RETRY_SECONDS)
             logger.info("checkpoint %s is complete", url)
         except Exception as error:
             self.failure = one_line(error)

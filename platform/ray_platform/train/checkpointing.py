@@ -82,7 +82,7 @@ def checkpoints_dir(output_dir: str) -> str:
     return storage.join(output_dir, "checkpoints")
 
 
-def complete_ones(output_dir: str, launch: str = "*") -> list[str]:
+def list_checkpoints(output_dir: str, launch: str = "*") -> list[str]:
     """The complete checkpoints of a run's folder, or of one launch of it, the newest first.
 
     Those of a later launch (launches are named by time) come before all of an earlier one, whatever their steps: it may have
@@ -109,11 +109,11 @@ def candidates(resume: str, output_dir: str, launch: str) -> list[str]:
 
     The older ones follow, for the case that a newer one is damaged.
     """
-    own = complete_ones(output_dir, launch)
+    own = list_checkpoints(output_dir, launch)
     if resume == "none":
         return own
     if resume == "auto":
-        return own + [url for url in complete_ones(output_dir) if url not in own]
+        return own + [url for url in list_checkpoints(output_dir) if url not in own]
     if storage.exists(storage.join(resume, COMPLETE)):
         return [*own, resume.rstrip("/")]
     if own:  # in the same folder, it may have gone since
@@ -252,7 +252,7 @@ class Keep:
 
         What is newer than `newest` is not touched: whoever made it, or still does, knows better.
         """
-        ordered = complete_ones(self.output_dir)
+        ordered = list_checkpoints(self.output_dir)
         kept = {newest, *ordered[: self.num_newest], *self._best(ordered)}
         for url in _folders(self.output_dir):
             if _age(url) < _age(newest) and url not in kept:
