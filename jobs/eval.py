@@ -8,7 +8,7 @@ import sys
 import _bootstrap  # noqa: F401
 
 from diffdis_platform.config.evaluate import parse
-from diffdis_platform.evaluation.run import REPORT, evaluate, plan, table
+from diffdis_platform.evaluation.run import REPORT, evaluate, plan_evaluation, render_results
 from ray_platform import storage
 from ray_platform.connect import connect
 from ray_platform.contracts import ConfigError, DataError
@@ -22,13 +22,13 @@ def main() -> None:
     if command.list_only:
         print(render_listing(config.data_roots))
         return
-    made = plan(config)
+    plan = plan_evaluation(config)
     ensure_cluster()
     connect()
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
-    details = evaluate(config, made)
-    print(f"\n{table(details, [model['name'] for model in details['models']])}\n")
-    print(f"done: {storage.join(config.output_dir, REPORT)}, with results.csv and results/ beside it", flush=True)
+    details = evaluate(config, plan)
+    print(f"\n{render_results(details)}\n")
+    print(f"done: {storage.join(config.output_dir, REPORT)}, with results.csv and results/ next to it", flush=True)
     if details["failures"]:
         raise DataError("not all was measured: " + "; ".join(details["failures"]))
 

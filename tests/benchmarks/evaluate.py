@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffdis import config as presets
 from diffdis.clip_scorer import ClipScorer
 from diffdis.metrics.frechet import Moments, frechet_distance
-from diffdis.metrics.zero_shot import accuracies, class_embeddings, top_k
+from diffdis.metrics.zero_shot import ZeroShotScores, class_embeddings
 from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
@@ -190,7 +190,8 @@ def evaluate_by_us(root: Path, clip: Path) -> Mapping[str, float]:
     with ThreadPoolExecutor(UNITS_IN_FLIGHT) as units_under_way:
         rows = list(units_under_way.map(lambda part: EmbedImages("clip", data.name, part, {}).run(parts), data.slices))
     labels = np.concatenate([part["labels"] for part in rows])
-    return accuracies(labels, top_k(np.concatenate([part["embeddings"] for part in rows]), classes, k=5), len(data.classes))
+    images = np.concatenate([part["embeddings"] for part in rows])
+    return ZeroShotScores.from_embeddings(images, classes, labels).metrics
 
 
 def against_clip_benchmark(folder: Path, num_rounds: int) -> dict[str, Any]:

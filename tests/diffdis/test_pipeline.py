@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
 from diffdis.config import DiffDisConfig, HeadConfig, ObjectiveConfig, TextEncoderConfig, UNetConfig
-from diffdis.metrics.zero_shot import shuffled_images, subset_accuracy, top_k_accuracy
+from diffdis.metrics.zero_shot import ZeroShotScores, subset_accuracy
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
 from tests.support.tiny_checkpoints import WIDTH, save_clip_text_encoder, save_stable_diffusion
@@ -54,13 +54,15 @@ def test_pictures_of_any_size_and_bad_input(pipeline, tmp_path):
 def test_an_untrained_model_and_shuffled_images_are_at_chance(pipeline):
     """400 images of 100 classes: at chance 4 are right on average; 14 or more have a probability below 1e-4."""
     images = np.random.default_rng(0).integers(0, 256, (400, 16, 16, 3), dtype=np.uint8)
-    labels = torch.arange(400) % 100
-    similarity = pipeline.embed_image(images, num_steps=2) @ pipeline.embed_classes([f"c {i}" for i in range(100)]).T
-    for scores in (similarity, shuffled_images(similarity)):
-        assert top_k_accuracy(scores, labels) * 400 < 14
-    perfect = torch.nn.functional.one_hot(labels, 100).float()
-    assert top_k_accuracy(perfect, labels) == subset_accuracy(perfect, labels, 10) == 1.0
-    assert top_k_accuracy(shuffled_images(perfect), labels) * 400 < 14  # the control ends what a perfect model knows
+    labels = np.arange(400) % 100
+    queries, classes = pipeline.embed_image(images, num_steps=2), pipeline.embed_classes([f"c {i}" for i in range(100)])
+    untrained = ZeroShotScores.from_embeddings(queries.numpy(), classes.numpy(), labels)
+    for scores in (untrained, untrained.with_shuffled_images()):
+        assert scores.accuracy() * 400 < 14
+    identity = np.eye(100, dtype=np.float32)
+    perfect = ZeroShotScores.from_embeddings(identity[labels], identity, labels)
+    assert perfect.accuracy() == subset_accuracy(identity[labels], identity, labels, 10) == 1.0
+    assert perfect.with_shuffled_images().accuracy() * 400 < 14  # the control removes what a perfect model knows
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
 from diffdis.warm_start import load
-from diffdis_platform.evaluation.quality import Reference
+from diffdis_platform.evaluation.quality import ReferenceFeatures
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.precomputed import PrecomputedSamples, to_arrow
 from ray_platform.data.source import Sample
@@ -254,7 +254,7 @@ def units(content: bytes):
 def reference(content: Callable[[Path], bytes]):
     def feed(folder: Path) -> str:
         (folder / "reference.npz").write_bytes(content(folder))
-        return line_of(lambda: Reference.read(str(folder / "reference.npz")), DataError)
+        return line_of(lambda: ReferenceFeatures.read(str(folder / "reference.npz")), DataError)
 
     return feed
 
@@ -287,13 +287,13 @@ SETS = [
     Case(
         "a pickle that runs a command as CIFAR's batch",
         SETS_DOOR,
-        "vtab/cifar10: …test_batch is no CIFAR file that can be trusted (UnpicklingError: asks for posix.system)…",
+        "vtab/cifar10: …test_batch is not one of CIFAR's files (UnpicklingError: it refers to posix.system)…",
         cifar(lambda folder: pickle.dumps(Evil(folder))),
     ),
     Case(
         "a pickle that makes numpy follow bytes as pointers",
         SETS_DOOR,
-        "vtab/cifar10: …test_batch is no CIFAR file that can be trusted (UnpicklingError: an array of 'O', where CIFAR has u1)…",
+        "vtab/cifar10: …test_batch is not one of CIFAR's files (UnpicklingError: an array of 'O' instead of u1)…",
         cifar(pointers),
     ),
     Case(
@@ -317,7 +317,7 @@ SETS = [
     Case(
         "a parquet file of garbage",
         SETS_DOOR,
-        "mine: …test.parquet is no parquet file (…); fetch the set again",
+        "mine: …test.parquet is not a parquet file (…); download the set again",
         parquet(b"PAR1" + b"\xff" * 100 + b"PAR1"),
     ),
     Case(
@@ -335,13 +335,13 @@ SETS = [
     Case(
         "a reference that holds a pickle with a command",
         "`quality.reference`",
-        "quality.reference: …reference.npz is no reference_<network>.npz that an evaluation wrote (Object arrays…",
+        "quality.reference: …reference.npz is not a reference_<network>.npz of an evaluation (Object arrays…",
         reference(lambda folder: arrays(features=np.array([Evil(folder)], dtype=object), protocol=np.array("{}"))),
     ),
     Case(
         "a reference that claims an exabyte",
         "`quality.reference`",
-        "quality.reference: …reference.npz is no reference_<network>.npz that an evaluation wrote (…",
+        "quality.reference: …reference.npz is not a reference_<network>.npz of an evaluation (…",
         reference(lambda _: npy_of(f"({2**58},)")),
     ),
     Case(

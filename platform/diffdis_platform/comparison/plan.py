@@ -8,7 +8,7 @@ from typing import Any
 
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.evaluate import QualityConfig
-from diffdis_platform.evaluation.quality import Reference, read_prompts
+from diffdis_platform.evaluation.quality import ReferenceFeatures, read_prompts
 from diffdis_platform.evaluation.run import open_sets
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
@@ -102,7 +102,7 @@ def _quality(config: QualityConfig) -> dict[str, str]:
     if not config.prompts:
         return {}
     prompts = hashlib.sha256("\n".join(read_prompts(config)).encode()).hexdigest()[:16]
-    real = Reference.read(config.reference) if config.reference.endswith(".npz") else open_image_set(config.reference)
+    real = ReferenceFeatures.read(config.reference) if config.reference.endswith(".npz") else open_image_set(config.reference)
     return {"prompts": prompts, "reference": real.digest}
 
 

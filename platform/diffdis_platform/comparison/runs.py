@@ -9,14 +9,14 @@ from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.export import build_task
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.evaluation.headline import headline
-from diffdis_platform.evaluation.run import evaluate
-from diffdis_platform.evaluation.run import plan as plan_evaluation
+from diffdis_platform.evaluation.run import evaluate, plan_evaluation
 from ray_platform import storage
 from ray_platform.connect import describe_cluster
 from ray_platform.contracts import DataError
 from ray_platform.evaluate.results import metrics_for_tracking
 from ray_platform.json_values import to_json
 from ray_platform.redaction import restored
+from ray_platform.report.records import EvaluationDetails
 from ray_platform.tracking import TrackingConfig, metric_history
 from ray_platform.tracking.code_version import code_version
 from ray_platform.train import checkpointing
@@ -67,7 +67,7 @@ def _is_trained(config: PretrainConfig) -> bool:
     return storage.exists(url) and storage.read_json(url)["num_steps"] == config.train.num_steps
 
 
-def scores(details: Mapping[str, Any]) -> dict[str, float]:
+def scores(details: EvaluationDetails) -> dict[str, float]:
     """The figures that arms are compared by, of an evaluation's details; those that the model does not have are absent.
 
     Those of `headline`, with accuracy_<set>, and image quality as fd, fd_infinity and kid: of the first feature network at the
@@ -80,9 +80,9 @@ def scores(details: Mapping[str, Any]) -> dict[str, float]:
         kernel = "kid" + distance.removeprefix("fid").removeprefix("fd")
         named = {"fd": distance, "fd_infinity": f"{distance}_infinity", "kid": kernel}
         found = {name: value for name, value in found.items() if name not in quality}
-        found |= {name: quality[metric] for name, metric in named.items() if metric in quality}
+        found |= {name: value for name, metric in named.items() if (value := quality.get(metric)) is not None}
     of_sets = {entry["set"]: entry["metrics"]["acc1"] for entry in details["zero_shot"] if entry["model"] == model}
-    return found | {f"accuracy_{name}": value for name, value in of_sets.items()}
+    return found | {f"accuracy_{name}": value for name, value in of_sets.items() if value is not None}
 
 
 def _costs(manifest: checkpointing.Manifest, details: Mapping[str, Any]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.config.sweep import SweepConfig
 from diffdis_platform.evaluation.headline import headline
-from diffdis_platform.evaluation.run import evaluate, plan
+from diffdis_platform.evaluation.run import evaluate, plan_evaluation
 from diffdis_platform.sweeping.fields import configure
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
@@ -37,7 +37,7 @@ class TrialJob:
     def evaluate(self, segment: Segment, reached: Reached) -> dict[str, float]:
         """Raises DataError where not all was measured."""
         config = self._evaluation(segment, reached)
-        details = evaluate(config, plan(config))
+        details = evaluate(config, plan_evaluation(config))
         if details["failures"]:
             raise DataError("not all was measured: " + "; ".join(details["failures"]))
         found = headline(details)
