@@ -23,7 +23,8 @@ from diffdis.config import ObjectiveConfig
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
 from diffdis_platform.serving.package import model_package, red_circle
-from ray_platform.tracking import Tracker, TrackingConfig, tracking_uri
+from ray_platform.tracking import TrackingConfig, tracking_uri
+from ray_platform.tracking.runs import SafeTracker
 from tests.support.tiny_checkpoints import draw_query_weights
 
 CLASSES = ["red heart", "blue star", "green tree"]
@@ -47,7 +48,7 @@ def exported(tiny_model, tmp_path_factory):
 def logged(exported, tmp_path_factory):
     """(the store's client, the run's id, the path of what was stored)."""
     output = tmp_path_factory.mktemp("output")
-    tracker = Tracker(TrackingConfig(registered_model="small"), str(output))
+    tracker = SafeTracker(TrackingConfig(registered_model="small"), str(output))
     tracker.describe("", {"recipe": "tiny"})
     tracker.log_metrics({"train/loss": 0.5}, step=7)
     tracker.log_model(str(exported), model_package("joint"))
@@ -169,7 +170,7 @@ def test_a_server_takes_the_example_as_json(logged):
 def test_a_model_of_one_task_says_what_it_cannot(tiny_model, tmp_path):
     package = model_package("generation")
     assert package.params["task"] == "generate"
-    tracker = Tracker(TrackingConfig(), str(tmp_path / "output"))
+    tracker = SafeTracker(TrackingConfig(), str(tmp_path / "output"))
     tracker.log_model(str(write_export(tiny_model, tmp_path / "export", "generation")), package)
     client = MlflowClient(tracking_uri(TrackingConfig(), str(tmp_path / "output")))
     made = client.get_run(tracker.run_id()).outputs.model_outputs[0].model_id
@@ -180,7 +181,7 @@ def test_a_model_of_one_task_says_what_it_cannot(tiny_model, tmp_path):
 
 
 def test_a_model_that_cannot_be_packed_is_a_warning(exported, tmp_path, caplog):
-    tracker = Tracker(TrackingConfig(registered_model="small"), str(tmp_path))
+    tracker = SafeTracker(TrackingConfig(registered_model="small"), str(tmp_path))
     tracker.log_model(str(exported), dataclasses.replace(model_package("joint"), requirements=("no-such-package-at-all",)))
     assert "model failed" in caplog.text
     client = MlflowClient(tracking_uri(TrackingConfig(), str(tmp_path)))

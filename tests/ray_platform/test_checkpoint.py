@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ray_platform import storage
+from ray_platform import retry, storage
 from ray_platform.contracts import ConfigError, ConsumedRange
 from ray_platform.data.ledger import Ledger
 from ray_platform.train import checkpointing, saver
@@ -24,8 +24,7 @@ LEDGER.add([ConsumedRange(0, 0, 1, 0, 5, 9)])
 
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch):
-    monkeypatch.setattr(saver, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(checkpointing, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.0)
 
 
 def manifest(step, token="aa", world_size=2, **fields):
@@ -117,16 +116,17 @@ def test_storage_that_fails_one_rank_fails_the_checkpoint_and_not_the_one_before
 
 
 def test_storage_that_comes_back_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(saver, "RETRY_SECONDS", 30.0)
-    real, calls = storage.write_bytes, []
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 30.0)
+    monkeypatch.setattr(retry, "_FIRST_WAIT_S", 0.01)
+    resolve, calls = storage._resolve, []
 
-    def away(url, data):
+    def unavailable(url):
         calls.append(url)
         if len(calls) <= 3:
-            raise storage.StorageError(f"{url}: cannot reach", "unavailable")
-        real(url, data)
+            raise TimeoutError
+        return resolve(url)
 
-    monkeypatch.setattr(storage, "write_bytes", away)
+    monkeypatch.setattr(storage, "_resolve", unavailable)
     url, _ = save(tmp_path, 10)
     assert read(url).keys() == TENSORS.keys()
 

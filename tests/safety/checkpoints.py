@@ -11,7 +11,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from diffdis_platform.config import export
+from diffdis_platform.config.export import ExportConfig
+from diffdis_platform.exporting import export
 from diffdis_platform.recipes.demo import demo
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.ledger import Ledger
@@ -50,8 +51,8 @@ def written(folder: Path, weights: bytes | None = None, base: bytes | None = Non
 def exported(**changes: Any):
     def feed(folder: Path) -> str:
         url = str(written(folder, **{name: value(folder) if callable(value) else value for name, value in changes.items()}))
-        wanted = export.parse(["--checkpoint", url, "--output_dir", str(folder / "model")])
-        return line_of(lambda: export.export(wanted), ConfigError, DataError)
+        wanted = ExportConfig(url, str(folder / "model"))
+        return line_of(lambda: export(wanted), ConfigError, DataError)
 
     return feed
 
@@ -79,7 +80,7 @@ def longer(folder: Path) -> str:
     file = next(step.glob("*.safetensors"))
     with file.open("ab") as opened:
         opened.truncate(3 * 2**30)
-    return line_of(lambda: export.export(export.parse(["--checkpoint", str(step), "--output_dir", str(folder / "m")])), DataError)
+    return line_of(lambda: export(ExportConfig(str(step), str(folder / "m"))), DataError)
 
 
 def huge(folder: Path) -> str:
@@ -133,13 +134,13 @@ CHECKPOINTS = [
     Case(
         "a file named `../../outside/secret.safetensors` in its list",
         EXPORT,
-        "…complete.json is damaged (…names a file '../../outside/secret.safetensors', which does not lie below it…",
+        "…complete.json is damaged (…names a file '../../outside/secret.safetensors', which is not below it…",
         exported(files={"../../outside/secret.safetensors": (1, "0" * 64)}),
     ),
     Case(
         "an absolute name in its list",
         EXPORT,
-        "…complete.json is damaged (…names a file '/etc/passwd', which does not lie below it…",
+        "…complete.json is damaged (…names a file '/etc/passwd', which is not below it…",
         exported(files={"/etc/passwd": (1, "0" * 64)}),
     ),
     Case(

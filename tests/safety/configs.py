@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from diffdis_platform.config import compare, evaluate
-from diffdis_platform.config.command_line import parse
+from diffdis_platform.commands import compare
+from diffdis_platform.commands.pretrain import parse_arguments as parse
+from diffdis_platform.config import evaluate
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.catalog import build_catalog
@@ -35,7 +36,7 @@ def suite(text: str):
 
 def arm(name: str):
     arguments = ["--output_dir", "/x", "--own_arms", json.dumps({name: {"objective.task": "joint"}})]
-    return lambda folder: line_of(lambda: compare.parse(arguments), ConfigError)
+    return lambda folder: line_of(lambda: compare.parse_arguments(arguments), ConfigError)
 
 
 def source(text: str):
@@ -162,7 +163,7 @@ NAMES = [
     Case(
         "a source with the character 0",
         "`data.sources`",
-        "'/x\\x00y': a name cannot hold the character 0; correct it",
+        "'/x\\x00y': a name cannot contain a null character; correct it",
         source("/x\0y"),
     ),
     Case(
@@ -174,7 +175,7 @@ NAMES = [
     Case(
         "a run's folder with the character 0",
         "`output_dir`",
-        "'/x\\x00y': a name cannot hold the character 0; correct it",
+        "'/x\\x00y': a name cannot contain a null character; correct it",
         lambda folder: line_of(lambda: storage.write_bytes("/x\0y", b""), DataError),
     ),
 ]

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffdis_platform.config.command_line import parse
+from diffdis_platform.commands.pretrain import parse_arguments as parse
 from ray_platform import redaction, storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.redaction import is_redacted, redacted, redacted_values, restored
-from ray_platform.tracking import Tracker, TrackingConfig
+from ray_platform.tracking import TrackingConfig
+from ray_platform.tracking.runs import SafeTracker
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = "hunter2-and-more"
@@ -101,7 +102,7 @@ def test_without_secrets_the_configuration_is_saved_as_it_was(tmp_path):
 
 
 def test_s3_credentials_are_refused_wherever_they_stand():
-    with pytest.raises(ConfigError, match=r"^model.warm_start: a URL holds credentials"):
+    with pytest.raises(ConfigError, match=r"^model.warm_start: a URL contains credentials"):
         parse(["--model.warm_start", "s3://key:secret@bucket/x"])
 
 
@@ -115,7 +116,7 @@ def test_what_a_run_tells_mlflow_and_its_checkpoints():
 def test_mlflow_shows_stars(tmp_path):
     from mlflow import MlflowClient
 
-    tracker = Tracker(TrackingConfig(), str(tmp_path))
+    tracker = SafeTracker(TrackingConfig(), str(tmp_path))
     tracker.log_params({"tracking": {"uri": URI}, "api_key": "abc", "signed": SIGNED})
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = MlflowClient(uri)
@@ -128,8 +129,8 @@ def test_mlflow_shows_stars(tmp_path):
 
 def test_a_tracker_that_fails_does_not_print_the_password(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        Tracker(TrackingConfig(uri=f"nosuch://mlflow:{PASSWORD}@db/mlflow"), str(tmp_path))
-    assert "tracking: start failed" in caplog.text
+        SafeTracker(TrackingConfig(uri=f"nosuch://mlflow:{PASSWORD}@db/mlflow"), str(tmp_path))
+    assert "tracking: start of mlflow failed" in caplog.text
     assert PASSWORD not in caplog.text
 
 

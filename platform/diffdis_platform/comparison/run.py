@@ -22,12 +22,11 @@ from ray_platform import storage
 from ray_platform.contracts import UserError, describe_error
 from ray_platform.evaluate.unit_work import image_name
 from ray_platform.json_values import to_json
-from ray_platform.redaction import redacted_values
 from ray_platform.report.comparison import comparison_page
 from ray_platform.terminal import render_table
-from ray_platform.tracking import RunStatus, Tracker, TrackingConfig, run_metadata, tracking_uri
-from ray_platform.tracking.code_version import code_version
-from ray_platform.train.launch import TRACKED, Stopped
+from ray_platform.tracking import RunMetadata, Tracker, TrackingConfig, read_run_record, start_run, tracking_uri
+from ray_platform.tracking.run_metadata import append_command, code_version, dated_name, run_tags
+from ray_platform.train.launch import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +42,13 @@ def compare(config: CompareConfig, made: Plan, recipe: str, command: str) -> dic
     """
     begun = time.monotonic()
     failures: list[str] = []
-    tracker, tracking = _start_tracker(config, made, recipe, command)
-    status: RunStatus = "FAILED"
-    try:
+    known = read_run_record(config.output_dir)
+    metadata = _run_metadata(config, made, recipe, command)
+    with start_run(config.tracking, config.output_dir, metadata, run_id=known["run_id"] if known else "", record=True) as tracker:
+        uri = tracking_uri(config.tracking, config.output_dir)
+        tracking = TrackingConfig(
+            uri, config.tracking.experiment, parent_run_id=tracker.run_id(), backends=config.tracking.backends
+        )
         summary = _write_summary(config, made, failures)  # at once: it says of which comparison this folder is
         for number, (arm, seed) in enumerate(made.left, 1):
             print(f"run {number} of {len(made.left)}: {arm}, seed {seed}", flush=True)
@@ -60,9 +63,6 @@ def compare(config: CompareConfig, made: Plan, recipe: str, command: str) -> dic
             summary = _write_summary(config, made, failures)
         about = {"command": command, "seconds": round(time.monotonic() - begun, 1), "code_version": code_version()}
         _show(config, tracker, summary, {"title": f"Comparison {recipe}", **about})
-        status = "FINISHED"
-    finally:
-        tracker.end(status)
     return summary
 
 
@@ -73,20 +73,14 @@ def _logged_line(error: Exception) -> str:
     return describe_error(error)
 
 
-def _start_tracker(config: CompareConfig, made: Plan, recipe: str, command: str) -> tuple[Tracker, TrackingConfig]:
-    """(the comparison's run, the one that an earlier call began where there was one; where its runs are tracked, below it)."""
-    url, known = storage.join(config.output_dir, TRACKED), {}
-    if storage.exists(url):
-        known = storage.read_json(url)
-    named = replace(config.tracking, run_name=config.tracking.run_name or run_metadata.dated(recipe))
-    tracker = Tracker(named, config.output_dir, known.get("run_id", ""))
+def _run_metadata(config: CompareConfig, made: Plan, recipe: str, command: str) -> RunMetadata:
     text = f"A comparison by the recipe `{recipe}`; its runs are those below this one. Report: `{config.output_dir}/{REPORT}`."
-    tracker.describe(run_metadata.with_command(text, command), run_metadata.tags(recipe, config.output_dir, code_version()))
-    tracker.log_params({"arms": made.fields, "seeds": list(config.seeds), **made.identity})
-    uri = tracking_uri(config.tracking, config.output_dir)
-    tracked = {"tracking_uri": uri, "experiment": config.tracking.experiment, "run_id": tracker.run_id()}
-    storage.write_bytes(url, json.dumps(redacted_values(tracked), indent=2).encode())
-    return tracker, TrackingConfig(uri, config.tracking.experiment, parent_run_id=tracker.run_id())
+    return RunMetadata(
+        dated_name(recipe),
+        append_command(text, command),
+        run_tags(recipe, config.output_dir, code_version()),
+        {"arms": made.fields, "seeds": list(config.seeds), **made.identity},
+    )
 
 
 def _write_summary(config: CompareConfig, made: Plan, failures: Sequence[str]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from typing import Any
 
 from diffdis_platform.comparison.plan import RESULT
 from diffdis_platform.config.compare import CompareConfig
-from diffdis_platform.config.export import build_task
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.evaluation.headline import headline
 from diffdis_platform.evaluation.run import evaluate, plan_evaluation
+from diffdis_platform.exporting import build_task
 from ray_platform import storage
 from ray_platform.connect import describe_cluster
 from ray_platform.contracts import DataError
@@ -17,11 +17,10 @@ from ray_platform.evaluate.results import metrics_for_tracking
 from ray_platform.json_values import to_json
 from ray_platform.redaction import restored
 from ray_platform.report.records import EvaluationDetails
-from ray_platform.tracking import TrackingConfig, metric_history
-from ray_platform.tracking.code_version import code_version
+from ray_platform.tracking import RUN_RECORD, TrackingConfig, metric_history
+from ray_platform.tracking.run_metadata import code_version
 from ray_platform.train import checkpointing
 from ray_platform.train.launch import SUMMARY as TRAINED
-from ray_platform.train.launch import TRACKED
 
 _CURVE = "heldout/"  # what is scored while training
 
@@ -43,8 +42,8 @@ def measure(
     newest = checkpointing.list_checkpoints(url)[0]
     manifest = checkpointing.read_manifest(newest)
     figures = scores(details) | _costs(manifest, details) | {"environment": describe_cluster()}
-    tracked = storage.read_json(storage.join(url, TRACKED))
-    curve = metric_history(restored(tracked["tracking_uri"], tracking.uri), tracked["run_id"], _CURVE)
+    tracked = storage.read_json(storage.join(url, RUN_RECORD))
+    curve = metric_history(restored(tracked["tracking_uri"], tracking.uri), tracked["run_id"], _CURVE, url)
     result = {
         "arm": arm,
         "seed": seed,

@@ -8,7 +8,7 @@ from diffdis.pictures import grid
 from diffdis.pipeline import DiffDisPipeline
 from diffdis_platform.demo.scores import SPLITS, colour_agreement, sample_captions, score
 from ray_platform.terminal import render_table
-from ray_platform.tracking import Tracker, TrackingConfig
+from ray_platform.tracking import TrackingConfig, start_run
 
 NUM_RANDOM_CAPTIONS = 48
 GUIDANCE_SCALE = 3.0
@@ -48,11 +48,11 @@ def write_report(output: Path, data: Path, captions: tuple[str, ...]) -> dict[st
 def _track(output: Path, summary: dict[str, Any]) -> None:
     """Scores and grid on the run that made the model."""
     run = summary["mlflow"]
-    tracker = Tracker(TrackingConfig(run["tracking_uri"], run["experiment"]), str(output), run["run_id"])
+    tracking = TrackingConfig(run["tracking_uri"], run["experiment"])
     scores = {f"zero_shot/{s}/{name}": v for s, values in summary["zero_shot"].items() for name, v in values.items()}
-    tracker.log_metrics(scores | {f"colour/{n}": v for n, v in summary["colour"].items()}, summary["num_steps"])
-    tracker.log_bytes((output / "grid.png").read_bytes(), "grid.png")
-    tracker.end("FINISHED")
+    with start_run(tracking, str(output), run_id=run["run_id"]) as tracker:
+        tracker.log_metrics(scores | {f"colour/{n}": v for n, v in summary["colour"].items()}, summary["num_steps"])
+        tracker.log_bytes((output / "grid.png").read_bytes(), "grid.png")
 
 
 def table(summary: dict[str, Any]) -> str:

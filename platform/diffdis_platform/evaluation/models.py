@@ -12,11 +12,13 @@ from diffdis.encoder import digest_of_folder
 from diffdis.pipeline import CONFIG_NAME
 from diffdis.scorer import DiffDisScorer
 from diffdis_platform.config.evaluate import EvalConfig
-from diffdis_platform.config.export import ExportConfig, export
+from diffdis_platform.config.export import ExportConfig
+from diffdis_platform.exporting import export, find_checkpoint
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.report.records import EvaluatedModel
-from ray_platform.train.launch import SUMMARY, TRACKED
+from ray_platform.tracking import RUN_RECORD
+from ray_platform.train.launch import SUMMARY
 
 EXPORT_RECORD = "exported.json"  # next to a model that an evaluation exported: the checkpoint that it comes from
 
@@ -57,7 +59,7 @@ def open_model(config: EvalConfig) -> EvaluationModel:
     else:
         url, step, run_folder = _export_checkpoint(config)
         folders = [run_folder]
-    run_record, summary = (_read_first(folders, name) for name in (TRACKED, SUMMARY))
+    run_record, summary = (_read_first(folders, name) for name in (RUN_RECORD, SUMMARY))
     task = storage.read_json(storage.join(url, CONFIG_NAME)).get("trained_for", "joint")
     scoring = config.scoring
     settings = {"num_steps": scoring.num_steps, "num_draws": scoring.num_draws, "guidance": scoring.guidance}
@@ -91,7 +93,7 @@ def _digest(url: str) -> str:
 def _export_checkpoint(config: EvalConfig) -> tuple[str, int, str]:
     """Return the folder of the checkpoint's exported model, its step, and the run's folder. An earlier export is reused."""
     export_config = ExportConfig(config.checkpoint, storage.join(config.output_dir, "model"), config.weights)
-    url, manifest = export_config.find()
+    url, manifest = find_checkpoint(config.checkpoint)
     record = {"checkpoint": url, "token": manifest.token, "weights": config.weights}
     record_url = storage.join(export_config.output_dir, EXPORT_RECORD)
     if not storage.exists(record_url) or storage.read_json(record_url) != record:

@@ -4,7 +4,7 @@ import base64
 import functools
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 
 import numpy as np
@@ -30,9 +30,8 @@ from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit
 from ray_platform.report.evaluation import report_page
 from ray_platform.report.records import CurvePoint, EvaluationDetails, ExampleImage, QualityPoint, RetrievalResult, ZeroShotResult
 from ray_platform.terminal import render_table
-from ray_platform.tracking import DataSet, Tracker, TrackingConfig, run_metadata
-from ray_platform.tracking.code_version import code_version
-from ray_platform.train.launch import TRACKED
+from ray_platform.tracking import RUN_RECORD, RunMetadata, TrackedData, TrackingConfig, start_run
+from ray_platform.tracking.run_metadata import code_version, dated_name, run_tags
 
 UNITS, REPORT = "units", "report.html"
 
@@ -240,33 +239,34 @@ def _decode_thumbnails(rows: Rows) -> Iterable[tuple[str, str]]:
 
 
 def _track(config: EvalConfig, model: EvaluationModel, sets: Iterable[EvaluationSet], details: EvaluationDetails) -> None:
-    """On the run that made the checkpoint; where that is not known, on one of `tracking`'s."""
+    """Log on the run that trained the model; if that is not known, on a new one."""
+    tracking, metadata, run_id = config.tracking, None, ""
     if model.run_record:
         uri = restored(model.run_record["tracking_uri"], config.tracking.uri)
         if is_redacted(uri):
             print(
-                f"the model's MLflow run was not told the figures: give --tracking.uri, which is {uri} in {TRACKED}", flush=True
+                f"tracking.uri: the results are not logged on the model's run, because {RUN_RECORD} has its address without "
+                f"the secrets ({uri}); give --tracking.uri",
+                flush=True,
             )
             return
-        where = TrackingConfig(uri, model.run_record["experiment"])
-        tracker = Tracker(where, config.output_dir, model.run_record["run_id"])
+        tracking = TrackingConfig(uri, model.run_record["experiment"], backends=config.tracking.backends)
+        run_id = model.run_record["run_id"]
     else:
-        named = replace(config.tracking, run_name=config.tracking.run_name or run_metadata.dated("evaluation"))
-        tracker = Tracker(named, config.output_dir)
-        tracker.log_params({"evaluation": asdict(config)})
         text = f"An evaluation of `{model.url}`. Report: `{config.output_dir}/{REPORT}`."
-        tracker.describe(text, run_metadata.tags("evaluation", config.output_dir, details["code_version"]))
-    tracker.log_data_sets([_data_set(data) for data in sets])
-    tracker.log_metrics(metrics_for_tracking(details), model.step or 0)
-    tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, REPORT)), f"evaluation/{REPORT}")
-    tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, "results.csv")), "evaluation/results.csv")
-    tracker.end("FINISHED")
+        tags = run_tags("evaluation", config.output_dir, details["code_version"])
+        metadata = RunMetadata(dated_name("evaluation"), text, tags, {"evaluation": asdict(config)})
+    with start_run(tracking, config.output_dir, metadata, run_id=run_id) as tracker:
+        tracker.log_data([_tracked_data(data) for data in sets])
+        tracker.log_metrics(metrics_for_tracking(details), model.step or 0)
+        tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, REPORT)), f"evaluation/{REPORT}")
+        tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, "results.csv")), "evaluation/results.csv")
 
 
-def _data_set(data: EvaluationSet) -> DataSet:
+def _tracked_data(data: EvaluationSet) -> TrackedData:
     images = {} if data.known_images is None else {"num_samples": data.known_images}
     counts = {"num_classes": len(data.classes), "num_files": data.num_files, "num_bytes": data.num_bytes, **images}
-    return DataSet(data.name, data.digest, data.url, "evaluation", counts)
+    return TrackedData(data.name, data.digest, data.url, "evaluation", counts)
 
 
 def render_results(details: EvaluationDetails) -> str:

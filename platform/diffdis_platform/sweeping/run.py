@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -26,11 +26,21 @@ from ray_platform.sweep.space import Space, describe
 from ray_platform.sweep.sweep import Outcome, Sweep
 from ray_platform.sweep.trial import Segment
 from ray_platform.terminal import render_table
-from ray_platform.tracking import Tracker, run_metadata, tracking_uri
-from ray_platform.tracking.code_version import code_version
-from ray_platform.train.launch import TRACKED
+from ray_platform.tracking import (
+    RUN_RECORD,
+    RunMetadata,
+    RunRecord,
+    Tracker,
+    read_run_record,
+    run_record,
+    start_run,
+    tracking_uri,
+)
+from ray_platform.tracking.run_metadata import append_command, code_version, dated_name, run_tags
 
 REPORT, DETAILS, BEGUN = "report.html", "details.json", "sweep.json"
+
+_NOT_TRACKED = RunRecord(tracking_uri="none", experiment="none", run_id="none")  # for checks before a run exists
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Plan:
     space: Space
     default: Mapping[str, Any]  # the recipe's own values
 
-    def sweep(self, tracked: Mapping[str, str]) -> Sweep:
+    def sweep(self, tracked: RunRecord) -> Sweep:
         config = self.config
         return Sweep(
             job=TrialJob(config, self.recipe, tracked),
@@ -69,16 +79,16 @@ def plan(config: SweepConfig, recipe: str) -> Plan:
     first = milestones(config.scheduler, config.num_milestones, config.reduction)[0]
     if steps(config.pretrain, config.samples) * first < 1:
         raise ConfigError(f"samples: {config.samples} give less than a step to the first of {config.num_milestones} milestones")
-    tracking_uri_of(config)
+    tracking_uri(config.tracking, config.output_dir)
     made = Plan(config, recipe, space, default)
-    job = TrialJob(config, recipe, dict.fromkeys(("tracking_uri", "experiment", "run_id"), "none"))
+    job = TrialJob(config, recipe, _NOT_TRACKED)
     job.pretrain(Segment("", default, storage.join(config.output_dir, "trials"), "", 1.0)).run(recipe).check()
     sets, _ = open_sets(config.evaluation)
     if config.evaluation.quality.prompts:
         read_prompts(config.evaluation.quality)
     _check_objectives(config, {data.task for data in sets.values()})
     if config.search == "grid":
-        made.sweep({}).points()
+        made.sweep(_NOT_TRACKED).points()
     _check_same(config)
     return made
 
@@ -116,49 +126,34 @@ def _lasting(config: SweepConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ("max_concurrent", "registered_model", "tracking")}
 
 
-def tracking_uri_of(config: SweepConfig) -> str:
-    """Raises ConfigError where there is none."""
-    try:
-        return tracking_uri(config.tracking, config.output_dir)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
 def run(made: Plan, yaml: str, command: str) -> dict[str, Any]:
     """Needs a running Ray. Writes details.json and report.html; returns the report's details. The same call goes on.
 
     `yaml` and `command`: the resolved configuration and what was typed, to be kept with the results.
     """
     config, begun = made.config, time.monotonic()
-    made.sweep({}).concurrency()  # before anything is written
+    made.sweep(_NOT_TRACKED).concurrency()  # before anything is written
     storage.write_bytes(storage.join(config.output_dir, BEGUN), to_json(_lasting(config)))
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), yaml.encode())
-    tracker, tracked = _open_run(config, made.recipe, command)
-    status: Any = "FAILED"
-    try:
-        outcomes = made.sweep(tracked).run()
+    known = read_run_record(config.output_dir)
+    metadata = _run_metadata(config, made.recipe, command)
+    with start_run(config.tracking, config.output_dir, metadata, run_id=known["run_id"] if known else "", record=True) as tracker:
+        outcomes = made.sweep(run_record(config.tracking, config.output_dir, tracker)).run()
         details = _details(made, outcomes, command, time.monotonic() - begun)
         storage.write_bytes(storage.join(config.output_dir, DETAILS), to_json(details))
         storage.write_bytes(storage.join(config.output_dir, REPORT), sweep_page(details).encode())
         _track(tracker, config, details)
-        status = "FINISHED"
-    finally:
-        tracker.end(status)
     return details
 
 
-def _open_run(config: SweepConfig, recipe: str, command: str) -> tuple[Tracker, dict[str, str]]:
-    """The sweep's own MLflow run, below which those of its trials are; the one that it was begun in."""
-    url = storage.join(config.output_dir, TRACKED)
-    known = storage.read_json(url)["run_id"] if storage.exists(url) else ""
-    named = replace(config.tracking, run_name=config.tracking.run_name or run_metadata.dated(recipe))
-    tracker = Tracker(named, config.output_dir, known)
+def _run_metadata(config: SweepConfig, recipe: str, command: str) -> RunMetadata:
     text = f"A sweep by the recipe `{recipe}`; its trials are the runs below this one. Report: `{config.output_dir}/{REPORT}`."
-    tracker.describe(run_metadata.with_command(text, command), run_metadata.tags(recipe, config.output_dir, code_version()))
-    tracker.log_params({"recipe": recipe, **asdict(config)})
-    tracked = {"tracking_uri": tracking_uri_of(config), "experiment": config.tracking.experiment, "run_id": tracker.run_id()}
-    storage.write_bytes(url, json.dumps(redacted_values(tracked), indent=2).encode())
-    return tracker, tracked
+    return RunMetadata(
+        dated_name(recipe),
+        append_command(text, command),
+        run_tags(recipe, config.output_dir, code_version()),
+        {"recipe": recipe, **asdict(config)},
+    )
 
 
 def _details(made: Plan, outcomes: list[Outcome], command: str, seconds: float) -> dict[str, Any]:
@@ -185,7 +180,7 @@ def _details(made: Plan, outcomes: list[Outcome], command: str, seconds: float) 
 
 
 def _trial(outcome: Outcome) -> dict[str, Any]:
-    url = storage.join(outcome.url, TRACKED) if outcome.url else ""
+    url = storage.join(outcome.url, RUN_RECORD) if outcome.url else ""
     run_id = storage.read_json(url)["run_id"] if url and storage.exists(url) else ""
     return {
         "name": outcome.name,

@@ -14,9 +14,8 @@ from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.results import metrics_for_tracking
 from ray_platform.placement import ResourceRequest
 from ray_platform.sweep.trial import Reached, Segment
-from ray_platform.tracking import Tracker, TrackingConfig
+from ray_platform.tracking import RUN_RECORD, RunRecord, TrackingConfig, start_run
 from ray_platform.train import checkpointing
-from ray_platform.train.launch import TRACKED
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class TrialJob:
 
     config: SweepConfig
     recipe: str
-    tracked: Mapping[str, str]  # the sweep's own run: tracking_uri, experiment, run_id
+    tracked: RunRecord  # of the sweep
 
     def train(self, segment: Segment) -> Reached:
         self._take_run_over(segment)
@@ -68,15 +67,20 @@ class TrialJob:
         )
 
     def _tracking(self, segment: Segment) -> TrackingConfig:
-        uri, experiment, parent = (self.tracked[name] for name in ("tracking_uri", "experiment", "run_id"))
-        return TrackingConfig(uri, experiment, segment.trial, parent)
+        return TrackingConfig(
+            self.tracked["tracking_uri"],
+            self.tracked["experiment"],
+            segment.trial,
+            self.tracked["run_id"],
+            backends=self.config.tracking.backends,
+        )
 
     def _take_run_over(self, segment: Segment) -> None:
         """A trial has one MLflow run, also where it began anew in another folder."""
-        url = storage.join(segment.folder, TRACKED)
+        url = storage.join(segment.folder, RUN_RECORD)
         if storage.exists(url):
             return
-        pattern = storage.join(self.config.output_dir, "trials", f"{segment.trial}_*", TRACKED)
+        pattern = storage.join(self.config.output_dir, "trials", f"{segment.trial}_*", RUN_RECORD)
         found = storage.list_files(pattern) if storage.exists(storage.join(self.config.output_dir, "trials")) else ()
         if found:
             storage.write_bytes(url, storage.read_bytes(found[0].url))
@@ -109,10 +113,9 @@ class TrialJob:
 
     def _track(self, segment: Segment, reached: Reached, metrics: Mapping[str, float]) -> None:
         """By names that all trials share, whatever their guidance scale, so that MLflow can compare them."""
-        run = storage.read_json(storage.join(segment.folder, TRACKED))
-        tracker = Tracker(self._tracking(segment), segment.folder, run["run_id"])
-        tracker.log_metrics({f"sweep/{name}": value for name, value in metrics.items()}, reached.step)
-        tracker.end("FINISHED")
+        run = storage.read_json(storage.join(segment.folder, RUN_RECORD))
+        with start_run(self._tracking(segment), segment.folder, run_id=run["run_id"]) as tracker:
+            tracker.log_metrics({f"sweep/{name}": value for name, value in metrics.items()}, reached.step)
 
 
 def steps(pretrain: PretrainConfig, samples: int) -> int:

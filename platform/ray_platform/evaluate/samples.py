@@ -7,7 +7,6 @@ from typing import Literal
 from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data.causes import LOST, RejectedSample
-from ray_platform.evaluate.result_cache import RETRY_SECONDS
 
 # About so many, whatever the number of replicas: small enough for 64 replicas to end together on the twelve sets.
 IMAGES_PER_SLICE = 128
@@ -45,12 +44,12 @@ class DatasetSlice(ABC):
     estimated_images: float
 
     @abstractmethod
-    def read(self, retry_seconds: float) -> list[RawSample | RejectedSample]:
+    def read(self) -> list[RawSample | RejectedSample]:
         """See `read_slice`. Raises StorageError when nothing of the slice can be read."""
         ...
 
 
-def read_slice(part: DatasetSlice, retry_seconds: float = RETRY_SECONDS) -> list[RawSample | RejectedSample]:
+def read_slice(part: DatasetSlice) -> list[RawSample | RejectedSample]:
     """Return the samples of a slice in order; an empty list for a slice of a tar in which no sample begins.
 
     A sample that cannot be used becomes a RejectedSample, as does a whole slice that storage does not return.
@@ -60,7 +59,7 @@ def read_slice(part: DatasetSlice, retry_seconds: float = RETRY_SECONDS) -> list
             without samples.
     """
     try:
-        samples = part.read(retry_seconds)
+        samples = part.read()
     except storage.StorageError as error:
         return [RejectedSample(f"{part.name}/", LOST[error.kind])]
     for sample in samples:

@@ -16,9 +16,7 @@ from PIL import Image
 from ray_platform import storage
 from ray_platform.contracts import FeatureNetwork, Generator, Rows, Scorer
 from ray_platform.data.causes import RejectedSample, SampleError
-from ray_platform.data.decode import resized, rgb
-from ray_platform.data.statistics import thumbnail_jpeg
-from ray_platform.evaluate.result_cache import RETRY_SECONDS
+from ray_platform.data.decode import resized, rgb, thumbnail_jpeg
 from ray_platform.evaluate.samples import DatasetSlice, RawSample, read_slice
 
 # Images per model call, and per call for the remainder of a unit; the last batch is filled up. Results of other batch shapes
@@ -227,8 +225,7 @@ class GenerateImages:
     def _store(self, index: int, image: np.ndarray) -> None:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
-        url = storage.join(self.images_dir, image_name(index))
-        storage.with_retries(lambda: storage.write_bytes(url, buffer.getvalue()), RETRY_SECONDS)
+        storage.write_bytes(storage.join(self.images_dir, image_name(index)), buffer.getvalue())
 
 
 def image_name(index: int) -> str:

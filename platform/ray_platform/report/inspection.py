@@ -2,12 +2,11 @@
 
 import base64
 from collections.abc import Sequence
-from typing import Any
 
-from ray_platform.data.causes import FILTERED
+from ray_platform.data.causes import is_filtered
 from ray_platform.data.config import DataConfig
-from ray_platform.data.inspection_report import epoch_lines, title, value_text, verdict
-from ray_platform.data.statistics import Thumbnail
+from ray_platform.data.inspection import Thumbnail
+from ray_platform.data.inspection_summary import HistogramSummary, InspectionSummary, title, value_text
 from ray_platform.report.page import Bar, bars, document, figure, table, text, tile
 from ray_platform.units import size_text
 
@@ -24,42 +23,42 @@ td i { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margi
 """
 
 
-def page(summary: dict[str, Any], thumbnails: Sequence[Thumbnail], config: DataConfig) -> str:
+def page(summary: InspectionSummary, thumbnails: Sequence[Thumbnail], config: DataConfig) -> str:
     """The HTML. Captions and keys come from the web: nothing of them is taken for markup."""
     parts = [_head(summary), _charts(summary, config), _rejects(summary), _sheet(thumbnails, config)]
-    return document(f"Inspection of {', '.join(summary['sources'])}", _STYLE, parts)
+    return document(f"Inspection of {', '.join(summary.sources)}", _STYLE, parts)
 
 
-def _head(summary: dict[str, Any]) -> str:
-    shards, samples = summary["shards"], summary["samples"]
-    problem = verdict(summary)
-    taken = f"A run would take this data, judging by {shards['inspected']:,} of its {shards['in_source']:,} shards."
+def _head(summary: InspectionSummary) -> str:
+    shards, samples = summary.shards, summary.samples
+    problem = summary.verdict
+    taken = f"A run would take this data, judging by {shards.inspected:,} of its {shards.in_source:,} shards."
     tiles = [
-        (f"{samples['inspected']:,}", "samples inspected"),
-        (f"{shards['inspected']:,} of {shards['in_source']:,}", "shards"),
-        (f"{size_text(shards['bytes_inspected'])}", f"of {size_text(shards['bytes_in_source'])}"),
-        (f"{samples['bad_share']:.1%}", f"bad, at most {samples['max_skipped_share']:.1%} allowed"),
-        (f"{samples['upscaled'] / max(1, samples['used']):.1%}", "of the used images are scaled up"),
-        (f"{shards['unusable']:,}", "shards without a usable sample"),
+        (f"{samples.inspected:,}", "samples inspected"),
+        (f"{shards.inspected:,} of {shards.in_source:,}", "shards"),
+        (f"{size_text(shards.bytes_inspected)}", f"of {size_text(shards.bytes_in_source)}"),
+        (f"{samples.bad_share:.1%}", f"bad, at most {samples.max_skipped_share:.1%} allowed"),
+        (f"{samples.upscaled / max(1, samples.used):.1%}", "of the used images are scaled up"),
+        (f"{shards.unusable:,}", "shards without a usable sample"),
     ]
-    total = max(1, samples["inspected"])
-    names = ("used", "filtered", "bad")
-    share = "".join(f'<i class="{name}" style="flex:{samples[name] / total:.5f}"></i>' for name in names if samples[name])
-    key = "".join(f'<i class="{name}"></i>{name} {samples[name]:,} ({samples[name] / total:.1%})' for name in names)
-    lines = [text(line) for line in epoch_lines(summary)]
-    if summary["shapes"]:
-        shapes = ", ".join(f"{shape.replace('x', ' × ')}: {count:,}" for shape, count in summary["shapes"].items())
+    total = max(1, samples.inspected)
+    counts = {"used": samples.used, "filtered": samples.filtered, "bad": samples.bad}
+    share = "".join(f'<i class="{name}" style="flex:{n / total:.5f}"></i>' for name, n in counts.items() if n)
+    key = "".join(f'<i class="{name}"></i>{name} {n:,} ({n / total:.1%})' for name, n in counts.items())
+    lines = [text(line) for line in summary.epoch_lines]
+    if summary.shapes:
+        shapes = ", ".join(f"{shape.replace('x', ' × ')}: {count:,}" for shape, count in summary.shapes.items())
         lines.append(f'<span class="soft">images by the shape (width × height) they are trained in: {shapes}</span>')
     return (
-        f'<h1>Data inspection</h1><div class="soft">{text(", ".join(summary["sources"]))}</div>'
+        f'<h1>Data inspection</h1><div class="soft">{text(", ".join(summary.sources))}</div>'
         f'<div class="card verdict{" stop" if problem else ""}">{text(problem or taken)}</div>'
         f'<div class="tiles">{"".join(tile(*each) for each in tiles)}</div>'
         f'<div class="share">{share}</div><div class="key soft">{key}</div><p>{"<br>".join(lines)}</p>'
     )
 
 
-def _charts(summary: dict[str, Any], config: DataConfig) -> str:
-    charts = [_chart(name, histogram, config) for name, histogram in summary["histograms"].items() if any(histogram["counts"])]
+def _charts(summary: InspectionSummary, config: DataConfig) -> str:
+    charts = [_chart(name, histogram, config) for name, histogram in summary.histograms.items() if any(histogram.counts)]
     note = (
         "Images as they are stored, used or not; captions of the used samples. Medians are estimated from the bins. "
         f"Amber: sides below data.image_size = {config.image_size}."
@@ -67,8 +66,8 @@ def _charts(summary: dict[str, Any], config: DataConfig) -> str:
     return f'<h2>Sizes and lengths</h2><div class="charts">{"".join(charts)}</div><p class="soft">{note}</p>' if charts else ""
 
 
-def _chart(name: str, histogram: dict[str, Any], config: DataConfig) -> str:
-    edges, counts = histogram["edges"], histogram["counts"]
+def _chart(name: str, histogram: HistogramSummary, config: DataConfig) -> str:
+    edges, counts = histogram.edges, histogram.counts
     filled = [i for i, count in enumerate(counts) if count]
     rows = []
     for i in range(filled[0], filled[-1] + 1):
@@ -76,7 +75,8 @@ def _chart(name: str, histogram: dict[str, Any], config: DataConfig) -> str:
         share = counts[i] / max(counts)
         rows.append(Bar(_bin(name, edges, i), share, f"{counts[i]:,}", "low" if low else ""))
     values = " · ".join(
-        f"{label} {value_text(name, histogram[of])}" for label, of in (("least", "least"), ("median", "p50"), ("most", "most"))
+        f"{label} {value_text(name, getattr(histogram, of))}"
+        for label, of in (("least", "least"), ("median", "p50"), ("most", "most"))
     )
     unit = _UNITS.get(name, "")
     head = f'<h3>{text(title(name) + unit)}</h3><span class="soft">{text(values)}</span>'
@@ -95,20 +95,20 @@ def _bin(name: str, edges: Sequence[float], i: int) -> str:
     return f"{edges[i]:,.0f}–{last:,.0f}" if last > edges[i] else f"{edges[i]:,.0f}"
 
 
-def _rejects(summary: dict[str, Any]) -> str:
-    if not summary["rejects"]:
+def _rejects(summary: InspectionSummary) -> str:
+    if not summary.rejects:
         return "<h2>Rejects</h2><p>None.</p>"
     rows = []
-    for cause, reject in summary["rejects"].items():
-        kind = "filtered" if cause in FILTERED else "bad"
-        lost = reject["shards_of_unknown_count"]
-        count = f"{reject['samples']:,}" + (
+    for cause, reject in summary.rejects.items():
+        kind = "filtered" if is_filtered(cause) else "bad"
+        lost = reject.shards_of_unknown_count
+        count = f"{reject.samples:,}" + (
             f'<br><span class="soft">guessed for {lost:,} shard{"s"[: lost > 1]}</span>' if lost else ""
         )
-        examples = ", ".join(f"<code>{text(key)}</code>" for key in reject["examples"])
+        examples = ", ".join(f"<code>{text(key)}</code>" for key in reject.examples)
         rows.append(
-            f'<tr><td><i class="{kind}"></i>{text(cause)}<br><span class="soft">{text(reject["meaning"])}</span></td>'
-            f'<td class="num">{count}</td><td class="num">{reject["share"]:.2%}</td><td>{examples}</td></tr>'
+            f'<tr><td><i class="{kind}"></i>{text(cause)}<br><span class="soft">{text(reject.meaning)}</span></td>'
+            f'<td class="num">{count}</td><td class="num">{reject.share:.2%}</td><td>{examples}</td></tr>'
         )
     head = '<th>cause</th><th class="num">samples</th><th class="num">share</th><th>such as</th>'
     return f'<h2>Rejects</h2><div class="card">{table(head, rows)}</div>'

@@ -1,22 +1,36 @@
-"""MLflow, which nothing else imports: what a run was given, how its metrics went, its previews, data sets and models.
+"""Tracking of runs: parameters, metrics, previews, datasets and models, written to MLflow, to JSON lines, or to your own tracker.
 
-A tracker's failure is a warning, once for each kind of call, and never an error: it must not stop a training.
+`start_run` opens a run. Nothing else in the platform imports MLflow. What needs Ray is imported on first use: every configuration
+imports `TrackingConfig`, and `--help` must not wait for Ray.
 """
 
-from ray_platform.tracking.handle import TrackerHandle, start_tracker
-from ray_platform.tracking.records import DataSet, ModelPackage
-from ray_platform.tracking.store import TrackingConfig, metric_history, tracking_uri, ui_command
-from ray_platform.tracking.tracker import RunStatus, Tracker
+from typing import TYPE_CHECKING, Any
+
+from ray_platform.tracking.config import RUN_RECORD, RunRecord, TrackingConfig, read_run_record, tracking_uri
+from ray_platform.tracking.tracker import ModelPackage, RunMetadata, TrackedData, Tracker
+
+if TYPE_CHECKING:
+    from ray_platform.tracking.runs import metric_history, run_record, start_run
 
 __all__ = [
-    "DataSet",
+    "RUN_RECORD",
     "ModelPackage",
-    "RunStatus",
+    "RunMetadata",
+    "RunRecord",
+    "TrackedData",
     "Tracker",
-    "TrackerHandle",
     "TrackingConfig",
     "metric_history",
-    "start_tracker",
+    "read_run_record",
+    "run_record",
+    "start_run",
     "tracking_uri",
-    "ui_command",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("metric_history", "run_record", "start_run"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ray_platform.tracking import runs
+
+    return getattr(runs, name)

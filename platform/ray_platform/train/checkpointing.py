@@ -27,7 +27,6 @@ from ray_platform.names import check_below
 COMPLETE = "complete.json"
 BASE, CONSUMED = "base", "consumed"  # the two ledgers
 TENSORS = ".safetensors"
-RETRY_SECONDS = 120.0  # while storage does not answer
 
 
 class CorruptCheckpoint(DataError):
@@ -124,7 +123,7 @@ def candidates(resume: str, output_dir: str, launch: str) -> list[str]:
 def read_manifest(url: str) -> Manifest:
     """Raises CorruptCheckpoint when it is not there (any more), or no manifest."""
     with _whole(url, COMPLETE):
-        data = storage.with_retries(lambda: storage.read_small(storage.join(url, COMPLETE)), RETRY_SECONDS)
+        data = storage.read_small(storage.join(url, COMPLETE))
         return Manifest.from_bytes(data, url)
 
 
@@ -148,7 +147,7 @@ def read_file(url: str, manifest: Manifest, name: str) -> bytes:
     """Raises CorruptCheckpoint when the file is missing, or is not what was written."""
     with _whole(url, name):
         size, digest = manifest.files[name]
-        data = storage.with_retries(lambda: storage.read_bytes(storage.join(url, name), 0, size + 1), RETRY_SECONDS)
+        data = storage.read_bytes(storage.join(url, name), 0, size + 1)
         if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
             raise ValueError(f"{len(data)} bytes of {size}")
         return data

@@ -96,6 +96,7 @@ class Guard:
         content = {"step": step, "rank": rank, "loss": repr(loss), "keys": list(batch.keys), "captions": list(batch.captions)}
         try:
             url = storage.join(self.folder, f"step_{step:08d}_rank_{rank:05d}.json")
-            storage.write_bytes(url, json.dumps(content, indent=1).encode())
+            with storage.retrying_for(0):  # training does not wait for it
+                storage.write_bytes(url, json.dumps(content, indent=1).encode())
         except storage.StorageError as error:
             logger.warning("the keys of step %d could not be saved: %s", step, error)

@@ -6,7 +6,7 @@ from typing import Any
 from ray_platform import storage
 from ray_platform.data.catalog import Catalog
 from ray_platform.data.config import DataConfig
-from ray_platform.tracking import TrackerHandle
+from ray_platform.tracking import Tracker
 from ray_platform.train.config import TrainConfig
 
 
@@ -20,7 +20,7 @@ class Job:
     catalog: Catalog
     output_dir: str
     launch: str  # names this launch's checkpoints
-    tracker: TrackerHandle
+    tracker: Tracker
     watch: Any  # the Watch's actor
     heldout: Any  # a reference to Heldout, or None
     params: dict[str, Any]

@@ -1,7 +1,6 @@
 """The driver's side of a training run: check what can be checked, start the workers, and again if lost, say what failed."""
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -24,18 +23,18 @@ from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
 from ray_platform.placement import label_selector
-from ray_platform.redaction import redacted_values
 from ray_platform.tracking import (
     ModelPackage,
-    RunStatus,
-    TrackerHandle,
+    RunRecord,
+    Tracker,
     TrackingConfig,
-    run_metadata,
-    start_tracker,
+    read_run_record,
+    run_record,
+    start_run,
     tracking_uri,
 )
-from ray_platform.tracking.code_version import code_version
 from ray_platform.tracking.node_metrics import NodeMetrics
+from ray_platform.tracking.run_metadata import code_version
 from ray_platform.train import checkpointing
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.elastic import SaveBeforeResize
@@ -44,6 +43,7 @@ from ray_platform.train.job import Job
 from ray_platform.train.network import ProcessGroup
 from ray_platform.train.overseer import Overseer
 from ray_platform.train.restarts import Restarts, Stopped
+from ray_platform.train.run_description import pretraining_metadata
 from ray_platform.train.watch import start_watch
 
 __all__ = ["Run", "Stopped"]
@@ -54,7 +54,6 @@ INSPECTED_SAMPLES = 64
 RESIZE_SECONDS = 60.0  # between looks whether an elastic run can have more workers: each change costs a restart
 CATALOG = "catalog.json"  # in output_dir: the shards that the run was begun with
 SUMMARY = "train_summary.json"  # in output_dir: the result of a finished run
-TRACKED = "mlflow.json"  # in output_dir: the run to go on in after a resume
 
 
 def run_worker(job: Job) -> None:
@@ -91,10 +90,7 @@ class Run:
                 f"output_dir: {self.output_dir} is relative, and a submitted job's folder is a copy that is thrown away; "
                 "give an absolute path or an s3:// URL"
             )
-        if "://" in self.output_dir and not self.tracking.uri:
-            raise ConfigError(
-                f"tracking.uri: give an MLflow server or sqlite:/// path, as {self.output_dir} cannot hold a database"
-            )
+        tracking_uri(self.tracking, self.output_dir)
         if self.train.elastic and self.data.placement and not self.train.placement:
             raise ConfigError(
                 "train.placement: the workers of an elastic run would take the CPUs of data.placement, where their reads are to "
@@ -152,8 +148,8 @@ class Run:
             "output_dir": self.output_dir,
         }
 
-    def fit(self) -> dict[str, Any]:
-        """Train to the launch's last step. Returns where it is tracked: {tracking_uri, experiment, run_id}.
+    def fit(self) -> RunRecord:
+        """Train to the launch's last step, and return the record of the tracked run.
 
         Raises ConfigError and DataError before anything starts, and TrainingError, in one line, when the run fails or is
         stopped by SIGTERM (which it answers with a checkpoint).
@@ -166,7 +162,22 @@ class Run:
         connect()
         storage.write_bytes(storage.join(self.output_dir, CATALOG), to_json(catalog))
         version = code_version()
-        tracker, tracked = self._start_tracker(catalog, version)
+        known = read_run_record(self.output_dir) if self.train.resume != "none" else None
+        metadata = pretraining_metadata(
+            self.params, catalog, self.data, self.train, self.output_dir, command=self.command, code_version=version
+        )
+        with start_run(
+            self.tracking, self.output_dir, metadata, run_id=known["run_id"] if known else "", record=True, in_actor=True
+        ) as tracker:
+            try:
+                self._train(catalog, heldout, tracker, version)
+            finally:
+                with contextlib.suppress(storage.StorageError):
+                    storage.delete(self._ray_dir)
+            return run_record(self.tracking, self.output_dir, tracker)
+
+    def _train(self, catalog: Catalog, heldout: Any, tracker: Tracker, version: str) -> None:
+        """Run the workers to the last step, and store the exported model in the tracker."""
         job = Job(
             cloudpickle.dumps(self.build_task),
             self._data(),
@@ -182,21 +193,13 @@ class Run:
             version,
         )
         machines = NodeMetrics(tracker, self.tracking.system_metrics_seconds)
-        status: RunStatus = "FAILED"
-        try:
-            with Overseer(job.watch, tracker, machines, self.train) as overseer:
-                self._train_to_the_end(job, overseer)
-            if self.train.last_step == self.train.num_steps and self.tracking.log_model:
-                if self.package:
-                    tracker.log_model(job.export_dir, self.package)
-                else:
-                    tracker.log_folder(job.export_dir, "model")
-            status = "FINISHED"
-        finally:
-            tracker.end(status)
-            with contextlib.suppress(storage.StorageError):
-                storage.delete(self._ray_dir)
-        return tracked
+        with Overseer(job.watch, tracker, machines, self.train) as overseer:
+            self._train_to_the_end(job, overseer)
+        if self.train.last_step == self.train.num_steps and self.tracking.log_model:
+            if self.package:
+                tracker.log_model(job.export_dir, self.package)
+            else:
+                tracker.log_folder(job.export_dir, "model")
 
     @property
     def _ray_dir(self) -> str:
@@ -222,26 +225,6 @@ class Run:
             except (TrainingFailedError, ray.exceptions.RayActorError) as error:
                 logger.warning("%s", restarts.judge(error, overseer.last_hang, overseer.stopping))
                 overseer.workers_are_gone()
-
-    def _start_tracker(self, catalog: Catalog, version: str) -> tuple[TrackerHandle, dict[str, str]]:
-        """The tracker's run: the one that a resumed run began in, else a new one. It is told what this run is."""
-        url, known = storage.join(self.output_dir, TRACKED), {}
-        if self.train.resume != "none" and storage.exists(url):
-            known = storage.read_json(url)
-        recipe = str(self.params.get("recipe", "run"))
-        named = replace(self.tracking, run_name=self.tracking.run_name or f"{run_metadata.dated(recipe)}-seed{self.train.seed}")
-        tracker = start_tracker(named, self.output_dir, known.get("run_id", ""))
-        tracker.log_params(self.params)
-        data_sets = run_metadata.data_sets(catalog, self.data, self.train)
-        tracker.describe(
-            run_metadata.description(recipe, self.command, self.train, data_sets, self.output_dir),
-            run_metadata.tags(recipe, self.output_dir, version) | {"data.sources": ", ".join(self.data.sources)},
-        )
-        tracker.log_data_sets(data_sets)
-        uri = tracking_uri(self.tracking, self.output_dir)
-        tracked = {"tracking_uri": uri, "experiment": self.tracking.experiment, "run_id": tracker.run_id()}
-        storage.write_bytes(url, json.dumps(redacted_values(tracked), indent=2).encode())
-        return tracker, tracked
 
     def _trainer(self, job: Job) -> TorchTrainer:
         train = self.train

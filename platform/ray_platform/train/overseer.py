@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from ray_platform.ray_internals import draining_nodes
-from ray_platform.tracking import TrackerHandle
+from ray_platform.tracking import Tracker
 from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.train.config import TrainConfig
 
@@ -23,7 +23,7 @@ _ANSWER_TIMEOUT_S = 10.0
 class Overseer:
     """For the length of a `with` block, to be entered in the main thread where SIGTERM shall be answered."""
 
-    def __init__(self, watch: Any, tracker: TrackerHandle, machines: NodeMetrics, train: TrainConfig):
+    def __init__(self, watch: Any, tracker: Tracker, machines: NodeMetrics, train: TrainConfig):
         self.watch, self.tracker, self.machines, self.train = watch, tracker, machines, train
         self.stopping = False  # SIGTERM came: a checkpoint is made, and the run ends
         self.last_hang = ""  # said once by `workers_are_gone`

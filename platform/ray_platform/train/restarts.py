@@ -6,7 +6,7 @@ import ray
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, TrainingError
-from ray_platform.train.checkpointing import RETRY_SECONDS
+from ray_platform.retry import RETRY_SECONDS
 from ray_platform.train.guard import Diverged
 
 
@@ -42,7 +42,8 @@ class Restarts:
             raise Stopped(f"{said}; {self._left()}") from None
         if is_final(cause):
             raise TrainingError(line) from error
-        made = storage.with_retries(self.newest, RETRY_SECONDS)
+        with storage.retrying_for(RETRY_SECONDS):
+            made = self.newest()
         if made != self.last:
             self.failures, self.last = 0, made
         self.failures += not isinstance(cause, Interrupted)

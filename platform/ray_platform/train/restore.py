@@ -14,8 +14,9 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.data.catalog import Catalog
 from ray_platform.data.ledger import Ledger
+from ray_platform.retry import RETRY_SECONDS
 from ray_platform.train import checkpointing
-from ray_platform.train.checkpointing import RETRY_SECONDS, CorruptCheckpoint, Manifest
+from ray_platform.train.checkpointing import CorruptCheckpoint, Manifest
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.engine import Engine
 from ray_platform.train.guard import History
@@ -72,7 +73,8 @@ def find(resume: str, output_dir: str, launch: str, source_digest: str) -> Found
     """
     said: list[Any] = [None]
     if dist.get_rank() == 0:
-        said = [storage.with_retries(lambda: checkpointing.candidates(resume, output_dir, launch), RETRY_SECONDS)]
+        with storage.retrying_for(RETRY_SECONDS):
+            said = [checkpointing.candidates(resume, output_dir, launch)]
     dist.broadcast_object_list(said)
     damages: list[Any] = [""] * dist.get_world_size()
     for url in said[0]:

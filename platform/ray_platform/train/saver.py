@@ -20,7 +20,7 @@ import torch
 from ray_platform import storage
 from ray_platform.contracts import one_line
 from ray_platform.train import checkpointing
-from ray_platform.train.checkpointing import RETRY_SECONDS, Keep, Manifest, json_name
+from ray_platform.train.checkpointing import Keep, Manifest, json_name
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Saver:
             logger.warning("the checkpoint %s failed on rank %d; training goes on: %s", self.url, self.rank, self.failure)
 
     def _put(self, name: str, data: bytes) -> tuple[int, str]:
-        storage.with_retries(lambda: storage.write_bytes(storage.join(self.url, name), data), RETRY_SECONDS)
+        storage.write_bytes(storage.join(self.url, name), data)
         self.moved()
         return len(data), hashlib.sha256(data).hexdigest()
 
@@ -102,10 +102,10 @@ class Saver:
             names = [json_name(f"{checkpointing.rank_name(rank)}_files", self.token) for rank in range(manifest.world_size)]
             lists = [storage.join(url, name) for name in names]
             files: dict[str, tuple[int, str]] = {}
-            for content in storage.with_retries(lambda: [storage.read_bytes(url) for url in lists], RETRY_SECONDS):
-                files |= json.loads(content)
+            for file_list in lists:
+                files |= json.loads(storage.read_bytes(file_list))
             whole = replace(manifest, files=files).to_bytes()
-            storage.with_retries(lambda: storage.write_bytes(storage.join(url, checkpointing.COMPLETE), whole), RETRY_SECONDS)
+            storage.write_bytes(storage.join(url, checkpointing.COMPLETE), whole)
             logger.info("checkpoint %s is complete", url)
         except Exception as error:
             self.failure = one_line(error)

@@ -21,11 +21,10 @@ from ray import cloudpickle
 
 from ray_platform import storage
 from ray_platform.contracts import Batch, ConfigError, ConsumedRange, DataError, Task, one_line
-from ray_platform.data.execution import spilled_bytes
 from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
+from ray_platform.ray_internals import spilled_bytes
 from ray_platform.train import heldout, previews
-from ray_platform.train.checkpointing import RETRY_SECONDS
 from ray_platform.train.config import BatchPlan
 from ray_platform.train.engine import Engine
 from ray_platform.train.guard import Guard, History
@@ -276,10 +275,10 @@ class Trainer:
         if weights is not None:
             with tempfile.TemporaryDirectory(prefix="export_") as folder:
                 self.task.save_pretrained(weights, Path(folder))
-                storage.with_retries(lambda: storage.put_folder(Path(folder), self.job.export_dir), RETRY_SECONDS)
+                storage.put_folder(Path(folder), self.job.export_dir)
             url = storage.join(self.job.output_dir, SUMMARY)
             content = json.dumps(self._summary(skipped), indent=2).encode()
-            storage.with_retries(lambda: storage.write_bytes(url, content), RETRY_SECONDS)
+            storage.write_bytes(url, content)
         with self.heart.waiting():
             dist.barrier()
 

@@ -94,7 +94,7 @@ def test_files_that_are_gone_or_cannot_be_read_do_not_affect_the_others(tmp_path
     (root / "a" / "1.jpg").unlink()
     (root / "a" / "2.jpg").unlink()
     (root / "a" / "2.jpg").mkdir()
-    causes = [getattr(sample, "cause", "") for sample in read(data, retry_seconds=0.1)]
+    causes = [getattr(sample, "cause", "") for sample in read(data)]
     assert causes == ["", "shard_missing", "shard_unavailable", ""]
 
 
@@ -130,4 +130,5 @@ def test_folders_in_s3(s3_url, tmp_path, monkeypatch):
     storage.delete(f"{s3_url}/folders/mine/a b/1.jpg")
     assert read(images)[1] == RejectedSample("a b/1.jpg", "shard_missing")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    assert {sample.cause for sample in read(images, retry_seconds=0.5)} == {"shard_unavailable"}
+    monkeypatch.setattr("ray_platform.retry.RETRY_SECONDS", 0.5)
+    assert {sample.cause for sample in read(images)} == {"shard_unavailable"}

@@ -13,7 +13,8 @@ from mlflow import MlflowClient
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.results import check_same_protocol, metrics_for_tracking, model_folders, write_results
-from ray_platform.tracking import Tracker, TrackingConfig, tracking_uri
+from ray_platform.tracking import TrackingConfig, tracking_uri
+from ray_platform.tracking.runs import SafeTracker
 from tests.support.evaluation_details import OWN, SETS, evaluation
 
 FOLDER, BASELINE_FOLDER = "DiffDis-step-40000", "CLIP-ViT-B-32-own-run"
@@ -134,7 +135,7 @@ def test_results_go_to_s3(details, s3_url):
 
 def test_mlflow_takes_every_metric_and_gives_it_back(details, tmp_path, caplog):
     metrics = metrics_for_tracking(details)
-    tracker = Tracker(TrackingConfig(), str(tmp_path))
+    tracker = SafeTracker(TrackingConfig(), str(tmp_path))
     tracker.log_metrics(metrics, step=40000)
     tracker.end("FINISHED")
     assert not caplog.records
@@ -160,7 +161,7 @@ def test_no_name_of_a_model_keeps_metrics_from_mlflow(details, name, tmp_path_fa
     }
     metrics = metrics_for_tracking(odd)
     assert len(metrics) == 4
-    tracker = Tracker(TrackingConfig(), output)
+    tracker = SafeTracker(TrackingConfig(), output)
     tracker.log_metrics(metrics, step=1)
     client = MlflowClient(tracking_uri(TrackingConfig(), output))
     assert client.get_run(tracker.run_id()).data.metrics == metrics

@@ -313,4 +313,5 @@ def test_a_set_that_s3_loses_or_forbids(s3_url, tmp_path, monkeypatch, forget_s3
     assert {sample.cause for sample in read(data)} == {"shard_forbidden"}
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     forget_s3_sessions()
-    assert {sample.cause for sample in read(data, retry_seconds=0.5)} == {"shard_unavailable"}
+    monkeypatch.setattr("ray_platform.retry.RETRY_SECONDS", 0.5)
+    assert {sample.cause for sample in read(data)} == {"shard_unavailable"}

@@ -115,9 +115,9 @@ class CifarSlice(DatasetSlice):
     start: int
     stop: int
 
-    def read(self, retry_seconds: float) -> list[RawSample | RejectedSample]:
+    def read(self) -> list[RawSample | RejectedSample]:
         set_name = self.schema.set_name
-        pixels, labels = storage.with_retries(lambda: _load_images(set_name, self.url, self.size), retry_seconds)
+        pixels, labels = _load_images(set_name, self.url, self.size)
         return [
             RawSample(f"{IMAGE_FILES[set_name]}/{index:05d}", _encode(pixels[index]), labels[index])
             for index in range(self.start, self.stop)

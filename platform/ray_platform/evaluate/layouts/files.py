@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 
 from ray_platform import storage
@@ -33,28 +32,13 @@ class ImageFilesSlice(DatasetSlice):
     folder: str
     files: tuple[tuple[str, int], ...]
 
-    def read(self, retry_seconds: float) -> list[RawSample | RejectedSample]:
-        """Read the files in parallel. A file that cannot be read becomes a RejectedSample and does not affect the others."""
-        contents: dict[str, bytes] = {}
-        errors: dict[str, storage.StorageError] = {}
-
-        def read_remaining() -> None:
-            remaining = [name for name, _ in self.files if name not in contents]
-            remaining = [name for name in remaining if name not in errors or errors[name].kind == "unavailable"]
-            with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-                for name, result in zip(remaining, pool.map(self._read_file, remaining), strict=True):
-                    if isinstance(result, bytes):
-                        contents[name] = result
-                    else:
-                        errors[name] = result
-            if unavailable := [errors[name] for name in remaining if name not in contents and errors[name].kind == "unavailable"]:
-                raise unavailable[0]
-
-        with suppress(storage.StorageError):
-            storage.with_retries(read_remaining, retry_seconds)
+    def read(self) -> list[RawSample | RejectedSample]:
+        """Read the files concurrently. A file that cannot be read becomes a RejectedSample."""
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            contents = list(pool.map(self._read_file, [name for name, _ in self.files]))
         return [
-            RawSample(name, contents[name], label) if name in contents else RejectedSample(name, LOST[errors[name].kind])
-            for name, label in self.files
+            RawSample(name, content, label) if isinstance(content, bytes) else RejectedSample(name, LOST[content.kind])
+            for (name, label), content in zip(self.files, contents, strict=True)
         ]
 
     def _read_file(self, name: str) -> bytes | storage.StorageError:

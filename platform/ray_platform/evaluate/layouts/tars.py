@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
-from ray_platform.data.captions import LONGEST_CAPTION
+from ray_platform.data.captions import MAX_CAPTION_BYTES
 from ray_platform.data.catalog import NOMINAL_BYTES
 from ray_platform.data.causes import RejectedSample
 from ray_platform.data.tar import IMAGE_SUFFIXES, Record, read_tar_slice
@@ -39,17 +39,14 @@ class TarSlice(DatasetSlice):
     start: int
     stop: int
 
-    def read(self, retry_seconds: float) -> list[RawSample | RejectedSample]:
-        records = storage.with_retries(self._records, retry_seconds)
+    def read(self) -> list[RawSample | RejectedSample]:
+        suffixes = IMAGE_SUFFIXES if self.schema.task == "images" else (*IMAGE_SUFFIXES, "cls", "txt")
+        records = read_tar_slice(self.url, self.tar, self.size, self.start, self.stop, suffixes)
         if records == [RejectedSample(f"{self.tar}/", "shard_empty")]:
             if self.stop - self.start == self.size:
                 raise DataError(f"{self.schema.set_name}: {self.url} has no samples; download the set again")
             return []  # the slice is inside a very large member, or in the zeros at the end of the tar
         return [record if isinstance(record, RejectedSample) else self._sample(record) for record in records]
-
-    def _records(self) -> list[Record | RejectedSample]:
-        suffixes = IMAGE_SUFFIXES if self.schema.task == "images" else (*IMAGE_SUFFIXES, "cls", "txt")
-        return read_tar_slice(self.url, self.tar, self.size, self.start, self.stop, suffixes)
 
     def _sample(self, record: Record) -> RawSample | RejectedSample:
         members = record.members
@@ -68,7 +65,7 @@ class TarSlice(DatasetSlice):
                 return RejectedSample(record.key, "label_invalid")
             return RawSample(record.key, image, int(label))
         text = bytes(members.get("txt", b""))
-        if len(text) > LONGEST_CAPTION:
+        if len(text) > MAX_CAPTION_BYTES:
             return RejectedSample(record.key, "caption_too_long")
         try:
             lines = text.decode().split("\n")

@@ -1,4 +1,4 @@
-"""An exported folder -> a model of MLflow's: with a signature, an input example, and no pickle in it."""
+"""Store an exported model as an MLflow model with a signature, an input example and no pickle, and register it."""
 
 import contextlib
 import importlib.metadata
@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from ray_platform import storage
-from ray_platform.tracking.records import ModelPackage
+from ray_platform.tracking.tracker import ModelPackage
 
-_UPLOAD_TIMEOUT = "600"  # seconds until a server has put a large file away: metrics need an answer sooner
+_UPLOAD_TIMEOUT = "600"  # seconds for a server to store a large file; the timeout for metrics is shorter
 _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _TYPES = {str: "string", int: "long", float: "double", bool: "boolean"}
 
 
 def log_model(client: Any, run_id: str, name: str, folder: str, package: ModelPackage, step: int) -> str:
-    """Store what `folder` (of this machine, or s3://) holds as a model that `run_id` made at `step`; returns the model's id.
+    """Store the exported model in `folder` (local or s3://) as a model of the run `run_id` at `step`, and return the model's id.
 
-    By the client alone: MLflow's own `log_model` works on the process's current store and run.
+    Only through the client: MLflow's `log_model` works on the current store and run of the process.
     """
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 
     experiment = client.get_run(run_id).info.experiment_id
-    made = client.create_logged_model(experiment, name, source_run_id=run_id, model_type="pyfunc")
+    model = client.create_logged_model(experiment, name, source_run_id=run_id, model_type="pyfunc")
     status = "FAILED"
     try:
         with tempfile.TemporaryDirectory(prefix="model_") as scratch, _environment(_TIMEOUT, _UPLOAD_TIMEOUT):
@@ -43,20 +43,22 @@ def log_model(client: Any, run_id: str, name: str, folder: str, package: ModelPa
                 input_example=_example(package),
                 pip_requirements=[f"{of}=={importlib.metadata.version(of)}" for of in package.requirements],
                 mlflow_model=Model(
-                    artifact_path=made.artifact_location, run_id=run_id, model_uuid=made.model_id, model_id=made.model_id
+                    artifact_path=model.artifact_location, run_id=run_id, model_uuid=model.model_id, model_id=model.model_id
                 ),
             )
-            client.log_model_artifacts(made.model_id, saved)
+            client.log_model_artifacts(model.model_id, saved)
         status = "READY"
     finally:
-        client.finalize_logged_model(made.model_id, status)
-    client.log_outputs(run_id, [LoggedModelOutput(made.model_id, step)])
-    return made.model_id
+        client.finalize_logged_model(model.model_id, status)
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+    return model.model_id
 
 
 def register_model(client: Any, name: str, source: str, run_id: str, tags: Mapping[str, str]) -> None:
-    """Make the model that `run_id` logged last, or what is at `source` where it logged none, a version of the model `name`; where
-    it is one already, renew its tags."""
+    """Register the newest model of the run `run_id`, or the one at `source` if there is none, as a version of the model `name`.
+
+    If it is a version already, its tags are renewed.
+    """
     outputs = client.get_run(run_id).outputs
     models = [client.get_logged_model(output.model_id) for output in outputs.model_outputs] if outputs else []
     newest = max(models, key=lambda model: model.creation_timestamp, default=None)
@@ -67,7 +69,7 @@ def register_model(client: Any, name: str, source: str, run_id: str, tags: Mappi
     versions = client.search_model_versions(f"name='{name}'") if known else []
     version = next((v.version for v in versions if v.run_id == run_id and v.source == source), None)
     if version is None:
-        with _environment("MLFLOW_TRACKING_URI", client.tracking_uri):  # where MLflow looks models:/ up, whatever client it is
+        with _environment("MLFLOW_TRACKING_URI", client.tracking_uri):  # where MLflow resolves models:/
             client.create_model_version(name, source, run_id, tags=dict(tags), model_id=newest.model_id if newest else None)
         return
     for key, value in tags.items():
@@ -102,7 +104,7 @@ def _example(package: ModelPackage) -> Any:
 
 @contextlib.contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """With a variable set, which MLflow reads whenever it needs it."""
+    """Set an environment variable within the block; MLflow reads its settings at every use."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

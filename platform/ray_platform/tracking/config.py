@@ -1,0 +1,95 @@
+"""Configuration of tracking, and the record of where a run is tracked."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict
+
+from ray_platform.contracts import ConfigError
+from ray_platform.redaction import redacted_values
+
+RUN_RECORD = "mlflow.json"  # in output_dir: a `RunRecord`, from which a resumed job continues in the same run
+# Import paths, so that only the process that writes a run imports MLflow (a second).
+TRACKERS = {
+    "mlflow": "ray_platform.tracking.mlflow_tracker:MlflowTracker",
+    "jsonl": "ray_platform.tracking.json_lines:JsonLinesTracker",
+}
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go, and how the run is called there.
+
+    Attributes:
+        uri: an MLflow server or `sqlite:////absolute/path.db`; empty: `mlflow.db` in the run's output folder.
+        experiment: the MLflow experiment.
+        run_name: the run's name; empty: the recipe, its start time and its seed.
+        parent_run_id: the MLflow run of the same store that shows this one below itself; empty: none.
+        tags: your own tags, such as '{"team": "vision"}'.
+        log_model: store the exported model there too, so that MLflow can load and serve it.
+        registered_model: the registered model of which the run's model becomes a version; empty: none.
+        system_metrics_seconds: interval between two samples of the CPUs, memory, disks, network and GPUs of every node; 0: none.
+        backends: the trackers that write the run: `mlflow`, `jsonl` (a file in the output folder), or your own as `module:Class`.
+            The first one that has an id gives the run its id.
+    """
+
+    uri: str = ""
+    experiment: str = "diffdis"
+    run_name: str = ""
+    parent_run_id: str = ""
+    tags: dict[str, str] = field(default_factory=dict)
+    log_model: bool = True
+    registered_model: str = ""
+    system_metrics_seconds: float = 10.0
+    backends: tuple[str, ...] = ("mlflow",)
+
+    def __post_init__(self) -> None:
+        for backend in self.backends:
+            if backend not in TRACKERS and ":" not in backend:
+                raise ValueError(
+                    f"tracking.backends: no tracker {backend!r}; use {', '.join(TRACKERS)}, or the import path module:Class"
+                )
+
+
+class RunRecord(TypedDict):
+    """Address of a tracked run."""
+
+    tracking_uri: str
+    experiment: str
+    run_id: str
+
+
+def tracking_uri(config: TrackingConfig, output_dir: str) -> str:
+    """Return the MLflow store that a run with this output folder writes to; empty if MLflow is not among the backends.
+
+    Raises:
+        ConfigError: `config.uri` is empty and `output_dir` is not a local folder.
+    """
+    if "mlflow" not in config.backends:
+        return ""
+    if config.uri:
+        return config.uri
+    if "://" in output_dir:
+        raise ConfigError(
+            f"tracking.uri: empty, but {output_dir} cannot hold MLflow's database; give an MLflow server or a sqlite:/// path"
+        )
+    return f"sqlite:///{Path(output_dir).absolute() / 'mlflow.db'}"
+
+
+def read_run_record(output_dir: str) -> RunRecord | None:
+    """Return the run that is recorded in `output_dir`, or None. Secrets in its URI are redacted."""
+    from ray_platform import storage  # late: every configuration imports this module, and pyarrow and fsspec take long
+
+    url = storage.join(output_dir, RUN_RECORD)
+    if not storage.exists(url):
+        return None
+    values = storage.read_json(url)
+    return RunRecord(tracking_uri=values["tracking_uri"], experiment=values["experiment"], run_id=values["run_id"])
+
+
+def write_run_record(output_dir: str, record: RunRecord) -> None:
+    """Record a run in `output_dir`, without the secrets of its URI. Raises DataError."""
+    from ray_platform import storage
+
+    content = json.dumps(redacted_values(record), indent=2)
+    storage.write_bytes(storage.join(output_dir, RUN_RECORD), content.encode())

@@ -1,0 +1,50 @@
+"""Name, tags, description and datasets of a run in the tracker."""
+
+import re
+import shutil
+
+from ray_platform.data.catalog import build_catalog
+from ray_platform.data.config import DataConfig
+from ray_platform.tracking.run_metadata import dated_name, run_tags
+from ray_platform.train.config import TrainConfig
+from ray_platform.train.run_description import description, tracked_data
+
+
+def datasets(sources, weights=(), max_read_mb=256, **train):
+    config = DataConfig(sources=tuple(map(str, sources)), weights=weights, max_read_mb=max_read_mb)
+    return tracked_data(build_catalog(config), config, TrainConfig(**train))
+
+
+def test_the_digest_of_a_source_depends_on_its_shards_only(shard_folder, tmp_path):
+    [alone] = datasets([shard_folder])
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(shard_folder, moved)
+    shutil.copytree(shard_folder, other)
+    (other / "00003.tar").unlink()
+    mixed = datasets([moved, other], weights=(0.75, 0.25), max_read_mb=1, heldout_sources=(str(shard_folder),))
+    assert [data.context for data in mixed] == ["training", "training", "heldout"]
+    assert [data.name for data in mixed] == ["moved", "other", shard_folder.name]
+    assert (mixed[0].digest, mixed[2].digest, mixed[1].digest != alone.digest) == (alone.digest, alone.digest, True)
+    assert alone.counts == {"num_shards": 5, "num_bytes": sum(tar.stat().st_size for tar in shard_folder.glob("*.tar"))}
+    assert mixed[1].counts["num_shards"] == 4
+
+
+def test_samples_are_counted_if_every_shard_has_a_count(shard_folder, tmp_path):
+    folder = tmp_path / "train"
+    shutil.copytree(shard_folder, folder)
+    for tar in folder.glob("*.tar"):
+        tar.with_name(f"{tar.stem}_stats.json").write_text('{"successes": 2}')
+    [counted], [matched] = datasets([folder]), datasets([folder / "0000[0-9].tar"])
+    assert (counted.name, counted.counts["num_samples"], counted.url) == ("train", 10, str(folder))
+    assert (matched.name, matched.digest, "num_samples" in matched.counts) == ("train", counted.digest, False)
+    text = description("demo", "", TrainConfig(num_steps=1000), [counted], "/data/run")
+    assert f"training data: 10 samples, 5 shards, {counted.counts['num_bytes'] / 1e6:.1f} MB in `{folder}`" in text
+
+
+def test_description_name_and_tags():
+    text = description("demo", "python jobs/pretrain.py", TrainConfig(num_workers=(2, 8), zero_stage=3), [], "s3://b/run")
+    assert text.startswith("Pretraining by the recipe `demo`, seed 0: 100,000 steps on 2 to 8 workers, ZeRO 3.")
+    assert text.endswith("```\npython jobs/pretrain.py\n```")
+    assert re.fullmatch(r"demo-\d{4}-\d{4}", dated_name("demo"))
+    assert run_tags("demo", "/run", "git-0123")["mlflow.source.git.commit"] == "0123"
+    assert "mlflow.source.git.commit" not in run_tags("demo", "/run", "files-0123")
