@@ -25,7 +25,7 @@ from ray_platform.data.inspection import (
 )
 from ray_platform.data.inspection_summary import InspectionSummary, summarize
 from ray_platform.data.precomputed import to_arrow
-from ray_platform.report.inspection import page
+from ray_platform.report.inspection import inspection_page
 from tests.ray_platform.conftest import png, samples_of, tar_of
 
 CONFIG = DataConfig(image_size=16, retry_seconds=0, filters=FilterConfig(min_size=10))
@@ -185,7 +185,7 @@ def test_precomputed_shards_have_counts_and_captions(tmp_path):
     assert (found.used, found.rejected, found.shapes) == (3, {"shard_unreadable": 2}, {})
     assert sum(found.histograms["caption_words"].counts) == 3
     assert not any(found.histograms["width"].counts)
-    html = page(summarize(catalog, CONFIG, found, 1), found.thumbnails, CONFIG)
+    html = inspection_page(summarize(catalog, CONFIG, found, 1), found.thumbnails, CONFIG)
     assert "<img" not in html
     assert "&lt;i&gt;d&lt;/i&gt;" in html
 
@@ -197,7 +197,7 @@ def test_the_page_takes_nothing_of_the_web_for_markup(tmp_path):
     config = dataclasses.replace(CONFIG, sources=(f"s3://{evil}",))
     found = inspect_unit(unit_of(tmp_path / "a.tar"), config)
     assert (found.used, found.rejected) == (1, {"image_missing": 1})
-    html = page(summary_of(found, [unit_of(tmp_path / "a.tar")], config), found.thumbnails, config)
+    html = inspection_page(summary_of(found, [unit_of(tmp_path / "a.tar")], config), found.thumbnails, config)
     assert "<script" not in html
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 4  # title, head, caption and what a pointer shows
     assert html.count("<img ") == html.count('<img alt="" src="data:image/jpeg;base64,') == 1

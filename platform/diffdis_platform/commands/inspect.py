@@ -43,7 +43,7 @@ def inspect(config: InspectConfig) -> "InspectionSummary":
     from ray_platform.data.catalog import build_catalog
     from ray_platform.data.inspection import Statistics, cluster_cpus, inspect_units, spread_units
     from ray_platform.data.inspection_summary import summarize
-    from ray_platform.report.inspection import page
+    from ray_platform.report.inspection import inspection_page
 
     catalog = build_catalog(config.data)
     units, total, printed = spread_units(catalog, config.max_shards), Statistics(), time.monotonic()
@@ -55,7 +55,7 @@ def inspect(config: InspectConfig) -> "InspectionSummary":
     summary = summarize(catalog, config.data, total, cluster_cpus(config.data))
     html = storage.join(config.output_dir, "inspection.html")
     storage.write_bytes(storage.join(config.output_dir, "inspection.json"), json.dumps(summary.as_dict(), indent=2).encode())
-    storage.write_bytes(html, page(summary, total.thumbnails, config.data).encode())
+    storage.write_bytes(html, inspection_page(summary, total.thumbnails, config.data).encode())
     print(f"{summary.table}\n\nreport with a contact sheet: {html}", flush=True)
     return summary
 

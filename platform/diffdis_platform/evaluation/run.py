@@ -27,7 +27,7 @@ from ray_platform.evaluate.unit_work import Thumbnails, WorkerModels
 from ray_platform.metric_registry import check_declared
 from ray_platform.redaction import is_redacted, restored
 from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit
-from ray_platform.report.evaluation import report_page
+from ray_platform.report.evaluation import evaluation_page
 from ray_platform.report.records import CurvePoint, EvaluationDetails, ExampleImage, QualityPoint, RetrievalResult, ZeroShotResult
 from ray_platform.terminal import render_table
 from ray_platform.tracking import RUN_RECORD, RunMetadata, TrackedData, TrackingConfig, start_run
@@ -131,7 +131,7 @@ def evaluate(config: EvalConfig, plan: EvaluationPlan) -> EvaluationDetails:
         _add_example_images(pool, plan, details)
     details["seconds"] = round(time.monotonic() - started, 1)
     write_results(details, config.output_dir)
-    storage.write_bytes(storage.join(config.output_dir, REPORT), report_page(details).encode())
+    storage.write_bytes(storage.join(config.output_dir, REPORT), evaluation_page(details).encode())
     _track(config, plan.model, plan.sets.values(), details)
     return details
 

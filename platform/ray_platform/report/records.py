@@ -1,6 +1,6 @@
-"""Typed records of what the pages show: the details of an evaluation, a sweep, a comparison and an inspection.
+"""Typed records of what the pages show: the details of an evaluation, a sweep and a comparison.
 
-They are TypedDicts because each one is stored as JSON (`details.json`, `summary.json`, `inspection.json`) and a page can be built
+They are TypedDicts because each one is stored as JSON (`details.json`, `summary.json`) and a page can be built
 again from the file. Keys that older releases did not write, and parts that may not have been measured, are optional.
 """
 
