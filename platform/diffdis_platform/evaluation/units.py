@@ -16,7 +16,7 @@ from ray_platform.replicas import UnitWork, WorkUnit, join_rows
 from ray_platform.report.records import DatasetResult, UnreadableSample
 
 _MAX_UNREADABLE = 20  # unreadable samples that are listed in a result
-_CACHED_AS = {"GenerateImages": "DrawImages"}  # class -> the name under which earlier releases stored its rows
+_CACHED_AS = {"GenerateImages": "GenerateImages"}  # class -> the name under which earlier releases stored its rows
 
 
 def build_unit(
