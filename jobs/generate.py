@@ -8,7 +8,7 @@ from pathlib import Path
 import _bootstrap  # noqa: F401
 import torch
 
-from diffdis.pictures import grid
+from diffdis.image_grid import image_grid
 from diffdis.pipeline import DiffDisPipeline
 from diffdis_platform.config.generate import GenerateConfig, parse
 from ray_platform import storage
@@ -29,7 +29,7 @@ def main() -> None:
             num_steps=config.num_steps,
             guidance_scale=config.guidance_scale,
             seed=config.seed,
-            places=places,
+            indices=places,
         )
         print(f"{len(images)} of {len(captions)} images", flush=True)
     with tempfile.TemporaryDirectory(prefix="generate_") as folder:
@@ -37,7 +37,7 @@ def main() -> None:
         for name, image in zip(names, images, strict=True):
             image.save(Path(folder) / name)
         (Path(folder) / "captions.json").write_text(json.dumps(names, indent=1))
-        grid(images[:GRID_IMAGES], captions[:GRID_IMAGES]).save(Path(folder) / "grid.png")
+        image_grid(images[:GRID_IMAGES], captions[:GRID_IMAGES]).save(Path(folder) / "grid.png")
         storage.put_folder(Path(folder), config.output_dir)
     print(f"done: {len(images)} images, captions.json and grid.png in {config.output_dir}")
 

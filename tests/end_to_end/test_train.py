@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffdis.objective import Draws
+from diffdis.objective import StepNoise
 from diffdis.pipeline import DiffDisPipeline
 from ray_platform.contracts import ConfigError
 from ray_platform.data.catalog import build_catalog
@@ -46,11 +46,11 @@ def plain_loop(run):
     losses = {}
     for step, batches in enumerate(zip(*streams, strict=True)):
         inputs = [task.inputs(batch, torch.device("cpu")) for batch in batches]
-        drawn = [module.draw(part, step_seed(config.seed, step, rank, 0)) for rank, part in enumerate(inputs)]
-        draws = Draws(*(torch.cat(values) for values in zip(*drawn, strict=True)))
+        samples = [module.sample_noise(part, step_seed(config.seed, step, rank, 0)) for rank, part in enumerate(inputs)]
+        noise = StepNoise(*(torch.cat(values) for values in zip(*samples, strict=True)))
         whole = {name: torch.cat([i[name] for i in inputs]) for name in inputs[0]} | {"null_states": inputs[0]["null_states"]}
-        generation = module.generation(whole, draws).mean()
-        alignment, _ = module.alignment(whole, draws)
+        generation = module.generation_loss(whole, noise).mean()
+        alignment, _ = module.alignment_loss(whole, noise)
         losses[step + 1] = (generation.item(), alignment.item())
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * rate_factor(config)(step)

@@ -101,31 +101,31 @@ MODELS = [
     Case(
         "a pickle that runs a command for a text encoder's weights",
         ENCODER,
-        "…model: has its weights as a pickle only (pytorch_model.bin), which can run code; save them as .safetensors",
+        "…model: the weights are a pickle (pytorch_model.bin), which can run code; save them as .safetensors",
         changed(save_mean_pool_encoder, pickled("pytorch_model.bin"), encoder),
     ),
     Case(
         "the same for a CLIP's",
         CLIP,
-        "…model: has its weights as a pickle only (pytorch_model.bin), which can run code…",
+        "…model: the weights are a pickle (pytorch_model.bin), which can run code…",
         changed(save_clip, pickled("pytorch_model.bin"), ClipScorer),
     ),
     Case(
         "the same for a U-Net's",
         START,
-        "…unet: has its weights as a pickle only (diffusion_pytorch_model.bin), which can run code…",
+        "…unet: the weights are a pickle (diffusion_pytorch_model.bin), which can run code…",
         changed(save_stable_diffusion, pickled("diffusion_pytorch_model.bin", "unet"), start),
     ),
     Case(
         "the same for an autoencoder's",
         "`model.autoencoder.path`",
-        "…vae: has its weights as a pickle only (diffusion_pytorch_model.bin)…",
+        "…vae: the weights are a pickle (diffusion_pytorch_model.bin)…",
         changed(save_stable_diffusion, pickled("diffusion_pytorch_model.bin", "vae"), vae),
     ),
     Case(
         "Python code beside the weights, named by `auto_map`",
         ENCODER,
-        "…config.json: auto_map names code to be run, which is refused; give a model that transformers itself knows",
+        "…config.json: auto_map names code to run, which is not allowed; give a model that transformers implements",
         changed(save_mean_pool_encoder, own_code, encoder),
     ),
     Case(
@@ -137,19 +137,19 @@ MODELS = [
     Case(
         "an adapter that names another model to fetch",
         ENCODER,
-        "…adapter_config.json names another model to be fetched…",
+        "…adapter_config.json names another model to download…",
         changed(save_mean_pool_encoder, lambda folder: (folder / "adapter_config.json").write_text("{}"), encoder),
     ),
     Case(
         "a text encoder of a million layers",
         ENCODER,
-        "…config.json: num_hidden_layers is 1,000,000, which no such model has",
+        "…config.json: num_hidden_layers is 1,000,000; a model has at most 1,000",
         changed(save_mean_pool_encoder, setting(num_hidden_layers=10**6), encoder),
     ),
     Case(
         "a `config.json` of 100 MB",
         ENCODER,
-        "…config.json: has more than 1,048,576 bytes, which no such file has",
+        "…config.json: larger than 1,048,576 bytes; give the file of a model",
         changed(save_mean_pool_encoder, setting(x="x" * 10**8), encoder),
     ),
     Case(
@@ -180,7 +180,7 @@ MODELS = [
     Case(
         "an exported model with a field that there is not",
         MODEL,
-        "evil: no such field; there are …",
+        "evil: no such field; use one of …",
         changed(export_of, setting("diffdis.json", evil=1), DiffDisPipeline.from_pretrained),
     ),
 ]

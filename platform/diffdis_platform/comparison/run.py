@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffdis.pictures import grid
+from diffdis.image_grid import image_grid
 from diffdis_platform.comparison.plan import RESULT, SUMMARY, Plan
 from diffdis_platform.comparison.runs import measure
 from diffdis_platform.comparison.summary import summarize
@@ -99,7 +99,7 @@ def _show(config: CompareConfig, tracker: Tracker, summary: Mapping[str, Any], a
     for drawn in details["grids"]:
         images = [Image.open(io.BytesIO(base64.b64decode(sample["png"]))) for sample in drawn["samples"]]
         buffer = io.BytesIO()
-        grid(images, [sample["caption"] for sample in drawn["samples"]]).save(buffer, format="PNG")
+        image_grid(images, [sample["caption"] for sample in drawn["samples"]]).save(buffer, format="PNG")
         name = f"{SAMPLES}/{drawn['arm']}_seed{drawn['seed']}.png"
         storage.write_bytes(storage.join(config.output_dir, name), buffer.getvalue())
         tracker.log_bytes(buffer.getvalue(), name)

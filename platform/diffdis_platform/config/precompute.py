@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from diffdis.config import DiffDisConfig
 from diffdis.encoder import FrozenEncoder, describe_encoders
-from diffdis.warm_start import resolved
+from diffdis.warm_start import resolve_encoder_paths
 from diffdis_platform.config.arguments import Parser, resolve
 from diffdis_platform.config.command_line import RECIPES, recipe_name
 from diffdis_platform.config.pretrain import check_model
@@ -39,7 +39,7 @@ class PrecomputeConfig:
         check_labels("placement", self.placement)
 
     def encoders(self) -> Encoders:
-        model = resolved(self.model)
+        model = resolve_encoder_paths(self.model)
         check_model(model, self.data)
         return Encoders(
             functools.partial(storage.with_cached_folders, FrozenEncoder, model),

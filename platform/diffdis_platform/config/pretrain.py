@@ -8,7 +8,7 @@ from typing import Any
 from diffdis.config import DiffDisConfig, ObjectiveConfig
 from diffdis.encoder import describe_encoders
 from diffdis.task import DiffDisTask
-from diffdis.warm_start import resolved
+from diffdis.warm_start import resolve_encoder_paths
 from diffdis_platform.serving.package import model_package
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
@@ -33,7 +33,7 @@ class PretrainConfig:
 
     def run(self, recipe: str, command: str = "") -> Run:
         """Join model, objective and data; `command` is what was typed. Raises ConfigError where they do not fit each other."""
-        check_model(resolved(self.model), self.data)
+        check_model(resolve_encoder_paths(self.model), self.data)
         with_folders = storage.with_cached_folders  # paths may be s3:// URLs
         build_task: Callable[[], Any] = functools.partial(
             with_folders, DiffDisTask, self.model, self.objective, self.preview_captions
@@ -45,7 +45,7 @@ class PretrainConfig:
             self.tracking,
             self.output_dir,
             redacted_values({"recipe": recipe, **asdict(self)}),
-            functools.partial(with_folders, describe_encoders, resolved(self.model)),
+            functools.partial(with_folders, describe_encoders, resolve_encoder_paths(self.model)),
             model_package(self.objective.task),
             command,
         )

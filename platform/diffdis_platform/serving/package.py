@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from diffdis.config import Task
+from diffdis.config import TaskName
 from ray_platform.tracking import ModelPackage
 
 _ROOT = Path(__file__).resolve().parents[3]
@@ -21,7 +21,7 @@ _PARAMS: dict[str, Any] = {
 }
 
 
-def model_package(trained_for: Task) -> ModelPackage:
+def model_package(trained_for: TaskName) -> ModelPackage:
     """`trained_for`: the half of the model that was trained, which its input example shows."""
     draws = trained_for == "generation"
     return ModelPackage(
