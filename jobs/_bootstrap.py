@@ -1,7 +1,6 @@
-"""Imported first by every job: puts the repository's root and `platform/` on the path of the driver.
+"""Imported first by every script in this folder: puts the root of the checkout and `platform/` on the path.
 
-`ray job submit --working-dir .` puts the root on the path of the workers and `python jobs/x.py` puts `jobs/` on the
-driver's, so neither finds `ray_platform`. `ray_platform.connect` does the same for the workers.
+`python jobs/x.py` puts only `jobs/` on the path of the driver; `ray_platform.connect` sets the path of the workers.
 """
 
 import os
@@ -13,4 +12,4 @@ for _folder in (str(_ROOT / "platform"), str(_ROOT)):
     if _folder not in sys.path:
         sys.path.insert(0, _folder)
 
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar a loaded file is no news
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one bar per loaded file clutters the log

@@ -1,42 +1,10 @@
-"""Evaluate a model: `ray job submit --working-dir . -- python jobs/eval.py --checkpoint … --data_roots … --output_dir …`.
-
-Where no cluster is named (RAY_ADDRESS), this machine's CPUs do it.
-"""
+"""Evaluate a model: `ray job submit --working-dir . -- python jobs/eval.py --checkpoint … --data_roots … --output_dir …`."""
 
 import sys
 
 import _bootstrap  # noqa: F401
 
-from diffdis_platform.config.evaluate import parse
-from diffdis_platform.evaluation.run import REPORT, evaluate, plan, table
-from ray_platform import storage
-from ray_platform.connect import connect
-from ray_platform.contracts import ConfigError, DataError
-from ray_platform.evaluate.find import listing
-from ray_platform.local_head import HeadError, ensure_cluster
-
-
-def main() -> None:
-    command = parse(sys.argv[1:])
-    config = command.config
-    if command.list_only:
-        print(listing(config.data_roots))
-        return
-    made = plan(config)
-    ensure_cluster()
-    connect()
-    storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
-    details = evaluate(config, made)
-    print(f"\n{table(details, [model['name'] for model in details['models']])}\n")
-    print(f"done: {storage.join(config.output_dir, REPORT)}, with results.csv and results/ beside it", flush=True)
-    if details["failures"]:
-        raise DataError("not all was measured: " + "; ".join(details["failures"]))
-
+from diffdis_platform.cli import run_command
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, DataError, HeadError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+    sys.exit(run_command("eval", sys.argv[1:]))

@@ -1,14 +1,10 @@
-"""Write a pipeline folder from any checkpoint: `python jobs/export.py --checkpoint <run or step_* folder> --output_dir …`."""
+"""Write the model of a checkpoint: `python jobs/export.py --checkpoint … --output_dir …`; the same as `diffdis export`."""
 
 import sys
 
 import _bootstrap  # noqa: F401
 
-from diffdis_platform.config.export import export, parse
-from ray_platform.contracts import ConfigError, DataError
+from diffdis_platform.cli import run_command
 
 if __name__ == "__main__":
-    try:
-        print(export(parse(sys.argv[1:])))
-    except (ConfigError, DataError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command("export", sys.argv[1:]))

@@ -1,23 +1,10 @@
-"""How fast, how large and how dear: `python jobs/sizing.py --recipe sd_v1_laion --num_gpus '[64]' --cluster.mfu 0.35`.
+"""Predict the size of a run: `python jobs/sizing.py --recipe sd_v1_laion --num_gpus 64`; the same as `diffdis sizing`."""
 
-Prints tables, and the same and more as one JSON line. Needs neither data nor weights nor a cluster. See docs/sizing.md.
-"""
-
-import json
 import sys
 
 import _bootstrap  # noqa: F401
 
-from diffdis_platform.config.sizing import parse
-from diffdis_platform.sizing.estimate import as_json, estimate
-from diffdis_platform.sizing.tables import report
-from ray_platform.contracts import ConfigError
+from diffdis_platform.cli import run_command
 
 if __name__ == "__main__":
-    try:
-        config = parse(sys.argv[1:])
-        counts, estimates = estimate(config)
-        print(report(config, counts, estimates))
-        print(json.dumps(as_json(config, counts, estimates)))
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command("sizing", sys.argv[1:]))

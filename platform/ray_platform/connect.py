@@ -3,14 +3,12 @@
 import json
 import os
 import socket
-from pathlib import Path
 
 import ray
 
+from ray_platform.checkout import checkout_root
 from ray_platform.contracts import ConfigError
 
-_ROOT = Path(__file__).resolve().parents[2]
-_FOLDERS = ("platform",)
 _TIMEOUT_S = 10.0
 
 
@@ -37,7 +35,7 @@ def connect(address: str = "") -> None:
     _check_answers(address)
     # Ray Train's cleaner of placement groups asks the newest cluster of its machine whether its trainer lives, unless this says
     # which: beside another cluster it ended our workers.
-    variables = {"PYTHONPATH": _worker_path(), "RAY_ADDRESS": address}
+    variables = _worker_path() | {"RAY_ADDRESS": address}
     try:
         ray.init(address=address, runtime_env={"env_vars": variables}, logging_level="WARNING")
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
@@ -52,16 +50,19 @@ def describe_cluster() -> str:
     return f"{there.get('CPU', 0):g} CPUs{gpus}"
 
 
-def _worker_path() -> str:
-    """PYTHONPATH of the workers.
+def _worker_path() -> dict[str, str]:
+    """Return the PYTHONPATH of the workers as an environment variable; nothing for an installed wheel, which they import too.
 
     A submitted job's workers run in their node's copy of the working dir, whose root is on their path already, so the
     path is relative to it. Any other driver shares its files with the workers: one machine, one image or one mount.
     """
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    root = checkout_root()
+    if root is None:
+        return {}
     if job.get("runtime_env", {}).get("working_dir"):
-        return os.pathsep.join(_FOLDERS)
-    return os.pathsep.join((str(_ROOT), *(str(_ROOT / folder) for folder in _FOLDERS)))
+        return {"PYTHONPATH": "platform"}
+    return {"PYTHONPATH": os.pathsep.join((str(root), str(root / "platform")))}
 
 
 def _reason(error: Exception) -> str:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import numpy as np
-
 from ray_platform.redaction import redacted
 
 if TYPE_CHECKING:  # every read worker imports this file, and torch would double its start and its memory
+    import numpy as np
     import torch
 
 
@@ -54,7 +53,7 @@ def describe_error(error: BaseException) -> str:
 
 
 # Arrays by name, such as the results of a unit of work: numbers and strings, no objects.
-Rows = dict[str, np.ndarray]
+Rows = dict[str, "np.ndarray"]
 
 
 class ConsumedRange(NamedTuple):

@@ -201,7 +201,9 @@ def ensure_cluster() -> None:
     a head of its own, whose token has to be in the environment before Ray is imported; and this process exits as that one did."""
     if not os.environ.get("RAY_ADDRESS"):
         with LocalHead() as head:
-            sys.exit(subprocess.run([sys.executable, *sys.argv], env=head.env).returncode)
+            spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m module`
+            script = ["-m", spec.name] if spec else [sys.argv[0]]
+            sys.exit(subprocess.run([sys.executable, *script, *sys.argv[1:]], env=head.env).returncode)
 
 
 def submit(head: LocalHead, entrypoint: Sequence[str], working_dir: Path, env_vars: Mapping[str, str]) -> int:

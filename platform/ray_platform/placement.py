@@ -1,13 +1,13 @@
-"""Placement of work on nodes by their labels (`ray start --labels pool=cpu`), and the resources of the nodes that have them."""
+"""Placement of work on nodes by their labels (`ray start --labels pool=cpu`), and the resources of the nodes that have them.
+
+Ray is imported where it is called: every configuration imports this module, and `--help` must not wait for Ray.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import ray
-
 from ray_platform.contracts import ConfigError
-from ray_platform.ray_internals import autoscaler_is_running
 
 _UNLIMITED = 10**6  # capacity for a request of no resources
 _LABEL = re.compile(r"[a-zA-Z0-9]([-\w.]{0,61}[a-zA-Z0-9])?", re.ASCII)  # Ray's syntax of keys and values
@@ -51,6 +51,8 @@ def label_selector(labels: Labels) -> dict[str, str] | None:
 
 def total_resources(labels: Labels) -> dict[str, float]:
     """Return the summed resources of the nodes alive that have these labels: {CPU: 16.0, GPU: 1.0, …}."""
+    import ray
+
     total: dict[str, float] = {}
     for node in ray.nodes():
         if node["Alive"] and labels.items() <= node["Labels"].items():
@@ -61,11 +63,15 @@ def total_resources(labels: Labels) -> dict[str, float]:
 
 def is_on_this_node(labels: Labels) -> bool:
     """Return whether the node of this process has these labels."""
+    import ray
+
     return labels.items() <= ray.get_runtime_context().get_node_labels().items()
 
 
 def can_autoscale() -> bool:
     """Return whether the cluster adds nodes for pending requests: then too few resources now are not an error."""
+    from ray_platform.ray_internals import autoscaler_is_running
+
     return autoscaler_is_running()
 
 

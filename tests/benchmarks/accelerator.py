@@ -1,10 +1,10 @@
-"""What one accelerator does with a model of Stable Diffusion's size, beside what jobs/sizing.py foretells.
+"""What one accelerator does with a model of Stable Diffusion's size, next to what `diffdis sizing` predicts.
 
     PYTHONPATH=platform:. python tests/benchmarks/accelerator.py [--only 512 256] [--smoke]
 
 The worker's own engine under DeepSpeed in a bare loop, without Ray, over precomputed inputs in memory: the recipe sd_v1_laion
 with random weights, one setting after the other, each in a process of its own. Seconds are medians of steps, each waited for.
-Ends in one JSON line; `sizing` in it is what to give jobs/sizing.py below `--cluster.`. `--smoke`: a tiny model, on a CPU too.
+Ends in one JSON line; `sizing` in it is a value for `diffdis sizing --constants`. `--smoke`: a tiny model, on a CPU too.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.recipes.demo import PREVIEW_CAPTIONS
 from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion
 from diffdis_platform.sizing.counts import Counts, clip_text_encoder, count, stable_diffusion_autoencoder
-from diffdis_platform.sizing.memory import memory
+from diffdis_platform.sizing.model import memory
 from ray_platform.contracts import Batch, one_line
 from ray_platform.train.config import BatchPlan
 from ray_platform.train.throughput import peak_flops

@@ -12,7 +12,8 @@ from mlflow.cli import server as mlflow_server
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.scripts.scripts import start
 
-from diffdis_platform.config import command_line, evaluate, precompute, sweep
+from diffdis_platform.commands import eval as evaluate
+from diffdis_platform.commands import precompute, pretrain, sweep
 from tests.cluster.manifests import (
     IMAGE_ROOT,
     KUBERAY,
@@ -32,10 +33,10 @@ from tests.cluster.ray_crds import SCHEMAS
 VERSION = kubernetes_validate.latest_version()
 IMAGES = {"head": "diffdis-cpu", "cpu": "diffdis-cpu", "gpu": "diffdis-cuda", "mlflow": "diffdis-cpu"}
 PARSERS = {
-    "pretrain.py": lambda arguments: command_line.parse(arguments).config,
-    "precompute.py": precompute.parse,
-    "eval.py": lambda arguments: evaluate.parse(arguments).config,
-    "sweep.py": lambda arguments: sweep.parse(arguments).config,
+    "pretrain.py": pretrain.parse_arguments,
+    "precompute.py": precompute.parse_arguments,
+    "eval.py": evaluate.parse_arguments,
+    "sweep.py": sweep.parse_arguments,
 }
 
 
@@ -49,7 +50,7 @@ def configurations():
     for job in ray_jobs():
         python, script, *arguments = arguments_of(job["spec"]["entrypoint"])
         assert python == "python"
-        yield job["metadata"]["name"], script, PARSERS[script.rpartition("/")[2]](arguments)
+        yield job["metadata"]["name"], script, PARSERS[script.rpartition("/")[2]](arguments).config
 
 
 @pytest.mark.parametrize("path", kubernetes_files(), ids=lambda path: path.name)

@@ -9,7 +9,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
-from diffdis_platform.config import command_line
+from diffdis_platform.commands import pretrain
 from tests.cluster.manifests import CLUSTER, ROOT, documents, ray_cluster
 
 NEEDS_A_CLOUD = "<!-- needs a cloud"  # in the line above a block of commands that nothing here can run
@@ -114,15 +114,15 @@ def test_every_job_in_the_docs_can_be_started():
     assert len(jobs) == 3
     for python, script, *arguments in jobs:
         assert (python, script.rpartition("/")[2]) == ("python", "pretrain.py")
-        config = command_line.parse(arguments).config
+        config = pretrain.parse_arguments(arguments).config
         assert (config.data.placement, config.train.placement) == ({"pool": "cpu"}, {"pool": "gpu"})
 
 
 def test_what_needs_no_cloud_is_run(build_shards, tmp_path, capsys, monkeypatch):
     (line,) = [line for cloud, lines in blocks() if not cloud for line in lines]
     own = {"/data/my-shards": str(build_shards), "/data/my-run": str(tmp_path / "run")}
-    command = command_line.parse([own.get(argument, argument) for argument in line[2:]])
-    assert command.dry_run
+    command = pretrain.parse_arguments([own.get(argument, argument) for argument in line[2:]])
+    assert "dry_run" in command.switches
     shown = command.config.run(command.recipe).dry_run()
     assert (shown["shards"], shown["workers"]) == (4, 2)
     assert yaml.safe_load(command.yaml)["train"]["placement"] == {"pool": "gpu"}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from diffdis_platform.config.command_line import parse
+from diffdis_platform.commands.precompute import PrecomputeConfig
+from diffdis_platform.commands.pretrain import parse_arguments as parse
 from diffdis_platform.config.evaluate import EvalConfig
-from diffdis_platform.config.precompute import PrecomputeConfig
 from ray_platform.contracts import ConfigError
 from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig

@@ -1,16 +1,25 @@
 """Every command in README.md and docs/: run by the test that the page names, or marked, or a job's that its own parser takes."""
 
 import dataclasses
-import importlib.util
+import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.scripts.scripts import start
 
-from diffdis_platform.config import command_line, compare, evaluate, export, generate, inspection, precompute, sizing, sweep
+from diffdis_platform.cli import COMMANDS
+from diffdis_platform.commands.generate import GenerateConfig
+from diffdis_platform.commands.inspect import InspectConfig
+from diffdis_platform.commands.precompute import PrecomputeConfig
+from diffdis_platform.config.compare import CompareConfig
+from diffdis_platform.config.evaluate import EvalConfig
+from diffdis_platform.config.export import ExportConfig
+from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.config.sweep import SweepConfig
+from diffdis_platform.sizing.config import SizingConfig
 from ray_platform.contracts import ConfigError
 from tests.support.documentation import PAGES, ROOT, Block, all_blocks, blocks
 
@@ -21,38 +30,22 @@ NEEDS = ("a cloud", "a GPU", "a registered model", "root")
 PREFIXES = ("export", "cd", "source")
 
 
-def build_demo_shards(arguments: Sequence[str]) -> None:
-    """Its parser is argparse's, which ends the process for what it does not know."""
-    script = importlib.util.spec_from_file_location("build_demo_shards", ROOT / "jobs" / "build_demo_shards.py")
-    assert script
-    assert script.loader
-    module = importlib.util.module_from_spec(script)
-    script.loader.exec_module(module)
-    built: list[Any] = []
-    module.build = lambda *given: built.append(given)  # parsed is enough: it would draw for a minute
-    assert module.main(list(arguments)) == 0
-    assert built
+SCRIPTS = {"jobs/inspect_data.py": "inspect", "jobs/run_demo.py": "demo"}  # the others have the names of their commands
 
 
-PARSERS: dict[str, Callable[[Sequence[str]], Any]] = {
-    "jobs/pretrain.py": command_line.parse,
-    "jobs/precompute.py": precompute.parse,
-    "jobs/inspect_data.py": inspection.parse,
-    "jobs/eval.py": evaluate.parse,
-    "jobs/sweep.py": sweep.parse,
-    "jobs/compare.py": compare.parse,
-    "jobs/sizing.py": sizing.parse,
-    "jobs/export.py": export.parse,
-    "jobs/generate.py": generate.parse,
-    "jobs/build_demo_shards.py": build_demo_shards,
-}
+def parse_command(name: str, arguments: Sequence[str]) -> Any:
+    """Parse the arguments of `diffdis <name>`, or of the script `jobs/<name>.py`."""
+    name = SCRIPTS.get(name, Path(name).stem.replace("_", "-"))
+    return importlib.import_module(f"diffdis_platform.commands.{name.replace('-', '_')}").parse_arguments(arguments)
 
 
 def job_of(command: Sequence[str]) -> tuple[str, list[str]] | None:
-    """(script, arguments) of `python jobs/x.py …`, also behind `ray job submit … --`; None for another command."""
+    """(script or command, arguments) of `python jobs/x.py …` or `diffdis x …`, also behind `ray job submit … --`; else None."""
     words = list(command)
     if words[:3] == ["ray", "job", "submit"] and "--" in words:
         words = words[words.index("--") + 1 :]
+    if len(words) > 1 and words[0] == "diffdis" and words[1] in COMMANDS:
+        return words[1], words[2:]
     python = bool(words) and Path(words[0]).name in ("python", "python3")
     return (words[1], words[2:]) if python and len(words) > 1 and words[1].startswith("jobs/") else None
 
@@ -80,11 +73,10 @@ def test_the_jobs_own_parser_takes_the_line(block, script, arguments):
     if arguments[-1:] == ["…"]:
         arguments = arguments[:-1]
     if arguments == ["--help"]:
-        assert (ROOT / script).exists()
+        assert script in COMMANDS or (ROOT / script).exists()
         return
-    assert script in PARSERS, f"{block}: {script} has no parser here; add it"
     try:
-        PARSERS[script](arguments)
+        parse_command(script, arguments)
     except ConfigError as error:
         pytest.fail(f"{block}: {error}")
 
@@ -141,8 +133,8 @@ def fields_of(kind: Any, prefix: str = "") -> set[str]:
 
 
 CONFIGS = (
-    command_line.PretrainConfig, precompute.PrecomputeConfig, inspection.InspectConfig, evaluate.EvalConfig, sweep.SweepConfig,
-    compare.CompareConfig, export.ExportConfig, generate.GenerateConfig, sizing.SizingConfig,
+    PretrainConfig, PrecomputeConfig, InspectConfig, EvalConfig, SweepConfig, CompareConfig, ExportConfig, GenerateConfig,
+    SizingConfig,
 )  # fmt: skip
 FIELDS = set().union(*(fields_of(config) for config in CONFIGS))
 ROOMS = sorted({name.partition(".")[0] for name in FIELDS if "." in name})
@@ -186,7 +178,8 @@ def test_the_reader_is_not_fooled():
     assert block.commands() == [["cd", "here"], ["make", "demo"], ["python", "jobs/eval.py", "--a", "b c", "--d", "[1,2]"]]
     submitted = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/eval.py", "--x"]
     assert job_of(submitted) == ("jobs/eval.py", ["--x"])
+    assert job_of(["diffdis", "eval", "--x"]) == ("eval", ["--x"])
     with pytest.raises(ConfigError, match="no such field"):
-        PARSERS["jobs/pretrain.py"](["--train.num_stepz", "1"])
+        parse_command("pretrain", ["--train.num_stepz", "1"])
     with pytest.raises(SystemExit):
-        PARSERS["jobs/build_demo_shards.py"](["--outputs", "x"])
+        parse_command("jobs/build_demo_shards.py", ["--outputs", "x"])

@@ -11,13 +11,15 @@ from mlflow import MlflowClient
 from scipy import stats
 
 from diffdis.config import ObjectiveConfig
+from diffdis_platform.commands.compare import parse_arguments as parse
 from diffdis_platform.comparison import runs
 from diffdis_platform.comparison.plan import plan
 from diffdis_platform.comparison.run import compare, table
 from diffdis_platform.comparison.summary import claim, interval, paired_differences
-from diffdis_platform.config.compare import ARMS, CompareConfig, demo_compare, parse
+from diffdis_platform.config.compare import ARMS, CompareConfig
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.recipes import demo_compare
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig
@@ -299,7 +301,7 @@ def refusal(call, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "demo"], "--recipe demo: no such recipe; there are demo_compare"),
+        (["--recipe", "demo"], "--recipe demo: no such recipe; choose one of demo_compare"),
         (["--output_dir", "x"], "output_dir: x; give an absolute folder"),
         (["--arms", "jont"], "arms: there is no jont; there are joint, generation, alignment, clip, joint_mask, one_way_mask"),
         (["--seeds", "[1, 1]"], "seeds: [1, 1]; give at least one, and none twice"),

@@ -21,7 +21,7 @@ from PIL import Image
 from diffdis.config import ObjectiveConfig
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
-from diffdis_platform.config.evaluate import parse
+from diffdis_platform.commands.eval import parse_arguments as parse
 from diffdis_platform.evaluation.run import evaluate, plan, table
 from ray_platform.contracts import ConfigError, DataError
 from tests.support.evaluation_sets import encoded, picture, write_all_twelve, write_wds

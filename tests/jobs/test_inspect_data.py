@@ -2,17 +2,17 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from inspect_data import inspect
 
-from diffdis_platform.config.inspection import parse
+from diffdis_platform.commands.inspect import inspect
+from diffdis_platform.commands.inspect import parse_arguments as parse
 from ray_platform.contracts import ConfigError, DataError
 from tests.ray_platform.conftest import samples_of, tar_of
+from tests.support.commands import error_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ def shape(value):
 
 
 def test_the_report_has_all_numbers(ray_cluster, shards, capsys):
-    summary = inspect(parse(arguments(shards)))
+    summary = inspect(parse(arguments(shards)).config)
     assert json.loads((shards.parent / "out" / "inspection.json").read_text()) == summary
     html = (shards.parent / "out" / "inspection.html").read_text()
     assert html.count("<figure") == 15
@@ -76,7 +76,7 @@ def test_the_report_has_all_numbers(ray_cluster, shards, capsys):
 
 
 def test_an_epoch_is_estimated_for_the_whole_source(ray_cluster, shards):
-    summary = inspect(parse(arguments(shards, "--max_shards", "1")))
+    summary = inspect(parse(arguments(shards, "--max_shards", "1")).config)
     source = sum(path.stat().st_size for path in shards.iterdir())
     counted = summary["samples"]["inspected"]
     assert summary["shards"]["bytes_in_source"] == source
@@ -85,15 +85,10 @@ def test_an_epoch_is_estimated_for_the_whole_source(ray_cluster, shards):
     assert summary["epoch"]["cpus"] == 4
 
 
-def run_script(monkeypatch, *command: str) -> object:
-    """The script's end here, in a process that is attached to a cluster: a text is printed, with status 1; None is status 0."""
-    monkeypatch.setattr(sys, "argv", ["jobs/inspect_data.py", *command])
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # not looked at
-    try:
-        runpy.run_path(str(ROOT / "jobs" / "inspect_data.py"), run_name="__main__")
-    except SystemExit as ended:
-        return ended.code
-    return None
+def run_script(monkeypatch, *command: str) -> str | None:
+    """Return the error that the command reports; None if it succeeds."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # not used: this process is attached to a cluster
+    return error_of("inspect", *command)
 
 
 def test_too_many_bad_samples_are_an_error_after_the_report(ray_cluster, shards, monkeypatch):
@@ -117,7 +112,7 @@ def test_filtered_samples_are_not_bad(ray_cluster, shards, monkeypatch):
         (["--data.image_siz", "64"], r"--data.image_siz: no such field; did you mean --data.image_size\?"),
         (["--output_dir", "outputs/x"], "output_dir: outputs/x; give an absolute folder or an s3:// URL"),
         ([], "output_dir: empty; give an absolute folder"),
-        (["--output_dir", "/x", "--max_shards", "-1"], "max_shards: -1 is below 0"),
+        (["--output_dir", "/x", "--max_shards", "-1"], "max_shards: -1 is negative"),
         (["--output_dir", "/x", "--max_shards", "some"], "max_shards.*some"),
         (["--output_dir", "/x", "--data.image_size", "0"], "data.image_size: 0 is below 1"),
     ],
@@ -130,7 +125,7 @@ def test_bad_fields_are_one_line(options, message):
 
 def test_a_missing_source_is_one_line(ray_cluster, tmp_path):
     with pytest.raises(DataError, match="none: no such file or folder"):
-        inspect(parse(["--data.sources", str(tmp_path / "none"), "--output_dir", str(tmp_path)]))
+        inspect(parse(["--data.sources", str(tmp_path / "none"), "--output_dir", str(tmp_path)]).config)
 
 
 def test_the_script_ends_with_the_line(monkeypatch):

@@ -1,18 +1,15 @@
 """The job: what it writes and prints, how it goes on, and how it ends."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
-from diffdis_platform.config.precompute import parse
+from diffdis_platform.commands.precompute import parse_arguments as parse
 from ray_platform.contracts import ConfigError
 from ray_platform.data import precomputed
 from tests.ray_platform.conftest import samples_of, tar_of
-
-ROOT = Path(__file__).parents[2]
+from tests.support.commands import error_of
 
 
 @pytest.fixture
@@ -24,16 +21,10 @@ def shards(tmp_path) -> Path:
     return folder
 
 
-def run_script(monkeypatch, *arguments: str) -> str | int | None:
-    """What jobs/precompute.py exits with."""
-    monkeypatch.setattr(sys, "argv", ["precompute.py", *arguments])
-    monkeypatch.syspath_prepend(str(ROOT / "jobs"))
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # not looked at: this process is attached to a cluster
-    try:
-        runpy.run_path(str(ROOT / "jobs" / "precompute.py"), run_name="__main__")
-    except SystemExit as ended:
-        return ended.code
-    return None
+def run_script(monkeypatch, *arguments: str) -> str | None:
+    """Return the error that the command reports; None if it succeeds."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # not used: this process is attached to a cluster
+    return error_of("precompute", *arguments)
 
 
 def test_the_demos_encoders(ray_cluster, shards, monkeypatch, capfd):
@@ -54,14 +45,14 @@ def test_the_demos_encoders(ray_cluster, shards, monkeypatch, capfd):
         "query": (384,),
     }
     assert run_script(monkeypatch, *command) is None
-    assert "nothing was left to do" in capfd.readouterr().out
+    assert "all shards were precomputed already" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--output_dir", "made"), "output_dir: made; give an absolute folder or an s3:// URL"),
-        (("--output_dir", "/x", "--batch_size", "0"), "num_encoders and batch_size: at least 1"),
+        (("--output_dir", "/x", "--batch_size", "0"), "num_encoders and batch_size: must be at least 1"),
         (("--output_dir", "/x", "--cpus_per_encoder", "0"), "cpus_per_encoder must be above 0"),
         (("--output_dir", "/x", "--recipe", "none"), "--recipe none: no such recipe"),
         (("--output_dir", "/x", "--num_encoder", "2"), "--num_encoder: no such field; did you mean --num_encoders"),

@@ -7,22 +7,41 @@ from pathlib import Path
 
 import pytest
 
-from diffdis_platform.config.command_line import RECIPES, parse
+from diffdis_platform.commands.pretrain import parse_arguments as parse
+from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.recipes import recipes_of
 from ray_platform.contracts import ConfigError, DataError
 from tests.end_to_end.conftest import write_shards
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", recipes_of(PretrainConfig))
 def test_every_recipe_parses_to_itself(recipe):
-    assert parse(["--recipe", recipe]).config == RECIPES[recipe]()
+    assert parse(["--recipe", recipe]).config == recipes_of(PretrainConfig)[recipe]()
 
 
-def test_any_field_can_be_overridden(tmp_path):
+def test_any_field_can_be_overridden():
     config = parse(["--train.zero_stage", "3", "--model.schedule.gamma=0.5", "--data.sources", "s3://b/x"]).config
     assert (config.train.zero_stage, config.model.schedule.gamma, config.data.sources) == (3, 0.5, ("s3://b/x",))
-    assert parse(["--data.sources", '["a", "b"]']).config.data.sources == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--data.sources", "a b", "[c]", "--data.weights", "1", "2"],
+        ["--data.sources", '["a b", "[c]"]', "--data.weights", "[1, 2]"],
+        ['--data.sources=["a b", "[c]"]', "--data.weights=[1,2]"],
+    ],
+)
+def test_lists_are_several_values_or_json(arguments):
+    data = parse(arguments).config.data
+    assert (data.sources, data.weights) == (("a b", "[c]"), (1.0, 2.0))
+
+
+def test_a_boolean_field_without_a_value_is_true():
+    train = parse(["--train.compile", "--train.profile", "false", "--train.channels_last=true"]).config.train
+    assert (train.compile, train.profile, train.channels_last) == (True, False, True)
 
 
 def test_resume_and_profile_have_short_names():
@@ -32,8 +51,10 @@ def test_resume_and_profile_have_short_names():
 
 
 def test_the_number_of_workers_may_be_a_range():
-    train = parse(["--train.num_workers", "[2, 8]"]).config.train
-    assert (train.min_workers, train.max_workers, train.elastic) == (2, 8, True)
+    for values in (["2", "8"], ["[2, 8]"]):
+        train = parse(["--train.num_workers", *values]).config.train
+        assert (train.min_workers, train.max_workers, train.elastic) == (2, 8, True)
+    assert parse(["--train.num_workers", "3"]).config.train.max_workers == 3
 
 
 def test_a_saved_configuration_can_be_started_from_again(tmp_path):
@@ -45,12 +66,16 @@ def test_a_saved_configuration_can_be_started_from_again(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "dmo"], "--recipe dmo: no such recipe; there are demo"),
+        (["--recipe", "dmo"], "--recipe dmo: no such recipe; choose one of demo"),
         (["--train.zero_stge", "1"], r"--train.zero_stge: no such field; did you mean --train.zero_stage\?"),
-        (["--train.num_steps", "many"], r'train\.num_steps".*many'),
+        (["--train.num_steps", "many"], r"train\.num_steps: .*many"),
         (["--train.num_steps", "0"], r"train\.num_steps: 0 is below 1"),
         (["--model.schedule.gamma", "3"], r"model\.schedule\.gamma: 3.0 is not in \(0, 1\]"),
         (["--train.zero_stage", "7"], "train.zero_stage"),
+        (["--train.compile", "perhaps"], "train.compile"),
+        (["--data.weights", "1", "many"], "data.weights"),
+        (["--data.sources"], "data.sources"),
+        (["demo"], "demo"),
     ],
 )
 def test_bad_fields_are_one_line(arguments, message):

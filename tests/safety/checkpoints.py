@@ -11,7 +11,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from diffdis_platform.config import export
+from diffdis_platform.config.export import ExportConfig
+from diffdis_platform.exporting import export
 from diffdis_platform.recipes.demo import demo
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.ledger import Ledger
@@ -50,8 +51,8 @@ def written(folder: Path, weights: bytes | None = None, base: bytes | None = Non
 def exported(**changes: Any):
     def feed(folder: Path) -> str:
         url = str(written(folder, **{name: value(folder) if callable(value) else value for name, value in changes.items()}))
-        wanted = export.parse(["--checkpoint", url, "--output_dir", str(folder / "model")])
-        return line_of(lambda: export.export(wanted), ConfigError, DataError)
+        wanted = ExportConfig(url, str(folder / "model"))
+        return line_of(lambda: export(wanted), ConfigError, DataError)
 
     return feed
 
@@ -79,7 +80,7 @@ def longer(folder: Path) -> str:
     file = next(step.glob("*.safetensors"))
     with file.open("ab") as opened:
         opened.truncate(3 * 2**30)
-    return line_of(lambda: export.export(export.parse(["--checkpoint", str(step), "--output_dir", str(folder / "m")])), DataError)
+    return line_of(lambda: export(ExportConfig(str(step), str(folder / "m"))), DataError)
 
 
 def huge(folder: Path) -> str:

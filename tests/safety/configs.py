@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from diffdis_platform.config import compare, evaluate
-from diffdis_platform.config.command_line import parse
+from diffdis_platform.commands import compare
+from diffdis_platform.commands.pretrain import parse_arguments as parse
+from diffdis_platform.config import evaluate
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.catalog import build_catalog
@@ -35,7 +36,7 @@ def suite(text: str):
 
 def arm(name: str):
     arguments = ["--output_dir", "/x", "--own_arms", json.dumps({name: {"objective.task": "joint"}})]
-    return lambda folder: line_of(lambda: compare.parse(arguments), ConfigError)
+    return lambda folder: line_of(lambda: compare.parse_arguments(arguments), ConfigError)
 
 
 def source(text: str):

@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from inspect_data import inspect
 
-from diffdis_platform.config.inspection import parse
+from diffdis_platform.commands.inspect import inspect
+from diffdis_platform.commands.inspect import parse_arguments as parse
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
 from tests.ray_platform.conftest import samples_of, tar_of
@@ -50,7 +50,7 @@ def test_a_stream_goes_on_beside_all_of_them(shards, expected):
 
 def test_an_inspection_counts_all_of_them(ray_cluster, shards, expected, tmp_path, capsys):
     arguments = ["--data.sources", str(shards), "--output_dir", str(tmp_path), "--data.image_size", "16"]
-    summary = inspect(parse([*arguments, "--max_shards", "0"]))
+    summary = inspect(parse([*arguments, "--max_shards", "0"]).config)
     counted = {cause: reject["samples"] for cause, reject in summary["rejects"].items() if reject["samples"]}
     assert counted == {cause: count for cause, count in expected.items() if cause != "used"}
     assert summary["samples"]["used"] == expected["used"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffdis_platform.config.command_line import parse
+from diffdis_platform.commands.pretrain import parse_arguments as parse
 from ray_platform import redaction, storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.redaction import is_redacted, redacted, redacted_values, restored

@@ -6,11 +6,11 @@ from typing import Any
 
 from diffdis_platform.comparison.plan import RESULT
 from diffdis_platform.config.compare import CompareConfig
-from diffdis_platform.config.export import build_task
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.evaluation.headline import headline
 from diffdis_platform.evaluation.run import evaluate
 from diffdis_platform.evaluation.run import plan as plan_evaluation
+from diffdis_platform.exporting import build_task
 from ray_platform import storage
 from ray_platform.connect import describe_cluster
 from ray_platform.contracts import DataError

@@ -1,19 +1,13 @@
-"""The command line of jobs/compare.py, and its recipes."""
+"""Configuration of the controlled comparison."""
 
 import dataclasses
-import os
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffdis_platform.config.arguments import Parser, early, resolve
-from diffdis_platform.config.command_line import recipe_name
-from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringConfig
-from diffdis_platform.config.fields import with_fields
+from diffdis_platform.config.evaluate import EvalConfig
+from diffdis_platform.config.parse import check_output_dir, with_fields
 from diffdis_platform.config.pretrain import PretrainConfig
-from diffdis_platform.recipes.demo import DEMO_DATA, demo
-from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.tracking import TrackingConfig
 
@@ -54,8 +48,7 @@ class CompareConfig:
 
     def check(self) -> None:
         """Every arm's fields, and that nothing is set which a comparison sets itself. Raises ConfigError."""
-        if "://" not in self.output_dir and not os.path.isabs(self.output_dir):
-            raise ConfigError(f"output_dir: {self.output_dir or 'empty'}; give an absolute folder or an s3:// URL")
+        check_output_dir(self.output_dir)
         train = self.pretrain.train
         for name, given, instead in (
             ("pretrain.output_dir", self.pretrain.output_dir, "output_dir"),
@@ -79,7 +72,7 @@ class CompareConfig:
         return (ARMS | self.own_arms)[arm]
 
     def run_dir(self, arm: str, seed: int) -> str:
-        return storage.join(self.output_dir, "runs", f"{arm}_seed{seed}")
+        return f"{self.output_dir.rstrip('/')}/runs/{arm}_seed{seed}"
 
     def pretrain_of(self, arm: str, seed: int) -> PretrainConfig:
         """Raises ConfigError for a field or value of the arm that does not exist."""
@@ -97,55 +90,8 @@ class CompareConfig:
             quality = dataclasses.replace(quality, prompts="")
         return dataclasses.replace(
             self.evaluation,
-            checkpoint=storage.join(url, "export"),
-            output_dir=storage.join(url, "evaluation"),
+            checkpoint=f"{url}/export",
+            output_dir=f"{url}/evaluation",
             quality=quality,
             tracking=self.tracking,
         )
-
-
-def demo_compare(data: str) -> CompareConfig:
-    """The demo's model and data, in a folder that jobs/build_demo_shards.py wrote."""
-    base, pairs = demo(), storage.join(data, "wds_heldout_pairs")
-    return CompareConfig(
-        pretrain=dataclasses.replace(
-            base,
-            data=dataclasses.replace(base.data, sources=(storage.join(data, "train"),)),
-            train=dataclasses.replace(
-                base.train,
-                preview_every=0,
-                heldout_sources=(storage.join(data, "heldout_style"),),
-                heldout_every=80,
-            ),
-        ),
-        evaluation=EvalConfig(
-            suite="demo",
-            data_roots=(data,),
-            scoring=ScoringConfig(num_steps=10, num_draws=8),
-            quality=QualityConfig(prompts=pairs, reference=pairs, num_steps=20),
-        ),
-    )
-
-
-RECIPES: dict[str, Callable[[str], CompareConfig]] = {"demo_compare": demo_compare}
-
-
-@dataclass(frozen=True)
-class Command:
-    recipe: str
-    config: CompareConfig
-    yaml: str  # the resolved configuration
-
-
-def parse(arguments: Sequence[str]) -> Command:
-    """Raises ConfigError, in one line, for a recipe, arm, field or value that does not exist."""
-    name, data = recipe_name(arguments, RECIPES), early(arguments, "--demo_data", str(DEMO_DATA))
-    parser = Parser(prog="jobs/compare.py", description=f"The controlled comparison. Recipes: {', '.join(RECIPES)}.")
-    parser.add_argument("--recipe", default=name, help="the configuration to start from")
-    parser.add_argument("--demo_data", default=data, help="the folder that jobs/build_demo_shards.py filled; absolute or s3://")
-    parser.add_argument("--config", action="config", help="a saved config.yaml to start from")
-    parser.add_class_arguments(CompareConfig, default=RECIPES[name](data))
-    built, yaml = resolve(parser, arguments)
-    config = CompareConfig(**{name: getattr(built, name) for name in CompareConfig.__dataclass_fields__})
-    config.check()
-    return Command(name, config, yaml)

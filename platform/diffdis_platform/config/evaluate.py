@@ -1,17 +1,13 @@
-"""The command line of jobs/eval.py."""
+"""Configuration of an evaluation."""
 
-import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
 
-from diffdis_platform.config.arguments import LARGEST_CONFIG, Parser, resolve
-from ray_platform import storage
+from diffdis_platform.config.parse import MAX_CONFIG_BYTES, check_output_dir
 from ray_platform.contracts import ConfigError, one_line
-from ray_platform.evaluate.sets import PAPER
 from ray_platform.placement import check_labels
 from ray_platform.tracking import TrackingConfig
 
@@ -19,7 +15,6 @@ RETRIEVAL = ("flickr30k", "mscoco_captions")
 QUICK = ("vtab/cifar10", "vtab/dtd", "vtab/pets", "vtab/eurosat")
 _SET_NAME = re.compile(r"(?=.{1,100}$)[\w.-]+(/[\w.-]+)*")  # it becomes a part of files' names, and of metrics'
 DEMO = ("heldout_style", "heldout_names", "heldout_pairs")  # which jobs/build_demo_shards.py writes
-SUITES: dict[str, tuple[str, ...]] = {"paper": (*PAPER, *RETRIEVAL), "quick": QUICK, "demo": DEMO}
 
 
 @dataclass(frozen=True)
@@ -88,38 +83,25 @@ class EvalConfig:
             raise ConfigError("scoring.num_steps and scoring.num_draws: at least 1")
         check_labels("placement", self.placement)
 
-
-@dataclass(frozen=True)
-class Command:
-    config: EvalConfig
-    list_only: bool
-    yaml: str  # the resolved configuration
-
-
-def parse(arguments: Sequence[str]) -> Command:
-    """Raises ConfigError, in one line, for a field or value that does not exist."""
-    parser = Parser(prog="jobs/eval.py", description="Zero-shot accuracy, retrieval and image quality of a model.")
-    parser.add_argument("--config", action="config", help="a saved config.yaml to start from")
-    parser.add_argument("--list", action="store_true", help="show which sets are found where, and end")
-    parser.add_class_arguments(EvalConfig)
-    values, text = resolve(parser, arguments)
-    config = EvalConfig(**{name: getattr(values, name) for name in EvalConfig.__dataclass_fields__})
-    if not values.list:
-        if not config.checkpoint:
+    def check_job(self) -> None:
+        """Raise ConfigError if a field that an evaluation needs is missing."""
+        if not self.checkpoint:
             raise ConfigError("checkpoint: give an exported model, a step_* folder, or a run's output_dir")
-        if "://" not in config.output_dir and not os.path.isabs(config.output_dir):
-            raise ConfigError(f"output_dir: {config.output_dir or 'empty'}; give an absolute folder or an s3:// URL")
-    return Command(config, values.list, text)
+        check_output_dir(self.output_dir)
 
 
 def suite_sets(suite: str) -> dict[str, str]:
     """{set: where it is, or "" to look for it below data_roots}. Raises ConfigError for a suite that cannot be read."""
-    if suite in SUITES:
-        return dict.fromkeys(SUITES[suite], "")
+    from ray_platform import storage
+    from ray_platform.evaluate.sets import PAPER
+
+    suites = {"paper": (*PAPER, *RETRIEVAL), "quick": QUICK, "demo": DEMO}
+    if suite in suites:
+        return dict.fromkeys(suites[suite], "")
     if not suite.endswith((".yaml", ".yml")):
-        raise ConfigError(f"suite: {suite} is none of {', '.join(SUITES)}, and no .yaml file")
+        raise ConfigError(f"suite: {suite} is none of {', '.join(suites)}, and no .yaml file")
     try:
-        content: Any = yaml.safe_load(storage.read_small(suite, LARGEST_CONFIG))
+        content: Any = yaml.safe_load(storage.read_small(suite, MAX_CONFIG_BYTES))
         sets = content["sets"]
         found = dict.fromkeys(sets, "") if isinstance(sets, list) else {name: url or "" for name, url in sets.items()}
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -1,27 +1,26 @@
-"""The configuration of a pretraining run: where the two libraries meet."""
+"""Configuration of a pretraining run, which combines the two libraries.
+
+Torch and Ray are imported when a run is built: parsing a command line needs neither.
+"""
 
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffdis.config import DiffDisConfig, ObjectiveConfig
-from diffdis.encoder import describe_encoders
-from diffdis.task import DiffDisTask
-from diffdis.warm_start import resolve_encoder_paths
-from diffdis_platform.serving.package import model_package
-from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.data.config import DataConfig
-from ray_platform.redaction import redacted_values
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.launch import Run
+
+if TYPE_CHECKING:
+    from ray_platform.train.launch import Run
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Everything that a run is started from; saved with it as config.yaml."""
+    """Configuration of a pretraining run; it is saved in the run's folder as config.yaml."""
 
     output_dir: str = ""  # absolute folder or s3:// URL for checkpoints, the exported model and the tracker's default store
     model: DiffDisConfig = field(default_factory=DiffDisConfig)
@@ -31,10 +30,26 @@ class PretrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     preview_captions: tuple[str, ...] = ("a red apple", "a blue car", "a green tree", "a yellow sun")
 
-    def run(self, recipe: str, command: str = "") -> Run:
-        """Join model, objective and data; `command` is what was typed. Raises ConfigError where they do not fit each other."""
+    def run(self, recipe: str, command: str = "") -> "Run":
+        """Return the run of this configuration.
+
+        Args:
+            recipe: name of the recipe, for the tracker.
+            command: the command line as it was typed, for the tracker.
+
+        Raises:
+            ConfigError: the model and the data do not fit each other.
+        """
+        from diffdis.encoder import describe_encoders
+        from diffdis.task import DiffDisTask
+        from diffdis.warm_start import resolve_encoder_paths
+        from diffdis_platform.serving.package import model_package
+        from ray_platform import storage
+        from ray_platform.redaction import redacted_values
+        from ray_platform.train.launch import Run
+
         check_model(resolve_encoder_paths(self.model), self.data)
-        with_folders = storage.with_cached_folders  # paths may be s3:// URLs
+        with_folders = storage.with_cached_folders  # the paths may be s3:// URLs
         build_task: Callable[[], Any] = functools.partial(
             with_folders, DiffDisTask, self.model, self.objective, self.preview_captions
         )
@@ -52,7 +67,7 @@ class PretrainConfig:
 
 
 def check_model(model: DiffDisConfig, data: DataConfig) -> None:
-    """Raises ConfigError where the two do not fit each other, or weights are not named."""
+    """Raise ConfigError if the model and the data do not fit each other, or if the path of weights is missing."""
     if data.image_size != model.image_size:
         raise ConfigError(f"data.image_size: {data.image_size}, but model.image_size is {model.image_size}")
     if not model.text_encoder.path:

@@ -1,16 +1,11 @@
-"""The command line of jobs/sweep.py, and the sweeps that can be started by name."""
+"""Configuration of a sweep."""
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from diffdis_platform.config.arguments import Parser, resolve
-from diffdis_platform.config.command_line import recipe_name
-from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringConfig
+from diffdis_platform.config.evaluate import EvalConfig
+from diffdis_platform.config.parse import check_output_dir
 from diffdis_platform.config.pretrain import PretrainConfig
-from diffdis_platform.recipes.demo import DEMO_DATA, demo
-from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion_one_way
 from ray_platform.contracts import ConfigError
 from ray_platform.sweep.schedulers import SchedulerName
 from ray_platform.sweep.sweep import SearchName
@@ -24,15 +19,6 @@ SPACE: dict[str, dict[str, Any]] = {
     "objective.caption_dropout": {"low": 0.0, "high": 0.3},
     "objective.temperature": {"low": 0.03, "high": 0.3, "log": True},
     "evaluation.quality.guidance_scales": {"low": 1.0, "high": 6.0},
-}
-
-# Of a model that is trained from scratch, the rates come first, and lambda is small (docs/comparison.md).
-DEMO_SPACE: dict[str, dict[str, Any]] = {
-    "objective.lr_unet": {"low": 3e-4, "high": 2e-3, "log": True},
-    "objective.lr_new": {"low": 3e-4, "high": 2e-3, "log": True},
-    "objective.lambda_alignment": {"low": 0.004, "high": 1.0, "log": True},
-    "train.micro_batch_size": {"values": [16, 32, 64]},  # at equal samples: more steps against more negatives
-    "evaluation.quality.guidance_scales": SPACE["evaluation.quality.guidance_scales"],
 }
 
 
@@ -70,61 +56,6 @@ class SweepConfig:
         if self.scheduler == "pbt" and self.search == "optuna":
             raise ConfigError("search: optuna proposes new trials, and pbt changes those that there are; take random or grid")
 
-
-def demo_sweep() -> SweepConfig:
-    """Two trials side by side on two CPU cores."""
-    base, heldout = demo(), DEMO_DATA / "wds_heldout_style"
-    return SweepConfig(
-        pretrain=replace(
-            base,
-            data=replace(base.data, sources=(str(DEMO_DATA / "train"),)),
-            train=replace(
-                base.train, num_workers=1, micro_batch_size=64, warmup_steps=30, checkpoint_every=10_000, preview_every=0
-            ),
-        ),
-        evaluation=EvalConfig(
-            suite="demo",
-            data_roots=(str(DEMO_DATA),),
-            scoring=ScoringConfig(num_draws=4),
-            quality=QualityConfig(prompts=str(heldout / "classnames.txt"), reference=str(heldout), num_images=128, num_steps=20),
-        ),
-        space=DEMO_SPACE,
-        num_trials=8,
-        samples=15_360,
-        num_milestones=2,
-    )
-
-
-def sd_v1_laion_sweep() -> SweepConfig:
-    """The paper's size with the one-way mask. Give what sd_v1_laion needs, evaluation.data_roots and evaluation.quality."""
-    base = sd_v1_laion_one_way()
-    return SweepConfig(
-        pretrain=base,
-        evaluation=EvalConfig(gpus_per_worker=1.0, quality=QualityConfig(num_images=10_000)),
-        samples=2_000_000,
-        num_trials=16,
-    )
-
-
-RECIPES: dict[str, Callable[[], SweepConfig]] = {recipe.__name__: recipe for recipe in (demo_sweep, sd_v1_laion_sweep)}
-
-
-@dataclass(frozen=True)
-class Command:
-    recipe: str
-    config: SweepConfig
-    yaml: str  # the resolved configuration
-
-
-def parse(arguments: Sequence[str]) -> Command:
-    """Raises ConfigError, in one line, for a recipe, field or value that does not exist."""
-    name = recipe_name(arguments, RECIPES)
-    parser = Parser(prog="jobs/sweep.py", description=f"Search the recipe's open choices. Recipes: {', '.join(RECIPES)}.")
-    parser.add_argument("--recipe", default=name, help="the sweep to start from")
-    parser.add_argument("--config", action="config", help="a saved config.yaml to start from")
-    parser.add_class_arguments(SweepConfig, default=RECIPES[name]())
-    values, text = resolve(parser, arguments)
-    config = SweepConfig(**{item.name: getattr(values, item.name) for item in fields(SweepConfig)})
-    if "://" not in config.output_dir and not os.path.isabs(config.output_dir):
-        raise ConfigError(f"output_dir: {config.output_dir or 'empty'}; give an absolute folder or an s3:// URL")
-    return Command(values.recipe, config, text)
+    def check(self) -> None:
+        """Raise ConfigError for an output_dir that a job cannot write to."""
+        check_output_dir(self.output_dir)

@@ -12,7 +12,8 @@ from diffdis.encoder import digest_of_folder
 from diffdis.pipeline import CONFIG_NAME
 from diffdis.scorer import DiffDisScorer
 from diffdis_platform.config.evaluate import EvalConfig
-from diffdis_platform.config.export import ExportConfig, export
+from diffdis_platform.config.export import ExportConfig
+from diffdis_platform.exporting import export, find_checkpoint
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.tracking import RUN_RECORD
@@ -93,7 +94,7 @@ def _digest(url: str) -> str:
 def _exported(config: EvalConfig) -> tuple[str, int, str]:
     """(the folder of the checkpoint's model, its step, the run's folder). What an earlier evaluation exported serves again."""
     wanted = ExportConfig(config.checkpoint, storage.join(config.output_dir, "model"), config.weights)
-    url, manifest = wanted.find()
+    url, manifest = find_checkpoint(config.checkpoint)
     mark = {"checkpoint": url, "token": manifest.token, "weights": config.weights}
     mark_url = storage.join(wanted.output_dir, EXPORTED)
     if not storage.exists(mark_url) or storage.read_json(mark_url) != mark:

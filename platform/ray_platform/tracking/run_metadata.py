@@ -1,11 +1,12 @@
 """Names, tags and descriptions of runs, for the users who look for them in the tracker; and the version of the code."""
 
 import hashlib
+import importlib.metadata
 import subprocess
 import time
-from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[3]
+from ray_platform.checkout import checkout_root
+
 _PACKAGES = ("diffdis", "platform", "jobs")
 
 
@@ -34,16 +35,23 @@ def append_command(description: str, command: str) -> str:
 
 
 def code_version() -> str:
-    """Return `git-<commit>` for a clean checkout, else `files-<digest of the sources>`: a submitted job has no .git."""
+    """Return the version of this code.
+
+    `git-<commit>` for a checkout without changes, `files-<digest of the sources>` for other checkouts (a submitted job has no
+    .git folder), and `version-<number>` for an installed wheel.
+    """
+    root = checkout_root()
+    if root is None:
+        return f"version-{importlib.metadata.version('diffdis-platform')}"
     try:
-        git = ["git", "-C", str(_ROOT), "status", "--porcelain", "--untracked-files=no"]
+        git = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]
         if not subprocess.run(git, capture_output=True, text=True, check=True).stdout:
-            commit = ["git", "-C", str(_ROOT), "rev-parse", "--short=12", "HEAD"]
+            commit = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
             return f"git-{subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip()}"
     except (OSError, subprocess.CalledProcessError):
         pass
     digest = hashlib.sha256()
     for package in _PACKAGES:
-        for file in sorted((_ROOT / package).rglob("*.py")):
-            digest.update(f"{file.relative_to(_ROOT)}\n".encode() + file.read_bytes())
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
     return f"files-{digest.hexdigest()[:12]}"

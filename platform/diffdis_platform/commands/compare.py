@@ -1,0 +1,37 @@
+"""`diffdis compare`: the controlled comparison. Without RAY_ADDRESS, this machine's CPUs train its runs."""
+
+from collections.abc import Sequence
+
+from diffdis_platform.commands import typed_command
+from diffdis_platform.config.compare import CompareConfig
+from diffdis_platform.config.parse import ParsedCommand, parse
+from diffdis_platform.recipes import recipes_of
+from ray_platform.contracts import DataError
+
+INTERRUPTED = "stopped; the same command continues"
+
+
+def parse_arguments(argv: Sequence[str]) -> ParsedCommand[CompareConfig]:
+    description = "Train and evaluate the joint model and its baselines on the same samples."
+    return parse(CompareConfig, argv, command="compare", description=description, recipes=recipes_of(CompareConfig))
+
+
+def main(argv: Sequence[str]) -> int:
+    command = parse_arguments(argv)
+    from diffdis_platform.comparison.plan import SUMMARY, plan
+    from diffdis_platform.comparison.run import REPORT, compare, table
+    from ray_platform import storage
+    from ray_platform.connect import connect
+    from ray_platform.local_head import ensure_cluster
+
+    config = command.config
+    comparison = plan(config)
+    ensure_cluster()
+    connect()
+    storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
+    summary = compare(config, comparison, command.recipe, typed_command())
+    print(f"\n{table(summary)}\n")
+    print(f"done: {storage.join(config.output_dir, REPORT)}, next to {SUMMARY} and samples/", flush=True)
+    if summary["failures"]:
+        raise DataError("some measurements failed: " + "; ".join(summary["failures"]))
+    return 0

@@ -1,0 +1,50 @@
+"""`diffdis demo` (`make demo`): build the data, pretrain on a Ray head of this command, evaluate, and report the results."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffdis_platform.recipes.demo import DEMO_DATA, PREVIEW_CAPTIONS
+from ray_platform.checkout import checkout_root
+from ray_platform.contracts import UserError
+
+INTERRUPTED = "stopped; the same command resumes from the last checkpoint"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Arguments are passed on to `diffdis pretrain`."""
+    from diffdis_platform.demo.builder import PINS, build
+    from diffdis_platform.demo.report import SUMMARY, table, write_report
+    from ray_platform.tracking.mlflow_tracker import ui_command
+
+    output = (checkout_root() or Path.cwd()) / "outputs" / "demo"
+    print(build(DEMO_DATA, None, os.cpu_count() or 1, PINS), flush=True)
+    if (output / SUMMARY).exists():
+        print(f"{output} holds a finished run; delete the folder to train again")
+        summary = json.loads((output / SUMMARY).read_text())
+    else:
+        if not (output / "train_summary.json").exists():
+            _pretrain(output, argv)
+        summary = write_report(output, DEMO_DATA, PREVIEW_CAPTIONS)
+    print(f"\n{table(summary)}\n\nopen the MLflow UI with:\n  {ui_command(summary['mlflow']['tracking_uri'])}")
+    return 0
+
+
+def _pretrain(output: Path, argv: Sequence[str]) -> None:
+    """Pretrain with `ray job submit` from a checkout; a wheel has no folder to submit, so its driver runs here."""
+    from ray_platform.local_head import LocalHead, submit
+
+    arguments = ["--recipe", "demo", "--train.resume", "auto", "--output_dir", str(output), "--data.sources"]
+    arguments += [str(DEMO_DATA / "train"), "--tracking.registered_model", "diffdis-demo", *argv]
+    root = checkout_root()
+    with LocalHead() as head:
+        if root:
+            status = submit(head, ["python", "jobs/pretrain.py", *arguments], root, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+        else:
+            command = [sys.executable, "-m", "diffdis_platform.cli", "pretrain", *arguments]
+            status = subprocess.run(command, env=head.env).returncode
+    if status:
+        raise UserError(f"demo: pretraining ended with status {status}; see the messages above")

@@ -1,0 +1,46 @@
+"""`diffdis eval`: evaluate a model. Without RAY_ADDRESS, this machine's CPUs evaluate."""
+
+from collections.abc import Sequence
+
+from diffdis_platform.config.evaluate import EvalConfig
+from diffdis_platform.config.parse import ParsedCommand, parse
+from ray_platform.contracts import DataError
+
+INTERRUPTED = "stopped; the same command continues"
+
+
+def parse_arguments(argv: Sequence[str]) -> ParsedCommand[EvalConfig]:
+    command = parse(
+        EvalConfig,
+        argv,
+        command="eval",
+        description="Measure zero-shot accuracy, retrieval and image quality of a model.",
+        switches={"list": "list the evaluation sets and where they were found, and exit"},
+    )
+    if "list" not in command.switches:
+        command.config.check_job()
+    return command
+
+
+def main(argv: Sequence[str]) -> int:
+    command = parse_arguments(argv)
+    from diffdis_platform.evaluation.run import REPORT, evaluate, plan, table
+    from ray_platform import storage
+    from ray_platform.connect import connect
+    from ray_platform.evaluate.find import listing
+    from ray_platform.local_head import ensure_cluster
+
+    config = command.config
+    if "list" in command.switches:
+        print(listing(config.data_roots))
+        return 0
+    evaluation = plan(config)
+    ensure_cluster()
+    connect()
+    storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
+    details = evaluate(config, evaluation)
+    print(f"\n{table(details, [model['name'] for model in details['models']])}\n")
+    print(f"done: {storage.join(config.output_dir, REPORT)}, next to results.csv and results/", flush=True)
+    if details["failures"]:
+        raise DataError("some measurements failed: " + "; ".join(details["failures"]))
+    return 0

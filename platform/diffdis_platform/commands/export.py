@@ -1,0 +1,18 @@
+"""`diffdis export`: write the model of a checkpoint as a pipeline folder."""
+
+from collections.abc import Sequence
+
+from diffdis_platform.config.export import ExportConfig
+from diffdis_platform.config.parse import ParsedCommand, parse
+
+
+def parse_arguments(argv: Sequence[str]) -> ParsedCommand[ExportConfig]:
+    return parse(ExportConfig, argv, command="export", description="Write the model of a checkpoint as a pipeline folder.")
+
+
+def main(argv: Sequence[str]) -> int:
+    command = parse_arguments(argv)
+    from diffdis_platform.exporting import export
+
+    print(export(command.config))
+    return 0

@@ -1,0 +1,100 @@
+"""`diffdis generate`: generate images from captions with an exported model."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
+from ray_platform.contracts import ConfigError, one_line
+
+if TYPE_CHECKING:
+    from diffdis.pipeline import DiffDisPipeline
+
+_MAX_GRID_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """The model, the captions, and the folder of the images."""
+
+    model: str = ""  # folder of an exported model; local or s3://
+    output_dir: str = ""  # absolute folder or s3:// URL
+    captions: tuple[str, ...] = ()
+    captions_file: str = ""  # text file with one caption per line; local or s3://
+    num_steps: int = 50  # of the sampler
+    scheduler: str = ""  # a sampler of diffusers, such as DPMSolverMultistepScheduler; empty: DDIM
+    guidance_scale: float = 7.5
+    seed: int = 0
+    batch_size: int = 16
+    device: str = ""  # empty: an accelerator if there is one
+
+    def check(self) -> None:
+        """Raise ConfigError for a field that is missing or invalid."""
+        if not self.model:
+            raise ConfigError("model: give the folder of an exported model")
+        check_output_dir(self.output_dir)
+        if bool(self.captions) == bool(self.captions_file):
+            raise ConfigError("captions: give captions or captions_file, and not both")
+        if self.num_steps < 1 or self.batch_size < 1:
+            raise ConfigError("num_steps and batch_size: must be at least 1")
+
+    def all_captions(self) -> list[str]:
+        """Return the captions. Raises ConfigError for a file without one."""
+        if self.captions:
+            return list(self.captions)
+        from ray_platform import storage
+
+        lines = storage.read_small(self.captions_file).decode(errors="replace").splitlines()
+        if not (captions := [line.strip() for line in lines if line.strip()]):
+            raise ConfigError(f"captions_file: {self.captions_file} holds no caption; write one per line")
+        return captions
+
+
+def parse_arguments(argv: Sequence[str]) -> ParsedCommand[GenerateConfig]:
+    return parse(GenerateConfig, argv, command="generate", description="Generate images from captions with an exported model.")
+
+
+def main(argv: Sequence[str]) -> int:
+    config = parse_arguments(argv).config
+    from diffdis.image_grid import image_grid
+    from ray_platform import storage
+
+    captions = config.all_captions()
+    pipeline = _open_model(config)
+    images = []
+    for start in range(0, len(captions), config.batch_size):
+        indices = range(start, min(start + config.batch_size, len(captions)))
+        images += pipeline.generate(
+            [captions[index] for index in indices],
+            num_steps=config.num_steps,
+            guidance_scale=config.guidance_scale,
+            seed=config.seed,
+            indices=indices,
+            scheduler=config.scheduler or None,
+        )
+        print(f"{len(images)} of {len(captions)} images", flush=True)
+    with tempfile.TemporaryDirectory(prefix="generate_") as folder:
+        names = {f"{index:06d}.png": caption for index, caption in enumerate(captions)}
+        for name, image in zip(names, images, strict=True):
+            image.save(Path(folder) / name)
+        (Path(folder) / "captions.json").write_text(json.dumps(names, indent=1))
+        image_grid(images[:_MAX_GRID_IMAGES], captions[:_MAX_GRID_IMAGES]).save(Path(folder) / "grid.png")
+        storage.put_folder(Path(folder), config.output_dir)
+    print(f"done: {len(images)} images, captions.json and grid.png in {config.output_dir}")
+    return 0
+
+
+def _open_model(config: GenerateConfig) -> "DiffDisPipeline":
+    import torch
+
+    from diffdis.pipeline import DiffDisPipeline
+    from ray_platform import storage
+
+    try:
+        pipeline = DiffDisPipeline.from_pretrained(storage.cached_folder(config.model))
+        return pipeline.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model: {one_line(error)}") from error

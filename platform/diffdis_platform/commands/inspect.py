@@ -1,0 +1,71 @@
+"""`diffdis inspect`: inspect shards before training. Without RAY_ADDRESS, this machine's CPUs inspect them."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
+from ray_platform.contracts import ConfigError, DataError
+from ray_platform.data.config import DataConfig
+
+_PROGRESS_SECONDS = 10.0  # between two lines
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """The data to inspect, and the folder of the report."""
+
+    output_dir: str = ""  # absolute folder or s3:// URL for inspection.json and inspection.html
+    max_shards: int = 32  # shards to inspect, spread over the source; a part of a very large shard counts as one; 0: all
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError for a field that is missing or invalid."""
+        check_output_dir(self.output_dir)
+        if self.max_shards < 0:
+            raise ConfigError(f"max_shards: {self.max_shards} is negative; use 0 for all shards")
+
+
+def parse_arguments(argv: Sequence[str]) -> ParsedCommand[InspectConfig]:
+    description = "Inspect shards: counts, sizes, rejected samples, time of an epoch."
+    return parse(InspectConfig, argv, command="inspect", description=description)
+
+
+def inspect(config: InspectConfig) -> dict[str, Any]:
+    """Write inspection.json and inspection.html, print a table, and return the content of the JSON file. Needs a running Ray."""
+    from ray_platform import storage
+    from ray_platform.data.catalog import build_catalog
+    from ray_platform.data.inspection import cluster_cpus, inspect_units, spread_units
+    from ray_platform.data.inspection_report import summarise, table
+    from ray_platform.data.statistics import Statistics
+    from ray_platform.report.inspection import page
+
+    catalog = build_catalog(config.data)
+    units, total, printed = spread_units(catalog, config.max_shards), Statistics(), time.monotonic()
+    for statistics in inspect_units(units, config.data):
+        total.merge(statistics)
+        if time.monotonic() - printed > _PROGRESS_SECONDS:
+            printed = time.monotonic()
+            print(f"{total.units} of {len(units)} shards, {total.looked_at:,} samples", file=sys.stderr, flush=True)
+    summary = summarise(catalog, config.data, total, cluster_cpus(config.data))
+    html = storage.join(config.output_dir, "inspection.html")
+    storage.write_bytes(storage.join(config.output_dir, "inspection.json"), json.dumps(summary, indent=2).encode())
+    storage.write_bytes(html, page(summary, total.thumbnails, config.data).encode())
+    print(f"{table(summary)}\n\nreport with a contact sheet: {html}", flush=True)
+    return summary
+
+
+def main(argv: Sequence[str]) -> int:
+    config = parse_arguments(argv).config
+    from ray_platform.connect import connect
+    from ray_platform.data.inspection_report import verdict
+    from ray_platform.local_head import ensure_cluster
+
+    ensure_cluster()
+    connect()
+    if problem := verdict(inspect(config)):
+        raise DataError(problem)
+    return 0

@@ -1,0 +1,105 @@
+"""`diffdis precompute`: encode shards once; the result is a source for `diffdis pretrain` with the same model.
+
+Without RAY_ADDRESS, this machine's CPUs encode.
+"""
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from diffdis.config import DiffDisConfig
+from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
+from diffdis_platform.config.pretrain import PretrainConfig, check_model
+from diffdis_platform.recipes import recipes_of
+from ray_platform.contracts import ConfigError
+from ray_platform.data.config import DataConfig
+from ray_platform.placement import check_labels
+
+if TYPE_CHECKING:
+    from ray_platform.data.precompute import Encoders
+
+INTERRUPTED = "stopped; the same command continues"
+_PROGRESS_SECONDS = 10.0  # between two lines
+
+
+@dataclass(frozen=True)
+class PrecomputeConfig:
+    """The data, the encoders of a model, and the folder of the precomputed shards."""
+
+    output_dir: str = ""  # absolute folder or s3:// URL of the precomputed shards
+    num_encoders: int = 1  # actors that encode in parallel
+    gpus_per_encoder: float = 0.0  # 0.5: two share a GPU; 0: on CPUs
+    cpus_per_encoder: float = 1.0
+    placement: dict[str, str] = field(default_factory=dict)  # labels of the nodes that encode, as {pool: gpu}; empty: any
+    batch_size: int = 64  # images per forward pass of an encoder
+    model: DiffDisConfig = field(default_factory=DiffDisConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        if self.num_encoders < 1 or self.batch_size < 1:
+            raise ConfigError("num_encoders and batch_size: must be at least 1")
+        if self.gpus_per_encoder < 0 or self.cpus_per_encoder <= 0:
+            raise ConfigError("gpus_per_encoder must not be negative, and cpus_per_encoder must be above 0")
+        check_labels("placement", self.placement)
+
+    def check(self) -> None:
+        """Raise ConfigError for an output_dir that a job cannot write to."""
+        check_output_dir(self.output_dir)
+
+    def encoders(self) -> "Encoders":
+        """Return what builds the encoders, how many there are and what they need. Raises ConfigError."""
+        from diffdis.encoder import FrozenEncoder, describe_encoders
+        from diffdis.warm_start import resolve_encoder_paths
+        from ray_platform import storage
+        from ray_platform.data.precompute import Encoders
+
+        model = resolve_encoder_paths(self.model)
+        check_model(model, self.data)
+        return Encoders(
+            functools.partial(storage.with_cached_folders, FrozenEncoder, model),
+            storage.with_cached_folders(describe_encoders, model),
+            self.num_encoders,
+            self.gpus_per_encoder,
+            self.cpus_per_encoder,
+            self.batch_size,
+            self.placement,
+        )
+
+
+def parse_arguments(argv: Sequence[str]) -> ParsedCommand[PrecomputeConfig]:
+    recipes = {name: functools.partial(_from_recipe, name) for name in recipes_of(PretrainConfig)}
+    description = "Encode images and captions once, for many epochs and runs, with the model and data of a recipe."
+    return parse(PrecomputeConfig, argv, command="precompute", description=description, recipes=recipes)
+
+
+def _from_recipe(name: str) -> PrecomputeConfig:
+    recipe = recipes_of(PretrainConfig)[name]()
+    return PrecomputeConfig(model=recipe.model, data=recipe.data)
+
+
+def main(argv: Sequence[str]) -> int:
+    config = parse_arguments(argv).config
+    from ray_platform.connect import connect
+    from ray_platform.data.catalog import build_catalog
+    from ray_platform.data.precompute import check, precompute
+    from ray_platform.local_head import ensure_cluster
+
+    catalog = build_catalog(config.data)
+    check(catalog, config.data)
+    encoders = config.encoders()
+    ensure_cluster()
+    connect()
+    printed, progress = time.monotonic(), {}
+    for progress in precompute(catalog, config.data, encoders, config.output_dir):
+        if time.monotonic() - printed > _PROGRESS_SECONDS:
+            printed = time.monotonic()
+            print(_progress_line(progress), flush=True)
+    done = f"{_progress_line(progress)}\ndone: precomputed shards are in {config.output_dir}"
+    print(done if progress else "all shards were precomputed already")
+    return 0
+
+
+def _progress_line(progress: dict[str, float]) -> str:
+    return "{shards_done:,} of {shards:,} shards, {samples:,} samples, {samples_per_second:.0f} samples/s".format(**progress)

@@ -1,0 +1,34 @@
+"""`diffdis sweep`: search hyperparameters. Without RAY_ADDRESS, this machine's CPUs train the trials."""
+
+from collections.abc import Sequence
+
+from diffdis_platform.commands import typed_command
+from diffdis_platform.config.parse import ParsedCommand, parse
+from diffdis_platform.config.sweep import SweepConfig
+from diffdis_platform.recipes import recipes_of
+from ray_platform.contracts import DataError
+
+INTERRUPTED = "stopped; the same command continues"
+
+
+def parse_arguments(argv: Sequence[str]) -> ParsedCommand[SweepConfig]:
+    description = "Search the hyperparameters of a recipe with Ray Tune."
+    return parse(SweepConfig, argv, command="sweep", description=description, recipes=recipes_of(SweepConfig))
+
+
+def main(argv: Sequence[str]) -> int:
+    command = parse_arguments(argv)
+    from diffdis_platform.sweeping.run import REPORT, plan, run, table
+    from ray_platform import storage
+    from ray_platform.connect import connect
+    from ray_platform.local_head import ensure_cluster
+
+    sweep = plan(command.config, command.recipe)
+    ensure_cluster()
+    connect()
+    details = run(sweep, command.yaml, typed_command())
+    report = storage.join(command.config.output_dir, REPORT)
+    print(f"\n{table(details)}\n\ndone: {report}, next to details.json", flush=True)
+    if failed := [f"{trial['name']}: {trial['error']}" for trial in details["trials"] if trial["state"] == "failed"]:
+        raise DataError(f"{len(failed)} trials failed; the same command tries them again: " + "; ".join(failed))
+    return 0

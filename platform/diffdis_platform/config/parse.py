@@ -1,0 +1,264 @@
+"""One parser for all commands: from a command line, a recipe and a saved config.yaml to a typed configuration."""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from ray_platform.contracts import ConfigError, one_line
+from ray_platform.redaction import is_redacted, redacted_values
+
+Config = TypeVar("Config")
+Recipes = Mapping[str, Callable[..., Config]]
+
+MAX_CONFIG_BYTES = 2**20
+MAX_CONFIG_VALUES = 100_000  # with YAML aliases expanded
+_S3_CREDENTIALS = re.compile(r"s3a?://[^/]*@")
+
+# A configuration may come from someone else, and `class_path: some.module` in it would import that module.
+set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=["*"])
+
+
+@dataclass(frozen=True)
+class ParsedCommand(Generic[Config]):
+    """A parsed command line."""
+
+    config: Config
+    recipe: str  # the recipe that the configuration started from; empty for a command without recipes
+    switches: frozenset[str]  # the switches of the command that were given, such as `dry_run`
+    yaml: str  # the resolved configuration without secrets; `--config` reads it
+
+
+def parse(
+    config_class: type[Config],
+    argv: Sequence[str],
+    *,
+    command: str,
+    description: str,
+    recipes: Recipes[Config] | None = None,
+    switches: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> ParsedCommand[Config]:
+    """Parse the arguments of a command into a `config_class`.
+
+    A field is set with `--dotted.name value`. A list takes one or more values or JSON (`--data.sources a b`), and a boolean field
+    without a value means true. If `config_class` has a method `check`, it is called.
+
+    Args:
+        config_class: dataclass of the configuration; its fields may be dataclasses.
+        argv: the arguments after the name of the command.
+        command: name of the command, for `--help`.
+        description: one sentence, for `--help`.
+        recipes: functions that return the configuration to start from, by name; the first is the default. The parameters of
+            a recipe become options of the command.
+        switches: options without a value that are not part of the configuration, with their help text.
+        aliases: short names of fields, such as `--resume` for `--train.resume`.
+
+    Raises:
+        ConfigError: an unknown recipe or field, an invalid value, a configuration file that cannot be read, or a secret that
+            is missing or in the wrong place.
+    """
+    arguments = [_expand_alias(argument, aliases or {}) for argument in argv]
+    parser = ArgumentParser(prog=f"diffdis {command}", description=description, exit_on_error=False)
+    options = {"--config", "--help", "-h"}
+    default = None
+    recipe = ""
+    if recipes:
+        recipe = _last_value(arguments, "--recipe", next(iter(recipes)))
+        if recipe not in recipes:
+            raise ConfigError(f"--recipe {recipe}: no such recipe; choose one of {', '.join(recipes)}")
+        parser.add_argument("--recipe", default=recipe, help=f"configuration to start from: {', '.join(recipes)}")
+        parameters = {
+            name: _last_value(arguments, f"--{name}", parameter.default)
+            for name, parameter in inspect.signature(recipes[recipe]).parameters.items()
+        }
+        for name, value in parameters.items():
+            parser.add_argument(f"--{name}", default=value, help="parameter of the recipe")
+        default = recipes[recipe](**parameters)
+        options |= {"--recipe", *(f"--{name}" for name in parameters)}
+    parser.add_argument("--config", action="config", help="saved config.yaml to start from")
+    for name, text in (switches or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+        options.add(f"--{name}")
+    parser.add_class_arguments(config_class, default=default)
+    fields = field_types(config_class)
+    values, text = _resolve(parser, _normalize(arguments, fields, options))
+    config = config_class(**{name: values[name] for name in _field_names(config_class)})
+    given = frozenset(name.replace("-", "_") for name in switches or {} if values[name.replace("-", "_")])
+    if check := getattr(config, "check", None):
+        check()
+    return ParsedCommand(config, values["recipe"] if recipes else "", given, text)
+
+
+def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return `config` with other values for some fields, given by dotted name, validated like those of a command line.
+
+    Raises:
+        ConfigError: an unknown field, a value of the wrong type, or one that the configuration rejects.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(type(config), default=config)
+    arguments = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
+    built, _ = _resolve(parser, _normalize(arguments, field_types(type(config)), set()))
+    return type(config)(**{name: built[name] for name in _field_names(type(config))})
+
+
+def field_types(config_class: type, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every field by dotted name, including the fields of nested dataclasses."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(config_class).items():
+        if name in _field_names(config_class):
+            found[prefix + name] = kind
+            if dataclasses.is_dataclass(kind):
+                found |= field_types(typing.cast(type, kind), f"{prefix}{name}.")
+    return found
+
+
+def is_list(kind: Any) -> bool:
+    """Return whether `kind` is a tuple of any length."""
+    return typing.get_origin(kind) is tuple and typing.get_args(kind)[-1] is Ellipsis
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Raise ConfigError unless `output_dir` is an absolute folder or a URL: a job runs in a folder of its own."""
+    if "://" not in output_dir and not os.path.isabs(output_dir):
+        raise ConfigError(f"output_dir: {output_dir or 'empty'}; give an absolute folder or an s3:// URL")
+
+
+def _field_names(config_class: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(config_class)]
+
+
+def _expand_alias(argument: str, aliases: Mapping[str, str]) -> str:
+    flag, equals, value = argument.partition("=")
+    return aliases.get(flag, flag) + equals + value
+
+
+def _last_value(arguments: Sequence[str], flag: str, default: str) -> str:
+    """Return the value of a flag that decides how the other arguments are parsed."""
+    value = default
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        if argument == flag or argument.startswith(f"{flag}="):
+            value = argument.partition("=")[2] or following
+    return value
+
+
+def _normalize(arguments: Sequence[str], fields: Mapping[str, Any], options: set[str]) -> list[str]:
+    """Reject unknown flags, join the values of a list to one JSON list, and give a lone boolean flag the value true."""
+    result: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").rstrip("+")
+        if not flag.startswith("--") or flag in options:
+            result.append(argument)
+            if flag in ("--config", "--recipe") and not equals and rest:
+                result.append(rest.pop(0))
+        elif name not in fields:
+            near = difflib.get_close_matches(flag, [*(f"--{field}" for field in fields), *options], n=1, cutoff=0.5)
+            raise ConfigError(f"{flag}: no such field" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        else:
+            values = [value] if equals else []
+            while not equals and rest and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+            result += _field_argument(flag, fields[name], values)
+    return result
+
+
+def _field_argument(flag: str, kind: Any, values: list[str]) -> list[str]:
+    if not values:
+        return [f"{flag}=true"] if kind is bool else [flag]
+    members = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    takes_list = is_list(kind) or (len(values) > 1 and any(typing.get_origin(member) is tuple for member in members))
+    if takes_list and not flag.endswith("+") and not (len(values) == 1 and values[0].startswith("[")):
+        texts = str in typing.get_args(kind)
+        return [f"{flag}={json.dumps(values) if texts else '[' + ','.join(values) + ']'}"]
+    return [f"{flag}={values[0]}", *values[1:]]
+
+
+def _resolve(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Mapping[str, Any], str]:
+    """Return the instantiated values, and the same values as YAML without secrets."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        if argument.partition("=")[0] == "--config":
+            _check_config_file(Path(argument.partition("=")[2] or following))
+    try:
+        values = parser.parse_args(arguments)
+    except (ArgumentError, ImportError) as error:  # ImportError: a class_path in a configuration
+        raise ConfigError(re.sub(r'^Parser key "([^"]+)"', r"\1", one_line(error))) from None
+    text = parser.dump(values.clone(with_meta=False), skip_none=False)
+    plain = yaml.safe_load(text)
+    _check_secrets(plain)
+    if (public := redacted_values(plain)) != plain:
+        text = yaml.safe_dump(public, sort_keys=False)
+    try:
+        return vars(parser.instantiate(values)), text
+    except ValueError as error:  # raised by the configuration's own checks
+        raise ConfigError(one_line(error)) from error
+
+
+def _check_config_file(path: Path) -> None:
+    """Check that a file is YAML of a reasonable size before anything is built from it."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"--config: {path}: {error.strerror}; give a saved config.yaml") from None
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"--config: {path} has more than {MAX_CONFIG_BYTES:,} bytes; give a saved config.yaml")
+    try:
+        num_values = _count_values(yaml.compose(content, yaml.SafeLoader), {})
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+        raise ConfigError(f"--config: {path} cannot be read as YAML ({one_line(error)}); give a saved config.yaml") from None
+    if num_values > MAX_CONFIG_VALUES:
+        raise ConfigError(
+            f"--config: {path} has more than {MAX_CONFIG_VALUES:,} values, because its aliases multiply; write them out"
+        )
+
+
+def _count_values(node: Any, counts: dict[int, int]) -> int:
+    """Return the number of values in a YAML node with aliases expanded; a node that contains itself counts as too many."""
+    if id(node) not in counts:
+        counts[id(node)] = MAX_CONFIG_VALUES + 1  # for a node that contains itself
+        inner: list[Any] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        counts[id(node)] = 1 + sum(_count_values(part, counts) for part in inner)
+    return counts[id(node)]
+
+
+def _check_secrets(plain: Mapping[str, Any]) -> None:
+    """Reject secrets that a saved configuration lacks, and credentials in S3 URLs."""
+    for field, value in _texts(plain):
+        if is_redacted(value):
+            raise ConfigError(f"--{field}: a secret in it was not saved with the configuration; give this field again")
+        if _S3_CREDENTIALS.match(value):
+            raise ConfigError(
+                f"{field}: a URL holds credentials (before an @); leave them out, and set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY"
+            )
+
+
+def _texts(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted field, text) for every text in a configuration; the texts of a list have the list's field."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{field}.{name}" if field else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, field)
+    elif isinstance(value, str):
+        yield field, value

@@ -1,0 +1,79 @@
+"""Export of a checkpoint as a pipeline folder."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from diffdis.config import DiffDisConfig, ObjectiveConfig
+from diffdis.pipeline import DiffDisPipeline
+from diffdis.task import DiffDisTask
+from diffdis.warm_start import resolve_encoder_paths
+from diffdis_platform.config.export import ExportConfig
+from ray_platform import storage
+from ray_platform.contracts import ConfigError, DataError, describe_error
+from ray_platform.train import checkpointing
+from ray_platform.train.checkpointing import Manifest
+
+
+def find_checkpoint(checkpoint_url: str) -> tuple[str, Manifest]:
+    """Return the folder and the manifest of a checkpoint; the newest one if `checkpoint_url` is a run's output_dir.
+
+    Raises:
+        ConfigError: there is no complete checkpoint.
+    """
+    url = checkpoint_url.rstrip("/")
+    if not storage.exists(storage.join(url, checkpointing.COMPLETE)):
+        checkpoints = checkpointing.list_checkpoints(url)
+        if not checkpoints:
+            raise ConfigError(f"checkpoint: {url} is no complete checkpoint, and no run that has one")
+        url = checkpoints[0]
+    return url, checkpointing.read_manifest(url)
+
+
+def export(config: ExportConfig) -> str:
+    """Write the pipeline folder, check that it opens, and return one line for the user.
+
+    Raises:
+        ConfigError: there is no complete checkpoint.
+        DataError: the checkpoint does not describe a model, or does not hold its tensors.
+    """
+    url, manifest = find_checkpoint(config.checkpoint)
+    try:
+        ema = config.weights == "ema" or (config.weights == "best" and manifest.config["train"]["ema_decay"] > 0)
+        task = build_task(manifest.config)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
+        raise DataError(
+            f"{url}: no model can be built from the configuration in it ({describe_error(error)}); take another"
+        ) from None
+    weights = dict(checkpointing.weights_of(url, "ema" if ema else "weights"))
+    with tempfile.TemporaryDirectory(prefix="export_") as folder:
+        try:
+            task.save_pretrained(weights, Path(folder))
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise DataError(f"{url}: its tensors are not those of its model ({describe_error(error)}); take another") from None
+        opened = ", ".join(check_opens(Path(folder)))
+        storage.put_folder(Path(folder), config.output_dir)
+    which = "the EMA" if ema else "the weights"
+    return f"done: {which} of step {manifest.step} ({url}) in {config.output_dir}; opens as {opened}"
+
+
+def check_opens(folder: Path) -> list[str]:
+    """Open the folder with every library that reads it, and return their names."""
+    DiffDisPipeline.from_pretrained(folder)
+    UNet2DConditionModel.from_pretrained(folder / "unet")
+    opened = ["DiffDisPipeline", "diffusers' UNet2DConditionModel"]
+    if (folder / "model_index.json").exists():
+        DiffusionPipeline.from_pretrained(folder)
+        opened.append("diffusers' StableDiffusionPipeline")
+    return opened
+
+
+def build_task(config: dict[str, Any]) -> DiffDisTask:
+    """Return the task that the configuration of a run describes, without the weights of a warm start."""
+    model = resolve_encoder_paths(DiffDisConfig.from_dict(config["model"]))
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in config["objective"].items()}
+    objective = ObjectiveConfig(**values)
+    return storage.with_cached_folders(DiffDisTask, replace(model, warm_start=""), objective)
