@@ -10,7 +10,7 @@ from torch import nn
 from diffdis import schedule
 from diffdis.config import ObjectiveConfig
 from diffdis.losses import AlignmentResult, build_alignment_loss, gather, generation_loss, rank_offset
-from diffdis.model import DiffDis, ImageCondition, ImageKVCache
+from diffdis.model import DiffDis, ImageKVCache
 
 NUM_TIMESTEP_BINS = 4  # of t_e, for the logged loss and accuracy: the shortcut shows as a slope over them
 # Only generation uses these parts of the U-Net: the alignment pass ends behind the middle block.
@@ -34,7 +34,7 @@ class QueryPrediction(NamedTuple):
     """Text queries predicted from the images of a batch, and the inputs of the prediction."""
 
     queries: torch.Tensor  # [B, n, D], unit norm
-    condition: ImageCondition | None  # None for the clip task
+    condition: Any  # the ImageCondition; None for the clip task
     noisy_queries: torch.Tensor  # [B, n, D]
 
 
@@ -225,7 +225,7 @@ class Objective(nn.Module):
         if isinstance(condition, ImageKVCache):
             unet = [[(shuffle(k), shuffle(v)) for k, v in layers] for layers in condition.unet]
             condition = ImageKVCache(unet, [(shuffle(k), shuffle(v)) for k, v in condition.head])
-        elif condition is not None:
+        else:
             condition = shuffle(condition[0]), condition[1]
         queries, ids = gather(inputs["query"]), gather(inputs["caption_ids"])  # [B_all, D], [B_all]
         predicted = self.model.predict_query(condition, noisy_queries[part], noise.query_timesteps[part])[:, 0]  # [B / 4, D]
