@@ -58,7 +58,7 @@ class Metric:
 
     def text(self, value: float | None, with_unit: bool = True) -> str:
         """Return the value as a reader expects it: `2.37 %`, `47.7 min`, `1.4 P`; a dash where it is not defined."""
-        if value is None or not is_number(value):
+        if not is_number(value):
             return NO_VALUE
         if self.format == "fraction":
             return f"{100 * value:.2f}{' %' * with_unit}"
@@ -75,7 +75,7 @@ class Metric:
 
     def difference_text(self, difference: float | None, with_unit: bool = True) -> str:
         """Return a difference with its sign; differences of fractions in points (`+0.82 points`)."""
-        if difference is None or not is_number(difference):
+        if not is_number(difference):
             return NO_VALUE
         if self.is_fraction:
             return f"{round(100 * difference, 2) + 0.0:+.2f}{' points' * with_unit}".replace("-", "−")

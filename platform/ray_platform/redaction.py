@@ -1,7 +1,7 @@
-"""Secrets out of whatever is printed, logged or saved: the one place that knows what a secret looks like.
+"""Removing secrets from everything that is printed, logged or saved. Only this module knows what a secret looks like.
 
-Errors of ours pass through here by themselves (`contracts`); configurations, commands and what MLflow is told do so where they
-leave the process. Nothing of a secret is shown, not even its length.
+The project's own errors are redacted automatically (`contracts`); configurations, commands and tracked values are redacted where
+they leave the process. Nothing of a secret is shown, not even its length.
 """
 
 import os
@@ -14,11 +14,11 @@ HIDDEN = "***"
 
 _NAME = r"(?:secret|token|password|passwd|api[_-]?key|access[_-]?key(?:[_-]?id)?|secret[_-]?key|private[_-]?key|credentials?)"
 _IS_SECRET = re.compile(rf"(?:^|.*[_.-]){_NAME}$", re.IGNORECASE)
-_SHORTEST = 8  # characters of an environment variable's value that cannot stand in a text by chance
+_SHORTEST = 8  # characters; a shorter value of an environment variable may occur in a text by chance
 _PATTERNS = (
-    # https://user:password@host, s3://key:secret@bucket; a password may hold a slash, but a port is none.
+    # https://user:password@host, s3://key:secret@bucket; a password may contain a slash, but a port is not a password.
     (re.compile(r"(\w://)(?:[^\s/:@\"'<>]*:(?!\d+/)[^\s\"'<>]*|[^\s/\"'<>]+)@"), rf"\1{HIDDEN}@"),
-    # What presigned and other URLs are signed with.
+    # Signatures of presigned and other URLs.
     (
         re.compile(
             r"([?&](?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId|sig|" + _NAME + r")=)[^\s&#\"'<>]+",
@@ -26,20 +26,20 @@ _PATTERNS = (
         ),
         rf"\1{HIDDEN}",
     ),
-    # NAME_TOKEN=value and --name.token value, as they stand in a command.
+    # NAME_TOKEN=value and --name.token value, as in a command.
     (re.compile(rf"((?<![?&\w.-])[\w.-]*{_NAME}=)[^\s\"'<>]+", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(rf"(--[\w.-]*{_NAME}[ =]['\"]?)[^\s\"'<>]+", re.IGNORECASE), rf"\1{HIDDEN}"),
-    # The same within JSON or YAML that is one text.
+    # The same in JSON or YAML.
     (re.compile(rf"([\"'][\w.-]*{_NAME}[\"']\s*:\s*[\"'])[^\"']+", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(r"(\b(?:Bearer|Basic) )[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
-    # Keys that show by their form: AWS, Hugging Face, GitHub, OpenAI.
+    # Keys with a known form: AWS, Hugging Face, GitHub, OpenAI.
     (re.compile(r"\b(?:(?:AKIA|ASIA)[0-9A-Z]{16}|hf_\w{30,}|gh[pousr]_\w{30,}|sk-[\w-]{30,})"), HIDDEN),
 )
 
 
 def redacted(text: str) -> str:
-    """`text` with *** for every secret: in URLs, behind its name, by its form, or as this process's environment has it."""
-    for secret in _of_the_environment():
+    """Replace every secret in `text` by ***: in URLs, after a name, of a known form, or from the environment."""
+    for secret in _environment_secrets():
         text = text.replace(secret, HIDDEN)
     for pattern, instead in _PATTERNS:
         text = pattern.sub(instead, text)
@@ -47,7 +47,7 @@ def redacted(text: str) -> str:
 
 
 def redacted_values(value: Any, name: str = "") -> Any:
-    """The same for all texts in nested mappings and lists; a text whose `name` says that it is a secret goes as a whole."""
+    """Redact all texts in nested mappings and lists. A text whose `name` says that it is a secret is replaced as a whole."""
     if isinstance(value, Mapping):
         return {key: redacted_values(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -58,19 +58,22 @@ def redacted_values(value: Any, name: str = "") -> Any:
 
 
 def restored(text: str, whole: str) -> str:
-    """`whole` where `text` is what `redacted` left of it, else `text`."""
+    """Return `whole` if `text` is its redacted form, else `text`."""
     return whole if HIDDEN in text and redacted(whole) == text else text
 
 
 def is_redacted(text: str) -> bool:
+    """Return whether a secret was removed from `text`."""
     return text == HIDDEN or f"{HIDDEN}@" in text or f"={HIDDEN}" in text
 
 
-def _of_the_environment() -> list[str]:
-    """As they are, and as they stand in a URL; the longest first, of which another may be a part."""
+def _environment_secrets() -> list[str]:
+    """Return the secrets of the environment, also quoted as in URLs. The longest is first: it may contain others."""
     values = {
         value
         for name, value in os.environ.items()
-        if len(value) >= _SHORTEST and _IS_SECRET.match(name) and not value.startswith(("/", "."))  # the path of a token's file
+        if len(value) >= _SHORTEST
+        and _IS_SECRET.match(name)
+        and not value.startswith(("/", "."))  # the path of a file with a token
     }
     return sorted(values | {quote(value, safe="") for value in values}, key=len, reverse=True)

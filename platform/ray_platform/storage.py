@@ -1,63 +1,48 @@
-"""One small door to folders and `s3://` alike. Nothing else in the platform knows fsspec, s3fs or Arrow's file systems.
+"""Files in folders and in `s3://`. This is the only module that knows fsspec, s3fs and Arrow's file systems.
 
-Credentials, region and endpoint come from the usual AWS places (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ~/.aws, roles).
-Whatever goes wrong becomes a `DataError` of one line that names the URL, never the credentials.
+Credentials, region and endpoint come from the usual AWS places (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ~/.aws, roles). Every error
+is a `DataError` of one line that names the URL and never the credentials. `ray_platform.retry`
+documents which operations are retried, and when.
 """
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
-import random
 import re
 import stat
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import botocore.session  # type: ignore[import-untyped]
 import filelock
 import fsspec
 import pyarrow as pa
-from botocore.exceptions import (  # type: ignore[import-untyped]
-    BotoCoreError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem, resolve_s3_region
 
-from ray_platform.contracts import DataError, one_line
+from ray_platform.contracts import DataError
 from ray_platform.names import check_below, expand_braces
-from ray_platform.redaction import redacted
+from ray_platform.retry import StorageError, custom_endpoint, retrying_for, storage_errors, storage_operation
 
-# s3fs tries each call five times by itself. Botocore's own tries would multiply that to minutes at a dead endpoint.
+__all__ = ["StorageError", "retrying_for"]
+
 READ_TIMEOUT_S = 20  # without a byte
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 20.0  # of `with_retries`
-SMALL_BYTES = 64 * 2**20  # most of what describes data; a larger file is something else
-LISTING_BYTES = 2**30  # of one that names every shard of a source
+SMALL_BYTES = 64 * 2**20  # limit for files that describe others
+LISTING_BYTES = 2**30  # limit for a file that names every shard of a source
+_READ_AHEAD_BYTES = 2**20  # of a file that is opened on S3
+# s3fs attempts each call five times by itself; botocore's own retries would multiply that.
 _S3_CLIENT = {"connect_timeout": 5, "read_timeout": READ_TIMEOUT_S, "retries": {"total_max_attempts": 1}}
-
 T = TypeVar("T")
-
-
-class StorageError(DataError):
-    """What storage answered. `kind` tells whether trying again can help: only what is `unavailable` comes back by itself."""
-
-    def __init__(self, message: str, kind: Literal["missing", "forbidden", "unavailable"]) -> None:
-        super().__init__(message, kind)
-        self.kind = kind
-
-    def __str__(self) -> str:
-        return redacted(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -68,108 +53,101 @@ class StoredFile:
     size: int
 
 
-def with_retries(call: Callable[[], T], seconds: float) -> T:
-    """Call `call` again, after growing pauses, while storage is unavailable. What is missing or forbidden is asked for twice."""
-    deadline, wait, tries = time.monotonic() + seconds, _FIRST_WAIT_S, 0
-    while True:
-        try:
-            return call()
-        except StorageError as error:
-            tries += 1
-            wait = min(wait * (1 + random.random()), _LONGEST_WAIT_S)  # not all callers at once
-            last = tries == 2 if error.kind != "unavailable" else time.monotonic() + wait > deadline
-            if last:
-                raise
-            time.sleep(wait)
-
-
+@storage_operation(retried=False)
 def list_files(source: str) -> tuple[StoredFile, ...]:
-    """The files that `source` names, sorted by URL: a file, a folder (not what is below its subfolders), a glob
-    (`s3://bucket/part-*/*.tar`) or a brace pattern (`s3://bucket/{00000..00009}.tar`).
+    """Return the files that `source` names, sorted by URL.
 
-    Raises DataError when a file, folder or bucket is missing. An empty folder, and a glob without match, give nothing.
+    Args:
+        source: a file, a folder (without its subfolders), a glob (`s3://bucket/part-*/*.tar`) or a brace pattern
+            (`s3://bucket/{00000..00009}.tar`).
+
+    Raises:
+        StorageError: a file, folder or bucket is missing. An empty folder, and a glob without a match, return ().
     """
-    with _errors(source):
-        filesystem, path = _resolve(source)
-        if "{" in path:
-            return _list_expanded(filesystem, path)
-        if any(char in path for char in "*?["):
-            found = filesystem.glob(path, detail=True)
-            if not found:
-                # fsspec calls a missing bucket or folder an empty match; listing what precedes the pattern tells.
-                filesystem.ls(re.split(r"[*?\[]", path)[0].rpartition("/")[0])
-            entries = list(found.values())
-        else:
-            info = filesystem.info(path)
-            entries = filesystem.ls(path, detail=True) if info["type"] == "directory" else [info]
-        followed = _followed(filesystem, entries, deep="**" in path)
-        files = (_stored_file(filesystem, entry) for entry in followed if entry["type"] == "file")
-        # S3 consoles mark a folder by an empty object whose name ends in "/".
-        return tuple(sorted((file for file in files if not file.url.endswith("/")), key=lambda file: file.url))
+    filesystem, path = _resolve(source)
+    if "{" in path:
+        return _list_expanded(filesystem, path)
+    if any(char in path for char in "*?["):
+        matches = filesystem.glob(path, detail=True)
+        if not matches:
+            # fsspec reports no match where the bucket or folder is missing; listing it raises the right error.
+            filesystem.ls(re.split(r"[*?\[]", path)[0].rpartition("/")[0])
+        entries = list(matches.values())
+    else:
+        info = filesystem.info(path)
+        entries = filesystem.ls(path, detail=True) if info["type"] == "directory" else [info]
+    resolved = _resolve_links(filesystem, entries, deep="**" in path)
+    files = (_stored_file(filesystem, entry) for entry in resolved if entry["type"] == "file")
+    # S3 consoles mark a folder by an empty object whose name ends in "/".
+    return tuple(sorted((file for file in files if not file.url.endswith("/")), key=lambda file: file.url))
 
 
-def _followed(
+def _resolve_links(
     filesystem: Any, entries: Iterable[dict[str, Any]], deep: bool, seen: frozenset[str] = frozenset()
 ) -> Iterator[dict[str, Any]]:
-    """Entries, with what a link points to in its place: Hugging Face's cache is made of links. `deep`: folders' files, too."""
+    """Replace links by what they point to (Hugging Face's cache consists of links); with `deep`, by the files of a folder."""
     for entry in entries:
         if not entry.get("islink"):
             yield entry
             continue
         with contextlib.suppress(FileNotFoundError):
-            name, there = entry["name"], filesystem.info(entry["name"])
+            name, pointed_to = entry["name"], filesystem.info(entry["name"])
             target, parent = os.path.realpath(name), os.path.realpath(os.path.dirname(name))
-            if there["type"] != "directory":
-                yield there
-            elif deep and target not in seen and not f"{parent}/".startswith(f"{target}/"):  # links may go round in a circle
-                yield from _followed(filesystem, filesystem.find(name, detail=True).values(), deep, seen | {target})
+            if pointed_to["type"] != "directory":
+                yield pointed_to
+            elif deep and target not in seen and not f"{parent}/".startswith(f"{target}/"):  # links may form a cycle
+                yield from _resolve_links(filesystem, filesystem.find(name, detail=True).values(), deep, seen | {target})
 
 
+@storage_operation(retried=True)
 def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> bytes:
-    """The content of a file, or bytes start..stop of it (fewer where it ends before). Raises StorageError."""
-    with _errors(url):
-        filesystem, path = _resolve(url)
-        if not isinstance(filesystem, LocalFileSystem):
-            try:
-                return _read_by_arrow(path, start, stop)
-            except OSError as error:
-                if "curlCode" in str(error):  # no answer, or too late: s3fs would wait as long again
-                    raise TimeoutError from None
-                # s3fs says more clearly what is wrong, and knows credentials that Arrow does not.
-        return filesystem.cat_file(path, start=start, end=stop)
+    """Return the content of a file, or its bytes start..stop (fewer if it ends before). Raises StorageError."""
+    filesystem, path = _resolve(url)
+    if not isinstance(filesystem, LocalFileSystem):
+        try:
+            return _read_by_arrow(path, start, stop)
+        except OSError as error:
+            if "curlCode" in str(error):  # no answer, or too late: s3fs would wait as long again
+                raise TimeoutError from None
+            # s3fs has clearer errors, and supports credentials that Arrow does not.
+    return filesystem.cat_file(path, start=start, end=stop)
 
 
-def read_small(url: str, most: int = SMALL_BYTES) -> bytes:
-    """The content of a file that describes others. Raises DataError for one of more than `most` bytes, StorageError."""
-    content = read_bytes(url, 0, most + 1)
-    if len(content) > most:
-        raise DataError(f"{url}: has more than {most:,} bytes, which no such file has; write it again")
+def read_small(url: str, max_bytes: int = SMALL_BYTES) -> bytes:
+    """Return the content of a file that describes others. Raises DataError if it has more than `max_bytes`; StorageError."""
+    content = read_bytes(url, 0, max_bytes + 1)
+    if len(content) > max_bytes:
+        raise DataError(f"{url}: has more than {max_bytes:,} bytes, so it is not a file of this kind; write it again")
     return content
 
 
 def read_json(url: str) -> dict[str, Any]:
-    """The object in a small JSON file. Raises DataError where there is none, StorageError."""
+    """Return the object in a small JSON file. Raises DataError if it is not one; StorageError."""
     try:
-        found = json.loads(read_small(url))
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__}")
+        value = json.loads(read_small(url))
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__}")
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{url}: is no JSON object ({one_line(error)}); write it again, or remove it") from None
-    return found
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise DataError(f"{url}: is not a JSON object ({reason}); write it again, or remove it") from None
+    return value
 
 
 def read_buffer(url: str) -> pa.Buffer:
-    """As `read_bytes`, a whole file, in memory of Arrow's pool: what was freed comes back without new pages to be zeroed."""
-    with _errors(url):
-        filesystem, path = _resolve(url)
-        if isinstance(filesystem, LocalFileSystem):
-            with pa.OSFile(path) as file:
-                return file.read_buffer()
-    return pa.py_buffer(read_bytes(url))
+    """Return the content of a file in memory of Arrow's pool, which reuses pages without zeroing them. Raises StorageError."""
+    if "://" in url:
+        return pa.py_buffer(read_bytes(url))
+    return _read_local_buffer(url)
+
+
+@storage_operation(retried=True)
+def _read_local_buffer(url: str) -> pa.Buffer:
+    with pa.OSFile(_resolve(url)[1]) as file:
+        return file.read_buffer()
 
 
 def _read_by_arrow(path: str, start: int | None, stop: int | None) -> bytes:
-    """Twice to three times as fast as s3fs, at less than half of its CPU time (tests/benchmarks/s3_reads.py)."""
+    """Read from S3 with Arrow: 2 to 3 times as fast as s3fs, at less than half of its CPU time (tests/benchmarks/s3_reads.py)."""
     variables = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
     with _arrow_filesystem(variables, path.partition("/")[0]).open_input_file(path) as file:
         if start is None and stop is None:
@@ -180,8 +158,8 @@ def _read_by_arrow(path: str, start: int | None, stop: int | None) -> bytes:
 
 @functools.lru_cache(maxsize=8)
 def _arrow_filesystem(variables: tuple[tuple[str, str], ...], bucket: str) -> S3FileSystem:
-    """`variables` are those that Arrow's SDK reads: with others, it is another file system."""
-    endpoint = _own_endpoint()
+    """Return Arrow's file system. `variables` are those that Arrow's SDK reads: they are part of the cache's key."""
+    endpoint = custom_endpoint()
     scheme, _, host = endpoint.rpartition("://") if endpoint else ("https", "", None)
     region = botocore.session.get_session().get_config_variable("region")
     if not region:
@@ -193,107 +171,161 @@ def _arrow_filesystem(variables: tuple[tuple[str, str], ...], bucket: str) -> S3
 
 
 def read_many(urls: Sequence[str]) -> dict[str, bytes]:
-    """The contents of many small files, fetched side by side. One that cannot be read is left out."""
-    if not urls:
-        return {}
-    with _errors(urls[0]):
-        filesystem, _ = _resolve(urls[0])
-        by_path = {_resolve(url)[1]: url for url in urls}
-        found = filesystem.cat(list(by_path), on_error="omit")
-        return {by_path[path]: content for path, content in found.items()}
+    """Return the contents of many small files, which are read concurrently. Files that cannot be read are left out."""
+    return _read_many(urls[0], urls) if urls else {}
+
+
+@storage_operation(retried=False)
+def _read_many(first_url: str, urls: Sequence[str]) -> dict[str, bytes]:
+    filesystem, _ = _resolve(first_url)
+    by_path = {_resolve(url)[1]: url for url in urls}
+    contents = filesystem.cat(list(by_path), on_error="omit")
+    return {by_path[path]: content for path, content in contents.items()}
 
 
 @contextmanager
 def open_read(url: str) -> Iterator[IO[bytes]]:
-    """A seekable binary file; on S3, ranges are fetched as they are read. Raises DataError, in the block too."""
-    with _errors(url):
+    """Open a seekable binary file. On S3, the ranges that are read are fetched with `read_bytes`. Raises StorageError."""
+    with storage_errors(url):
         filesystem, path = _resolve(url)
-        with filesystem.open(path, "rb") as file:
-            yield file
+        if isinstance(filesystem, LocalFileSystem):
+            with open(path, "rb") as file:
+                yield file
+        else:
+            yield cast(IO[bytes], io.BufferedReader(_RemoteFile(url, _file_size(url)), _READ_AHEAD_BYTES))
 
 
+@storage_operation(retried=True)
+def _file_size(url: str) -> int:
+    filesystem, path = _resolve(url)
+    return int(filesystem.info(path)["size"])
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file on S3. Every read is one request."""
+
+    def __init__(self, url: str, size: int):
+        self.url, self.size, self.position = url, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        content = read_bytes(self.url, self.position, self.position + len(buffer)) if self.position < self.size else b""
+        buffer[: len(content)] = content
+        self.position += len(content)
+        return len(content)
+
+
+@storage_operation(retried=True)
 def write_bytes(url: str, data: bytes) -> None:
-    """Write a whole file; a reader sees either the old content or the new one. Raises DataError."""
-    with _errors(url):
-        filesystem, path = _resolve(url)
-        if not isinstance(filesystem, LocalFileSystem):
-            filesystem.pipe_file(path, data)
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        try:
-            with unfinished.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # a machine that goes down must not leave a name without its content
-            unfinished.replace(target)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    """Write a whole file. A reader sees either the old content or the new one. Raises StorageError."""
+    filesystem, path = _resolve(url)
+    if not isinstance(filesystem, LocalFileSystem):
+        filesystem.pipe_file(path, data)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # so that a crash of the machine cannot leave a name without its content
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
+@storage_operation(retried=False)
 def delete(url: str) -> None:
-    """Remove a file, or a folder with all that is below it. What is not there is no error. Raises DataError."""
-    with _errors(url), contextlib.suppress(FileNotFoundError):
+    """Remove a file, or a folder with everything below it, if it exists. Raises StorageError."""
+    with contextlib.suppress(FileNotFoundError):
         filesystem, path = _resolve(url)
         filesystem.rm(path, recursive=True)
 
 
 def put_folder(folder: Path, url: str) -> None:
-    """Copy every file below the local `folder` to below `url`, keeping relative names. Raises DataError."""
+    """Copy every file below the local `folder` to below `url`, with its relative name.
+
+    Raises:
+        DataError: `folder` has no files.
+        StorageError: a file cannot be written.
+    """
     sources = sorted(path for path in folder.rglob("*") if path.is_file())
     if not sources:
-        raise DataError(f"{folder}: cannot copy it to {url}: there are no files in it")
-    with _errors(url):
-        filesystem, path = _resolve(url)
-        targets = [f"{path}/{source.relative_to(folder).as_posix()}" for source in sources]
-        filesystem.put([str(source) for source in sources], targets)
+        raise DataError(f"{folder}: there are no files in it to copy to {url}; name another folder")
+    _put_files(url, folder, sources)
 
 
+@storage_operation(retried=True)
+def _put_files(url: str, folder: Path, sources: Sequence[Path]) -> None:
+    filesystem, path = _resolve(url)
+    filesystem.put([str(source) for source in sources], [f"{path}/{source.relative_to(folder).as_posix()}" for source in sources])
+
+
+@storage_operation(retried=True)
 def get_folder(url: str, folder: Path) -> None:
-    """Copy every file below `url`, or the one that it is, to below the local `folder`, keeping names. Raises DataError."""
-    with _errors(url):
-        filesystem, path = _resolve(url)
-        sources = [source for source in filesystem.find(path) if not source.endswith("/")]
-        if not sources:
-            raise FileNotFoundError(path)
-        top = os.path.dirname(path) if sources == [path] else path
-        names = [source.removeprefix(f"{top}/") for source in sources]
-        targets = [folder / check_below(name, url) for name in names]
-        for target in targets:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        filesystem.get(sources, [str(target) for target in targets])
+    """Copy every file below `url`, or the file `url`, to below the local `folder`, with its relative name.
+
+    Raises:
+        StorageError: there is no such file or folder, or it cannot be read.
+        DataError: a name leads out of `folder`.
+    """
+    filesystem, path = _resolve(url)
+    sources = [source for source in filesystem.find(path) if not source.endswith("/")]
+    if not sources:
+        raise FileNotFoundError(path)
+    top = os.path.dirname(path) if sources == [path] else path
+    targets = [folder / check_below(source.removeprefix(f"{top}/"), url) for source in sources]
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    filesystem.get(sources, [str(target) for target in targets])
 
 
 def cached_folder(url: str) -> str:
-    """A folder of this machine with what is below an s3:// URL, fetched once by whoever asks first; any other path as it is.
+    """Return a local copy of a folder or file on S3, or `url` itself if it is a path.
 
-    Of a single file, its copy. What changed there is fetched anew. Raises DataError.
+    The first process of a machine that asks for it fetches it. It is fetched again when it changes. Raises StorageError, and
+    DataError when other users could write to the cache.
     """
     if not url.startswith("s3://"):
         return url
-    with _errors(url):
-        filesystem, path = _resolve(url)
-        entries = filesystem.find(path, detail=True)
-        if not entries:
-            raise FileNotFoundError(path)
+    path, entries = _find(url)
     listing = [(name, entry["size"], entry.get("ETag", "")) for name, entry in sorted(entries.items())]
     name = hashlib.sha256(repr((url, listing)).encode()).hexdigest()[:24]
     cache = Path(tempfile.gettempdir()) / f"diffdis-cache-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
-    if not stat.S_ISDIR((it := cache.lstat()).st_mode) or it.st_uid != os.getuid() or it.st_mode & 0o022:
-        raise DataError(f"{cache}: is a link, or others may write to it, so that models in it could be theirs; remove it")
+    if not stat.S_ISDIR((info := cache.lstat()).st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
+        raise DataError(f"{cache}: is a link, or other users may write to it, so models in it cannot be trusted; remove it")
     with filelock.FileLock(cache / f"{name}.lock"):
         folder = cache / name
         if not folder.exists():
-            unfinished = cache / f".{name}.{uuid.uuid4().hex}"
-            get_folder(url, unfinished)
-            unfinished.replace(folder)
+            temporary = cache / f".{name}.{uuid.uuid4().hex}"
+            get_folder(url, temporary)
+            temporary.replace(folder)
     return str(folder / os.path.basename(path) if list(entries) == [path] else folder)
 
 
+@storage_operation(retried=True)
+def _find(url: str) -> tuple[str, dict[str, Any]]:
+    """Return the path of `url` and all files below it."""
+    filesystem, path = _resolve(url)
+    entries = filesystem.find(path, detail=True)
+    if not entries:
+        raise FileNotFoundError(path)
+    return path, entries
+
+
 def with_cached_folders(build: Callable[..., T], *arguments: Any) -> T:
-    """`build(*arguments)`, with every s3:// URL in arguments that are dataclasses replaced by its `cached_folder`."""
+    """Return `build(*arguments)`, with every s3:// URL in arguments that are dataclasses replaced by its `cached_folder`."""
     return build(*(_localized(argument) for argument in arguments))
 
 
@@ -305,45 +337,40 @@ def _localized(value: Any) -> Any:
     return value
 
 
+@storage_operation(retried=False)
 def exists(url: str) -> bool:
-    """Whether a file or folder is there. Raises DataError when that cannot be told (wrong credentials, no endpoint)."""
-    with _errors(url):
-        filesystem, path = _resolve(url)
-        return filesystem.exists(path)
+    """Return whether a file or folder exists. Raises StorageError if storage does not tell (wrong credentials, no endpoint)."""
+    filesystem, path = _resolve(url)
+    return filesystem.exists(path)
 
 
 def join(url: str, *parts: str) -> str:
-    """`url` and `parts` joined by single slashes."""
+    """Return `url` and `parts` joined by single slashes."""
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def _resolve(url: str) -> tuple[Any, str]:
-    """The file system of a URL and the path inside it. Local paths become absolute: workers have another folder."""
+    """Return the file system of a URL and the path in it. Local paths become absolute: workers have another current folder."""
     if "\0" in url:
-        raise DataError(f"{url!r}: a name cannot hold the character 0; correct it")
+        raise DataError(f"{url!r}: a name cannot contain a null character; correct it")
     scheme, separator, rest = url.partition("://")
     if not separator:
         return LocalFileSystem(auto_mkdir=True), os.path.abspath(os.path.expanduser(url))
     if scheme == "file":
         return LocalFileSystem(auto_mkdir=True), os.path.abspath(rest)
     if scheme != "s3":
-        raise DataError(f"{url}: cannot read {scheme}://; give a folder or an s3:// URL")
+        raise DataError(f"{url}: cannot read {scheme}://; name a folder or an s3:// URL")
     if not rest.strip("/"):
         raise DataError(f"{url}: names no bucket; write s3://bucket/folder")
     if "@" in rest.partition("/")[0]:
         raise DataError(
-            f"{url}: holds credentials (before an @); leave them out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            f"{url}: contains credentials (before an @); leave them out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     client: dict[str, Any] = dict(_S3_CLIENT)
-    if _own_endpoint():
-        # An own S3 server seldom has a DNS name per bucket.
-        client["s3"] = {"addressing_style": "path"}
-    # What other processes write must be seen: no cached listings.
+    if custom_endpoint():
+        client["s3"] = {"addressing_style": "path"}  # such a server seldom has a DNS name per bucket
+    # No cached listings: what other processes write must be visible.
     return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=client), rest.rstrip("/")
-
-
-def _own_endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 def _stored_file(filesystem: Any, entry: dict[str, Any]) -> StoredFile:
@@ -352,47 +379,15 @@ def _stored_file(filesystem: Any, entry: dict[str, Any]) -> StoredFile:
 
 
 def _list_expanded(filesystem: Any, pattern: str) -> tuple[StoredFile, ...]:
-    """The files that a brace pattern names, each of which must be there. One listing a folder, not a request a file."""
-    wanted = expand_braces(pattern)
-    folders = sorted({path.rpartition("/")[0] for path in wanted})
+    """Return the files that a brace pattern names, all of which must exist, with one listing per folder."""
+    expected = expand_braces(pattern)
+    folders = sorted({path.rpartition("/")[0] for path in expected})
     entries = chain.from_iterable(filesystem.ls(folder, detail=True) for folder in folders)
-    there = {entry["name"]: entry for entry in entries if entry["type"] == "file"}
-    missing = [path for path in wanted if path not in there]
+    existing = {entry["name"]: entry for entry in entries if entry["type"] == "file"}
+    missing = [path for path in expected if path not in existing]
     if missing:
         raise DataError(
-            f"{pattern}: {len(missing)} of its {len(wanted)} files are not there, the first is {missing[0]}; "
+            f"{pattern}: {len(missing)} of its {len(expected)} files are missing, the first is {missing[0]}; "
             "correct the range or write the missing files"
         )
-    return tuple(_stored_file(filesystem, there[path]) for path in sorted(wanted))
-
-
-@contextmanager
-def _errors(url: str) -> Iterator[None]:
-    """Turn what fsspec, s3fs and botocore raise into one line that says what to do."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        if "bucket does not exist" in str(error):
-            raise StorageError(f"{url}: its bucket does not exist; correct the name or create it", "missing") from None
-        raise StorageError(f"{url}: no such file or folder; correct the path", "missing") from None
-    except PermissionError:
-        if url.startswith("s3://"):
-            raise StorageError(
-                f"{url}: refused (403): the credentials are wrong or lack the right; "
-                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy",
-                "forbidden",
-            ) from None
-        raise StorageError(f"{url}: permission denied; correct the owner or the mode of the file", "forbidden") from None
-    except (NoCredentialsError, PartialCredentialsError):
-        raise StorageError(
-            f"{url}: found no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role", "forbidden"
-        ) from None
-    except (BotoCoreError, TimeoutError, ConnectionError) as error:
-        endpoint = _own_endpoint() or "AWS's own"
-        raise StorageError(
-            f"{url}: cannot reach the S3 endpoint ({endpoint.rpartition('@')[2]}; {type(error).__name__}); "
-            "check AWS_ENDPOINT_URL and the network",
-            "unavailable",
-        ) from None
-    except OSError as error:
-        raise StorageError(f"{url}: {one_line(error)}; check that it can be read and written there", "unavailable") from None
+    return tuple(_stored_file(filesystem, existing[path]) for path in sorted(expected))

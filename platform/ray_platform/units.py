@@ -1,12 +1,13 @@
 """Texts of numbers with their units, as tables, pages and messages write them."""
 
 import math
+from typing import TypeGuard
 
 NO_VALUE = "–"
 _SI_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def is_number(value: float | None) -> bool:
+def is_number(value: float | None) -> TypeGuard[float]:
     """Return whether `value` is neither missing, nor infinite, nor NaN."""
     return value is not None and math.isfinite(value)
 

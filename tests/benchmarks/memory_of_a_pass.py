@@ -17,10 +17,10 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
-from ray_platform.data.execution import spilled_bytes
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
+from ray_platform.ray_internals import spilled_bytes
 
 
 def watch(peaks: dict[str, float], done: threading.Event) -> None:

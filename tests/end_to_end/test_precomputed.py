@@ -10,7 +10,7 @@ from diffdis.encoder import FrozenEncoder, describe_encoders
 from ray_platform.contracts import DataError
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
-from ray_platform.data.precompute import Encoders, precompute
+from ray_platform.data.precompute import EncoderPool, precompute
 from tests.end_to_end.test_train import plain_loop
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -21,7 +21,7 @@ def encoded(ray_cluster, shards, tiny_model, tmp_path_factory):
     """The shards, precomputed with the tiny model's encoders."""
     out = tmp_path_factory.mktemp("encoded")
     config = DataConfig(sources=(str(shards),), image_size=tiny_model.image_size)
-    made_by = Encoders(functools.partial(FrozenEncoder, tiny_model), describe_encoders(tiny_model), cpus=0.5)
+    made_by = EncoderPool(functools.partial(FrozenEncoder, tiny_model), describe_encoders(tiny_model), cpus=0.5)
     list(precompute(build_catalog(config), config, made_by, str(out)))
     return out
 

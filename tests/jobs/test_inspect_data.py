@@ -38,7 +38,7 @@ def shape(value):
 
 
 def test_the_report_has_all_numbers(ray_cluster, shards, capsys):
-    summary = inspect(parse(arguments(shards)).config)
+    summary = inspect(parse(arguments(shards)).config).as_dict()
     assert json.loads((shards.parent / "out" / "inspection.json").read_text()) == summary
     html = (shards.parent / "out" / "inspection.html").read_text()
     assert html.count("<figure") == 15
@@ -76,7 +76,7 @@ def test_the_report_has_all_numbers(ray_cluster, shards, capsys):
 
 
 def test_an_epoch_is_estimated_for_the_whole_source(ray_cluster, shards):
-    summary = inspect(parse(arguments(shards, "--max_shards", "1")).config)
+    summary = inspect(parse(arguments(shards, "--max_shards", "1")).config).as_dict()
     source = sum(path.stat().st_size for path in shards.iterdir())
     counted = summary["samples"]["inspected"]
     assert summary["shards"]["bytes_in_source"] == source

@@ -71,4 +71,4 @@ def test_a_model_of_another_size(monkeypatch, shards):
 
 
 def test_no_sources(monkeypatch):
-    assert str(run_script(monkeypatch, "--output_dir", "/x")).startswith("error: data.sources is empty")
+    assert str(run_script(monkeypatch, "--output_dir", "/x")).startswith("error: data.sources: empty")

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from ray_platform.data.captions import caption, clean, filtered, json_fields
+from ray_platform.data.captions import caption, clean
 from ray_platform.data.causes import SampleError
-from ray_platform.data.config import DataConfig, FilterConfig
+from ray_platform.data.config import DataConfig
 
 PLAIN = DataConfig()
 BY_FIELD = DataConfig(caption_field="alt")
@@ -91,48 +91,3 @@ def test_captions_that_cannot_be_used(sample, config, cause):
 def test_cleaning(text, cleaned):
     assert clean(text) == cleaned
     assert clean(cleaned) == cleaned
-
-
-@pytest.mark.parametrize(
-    ("limit", "name", "good", "bad", "cause"),
-    [
-        ({"min_similarity": 0.3}, "similarity", 0.3, 0.29, "filtered_similarity"),
-        ({"min_similarity": 0.3}, "SIMILARITY", 0.31, -1, "filtered_similarity"),
-        ({"min_similarity": 0.3}, "clip_similarity_vitb32", 1, 0, "filtered_similarity"),
-        ({"max_unsafe": 0.5}, "punsafe", 0.5, 0.51, "filtered_unsafe"),
-        ({"max_unsafe": 0.5}, "unsafe", 0, 1, "filtered_unsafe"),
-        ({"max_unsafe": 0.4}, "NSFW", "UNLIKELY", "UNSURE", "filtered_unsafe"),
-        ({"max_unsafe": 0.5}, "nsfw", "unsure", "NSFW", "filtered_unsafe"),
-        ({"max_watermark": 0.8}, "pwatermark", "0.7", "0.9", "filtered_watermark"),
-        ({"max_watermark": 0.8}, "watermark", 0.8, 0.81, "filtered_watermark"),
-        ({"min_aesthetic": 5}, "AESTHETIC_SCORE", 5, 4.9, "filtered_aesthetic"),
-        ({"min_aesthetic": 5}, "aesthetic_score", 6, 4, "filtered_aesthetic"),
-        ({"min_aesthetic": 5}, "aesthetic", 6, 4, "filtered_aesthetic"),
-        ({"min_aesthetic": 5}, "aesthetic_score_laion_v2", 6, 4, "filtered_aesthetic"),
-    ],
-)
-def test_each_score_under_each_of_its_names(limit, name, good, bad, cause):
-    config = FilterConfig(**limit)
-    assert filtered(of_json(**{name: good}), config) is None
-    assert filtered(of_json(**{name: bad}), config) == cause
-
-
-def test_a_name_without_a_value_gives_way_to_the_next():
-    assert filtered(of_json(punsafe=None, NSFW="NSFW"), FilterConfig(max_unsafe=0.5)) == "filtered_unsafe"
-
-
-@pytest.mark.parametrize(
-    "content", [b"{}", b'{"punsafe": NaN}', b'{"punsafe": "?"}', b'{"punsafe": [1]}', b'{"punsafe": ' + b"9" * 400 + b"}"]
-)
-def test_a_score_that_is_asked_for_must_be_there(content):
-    assert cause_of(filtered, members(json=content), FilterConfig(max_unsafe=0.5)) == "score_missing"
-
-
-def test_a_filter_without_a_json():
-    assert cause_of(filtered, members(txt=b"x"), FilterConfig(min_aesthetic=5)) == "score_missing"
-    assert cause_of(filtered, members(json=DEEP), FilterConfig(min_aesthetic=5)) == "json_invalid"
-    assert json_fields(members(txt=b"x")) == {}
-
-
-def test_without_filters_the_json_is_not_even_read():
-    assert filtered(members(json=DEEP), FilterConfig(min_size=100)) is None

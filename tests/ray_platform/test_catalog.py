@@ -98,13 +98,13 @@ def test_what_changed_is_said_in_a_line(data):
 
 
 def test_no_shards(tmp_path):
-    assert "data.sources is empty" in refused()
+    assert "data.sources: empty" in refused()
     assert "nowhere: no such file or folder" in refused(tmp_path / "nowhere")
     assert "it is empty" in refused(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"x")
     (tmp_path / "b.parquet").write_bytes(b"x")
     (tmp_path / "README").write_bytes(b"x")
-    assert "there are 2 × .parquet, 1 × no suffix instead, such as README" in refused(tmp_path)
+    assert "it contains 2 × .parquet, 1 × no suffix, such as README" in refused(tmp_path)
     (tmp_path / "a.tar").write_bytes(b"")
     assert "its shards are empty files" in refused(tmp_path)
 
@@ -170,7 +170,7 @@ def test_weighted_sources_are_pools(shard_folder):
 
 def test_a_shard_in_two_weighted_sources_is_refused(shard_folder):
     sources = (shard_folder, shard_folder / "00001.tar")
-    assert "00001.tar: is in two of data.sources that have data.weights" in refused(*sources, weights=(1, 1))
+    assert "00001.tar: is in two of the data.sources" in refused(*sources, weights=(1, 1))
 
 
 def test_a_large_shard_is_read_in_parts(build_tar, build_samples, tmp_path):
@@ -222,25 +222,25 @@ def test_tars_and_precomputed_shards_do_not_mix(shard_folder, data, tmp_path):
 def test_precomputed_shards_without_a_manifest(tmp_path):
     folder = precomputed(tmp_path / "made")
     message = refused(folder / "*.arrow")
-    assert message.startswith(f"{folder}/manifest.json: is not there")
+    assert message.startswith(f"{folder}/manifest.json: is missing")
     assert "jobs/precompute.py" in message
 
 
 @pytest.mark.parametrize("manifest", ["", "{", "[]", "{}", "\xff", '"x"'])
 def test_a_manifest_that_is_none(tmp_path, manifest):
-    assert "manifest.json: is no manifest" in refused(precomputed(tmp_path / "made", manifest))
+    assert "manifest.json: is not a manifest" in refused(precomputed(tmp_path / "made", manifest))
 
 
 def test_an_unfinished_precomputation(tmp_path):
     folder = precomputed(tmp_path / "made", {"encoders": ENCODERS, "settings": {}, "complete": False})
-    assert refused(folder).startswith(f"{folder}: its precomputation did not end")
+    assert refused(folder).startswith(f"{folder}: precomputing it did not finish")
 
 
 def test_counts_of_precomputed_shards_come_from_the_manifest(tmp_path):
     folder = precomputed(tmp_path / "made", COMPLETE)
     assert [shard.num_samples for shard in catalog_of(folder).shards] == [3, 4]
     (folder / "00002.arrow").write_bytes(b"left by another run")
-    assert f"{folder}/00002.arrow: is not in the manifest.json beside it" in refused(folder)
+    assert f"{folder}/00002.arrow: is not in the manifest.json of its folder" in refused(folder)
     assert catalog_of(folder / "{00000..00001}.arrow").num_samples == 7
 
 
@@ -279,7 +279,7 @@ def test_precomputed_shards_in_s3(s3_url, tmp_path):
     for source in ("made", "made/*.arrow", "m*/*.arrow"):
         assert catalog_of(f"{s3_url}/precomputed/{source}").manifest == manifest
     storage.put_folder(precomputed(tmp_path / "bare"), f"{s3_url}/bare")
-    assert f"{s3_url}/bare/manifest.json: is not there" in refused(f"{s3_url}/bare/*.arrow")
+    assert f"{s3_url}/bare/manifest.json: is missing" in refused(f"{s3_url}/bare/*.arrow")
 
 
 # --------------------------------------------------------------------------------------------------------------- config

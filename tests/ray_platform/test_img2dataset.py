@@ -16,10 +16,9 @@ from PIL import Image
 
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig, FilterConfig
-from ray_platform.data.inspection import inspect_unit
+from ray_platform.data.inspection import Statistics, inspect_unit
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader
-from ray_platform.data.statistics import Statistics
 from ray_platform.data.stream import stream
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

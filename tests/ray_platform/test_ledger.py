@@ -118,13 +118,13 @@ class Run:
     def batches(self, rank: int):
         reader = Reader(3, rank, self.world_size, self.base, self.consumed.copy())
 
-        def lane(number: int):
+        def read_stream(number: int):
             planned = groups(self.catalog, reader, self.config.interleave, self.config.reads_per_rank)
             for group in planned:
-                if group.lane == number:
+                if group.read_stream == number:
                     yield from map(source.unpack, source.read_group(group, self.config, 3))
 
-        rows = merged([lane(number) for number in range(self.config.reads_per_rank)])
+        rows = merged([read_stream(number) for number in range(self.config.reads_per_rank)])
         return Batcher(self.batch_size, SkipCounter(f"rank {rank}", 0.9)).batches(rows)
 
     def good_keys(self, pool: int, epoch: int) -> set[str]:

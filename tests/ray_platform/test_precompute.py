@@ -15,7 +15,7 @@ from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig, FilterConfig
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader
-from ray_platform.data.precompute import Encoders, check, precompute
+from ray_platform.data.precompute import EncoderPool, check, precompute
 from ray_platform.data.stream import stream
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -38,12 +38,12 @@ class MeanColour:
         return {"colour": images.mean(axis=(1, 2)).astype(np.float16), "length": lengths}
 
 
-def encoders(notes: Path | str = "", fails_at: str = "nothing", name="mean", **fields) -> Encoders:
+def encoders(notes: Path | str = "", fails_at: str = "nothing", name="mean", **fields) -> EncoderPool:
     build = functools.partial(MeanColour, notes=str(notes), fails_at=fails_at)
-    return Encoders(build, {"name": name}, batch_size=4, cpus=0.5, **fields)
+    return EncoderPool(build, {"name": name}, batch_size=4, cpus=0.5, **fields)
 
 
-def run(folder, out, made_by, **fields) -> list[dict]:
+def run(folder, out, made_by, **fields) -> list[module.PrecomputeProgress]:
     config = DataConfig(sources=(str(folder),), image_size=16, **fields)
     return list(precompute(build_catalog(config), config, made_by, str(out)))
 
@@ -57,7 +57,7 @@ def batches(source, count, size=6):
 
 def test_what_was_precomputed_is_streamed(shard_folder, tmp_path):
     progress = run(shard_folder, tmp_path / "out", encoders(count=2))
-    assert (progress[-1]["shards_done"], progress[-1]["samples"]) == (5, 60)
+    assert (progress[-1].shards_done, progress[-1].samples) == (5, 60)
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert (manifest["complete"], manifest["samples"], manifest["rejected"]) == (True, 60, {})
     encoded = {k: (b, i) for b in batches(tmp_path / "out", 10) for i, k in enumerate(b.keys)}
@@ -87,7 +87,7 @@ def test_what_is_done_is_not_done_again(shard_folder, tmp_path):
         run(shard_folder, tmp_path / "out", encoders(fails_at="sample 50"))
     done = {path.stem for path in (tmp_path / "out/progress").iterdir()}
     assert "00004" not in done
-    with pytest.raises(DataError, match="its precomputation did not end"):
+    with pytest.raises(DataError, match="precomputing it did not finish"):
         build_catalog(DataConfig(sources=(str(tmp_path / "out"),)))
     notes = tmp_path / "notes"
     run(shard_folder, tmp_path / "out", encoders(notes))
@@ -101,16 +101,16 @@ def test_what_is_done_is_not_done_again(shard_folder, tmp_path):
 
 def test_a_folder_of_something_else_is_refused(shard_folder, build_tar, build_samples, tmp_path):
     run(shard_folder, tmp_path / "out", encoders())
-    with pytest.raises(DataError, match=r"out: was begun with another encoders \(see its manifest.json\)"):
+    with pytest.raises(DataError, match=r"out: was started with another encoders \(see its manifest.json\)"):
         run(shard_folder, tmp_path / "out", encoders(name="other"))
-    with pytest.raises(DataError, match="was begun with another settings"):
+    with pytest.raises(DataError, match="was started with another settings"):
         run(shard_folder, tmp_path / "out", encoders(), decoder="fast")
     (tmp_path / "more").mkdir()
     (tmp_path / "more/00000.tar").write_bytes(build_tar(build_samples(0, 3)))
-    with pytest.raises(DataError, match="was begun with another source"):
+    with pytest.raises(DataError, match="was started with another source"):
         run(tmp_path / "more", tmp_path / "out", encoders())
     (tmp_path / "out/manifest.json").write_text("[]")
-    with pytest.raises(DataError, match="is no manifest"):
+    with pytest.raises(DataError, match="is not a manifest"):
         run(shard_folder, tmp_path / "out", encoders())
 
 
@@ -149,9 +149,9 @@ def test_a_lost_shard_is_tried_again_by_the_next_run(build_tar, build_samples, t
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"crop": "random"}, "data.crop: cannot be had with precomputed shards"),
-        ({"aspect_ratios": (1.0, 2.0)}, "data.aspect_ratios: cannot"),
-        ({"weights": (1.0,)}, "data.weights: cannot"),
+        ({"crop": "random"}, "data.crop: does not work with precomputed shards"),
+        ({"aspect_ratios": (1.0, 2.0)}, "data.aspect_ratios: does not work"),
+        ({"weights": (1.0,)}, "data.weights: does not work"),
     ],
 )
 def test_what_cannot_be_precomputed(shard_folder, fields, message):
@@ -179,7 +179,7 @@ def test_settings_of_the_run_and_of_the_shards():
     manifest = json.loads(json.dumps(manifest | {"settings": manifest["settings"] | {"decoder": "fast", "filters": {}}}))
     precomputed.check_settings(manifest, DataConfig())  # what is not given is what it was made with
     precomputed.check_settings(manifest, DataConfig(decoder="fast"))
-    with pytest.raises(DataError, match=r'data\.crop: "random", but the precomputed shards were made with "centre"'):
+    with pytest.raises(DataError, match=r'data\.crop: "random", but the precomputed shards were written with "centre"'):
         precomputed.check_settings(manifest, DataConfig(crop="random"))
     with pytest.raises(DataError, match=r"data.filters: .*leave it out"):
         precomputed.check_settings(manifest, DataConfig(filters=FilterConfig(min_size=9)))

@@ -1,11 +1,13 @@
+import errno
 import http.server
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import NoCredentialsError
 
-from ray_platform import storage
+from ray_platform import retry, storage
 from ray_platform.contracts import DataError
 
 
@@ -92,7 +94,7 @@ def test_what_is_missing_is_named(base, read):
 
 def test_missing_folders_of_patterns_are_named(base, tmp_path):
     storage.write_bytes(storage.join(base, "000.tar"), b"x")
-    with pytest.raises(DataError, match=r"2 of its 3 files are not there, the first is .*001\.tar"):
+    with pytest.raises(DataError, match=r"2 of its 3 files are missing, the first is .*001\.tar"):
         storage.list_files(storage.join(base, "{000..002}.tar"))
     with pytest.raises(DataError, match="no such file or folder"):
         storage.get_folder(storage.join(base, "nowhere"), tmp_path / "back")
@@ -114,7 +116,7 @@ def test_braces(pattern, expanded):
 
 @pytest.mark.parametrize("pattern", ["{3..1}", "{1..", "{a}", "{a..c}", "{a,{b,c}}"])
 def test_braces_that_mean_nothing(pattern):
-    with pytest.raises(DataError, match="cannot read its braces"):
+    with pytest.raises(DataError, match="its braces are not valid"):
         storage.expand_braces(pattern)
 
 
@@ -183,11 +185,11 @@ def test_a_missing_bucket_is_named(s3_url):
 def test_wrong_credentials_are_refused_and_not_shown(s3_url, monkeypatch, forget_s3_sessions, access):
     forget_s3_sessions()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-wrong-secret")
-    with pytest.raises(DataError, match=r"s3://tests/ready: refused \(403\)") as caught:
+    with pytest.raises(DataError, match=r"s3://tests/ready: access denied \(403\)") as caught:
         getattr(storage, access)("s3://tests/ready")
     assert "a-wrong-secret" not in str(caught.value)
     assert caught.value.__suppress_context__
-    with pytest.raises(DataError, match="refused"):
+    with pytest.raises(DataError, match="denied"):
         storage.write_bytes("s3://tests/x", b"x")
 
 
@@ -198,7 +200,7 @@ def test_no_credentials(monkeypatch, forget_s3_sessions, tmp_path):
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     forget_s3_sessions()
-    with pytest.raises(DataError, match="found no S3 credentials; set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(DataError, match="no S3 credentials; set AWS_ACCESS_KEY_ID"):
         storage.list_files("s3://bucket/folder")
 
 
@@ -206,6 +208,7 @@ def test_an_endpoint_that_is_not_there(monkeypatch, forget_s3_sessions):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.0)
     forget_s3_sessions()
     with pytest.raises(DataError, match=r"cannot reach the S3 endpoint \(http://127.0.0.1:9;") as caught:
         storage.read_bytes("s3://bucket/file")
@@ -240,6 +243,7 @@ def test_a_server_in_trouble_is_unavailable(monkeypatch, forget_s3_sessions, beh
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.0)
     forget_s3_sessions()
     try:
         with pytest.raises(storage.StorageError) as raised:
@@ -249,3 +253,66 @@ def test_a_server_in_trouble_is_unavailable(monkeypatch, forget_s3_sessions, beh
         thread.join()
     assert raised.value.kind == "unavailable"
     assert "a-secret" not in str(raised.value)
+
+
+class Outage:
+    """Storage that does not answer the first `failures` times."""
+
+    def __init__(self, monkeypatch, failures: int, error: Exception | type[Exception] = TimeoutError):
+        self.calls, resolve = 0, storage._resolve
+
+        def unavailable(url):
+            self.calls += 1
+            if self.calls <= failures:
+                raise error
+            return resolve(url)
+
+        monkeypatch.setattr(storage, "_resolve", unavailable)
+        monkeypatch.setattr(retry, "_FIRST_WAIT_S", 0.001)
+
+
+TRANSFERS = {
+    "write_bytes": lambda url: storage.write_bytes(url, b"x"),
+    "read_bytes": storage.read_bytes,
+    "read_buffer": storage.read_buffer,
+    "put_folder": lambda url: storage.put_folder(Path(url).parent, f"{url}-copy"),
+    "get_folder": lambda url: storage.get_folder(url, Path(f"{url}-copy")),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFERS)
+def test_transfers_survive_an_outage_and_fail_when_it_lasts(tmp_path, monkeypatch, name):
+    url = str(tmp_path / "folder" / "file")
+    storage.write_bytes(url, b"x")
+    outage = Outage(monkeypatch, failures=3)
+    TRANSFERS[name](url)
+    assert outage.calls == 4
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.01)
+    Outage(monkeypatch, failures=10**9)
+    with pytest.raises(storage.StorageError, match="cannot reach") as raised:
+        TRANSFERS[name](url)
+    assert raised.value.kind == "unavailable"
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(), PermissionError(), NoCredentialsError(), IsADirectoryError(errno.EISDIR, "Is a directory")]
+)
+def test_what_a_retry_cannot_fix_fails_at_once(monkeypatch, error):
+    outage = Outage(monkeypatch, 10**9, error)
+    with pytest.raises(storage.StorageError):
+        storage.read_bytes("s3://bucket/file")
+    assert outage.calls == 1
+
+
+def test_queries_are_retried_on_request_only(tmp_path, monkeypatch):
+    for query in (storage.exists, storage.list_files, storage.delete):
+        outage = Outage(monkeypatch, failures=2)
+        with pytest.raises(storage.StorageError):
+            query(str(tmp_path))
+        with storage.retrying_for(10.0):
+            query(str(tmp_path))
+        assert outage.calls == 3
+    outage = Outage(monkeypatch, failures=10**9)
+    with storage.retrying_for(0), pytest.raises(storage.StorageError):
+        storage.read_bytes(str(tmp_path / "file"))
+    assert outage.calls == 1

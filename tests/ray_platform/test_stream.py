@@ -33,13 +33,13 @@ def reader_of(catalog: Catalog, rank=0, world_size=1, *, seed=0, base=None, cons
 def without_ray(catalog, config, reader, *, batch_size, num_batches) -> list[Batch]:
     """The same stream, from its plain parts."""
 
-    def lane(number: int):
+    def read_stream(number: int):
         for group in groups(catalog, reader, config.interleave, config.reads_per_rank):
-            if group.lane == number:
+            if group.read_stream == number:
                 yield from map(unpack, read_group(group, config, reader.seed))
 
     batcher = Batcher(batch_size, SkipCounter(f"rank {reader.rank}", config.max_skipped_share))
-    return list(islice(batcher.batches(merged([lane(number) for number in range(config.reads_per_rank)])), num_batches))
+    return list(islice(batcher.batches(merged([read_stream(number) for number in range(config.reads_per_rank)])), num_batches))
 
 
 def with_ray(catalog, config, reader, *, batch_size, num_batches) -> list[Batch]:

@@ -163,7 +163,7 @@ NAMES = [
     Case(
         "a source with the character 0",
         "`data.sources`",
-        "'/x\\x00y': a name cannot hold the character 0; correct it",
+        "'/x\\x00y': a name cannot contain a null character; correct it",
         source("/x\0y"),
     ),
     Case(
@@ -175,7 +175,7 @@ NAMES = [
     Case(
         "a run's folder with the character 0",
         "`output_dir`",
-        "'/x\\x00y': a name cannot hold the character 0; correct it",
+        "'/x\\x00y': a name cannot contain a null character; correct it",
         lambda folder: line_of(lambda: storage.write_bytes("/x\0y", b""), DataError),
     ),
 ]

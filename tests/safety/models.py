@@ -22,8 +22,8 @@ from diffdis.text_encoder import build_text_encoder
 from diffdis.warm_start import load
 from diffdis_platform.evaluation.quality import Reference
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.data.precomputed import PrecomputedSamples, to_arrow
-from ray_platform.data.source import Sample
+from ray_platform.data.precomputed import to_arrow
+from ray_platform.data.source import open_precomputed
 from ray_platform.evaluate.find import find_set
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.slices import read_slice
@@ -279,7 +279,7 @@ def offsets(folder: Path) -> str:
     content = bytearray(to_arrow(["key"] * 3, ["caption"] * 3, {"latent": np.zeros((3, 2), dtype=np.float16)}))
     at = content.find(np.array([0, 7, 14, 21], dtype=np.int32).tobytes())
     content[at + 4 : at + 8] = (2**31 - 5).to_bytes(4, "little")
-    unit = PrecomputedSamples.open(pa.py_buffer(bytes(content)), "0.arrow", Sample)
+    unit = open_precomputed(pa.py_buffer(bytes(content)), "0.arrow/")
     return f"0 used, {len(unit)} × {unit.sample(0).cause}"
 
 
@@ -299,13 +299,13 @@ SETS = [
     Case(
         "an index that names `../../outside/secret.png`",
         SETS_DOOR,
-        "…cars: names a file 'cars_test/../../outside/secret.png', which does not lie below it; remove it, or …",
+        "…cars: names a file 'cars_test/../../outside/secret.png', which is not below it; remove it, or …",
         cars,
     ),
     Case(
         "a list of classes of 100 MB",
         SETS_DOOR,
-        "…classnames.txt: has more than 67,108,864 bytes, which no such file has; write it again",
+        "…classnames.txt: has more than 67,108,864 bytes, so it is not a file of this kind; write it again",
         lambda folder: own_set(folder, **{"classnames.txt": b"a" * 10**8}),
     ),
     Case(

@@ -50,7 +50,7 @@ def test_a_stream_goes_on_beside_all_of_them(shards, expected):
 
 def test_an_inspection_counts_all_of_them(ray_cluster, shards, expected, tmp_path, capsys):
     arguments = ["--data.sources", str(shards), "--output_dir", str(tmp_path), "--data.image_size", "16"]
-    summary = inspect(parse([*arguments, "--max_shards", "0"]).config)
+    summary = inspect(parse([*arguments, "--max_shards", "0"]).config).as_dict()
     counted = {cause: reject["samples"] for cause, reject in summary["rejects"].items() if reject["samples"]}
     assert counted == {cause: count for cause, count in expected.items() if cause != "used"}
     assert summary["samples"]["used"] == expected["used"]

@@ -102,7 +102,7 @@ def test_without_secrets_the_configuration_is_saved_as_it_was(tmp_path):
 
 
 def test_s3_credentials_are_refused_wherever_they_stand():
-    with pytest.raises(ConfigError, match=r"^model.warm_start: a URL holds credentials"):
+    with pytest.raises(ConfigError, match=r"^model.warm_start: a URL contains credentials"):
         parse(["--model.warm_start", "s3://key:secret@bucket/x"])
 
 

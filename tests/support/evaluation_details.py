@@ -68,7 +68,7 @@ def picture(seed: int, size: int, kind: str) -> str:
 
 
 def evaluation() -> dict[str, Any]:
-    """What `report_page` and `write_results` take, with every section."""
+    """What `evaluation_page` and `write_results` take, with every section."""
     drawn = random.Random(0)
     results = [_zero_shot(number, name, model, drawn) for number, name in enumerate(SETS) for model in (OWN, BASELINE)]
     published = {model: dict(zip((*SETS, "mean"), figures, strict=True)) for model, figures in PUBLISHED.items()}
@@ -212,6 +212,6 @@ def _quality(scale: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from ray_platform.report.evaluation import report_page
+    from ray_platform.report.evaluation import evaluation_page
 
-    Path(sys.argv[1]).write_text(report_page(evaluation()), encoding="utf-8")
+    Path(sys.argv[1]).write_text(evaluation_page(evaluation()), encoding="utf-8")

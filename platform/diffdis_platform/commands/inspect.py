@@ -5,11 +5,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
+
+if TYPE_CHECKING:
+    from ray_platform.data.inspection_summary import InspectionSummary
 
 _PROGRESS_SECONDS = 10.0  # between two lines
 
@@ -34,14 +37,13 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[InspectConfig]:
     return parse(InspectConfig, argv, command="inspect", description=description)
 
 
-def inspect(config: InspectConfig) -> dict[str, Any]:
-    """Write inspection.json and inspection.html, print a table, and return the content of the JSON file. Needs a running Ray."""
+def inspect(config: InspectConfig) -> "InspectionSummary":
+    """Write inspection.json and inspection.html, print a table, and return the summary. Needs a running Ray."""
     from ray_platform import storage
     from ray_platform.data.catalog import build_catalog
-    from ray_platform.data.inspection import cluster_cpus, inspect_units, spread_units
-    from ray_platform.data.inspection_report import summarise, table
-    from ray_platform.data.statistics import Statistics
-    from ray_platform.report.inspection import page
+    from ray_platform.data.inspection import Statistics, cluster_cpus, inspect_units, spread_units
+    from ray_platform.data.inspection_summary import summarize
+    from ray_platform.report.inspection import inspection_page
 
     catalog = build_catalog(config.data)
     units, total, printed = spread_units(catalog, config.max_shards), Statistics(), time.monotonic()
@@ -50,22 +52,21 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         if time.monotonic() - printed > _PROGRESS_SECONDS:
             printed = time.monotonic()
             print(f"{total.units} of {len(units)} shards, {total.looked_at:,} samples", file=sys.stderr, flush=True)
-    summary = summarise(catalog, config.data, total, cluster_cpus(config.data))
+    summary = summarize(catalog, config.data, total, cluster_cpus(config.data))
     html = storage.join(config.output_dir, "inspection.html")
-    storage.write_bytes(storage.join(config.output_dir, "inspection.json"), json.dumps(summary, indent=2).encode())
-    storage.write_bytes(html, page(summary, total.thumbnails, config.data).encode())
-    print(f"{table(summary)}\n\nreport with a contact sheet: {html}", flush=True)
+    storage.write_bytes(storage.join(config.output_dir, "inspection.json"), json.dumps(summary.as_dict(), indent=2).encode())
+    storage.write_bytes(html, inspection_page(summary, total.thumbnails, config.data).encode())
+    print(f"{summary.table}\n\nreport with a contact sheet: {html}", flush=True)
     return summary
 
 
 def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv).config
     from ray_platform.connect import connect
-    from ray_platform.data.inspection_report import verdict
     from ray_platform.local_head import ensure_cluster
 
     ensure_cluster()
     connect()
-    if problem := verdict(inspect(config)):
+    if problem := inspect(config).verdict:
         raise DataError(problem)
     return 0

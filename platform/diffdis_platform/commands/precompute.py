@@ -18,7 +18,7 @@ from ray_platform.data.config import DataConfig
 from ray_platform.placement import check_labels
 
 if TYPE_CHECKING:
-    from ray_platform.data.precompute import Encoders
+    from ray_platform.data.precompute import EncoderPool, PrecomputeProgress
 
 INTERRUPTED = "stopped; the same command continues"
 _PROGRESS_SECONDS = 10.0  # between two lines
@@ -48,16 +48,16 @@ class PrecomputeConfig:
         """Raise ConfigError for an output_dir that a job cannot write to."""
         check_output_dir(self.output_dir)
 
-    def encoders(self) -> "Encoders":
+    def encoders(self) -> "EncoderPool":
         """Return what builds the encoders, how many there are and what they need. Raises ConfigError."""
         from diffdis.encoder import FrozenEncoder, describe_encoders
         from diffdis.warm_start import resolve_encoder_paths
         from ray_platform import storage
-        from ray_platform.data.precompute import Encoders
+        from ray_platform.data.precompute import EncoderPool
 
         model = resolve_encoder_paths(self.model)
         check_model(model, self.data)
-        return Encoders(
+        return EncoderPool(
             functools.partial(storage.with_cached_folders, FrozenEncoder, model),
             storage.with_cached_folders(describe_encoders, model),
             self.num_encoders,
@@ -91,15 +91,18 @@ def main(argv: Sequence[str]) -> int:
     encoders = config.encoders()
     ensure_cluster()
     connect()
-    printed, progress = time.monotonic(), {}
+    printed, progress = time.monotonic(), None
     for progress in precompute(catalog, config.data, encoders, config.output_dir):
         if time.monotonic() - printed > _PROGRESS_SECONDS:
             printed = time.monotonic()
             print(_progress_line(progress), flush=True)
-    done = f"{_progress_line(progress)}\ndone: precomputed shards are in {config.output_dir}"
-    print(done if progress else "all shards were precomputed already")
+    if progress is None:
+        print("all shards were precomputed already")
+    else:
+        print(f"{_progress_line(progress)}\ndone: precomputed shards are in {config.output_dir}")
     return 0
 
 
-def _progress_line(progress: dict[str, float]) -> str:
-    return "{shards_done:,} of {shards:,} shards, {samples:,} samples, {samples_per_second:.0f} samples/s".format(**progress)
+def _progress_line(progress: "PrecomputeProgress") -> str:
+    done, total = progress.shards_done, progress.shards
+    return f"{done:,} of {total:,} shards, {progress.samples:,} samples, {progress.samples_per_second:.0f} samples/s"

@@ -8,11 +8,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
 from diffdis.image_grid import image_grid
+from diffdis_platform.comparison.claim import CLAIM
 from diffdis_platform.comparison.plan import RESULT, SUMMARY, Plan
 from diffdis_platform.comparison.runs import measure
 from diffdis_platform.comparison.summary import summarize
@@ -23,6 +24,7 @@ from ray_platform.contracts import UserError, describe_error
 from ray_platform.evaluate.work import image_name
 from ray_platform.json_values import to_json
 from ray_platform.report.comparison import comparison_page
+from ray_platform.report.records import ComparisonDetails
 from ray_platform.terminal import render_table
 from ray_platform.tracking import RunMetadata, Tracker, TrackingConfig, read_run_record, start_run, tracking_uri
 from ray_platform.tracking.run_metadata import append_command, code_version, dated_name, run_tags
@@ -93,7 +95,7 @@ def _show(config: CompareConfig, tracker: Tracker, summary: Mapping[str, Any], a
     """The page and the pictures, in the output folder and on the comparison's run, with its figures."""
     details = {"created": datetime.now().isoformat(timespec="seconds"), **about, **summary}
     details |= {"grids": _grids(config), "curves": _curves(config)}
-    page = comparison_page(details).encode()
+    page = comparison_page(cast(ComparisonDetails, details), CLAIM).encode()
     storage.write_bytes(storage.join(config.output_dir, REPORT), page)
     tracker.log_bytes(page, REPORT)
     for drawn in details["grids"]:

@@ -7,9 +7,9 @@ from typing import Any
 from scipy import stats
 
 from diffdis_platform.comparison.plan import Plan, Results
+from ray_platform.metric_registry import find_metric
 
 CONFIDENCE = 0.95
-COSTS = ("samples", "seconds", "parameters", "flops_a_sample", "flops", "scoring_seconds", "drawing_seconds")
 # What the paper claims of the joint model: the difference, the end of its interval that must be beyond zero, on which side.
 CLAIM = (("accuracy_joint_minus_alignment", "low", 1), ("fd_joint_minus_generation", "high", -1))
 
@@ -62,7 +62,7 @@ def paired_differences(results: Results) -> dict[str, dict[str, float | int | No
         mine, theirs = results.get(arm, {}), results.get(other, {})
         seeds = sorted(mine.keys() & theirs.keys())
         ours, others = ({seed: runs[seed] for seed in seeds} for runs in (mine, theirs))
-        for name in [name for name in _columns(ours) if name in _columns(others) and name not in COSTS]:
+        for name in [name for name in _columns(ours) if name in _columns(others) and not find_metric(name).is_cost]:
             found[f"{name}_{arm}_minus_{other}"] = interval([mine[seed][name] - theirs[seed][name] for seed in seeds])
     return found
 

@@ -247,7 +247,7 @@ def _check_secrets(plain: Mapping[str, Any]) -> None:
             raise ConfigError(f"--{field}: a secret in it was not saved with the configuration; give this field again")
         if _S3_CREDENTIALS.match(value):
             raise ConfigError(
-                f"{field}: a URL holds credentials (before an @); leave them out, and set AWS_ACCESS_KEY_ID and "
+                f"{field}: a URL contains credentials (before an @); leave them out, and set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY"
             )
 

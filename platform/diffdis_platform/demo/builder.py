@@ -1,4 +1,4 @@
-"""Builds the demo data in one go, or finds that it is already there."""
+"""Build of the demo data, which is skipped if the data exist."""
 
 import collections
 import contextlib
@@ -12,15 +12,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from diffdis_platform.demo.drawing import SIZE, draw_all
-from diffdis_platform.demo.errors import DemoDataError
-from diffdis_platform.demo.families import FAMILIES, read_icons, read_json, read_sets
+from diffdis_platform.demo.icons import FAMILIES, SIZE, draw_all, read_icons, read_json, read_sets
 from diffdis_platform.demo.naming import Names, captions_of, groups_of
 from diffdis_platform.demo.package import NAME, VERSION, find_package
 from diffdis_platform.demo.shards import MIN_TRAIN_SHARDS, write_pairs, write_retrieval, write_zero_shot
 from diffdis_platform.demo.splits import HELDOUT_FAMILY, SPLITS, Pair, split_pairs
+from ray_platform.contracts import DataError
 
-# To be raised by whoever changes what a build writes: older data are then built anew instead of being reused.
+# Increase this number when a build writes other data: older data are then built again instead of being reused.
 BUILDER_VERSION = 2
 CACHE = ".cache"
 RETRIEVAL = "wds_heldout_pairs"
@@ -28,10 +27,10 @@ RETRIEVAL = "wds_heldout_pairs"
 
 @dataclass(frozen=True)
 class Pins:
-    """What the pinned package must give: keys and captions to the letter.
+    """Expected counts and digest of keys and captions.
 
     Pixels are recorded in the manifest but not pinned: another version of the renderer may round an edge differently,
-    and the data are as good. Where it makes two pictures equal that were not, a held-out one is dropped and this fails.
+    which does not matter. If it makes two images equal, one held-out image is dropped and the counts differ.
     """
 
     num_pairs: dict[str, int]
@@ -48,18 +47,24 @@ PINS = Pins(
 )
 
 
-def build(output: Path, given: Path | None, num_processes: int, pins: Pins | None) -> str:
-    """Build the demo data in `output` unless they are there, and return one line that says what is there now.
+def build(output: Path, source: Path | None, num_processes: int, pins: Pins | None) -> str:
+    """Build the demo data in `output` unless they exist, and return one line for the user.
 
-    `given` is an unpacked package or its .tgz; without it npm fetches the package. `pins` None checks no counts (for
-    a package that is not the published one). Raises DemoDataError.
+    Args:
+        output: folder of the data.
+        source: unpacked package or its .tgz; None: npm downloads it.
+        num_processes: processes that draw icons.
+        pins: expected content; None for a package that is not the published one.
+
+    Raises:
+        DataError: the package or `output` cannot be used, or the content differs from `pins`.
     """
     output = output.absolute()
     manifest = _manifest_of_complete(output, pins)
     if manifest is not None:
-        return f"{output} is complete, nothing to do: {_summary(manifest)}"
-    _refuse_foreign(output)
-    package = find_package(given, output / CACHE)
+        return f"{output} is complete; nothing to do: {_summary(manifest)}"
+    _check_replaceable(output)
+    package = find_package(source, output / CACHE)
     splits = split_pairs(_read_pairs(package, num_processes))
     manifest = _describe(splits)
     if pins is not None:
@@ -75,10 +80,10 @@ def _read_pairs(package: Path, num_processes: int) -> list[Pair]:
     concepts = {icon: name for icon in read_icons(sets) if (name := names.concept(icon))}
     captions = captions_of(set(concepts.values()))
     groups = groups_of(concepts)
-    pictures = draw_all(list(concepts), num_processes)
+    images = draw_all(list(concepts), num_processes)
     return [
-        Pair(icon, name, captions[name], groups[name], picture)
-        for (icon, name), picture in zip(concepts.items(), pictures, strict=True)
+        Pair(icon, name, captions[name], groups[name], image)
+        for (icon, name), image in zip(concepts.items(), images, strict=True)
     ]
 
 
@@ -88,7 +93,7 @@ def _describe(splits: dict[str, list[Pair]]) -> dict[str, Any]:
         for pair in splits[split]:
             fields = (split, pair.icon.family, pair.icon.icon, pair.name, pair.caption, pair.group, pair.icon.licence)
             entries.update("\t".join(fields).encode() + b"\n")
-            pixels.update(pair.picture.pixels_sha256.encode())
+            pixels.update(pair.image.pixels_sha256.encode())
     by_family = {split: collections.Counter(pair.icon.family for pair in splits[split]) for split in SPLITS}
     return {
         "builder": BUILDER_VERSION,
@@ -107,9 +112,9 @@ def _describe(splits: dict[str, list[Pair]]) -> dict[str, Any]:
 def _check(manifest: dict[str, Any], pins: Pins) -> None:
     for field in ("num_pairs", "num_names", "entries_sha256"):
         if manifest[field] != getattr(pins, field):
-            raise DemoDataError(
-                f"{field} is {manifest[field]}, {NAME} {VERSION} drawn with resvg-py {pins.resvg} gives "
-                f"{getattr(pins, field)}: the package's files were changed or resvg-py is {manifest['resvg']}"
+            raise DataError(
+                f"{field}: {manifest[field]} instead of {getattr(pins, field)} from {NAME} {VERSION} and resvg-py {pins.resvg}; "
+                f"the files of the package were changed, or resvg-py is {manifest['resvg']}"
             )
 
 
@@ -118,7 +123,7 @@ def _write(stage: Path, splits: dict[str, list[Pair]], manifest: dict[str, Any],
         write_pairs(stage / split, splits[split], MIN_TRAIN_SHARDS if split == "train" else 1)
         if split != "train":
             write_zero_shot(stage / f"wds_{split}", splits[split])
-    write_retrieval(stage / RETRIEVAL, splits["heldout_style"])  # where every caption has one drawing
+    write_retrieval(stage / RETRIEVAL, splits["heldout_style"])  # in which every caption has one image
     (stage / "NOTICE").write_text(_notice(package), encoding="utf-8")
     manifest["files"] = _digests(stage)
     (stage / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -127,13 +132,13 @@ def _write(stage: Path, splits: dict[str, list[Pair]], manifest: dict[str, Any],
 def _notice(package: Path) -> str:
     collections_of = read_json(package / "collections.json")
     lines = [
-        f"The pictures are emoji drawings from the npm package {NAME} {VERSION}, each family under its own licence.",
+        f"The images are emoji drawings from the npm package {NAME} {VERSION}, each family under its own licence.",
         f"They were changed: drawn as {SIZE}x{SIZE} pixel PNGs on white, without skin-tone variants, and captioned",
-        "with names that are the same for all families. The .json beside each picture names its family and licence.",
+        "with names that are the same for all families. The .json next to each image names its family and licence.",
     ]
     for family in FAMILIES:
         if family not in collections_of:
-            raise DemoDataError(f"{package}/collections.json lacks {family!r}: unpack the package again")
+            raise DataError(f"{package}/collections.json lacks {family!r}; unpack the package again")
         info = collections_of[family]
         author, licence = info["author"], info["license"]
         lines += [
@@ -155,32 +160,32 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _manifest_of_complete(output: Path, pins: Pins | None) -> dict[str, Any] | None:
-    """The manifest of what is in `output`, if it is this builder's work and every file is as it was written."""
+    """Return the manifest in `output` if this version of the builder wrote it and no file changed, or None."""
     try:
         manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    ours = isinstance(manifest, dict) and manifest.get("builder") == BUILDER_VERSION
-    if not ours or manifest.get("package") != f"{NAME}@{VERSION}":
+    is_current = isinstance(manifest, dict) and manifest.get("builder") == BUILDER_VERSION
+    if not is_current or manifest.get("package") != f"{NAME}@{VERSION}":
         return None
     if pins is not None and manifest.get("entries_sha256") != pins.entries_sha256:
         return None
     return manifest if manifest.get("files") == _digests(output) else None
 
 
-def _refuse_foreign(output: Path) -> None:
-    """A build replaces its folder, so it must not be pointed at one with other things in it."""
+def _check_replaceable(output: Path) -> None:
+    """Raise DataError if `output` holds other files, because a build replaces the folder."""
     if output.exists() and not output.is_dir():
-        raise DemoDataError(f"{output} is not a folder: choose another --output")
+        raise DataError(f"{output}: is not a folder; choose another --output")
     known = {*SPLITS, "wds_heldout_style", "wds_heldout_names", RETRIEVAL, "NOTICE", "manifest.json", CACHE}
     foreign = sorted(path.name for path in output.iterdir() if path.name not in known) if output.exists() else []
     if foreign:
-        raise DemoDataError(f"{output} holds {foreign[0]!r}, no demo data: choose an empty or new folder as --output")
+        raise DataError(f"{output}: holds {foreign[0]!r}, which is not demo data; choose an empty or new folder as --output")
 
 
 @contextlib.contextmanager
 def _staged(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when all went well, and is gone when not."""
+    """Yield a folder that replaces `output` at the end, and is removed after an error."""
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = output.with_name(f".{output.name}.building-{os.getpid()}")
     former = output.with_name(f".{output.name}.former-{os.getpid()}")

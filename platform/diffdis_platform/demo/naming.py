@@ -1,15 +1,15 @@
-"""One name and one caption for a concept, whatever a family calls it."""
+"""One name and one caption per concept, for all families."""
 
 import re
 from importlib import resources
 from typing import Any
 
-from diffdis_platform.demo.errors import DemoDataError
-from diffdis_platform.demo.families import NUMBER_SUFFIX, Icon
+from diffdis_platform.demo.icons import NUMBER_SUFFIX, Icon
+from ray_platform.contracts import DataError
 
-# Families whose files map code points to names, in order of preference: the first is the one whose names are kept.
+# Families whose files map code points to names; the names of the first one that has a code point are used.
 CODE_POINT_FAMILIES = ("noto", "twemoji", "openmoji", "fluent-emoji-flat")
-# Whose categories to trust for a name: the nine of Unicode first, Firefox OS's five coarse ones last.
+# Families by how much their categories are trusted: Unicode's nine first, Firefox OS's five coarse ones last.
 CATEGORY_FAMILIES = (*CODE_POINT_FAMILIES, "noto-v1", "emojione", "streamline-emojis", "fxemoji")
 GROUPS = {
     "Activity": "Activities",
@@ -27,7 +27,7 @@ GROUPS = {
     "Travel": "Travel & Places",
     "Travel Places": "Travel & Places",
 }
-# What no code point and no alias tells: a family's own word for what others draw under another name.
+# Names of one family for concepts that other families name differently, without a code point or alias in common.
 RENAMED = {
     "2": "hatching-chick",
     "cat-face-with-wry-smile": "cat-with-wry-smile",
@@ -41,7 +41,7 @@ RENAMED = {
     "flag-turkey": "flag-turkiye",
     "game-dice": "game-die",
     "gesturing-ok": "woman-gesturing-ok",
-    # Newer sets replaced the revolver by a toy; the older drawings are no water pistols.
+    # Newer sets replaced the revolver by a water pistol; the older drawings show a pistol.
     "pistol": "pistol",
     "pride": "progress-pride-flag",
 }
@@ -70,9 +70,9 @@ def _fxemoji_names() -> dict[str, str]:
 
 
 class Names:
-    """Resolves a family's icon name to the concept's name.
+    """Mapping from the icon names of all families to names of concepts.
 
-    Equal code points mean equal concepts; sets without code points are matched by name, by the older names that Noto
+    Equal code points mean equal concepts. Sets without code points are matched by name, by the older names that Noto
     lists as aliases and, for names written without separators, by the letters alone.
     """
 
@@ -92,7 +92,7 @@ class Names:
             self._by_letters.setdefault(name.replace("-", ""), name)
 
     def concept(self, icon: Icon) -> str:
-        """The concept's name, with hyphens between words; "" for a drawing that is to be left out."""
+        """Return the name of the concept, with hyphens between words; "" for an icon to leave out."""
         name = icon.icon
         if icon.family == "fxemoji":
             letters = name.replace("-", "")
@@ -122,7 +122,7 @@ class Names:
 
 
 def caption_of(name: str) -> str:
-    """A concept's name in plain words."""
+    """Return the caption of a concept: its name in plain words."""
     hair = HAIR.match(name)
     if hair:
         return f"{hair[1]} with {hair[2]} hair"
@@ -139,23 +139,23 @@ def caption_of(name: str) -> str:
 
 
 def captions_of(names: set[str]) -> dict[str, str]:
-    """Every name's caption; raises DemoDataError where two names would read the same, as classes must differ."""
+    """Return the caption of every name. Raises DataError if two names have the same caption, because classes must differ."""
     captions: dict[str, str] = {}
     owner: dict[str, str] = {}
     for name in sorted(names):
         captions[name] = caption_of(name)
         other = owner.setdefault(captions[name], name)
         if other != name:
-            raise DemoDataError(f"names {other!r} and {name!r} have the same caption {captions[name]!r}: rename one")
+            raise DataError(f"names {other!r} and {name!r} have the same caption {captions[name]!r}; rename one")
     return captions
 
 
 def groups_of(concepts: dict[Icon, str]) -> dict[str, str]:
-    """Every concept's group: that of the most trusted family which draws and files it, else ""."""
+    """Return the group of every concept: that of the most trusted family with a category for it, or ""."""
     rank = {family: position for position, family in enumerate(CATEGORY_FAMILIES)}
     best: dict[str, tuple[int, str]] = {}
     for icon, name in concepts.items():
         if icon.category and icon.family in rank:
-            found = (rank[icon.family], GROUPS.get(icon.category, icon.category))
-            best[name] = min(best.get(name, found), found)
+            candidate = (rank[icon.family], GROUPS.get(icon.category, icon.category))
+            best[name] = min(best.get(name, candidate), candidate)
     return {name: best[name][1] if name in best else "" for name in concepts.values()}

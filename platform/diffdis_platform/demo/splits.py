@@ -1,10 +1,9 @@
-"""Which drawing is trained on and which is held out."""
+"""Assignment of the pairs to the training split and the held-out splits."""
 
 import hashlib
 from dataclasses import dataclass
 
-from diffdis_platform.demo.drawing import Picture
-from diffdis_platform.demo.families import Icon
+from diffdis_platform.demo.icons import Icon, IconImage
 
 HELDOUT_FAMILY = "twemoji"
 HELDOUT_ONE_IN = 10
@@ -13,49 +12,49 @@ SPLITS = ("train", "heldout_style", "heldout_names")
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture with its words."""
+    """An image with its name, caption and group."""
 
     icon: Icon
     name: str
     caption: str
     group: str
-    picture: Picture
+    image: IconImage
 
 
 def is_heldout_name(name: str) -> bool:
-    """Decided by the name alone, so that it holds for every family and for whatever is added later."""
+    """Return whether a name is held out, which depends on the name alone, so that it holds for every family."""
     return int(hashlib.sha256(f"heldout:{name}".encode()).hexdigest(), 16) % HELDOUT_ONE_IN == 0
 
 
 def _shuffled(pairs: list[Pair]) -> list[Pair]:
-    # A digest as sort key is a shuffle that no version of any random generator changes.
-    def place(pair: Pair) -> bytes:
+    # A digest as sort key shuffles independently of the version of a random generator.
+    def sort_key(pair: Pair) -> bytes:
         return hashlib.sha256(f"order:{pair.icon.family}:{pair.icon.icon}".encode()).digest()
 
-    return sorted(pairs, key=place)
+    return sorted(pairs, key=sort_key)
 
 
-def _first_of_each_picture(pairs: list[Pair], taken: set[str]) -> list[Pair]:
-    """Drop pictures in `taken`, and all but one of equal pictures: two classes for one picture have no right answer.
+def _first_of_each_image(pairs: list[Pair], taken: set[str]) -> list[Pair]:
+    """Return the pairs without images in `taken`, and with one pair per image: an image of two classes has no right answer.
 
-    The name with the fewest words stays: "flag of spain", not "flag of ceuta and melilla", which flies the same.
+    The name with the fewest words stays: "flag of spain", not "flag of ceuta and melilla", whose flag is the same.
     """
     kept, seen = [], set(taken)
     for pair in sorted(pairs, key=lambda pair: (pair.name.count("-"), pair.name, pair.icon.family, pair.icon.icon)):
-        if pair.picture.pixels_sha256 not in seen:
-            seen.add(pair.picture.pixels_sha256)
+        if pair.image.pixels_sha256 not in seen:
+            seen.add(pair.image.pixels_sha256)
             kept.append(pair)
     return kept
 
 
 def split_pairs(pairs: list[Pair]) -> dict[str, list[Pair]]:
-    """The pairs of each split, shuffled.
+    """Return the pairs of each split, shuffled.
 
-    train: all families but the held-out one, without the held-out names; equal pictures of one name are kept once.
-    heldout_style: the held-out family's drawings of names that occur in train.
-    heldout_names: every family's drawings of the held-out names.
-    The held-out family's drawings of names that are neither in train nor held out are in no split. Neither are
-    held-out pictures that equal, pixel by pixel, one in train.
+    train: all families but the held-out one, without the held-out names; equal images of one name are kept once.
+    heldout_style: the held-out family's images of names that occur in train.
+    heldout_names: every family's images of the held-out names.
+    The held-out family's images of names that are neither in train nor held out are in no split, and neither are held-out
+    images with the same pixels as one in train.
     """
     train: dict[tuple[str, str], Pair] = {}
     style, unseen = [], []
@@ -65,12 +64,12 @@ def split_pairs(pairs: list[Pair]) -> dict[str, list[Pair]]:
         elif pair.icon.family == HELDOUT_FAMILY:
             style.append(pair)
         else:
-            train.setdefault((pair.name, pair.picture.pixels_sha256), pair)
+            train.setdefault((pair.name, pair.image.pixels_sha256), pair)
     train_names = {name for name, _ in train}
-    train_pictures = {pixels for _, pixels in train}
+    train_images = {pixels for _, pixels in train}
     known_style = [pair for pair in style if pair.name in train_names]
     return {
         "train": _shuffled(list(train.values())),
-        "heldout_style": _shuffled(_first_of_each_picture(known_style, train_pictures)),
-        "heldout_names": _shuffled(_first_of_each_picture(unseen, train_pictures)),
+        "heldout_style": _shuffled(_first_of_each_image(known_style, train_images)),
+        "heldout_names": _shuffled(_first_of_each_image(unseen, train_images)),
     }

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -27,7 +27,8 @@ from ray_platform.evaluate.sets import PAPER, PUBLISHED, PUBLISHED_RETRIEVAL, Ev
 from ray_platform.evaluate.work import Thumbnails, WorkerModels, image_name
 from ray_platform.redaction import is_redacted, restored
 from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit
-from ray_platform.report.evaluation import report_page
+from ray_platform.report.evaluation import evaluation_page
+from ray_platform.report.records import EvaluationDetails
 from ray_platform.terminal import render_table
 from ray_platform.tracking import RUN_RECORD, RunMetadata, TrackedData, TrackingConfig, start_run
 from ray_platform.tracking.run_metadata import code_version, dated_name, run_tags
@@ -128,7 +129,7 @@ def evaluate(config: EvalConfig, made: Plan) -> dict[str, Any]:
         _illustrate(fan_out, made, details)
     details |= {"code_version": code_version(), "seconds": round(time.monotonic() - begun, 1)}
     write_results(details, config.output_dir)
-    storage.write_bytes(storage.join(config.output_dir, REPORT), report_page(details).encode())
+    storage.write_bytes(storage.join(config.output_dir, REPORT), evaluation_page(cast(EvaluationDetails, details)).encode())
     _track(config, made.model, made.sets.values(), details)
     return details
 

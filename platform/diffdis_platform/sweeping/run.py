@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.pretrain import PretrainConfig
@@ -18,8 +18,10 @@ from diffdis_platform.sweeping.trial import TrialJob, needs, steps
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.json_values import first_difference, to_json, with_defaults
+from ray_platform.metric_registry import check_declared
 from ray_platform.redaction import redacted_values
-from ray_platform.report.sweep import pictures, sweep_page
+from ray_platform.report.records import SweepDetails
+from ray_platform.report.sweep import sweep_files, sweep_page
 from ray_platform.sweep.pareto import best, pareto_front
 from ray_platform.sweep.schedulers import milestones
 from ray_platform.sweep.space import Space, describe
@@ -96,6 +98,7 @@ def plan(config: SweepConfig, recipe: str) -> Plan:
 def _check_objectives(config: SweepConfig, tasks: set[str]) -> None:
     """Of those by which models are compared, each needs something to be measured on; what else there is shows at the first
     milestone."""
+    check_declared(config.objectives)
     for metric in config.objectives:
         if metric == "accuracy" and "zeroshot_classification" not in tasks:
             raise ConfigError("objectives: accuracy needs a zero-shot set in evaluation.suite")
@@ -141,7 +144,7 @@ def run(made: Plan, yaml: str, command: str) -> dict[str, Any]:
         outcomes = made.sweep(run_record(config.tracking, config.output_dir, tracker)).run()
         details = _details(made, outcomes, command, time.monotonic() - begun)
         storage.write_bytes(storage.join(config.output_dir, DETAILS), to_json(details))
-        storage.write_bytes(storage.join(config.output_dir, REPORT), sweep_page(details).encode())
+        storage.write_bytes(storage.join(config.output_dir, REPORT), sweep_page(cast(SweepDetails, details)).encode())
         _track(tracker, config, details)
     return details
 
@@ -200,7 +203,8 @@ def _track(tracker: Tracker, config: SweepConfig, details: Mapping[str, Any]) ->
     trials = {trial["name"]: trial for trial in details["trials"]}
     for metric, name in details["best"].items():
         tracker.log_metrics({f"best/{metric}": trials[name]["metrics"][metric]}, 0)
-    files = {REPORT: sweep_page(details), **pictures(details)}
+    record = cast(SweepDetails, details)
+    files = {REPORT: sweep_page(record), **sweep_files(record)}
     for name, content in ((DETAILS, to_json(details)), *((name, text.encode()) for name, text in files.items())):
         tracker.log_bytes(content, name)
     for name, roles in _roles(details).items():

@@ -1,4 +1,4 @@
-"""Which shards there are, how large, and how many samples they hold."""
+"""The catalog: the shards of a configuration, their sizes, and how many samples they contain."""
 
 import functools
 import hashlib
@@ -13,28 +13,28 @@ from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data.config import DataConfig
 
-MANIFEST = "manifest.json"  # beside precomputed shards: which encoders made them
+MANIFEST = "manifest.json"  # in a folder of precomputed shards: which encoders wrote them
 SUFFIXES = (".tar", ".arrow")
-NOMINAL_BYTES = 40_000  # a sample of unknown size
-_LEAST_BYTES = 1024  # a sample takes of a tar: a header and a block
-_LARGEST_SIDECAR = 2**20  # bytes
+NOMINAL_BYTES = 40_000  # of a sample whose size is not known
+_MIN_SAMPLE_BYTES = 1024  # in a tar: a header and a block
+_MAX_SIDECAR_BYTES = 2**20
 
 
 class Shard(NamedTuple):
-    """A tar of samples, or an Arrow file of precomputed ones.
+    """A tar of samples, or an Arrow file of precomputed samples.
 
     `name` is its URL below the deepest folder that all shards of the source share: the file name, for shards in one
-    folder. Order, shuffling and sample keys go by it, so they stay the same when the whole source is moved.
+    folder. Order, shuffling and sample keys depend on it alone, so they stay the same when the source is moved.
     """
 
     url: str
     size: int  # bytes
     name: str
-    num_samples: int = -1  # by img2dataset's `_stats.json` beside it; -1: unknown
+    num_samples: int = -1  # from img2dataset's `_stats.json`; -1: not known
 
 
 class ShardRange(NamedTuple):
-    """What one read takes of a shard: bytes start..stop, all of them but for a very large one."""
+    """A unit of reading: bytes start..stop of a shard. Only very large shards have more than one."""
 
     shard: Shard
     start: int
@@ -46,12 +46,12 @@ class ShardRange(NamedTuple):
 
     @property
     def known_samples(self) -> int:
-        """-1 where it is not known."""
+        """The number of samples; -1: not known."""
         return self.shard.num_samples if self.whole else -1
 
     @property
     def nominal_samples(self) -> int:
-        """What to go by where nothing is known: 40 kB a sample."""
+        """An estimate for shards of which nothing is known: 40 kB per sample."""
         return max(1, round((self.stop - self.start) / NOMINAL_BYTES))
 
 
@@ -61,9 +61,9 @@ class Catalog:
 
     shards: tuple[Shard, ...]  # of all pools, sorted by name
     pools: tuple[tuple[ShardRange, ...], ...]
-    weights: tuple[float, ...]  # one a pool, summing to 1
+    weights: tuple[float, ...]  # per pool, with the sum 1
     manifest: dict[str, Any] | None = None  # of precomputed shards
-    sources: tuple[int, ...] = ()  # of each shard the one of data.sources that named it
+    sources: tuple[int, ...] = ()  # per shard: the index in data.sources of the source that names it
 
     @functools.cached_property
     def digest(self) -> str:
@@ -81,56 +81,57 @@ class Catalog:
 
     @property
     def num_samples(self) -> int | None:
-        """None where it is not known of every shard."""
+        """The number of samples, or None if it is not known for every shard."""
         counts = [shard.num_samples for shard in self.shards]
         return sum(counts) if min(counts) >= 0 else None
 
     @functools.cached_property
-    def _bytes_a_sample(self) -> float:
+    def _bytes_per_sample(self) -> float:
         known = [shard for shard in self.shards if shard.num_samples > 0]
         return sum(s.size for s in known) / sum(s.num_samples for s in known) if known else NOMINAL_BYTES
 
     def of_source(self, number: int) -> tuple[Shard, ...]:
-        """Its shards, named as if it were the only source."""
+        """Return the shards of a source, with the names that they have if it is the only source."""
         shards = [shard for shard, source in zip(self.shards, self.sources, strict=True) if source == number]
         shared = posixpath.commonpath({shard.url.rpartition("/")[0] for shard in shards}) if shards else ""
         return tuple(shard._replace(name=_below(shard.url, shared)) for shard in shards)
 
     def estimated_samples(self, unit: ShardRange) -> float:
-        """By the shard's count where that is known, else by its size."""
+        """Return the number of samples of a unit, from its shard's count if that is known, else from its size."""
         shard, length = unit.shard, unit.stop - unit.start
-        return shard.num_samples * length / max(1, shard.size) if shard.num_samples > 0 else length / self._bytes_a_sample
+        return shard.num_samples * length / max(1, shard.size) if shard.num_samples > 0 else length / self._bytes_per_sample
 
 
 def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
-    """List all shards that `config.sources` name (of a folder, all its *.tar or *.arrow), once each.
+    """List all shards that `config.sources` name (of a folder, all its *.tar or *.arrow), each of them once.
 
     Args:
         config: the sources, their weights, and how large a unit may be.
-        cached: an earlier `to_json`, so that counts need not be read again.
+        cached: the result of `to_json` of an earlier catalog, whose counts are not read again.
 
-    Raises DataError for no sources, a missing one, or one that holds no shards or only empty files.
+    Raises:
+        DataError: there are no sources, or one of them is missing, or has no shards or only empty files.
     """
     if not config.sources:
-        raise DataError("data.sources is empty; name a folder, glob or brace pattern of tars, local or s3://")
-    found: dict[str, int] = {}  # url -> source
+        raise DataError("data.sources: empty; name a folder, glob or brace pattern of tars, local or s3://")
+    source_of: dict[str, int] = {}  # url -> index of its source
     listed: dict[str, storage.StoredFile] = {}
     sidecars: set[str] = set()
     for number, source in enumerate(config.sources):
         files = storage.list_files(source)
         shards = [file for file in files if file.url.endswith(SUFFIXES)]
         if not any(file.size for file in shards):
-            raise DataError(f"{source}: no .tar shards in it; {_what_is_there(files)}; correct the source")
+            raise DataError(f"{source}: no .tar shards in it; {_describe_files(files)}; correct the source")
         for file in shards:
-            if config.weights and found.get(file.url, number) != number:
-                raise DataError(f"{file.url}: is in two of data.sources that have data.weights; name it in one of them")
-            found.setdefault(file.url, number)
+            if config.weights and source_of.get(file.url, number) != number:
+                raise DataError(f"{file.url}: is in two of the data.sources; with data.weights, name it in one of them")
+            source_of.setdefault(file.url, number)
             listed[file.url] = file
-        sidecars |= {file.url for file in files if file.url.endswith("_stats.json") and file.size <= _LARGEST_SIDECAR}
+        sidecars |= {file.url for file in files if file.url.endswith("_stats.json") and file.size <= _MAX_SIDECAR_BYTES}
     kinds = {posixpath.splitext(url)[1]: url for url in sorted(listed)}
     if len(kinds) > 1:
         raise DataError(
-            f"data.sources: hold both .tar shards ({kinds['.tar']}) and precomputed .arrow shards ({kinds['.arrow']}); "
+            f"data.sources: contain both .tar shards ({kinds['.tar']}) and precomputed .arrow shards ({kinds['.arrow']}); "
             "name one kind, by a pattern such as *.tar where they share a folder"
         )
     parents = {url.rpartition("/")[0] for url in listed}
@@ -141,24 +142,24 @@ def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
     pools: list[list[ShardRange]] = [[] for _ in (config.weights or (1.0,))]
     ordered = sorted(named.values(), key=lambda shard: shard.name)
     for shard in ordered:
-        pools[found[shard.url] if config.weights else 0].extend(_units(shard, config.max_read_mb * 2**20))
+        pools[source_of[shard.url] if config.weights else 0].extend(_units(shard, config.max_read_mb * 2**20))
     total = sum(config.weights) or 1.0
     return Catalog(
         tuple(ordered),
         tuple(tuple(pool) for pool in pools),
         tuple(weight / total for weight in config.weights or (1.0,)),
         next(iter(manifests.values()), None),
-        tuple(found[shard.url] for shard in ordered),
+        tuple(source_of[shard.url] for shard in ordered),
     )
 
 
 def to_json(catalog: Catalog) -> bytes:
-    """The shards and their counts, to be kept with a run."""
+    """Return the shards and their counts as JSON, to be stored with a run."""
     return json.dumps({"digest": catalog.digest, "shards": [list(shard) for shard in catalog.shards]}).encode()
 
 
 def difference(saved: bytes, catalog: Catalog) -> str:
-    """What changed since `saved`, in a line; empty where nothing did."""
+    """Return what changed since `saved`, in one line; empty if nothing did."""
     values = json.loads(saved)
     if values["digest"] == catalog.digest:
         return ""
@@ -169,12 +170,14 @@ def difference(saved: bytes, catalog: Catalog) -> str:
         "removed": sorted(before.keys() - now.keys()),
         "resized": sorted(name for name in now.keys() & before.keys() if now[name] != before[name]),
     }
-    told = [f"{len(names)} {change} ({names[0]}{', …' if len(names) > 1 else ''})" for change, names in changes.items() if names]
-    return ", ".join(told) or "the same shards in other pools or parts (data.weights, data.max_read_mb)"
+    described = [
+        f"{len(names)} {change} ({names[0]}{', …' if len(names) > 1 else ''})" for change, names in changes.items() if names
+    ]
+    return ", ".join(described) or "the same shards in other pools or parts (data.weights, data.max_read_mb)"
 
 
 def _units(shard: Shard, max_bytes: int) -> list[ShardRange]:
-    """Tars can be cut at multiples of their block size; Arrow files cannot."""
+    """Split a large tar at multiples of its block size. Arrow files cannot be split."""
     if shard.size <= max_bytes or not shard.url.endswith(".tar"):
         return [ShardRange(shard, 0, shard.size)]
     starts = range(0, shard.size, max_bytes)
@@ -182,7 +185,7 @@ def _units(shard: Shard, max_bytes: int) -> list[ShardRange]:
 
 
 def _counts(files: Sequence[storage.StoredFile], sidecars: set[str], cached: bytes | None) -> dict[str, int]:
-    """Samples by URL, from img2dataset's sidecars: one small request each, so they are asked for once a run."""
+    """Return URL -> samples from img2dataset's sidecars. Each is a small request, so a run reads them only once."""
     known, sizes = {}, {file.url: file.size for file in files}
     if cached:
         known = {url: count for url, size, _, count in json.loads(cached)["shards"] if sizes.get(url) == size and count >= 0}
@@ -190,36 +193,36 @@ def _counts(files: Sequence[storage.StoredFile], sidecars: set[str], cached: byt
     for sidecar, content in storage.read_many(sorted(wanted.keys() & sidecars)).items():
         try:
             count = int(json.loads(content)["successes"])
-            if 0 <= count * _LEAST_BYTES <= sizes[wanted[sidecar]]:
+            if 0 <= count * _MIN_SAMPLE_BYTES <= sizes[wanted[sidecar]]:
                 known[wanted[sidecar]] = count
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue  # a count is a help, not a need
+            continue  # counts are optional
     return known
 
 
 def _manifests(folders: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What made the precomputed shards in each of `folders`: the same in all of them."""
+    """Return folder -> manifest of its precomputed shards. Raises DataError if one is missing, or they differ."""
     manifests: dict[str, dict[str, Any]] = {}
     for folder in folders:
         url = storage.join(folder, MANIFEST)
         try:
-            found = manifests[folder] = json.loads(storage.read_small(url, storage.LISTING_BYTES))
-            complete, made = found["complete"], (found["encoders"], found["settings"])
-            if complete and not all(isinstance(count, int) for count in found["shards"].values()):
+            manifest = manifests[folder] = json.loads(storage.read_small(url, storage.LISTING_BYTES))
+            complete, origin = manifest["complete"], (manifest["encoders"], manifest["settings"])
+            if complete and not all(isinstance(count, int) for count in manifest["shards"].values()):
                 raise ValueError
         except storage.StorageError as error:
             if error.kind != "missing":
                 raise
             raise DataError(
-                f"{url}: is not there, so that nothing tells which encoders made the .arrow shards beside it; "
+                f"{url}: is missing, so the encoders of the .arrow shards are not known; "
                 "name a folder that jobs/precompute.py wrote"
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise DataError(f"{url}: is no manifest of precomputed shards; run jobs/precompute.py again") from None
+            raise DataError(f"{url}: is not a manifest of precomputed shards; run jobs/precompute.py again") from None
         if not complete:
-            raise DataError(f"{folder}: its precomputation did not end ({MANIFEST}); run jobs/precompute.py again to go on")
+            raise DataError(f"{folder}: precomputing it did not finish ({MANIFEST}); run jobs/precompute.py again to resume it")
         first = manifests[folders[0]]
-        if made != (first["encoders"], first["settings"]):
+        if origin != (first["encoders"], first["settings"]):
             raise DataError(
                 f"data.sources: {folders[0]} and {folder} were precomputed with different encoders or settings; use one of them"
             )
@@ -227,24 +230,26 @@ def _manifests(folders: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _manifest_counts(urls: Sequence[str], manifests: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """Samples by URL. Raises DataError for a shard that its manifest does not know."""
-    counts = {storage.join(folder, name): n for folder, found in manifests.items() for name, n in found["shards"].items()}
+    """Return URL -> samples. Raises DataError for a shard that is not in its manifest."""
+    counts = {storage.join(folder, name): n for folder, manifest in manifests.items() for name, n in manifest["shards"].items()}
     for url in urls:
         if url not in counts:
-            raise DataError(f"{url}: is not in the {MANIFEST} beside it; remove it, or run jobs/precompute.py in a new folder")
+            raise DataError(
+                f"{url}: is not in the {MANIFEST} of its folder; remove it, or run jobs/precompute.py in a new folder"
+            )
     return {url: counts[url] for url in urls}
 
 
 def _below(url: str, folder: str) -> str:
-    # posixpath.commonpath gives "s3:/bucket" for "s3://bucket/…".
+    # posixpath.commonpath returns "s3:/bucket" for "s3://bucket/…".
     return posixpath.relpath(url.replace("://", ":/"), folder) if folder else url
 
 
-def _what_is_there(files: Sequence[storage.StoredFile]) -> str:
+def _describe_files(files: Sequence[storage.StoredFile]) -> str:
     if not files:
         return "it is empty"
     if any(file.url.endswith(SUFFIXES) for file in files):
         return "its shards are empty files (0 bytes)"
     suffixes = Counter(posixpath.splitext(file.url)[1] or "no suffix" for file in files)
     kinds = ", ".join(f"{count} × {suffix}" for suffix, count in sorted(suffixes.items()))
-    return f"there are {kinds} instead, such as {posixpath.basename(files[0].url)}"
+    return f"it contains {kinds}, such as {posixpath.basename(files[0].url)}"

@@ -1,84 +1,72 @@
-"""What can be said about the data, each with its one default."""
+"""The configuration of the data, `data.*`."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ray_platform.contracts import ConfigError
+from ray_platform.data.filters import FilterConfig
 from ray_platform.placement import check_labels
 
 
 @dataclass(frozen=True)
-class FilterConfig:
-    """Which samples are wanted. What is filtered out is counted, but is not bad data. None and 0 filter nothing.
-
-    The four scores are fields of a sample's .json, by LAION's names or img2dataset's (see `captions.SCORES`). A sample
-    without the field that a filter asks for is bad data.
-    """
-
-    min_size: int = 0  # pixels of the shorter side, before resizing
-    min_similarity: float | None = None  # CLIP's, of image and caption
-    max_unsafe: float | None = None  # probability
-    max_watermark: float | None = None  # probability
-    min_aesthetic: float | None = None  # about 1 to 10
-
-
-@dataclass(frozen=True)
 class DataConfig:
-    """Where the samples are and how they are read. Raises ConfigError for a value that cannot work."""
+    """Where the samples are and how they are read. Raises ConfigError for an invalid value."""
 
     sources: tuple[str, ...] = ()  # folders, globs or brace patterns of shards; local or s3://
-    weights: tuple[float, ...] = ()  # share of the samples that each source gives; empty: one pool, each as large as it is
-    image_size: int = 256  # pixels; the side of the square, or of the square of equal area where there are aspect_ratios
+    weights: tuple[float, ...] = ()  # relative number of samples per source; empty: all sources are one pool
+    image_size: int = 256  # pixels; side of the square images, or of a square with the area of the aspect_ratios' images
     aspect_ratios: tuple[float, ...] = ()  # width / height of the buckets, such as 0.75, 1, 1.33; empty: all square
-    size_step: int = 64  # pixels; the sides of such buckets are multiples of it
-    crop: Literal["centre", "random"] = "centre"  # of what the target's shape does not cover
-    # fast: scaled decoding of JPEGs at least twice the target's size; 1.5 to 6 grey levels from exact (13 in fine print)
+    size_step: int = 64  # pixels; the sides of the buckets' images are multiples of it
+    crop: Literal["centre", "random"] = "centre"  # which part of an image of another shape is used
+    # fast: scaled decoding of JPEGs at least twice the target's size; 1.5 to 6 gray levels from exact (13 in fine print)
     decoder: Literal["exact", "fast"] = "exact"
-    caption_field: str = ""  # of the .json; empty: the .txt, or `caption` of the .json where there is no .txt
+    caption_field: str = ""  # of the .json; empty: the .txt, or else `caption` of the .json
     clean_captions: bool = False  # undo HTML, drop tags and control characters, collapse white space
     filters: FilterConfig = field(default_factory=FilterConfig)
-    max_skipped_share: float = 0.05  # of the samples seen; a run that has to skip more stops
-    # A rank reads this many tasks at a time, each with `interleave` shards in memory whose samples are shuffled together.
-    # All ranks' reads need CPUs beside the workers'.
+    max_skipped_share: float = 0.05  # maximum fraction of bad samples; a run that has to skip more stops
+    # Concurrent read tasks per rank, each with `interleave` shards in memory whose samples are shuffled together. The reads of
+    # all ranks need CPUs in addition to the workers'.
     reads_per_rank: int = 2
     interleave: int = 2
-    cpus_per_read: float = 0.25  # CPUs that one such task asks of Ray
+    cpus_per_read: float = 0.25  # CPUs that a read task requests from Ray
     placement: dict[str, str] = field(
         default_factory=dict
     )  # labels of the nodes that read and decode, as {pool: cpu}; empty: any
-    max_read_mb: int = 256  # a larger shard is read in parts of this size
-    retry_seconds: float = 120.0  # for how long a shard is tried again while storage does not answer
-    deterministic: bool = True  # batches are a function of the seed alone; false: the samples of faster reads come first
+    max_read_mb: int = 256  # larger shards are read in parts of this size
+    retry_seconds: float = 120.0  # how long reading a shard is retried while storage does not answer
+    deterministic: bool = True  # batches depend on the seed alone; false: the samples of faster reads come first
 
     def __post_init__(self) -> None:
         for name in ("sources", "weights", "aspect_ratios"):
             if isinstance(getattr(self, name), str | float | int):
-                raise ConfigError(f"data.{name}: {getattr(self, name)!r} is one value; give a list, even of one")
+                raise ConfigError(f"data.{name}: {getattr(self, name)!r} is a single value; give a list")
         if any("@" in source.rpartition("://")[2].partition("/")[0] for source in self.sources):
             raise ConfigError(
-                "data.sources: a URL holds credentials (before an @); leave them out, "
+                "data.sources: a URL contains credentials (before an @); leave them out, "
                 "and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
         if self.weights and len(self.weights) != len(self.sources):
             raise ConfigError(
-                f"data.weights: {len(self.weights)} for {len(self.sources)} data.sources; give one for each, or none"
+                f"data.weights: {len(self.weights)} weights for {len(self.sources)} data.sources; give one for each, or none"
             )
         if any(weight <= 0 for weight in self.weights):
-            raise ConfigError(f"data.weights: {min(self.weights)} is not above 0; leave the source out instead")
+            raise ConfigError(f"data.weights: {min(self.weights)} is not positive; leave the source out instead")
         for name in ("image_size", "size_step", "reads_per_rank", "interleave", "max_read_mb"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name}: {getattr(self, name)} is below 1")
+                raise ConfigError(f"data.{name}: {getattr(self, name)} is below 1; give a positive number")
         if any(not 0.1 <= ratio <= 10 for ratio in self.aspect_ratios):
             raise ConfigError("data.aspect_ratios: a ratio is width / height, from 0.1 to 10")
         if not 0 <= self.max_skipped_share < 1:
-            raise ConfigError(f"data.max_skipped_share: {self.max_skipped_share} is not a share from 0 to below 1")
+            raise ConfigError(
+                f"data.max_skipped_share: {self.max_skipped_share} is not from 0 to below 1; give a fraction such as 0.05"
+            )
         if self.cpus_per_read < 0 or self.retry_seconds < 0:
-            raise ConfigError("data.cpus_per_read and data.retry_seconds cannot be negative")
+            raise ConfigError("data.cpus_per_read, data.retry_seconds: a value is negative; give 0 or more")
         check_labels("data.placement", self.placement)
 
     @property
     def target_sizes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) of every shape that images come out in."""
+        """The shapes (height, width) of training images."""
         if not self.aspect_ratios:
             return ((self.image_size, self.image_size),)
         step = self.size_step

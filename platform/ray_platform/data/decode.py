@@ -1,11 +1,11 @@
-"""From an encoded image to [H, W, 3] uint8 RGB.
+"""Decoding images to [H, W, 3] uint8 RGB.
 
-`exact` gives the pixels of Pillow's full decode, crop and bicubic resize, by libjpeg-turbo and torch's vectorised resize: a
-tenth of a grey level apart at most, on average (tests/ray_platform/test_decode.py), at 1.5 (small) to 2.7 times the speed.
-`fast` lets libjpeg scale while it decodes where the picture is at least twice as large as needed, and upsamples colour
-the simple way. It is up to 1.9 times as fast again, and sharper, since it takes means of blocks first: on photographs 1.5 to 6
-grey levels from `exact` on average, below 1 where there is little detail or nothing to scale, 13 in fine print.
-`rgb` is for evaluation: all pixels, and just those that Pillow gives.
+`exact` gives the pixels of Pillow's full decode, crop and bicubic resize, with libjpeg-turbo and torch's vectorized resize: at
+most a tenth of a gray level apart on average (tests/ray_platform/test_decode.py), at 1.5 (small) to 2.7 times the speed.
+`fast` lets libjpeg scale while it decodes if the image is at least twice as large as needed, and upsamples color the simple way.
+It is up to 1.9 times as fast again, and sharper, because it averages blocks first: on photographs 1.5 to 6 gray levels from
+`exact` on average, less than 1 with little detail or nothing to scale, 13 in fine print.
+`rgb` is for evaluation: all pixels, equal to Pillow's.
 """
 
 import io
@@ -20,22 +20,24 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image
 
+from ray_platform.data import filters
 from ray_platform.data.causes import SampleError
 from ray_platform.data.config import DataConfig
 from ray_platform.data.tar import IMAGE_SUFFIXES
 
+THUMBNAIL_SIZE = 96
 _JPEG = b"\xff\xd8\xff"
 _JPEG_PIXELS = 0xDA  # the marker before them
-# A progressive JPEG may go over all pixels as often as it likes, for a few bytes each time; usual are up to 10 times.
-_MOST_SCANNED = 20  # times Image.MAX_IMAGE_PIXELS, over all its scans
-_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's others include readers that start programs
-_PUBLISHED_FORMATS = (*_FORMATS, "GIF", "BMP")  # which some JPEGs of published sets are in truth
+# A progressive JPEG may repeat all pixels any number of times, for a few bytes each time; up to 10 times are usual.
+_MAX_SCANNED = 20  # times Image.MAX_IMAGE_PIXELS, over all its scans
+FORMATS = ("JPEG", "PNG", "WEBP")  # some of Pillow's other readers start programs
+_PUBLISHED_FORMATS = (*FORMATS, "GIF", "BMP")  # the true formats of some files of published sets
 
 
 def image(members: Mapping[str, memoryview], config: DataConfig, seed: str) -> np.ndarray:
-    """A sample's image in one of `config.target_sizes`, upright and on white. `seed` places a random crop.
+    """Return a sample's image in one of `config.target_sizes`, upright and on white. `seed` determines a random crop.
 
-    Raises SampleError for what cannot be decoded, and never anything else for what is in the file.
+    Raises SampleError, and no other error, if the image cannot be decoded or a filter rejects it.
     """
     content = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
     if content is None:
@@ -47,19 +49,18 @@ def image(members: Mapping[str, memoryview], config: DataConfig, seed: str) -> n
         pixels = _by_pillow(content)
         decoded = pixels, pixels.shape[:2]
     pixels, (height, width) = decoded
-    if min(height, width) < config.filters.min_size:
-        raise SampleError("filtered_size")
+    filters.check(filters.Candidate(members=members, width=width, height=height), config.filters, reads_image=True)
     target = nearest_size(width / height, config.target_sizes)
     return resized(pixels, target, random.Random(seed) if config.crop == "random" else None)
 
 
 def nearest_size(aspect_ratio: float, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (height, width) whose width / height is nearest, as a factor."""
+    """Return the (height, width) whose width / height differs least, as a factor."""
     return min(sizes, key=lambda size: max(aspect_ratio * size[0] / size[1], size[1] / size[0] / aspect_ratio))
 
 
 def crop_box(height: int, width: int, target: tuple[int, int], rng: random.Random | None) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the largest part with the target's shape: in the middle, or at random."""
+    """Return (top, left, height, width) of the largest part with the target's shape: in the center, or at random with `rng`."""
     scale = min(height / target[0], width / target[1])
     h, w = min(height, max(1, round(target[0] * scale))), min(width, max(1, round(target[1] * scale)))
     if rng is None:
@@ -68,28 +69,28 @@ def crop_box(height: int, width: int, target: tuple[int, int], rng: random.Rando
 
 
 def resized(pixels: np.ndarray, target: tuple[int, int], rng: random.Random | None = None) -> np.ndarray:
-    """[H, W, 3] uint8 -> [h, w, 3]: crop, then bicubic with antialiasing."""
+    """[H, W, 3] uint8 -> [h, w, 3]: crop, then resize (bicubic with antialiasing)."""
     top, left, height, width = crop_box(pixels.shape[0], pixels.shape[1], target, rng)
-    # Cropping first does what resizing all and cropping would, and a 1 x 1,000,000 image stays cheap.
+    # Cropping first gives the same result as resizing first, and a 1 x 1,000,000 image stays cheap.
     part = torch.from_numpy(pixels)[None, top : top + height, left : left + width]
     if (height, width) == target:
         return part[0].numpy()
-    # A batch of one first, then permuted: that is what torch takes for channels-last, and gives back as such.
+    # First a batch of one, then permuted: torch treats that as channels-last, and returns it as such.
     return F.interpolate(part.permute(0, 3, 1, 2), target, mode="bicubic", antialias=True).permute(0, 2, 3, 1)[0].numpy()
 
 
 def _jpeg(content: memoryview, config: DataConfig) -> tuple[np.ndarray, tuple[int, int]] | None:
-    """The pixels, shrunk perhaps, and their true height and width; None where Pillow should look at the file."""
+    """Return the pixels, possibly downscaled, and the true (height, width); None if Pillow should decode the file."""
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
         if height * width > (Image.MAX_IMAGE_PIXELS or height * width) or _scans_too_much(content, height * width):
             raise SampleError("image_too_large")
-        if colours in ("CMYK", "YCCK"):
-            return None  # to RGB, libjpeg rounds otherwise
+        if colors in ("CMYK", "YCCK"):
+            return None  # libjpeg rounds differently in the conversion to RGB
         orientation = _orientation(content)
         scaling: dict[str, int] = {}
         if config.decoder == "fast":
-            # Only halves are worth it: libjpeg-turbo's other scales are slower than its full decode.
+            # Only powers of 1/2: libjpeg-turbo's other scales are slower than its full decode.
             needed = max(max(size) for size in config.target_sizes)
             factor = next((factor for factor in (8, 4, 2) if min(height, width) >= factor * needed), 1)
             scaling = {"fastupsample": 1}
@@ -97,7 +98,7 @@ def _jpeg(content: memoryview, config: DataConfig) -> tuple[np.ndarray, tuple[in
                 scaling |= {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
         pixels = np.asarray(simplejpeg.decode_jpeg(content, **scaling))
     except ValueError as error:
-        # libjpeg fills what is missing with grey, and Pillow lets it. What merely stands between markers is its to judge.
+        # libjpeg would fill missing data with gray, as Pillow does. Other errors are left to Pillow.
         if any(what in str(error) for what in ("remature end", "bad Huffman code")):
             raise SampleError("image_undecodable") from None
         return None
@@ -105,10 +106,10 @@ def _jpeg(content: memoryview, config: DataConfig) -> tuple[np.ndarray, tuple[in
 
 
 def rgb(content: bytes | memoryview) -> np.ndarray:
-    """An encoded image as [H, W, 3], equal to what Pillow's `Image.open(…).convert("RGB")` gives.
+    """Return an encoded image as [H, W, 3], equal to Pillow's `Image.open(…).convert("RGB")`.
 
-    That is what published scores were measured on: not turned as EXIF says, transparency dropped, 16 bits clipped at 255.
-    Called from several threads. Raises SampleError for what cannot be decoded, and never anything else for what is in the file.
+    Published scores were measured on such pixels: without EXIF's rotation, transparency dropped, 16 bits clipped at 255.
+    Thread-safe. Raises SampleError, and no other error, if the image cannot be decoded.
     """
     view = memoryview(content)
     if not view:
@@ -117,7 +118,7 @@ def rgb(content: bytes | memoryview) -> np.ndarray:
     if pixels is not None:
         return pixels
     try:
-        # Without `_opened`: warnings cannot be caught in several threads.
+        # Without `_opened`, because catching warnings is not thread-safe.
         with Image.open(io.BytesIO(view), formats=_PUBLISHED_FORMATS) as opened:
             _check_scans(opened, view)
             return np.array(opened.convert("RGB"))
@@ -128,12 +129,12 @@ def rgb(content: bytes | memoryview) -> np.ndarray:
 
 
 def _whole_jpeg(content: memoryview) -> np.ndarray | None:
-    """None where there is anything about the file that Pillow should look at."""
+    """Return all pixels of a JPEG, or None if Pillow should decode the file."""
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
         if _scans_too_much(content, height * width):
             raise SampleError("image_too_large")
-        if height * width > (Image.MAX_IMAGE_PIXELS or height * width) or colours in ("CMYK", "YCCK"):
+        if height * width > (Image.MAX_IMAGE_PIXELS or height * width) or colors in ("CMYK", "YCCK"):
             return None
         return np.asarray(simplejpeg.decode_jpeg(content))
     except ValueError:
@@ -141,19 +142,19 @@ def _whole_jpeg(content: memoryview) -> np.ndarray | None:
 
 
 def _scans_too_much(content: bytes | memoryview, pixels: int) -> bool:
-    """Of a JPEG: whether its decoder would go over more pixels than an honest one has. No other bytes look like that marker."""
+    """Return whether a JPEG has so many scans that decoding it would take minutes. No other bytes look like that marker."""
     scans = bytes(content).count(bytes((0xFF, _JPEG_PIXELS)))
-    return scans * pixels > _MOST_SCANNED * (Image.MAX_IMAGE_PIXELS or scans * pixels)
+    return scans * pixels > _MAX_SCANNED * (Image.MAX_IMAGE_PIXELS or scans * pixels)
 
 
 def _check_scans(opened: Image.Image, content: bytes | memoryview) -> None:
-    """Raises DecompressionBombError, before Pillow decodes."""
+    """Raise DecompressionBombError for a JPEG with too many scans, before Pillow decodes it."""
     if opened.format in ("JPEG", "MPO") and _scans_too_much(content, opened.width * opened.height):
         raise Image.DecompressionBombError
 
 
 def _orientation(content: memoryview) -> int:
-    """Of a JPEG. Raises ValueError where Pillow refuses what precedes the pixels."""
+    """Return the EXIF orientation of a JPEG. Raises ValueError if Pillow rejects the data before the pixels."""
     end = 2
     while end + 4 <= len(content) and content[end] == 0xFF and content[end + 1] != _JPEG_PIXELS:
         end += 1 if content[end + 1] == 0xFF else 2 + int.from_bytes(content[end + 2 : end + 4], "big")
@@ -168,15 +169,15 @@ def _orientation(content: memoryview) -> int:
 
 
 def _exif_orientation(opened: Image.Image) -> int:
-    """1 is upright, 1 to 8 are allowed, but anything may be there."""
+    """Return the EXIF orientation. 1 is upright and 1 to 8 are valid, but a file may contain anything."""
     try:
         return opened.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
-        return 1  # garbage in what cameras and editors note down; the picture may be good
+        return 1  # garbage in the EXIF data; the image may be good
 
 
 def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """[H, W, 3] turned upright from one of EXIF's orientations."""
+    """Return [H, W, 3] rotated upright from one of EXIF's orientations."""
     if orientation in (3, 4, 6, 7):
         pixels = pixels[::-1]
     if orientation in (2, 3, 7, 8):
@@ -188,7 +189,7 @@ def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _by_pillow(content: memoryview) -> np.ndarray:
     try:
-        with _opened(content, _FORMATS) as opened:
+        with _opened(content, FORMATS) as opened:
             return _upright_rgb(opened)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise SampleError("image_too_large") from None
@@ -200,7 +201,7 @@ def _by_pillow(content: memoryview) -> np.ndarray:
 @contextmanager
 def _opened(content: memoryview | bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of broken EXIF, a line each
+        warnings.simplefilter("ignore")  # about broken EXIF data
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(content), formats=formats) as opened:
             _check_scans(opened, content)
@@ -208,13 +209,22 @@ def _opened(content: memoryview | bytes, formats: tuple[str, ...]) -> Iterator[I
 
 
 def _upright_rgb(opened: Image.Image) -> np.ndarray:
-    """Any Pillow image as [H, W, 3] uint8 RGB: turned as its EXIF says, transparency on white."""
+    """Return a Pillow image as [H, W, 3] uint8 RGB, rotated as its EXIF data says, transparency on white."""
     opened.load()
     orientation, rgb = _exif_orientation(opened), opened
     if rgb.mode.startswith("I;16"):
-        # Pillow's own conversion would clip the 16 bits at 255: a white image.
+        # Pillow's own conversion would clip 16 bits at 255, which gives a white image.
         rgb = Image.fromarray((np.asarray(rgb) >> 8).astype(np.uint8))
     if rgb.has_transparency_data:
         rgb = rgb.convert("RGBA")
         rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb)
     return turned(np.array(rgb.convert("RGB")), orientation)
+
+
+def thumbnail_jpeg(pixels: np.ndarray) -> bytes:
+    """[H, W, 3] uint8 -> a JPEG whose longer side has at most THUMBNAIL_SIZE pixels."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85, subsampling=0)
+    return buffer.getvalue()

@@ -1,14 +1,17 @@
-"""What is in a source, seen before a run."""
+"""Inspecting a source before a run: every sample of some shards is read as training would read it, and counted."""
 
+import hashlib
 import io
 import logging
 import random
 import time
 import warnings
+from bisect import bisect_right, insort
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import ray
 import torch
@@ -17,145 +20,244 @@ from ray.exceptions import RayError
 
 from ray_platform.contracts import DataError
 from ray_platform.data.catalog import Catalog, ShardRange
-from ray_platform.data.causes import RejectedSample
+from ray_platform.data.causes import SHARD_CHANGED, SHARD_CRASHES, RejectedSample, samples_lost
 from ray_platform.data.config import DataConfig
+from ray_platform.data.decode import FORMATS, thumbnail_jpeg
 from ray_platform.data.plan import Item
 from ray_platform.data.source import Sample, TarSamples, open_samples
-from ray_platform.data.statistics import Statistics, thumbnail_jpeg
 from ray_platform.data.tar import IMAGE_SUFFIXES, Record
 from ray_platform.placement import label_selector, total_resources
 
 logger = logging.getLogger(__name__)
 
-# Causes that end a run, so that no sample of one ever has them.
-SHARD_CHANGED = "shard_changed"  # its length is not what was listed
-SHARD_CRASHES = "shard_crashes"  # whoever reads it dies, or fails in a way that nobody foresaw
-
-_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's others include readers that start programs
+EXAMPLES = 5  # keys per cause
+THUMBNAILS = 48
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
-_CAPTION_CHARACTERS = 300  # of the contact sheet's; some of the web's are whole pages
+_CAPTION_CHARACTERS = 300  # shown per caption; some captions of the web are whole pages
+
+_PIXELS = (0, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 4096)
+# Where each bin begins; the last bin is open.
+EDGES: dict[str, tuple[float, ...]] = {
+    "width": _PIXELS,
+    "height": _PIXELS,
+    "aspect_ratio": (0, 0.33, 0.5, 0.6, 0.7, 0.8, 0.95, 1.05, 1.25, 1.43, 1.67, 2, 3),  # width / height
+    "image_bytes": tuple(1000 * kilobytes for kilobytes in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)),
+    "caption_words": (1, 2, 3, 4, 6, 8, 11, 16, 21, 31, 51, 76, 101, 201),
+    "caption_characters": (1, 6, 11, 21, 41, 61, 81, 121, 161, 241, 321, 501, 1001),
+}
+
+
+@dataclass
+class Histogram:
+    """Counts in fixed bins, and the extremes."""
+
+    edges: tuple[float, ...]
+    counts: list[int]
+    least: float | None = None
+    most: float | None = None
+
+    def add(self, value: float) -> None:
+        self.counts[max(0, bisect_right(self.edges, value) - 1)] += 1
+        self._extend(value, value)
+
+    def merge(self, other: "Histogram") -> None:
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        if other.least is not None and other.most is not None:
+            self._extend(other.least, other.most)
+
+    def quantile(self, fraction: float) -> float | None:
+        """Estimate a quantile as if values were spread evenly in their bin; None without values."""
+        if self.least is None or self.most is None:
+            return None
+        rank, below = fraction * sum(self.counts), 0
+        for begin, end, count in zip(self.edges, [*self.edges[1:], self.most], self.counts, strict=True):
+            if count and below + count >= rank:
+                low, high = max(begin, self.least), min(max(end, begin), self.most)
+                return low + (high - low) * (rank - below) / count
+            below += count
+        return self.most
+
+    def _extend(self, least: float, most: float) -> None:
+        self.least = least if self.least is None else min(self.least, least)
+        self.most = most if self.most is None else max(self.most, most)
+
+
+class Thumbnail(NamedTuple):
+    """A sample of the contact sheet."""
+
+    order: str  # a hash of the key: the sheet shows the samples that come first, however the work was split
+    key: str
+    caption: str
+    size: tuple[int, int] | None  # (width, height) of the stored image, pixels
+    jpeg: bytes  # the image as training sees it; empty for a precomputed sample
+
+
+@dataclass
+class Statistics:
+    """Counts over some shard ranges. All but the two times merge exactly, however the shards were split.
+
+    Sizes are those of all images whose header can be read, captions those of the used samples.
+    """
+
+    units: int = 0
+    unusable_units: int = 0  # without a sample that can be used
+    num_bytes: int = 0
+    readable_units: int = 0
+    looked_at: int = 0  # samples in the readable units, used or not
+    used: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)  # cause -> samples, except those of lost_units
+    lost_units: Counter[str] = field(default_factory=Counter)  # cause -> units whose number of samples is not known
+    examples: dict[str, list[str]] = field(default_factory=dict)  # cause -> its first keys, sorted
+    shapes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (height, width) for training -> used images
+    upscaled: int = 0  # used images that are smaller than that
+    histograms: dict[str, Histogram] = field(
+        default_factory=lambda: {name: Histogram(edges, [0] * len(edges)) for name, edges in EDGES.items()}
+    )
+    thumbnails: list[Thumbnail] = field(default_factory=list)  # sorted
+    read_seconds: float = 0.0  # to read the units and find their samples
+    decode_seconds: float = 0.0  # CPU time
+
+    def count_rejected(self, key: str, cause: str, num_samples: int) -> None:
+        """Count a rejection that stands for `num_samples`; 0: for a whole unit of unknown size."""
+        (self.rejected if num_samples else self.lost_units)[cause] += num_samples or 1
+        self._add_examples(cause, [key])
+
+    def count_used(self, sample: Sample, size: tuple[int, int] | None) -> None:
+        """Count a sample that training would use. `size`: (width, height) of the stored image."""
+        self.used += 1
+        self.histograms["caption_words"].add(len(sample.caption.split()))
+        self.histograms["caption_characters"].add(len(sample.caption))
+        image = sample.tensors.get("image")
+        if image is not None:
+            height, width = image.shape[:2]
+            self.shapes[height, width] += 1
+            self.upscaled += bool(size and (size[0] < width or size[1] < height))
+        caption = sample.caption[:_CAPTION_CHARACTERS] + "…" * (len(sample.caption) > _CAPTION_CHARACTERS)
+        self._offer_thumbnail(sample.key, caption, size, lambda: b"" if image is None else thumbnail_jpeg(image))
+
+    def merge(self, other: "Statistics") -> None:
+        """Add the counts of other units."""
+        for name, value in vars(self).items():
+            if isinstance(value, int | float):
+                setattr(self, name, value + getattr(other, name))
+        for counter in ("rejected", "lost_units", "shapes"):
+            getattr(self, counter).update(getattr(other, counter))
+        for cause, keys in other.examples.items():
+            self._add_examples(cause, keys)
+        for name, histogram in other.histograms.items():
+            self.histograms[name].merge(histogram)
+        self.thumbnails = sorted([*self.thumbnails, *other.thumbnails])[:THUMBNAILS]
+
+    def _add_examples(self, cause: str, keys: list[str]) -> None:
+        self.examples[cause] = sorted([*self.examples.get(cause, []), *keys])[:EXAMPLES]
+
+    def _offer_thumbnail(self, key: str, caption: str, size: tuple[int, int] | None, jpeg: Callable[[], bytes]) -> None:
+        order = hashlib.sha256(key.encode()).hexdigest()[:16]
+        if len(self.thumbnails) < THUMBNAILS or order < self.thumbnails[-1].order:
+            insort(self.thumbnails, Thumbnail(order, key, caption, size, jpeg()))
+            del self.thumbnails[THUMBNAILS:]
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """What a dry run saw."""
+class DryRun:
+    """The first samples of a source, decoded."""
 
     good: int
     rejected: Mapping[str, int]  # cause -> samples
     example: Sample
 
 
-def inspect_first_samples(catalog: Catalog, config: DataConfig, limit: int) -> Inspection:
-    """Decode the first `limit` samples of the first shard, here, without Ray. Raises DataError when none is good."""
+def inspect_first_samples(catalog: Catalog, config: DataConfig, limit: int) -> DryRun:
+    """Decode the first `limit` samples of the first shard in this process. Raises DataError if none of them can be used."""
     first = catalog.pools[0][0]
-    unit = open_samples(Item(0, 0, 0, first, []), config, seed=0)
-    samples = [unit.sample(place) for place in range(min(limit, len(unit)))]
+    shard = open_samples(Item(0, 0, 0, first, []), config, seed=0)
+    samples = [shard.sample(place) for place in range(min(limit, len(shard)))]
     good = [sample for sample in samples if isinstance(sample, Sample)]
-    rejected = Counter(str(sample.cause) for sample in samples if isinstance(sample, RejectedSample))
+    rejected = Counter(sample.cause for sample in samples if isinstance(sample, RejectedSample))
     if not good:
         causes = ", ".join(f"{count} × {cause}" for cause, count in rejected.most_common())
         raise DataError(
             f"{first.shard.url}: none of its first {len(samples)} samples can be used ({causes}); a sample is an image "
-            "(.jpg, .png or .webp) and a caption (.txt, or `caption` in .json) of the same name: correct the shards"
+            "(.jpg, .png or .webp) and a caption (.txt, or `caption` in .json) with the same name: correct the shards"
         )
-    return Inspection(len(good), dict(rejected), good[0])
+    return DryRun(len(good), dict(rejected), good[0])
 
 
 def spread_units(catalog: Catalog, limit: int) -> list[ShardRange]:
-    """About `limit` units, always the same ones: one at random from each of as many equal stretches of every pool. 0: all."""
+    """Choose about `limit` units, always the same: a random one of each of as many equal parts of every pool. 0: all."""
     total = sum(catalog.num_units)
     if not limit or limit >= total:
         return [unit for pool in catalog.pools for unit in pool]
     rng = random.Random(0)
     chosen = []
     for pool in catalog.pools:
-        parts = max(1, limit * len(pool) // total)  # no pool goes unseen, however small
+        parts = max(1, limit * len(pool) // total)  # at least one of every pool, however small
         borders = [len(pool) * part // parts for part in range(parts + 1)]
         chosen += [pool[rng.randrange(start, stop)] for start, stop in pairwise(borders)]
     return chosen
 
 
 def inspect_unit(unit: ShardRange, config: DataConfig) -> Statistics:
-    """Look at all samples of a unit as training would, here, without Ray. What is wrong with it is counted, not raised."""
-    begun = time.perf_counter()
+    """Read all samples of a unit as training would, without Ray. Everything that is wrong with it is counted, not raised."""
+    torch.set_num_threads(1)  # as in training: as many tasks run at once as there are cores for them
+    started = time.perf_counter()
     try:
-        opened = open_samples(Item(0, 0, 0, unit, []), config, seed=0)
+        shard = open_samples(Item(0, 0, 0, unit, []), config, seed=0)
     except DataError:
-        return _lost(unit, SHARD_CHANGED)
-    found = Statistics(units=1, num_bytes=unit.stop - unit.start, read_seconds=time.perf_counter() - begun)
-    known = max(0, unit.known_samples)
-    for place in range(len(opened)):
-        begun = time.thread_time()  # not the clock's: others may be using this CPU too
-        sample = opened.sample(place)
-        found.decode_seconds += time.thread_time() - begun
-        size = _count_image(found, opened.records[place]) if isinstance(opened, TarSamples) else None
+        return _lost_unit(unit, SHARD_CHANGED)
+    statistics = Statistics(units=1, num_bytes=unit.stop - unit.start, read_seconds=time.perf_counter() - started)
+    for place in range(len(shard)):
+        started = time.thread_time()  # CPU time: other processes may use this CPU, too
+        sample = shard.sample(place)
+        statistics.decode_seconds += time.thread_time() - started
+        size = _count_image(statistics, shard.records[place]) if isinstance(shard, TarSamples) else None
         if isinstance(sample, Sample):
-            _count_used(found, sample, size)
-        elif sample.cause.startswith("shard_"):
-            found.count_reject(sample.key, sample.cause, known)
+            statistics.count_used(sample, size)
         else:
-            # A tar that breaks off takes along what it should have held beyond the samples that precede this reject.
-            cut_off = known - (len(opened) - 1) if sample.cause == "tar_truncated" else 1
-            found.count_reject(sample.key, sample.cause, max(1, cut_off))
-    found.unusable_units = int(not found.used)
-    if not any(cause.startswith("shard_") for cause in found.examples):
-        found.readable_units, found.looked_at = 1, len(opened)
-    return found
+            statistics.count_rejected(sample.key, sample.cause, samples_lost(sample.cause, unit.known_samples, len(shard)))
+    statistics.unusable_units = int(not statistics.used)
+    if not any(cause.startswith("shard_") for cause in statistics.examples):
+        statistics.readable_units, statistics.looked_at = 1, len(shard)
+    return statistics
 
 
-def _lost(unit: ShardRange, cause: str) -> Statistics:
-    found = Statistics(units=1, unusable_units=1, num_bytes=unit.stop - unit.start)
-    found.count_reject(f"{unit.shard.name}/", cause, max(0, unit.known_samples))
-    return found
+def _lost_unit(unit: ShardRange, cause: str) -> Statistics:
+    statistics = Statistics(units=1, unusable_units=1, num_bytes=unit.stop - unit.start)
+    statistics.count_rejected(f"{unit.shard.name}/", cause, max(0, unit.known_samples))
+    return statistics
 
 
-def _count_image(found: Statistics, record: Record | RejectedSample) -> tuple[int, int] | None:
-    """The image's (width, height) as it is seen, by its header."""
+def _count_image(statistics: Statistics, record: Record | RejectedSample) -> tuple[int, int] | None:
+    """Count the image by its header; return its (width, height) after EXIF's rotation."""
     members = {} if isinstance(record, RejectedSample) else record.members
-    content = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+    content = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), b"")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded
-            with Image.open(io.BytesIO(content or b""), formats=_FORMATS) as opened:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
                 width, height = opened.size
-                # Where EXIF was not met before the pixels, asking for it would decode them.
-                turned = "exif" in opened.info and opened.getexif().get(_ORIENTATION) in _TURNED
+                # If EXIF data did not precede the pixels, asking for it would decode them.
+                if "exif" in opened.info and opened.getexif().get(_ORIENTATION) in _TURNED:
+                    width, height = height, width
+        values = {"width": width, "height": height, "aspect_ratio": width / height, "image_bytes": len(content)}
     except Exception:
-        # Pillow's plugins raise nearly anything on broken files; why the sample is not used, decoding tells.
-        return None
-    if not width or not height:
-        return None
-    width, height = (height, width) if turned else (width, height)
-    values = {"width": width, "height": height, "aspect_ratio": width / height, "image_bytes": len(content or b"")}
+        return None  # Pillow raises nearly anything on broken files; decoding reports the cause
     for name, value in values.items():
-        found.histograms[name].add(value)
+        statistics.histograms[name].add(value)
     return width, height
 
 
-def _count_used(found: Statistics, sample: Sample, size: tuple[int, int] | None) -> None:
-    found.used += 1
-    found.histograms["caption_words"].add(len(sample.caption.split()))
-    found.histograms["caption_characters"].add(len(sample.caption))
-    image = sample.tensors.get("image")
-    if image is not None:
-        height, width = image.shape[:2]
-        found.shapes[height, width] += 1
-        found.upscaled += bool(size and (size[0] < width or size[1] < height))
-    shown = sample.caption[:_CAPTION_CHARACTERS] + "…" * (len(sample.caption) > _CAPTION_CHARACTERS)
-    found.offer_thumbnail(sample.key, shown, size, lambda: b"" if image is None else thumbnail_jpeg(image))
-
-
 def cluster_cpus(config: DataConfig) -> int:
-    """Of the nodes that may read."""
+    """Return the number of CPUs of the nodes that may read."""
     return max(1, int(total_resources(config.placement).get("CPU", 1)))
 
 
 def inspect_units(units: Sequence[ShardRange], config: DataConfig) -> Iterator[Statistics]:
-    """Each unit's statistics as they come, by Ray: a task a unit on a CPU of its own, as many at a time as there are CPUs.
+    """Inspect each unit in a Ray task with one CPU and yield the statistics in any order.
 
-    A unit whose reader fails or dies counts as lost; the others go on.
+    A unit whose reader fails or dies counts as lost; the others continue.
     """
-    task = ray.remote(_inspect_unit).options(num_cpus=1, max_retries=1, label_selector=label_selector(config.placement))
+    task = ray.remote(inspect_unit).options(num_cpus=1, max_retries=1, label_selector=label_selector(config.placement))
     waiting = list(reversed(units))
     running: dict[ray.ObjectRef, ShardRange] = {}
     while waiting or running:
@@ -168,9 +270,4 @@ def inspect_units(units: Sequence[ShardRange], config: DataConfig) -> Iterator[S
             yield ray.get(done)
         except RayError as error:
             logger.warning("%s: its reader failed: %s", unit.shard.url, str(error).strip().splitlines()[-1])
-            yield _lost(unit, SHARD_CRASHES)
-
-
-def _inspect_unit(unit: ShardRange, config: DataConfig) -> Statistics:
-    torch.set_num_threads(1)  # as in training: as many tasks run at once as there are cores for them
-    return inspect_unit(unit, config)
+            yield _lost_unit(unit, SHARD_CRASHES)

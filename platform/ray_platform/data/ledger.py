@@ -1,8 +1,8 @@
-"""What of the source has been consumed: the memory that makes every epoch read every sample exactly once.
+"""The ledger: which samples were consumed. It makes every epoch read every sample exactly once.
 
-A *unit* is a shard or a part of one, in a *pool* (one source of a weighted mixture; all sources where there are no weights).
-Of each epoch that is not over, the ledger keeps a bit for every complete unit and ranges for those begun. The ranges
-count samples, unusable ones included, in the order in which that epoch reads the unit.
+A *unit* is a `ShardRange` of a *pool* (one source of a weighted mixture; all sources without weights). For every epoch that is
+not complete, the ledger stores one bit per complete unit, and ranges for the units that are partly consumed. Ranges count
+samples, rejected ones included, in the order in which that epoch reads the unit.
 """
 
 import base64
@@ -20,77 +20,78 @@ Ranges = list[tuple[int, int]]  # sorted, disjoint, half-open
 @dataclass
 class _Epoch:
     complete: np.ndarray  # [num_units] bool
-    begun: dict[int, Ranges] = field(default_factory=dict)
+    started: dict[int, Ranges] = field(default_factory=dict)  # unit -> what was consumed of it
 
 
 class Ledger:
-    """What was consumed of pools with `num_units` units each; nothing at first."""
+    """The consumed samples of pools with `num_units` units each; initially none."""
 
     def __init__(self, num_units: Sequence[int]):
         self.num_units = tuple(num_units)
-        self.first_epoch = [0] * len(self.num_units)  # of each pool; all before it are complete
+        self.first_epoch = [0] * len(self.num_units)  # per pool; all earlier epochs are complete
         self._epochs: dict[tuple[int, int], _Epoch] = {}
 
-    def add(self, marks: Iterable[ConsumedRange]) -> None:
-        """Raises ValueError for a sample that was consumed before: reading it twice is what the ledger is there to prevent."""
-        for mark in marks:
-            self._add(mark)
+    def add(self, ranges: Iterable[ConsumedRange]) -> None:
+        """Record consumed samples. Raises ValueError for a sample that was consumed before."""
+        for consumed in ranges:
+            self._add(consumed)
 
     def is_complete(self, pool: int, epoch: int, unit: int) -> bool:
+        """Return whether all samples of a unit were consumed."""
         if epoch < self.first_epoch[pool]:
             return True
-        known = self._epochs.get((pool, epoch))
-        return known is not None and bool(known.complete[unit])
+        state = self._epochs.get((pool, epoch))
+        return state is not None and bool(state.complete[unit])
 
     def ranges(self, pool: int, epoch: int, unit: int) -> Ranges:
-        """What was consumed of a unit that is not complete."""
-        known = self._epochs.get((pool, epoch))
-        return list(known.begun.get(unit, [])) if known else []
+        """Return what was consumed of a unit that is not complete."""
+        state = self._epochs.get((pool, epoch))
+        return list(state.started.get(unit, [])) if state else []
 
     def remaining(self, pool: int, epoch: int) -> np.ndarray:
-        """The units of an epoch that are not complete, ascending."""
+        """Return the units of an epoch that are not complete, in ascending order."""
         if epoch < self.first_epoch[pool]:
             return np.empty(0, dtype=np.int64)
-        known = self._epochs.get((pool, epoch))
-        return np.arange(self.num_units[pool]) if known is None else np.flatnonzero(~known.complete)
+        state = self._epochs.get((pool, epoch))
+        return np.arange(self.num_units[pool]) if state is None else np.flatnonzero(~state.complete)
 
     def copy(self) -> "Ledger":
         other = Ledger(self.num_units)
         other.first_epoch = list(self.first_epoch)
         other._epochs = {
-            key: _Epoch(epoch.complete.copy(), {unit: list(ranges) for unit, ranges in epoch.begun.items()})
+            key: _Epoch(epoch.complete.copy(), {unit: list(ranges) for unit, ranges in epoch.started.items()})
             for key, epoch in self._epochs.items()
         }
         return other
 
-    def _add(self, mark: ConsumedRange) -> None:
-        pool, epoch, unit = mark.pool, mark.epoch, mark.unit
-        if mark.start >= mark.stop:
-            raise ValueError(f"an empty range: {mark}")
+    def _add(self, consumed: ConsumedRange) -> None:
+        pool, epoch, unit = consumed.pool, consumed.epoch, consumed.unit
+        if consumed.start >= consumed.stop:
+            raise ValueError(f"an empty range: {consumed}")
         if self.is_complete(pool, epoch, unit):
-            raise ValueError(f"consumed twice: {mark} of a complete unit")
-        known = self._epochs.setdefault((pool, epoch), _Epoch(np.zeros(self.num_units[pool], dtype=bool)))
-        ranges = _merged(known.begun.get(unit, []), mark)
-        if ranges == [(0, mark.total)]:
-            known.begun.pop(unit, None)
-            known.complete[unit] = True
-            self._close_epochs(pool)
+            raise ValueError(f"consumed twice: {consumed} of a complete unit")
+        state = self._epochs.setdefault((pool, epoch), _Epoch(np.zeros(self.num_units[pool], dtype=bool)))
+        ranges = _insert(state.started.get(unit, []), consumed)
+        if ranges == [(0, consumed.total)]:
+            state.started.pop(unit, None)
+            state.complete[unit] = True
+            self._drop_complete_epochs(pool)
         else:
-            known.begun[unit] = ranges
+            state.started[unit] = ranges
 
-    def _close_epochs(self, pool: int) -> None:
-        while (known := self._epochs.get((pool, self.first_epoch[pool]))) and known.complete.all():
+    def _drop_complete_epochs(self, pool: int) -> None:
+        while (state := self._epochs.get((pool, self.first_epoch[pool]))) and state.complete.all():
             del self._epochs[pool, self.first_epoch[pool]]
             self.first_epoch[pool] += 1
 
     def to_bytes(self) -> bytes:
-        """JSON: bits in base64, ranges as flat lists."""
+        """Return the ledger as JSON, with bits in base64 and ranges as flat lists."""
         epochs = [
             {
                 "pool": pool,
                 "epoch": number,
                 "complete": base64.b64encode(np.packbits(epoch.complete).tobytes()).decode(),
-                "begun": {str(unit): [bound for pair in ranges for bound in pair] for unit, ranges in epoch.begun.items()},
+                "begun": {str(unit): [bound for pair in ranges for bound in pair] for unit, ranges in epoch.started.items()},
             }
             for (pool, number), epoch in sorted(self._epochs.items())
         ]
@@ -98,7 +99,7 @@ class Ledger:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Ledger":
-        """The inverse of `to_bytes`. Raises ValueError for bits that are not those of `num_units`."""
+        """Return the ledger that `to_bytes` wrote. Raises ValueError if the bits do not match `num_units`."""
         values = json.loads(data)
         ledger = cls(values["num_units"])
         ledger.first_epoch = values["first_epoch"]
@@ -107,17 +108,17 @@ class Ledger:
             if len(bits) != -(-ledger.num_units[epoch["pool"]] // 8):
                 raise ValueError(f"{len(bits)} bytes for {ledger.num_units[epoch['pool']]} units")
             complete = np.unpackbits(bits, count=ledger.num_units[epoch["pool"]]).astype(bool)
-            begun = {int(unit): list(zip(flat[::2], flat[1::2], strict=True)) for unit, flat in epoch["begun"].items()}
-            ledger._epochs[epoch["pool"], epoch["epoch"]] = _Epoch(complete, begun)
+            started = {int(unit): list(zip(flat[::2], flat[1::2], strict=True)) for unit, flat in epoch["begun"].items()}
+            ledger._epochs[epoch["pool"], epoch["epoch"]] = _Epoch(complete, started)
         return ledger
 
 
-def _merged(ranges: Ranges, mark: ConsumedRange) -> Ranges:
-    """`ranges` with the mark's, neighbours joined."""
+def _insert(ranges: Ranges, consumed: ConsumedRange) -> Ranges:
+    """Return `ranges` with a range added and adjacent ranges merged."""
     merged: Ranges = []
-    for start, stop in sorted([*ranges, (mark.start, mark.stop)]):
+    for start, stop in sorted([*ranges, (consumed.start, consumed.stop)]):
         if merged and start < merged[-1][1]:
-            raise ValueError(f"consumed twice: {mark}, of which {ranges} was consumed before")
+            raise ValueError(f"consumed twice: {consumed}, of which {ranges} was consumed before")
         if merged and start == merged[-1][1]:
             merged[-1] = (merged[-1][0], stop)
         else:

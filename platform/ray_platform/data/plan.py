@@ -1,8 +1,8 @@
-"""Who reads what when: pure arithmetic, the same on every rank and in every run.
+"""The reading plan: which rank reads which unit when. Pure arithmetic, equal on every rank and in every run.
 
-Each epoch of a pool shuffles its units by (seed, epoch). One endless sequence takes from the pools in proportion to
-their weights, and rank r reads the items r, r + world_size, … of it. It begins with what a *base* ledger leaves: a run that
-goes on at another world_size takes what was consumed as its new base, and shares out the rest.
+Each epoch of a pool shuffles its units by (seed, epoch). One endless sequence takes units from the pools in proportion to their
+weights, and rank r reads the items r, r + world_size, … of it. The sequence contains what a *base* ledger leaves: a run that
+resumes with another world_size takes what was consumed as its new base and distributes the rest.
 """
 
 import random
@@ -23,89 +23,95 @@ class Item:
     epoch: int
     number: int  # of the unit in its pool
     unit: ShardRange
-    consumed: Ranges  # what need not be read of it
+    consumed: Ranges  # samples that are not read again
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Which part of the data one rank reads, from where on."""
+    """The part of the data that one rank reads, and where it starts."""
 
     seed: int
     rank: int
     world_size: int
-    base: Ledger  # the plan begins with what this leaves
-    consumed: Ledger  # of the plan, what need not be read any more; at first the same as `base`
+    base: Ledger  # the plan starts with what this ledger leaves
+    consumed: Ledger  # what is not read again; initially equal to `base`
 
 
 @dataclass(frozen=True)
 class Group:
-    """Items that one task reads. The groups of a window, one a lane, are read side by side and merged into one order."""
+    """Items that one task reads. The groups of a window, one per read stream, are read concurrently and merged in one order."""
 
     window: int
-    lane: int
+    read_stream: int
     items: tuple[Item, ...]
 
 
 def check_world_size(catalog: Catalog, world_size: int) -> None:
-    """Raises ConfigError when a rank would have nothing to read."""
+    """Raise ConfigError if a rank would have nothing to read."""
     if world_size > sum(catalog.num_units):
         raise ConfigError(
-            f"{world_size} workers but only {len(catalog.shards)} shards: a worker would have nothing to read; "
+            f"train.num_workers: {world_size} workers but only {len(catalog.shards)} shards; "
             "use fewer workers or write the data as more shards"
         )
 
 
-def groups(catalog: Catalog, reader: Reader, size: int, lanes: int) -> Iterator[Group]:
-    """The rank's items without end, up to `size` a group, without what was consumed; window after window.
+def groups(catalog: Catalog, reader: Reader, size: int, num_streams: int) -> Iterator[Group]:
+    """Yield the rank's groups without end, window after window, without what was consumed.
 
-    A window does not depend on what was consumed since `base`, only which of its items are left.
+    Windows do not depend on what was consumed since `base`; only the items that are left in them do.
+
+    Args:
+        catalog: the shards.
+        reader: the rank, and what was consumed.
+        size: maximum number of items per group.
+        num_streams: read streams, each of which gets at most one group per window.
     """
-    own = islice(_sequence(catalog, reader.seed, reader.base), reader.rank, None, reader.world_size)
-    for window, items in enumerate(_windows(own, size * lanes)):
-        for lane in range(lanes):
-            # Where there are fewer items than lanes, another lane gets the first in each window.
-            dealt = items[(lane - window) % lanes :: lanes]
+    rank_items = islice(_sequence(catalog, reader.seed, reader.base), reader.rank, None, reader.world_size)
+    for window, items in enumerate(_windows(rank_items, size * num_streams)):
+        for number in range(num_streams):
+            # If there are fewer items than streams, another stream gets the first item in each window.
+            dealt = items[(number - window) % num_streams :: num_streams]
             left = tuple(
-                Item(pool, epoch, number, catalog.pools[pool][number], reader.consumed.ranges(pool, epoch, number))
-                for pool, epoch, number in dealt
-                if not reader.consumed.is_complete(pool, epoch, number)
+                Item(pool, epoch, unit, catalog.pools[pool][unit], reader.consumed.ranges(pool, epoch, unit))
+                for pool, epoch, unit in dealt
+                if not reader.consumed.is_complete(pool, epoch, unit)
             )
             if left:
-                yield Group(window, lane, left)
+                yield Group(window, number, left)
 
 
 def _windows(items: Iterator[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:
-    """At most `size` items each, of one epoch of their pool: its samples are not mixed with the next epoch's."""
+    """Yield at most `size` items at a time, of one epoch per pool: samples of two epochs are not mixed."""
     window: list[tuple[int, int, int]] = []
-    for pool, epoch, number in items:
+    for pool, epoch, unit in items:
         if len(window) == size or any(pool == other and epoch != other_epoch for other, other_epoch, _ in window):
             yield window
             window = []
-        window.append((pool, epoch, number))
+        window.append((pool, epoch, unit))
 
 
 def _sequence(catalog: Catalog, seed: int, base: Ledger) -> Iterator[tuple[int, int, int]]:
-    """(pool, epoch, unit) of all ranks, without end: always of the pool that is furthest behind its weight."""
+    """Yield (pool, epoch, unit) of all ranks without end, always of the pool that is furthest behind its weight."""
     pools = [_pool_units(len(units), seed, pool, base) for pool, units in enumerate(catalog.pools)]
     progress = [0.0] * len(pools)
     while True:
         pool = min(range(len(pools)), key=progress.__getitem__) if len(pools) > 1 else 0
-        epoch, number = next(pools[pool])
-        progress[pool] += catalog.estimated_samples(catalog.pools[pool][number]) / catalog.weights[pool]
-        yield pool, epoch, number
+        epoch, unit = next(pools[pool])
+        progress[pool] += catalog.estimated_samples(catalog.pools[pool][unit]) / catalog.weights[pool]
+        yield pool, epoch, unit
 
 
 def _pool_units(num_units: int, seed: int, pool: int, base: Ledger) -> Iterator[tuple[int, int]]:
     epoch = base.first_epoch[pool]
     while True:
         left = set(base.remaining(pool, epoch).tolist())
-        yield from ((epoch, number) for number in shuffled(range(num_units), seed, pool, epoch) if number in left)
+        yield from ((epoch, unit) for unit in shuffled(range(num_units), seed, pool, epoch) if unit in left)
         epoch += 1
 
 
 def shuffled(values: Sequence[int], *seeds: object) -> list[int]:
-    """`values` in an order that depends on `seeds` alone, whatever the process, platform or numpy version."""
+    """Return `values` in an order that depends only on `seeds`, not on the process, the platform or numpy's version."""
     order = list(values)
-    # A text as seed goes through SHA-512, so neighbouring seeds give unrelated orders.
+    # A text as seed is hashed with SHA-512, so neighboring seeds give unrelated orders.
     random.Random("/".join(map(str, seeds))).shuffle(order)
     return order

@@ -1,11 +1,10 @@
-"""What the frozen encoders make of a source, computed once: Ray Data from tars to shards of `precomputed` rows.
+"""Precomputing: the frozen encoders' results for a source, computed once. Ray Data turns tars into `precomputed` shards.
 
-Tasks read and decode on CPUs, actors encode (on a share of a GPU each, or on CPUs) and write one file a block; only counts
-come back to the driver. A unit of the source is done when its record, `progress/<unit>.json`, is written, after all of its
-files; what is done is not done again. The manifest comes last: without it nobody reads the folder.
+Tasks read and decode on CPUs; actors encode (on a fraction of a GPU each, or on CPUs) and write one file per block. Only counts
+return to the driver. A unit of the source is complete when its record, `progress/<unit>.json`, is written, after all its files;
+complete units are not computed again. The manifest is written last: without it, the folder cannot be read as a source.
 """
 
-import functools
 import json
 import time
 from collections import Counter
@@ -24,29 +23,29 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, Encoder
 from ray_platform.data import precomputed
 from ray_platform.data.catalog import MANIFEST, Catalog, ShardRange
+from ray_platform.data.causes import LOST
 from ray_platform.data.config import DataConfig
-from ray_platform.data.execution import data_context
 from ray_platform.data.plan import Group, Item
 from ray_platform.data.skip_counter import SkipCounter
-from ray_platform.data.source import ShardSource, unpack
+from ray_platform.data.source import ShardSource, data_context, unpack
 from ray_platform.placement import Labels, can_autoscale, describe_nodes, label_selector, total_resources
 
-# Decoded bytes a file is made of, at most 512 images: at 256 px and Stable Diffusion's sizes it has 64 MB, a good size to read.
+# Decoded bytes per file, at most 512 images: with 256 px and Stable Diffusion's sizes a file has 64 MB, a good size to read.
 BLOCK_BYTES = 128 * 2**20
 PROGRESS = "progress"
 
 
 @dataclass(frozen=True)
-class Encoders:
-    """The actors."""
+class EncoderPool:
+    """How many actors encode, on which nodes, and with which encoder."""
 
-    build: Callable[[str], Encoder]  # by a torch device; importable, since it travels to the actors
+    build: Callable[[str], Encoder]  # torch device -> encoder; importable, because it is sent to the actors
     description: dict[str, Any]  # equal descriptions give equal results
     count: int = 1
-    gpus: float = 0.0  # of each
-    cpus: float = 1.0
-    batch_size: int = 64  # images that an encoder is given at a time
-    placement: Labels = field(default_factory=dict)  # of their nodes
+    gpus: float = 0.0  # per actor
+    cpus: float = 1.0  # per actor
+    batch_size: int = 64  # images per call of an encoder
+    placement: Labels = field(default_factory=dict)  # labels of their nodes
 
     @property
     def device(self) -> str:
@@ -54,118 +53,142 @@ class Encoders:
 
 
 @dataclass
-class Done:
-    """What is known of one unit."""
+class UnitProgress:
+    """What was computed of one unit."""
 
-    total: int = 0  # samples and rejects, once a block of it has come
+    total: int = 0  # samples and rejections, known from its first block on
     rows: int = 0
     shards: dict[str, int] = field(default_factory=dict)  # file -> samples
     rejected: Counter[str] = field(default_factory=Counter)
-    lost: bool = False  # storage did not give it: to be tried again by the next run
+    is_lost: bool = False  # storage did not return it: the next run tries again
+
+    @property
+    def is_complete(self) -> bool:
+        return self.rows == self.total
+
+
+@dataclass(frozen=True)
+class PrecomputeProgress:
+    """Progress of the whole source."""
+
+    shards_done: int
+    shards: int
+    samples: int  # encoded by this run
+    samples_per_second: float
 
 
 def check(catalog: Catalog, config: DataConfig) -> None:
-    """Raise ConfigError for what cannot be precomputed."""
+    """Raise ConfigError for a source or setting that cannot be precomputed."""
     if catalog.manifest is not None:
-        raise ConfigError("data.sources: these shards are precomputed already; name the tars that they were made of")
+        raise ConfigError("data.sources: these shards are precomputed already; name the tars from which they were computed")
     for name, default in (("aspect_ratios", ()), ("crop", "centre"), ("weights", ())):
         if getattr(config, name) != default:
-            raise ConfigError(f"data.{name}: cannot be had with precomputed shards, whose images are all one shape and cut once")
+            raise ConfigError(
+                f"data.{name}: does not work with precomputed shards (their images have one shape and one crop); leave it out"
+            )
 
 
-def precompute(catalog: Catalog, config: DataConfig, encoders: Encoders, output_dir: str) -> Iterator[dict[str, Any]]:
-    """Encode what is not done yet; yields {shards_done, shards, samples, samples_per_second} as units get done.
+def precompute(catalog: Catalog, config: DataConfig, encoders: EncoderPool, output_dir: str) -> Iterator[PrecomputeProgress]:
+    """Encode what is not complete yet, and write the manifest at the end. Yields the progress after every unit.
 
-    Needs a running Ray. The manifest is written at the end. Raises ConfigError for a cluster too small; DataError for a folder
-    that holds something else, for a shard that changed, and when more than `max_skipped_share` of the samples were skipped.
+    Needs a running Ray.
+
+    Raises:
+        ConfigError: the encoders do not fit on the cluster.
+        DataError: `output_dir` contains something else, a shard changed, or more than `max_skipped_share` of the samples were
+            skipped.
     """
     check_cluster(encoders, config.placement)
     manifest = _manifest(catalog, config, encoders)
     units = dict(enumerate(catalog.pools[0]))
     _check_stems(units.values())
-    done = _resume(output_dir, manifest, units)
-    skips, begun = SkipCounter("precompute", config.max_skipped_share), time.perf_counter()
-    for record in _records({n: unit for n, unit in units.items() if n not in done}, config, encoders, output_dir):
-        if unit_done := _collect(record, done, skips):
-            unit, now = unit_done
-            if not now.lost:
-                content = json.dumps({"shards": now.shards, "rejected": now.rejected}).encode()
-                storage.write_bytes(storage.join(output_dir, PROGRESS, f"{stem(units[unit])}.json"), content)
-            yield {
-                "shards_done": sum(known.rows == known.total for known in done.values()),
-                "shards": len(units),
-                "samples": skips.seen - skips.bad.total(),
-                "samples_per_second": skips.seen / (time.perf_counter() - begun),
-            }
-    _finish(output_dir, manifest, done)
+    progress = _resume(output_dir, manifest, units)
+    skips, started = SkipCounter("precompute", config.max_skipped_share), time.perf_counter()
+    for record in _records({n: unit for n, unit in units.items() if n not in progress}, config, encoders, output_dir):
+        number = record["item"][2]
+        unit = _count_block(record, progress, skips)
+        if not unit.is_complete:
+            continue
+        if not unit.is_lost:
+            content = json.dumps({"shards": unit.shards, "rejected": unit.rejected}).encode()
+            storage.write_bytes(storage.join(output_dir, PROGRESS, f"{stem(units[number])}.json"), content)
+        yield PrecomputeProgress(
+            shards_done=sum(unit.is_complete for unit in progress.values()),
+            shards=len(units),
+            samples=skips.seen - skips.bad.total(),
+            samples_per_second=skips.seen / (time.perf_counter() - started),
+        )
+    _write_manifest(output_dir, manifest, progress)
 
 
 def stem(unit: ShardRange) -> str:
-    """A unit's part of the names of its files, unique in the catalog."""
+    """Return the first part of the names of a unit's files. It is unique in the catalog."""
     name = unit.shard.name.removesuffix(".tar").replace("/", "--")
     return name if unit.whole else f"{name}-at-{unit.start}"
 
 
 def _check_stems(units: Iterable[ShardRange]) -> None:
-    """Raise DataError where two units' files would have one name: `a/b.tar` beside `a--b.tar`."""
+    """Raise DataError if the files of two units would have the same name, as for `a/b.tar` and `a--b.tar`."""
     names: dict[str, str] = {}
     for unit in units:
         if (other := names.setdefault(stem(unit), unit.shard.url)) != unit.shard.url:
-            raise DataError(f"{unit.shard.url}: would be precomputed under the names of {other}; rename one of them")
+            raise DataError(f"{unit.shard.url}: its precomputed files would have the same names as those of {other}; rename one")
 
 
-def check_cluster(encoders: Encoders, readers: Labels) -> None:
-    """Raise ConfigError when the encoders, and one task that decodes, do not fit: they would wait without a word."""
+def check_cluster(encoders: EncoderPool, readers: Labels) -> None:
+    """Raise ConfigError if the encoders and one task that decodes do not fit: they would wait without a message."""
     if can_autoscale():
         return
     cpus, gpus = encoders.count * encoders.cpus, encoders.count * encoders.gpus
-    beside = readers.items() <= encoders.placement.items()  # all of the encoders' nodes may read, too
+    shares_nodes = readers.items() <= encoders.placement.items()  # all nodes of the encoders may read, too
     for labels, kind, amount in (
-        (readers, "CPU", 1 + cpus * beside),
+        (readers, "CPU", 1 + cpus * shares_nodes),
         (encoders.placement, "CPU", cpus),
         (encoders.placement, "GPU", gpus),
     ):
-        there = total_resources(labels).get(kind, 0)
-        if amount > there:
+        available = total_resources(labels).get(kind, 0)
+        if amount > available:
             raise ConfigError(
                 f"num_encoders: {encoders.count} with {encoders.cpus:g} CPUs and {encoders.gpus:g} GPUs each, and a CPU to "
-                f"decode, need {amount:g} {kind}s, but {describe_nodes(labels)} has {there:g}; "
+                f"decode, need {amount:g} {kind}s, but {describe_nodes(labels)} has {available:g}; "
                 "lower num_encoders, cpus_per_encoder or gpus_per_encoder"
             )
 
 
-def _manifest(catalog: Catalog, config: DataConfig, encoders: Encoders) -> dict[str, Any]:
-    """What must be equal for the work to go on in the same folder."""
+def _manifest(catalog: Catalog, config: DataConfig, encoders: EncoderPool) -> dict[str, Any]:
+    """Return what must be equal for the work to be resumed in the same folder."""
     settings = {name: asdict(config)[name] for name in precomputed.SETTINGS}
-    described = {"encoders": encoders.description, "settings": settings, "source": catalog.digest}
-    return json.loads(json.dumps(described))  # tuples become lists, as they are when it is read back
+    content = {"encoders": encoders.description, "settings": settings, "source": catalog.digest}
+    return json.loads(json.dumps(content))  # tuples become lists, as they are in the file
 
 
-def _resume(output_dir: str, manifest: dict[str, Any], units: dict[int, ShardRange]) -> dict[int, Done]:
-    """The units that are done; begins the folder where there is none."""
+def _resume(output_dir: str, manifest: dict[str, Any], units: dict[int, ShardRange]) -> dict[int, UnitProgress]:
+    """Return the complete units; start the folder if it does not exist."""
     url = storage.join(output_dir, MANIFEST)
     if not storage.exists(url):
         storage.write_bytes(url, json.dumps(manifest | {"complete": False}, indent=2).encode())
         return {}
     try:
-        found = json.loads(storage.read_small(url, storage.LISTING_BYTES))
-        differing = [name for name in manifest if found[name] != manifest[name]]
+        stored = json.loads(storage.read_small(url, storage.LISTING_BYTES))
+        differing = [name for name in manifest if stored[name] != manifest[name]]
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{url}: is no manifest of precomputed shards; give another output_dir") from None
+        raise DataError(f"{url}: is not a manifest of precomputed shards; name another output_dir") from None
     if differing:
         raise DataError(
-            f"{output_dir}: was begun with another {' and '.join(differing)} (see its {MANIFEST}); give another output_dir"
+            f"{output_dir}: was started with another {' and '.join(differing)} (see its {MANIFEST}); name another output_dir"
         )
     by_url = {storage.join(output_dir, PROGRESS, f"{stem(unit)}.json"): number for number, unit in units.items()}
     folder = storage.join(output_dir, PROGRESS)
     written = {file.url for file in storage.list_files(folder)} if storage.exists(folder) else set()
     contents = storage.read_many([url for url in by_url if url in written])
     records = {by_url[url]: json.loads(content) for url, content in contents.items()}
-    return {number: Done(shards=r["shards"], rejected=Counter(r["rejected"])) for number, r in records.items()}
+    return {number: UnitProgress(shards=r["shards"], rejected=Counter(r["rejected"])) for number, r in records.items()}
 
 
-def _records(units: dict[int, ShardRange], config: DataConfig, encoders: Encoders, output_dir: str) -> Iterator[dict[str, Any]]:
-    """What the encoders report of each block, in any order."""
+def _records(
+    units: dict[int, ShardRange], config: DataConfig, encoders: EncoderPool, output_dir: str
+) -> Iterator[dict[str, Any]]:
+    """Yield the record of each block that was encoded (see `EncodeBlock`), in any order."""
     if not units:
         return
     tasks = [[Group(0, 0, (Item(0, 0, number, unit, []),))] for number, unit in units.items()]
@@ -196,15 +219,15 @@ def _records(units: dict[int, ShardRange], config: DataConfig, encoders: Encoder
 
 
 class EncodeBlock:
-    """An actor: encodes a block's images and captions, and writes the result as one shard."""
+    """Actor that encodes the images and captions of blocks and writes each result as one shard."""
 
-    def __init__(self, encoders: Encoders, output_dir: str, stems: dict[int, str], retry_seconds: float):
+    def __init__(self, encoders: EncoderPool, output_dir: str, stems: dict[int, str], retry_seconds: float):
         torch.set_num_threads(max(1, int(encoders.cpus)))
         self.encode = encoders.build(encoders.device).encode
         self.batch_size, self.output_dir, self.stems, self.retry_seconds = encoders.batch_size, output_dir, stems, retry_seconds
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Returns one row: {unit, total, rows, shard, samples, rejects: [[key, cause]]} as JSON."""
+        """Return one row: {item, rows, shard, samples, rejects: [[key, cause]]} as JSON."""
         block = unpack(table)
         header = block.header
         item = header["items"][0]
@@ -225,28 +248,27 @@ class EncodeBlock:
         starts = range(0, len(keys), self.batch_size)
         parts = [self.encode(images[at : at + self.batch_size], captions[at : at + self.batch_size]) for at in starts]
         encoded = {tensor: np.concatenate([part[tensor] for part in parts]) for tensor in parts[0]}
-        content = precomputed.to_arrow(keys, captions, encoded)
-        write = functools.partial(storage.write_bytes, storage.join(self.output_dir, name), content)
-        storage.with_retries(write, self.retry_seconds)
+        with storage.retrying_for(self.retry_seconds):
+            storage.write_bytes(storage.join(self.output_dir, name), precomputed.to_arrow(keys, captions, encoded))
 
 
-def _collect(record: dict[str, Any], done: dict[int, Done], skips: SkipCounter) -> tuple[int, Done] | None:
-    """Count a block; the unit and what is known of it when this was its last."""
+def _count_block(record: dict[str, Any], progress: dict[int, UnitProgress], skips: SkipCounter) -> UnitProgress:
+    """Add a block to the progress of its unit, and return that."""
     number, total = record["item"][2:4]
-    now = done.setdefault(number, Done(total))
-    now.rows += record["rows"]
+    unit = progress.setdefault(number, UnitProgress(total))
+    unit.rows += record["rows"]
     if record["samples"]:
-        now.shards[record["shard"]] = record["samples"]
+        unit.shards[record["shard"]] = record["samples"]
         skips.count_good(record["item"], record["samples"])
     for key, cause in record["rejects"]:
-        now.rejected[cause] += skips.count_reject(key, cause, record["item"])
-        now.lost |= cause in ("shard_missing", "shard_forbidden", "shard_unavailable")
-    return (number, now) if now.rows == now.total else None
+        unit.rejected[cause] += skips.count_reject(key, cause, record["item"])
+        unit.is_lost |= cause in LOST.values()
+    return unit
 
 
-def _finish(output_dir: str, manifest: dict[str, Any], done: dict[int, Done]) -> None:
-    shards = {name: count for known in done.values() for name, count in known.shards.items()}
-    rejected = sum((known.rejected for known in done.values()), Counter())
+def _write_manifest(output_dir: str, manifest: dict[str, Any], progress: dict[int, UnitProgress]) -> None:
+    shards = {name: count for unit in progress.values() for name, count in unit.shards.items()}
+    rejected = sum((unit.rejected for unit in progress.values()), Counter())
     if not shards:
         raise DataError(f"data.sources: no sample can be used ({dict(rejected)}); see jobs/inspect_data.py")
     content = manifest | {

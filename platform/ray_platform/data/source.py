@@ -1,37 +1,39 @@
-"""Our Ray Data source: one task reads, filters, decodes and resizes a group of units, and yields contiguous blocks.
+"""The Ray Data source: one task reads, filters, decodes and resizes the samples of a group of units and yields them as blocks.
 
-A block is a table of one row: each tensor of its samples as one binary value, which crosses processes without a copy, and
-a JSON header with all else. Ray neither splits nor joins such blocks, and images of several shapes fit in one.
+A block is a table with one row: each tensor of its samples as one binary value, which crosses processes without a copy, and a
+JSON header with everything else. Ray neither splits nor joins such blocks, and images of several shapes fit in one.
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import ray.data
 import torch
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from ray_platform import storage
-from ray_platform.data import captions, decode
-from ray_platform.data.causes import LOST, ErrorReason, RejectedSample, SampleError
+from ray_platform.data import captions, decode, filters
+from ray_platform.data.causes import LOST, RejectedSample, SampleError
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Group, Item
-from ray_platform.data.precomputed import PrecomputedSamples
+from ray_platform.data.precomputed import from_arrow
 from ray_platform.data.tar import Record, check_size, read_tar_slice
 
 BLOCK_BYTES = 16 * 2**20
 _MAX_BLOCK_SAMPLES = 512
-_LARGEST_ARROW = 2**31  # bytes; jobs/precompute.py writes some megabytes a file
+_MAX_ARROW_BYTES = 2**31  # precomputing writes some megabytes per file
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What training sees of one sample."""
+    """A sample as training receives it."""
 
     key: str
     caption: str
@@ -39,7 +41,7 @@ class Sample:
 
 
 class ShardSamples(Protocol):
-    """An opened unit: its samples by their place in it."""
+    """The samples of an opened unit, by their places in it."""
 
     def __len__(self) -> int: ...
 
@@ -47,7 +49,7 @@ class ShardSamples(Protocol):
 
 
 class TarSamples:
-    """The samples of a tar, decoded when they are asked for."""
+    """The samples of a tar. They are decoded on access."""
 
     def __init__(self, records: Sequence[Record | RejectedSample], config: DataConfig, seed: str):
         self.records, self.config, self.seed = records, config, seed
@@ -59,90 +61,111 @@ class TarSamples:
         return decode_record(self.records[place], self.config, self.seed)
 
 
-class RejectedShard:
-    """Stands for a unit that could not be read."""
+class PrecomputedSamples:
+    """The samples of a precomputed shard."""
 
-    def __init__(self, key: str, cause: ErrorReason, consumed: int):
-        self.reject, self.count = RejectedSample(key, cause), consumed + 1
+    def __init__(self, data: pa.Buffer):
+        """Raises pa.ArrowInvalid, KeyError, ValueError or TypeError for another file."""
+        self.keys, self.captions, self.tensors = from_arrow(data)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.keys)
+
+    def sample(self, place: int) -> Sample:
+        return Sample(self.keys[place], self.captions[place], {name: array[place] for name, array in self.tensors.items()})
+
+
+class RejectedShard:
+    """Takes the place of a unit that cannot be read: the same rejection for each of its `num_samples` places."""
+
+    def __init__(self, key: str, cause: str, num_samples: int = 1):
+        self.rejected, self.num_samples = RejectedSample(key, cause), num_samples
+
+    def __len__(self) -> int:
+        return self.num_samples
 
     def sample(self, place: int) -> RejectedSample:
-        return self.reject
+        return self.rejected
 
 
 def decode_record(record: Record | RejectedSample, config: DataConfig, seed: str) -> Sample | RejectedSample:
-    """Never raises for what is in the record."""
+    """Decode a sample. Never raises an error because of the record's content."""
     if isinstance(record, RejectedSample):
         return record
     try:
         if record.repeated:
             raise SampleError("key_repeated")
-        # Texts first: they cost nothing, an image does.
         caption = captions.caption(record.members, config)
-        if cause := captions.filtered(record.members, config.filters):
-            raise SampleError(cause)
+        filters.check(filters.Candidate(caption, record.members), config.filters, reads_image=False)
         return Sample(record.key, caption, {"image": decode.image(record.members, config, f"{seed}/{record.key}")})
-    except SampleError as unusable:
-        return RejectedSample(record.key, unusable.cause)
+    except SampleError as error:
+        return RejectedSample(record.key, error.cause)
 
 
 def open_samples(item: Item, config: DataConfig, seed: int) -> ShardSamples:
-    """Read a unit. One that storage does not give becomes a RejectedShard; DataError for one that is not what was catalogued."""
-    shard = item.unit.shard
+    """Read a unit. One that storage does not return becomes a RejectedShard. Raises DataError if the shard has changed."""
+    shard, unit = item.unit.shard, item.unit
+    rejected_key = f"{shard.name}/"
+    num_rejected = 1 + max((stop for _, stop in item.consumed), default=0)  # one more than what was consumed already
     try:
-        return storage.with_retries(lambda: _read(item, config, f"{seed}/{item.epoch}"), config.retry_seconds)
+        with storage.retrying_for(config.retry_seconds):
+            if not shard.url.endswith(".arrow"):
+                records = read_tar_slice(shard.url, shard.name, shard.size, unit.start, unit.stop)
+                return TarSamples(records, config, f"{seed}/{item.epoch}")
+            if shard.size > _MAX_ARROW_BYTES:
+                return RejectedShard(rejected_key, "shard_unreadable", num_rejected)
+            data = storage.read_buffer(shard.url)
     except storage.StorageError as error:
-        return RejectedShard(f"{shard.name}/", LOST[error.kind], max((stop for _, stop in item.consumed), default=0))
+        return RejectedShard(rejected_key, LOST[error.kind], num_rejected)
+    check_size(shard.url, data.size, shard.size)
+    return open_precomputed(data, rejected_key)
 
 
-def _read(item: Item, config: DataConfig, seed: str) -> ShardSamples:
-    unit, shard = item.unit, item.unit.shard
-    if shard.url.endswith(".arrow"):
-        if shard.size > _LARGEST_ARROW:
-            return RejectedShard(f"{shard.name}/", "shard_unreadable", max((stop for _, stop in item.consumed), default=0))
-        encoded = storage.read_buffer(shard.url)
-        check_size(shard.url, encoded.size, shard.size)
-        return PrecomputedSamples.open(encoded, shard.name, Sample)
-    return TarSamples(read_tar_slice(shard.url, shard.name, shard.size, unit.start, unit.stop), config, seed)
+def open_precomputed(data: pa.Buffer, rejected_key: str) -> ShardSamples:
+    """Return the samples of a precomputed shard, or a RejectedShard if it is damaged or empty."""
+    try:
+        samples = PrecomputedSamples(data)
+    except (pa.ArrowInvalid, KeyError, ValueError, TypeError):
+        return RejectedShard(rejected_key, "shard_unreadable")
+    return samples if len(samples) else RejectedShard(rejected_key, "shard_empty")
 
 
 def reading_order(group: Group, units: Sequence[ShardSamples], seed: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """In which order a group's samples are read.
+    """Return the order in which a group's samples are read.
 
-    Every sample draws a number from (seed, epoch, unit); each unit is read in the order of its numbers, and the units of a
-    group, as the groups of a window, are merged by them. So what is left keeps its order when some of it is left out.
+    Every sample has a random sort key that depends on (seed, epoch, unit). A unit is read in the order of its sort keys, and the
+    units of a group, as the groups of a window, are merged by them. So the rest keeps its order when some of it is left out.
 
-    Returns the numbers [N], ascending; [N, 2] (unit in the group, order in the unit), both without what was consumed; and
-    for each unit order -> place.
+    Returns:
+        The sort keys [N], ascending; [N, 2] (unit in the group, order in the unit), both without the consumed samples; and for
+        each unit an array order -> place.
     """
-    sort_key, rows, places = [], [], []
+    sort_keys, rows, places = [], [], []
     for index, (item, unit) in enumerate(zip(group.items, units, strict=True)):
         digest = hashlib.sha256(f"{seed}/{item.epoch}/{item.unit.shard.name}/{item.unit.start}".encode()).digest()
-        numbers = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).random(len(unit))
-        order = np.argsort(numbers, kind="stable")
-        left = np.ones(len(unit), dtype=bool)
+        keys = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).random(len(unit))
+        order = np.argsort(keys, kind="stable")
+        is_left = np.ones(len(unit), dtype=bool)
         for start, stop in item.consumed:
-            left[start:stop] = False
-        kept = np.flatnonzero(left)
-        sort_key.append(numbers[order][kept])
-        rows.append(np.stack([np.full(len(kept), index), kept], axis=1))
+            is_left[start:stop] = False
+        left = np.flatnonzero(is_left)
+        sort_keys.append(keys[order][left])
+        rows.append(np.stack([np.full(len(left), index), left], axis=1))
         places.append(order)
-    merged = np.argsort(np.concatenate(sort_key), kind="stable")
-    return np.concatenate(sort_key)[merged], np.concatenate(rows)[merged], places
+    merged = np.argsort(np.concatenate(sort_keys), kind="stable")
+    return np.concatenate(sort_keys)[merged], np.concatenate(rows)[merged], places
 
 
 def read_group(group: Group, config: DataConfig, seed: int, block_bytes: int = BLOCK_BYTES) -> Iterator[pa.Table]:
-    """A group's samples, decoded, as blocks. Raises DataError."""
+    """Yield a group's samples, decoded, as blocks. Raises DataError if a shard has changed."""
     torch.set_num_threads(1)  # as many tasks run at once as there are cores for them
     units = [open_samples(item, config, seed) for item in group.items]
-    sort_key, order, places = reading_order(group, units, seed)
+    sort_keys, order, places = reading_order(group, units, seed)
     totals = [len(unit) for unit in units]
     builder = BlockBuilder(group, totals, block_bytes)
-    for number, (index, row) in zip(sort_key.tolist(), order.tolist(), strict=True):
-        builder.add(index, row, number, units[index].sample(int(places[index][row])))
-        if builder.full:
+    for sort_key, (index, row) in zip(sort_keys.tolist(), order.tolist(), strict=True):
+        builder.add(index, row, sort_key, units[index].sample(int(places[index][row])))
+        if builder.is_full:
             yield builder.block()
             builder = BlockBuilder(group, totals, block_bytes)
     if builder.rows:
@@ -150,7 +173,7 @@ def read_group(group: Group, config: DataConfig, seed: int, block_bytes: int = B
 
 
 class BlockBuilder:
-    """Builds one block. Samples of equal shapes are written side by side as they come, into one contiguous array."""
+    """Builds one block. Samples of equal shapes are written to one contiguous array as they come."""
 
     def __init__(self, group: Group, totals: Sequence[int], block_bytes: int):
         self.window, self.block_bytes = group.window, block_bytes
@@ -163,11 +186,11 @@ class BlockBuilder:
         self.num_bytes = 0
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         return self.num_bytes >= self.block_bytes or len(self.rows) == _MAX_BLOCK_SAMPLES
 
     def add(self, index: int, order: int, sort_key: float, sample: Sample | RejectedSample) -> None:
-        """`order` is the sample's place in its item's order of reading, by the number that it has `sort_key`."""
+        """Add the sample that comes at `order` in the reading order of the item `index`."""
         if isinstance(sample, RejectedSample):
             self.rows.append((index, order, sort_key, sample.key, "", sample.cause))
             return
@@ -178,7 +201,7 @@ class BlockBuilder:
         self.rows.append((index, order, sort_key, sample.key, sample.caption, ""))
 
     def block(self) -> pa.Table:
-        """All that was added, as a table of one row."""
+        """Return everything that was added as a table of one row."""
         names = ("item", "order", "sort_key", "key", "caption", "cause")
         header: dict[str, Any] = {"window": self.window, "items": self.items} | dict(
             zip(names, zip(*self.rows, strict=True), strict=True)
@@ -194,24 +217,24 @@ class _Stack:
 
     def __init__(self, like: dict[str, np.ndarray], block_bytes: int):
         self.sample_bytes = sum(tensor.nbytes for tensor in like.values())
-        # Room for a whole block, from Arrow's pool: what was freed comes back, without new pages to be zeroed.
-        room = min(_MAX_BLOCK_SAMPLES, -(-block_bytes // max(1, self.sample_bytes)))
-        self.buffers = {name: pa.allocate_buffer(room * tensor.nbytes) for name, tensor in like.items()}
+        # Memory for a whole block, from Arrow's pool, which reuses pages without zeroing them.
+        capacity = min(_MAX_BLOCK_SAMPLES, -(-block_bytes // max(1, self.sample_bytes)))
+        self.buffers = {name: pa.allocate_buffer(capacity * tensor.nbytes) for name, tensor in like.items()}
         self.arrays = {
-            name: np.frombuffer(buffer, dtype=like[name].dtype).reshape(room, *like[name].shape)
+            name: np.frombuffer(buffer, dtype=like[name].dtype).reshape(capacity, *like[name].shape)
             for name, buffer in self.buffers.items()
         }
         self.rows: list[int] = []
 
     def add(self, tensors: dict[str, np.ndarray], row: int) -> int:
-        """Returns the bytes that were added."""
+        """Return the number of bytes added."""
         for name, tensor in tensors.items():
             self.arrays[name][len(self.rows)] = tensor
         self.rows.append(row)
         return self.sample_bytes
 
     def binary(self) -> list[pa.Array]:
-        """The bytes of each tensor as one value, not copied."""
+        """Return the bytes of each tensor as one value, without a copy."""
         sizes = [len(self.rows) * array[0].nbytes for array in self.arrays.values()]
         offsets = [pa.py_buffer(np.array([0, size], dtype=np.int64)) for size in sizes]
         return [
@@ -222,16 +245,16 @@ class _Stack:
 
 @dataclass(frozen=True)
 class Block:
-    """What a `BlockBuilder` packed."""
+    """A block that `BlockBuilder` built."""
 
     header: dict[str, Any]
     stacks: list[dict[str, np.ndarray]]
-    shapes: list[str]  # of each stack's tensors: equal for those that fit in one batch
+    shapes: list[str]  # of each stack's tensors; samples of equal shapes fit in one batch
     place: dict[int, tuple[int, int]]  # row -> (stack, index in it)
 
 
 def unpack(table: pa.Table) -> Block:
-    """The arrays are views of the table's memory."""
+    """Return the block in a table. Its arrays are views of the table's memory."""
     header = json.loads(table["header"][0].as_py())
     stacks: list[dict[str, np.ndarray]] = []
     place: dict[int, tuple[int, int]] = {}
@@ -239,7 +262,7 @@ def unpack(table: pa.Table) -> Block:
     for number, stack in enumerate(header["stacks"]):
         arrays = {}
         for name, dtype, shape in stack["tensors"]:
-            # By its buffers: a scalar's `as_buffer` copies.
+            # From the array's buffers, because a scalar's `as_buffer` copies.
             value = table[f"tensor_{column}"].chunk(0)
             _, offsets, values = value.buffers()
             start, stop = np.frombuffer(offsets, dtype=np.int64)[value.offset : value.offset + 2].tolist()
@@ -251,7 +274,7 @@ def unpack(table: pa.Table) -> Block:
 
 
 class ShardSource(Datasource):
-    """Ray Data read tasks, each of one or more groups, all in their order."""
+    """A Ray Data source of read tasks, each of one or more groups."""
 
     def __init__(self, tasks: Sequence[Sequence[Group]], config: DataConfig, seed: int, block_bytes: int = BLOCK_BYTES):
         super().__init__()
@@ -268,3 +291,15 @@ class ShardSource(Datasource):
             return lambda: (block for group in groups for block in read_group(group, config, seed, block_bytes))
 
         return [ReadTask(task(groups), unknown) for groups in self._tasks]
+
+
+def data_context() -> ray.data.DataContext:
+    """Return a copy of the current context for datasets whose blocks have one row that cannot be split."""
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = 1  # blocks stay as they are
+    # Without the lines about every dataset's start and end, and the warning that progress bars are off.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    return context

@@ -12,7 +12,6 @@ import numpy as np
 from ray_platform import storage
 from ray_platform.contracts import Rows, one_line
 
-RETRY_SECONDS = 120.0  # how long requests are repeated while storage does not answer
 _READS_AT_ONCE = 64
 
 
@@ -48,7 +47,7 @@ class ResultCache:
         """Raise StorageError when storage does not answer for two minutes."""
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **rows)
-        storage.with_retries(lambda: storage.write_bytes(self._url(key), buffer.getvalue()), RETRY_SECONDS)
+        storage.write_bytes(self._url(key), buffer.getvalue())
 
     def read(self, keys: Sequence[str]) -> dict[str, Rows]:
         """Return the rows that are stored for `keys`. A damaged file is ignored: its unit is computed again."""

@@ -15,6 +15,7 @@ from typing import Any
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.json_values import first_difference, to_json, to_plain
+from ray_platform.metric_registry import check_declared
 
 _FIRST_COLUMNS = ("dataset", "model", "pretrained", "model_fullname", "task", "language", "n")
 _IMAGE_FIELDS = ("jpeg", "png")
@@ -56,7 +57,7 @@ def metrics_for_tracking(details: Mapping[str, Any]) -> dict[str, float]:
 
     Examples: `eval/vtab/cifar10/acc1`, `eval/flickr30k/image_retrieval_recall_at_1`, `eval/zero_shot_mean` and
     `eval/fid/guidance_3`; those of baselines are below `eval_baseline/<model>/`. Undefined values, such as acc5 over fewer than
-    five classes, are left out.
+    five classes, are left out. Raises ConfigError for a metric that the registry lacks.
     """
     names = [model["name"] for model in details["models"]]
     prefix = {name: f"eval_baseline/{name.replace('/', '-')[:_MAX_MODEL_NAME]}" for name in names}
@@ -71,6 +72,7 @@ def metrics_for_tracking(details: Mapping[str, Any]) -> dict[str, float]:
     for point in details.get("quality", ()):
         for metric, value in point["metrics"].items():
             metrics[f"eval/{metric}/guidance_{point['guidance_scale']:g}"] = value
+    check_declared(metrics)
     return {_mlflow_name(name): float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)}
 
 

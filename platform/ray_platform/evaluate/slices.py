@@ -8,7 +8,6 @@ from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data.causes import LOST, RejectedSample
 from ray_platform.data.decode import rgb
-from ray_platform.evaluate.result_cache import RETRY_SECONDS
 
 __all__ = ["IMAGES_A_SLICE", "RawSample", "SampleSchema", "Slice", "Task", "read_slice", "rgb"]
 
@@ -47,19 +46,19 @@ class Slice(ABC):
     estimated_images: float
 
     @abstractmethod
-    def read(self, retry_seconds: float) -> list[RawSample | RejectedSample]:
+    def read(self) -> list[RawSample | RejectedSample]:
         """See `read_slice`. Raises StorageError where nothing of the slice can be read."""
         ...
 
 
-def read_slice(part: Slice, retry_seconds: float = RETRY_SECONDS) -> list[RawSample | RejectedSample]:
+def read_slice(part: Slice) -> list[RawSample | RejectedSample]:
     """The samples of a slice, in order; of a part of a tar in which no sample begins, none.
 
     A sample that cannot be used is a RejectedSample, and so is a whole slice that storage does not return. Raises DataError for
     what makes the set unusable: a label that no class has, an image without captions in a retrieval set, a shard without samples.
     """
     try:
-        samples = part.read(retry_seconds)
+        samples = part.read()
     except storage.StorageError as error:
         return [RejectedSample(f"{part.name}/", LOST[error.kind])]
     for sample in samples:

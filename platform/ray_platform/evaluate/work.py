@@ -16,9 +16,7 @@ from PIL import Image
 from ray_platform import storage
 from ray_platform.contracts import Rows, Scorer
 from ray_platform.data.causes import RejectedSample, SampleError
-from ray_platform.data.decode import resized
-from ray_platform.data.statistics import thumbnail_jpeg
-from ray_platform.evaluate.result_cache import RETRY_SECONDS
+from ray_platform.data.decode import resized, thumbnail_jpeg
 from ray_platform.evaluate.slices import RawSample, Slice, read_slice, rgb
 
 # Images a model call, and of a unit's remainder: the last batch is filled up. Results of other batch shapes differ in their last
@@ -225,7 +223,7 @@ class DrawImages:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
         url = storage.join(self.images_dir, image_name(place))
-        storage.with_retries(lambda: storage.write_bytes(url, buffer.getvalue()), RETRY_SECONDS)
+        storage.write_bytes(url, buffer.getvalue())
 
 
 def image_name(place: int) -> str:

@@ -1,293 +1,161 @@
-"""What a controlled comparison found, as one HTML page that needs nothing else."""
+"""The page of a controlled comparison."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_platform.report import charts, metric_names, row_chart
-from ray_platform.report import text as report_text
-from ray_platform.report.charts import Line, Point, line_chart
-from ray_platform.report.comparison_runs import Arms, Pair, cost_text, cost_title
-from ray_platform.report.page import document, image, table, text, tile
-from ray_platform.report.row_chart import Row
-from ray_platform.report.text import NOTHING, clipped, facts, head, is_number, section
-
-_IMAGE = 72  # px wide on the page
-_STYLE = """
-.card > p { margin: 8px 0 0; } .charts h3 { margin-bottom: 8px; } .stack { display: grid; gap: 10px; }
-.arms td, .arms th { white-space: nowrap; } .arms th { font-size: 13px; color: var(--ink); } .best { font-weight: 600; }
-.arms th:first-child, .arms td:first-child { position: sticky; left: 0; background: var(--card); z-index: 1; }
-.arms .cost td { border-top: 2px solid var(--line); } .few { width: auto; min-width: 0; }
-.few td + td, .few th + th { padding-left: 24px; }
-.few .fields td { white-space: normal; max-width: 260px; text-align: right; color: var(--soft); }
-.few .fields td:first-child { text-align: left; color: inherit; } .verdict .patch, .rows h4 .patch { margin-left: 3px; }
-.key span { margin-right: 18px; white-space: nowrap; } .rows .num small { color: var(--soft); }
-.cells { display: flex; flex-wrap: wrap; gap: 14px 16px; margin-top: 10px; }
-.cells figure img { width: 72px; height: 72px; margin: 0; border-radius: 0 0 4px 4px; object-fit: contain; }
-.cells .side { display: flex; gap: 3px; margin-bottom: 4px; } .cells .side > span { border-top: 3px solid var(--c); width: 72px; }
-summary { cursor: pointer; }
-"""
+from ray_platform.metric_registry import Metric, describe_metric
+from ray_platform.report.arms import Arms, Difference
+from ray_platform.report.dot_plot import DotPlot, DotRow
+from ray_platform.report.figures import Chart, Line, Point, line_chart
+from ray_platform.report.records import Claim, ComparisonDetails, ImageGrid
+from ray_platform.report.render import plural, render
+from ray_platform.units import is_number
 
 
-def comparison_page(details: Mapping[str, Any]) -> str:
-    """The HTML. Names, captions and errors are not taken for markup.
+def comparison_page(details: ComparisonDetails, claim: Claim | None = None) -> str:
+    """Return the HTML page of a comparison. Sections for which `details` has no data are left out.
 
-    details: what `jobs/compare.py` found, in plain JSON types: title, created (ISO), seconds, code_version, command, config,
-    config_digest, environment, arms {arm: {seeds {seed: {metric or cost: number}}, mean, std}}, paired
-    {<metric>_<arm>_minus_<arm>: {mean, low, high, n}}, claim {holds, why}, failures [line], grids [{arm, seed, samples
-    [{caption, png}]}], curves {arm: {seed: [{samples, metrics}]}}. Sections of which it has nothing are left out.
+    Args:
+        details: `summary.json` with a header, images and learning curves.
+        claim: what the comparison is about; the page starts with its outcome.
     """
     arms = Arms(details)
-    parts = [
-        head(details), _failures(details), _verdict(details, arms), _tiles(details, arms),
-        section("arms", "The arms", f'<div class="card">{_arms(arms, details)}</div>') if arms.names else "",
-        _paired(arms), _runs(arms), _masks(arms), _curves(details, arms), _grids(details, arms),
-        section("command", "How to do it again", _command(details)),
-    ]  # fmt: skip
-    style = report_text.STYLE + charts.STYLE + row_chart.STYLE + _STYLE
-    return document(details["title"], style, parts)
+    claimed = arms.claimed(claim) if claim else []
+    return render(
+        "comparison.html.j2",
+        details=details,
+        arms=arms,
+        verdict=_verdict(details, claim, claimed) if claim else None,
+        tiles=_tiles(arms, claimed),
+        paired=_paired_plots(arms),
+        runs=[(metric, plot) for metric in arms.metrics if (plot := _runs_plot(arms, metric))],
+        both_masks=arms.with_both_masks(),
+        curves=_curves(details, arms),
+        grids=_grids(details),
+    )
 
 
-def _failures(details: Mapping[str, Any]) -> str:
-    """Where the reader cannot miss them."""
-    failures: Sequence[str] = details.get("failures", ())
-    if not failures:
-        return ""
-    lines = "".join(f"<li>{text(clipped(failure))}</li>" for failure in failures)
-    return f'<div class="card verdict stop"><b>{len(failures):,} failure{"s"[: len(failures) != 1]}</b><ul>{lines}</ul></div>'
-
-
-def _verdict(details: Mapping[str, Any], arms: Arms) -> str:
-    """Whether the claim holds, said plainly."""
-    claim = details["claim"]
-    pairs = arms.claimed
-    if claim["holds"]:
-        kind, title = "", "The claim holds: the joint model is better than the single-task models at both tasks"
-    elif any(pair.outcome == "against" for pair in pairs):
-        kind, title = " stop", "The claim does not hold: the joint model is worse at one of the tasks, or at both"
-    elif len(pairs) < 2 or any(pair.outcome == "single" for pair in pairs):
-        kind, title = " null", "No verdict: the claim is about two differences, each over several seeds"
+def _verdict(details: ComparisonDetails, claim: Claim, claimed: Sequence[Difference]) -> dict[str, Any]:
+    """Return the outcome of the claim, and whether its sentences are not enough to explain it."""
+    complete = len(claimed) == len(claim.differences)
+    if details["claim"]["holds"]:
+        kind, title = "", claim.holds
+    elif any(difference.outcome == "adverse" for difference in claimed):
+        kind, title = "stop", claim.opposite
+    elif not complete or any(difference.outcome == "single" for difference in claimed):
+        kind, title = "null", claim.undecided
     else:
-        kind, title = " null", "Null result: the claim is not shown"
-    lines = "".join(f"<li>{_sentence(pair, arms)}</li>" for pair in pairs)
-    listed = f"<ul>{lines}</ul>" if lines else ""
-    why = f'<p class="soft">{text(clipped(claim["why"]))}</p>' if len(pairs) < 2 else ""  # else the list says it
-    return f'<div class="card verdict{kind}"><b>{title}</b>{listed}{why}</div>'
+        kind, title = "null", claim.not_shown
+    return {"kind": kind, "title": title, "differences": claimed, "why": "" if complete else details["claim"]["why"]}
 
 
-def _sentence(pair: Pair, arms: Arms) -> str:
-    name, first, second = text(metric_names.title(pair.metric)), arms.named(pair.first), arms.named(pair.second)
-    if pair.mean is None or pair.outcome in ("open", "single"):
-        verdict = ", which shows no difference" if pair.outcome == "open" else ""
-        return f"{name}: {first} minus {second} is {_difference(pair)} ({_interval(pair)}){verdict}"
-    size = metric_names.difference_text(pair.metric, abs(pair.mean)).removeprefix("+")
-    return f"{name}: {first} is {'above' if pair.mean > 0 else 'below'} {second} by {size} ({_interval(pair)})"
-
-
-def _difference(pair: Pair) -> str:
-    return metric_names.difference_text(pair.metric, pair.mean)
-
-
-def _interval(pair: Pair) -> str:
-    seeds = f"{pair.n} seed{'s'[: pair.n != 1]}"
-    if pair.interval is None:
-        return f"{seeds}, no interval"
-    low, high = (metric_names.difference_text(pair.metric, end).removesuffix(" points") for end in pair.interval)
-    return f"95 % interval {low} to {high}, {seeds}"
-
-
-def _tiles(details: Mapping[str, Any], arms: Arms) -> str:
-    tiles = [
-        (_difference(pair), f"{metric_names.title(pair.metric)}, {pair.first} minus {pair.second}; {_interval(pair)}")
-        for pair in arms.claimed
-    ]
+def _tiles(arms: Arms, claimed: Sequence[Difference]) -> list[tuple[str, str]]:
+    tiles = []
+    for each in claimed:
+        interval = "no interval" if each.interval is None else f"95 % interval {each.interval_text}"
+        label = f"{each.metric.label}, {each.first} minus {each.second}; {interval}, {plural(each.n, 'seed')}"
+        tiles.append((each.metric.difference_text(each.mean), label))
     seeds = {seed for name in arms.names for seed in arms.seeds(name)}
     tiles.append((f"{len(arms.names)} × {len(seeds)}", "arms × seeds"))
     samples = {run["samples"] for name in arms.names for run in arms.seeds(name).values() if "samples" in run}
     if samples:
-        tiles.append((" to ".join(f"{each:,.0f}" for each in sorted({min(samples), max(samples)})), "samples a run"))
-    return f'<div class="tiles">{"".join(tile(*each) for each in tiles)}</div>'
+        tiles.append((" to ".join(f"{each:,.0f}" for each in sorted({min(samples), max(samples)})), "samples per run"))
+    return tiles
 
 
-def _arms(arms: Arms, details: Mapping[str, Any]) -> str:
-    """Mean and spread over the seeds, and what a run cost: a column an arm."""
-    names = "".join(f'<th class="num">{arms.named(name)}</th>' for name in arms.names)
-    seeds = "".join(f'<td class="num">{len(arms.seeds(name)):,}</td>' for name in arms.names)
-    rows = [f"<tr><td>seeds</td>{seeds}</tr>", *(_scores(metric, arms) for metric in arms.metrics)]
-    rows += [_costs(cost, arms, arms.names, first=i == 0) for i, cost in enumerate(arms.costs)]
-    where = f", on {text(clipped(details['environment']))}" if details.get("environment") else ""
-    note = f"Mean over the seeds ± standard deviation; the best mean is bold. Costs are of one run{where}."
-    return f'{table(f"<th></th>{names}", rows, "arms")}<p class="soft">{note}</p>'
+def _paired_plots(arms: Arms) -> tuple[list[tuple[str, DotPlot]], list[tuple[str, DotPlot]]]:
+    """Return the plots of differences in points, and one for each other kind of metric (`fd` and `fd_infinity` share one)."""
+    groups: dict[str, list[Difference]] = {}
+    for difference in arms.differences:
+        if difference.mean is not None:
+            metric = difference.metric
+            groups.setdefault("" if metric.is_fraction else metric.name.partition("_")[0], []).append(difference)
+    in_points: list[tuple[str, DotPlot]] = []
+    others: list[tuple[str, DotPlot]] = []
+    for name, differences in groups.items():
+        title = describe_metric(name).label if name else "Accuracy and retrieval, in points"
+        arm = differences[0].first if len({each.first for each in differences}) == 1 else "the first"
+        ends = (f"← {arm} worse", f"{arm} better →")
+        if differences[0].metric.direction == "min":
+            ends = (f"← {arm} better", f"{arm} worse →")
+        ordered = sorted(differences, key=lambda each: arms.names.index(each.second))
+        plot = DotPlot([_difference_row(each, arms) for each in ordered], has_zero=True, ends=ends)
+        (others if name else in_points).append((title, plot))
+    return in_points, others
 
 
-def _scores(metric: str, arms: Arms) -> str:
-    cells = []
+def _difference_row(difference: Difference, arms: Arms) -> DotRow:
+    metric, interval = difference.metric, difference.interval
+    return DotRow(
+        label=metric.label,
+        arms=(difference.first, difference.second),
+        value=metric.difference_text(difference.mean, with_unit=False),
+        interval_text=difference.interval_text,
+        kind="inconclusive" if difference.outcome == "single" else difference.outcome,
+        dots=[
+            (metric.axis_value(value), f"seed {seed}: {metric.difference_text(value)}")
+            for seed, value in arms.by_seed(difference).items()
+        ],
+        mean=None if difference.mean is None else metric.axis_value(difference.mean),
+        interval=interval and (metric.axis_value(interval[0]), metric.axis_value(interval[1])),
+    )
+
+
+def _runs_plot(arms: Arms, metric: Metric) -> DotPlot | None:
+    """Return every run as a dot, with mean and standard deviation of each arm."""
+    rows = []
     for name in arms.names:
-        mean, std = arms.mean(name, metric), arms.std(name, metric)
-        spread = ""
-        if mean is not None and std is not None:
-            spread = f' <span class="soft">± {metric_names.spread_text(metric, mean, std)}</span>'
-        best = " best" if mean is not None and mean == arms.best(metric) else ""
-        cells.append(f'<td class="num{best}">{metric_names.value_text(metric, mean)}{spread}</td>')
-    direction = "↓" if metric_names.is_distance(metric) else "↑"
-    return f"<tr><td>{text(metric_names.title(metric))} {direction}</td>{''.join(cells)}</tr>"
+        mean, std = arms.mean(name, metric.name), arms.std(name, metric.name)
+        if mean is None:
+            continue
+        dots = [
+            (metric.axis_value(run[metric.name]), f"{name}, seed {seed}: {metric.text(run[metric.name])}")
+            for seed, run in arms.seeds(name).items()
+            if is_number(run.get(metric.name))
+        ]
+        interval = (metric.axis_value(mean - std), metric.axis_value(mean + std)) if std else None
+        value = metric.text(mean, with_unit=False)
+        rows.append(DotRow("", (name,), value, "", arms.color(name), dots, metric.axis_value(mean), interval))
+    return DotPlot(rows) if rows else None
 
 
-def _costs(cost: str, arms: Arms, names: Sequence[str], first: bool) -> str:
-    cells = "".join(f'<td class="num">{text(cost_text(cost, arms.mean(name, cost)))}</td>' for name in names)
-    kind = ' class="cost"' if first else ""
-    return f"<tr{kind}><td>{text(cost_title(cost))}</td>{cells}</tr>"
-
-
-def _paired(arms: Arms) -> str:
-    """A forest plot for each unit."""
-    groups: dict[str, list[Pair]] = {}
-    for pair in arms.pairs:
-        if pair.mean is not None:
-            unit = "points" if metric_names.is_share(pair.metric) else pair.metric.partition("_")[0]
-            groups.setdefault(unit, []).append(pair)
-    cards = {}
-    for unit, pairs in groups.items():
-        title = "Accuracy and retrieval, in points" if unit == "points" else metric_names.title(unit)
-        who = pairs[0].first if len({pair.first for pair in pairs}) == 1 else "the first"
-        ends = (f"← {who} worse", f"{who} better →")
-        if metric_names.is_distance(unit):
-            ends = (f"← {who} better", f"{who} worse →")
-        rows = [_pair_row(pair, arms) for pair in sorted(pairs, key=lambda pair: arms.number(pair.second))]
-        cards[unit] = f'<div class="card"><h3>{text(title)}</h3>{row_chart.row_chart(rows, zero=True, ends=ends)}</div>'
-    if not cards:
-        return ""
-    note = (
-        "Differences of the runs of one seed: a dot a seed, their mean, and its 95 % interval (Student's t). Green: the interval "
-        "excludes zero, in favour of the first; red: against it; grey: it includes zero."
-    )
-    shares, others = cards.pop("points", ""), "".join(cards.values())
-    content = shares + (f'<div class="stack">{others}</div>' if others else "")
-    return section("paired", "Paired differences", f'<div class="split">{content}</div><p class="soft">{note}</p>')
-
-
-def _pair_row(pair: Pair, arms: Arms) -> Row:
-    spread = f"<br><small>{_ends(pair)}</small>"
-    value = f'<span class="num">{metric_names.difference_text(pair.metric, pair.mean).removesuffix(" points")}{spread}</span>'
-    dots = [
-        (metric_names.shown(pair.metric, value), f"seed {seed}: {metric_names.difference_text(pair.metric, value)}")
-        for seed, value in arms.differences(pair).items()
-    ]
-    mean = None if pair.mean is None else metric_names.shown(pair.metric, pair.mean)
-    interval = pair.interval and (
-        metric_names.shown(pair.metric, pair.interval[0]),
-        metric_names.shown(pair.metric, pair.interval[1]),
-    )
-    kind = {"shown": "shown", "against": "against"}.get(pair.outcome, "open")
-    between = f"{arms.named(pair.first)} minus {arms.named(pair.second)}"
-    return Row(text(metric_names.title(pair.metric)), value, kind, dots, mean, interval, between)
-
-
-def _ends(pair: Pair) -> str:
-    if pair.interval is None:
-        return "no interval"
-    return " to ".join(metric_names.difference_text(pair.metric, end).removesuffix(" points") for end in pair.interval)
-
-
-def _runs(arms: Arms) -> str:
-    """Every run as a dot."""
-    cards = []
-    for metric in arms.metrics:
-        rows = [_run_row(name, metric, arms) for name in arms.names if arms.mean(name, metric) is not None]
-        better = "lower is better" if metric_names.is_distance(metric) else "higher is better"
-        title = f'<h3>{text(metric_names.axis_title(metric))} <span class="soft">{better}</span></h3>'
-        if rows:
-            cards.append(f'<div class="card">{title}{row_chart.row_chart(rows)}</div>')
-    note = "A dot a seed, their mean, and one standard deviation to each side."
-    return section("runs", "Every run", f'<div class="charts">{"".join(cards)}</div><p class="soft">{note}</p>') if cards else ""
-
-
-def _run_row(name: str, metric: str, arms: Arms) -> Row:
-    dots = [
-        (metric_names.shown(metric, run[metric]), f"{name}, seed {seed}: {metric_names.value_text(metric, run[metric])}")
-        for seed, run in arms.seeds(name).items()
-        if is_number(run.get(metric))
-    ]
-    mean, std = arms.mean(name, metric), arms.std(name, metric)
-    ends = (metric_names.shown(metric, mean - std), metric_names.shown(metric, mean + std)) if mean is not None and std else None
-    value = f'<span class="num">{metric_names.value_text(metric, mean).removesuffix(" %")}</span>'
-    return Row(arms.named(name), value, arms.colour(name), dots, None if mean is None else metric_names.shown(metric, mean), ends)
-
-
-def _masks(arms: Arms) -> str:
-    """Arms of one task under both masks, where there are such: their figures and costs, and what else differs."""
-    names = arms.of_both_masks
-    if not names:
-        return ""
-    heads = "".join(f'<th class="num">{arms.named(name)}</th>' for name in names)
-    masks = "".join(f'<td class="num">{text(arms.visibility(name))}</td>' for name in names)
-    fields = "".join(f"<td>{text(arms.fields_text(name))}</td>" for name in names)
-    rows = [f"<tr><td>mask</td>{masks}</tr>", f'<tr class="fields"><td>what was set</td>{fields}</tr>']
-    for metric in arms.metrics:
-        means = [arms.mean(name, metric) for name in names]
-        if any(mean is not None for mean in means):
-            cells = "".join(f'<td class="num">{metric_names.value_text(metric, mean)}</td>' for mean in means)
-            rows.append(f"<tr><td>{text(metric_names.title(metric))}</td>{cells}</tr>")
-    rows += [_costs(cost, arms, names, first=i == 0) for i, cost in enumerate(arms.costs)]
-    return section("masks", "The masks side by side", f'<div class="card">{table(f"<th></th>{heads}", rows, "arms few")}</div>')
-
-
-def _curves(details: Mapping[str, Any], arms: Arms) -> str:
-    """A line a run, in the colour of its arm, over the samples; a chart for each figure that was followed."""
+def _curves(details: ComparisonDetails, arms: Arms) -> list[tuple[str, Chart]]:
+    """Return a chart for each metric that was followed: a line per run in the color of its arm, over the samples."""
     runs = [(arm, seed, points) for arm, seeds in details.get("curves", {}).items() for seed, points in seeds.items()]
-    cards = []
-    for metric in dict.fromkeys(metric for _, _, points in runs for point in points for metric in point["metrics"]):
-        lines, named = [], set()
+    charts = []
+    for name in dict.fromkeys(name for _, _, points in runs for point in points for name in point["metrics"]):
+        metric, lines, named = describe_metric(name), [], set()
         for arm, seed, points in runs:
-            about = f"{arm}, seed {seed}"
-            line = [_curve_point(point, metric, about) for point in points if is_number(point["metrics"].get(metric))]
+            line = []
+            for point in points:
+                value = point["metrics"].get(name)
+                if is_number(value):
+                    tooltip = f"{arm}, seed {seed}: {metric.text(value)} after {point['samples']:,} samples"
+                    line.append(Point(point["samples"], metric.axis_value(value), tooltip=tooltip))
             if line:
-                lines.append(Line("" if arm in named else arm, line, 0.75, arms.line_colour(arm)))
+                color = arms.color(arm).replace("m0", "bar")
+                lines.append(Line("" if arm in named else arm, line, 0.75, color))
                 named.add(arm)
         if lines:
-            chart = line_chart(lines, "samples", metric_names.axis_title(metric))
-            cards.append(f'<div class="card"><h3>{text(metric_names.title(metric))} while training</h3>{chart}</div>')
-    return section("curves", "While training", f'<div class="charts">{"".join(cards)}</div>') if cards else ""
+            charts.append((f"{metric.label} while training", line_chart(lines, "samples", metric.axis_label)))
+    return charts
 
 
-def _curve_point(point: Mapping[str, Any], metric: str, about: str) -> Point:
-    value = point["metrics"][metric]
-    said = f"{about}: {metric_names.value_text(metric, value)} after {point['samples']:,} samples"
-    return Point(point["samples"], metric_names.shown(metric, value), about=said)
-
-
-def _grids(details: Mapping[str, Any], arms: Arms) -> str:
-    """For each seed, images of the same captions from the same noise by all arms, beside each other."""
-    by_seed: dict[str, list[Mapping[str, Any]]] = {}
+def _grids(details: ComparisonDetails) -> list[dict[str, Any]]:
+    """Return, for each seed, images of the same captions from the same noise by all arms, next to each other."""
+    by_seed: dict[str, list[ImageGrid]] = {}
     for grid in details.get("grids", ()):
         if grid["samples"]:
             by_seed.setdefault(str(grid["seed"]), []).append(grid)
-    parts = []
-    for number, (seed, grids) in enumerate(by_seed.items()):
-        key = "".join(f"<span>{arms.named(grid['arm'])}</span>" for grid in grids)
-        title = f'<span class="key">seed {text(seed)}, from left to right: {key}</span>'
-        opened = " open" * (number == 0)
-        parts.append(f"<details{opened}><summary>{title}</summary>{_cells(grids, arms)}</details>")
-    note = '<p class="soft">The same captions from the same noise; not chosen.</p>'
-    return section("images", "Images", f'<div class="card">{"".join(parts)}{note}</div>') if parts else ""
-
-
-def _cells(grids: Sequence[Mapping[str, Any]], arms: Arms) -> str:
-    pictures = [{(i, s["caption"]): s["png"] for i, s in enumerate(grid["samples"])} for grid in grids]
-    kinds = [f'class="{arms.colour(grid["arm"])}" title="{text(grid["arm"])}"' for grid in grids]
-    width = _IMAGE * len(grids) + 3 * (len(grids) - 1)
-    cells = []
-    for key in sorted({key for of_arm in pictures for key in of_arm}):
-        images = [image(of_arm.get(key, ""), "png") for of_arm in pictures]
-        sides = "".join(f"<span {kind}>{each}</span>" for kind, each in zip(kinds, images, strict=True))
-        caption = text(clipped(key[1]))
-        cells.append(
-            f'<figure style="width:{width}px" title="{caption}"><span class="side">{sides}</span>'
-            f'<figcaption dir="auto">{caption}</figcaption></figure>'
-        )
-    return f'<div class="cells">{"".join(cells)}</div>'
-
-
-def _command(details: Mapping[str, Any]) -> str:
-    digest = facts({"digest of the configuration": details.get("config_digest", NOTHING)})
-    config = f"<details><summary>configuration</summary>{facts(details['config'])}</details>" if details.get("config") else ""
-    return f'<div class="card"><pre>{text(details["command"])}</pre>{digest}{config}</div>'
+    grids = []
+    for seed, of_seed in by_seed.items():
+        images: list[Mapping[tuple[int, str], str]] = [
+            {(i, sample["caption"]): sample["png"] for i, sample in enumerate(grid["samples"])} for grid in of_seed
+        ]
+        names = [grid["arm"] for grid in of_seed]
+        cells = [
+            {"caption": key[1], "images": [(name, of_arm.get(key, "")) for name, of_arm in zip(names, images, strict=True)]}
+            for key in sorted({key for of_arm in images for key in of_arm})
+        ]
+        grids.append({"seed": seed, "arms": names, "cells": cells})
+    return grids

@@ -1,90 +1,75 @@
-"""What an inspection found, as one HTML page that needs nothing else: no script, no font, no file beside it."""
+"""The page of a data inspection."""
 
 import base64
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from ray_platform.data.causes import FILTERED
+from ray_platform.data.causes import is_filtered
 from ray_platform.data.config import DataConfig
-from ray_platform.data.inspection_report import epoch_lines, title, value_text, verdict
-from ray_platform.data.statistics import Thumbnail
-from ray_platform.report.page import Bar, bars, document, figure, table, text, tile
+from ray_platform.data.inspection import Thumbnail
+from ray_platform.data.inspection_summary import HistogramSummary, InspectionSummary, title, value_text
+from ray_platform.report.render import render
 from ray_platform.units import size_text
 
-_UNITS = {"width": ", px", "height": ", px", "aspect_ratio": ", width / height"}  # of the charts
-_STYLE = """
-:root { --meant: #8a94a6; } @media (prefers-color-scheme: dark) { :root { --meant: #7b8596; } }
-.share { display: flex; height: 12px; border-radius: 6px; overflow: hidden; margin: 16px 0 6px; background: var(--line); }
-.share i { min-width: 2px; }
-.key i { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin: 0 5px 0 14px; }
-.key i:first-child { margin-left: 0; }
-.used { background: var(--good); } .filtered { background: var(--meant); } .bad { background: var(--bad); }
-td:last-child { width: 46%; }
-td i { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 7px; }
-"""
+_UNITS = {"width": ", px", "height": ", px", "aspect_ratio": ", width / height"}
 
 
-def page(summary: dict[str, Any], thumbnails: Sequence[Thumbnail], config: DataConfig) -> str:
-    """The HTML. Captions and keys come from the web: nothing of them is taken for markup."""
-    parts = [_head(summary), _charts(summary, config), _rejects(summary), _sheet(thumbnails, config)]
-    return document(f"Inspection of {', '.join(summary['sources'])}", _STYLE, parts)
+class HistogramBar(NamedTuple):
+    """A bin of a histogram."""
+
+    label: str
+    fraction: float  # of the longest bar
+    num_images: int
+    is_low: bool  # sides that are shorter than training asks for
 
 
-def _head(summary: dict[str, Any]) -> str:
-    shards, samples = summary["shards"], summary["samples"]
-    problem = verdict(summary)
-    taken = f"A run would take this data, judging by {shards['inspected']:,} of its {shards['in_source']:,} shards."
-    tiles = [
-        (f"{samples['inspected']:,}", "samples inspected"),
-        (f"{shards['inspected']:,} of {shards['in_source']:,}", "shards"),
-        (f"{size_text(shards['bytes_inspected'])}", f"of {size_text(shards['bytes_in_source'])}"),
-        (f"{samples['bad_share']:.1%}", f"bad, at most {samples['max_skipped_share']:.1%} allowed"),
-        (f"{samples['upscaled'] / max(1, samples['used']):.1%}", "of the used images are scaled up"),
-        (f"{shards['unusable']:,}", "shards without a usable sample"),
+def inspection_page(summary: InspectionSummary, thumbnails: Sequence[Thumbnail], config: DataConfig) -> str:
+    """Return the HTML page of an inspection."""
+    images = [base64.b64encode(thumbnail.jpeg).decode() if thumbnail.jpeg else "" for thumbnail in thumbnails]
+    return render(
+        "inspection.html.j2",
+        title=f"Inspection of {', '.join(summary.sources)}",
+        summary=summary,
+        problem=summary.verdict,
+        tiles=_tiles(summary),
+        epoch_lines=summary.epoch_lines,
+        histograms=[
+            _histogram(name, histogram, config.image_size)
+            for name, histogram in summary.histograms.items()
+            if any(histogram.counts)
+        ],
+        is_filtered=is_filtered,
+        thumbnails=list(zip(thumbnails, images, strict=True)),
+        config=config,
+    )
+
+
+def _tiles(summary: InspectionSummary) -> list[tuple[str, str]]:
+    shards, samples = summary.shards, summary.samples
+    return [
+        (f"{samples.inspected:,}", "samples inspected"),
+        (f"{shards.inspected:,} of {shards.in_source:,}", "shards"),
+        (size_text(shards.bytes_inspected), f"of {size_text(shards.bytes_in_source)}"),
+        (f"{samples.bad_share:.1%}", f"bad, at most {samples.max_skipped_share:.1%} allowed"),
+        (f"{samples.upscaled / max(1, samples.used):.1%}", "of the used images are scaled up"),
+        (f"{shards.unusable:,}", "shards without a usable sample"),
     ]
-    total = max(1, samples["inspected"])
-    names = ("used", "filtered", "bad")
-    share = "".join(f'<i class="{name}" style="flex:{samples[name] / total:.5f}"></i>' for name in names if samples[name])
-    key = "".join(f'<i class="{name}"></i>{name} {samples[name]:,} ({samples[name] / total:.1%})' for name in names)
-    lines = [text(line) for line in epoch_lines(summary)]
-    if summary["shapes"]:
-        shapes = ", ".join(f"{shape.replace('x', ' × ')}: {count:,}" for shape, count in summary["shapes"].items())
-        lines.append(f'<span class="soft">images by the shape (width × height) they are trained in: {shapes}</span>')
-    return (
-        f'<h1>Data inspection</h1><div class="soft">{text(", ".join(summary["sources"]))}</div>'
-        f'<div class="card verdict{" stop" if problem else ""}">{text(problem or taken)}</div>'
-        f'<div class="tiles">{"".join(tile(*each) for each in tiles)}</div>'
-        f'<div class="share">{share}</div><div class="key soft">{key}</div><p>{"<br>".join(lines)}</p>'
-    )
 
 
-def _charts(summary: dict[str, Any], config: DataConfig) -> str:
-    charts = [_chart(name, histogram, config) for name, histogram in summary["histograms"].items() if any(histogram["counts"])]
-    note = (
-        "Images as they are stored, used or not; captions of the used samples. Medians are estimated from the bins. "
-        f"Amber: sides below data.image_size = {config.image_size}."
-    )
-    return f'<h2>Sizes and lengths</h2><div class="charts">{"".join(charts)}</div><p class="soft">{note}</p>' if charts else ""
-
-
-def _chart(name: str, histogram: dict[str, Any], config: DataConfig) -> str:
-    edges, counts = histogram["edges"], histogram["counts"]
+def _histogram(name: str, histogram: HistogramSummary, image_size: int) -> dict[str, Any]:
+    edges, counts = histogram.edges, histogram.counts
     filled = [i for i, count in enumerate(counts) if count]
-    rows = []
+    bars = []
     for i in range(filled[0], filled[-1] + 1):
-        low = name in ("width", "height") and i + 1 < len(edges) and edges[i + 1] <= config.image_size
-        share = counts[i] / max(counts)
-        rows.append(Bar(_bin(name, edges, i), share, f"{counts[i]:,}", "low" if low else ""))
-    values = " · ".join(
-        f"{label} {value_text(name, histogram[of])}" for label, of in (("least", "least"), ("median", "p50"), ("most", "most"))
-    )
-    unit = _UNITS.get(name, "")
-    head = f'<h3>{text(title(name) + unit)}</h3><span class="soft">{text(values)}</span>'
-    return f'<div class="card">{head}{bars(rows)}</div>'
+        is_low = name in ("width", "height") and i + 1 < len(edges) and edges[i + 1] <= image_size
+        bars.append(HistogramBar(_bin_label(name, edges, i), counts[i] / max(counts), counts[i], is_low))
+    values = {"least": histogram.least, "median": histogram.p50, "most": histogram.most}
+    text = " · ".join(f"{label} {value_text(name, value)}" for label, value in values.items())
+    return {"title": title(name) + _UNITS.get(name, ""), "values": text, "bars": bars}
 
 
-def _bin(name: str, edges: Sequence[float], i: int) -> str:
-    """A bin's label: 256–319 for integers, 0.95–1.05 for ratios, 2–5 kB for bytes."""
+def _bin_label(name: str, edges: Sequence[float], i: int) -> str:
+    """Return the label of a bin: 256–319 for integers, 0.95–1.05 for ratios, 2–5 kB for bytes."""
     if i + 1 == len(edges):
         return f"{edges[i] / 1000:,.0f} kB +" if name == "image_bytes" else f"{edges[i]:,g} +"
     if name == "image_bytes":
@@ -93,40 +78,3 @@ def _bin(name: str, edges: Sequence[float], i: int) -> str:
         return f"{edges[i]:g}–{edges[i + 1]:g}"
     last = edges[i + 1] - 1
     return f"{edges[i]:,.0f}–{last:,.0f}" if last > edges[i] else f"{edges[i]:,.0f}"
-
-
-def _rejects(summary: dict[str, Any]) -> str:
-    if not summary["rejects"]:
-        return "<h2>Rejects</h2><p>None.</p>"
-    rows = []
-    for cause, reject in summary["rejects"].items():
-        kind = "filtered" if cause in FILTERED else "bad"
-        lost = reject["shards_of_unknown_count"]
-        count = f"{reject['samples']:,}" + (
-            f'<br><span class="soft">guessed for {lost:,} shard{"s"[: lost > 1]}</span>' if lost else ""
-        )
-        examples = ", ".join(f"<code>{text(key)}</code>" for key in reject["examples"])
-        rows.append(
-            f'<tr><td><i class="{kind}"></i>{text(cause)}<br><span class="soft">{text(reject["meaning"])}</span></td>'
-            f'<td class="num">{count}</td><td class="num">{reject["share"]:.2%}</td><td>{examples}</td></tr>'
-        )
-    head = '<th>cause</th><th class="num">samples</th><th class="num">share</th><th>such as</th>'
-    return f'<h2>Rejects</h2><div class="card">{table(head, rows)}</div>'
-
-
-def _sheet(thumbnails: Sequence[Thumbnail], config: DataConfig) -> str:
-    if not thumbnails:
-        return ""
-    pictures = any(thumbnail.jpeg for thumbnail in thumbnails)
-    what = f"as training sees them ({config.crop} crop)" if pictures else "precomputed, so without their images"
-    figures = "".join(_figure(thumbnail) for thumbnail in thumbnails)
-    return (
-        f'<h2>Contact sheet</h2><p class="soft">{len(thumbnails)} used samples at random, {what}. '
-        f'A pointer on one shows its caption, key and stored size.</p><div class="sheet">{figures}</div>'
-    )
-
-
-def _figure(thumbnail: Thumbnail) -> str:
-    size = f" ({thumbnail.size[0]} × {thumbnail.size[1]})" if thumbnail.size else ""
-    picture = base64.b64encode(thumbnail.jpeg).decode() if thumbnail.jpeg else ""
-    return figure(thumbnail.caption, f"{thumbnail.caption}\n{thumbnail.key}{size}", picture)

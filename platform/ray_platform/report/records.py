@@ -1,6 +1,6 @@
-"""Typed records of what the pages show: the details of an evaluation, a sweep, a comparison and an inspection.
+"""Typed records of what the pages show: the details of an evaluation, a sweep and a comparison.
 
-They are TypedDicts because each one is stored as JSON (`details.json`, `summary.json`, `inspection.json`) and a page can be built
+They are TypedDicts because each one is stored as JSON (`details.json`, `summary.json`) and a page can be built
 again from the file. Keys that older releases did not write, and parts that may not have been measured, are optional.
 """
 
@@ -281,71 +281,3 @@ class Claim:
     opposite: str  # a difference is significant in the other direction
     not_shown: str  # an interval includes zero
     undecided: str  # not everything was measured over several seeds
-
-
-# --- Inspection -----------------------------------------------------------------------------------------------------------------
-
-
-class ShardCounts(TypedDict):
-    in_source: int
-    inspected: int
-    unusable: int
-    bytes_in_source: int
-    bytes_inspected: int
-
-
-class SampleCounts(TypedDict):
-    inspected: int
-    used: int
-    filtered: int
-    bad: int
-    bad_share: float  # of the samples that were not filtered out
-    max_skipped_share: float
-    upscaled: int
-
-
-class RejectRecord(TypedDict):
-    """The samples that were rejected for one cause."""
-
-    samples: int
-    share: float
-    shards_of_unknown_count: int
-    examples: Sequence[str]
-    meaning: str
-
-
-class HistogramRecord(TypedDict):
-    edges: Sequence[float]  # lower edges of the bins; the last bin is open
-    counts: Sequence[int]
-    least: float | None
-    most: float | None
-    p10: float | None
-    p50: float | None
-    p90: float | None
-
-
-class EpochEstimate(TypedDict):
-    """Throughput that was measured, and the estimate of an epoch over the source."""
-
-    measured_samples: int
-    decode_cpu_seconds: float
-    read_seconds: float
-    samples_per_cpu_second: float
-    bytes_per_reader_second: float
-    cpus: int
-    samples: int
-    used: int
-    seconds: float
-    samples_per_second: float
-
-
-class InspectionSummary(TypedDict):
-    """`inspection.json`."""
-
-    sources: Sequence[str]
-    shards: ShardCounts
-    samples: SampleCounts
-    rejects: Mapping[str, RejectRecord]  # by cause, the most frequent first
-    shapes: Mapping[str, int]  # "<width>x<height>" in training -> images
-    histograms: Mapping[str, HistogramRecord]
-    epoch: EpochEstimate

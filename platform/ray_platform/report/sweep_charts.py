@@ -1,176 +1,172 @@
-"""A sweep's pictures: the Pareto front, parallel coordinates, and a learning curve a trial."""
+"""The charts of a sweep: Pareto fronts, learning curves and parallel coordinates."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ray_platform.report import charts, metric_names
-from ray_platform.report import parallel_coordinates as parallel
-from ray_platform.report.charts import Line, Point, line_chart
-from ray_platform.report.parallel_coordinates import Axis, Scale, Trial, choice_text, mapping_lines
-from ray_platform.report.text import is_number
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 
-STYLE = charts.STYLE + parallel.STYLE
-NOTE = "dashed: the recipe's own values; hollow: stopped early"
-NOTE_ON_ALL = "a line is a trial; dashed: the recipe's own values; fainter: stopped early"
-_RAMP = ((0x5B, 0x78, 0xD8), (0xB4, 0x5C, 0xA6), (0xEE, 0x8A, 0x2E))  # of colours, worst to best; seen on light and dark
-_NO_SCORE = "var(--meant)"
+from ray_platform.metric_registry import describe_metric
+from ray_platform.report.figures import COLORS, Chart, Line, Point, line_chart
+from ray_platform.report.parallel_coordinates import (
+    ColorScale,
+    ParallelAxis,
+    ParallelLine,
+    choice_text,
+    parallel_coordinates,
+)  # fmt: skip
+from ray_platform.report.records import ObjectiveRecord, SearchDimension, SweepDetails, TrialRecord
+from ray_platform.units import is_number
+
+CURVES_NOTE = "dashed: the recipe's own values; hollow: stopped early"
+TRIALS_NOTE = "one line per trial; dashed: the recipe's own values; fainter: stopped early"
+_SCORES = LinearSegmentedColormap.from_list("scores", ["#5b78d8", "#b45ca6", "#ee8a2e"])  # worst to best; for light and dark
 _SHADES = 24
 
 
-def pareto(details: Mapping[str, Any], x: Mapping[str, str], y: Mapping[str, str]) -> str:
-    """Two objectives against each other; those of the front that no other beats in both are joined. "" without values."""
+def pareto_chart(details: SweepDetails, x: ObjectiveRecord, y: ObjectiveRecord) -> Chart | None:
+    """Draw two objectives against each other, with a staircase through the trials of the front that no other one dominates.
+
+    Returns None if no trial has both metrics.
+    """
     shown = [trial for trial in details["trials"] if _has(trial, x["metric"]) and _has(trial, y["metric"])]
     if not shown:
-        return ""
-    front = _joined([trial for trial in shown if trial["name"] in details["front"]], x, y)
+        return None
+    front = _front([trial for trial in shown if trial["name"] in details["front"]], x, y)
     names = {trial["name"] for trial in front}
     lines = []
     if len(front) > 1:
-        lines.append(Line("", [_place(details, trial, x, y) for trial in front]))
+        step = "steps-pre" if x["mode"] == "max" else "steps-post"  # around what the front dominates
+        lines.append(Line("", [_point(details, trial, x, y) for trial in front], drawstyle=step))
     for trial in shown:
-        point = _place(details, trial, x, y)
+        point = _point(details, trial, x, y)
         if trial["name"] in names or trial["default"]:
             point = point._replace(label=short_name(trial))
-        strength = 0.5 if point.hollow else 1.0
-        lines.append(Line("", [point], strength, "var(--m1)" if trial["default"] else ""))
-    return line_chart(lines, metric_names.axis_title(x["metric"]), metric_names.axis_title(y["metric"]))
+        lines.append(Line("", [point], 0.5 if point.hollow else 1.0, "m1" if trial["default"] else "bar"))
+    return line_chart(lines, describe_metric(x["metric"]).axis_label, describe_metric(y["metric"]).axis_label)
 
 
-def pareto_note(x: Mapping[str, str], y: Mapping[str, str]) -> str:
+def pareto_note(x: ObjectiveRecord, y: ObjectiveRecord) -> str:
     sides = f"{'right' if x['mode'] == 'max' else 'left'} and {'up' if y['mode'] == 'max' else 'down'}"
     return f"better: {sides}; orange: the recipe's own values; hollow: stopped early, scored at fewer samples"
 
 
-def learning_curves(details: Mapping[str, Any], metric: str) -> str:
-    """A line a trial over the samples that it was trained on, ending where the trial ended. "" without values."""
-    lines = []
-    for trial, colour in _with_colours(details):
-        points = [
-            Point(one["samples"], metric_names.shown(metric, one["metrics"][metric]), about=_reached(trial, one, metric))
-            for one in trial["history"]
-            if is_number(one["metrics"].get(metric))
-        ]
+def learning_curves(details: SweepDetails, name: str) -> Chart | None:
+    """Draw a line per trial over the samples that it was trained on. Returns None if no trial has the metric."""
+    metric, lines = describe_metric(name), []
+    for trial, color in _colored(details):
+        points = []
+        for entry in trial["history"]:
+            value = entry["metrics"].get(name)
+            if is_number(value):
+                tooltip = f"{short_name(trial)}: {metric.text(value)} after {entry['samples']:,} samples"
+                points.append(Point(entry["samples"], metric.axis_value(value), tooltip=tooltip))
         if points:
-            if trial["state"] != "finished":
-                points[-1] = points[-1]._replace(hollow=True)
-            name = short_name(trial) if _stands_out(details, trial) else ""
-            lines.append(Line(name, points, 0.9 if trial["state"] == "finished" else 0.6, colour, trial["default"]))
-    return line_chart(lines, "samples", metric_names.axis_title(metric)) if lines else ""
+            finished = trial["state"] == "finished"
+            points[-1] = points[-1]._replace(hollow=not finished)
+            label = short_name(trial) if _stands_out(details, trial) else ""
+            lines.append(Line(label, points, 0.9 if finished else 0.6, color, trial["default"]))
+    return line_chart(lines, "samples", metric.axis_label) if lines else None
 
 
-def parallel_coordinates(details: Mapping[str, Any]) -> str:
-    """All trials over the fields of the space and the objectives, coloured by the first objective. "" without trials."""
+def trials_chart(details: SweepDetails) -> Chart | None:
+    """Draw all trials over the fields of the space and the objectives, colored by the first objective. None without trials."""
     if not details["trials"] or not details["space"]:
-        return ""
+        return None
     axes = [_field_axis(field, space) for field, space in details["space"].items()]
     for objective in details["objectives"]:
-        metric, least = objective["metric"], objective["mode"] == "min"
-        name = metric_names.axis_title(metric)
-        axes.append(Axis(name.partition(", ")[0], f"{'less' if least else 'more'} is better ↑", name, downwards=least))
+        metric, least = describe_metric(objective["metric"]), objective["mode"] == "min"
+        caption = f"{'lower' if least else 'higher'} is better ↑"
+        axes.append(ParallelAxis(metric.label.partition(", ")[0], caption, metric.axis_label, downwards=least))
     lines = []
-    for trial, colour in _with_colours(details):
-        values = [_field_value(trial, field) for field in details["space"]]
+    for trial, color in _colored(details):
+        values = [_axis_value(trial["values"][field]) if field in trial["values"] else None for field in details["space"]]
         for objective in details["objectives"]:
             value = trial["metrics"].get(objective["metric"])
-            values.append(metric_names.shown(objective["metric"], value) if is_number(value) else None)
-        strength = 0.95 if trial["state"] == "finished" else 0.35
-        name = short_name(trial) if _stands_out(details, trial) else ""
-        lines.append(Trial(name, values, colour, strength, trial["default"], about(details, trial)))
-    return parallel.parallel_coordinates(axes, lines, _scale(details))
+            values.append(describe_metric(objective["metric"]).axis_value(value) if is_number(value) else None)
+        opacity = 0.95 if trial["state"] == "finished" else 0.35
+        label = short_name(trial) if _stands_out(details, trial) else ""
+        lines.append(ParallelLine(label, values, color, opacity, trial["default"], trial_tooltip(details, trial)))
+    return parallel_coordinates(axes, lines, _color_scale(details))
 
 
-def short_name(trial: Mapping[str, Any]) -> str:
+def short_name(trial: TrialRecord) -> str:
     return f"{trial['name']} (recipe)" if trial["default"] else trial["name"]
 
 
-def about(details: Mapping[str, Any], trial: Mapping[str, Any]) -> str:
-    """All of a trial, for a pointer."""
-    scores = [
-        f"{metric_names.title(each['metric'])} {metric_names.value_text(each['metric'], trial['metrics'].get(each['metric']))}"
-        for each in details["objectives"]
-    ]
-    return "\n".join([f"{short_name(trial)}, {trial['state']}", *scores, mapping_lines(trial["values"])])
+def trial_tooltip(details: SweepDetails, trial: TrialRecord) -> str:
+    """Return a trial's scores and values, one per line."""
+    metrics = [describe_metric(objective["metric"]) for objective in details["objectives"]]
+    scores = [f"{metric.label} {metric.text(trial['metrics'].get(metric.name))}" for metric in metrics]
+    values = [f"{field} {choice_text(value)}" for field, value in trial["values"].items()]
+    return "\n".join([f"{short_name(trial)}, {trial['state']}", *scores, *values])
 
 
-def _has(trial: Mapping[str, Any], metric: str) -> bool:
+def _has(trial: TrialRecord, metric: str) -> bool:
     return is_number(trial["metrics"].get(metric))
 
 
-def _stands_out(details: Mapping[str, Any], trial: Mapping[str, Any]) -> bool:
-    """Whether pictures write its name."""
+def _value(trial: TrialRecord, objective: ObjectiveRecord) -> float:
+    return float(trial["metrics"][objective["metric"]] or 0)
+
+
+def _gain(trial: TrialRecord, objective: ObjectiveRecord) -> float:
+    return _value(trial, objective) * (1 if objective["mode"] == "max" else -1)
+
+
+def _stands_out(details: SweepDetails, trial: TrialRecord) -> bool:
+    """Return whether charts write the trial's name."""
     return trial["default"] or trial["name"] in details["front"]
 
 
-def _place(details: Mapping[str, Any], trial: Mapping[str, Any], x: Mapping[str, str], y: Mapping[str, str]) -> Point:
-    across, up = (metric_names.shown(each["metric"], trial["metrics"][each["metric"]]) for each in (x, y))
-    return Point(across, up, about=about(details, trial), hollow=trial["state"] != "finished")
+def _point(details: SweepDetails, trial: TrialRecord, x: ObjectiveRecord, y: ObjectiveRecord) -> Point:
+    across, up = (describe_metric(each["metric"]).axis_value(_value(trial, each)) for each in (x, y))
+    return Point(across, up, tooltip=trial_tooltip(details, trial), hollow=trial["state"] != "finished")
 
 
-def _joined(front: Sequence[Mapping[str, Any]], x: Mapping[str, str], y: Mapping[str, str]) -> list[Mapping[str, Any]]:
-    """From left to right. A front of three objectives has trials that are beaten where two of them are looked at."""
-
-    def gain(trial: Mapping[str, Any], objective: Mapping[str, str]) -> float:
-        return trial["metrics"][objective["metric"]] * (1 if objective["mode"] == "max" else -1)
-
-    kept: list[Mapping[str, Any]] = []
-    for trial in sorted(front, key=lambda one: (gain(one, x), gain(one, y)), reverse=True):
-        if not kept or gain(trial, y) > gain(kept[-1], y):
+def _front(trials: Sequence[TrialRecord], x: ObjectiveRecord, y: ObjectiveRecord) -> list[TrialRecord]:
+    """Return the front of two objectives, left to right. A front of more has trials that are dominated in two of them."""
+    kept: list[TrialRecord] = []
+    for trial in sorted(trials, key=lambda trial: (_gain(trial, x), _gain(trial, y)), reverse=True):
+        if not kept or _gain(trial, y) > _gain(kept[-1], y):
             kept.append(trial)
-    return sorted(kept, key=lambda trial: trial["metrics"][x["metric"]])
+    return sorted(kept, key=lambda trial: _value(trial, x))
 
 
-def _reached(trial: Mapping[str, Any], one: Mapping[str, Any], metric: str) -> str:
-    return f"{short_name(trial)}: {metric_names.value_text(metric, one['metrics'][metric])} after {one['samples']:,} samples"
-
-
-def _field_axis(field: str, space: Mapping[str, Any]) -> Axis:
+def _field_axis(field: str, space: SearchDimension) -> ParallelAxis:
     above, _, name = field.rpartition(".")
-    choices = [_shown(value) for value in space.get("values", ())]
-    ends = [space[end] for end in ("low", "high") if end in space]  # so that it is seen what lies at an edge of the space
-    return Axis(name, above, field + ", log" * bool(space.get("log")), bool(space.get("log")), choices, ends)
+    choices = [_axis_value(value) for value in space.get("values", ())]
+    ends = [space[end] for end in ("low", "high") if end in space]
+    log = bool(space.get("log"))
+    return ParallelAxis(name, above, field + ", log" * log, log, choices, ends)
 
 
-def _field_value(trial: Mapping[str, Any], field: str) -> Any:
-    return _shown(trial["values"][field]) if field in trial["values"] else None
-
-
-def _shown(value: Any) -> Any:
-    """Numbers go on an axis as such; all else by its text."""
+def _axis_value(value: Any) -> Any:
+    """Return numbers as they are and everything else as text."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) else choice_text(value)
 
 
-def _with_colours(details: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Trials with their colours by the first objective, in the order in which they are drawn: the default and the best last."""
+def _colored(details: SweepDetails) -> Iterator[tuple[TrialRecord, str]]:
+    """Yield the trials with their colors by the first objective; the best ones and the recipe's come last, on top."""
     objective = details["objectives"][0]
-    metric, sign = objective["metric"], 1 if objective["mode"] == "max" else -1
-    scores = [sign * trial["metrics"][metric] for trial in details["trials"] if _has(trial, metric)]
+    gains = {trial["name"]: _gain(trial, objective) for trial in details["trials"] if _has(trial, objective["metric"])}
 
-    def order(trial: Mapping[str, Any]) -> tuple[Any, ...]:
-        score = sign * trial["metrics"][metric] if _has(trial, metric) else float("-inf")
-        return trial["default"], trial["state"] == "finished", score
+    def order(trial: TrialRecord) -> tuple[bool, bool, float]:
+        return trial["default"], trial["state"] == "finished", gains.get(trial["name"], float("-inf"))
 
     for trial in sorted(details["trials"], key=order):
-        if not _has(trial, metric):
-            yield trial, _NO_SCORE
+        if trial["name"] not in gains:
+            yield trial, COLORS["meant"]
         else:
-            low, high = min(scores), max(scores)
-            yield trial, _colour((sign * trial["metrics"][metric] - low) / (high - low) if high > low else 1.0)
+            low, high = min(gains.values()), max(gains.values())
+            yield trial, to_hex(_SCORES((gains[trial["name"]] - low) / (high - low) if high > low else 1.0))
 
 
-def _scale(details: Mapping[str, Any]) -> Scale | None:
+def _color_scale(details: SweepDetails) -> ColorScale | None:
     objective = details["objectives"][0]
-    metric = objective["metric"]
-    values = [trial["metrics"][metric] for trial in details["trials"] if _has(trial, metric)]
-    if len(set(values)) < 2:
+    metric = describe_metric(objective["metric"])
+    values = sorted({_value(trial, objective) for trial in details["trials"] if _has(trial, objective["metric"])})
+    if len(values) < 2:
         return None
-    ends = [metric_names.value_text(metric, value) for value in (min(values), max(values))]
+    ends = [metric.text(value) for value in (values[0], values[-1])]
     worst, best = ends if objective["mode"] == "max" else reversed(ends)
-    return Scale(metric_names.title(metric), worst, best, [_colour(i / (_SHADES - 1)) for i in range(_SHADES)])
-
-
-def _colour(share: float) -> str:
-    """Of the ramp."""
-    place = share * (len(_RAMP) - 1)
-    first = min(int(place), len(_RAMP) - 2)
-    mixed = (a + (b - a) * (place - first) for a, b in zip(_RAMP[first], _RAMP[first + 1], strict=True))
-    return "#" + "".join(f"{round(part):02x}" for part in mixed)
+    return ColorScale(metric.label, worst, best, [to_hex(_SCORES(i / (_SHADES - 1))) for i in range(_SHADES)])

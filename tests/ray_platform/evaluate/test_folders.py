@@ -124,7 +124,7 @@ def test_files_that_are_gone_or_forbidden_are_told_and_the_others_read(tmp_path,
     (root / "a" / "1.jpg").unlink()
     (root / "a" / "2.jpg").unlink()
     (root / "a" / "2.jpg").mkdir()
-    causes = [getattr(sample, "cause", "") for sample in read(found, retry_seconds=0.1)]
+    causes = [getattr(sample, "cause", "") for sample in read(found)]
     assert causes == ["", "shard_missing", "shard_unavailable", ""]
 
 
@@ -173,4 +173,5 @@ def test_folders_in_s3(s3_url, tmp_path, monkeypatch):
     storage.delete(f"{s3_url}/folders/mine/a b/1.jpg")
     assert read(images)[1] == RejectedSample("a b/1.jpg", "shard_missing")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    assert {sample.cause for sample in read(images, retry_seconds=0.5)} == {"shard_unavailable"}
+    monkeypatch.setattr("ray_platform.retry.RETRY_SECONDS", 0.5)
+    assert {sample.cause for sample in read(images)} == {"shard_unavailable"}

@@ -124,12 +124,8 @@ def test_a_tar_that_changes_under_an_evaluation(tmp_path):
     found, tar = open_set("mine", str(folder)), folder / "test" / "0.tar"
     size = tar.stat().st_size
     tar.write_bytes(tar.read_bytes() + b"\0" * 512)
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(DataError, match=rf"{tar}: changed since it was listed \({size + 512} bytes instead of {size}\)"):
         read(found)
-    assert str(raised.value) == (
-        f"mine: {tar} changed since it was listed: {size + 512} bytes where there were {size}; a set must not change while it "
-        "is read: begin anew"
-    )
 
 
 def test_missing_and_extra_shards(tmp_path):

@@ -117,8 +117,8 @@ class CifarSlice(Slice):
     start: int
     stop: int
 
-    def read(self, retry_seconds: float) -> list[RawSample | RejectedSample]:
-        pixels, labels = storage.with_retries(lambda: _images(self.wanted.set_name, self.url, self.size), retry_seconds)
+    def read(self) -> list[RawSample | RejectedSample]:
+        pixels, labels = _images(self.wanted.set_name, self.url, self.size)
         return [
             RawSample(f"{MARKERS[self.wanted.set_name]}/{place:05d}", _encoded(pixels[place]), labels[place])
             for place in range(self.start, self.stop)

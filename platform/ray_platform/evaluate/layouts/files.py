@@ -3,7 +3,6 @@
 import posixpath
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 
 from ray_platform import storage
@@ -34,28 +33,13 @@ class FilesSlice(Slice):
     folder: str
     files: tuple[tuple[str, int], ...]
 
-    def read(self, retry_seconds: float) -> list[RawSample | RejectedSample]:
-        """Side by side: a file that cannot be read is a RejectedSample, the others are not."""
-        contents: dict[str, bytes] = {}
-        lost: dict[str, storage.StorageError] = {}
-
-        def fetch() -> None:
-            left = [name for name, _ in self.files if name not in contents]
-            left = [name for name in left if name not in lost or lost[name].kind == "unavailable"]
-            with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-                for name, result in zip(left, pool.map(self._content, left), strict=True):
-                    if isinstance(result, bytes):
-                        contents[name] = result
-                    else:
-                        lost[name] = result
-            if waiting := [lost[name] for name in left if name not in contents and lost[name].kind == "unavailable"]:
-                raise waiting[0]
-
-        with suppress(storage.StorageError):
-            storage.with_retries(fetch, retry_seconds)
+    def read(self) -> list[RawSample | RejectedSample]:
+        """Read the files concurrently. A file that cannot be read becomes a RejectedSample."""
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            contents = list(pool.map(self._content, [name for name, _ in self.files]))
         return [
-            RawSample(name, contents[name], label) if name in contents else RejectedSample(name, LOST[lost[name].kind])
-            for name, label in self.files
+            RawSample(name, content, label) if isinstance(content, bytes) else RejectedSample(name, LOST[content.kind])
+            for (name, label), content in zip(self.files, contents, strict=True)
         ]
 
     def _content(self, name: str) -> bytes | storage.StorageError:

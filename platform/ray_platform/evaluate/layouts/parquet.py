@@ -42,9 +42,9 @@ class RowsSlice(Slice):
     image: str  # columns
     label: str
 
-    def read(self, retry_seconds: float) -> list[RawSample | RejectedSample]:
+    def read(self) -> list[RawSample | RejectedSample]:
         try:
-            table = storage.with_retries(self._table, retry_seconds)
+            table = self._table()
         except (pa.ArrowException, KeyError):
             return [RejectedSample(f"{self.name}/", "shard_unreadable")]
         images = table.column(self.image)

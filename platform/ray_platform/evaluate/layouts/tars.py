@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
-from ray_platform.data.captions import LONGEST_CAPTION
+from ray_platform.data.captions import MAX_CAPTION_BYTES
 from ray_platform.data.catalog import NOMINAL_BYTES
 from ray_platform.data.causes import RejectedSample
-from ray_platform.data.tar import IMAGE_SUFFIXES, Record, read_part, read_tar
+from ray_platform.data.tar import IMAGE_SUFFIXES, Record, read_tar_slice
 from ray_platform.evaluate.classes import CLASSES, TEMPLATES, classification, read_lines, template_list
 from ray_platform.evaluate.sets import REGISTRY, EvaluationSet, known, make_set
 from ray_platform.evaluate.slices import IMAGES_A_SLICE, RawSample, SampleSchema, Slice
@@ -20,8 +20,6 @@ from ray_platform.storage import StoredFile
 
 SPLIT = "test"
 _TYPE, _NUM_SHARDS = "dataset_type.txt", "nshards.txt"
-_BEHIND_PART = 2**16  # bytes read behind a part, for its last sample; grows where they do not reach
-_LONGEST_SAMPLE = 2**29  # bytes; one that goes on longer behind its part is cut off
 _LEAST_BYTES = 4 * tarfile.BLOCKSIZE  # of a sample: two members, a header and a block each
 _INTEGER = re.compile(rb"\s*[+-]?\d{1,9}\s*")
 
@@ -36,37 +34,14 @@ class TarSlice(Slice):
     start: int
     stop: int
 
-    def read(self, retry_seconds: float) -> list[RawSample | RejectedSample]:
-        records = storage.with_retries(self._records, retry_seconds)
+    def read(self) -> list[RawSample | RejectedSample]:
+        suffixes = IMAGE_SUFFIXES if self.wanted.task == "images" else (*IMAGE_SUFFIXES, "cls", "txt")
+        records = read_tar_slice(self.url, self.tar, self.size, self.start, self.stop, suffixes)
         if records == [RejectedSample(f"{self.tar}/", "shard_empty")]:
             if self.stop - self.start == self.size:
                 raise DataError(f"{self.wanted.set_name}: {self.url} holds no samples; fetch the set again")
             return []  # it is within a very large member, or in the zeros that end a tar
         return [record if isinstance(record, RejectedSample) else self._sample(record) for record in records]
-
-    def _records(self) -> list[Record | RejectedSample]:
-        suffixes = IMAGE_SUFFIXES if self.wanted.task == "images" else (*IMAGE_SUFFIXES, "cls", "txt")
-        if self.stop - self.start == self.size:
-            data = storage.read_bytes(self.url)
-            self._check_length(len(data), self.size)
-            return read_tar(data, self.tar, suffixes)
-        data, behind = b"", _BEHIND_PART
-        while True:
-            until = min(self.stop + behind, self.size)
-            data += storage.read_bytes(self.url, self.start + len(data), until)
-            self._check_length(len(data), until - self.start)
-            last = until == self.size or behind > _LONGEST_SAMPLE
-            records = read_part(data, self.tar, self.stop - self.start, first=self.start == 0, last=last, suffixes=suffixes)
-            if records is not None:
-                return records
-            behind *= 8
-
-    def _check_length(self, length: int, expected: int) -> None:
-        if length != expected:
-            raise DataError(
-                f"{self.wanted.set_name}: {self.url} changed since it was listed: {length} bytes where there were {expected}; "
-                "a set must not change while it is read: begin anew"
-            )
 
     def _sample(self, record: Record) -> RawSample | RejectedSample:
         members = record.members
@@ -86,7 +61,7 @@ class TarSlice(Slice):
             )
         if self.wanted.task == "images":
             return RawSample(record.key, image)
-        if len(members.get("txt", b"")) > LONGEST_CAPTION:
+        if len(members.get("txt", b"")) > MAX_CAPTION_BYTES:
             return RejectedSample(record.key, "caption_too_long")
         try:
             lines = bytes(members.get("txt", b"")).decode().split("\n")

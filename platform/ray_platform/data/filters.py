@@ -1,0 +1,134 @@
+"""Data filters: which samples training uses. A new filter is one new field of `FilterConfig`.
+
+Its name is `min_<quantity>` or `max_<quantity>`, and its metadata says what is measured. The flag `--data.filters.<name>`, the
+check, and the count of the filtered samples under `filtered_<quantity>` follow from that.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from ray_platform.data.causes import SampleError, filter_cause
+
+_MAX_JSON_BYTES = 2**20  # img2dataset writes some thousand, including the EXIF data
+_NSFW_WORDS = {"unlikely": 0.0, "unsure": 0.5, "nsfw": 1.0}  # LAION-400M has words instead of numbers
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a filter can look at."""
+
+    caption: str = ""
+    members: Mapping[str, memoryview] = field(default_factory=dict)  # suffix -> content of the file in the tar
+    width: int = 0  # pixels, upright; 0 while the image's header has not been read
+    height: int = 0
+
+    @functools.cached_property
+    def fields(self) -> dict[str, Any]:
+        """The sample's .json."""
+        return json_fields(self.members)
+
+
+def measures(
+    value: Callable[[Candidate], float], meaning: str, default: float | None = None, *, reads_image: bool = False
+) -> Any:
+    """Declare a filter on a value of the sample. `reads_image`: the value needs `width` and `height`."""
+    return field(default=default, metadata={"value": value, "meaning": meaning, "reads_image": reads_image})
+
+
+def score(*names: str) -> Callable[[Candidate], float]:
+    """Return a function that reads a score from the .json, under the first of `names` that it contains."""
+
+    def value(candidate: Candidate) -> float:
+        stored = next((candidate.fields[name] for name in names if candidate.fields.get(name) is not None), None)
+        if isinstance(stored, str):
+            stored = _NSFW_WORDS.get(stored.lower(), stored)
+        try:
+            number = float(stored)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            raise SampleError("score_missing") from None
+        if number != number:
+            raise SampleError("score_missing")
+        return number
+
+    return value
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Limits for the samples to use; None: no limit. Filtered samples are counted, but they are not bad data.
+
+    The scores are fields of a sample's .json, under LAION's names or img2dataset's. A sample without a score that a filter needs
+    is bad data.
+    """
+
+    # pixels of the shorter side, before resizing
+    min_size: int = measures(lambda sample: min(sample.width, sample.height), "shorter side", 0, reads_image=True)
+    # CLIP's, of image and caption
+    min_similarity: float | None = measures(score("similarity", "clip_similarity_vitb32", "SIMILARITY"), "CLIP similarity")
+    max_unsafe: float | None = measures(score("punsafe", "unsafe", "NSFW", "nsfw"), "probability of unsafe content")
+    max_watermark: float | None = measures(score("pwatermark", "watermark"), "probability of a watermark")
+    # about 1 to 10
+    min_aesthetic: float | None = measures(
+        score("AESTHETIC_SCORE", "aesthetic_score", "aesthetic", "aesthetic_score_laion_v2"), "aesthetic score"
+    )
+
+
+class _Limit(NamedTuple):
+    value: Callable[[Candidate], float]
+    limit: float
+    is_minimum: bool
+    cause: str
+
+
+@functools.lru_cache(maxsize=16)
+def _limits(config: FilterConfig, reads_image: bool) -> tuple[_Limit, ...]:
+    return tuple(
+        _Limit(filter_.metadata["value"], limit, filter_.name.startswith("min_"), filter_cause(filter_.name))
+        for filter_ in fields(config)
+        if (limit := getattr(config, filter_.name)) is not None and filter_.metadata["reads_image"] == reads_image
+    )
+
+
+def check(candidate: Candidate, config: FilterConfig, *, reads_image: bool) -> None:
+    """Raise SampleError if a filter rejects the sample.
+
+    Only the filters that do or do not read the image are applied: those that do not come first, because they cost nothing.
+    """
+    for value, limit, is_minimum, cause in _limits(config, reads_image):
+        measured = value(candidate)
+        if measured < limit if is_minimum else measured > limit:
+            raise SampleError(cause)
+
+
+def meanings(config_class: type[FilterConfig] = FilterConfig) -> dict[str, str]:
+    """Return cause -> meaning of all filters."""
+    return {
+        filter_cause(f.name): f"{f.metadata['meaning']} {'below' if f.name.startswith('min_') else 'above'} data.filters.{f.name}"
+        for f in fields(config_class)
+    }
+
+
+def json_fields(members: Mapping[str, memoryview]) -> dict[str, Any]:
+    """Return the .json of a sample, or {} if it has none. Raises SampleError."""
+    if "json" not in members:
+        return {}
+    if len(members["json"]) > _MAX_JSON_BYTES:
+        raise SampleError("json_too_large")
+    try:
+        value = json.loads(text(members["json"]))
+    except (ValueError, RecursionError):
+        raise SampleError("json_invalid") from None
+    if not isinstance(value, dict):
+        raise SampleError("json_invalid")
+    return value
+
+
+def text(content: memoryview) -> str:
+    """Return a member as text. Raises SampleError."""
+    try:
+        return bytes(content).decode("utf-8-sig")
+    except UnicodeError:
+        raise SampleError("caption_not_utf8") from None

@@ -1,0 +1,55 @@
+"""The pages in a browser: they load nothing, fit the window, follow the dark mode, and show their images and figures."""
+
+import pytest
+
+from diffdis_platform.comparison.claim import CLAIM
+from ray_platform.report.comparison import comparison_page
+from ray_platform.report.evaluation import evaluation_page
+from ray_platform.report.sweep import sweep_page
+from tests.support.evaluation_details import evaluation
+from tests.support.html_page import browser_page, saved_details
+
+pytestmark = pytest.mark.ranks  # starts a browser
+OVERFLOW = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+BROKEN = "() => [...document.images].filter(image => !image.naturalWidth && image.checkVisibility()).length"
+FIGURES = "() => [...document.querySelectorAll('svg')].map(svg => [svg.getAttribute('role'), svg.getAttribute('aria-label')])"
+COLORS = """() => [getComputedStyle(document.querySelector('.card')).backgroundColor,
+  ...[...document.querySelectorAll('svg:not(.profile) text')].map(text => getComputedStyle(text).fill)]"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with browser_page(1200) as page:
+        yield page
+
+
+@pytest.mark.parametrize(
+    ("name", "html"),
+    [
+        ("evaluation", lambda: evaluation_page(evaluation())),
+        ("comparison", lambda: comparison_page(saved_details("comparison"), CLAIM)),
+        ("sweep", lambda: sweep_page(saved_details("sweep"))),
+    ],
+)
+def test_a_page_fits_loads_nothing_and_follows_the_dark_mode(browser, tmp_path, name, html):
+    file, requests, errors = tmp_path / f"{name}.html", [], []
+    file.write_text(html(), encoding="utf-8")
+    browser.on("request", lambda request: requests.append(request.url))
+    browser.on("pageerror", lambda error: errors.append(str(error)))
+    for width in (1200, 400):
+        browser.set_viewport_size({"width": width, "height": 900})
+        browser.goto(file.as_uri())
+        assert browser.evaluate(OVERFLOW) <= 0, f"{width} px"
+    assert {url for url in requests if not url.startswith("data:")} == {file.as_uri()}
+    assert not errors
+    assert browser.evaluate(BROKEN) == 0
+    figures = browser.evaluate(FIGURES)
+    assert figures
+    assert all(role == "img" and label for role, label in figures)
+    assert browser.locator("table").first.evaluate("table => table.parentElement.scrollWidth >= table.clientWidth")
+    light = browser.evaluate(COLORS)
+    browser.emulate_media(color_scheme="dark")
+    dark = browser.evaluate(COLORS)
+    browser.emulate_media(color_scheme="light")
+    assert len(light) > 10
+    assert all(a != b for a, b in zip(light, dark, strict=True))
