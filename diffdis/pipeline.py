@@ -132,7 +132,7 @@ class DiffDisPipeline:
     def build_scheduler(self, scheduler: Any) -> Any:
         """Return a scheduler of diffusers with the model's noise schedule, from a name or from a scheduler. Raises ValueError."""
         kind: Any = getattr(diffusers, scheduler, None) if isinstance(scheduler, str) else type(scheduler)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
             raise ValueError(f"scheduler: diffusers has no scheduler {scheduler!r}; use one such as DPMSolverMultistepScheduler")
         if isinstance(scheduler, str):
             return kind.from_config(self._scheduler().config)
