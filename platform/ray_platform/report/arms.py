@@ -50,7 +50,7 @@ class Arms:
         self.metrics = [metric for metric in measured if not metric.is_cost]
         self.costs = [metric for metric in measured if metric.is_cost]
         paired = details.get("paired", {}).items()
-        self.differences = [found for key, entry in paired if (found := self._difference(key, entry))]
+        self.differences = [each for key, entry in paired if (each := self._difference(key, entry))]
 
     def color(self, name: str) -> str:
         """Return the CSS class of an arm's color; arms without a finished run come after all others."""

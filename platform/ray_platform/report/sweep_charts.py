@@ -17,8 +17,8 @@ from ray_platform.report.parallel_coordinates import (
 from ray_platform.report.records import ObjectiveRecord, SearchDimension, SweepDetails, TrialRecord
 from ray_platform.units import is_number
 
-CURVES_NOTE = "dashed: the recipe's own values; hollow: stopped early"
-TRIALS_NOTE = "one line per trial; dashed: the recipe's own values; fainter: stopped early"
+CURVES_NOTE = "dashed: the recipe's values; hollow: stopped early"
+TRIALS_NOTE = "one line per trial; dashed: the recipe's values; fainter: stopped early"
 _SCORES = LinearSegmentedColormap.from_list("scores", ["#5b78d8", "#b45ca6", "#ee8a2e"])  # worst to best; for light and dark
 _SHADES = 24
 
@@ -47,7 +47,7 @@ def pareto_chart(details: SweepDetails, x: ObjectiveRecord, y: ObjectiveRecord) 
 
 def pareto_note(x: ObjectiveRecord, y: ObjectiveRecord) -> str:
     sides = f"{'right' if x['mode'] == 'max' else 'left'} and {'up' if y['mode'] == 'max' else 'down'}"
-    return f"better: {sides}; orange: the recipe's own values; hollow: stopped early, scored at fewer samples"
+    return f"better: {sides}; orange: the recipe's values; hollow: stopped early, scored at fewer samples"
 
 
 def learning_curves(details: SweepDetails, name: str) -> Chart | None:

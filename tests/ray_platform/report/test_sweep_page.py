@@ -14,7 +14,7 @@ from ray_platform.report.sweep_charts import learning_curves, pareto_chart, tria
 from tests.support.html_page import EVIL, Page, check_poison_is_text, poisoned, saved_details
 
 ACCURACY, DISTANCE = "eval/zero_shot_mean", "eval/fd_efficientnet_lite0/guidance_3"
-NOT_MEASURED = "the recipe's own values were not measured"
+NOT_MEASURED = "the recipe's values were not measured"
 
 
 @pytest.fixture
