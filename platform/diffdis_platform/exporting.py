@@ -14,8 +14,8 @@ from diffdis.warm_start import resolved
 from diffdis_platform.config.export import ExportConfig
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, describe_error
-from ray_platform.train import checkpointing
-from ray_platform.train.checkpointing import Manifest
+from ray_platform.train import checkpoint_format
+from ray_platform.train.checkpoint_format import Manifest
 
 
 def find_checkpoint(checkpoint_url: str) -> tuple[str, Manifest]:
@@ -25,12 +25,12 @@ def find_checkpoint(checkpoint_url: str) -> tuple[str, Manifest]:
         ConfigError: there is no complete checkpoint.
     """
     url = checkpoint_url.rstrip("/")
-    if not storage.exists(storage.join(url, checkpointing.COMPLETE)):
-        checkpoints = checkpointing.list_checkpoints(url)
+    if not storage.exists(storage.join(url, checkpoint_format.COMPLETE)):
+        checkpoints = checkpoint_format.list_checkpoints(url)
         if not checkpoints:
             raise ConfigError(f"checkpoint: {url} is no complete checkpoint, and no run that has one")
         url = checkpoints[0]
-    return url, checkpointing.read_manifest(url)
+    return url, checkpoint_format.read_manifest(url)
 
 
 def export(config: ExportConfig) -> str:
@@ -48,7 +48,7 @@ def export(config: ExportConfig) -> str:
         raise DataError(
             f"{url}: no model can be built from the configuration in it ({describe_error(error)}); take another"
         ) from None
-    weights = dict(checkpointing.weights_of(url, "ema" if ema else "weights"))
+    weights = dict(checkpoint_format.read_weights(url, "ema" if ema else "weights"))
     with tempfile.TemporaryDirectory(prefix="export_") as folder:
         try:
             task.save_pretrained(weights, Path(folder))

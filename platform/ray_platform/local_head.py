@@ -1,4 +1,4 @@
-"""A Ray head of our own on this machine, beside any others, that leaves nothing behind; and jobs submitted to it."""
+"""A temporary Ray head on this machine, isolated from other clusters, and the submission of jobs to it."""
 
 import contextlib
 import json
@@ -25,19 +25,18 @@ import psutil
 
 from ray_platform.contracts import UserError
 
-MARKER = "DIFFDIS_LOCAL_HEAD"  # in the environment of every process of a head; its value is that head's own
+MARKER = "DIFFDIS_LOCAL_HEAD"  # environment variable of every process of a head; its value identifies the head
 
 _HOST = "127.0.0.1"
 _OBJECT_STORE_BYTES = 2**30
 _START_TIMEOUT_S = 90.0
 _GRACE_S = 2.0
 _LOG_TAIL_LINES = 30
-# Below the range from which the kernel takes ports for outgoing connections: a port chosen here is still free when
-# Ray binds it, seconds later.
+# Below the kernel's range for outgoing connections, so that a port chosen here is still free when Ray binds it, seconds later.
 _PORTS = range(20_000, 32_000)
-# They would lead the head, or a client of it, to another cluster or to another token.
+# Variables that would direct the head or its clients to another cluster or token.
 _FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_HEADERS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
-# If this process is killed without a chance to clean up, the kernel tells the head (Linux only). It survives exec.
+# If this process is killed before it can clean up, the kernel sends the head a SIGTERM (Linux only). The setting survives exec.
 _DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
@@ -54,15 +53,14 @@ class HeadError(UserError):
 class LocalHead:
     """A Ray head on loopback for the length of a `with` block.
 
-    All its ports, its temp dir and its token are its own, so it disturbs no other cluster and nobody without the token
-    uses it. However the block ends (also by Ctrl-C or SIGTERM), every process of the head, its jobs and whatever was
-    started with `env` ends too, and nothing else does. Enter it from the main thread: the kernel ends the head with
-    the thread that started it. If this process is killed outright, the processes still go (on Linux, within a minute),
-    but the temp dir stays.
+    It has its own ports, temporary folder and token, so it does not disturb other clusters, and only clients with the token can
+    use it. When the block ends, also by Ctrl-C or SIGTERM, all processes of the head and its jobs, and those started with `env`,
+    are ended. Enter it from the main thread: the kernel ends the head with the thread that started it. If this process is killed
+    with SIGKILL, they end as well (on Linux, within a minute), but the temporary folder stays.
     """
 
     def __init__(self, num_cpus: int | None = None) -> None:
-        """Start nothing yet. `num_cpus`: CPUs that the head offers; all of the machine's by default."""
+        """`num_cpus`: CPUs that the head offers; all of the machine's by default. The head starts with the block."""
         self._num_cpus = num_cpus
         self._marker = uuid.uuid4().hex
         self._ports = dict(zip(_PORT_NAMES, _free_ports(len(_PORT_NAMES)), strict=True))
@@ -73,12 +71,8 @@ class LocalHead:
         self.env = self._environment()
 
     def __enter__(self) -> "LocalHead":
-        """Start the head and wait until it takes jobs.
-
-        Raises:
-            HeadError: it ended early or did not get ready in time.
-        """
-        # Ray's unix sockets lie below, and their paths have at most 107 bytes: the platform's own choice may be too long.
+        """Start the head and wait until it accepts jobs. Raises HeadError if it exits early or is not ready in time."""
+        # Ray puts unix sockets below, whose paths have at most 107 bytes: the system's default folder may be too long.
         self._folder = Path(tempfile.mkdtemp(prefix="ddhead-", dir="/tmp"))
         if _in_main_thread():
             self._handler = signal.signal(signal.SIGTERM, _exit_on_signal) or signal.SIG_DFL
@@ -90,34 +84,36 @@ class LocalHead:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """End every process of the head and remove its files."""
+        """End all processes of the head and remove its files."""
         self._clean_up()
 
     def processes(self) -> list[psutil.Process]:
-        """All processes alive that carry this head's marker."""
-        found = []
+        """Return the running processes that have this head's marker."""
+        marked = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get(MARKER) == self._marker:
-                    found.append(process)
-        return found
+                    marked.append(process)
+        return marked
 
     def _environment(self) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
         no_proxy = ",".join(filter(None, (env.get("no_proxy") or env.get("NO_PROXY"), _HOST, "localhost")))
         return env | {
             MARKER: self._marker,
-            "PATH": os.pathsep.join((str(Path(sys.executable).parent), env.get("PATH", ""))),  # `python` is this one
+            "PATH": os.pathsep.join(
+                (str(Path(sys.executable).parent), env.get("PATH", ""))
+            ),  # so that `python` is this interpreter
             "no_proxy": no_proxy,
             "NO_PROXY": no_proxy,
             "RAY_API_SERVER_ADDRESS": self.address,  # for `ray job …`
-            "RAY_ADDRESS": self.gcs_address,  # for drivers; Ray sets it anew for submitted ones
+            "RAY_ADDRESS": self.gcs_address,  # for drivers; Ray sets it for submitted jobs
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
-            # Misnamed: without it Ray replaces 127.0.0.1 by the machine's address and listens to the network.
+            # Despite its name: without it Ray replaces 127.0.0.1 by the machine's address and listens on the network.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            # Ray's process titles would overwrite the environment, and with it the marker.
+            # Otherwise Ray's process titles overwrite the environment, including the marker.
             "SPT_NOENV": "1",
         }
 
@@ -138,7 +134,7 @@ class LocalHead:
         return command
 
     def _start(self) -> None:
-        # The head refuses a RAY_ADDRESS of its own; two metrics ports are no options.
+        # The head must not see a RAY_ADDRESS; two metrics ports have no command-line options.
         env = {name: value for name, value in self.env.items() if name not in _FOREIGN}
         env |= {name: str(self._ports[name]) for name in _PORT_VARIABLES}
         log = self._folder / "start.log"
@@ -149,18 +145,18 @@ class LocalHead:
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C in the terminal is for us, and we end the head
+                start_new_session=True,  # Ctrl-C in the terminal goes to this process only, which then ends the head
             )
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._ready():
             if head.poll() is not None:
-                raise HeadError(f"the Ray head ended with code {head.returncode} at its start:\n{_tail(log)}")
+                raise HeadError(f"the Ray head exited with code {head.returncode} at its start:\n{_tail(log)}")
             if time.monotonic() > deadline:
                 raise HeadError(f"the Ray head was not ready after {_START_TIMEOUT_S:.0f} s:\n{_tail(log)}")
             time.sleep(0.05)
 
     def _ready(self) -> bool:
-        """The dashboard answers, and knows of a node that is alive."""
+        """Return whether the dashboard answers and lists a node that is alive."""
         request = urllib.request.Request(  # noqa: S310
             f"{self.address}/api/v0/nodes", headers={"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"}
         )
@@ -175,7 +171,7 @@ class LocalHead:
     def _clean_up(self) -> None:
         main = _in_main_thread()
         if main:
-            # A second Ctrl-C must not leave half of the processes behind; this takes seconds at most.
+            # Ignore a second Ctrl-C during these seconds, which would leave processes behind.
             on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) or signal.SIG_DFL
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
@@ -187,7 +183,7 @@ class LocalHead:
                 signal.signal(signal.SIGTERM, self._handler)
 
     def _end_processes(self) -> None:
-        # Several rounds: a process may have started another one while we looked.
+        # Several rounds: a process may have started another one meanwhile.
         for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
             processes = self.processes()
             for process in processes:
@@ -197,8 +193,10 @@ class LocalHead:
 
 
 def ensure_cluster() -> None:
-    """Where RAY_ADDRESS names no cluster, this machine's CPUs do the job: the same command runs once more, in a child process of
-    a head of its own, whose token has to be in the environment before Ray is imported; and this process exits as that one did."""
+    """Without RAY_ADDRESS, run the same command again with a temporary local head, and exit with its status.
+
+    A child process is needed because the head's token must be in the environment before Ray is imported.
+    """
     if not os.environ.get("RAY_ADDRESS"):
         with LocalHead() as head:
             spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m module`
@@ -207,21 +205,21 @@ def ensure_cluster() -> None:
 
 
 def submit(head: LocalHead, entrypoint: Sequence[str], working_dir: Path, env_vars: Mapping[str, str]) -> int:
-    """Run a job on `head`, its output in this terminal, and wait for its end. An interrupt stops the job.
+    """Run a job on `head` with its output in this terminal, and wait for it. An interrupt stops the job.
 
     Args:
         head: a started head.
-        entrypoint: the command, as `["python", "jobs/pretrain.py"]`; `python` is the one that runs this.
-        working_dir: the folder in which the command runs; a copy of it, without what its `.gitignore` names, is made.
+        entrypoint: the command, as `["python", "jobs/pretrain.py"]`; `python` is this interpreter.
+        working_dir: the folder in which the command runs; Ray copies it, except for what its `.gitignore` lists.
         env_vars: added to the environment of the driver and the workers.
 
     Returns:
-        0 when the job succeeded.
+        The exit status of `ray job submit`: 0 if the job succeeded.
     """
     job = f"diffdis-{uuid.uuid4().hex[:12]}"
     client = subprocess.Popen(
         [
-            *(sys.executable, *_RAY, "--logging-level=error", "job", "submit"),  # else it lists what it does not upload
+            *(sys.executable, *_RAY, "--logging-level=error", "job", "submit"),  # or it lists the files that it does not upload
             f"--address={head.address}",
             f"--submission-id={job}",
             f"--working-dir={working_dir}",
@@ -229,7 +227,7 @@ def submit(head: LocalHead, entrypoint: Sequence[str], working_dir: Path, env_va
             *("--", *entrypoint),
         ],
         env=head.env,
-        start_new_session=True,  # it stays to show the end of the job that we stop on Ctrl-C
+        start_new_session=True,  # on Ctrl-C it keeps printing the output of the job, which is stopped below
     )
     try:
         return client.wait()
@@ -265,7 +263,7 @@ def _free_ports(count: int) -> list[int]:
             free.append(port)
         if len(free) == count:
             return free
-    raise HeadError(f"fewer than {count} free ports from {_PORTS.start} to {_PORTS.stop}")
+    raise HeadError(f"fewer than {count} free ports from {_PORTS.start} to {_PORTS.stop}; close other servers")
 
 
 def _tail(log: Path) -> str:

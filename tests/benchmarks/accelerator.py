@@ -168,11 +168,11 @@ def begin_alone() -> None:
 
 
 def extras(task: DiffDisTask, engine: Any, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
-    from ray_platform.train.engine import copied
+    from ray_platform.train.checkpoint_format import contiguous_on_cpu
 
     wait()
     begun = time.perf_counter()
-    num_bytes = sum(copied(tensor).nbytes for _, tensor in engine.state())
+    num_bytes = sum(contiguous_on_cpu(tensor).nbytes for _, tensor in engine.state())
     copying = time.perf_counter() - begun
     with engine.inference():
         drawing = seconds(lambda: task.preview(0, 1), 1)

@@ -30,7 +30,7 @@ from mlflow import MlflowClient
 
 from diffdis.config import tiny
 from ray_platform import storage
-from ray_platform.train import checkpointing
+from ray_platform.train import checkpoint_format
 from tests.end_to_end.conftest import write_shards
 from tests.support.hosts import Host, Network
 from tests.support.recorded_pretrain import SECONDS_A_STEP
@@ -179,7 +179,7 @@ class Training:
             time.sleep(cut.seconds - 1)
             link.mend()
         cut.seconds_to_recover = self.wait_until_past(cut.step) - when
-        lines = [f"{line} ({at - when:.0f} s)" for at, line in self.said if at > when and "going on from" in line]
+        lines = [f"{line} ({at - when:.0f} s)" for at, line in self.said if at > when and "resuming from" in line]
         if lines:
             cut.noticed = "; ".join(lines)
 
@@ -195,8 +195,8 @@ def table(cuts: list[Cut]) -> str:
 
 def epochs_in_ledger() -> int:
     """How often the last checkpoint says that all samples were consumed; -1 where it is in the middle of an epoch."""
-    newest = checkpointing.list_checkpoints(OUTPUT)[0]
-    _, ledger = checkpointing.load_ledgers(newest, checkpointing.read_manifest(newest))
+    newest = checkpoint_format.list_checkpoints(OUTPUT)[0]
+    _, ledger = checkpoint_format.read_ledgers(newest, checkpoint_format.read_manifest(newest))
     [whole] = ledger.first_epoch
     begun = any(ledger.ranges(0, whole, unit) or ledger.is_complete(0, whole, unit) for unit in range(NUM_SHARDS))
     return -1 if begun else whole

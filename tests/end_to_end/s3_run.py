@@ -13,7 +13,7 @@ import ray
 
 from ray_platform import storage
 from ray_platform.tracking import TrackingConfig
-from ray_platform.train import checkpointing
+from ray_platform.train import checkpoint_format
 from tests.end_to_end.conftest import write_shards
 from tests.end_to_end.test_faults import make_run, records, wait_for_steps
 from tests.support.s3_server import S3Server
@@ -42,10 +42,10 @@ def main():
 
     threading.Thread(target=break_off, daemon=True).start()
     run.fit()
-    newest = checkpointing.list_checkpoints("s3://tests/run")[0]
+    newest = checkpoint_format.list_checkpoints("s3://tests/run")[0]
     done = len(records(folder, run).trained_on())
     print(f"{done} of {2 * run.train.num_steps} rank steps, {records(folder).count()} in all, newest {newest.rsplit('/', 1)[1]}")
-    assert dict(checkpointing.weights_of(newest, "ema"))
+    assert dict(checkpoint_format.read_weights(newest, "ema"))
     assert storage.exists("s3://tests/run/export/model.safetensors")
     ray.shutdown()
     server.stop()

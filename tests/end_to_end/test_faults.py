@@ -27,7 +27,7 @@ from PIL import Image
 from ray_platform.contracts import TrainingError
 from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackingConfig
-from ray_platform.train import checkpointing
+from ray_platform.train import checkpoint_format
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.launch import Run
 from tests.end_to_end.conftest import write_shards
@@ -143,7 +143,7 @@ def test_a_run_shows_what_happens(shards, ray_cluster, tmp_path):
     assert any("aten::addmm" in event["name"] for event in trace["traceEvents"])
     errors = {m.step: m.value for m in client.get_metric_history(tracked["run_id"], "heldout/error")}
     best = min(errors, key=errors.get)
-    left = sorted(int(url[-8:]) for url in checkpointing.list_checkpoints(str(tmp_path)))
+    left = sorted(int(url[-8:]) for url in checkpoint_format.list_checkpoints(str(tmp_path)))
     assert left == sorted({best, 12})
     assert not (tmp_path / "ray_train").exists()
 
@@ -281,7 +281,7 @@ def test_an_accelerator_that_is_full_says_what_to_do(shards, ray_cluster, tmp_pa
     with pytest.raises(TrainingError, match=told) as ended:
         run.fit()
     assert "\n" not in str(ended.value)
-    assert caplog.text.count("going on from") == tries - 1
+    assert caplog.text.count("resuming from") == tries - 1
 
 
 @pytest.mark.slow
@@ -329,8 +329,8 @@ def test_an_elastic_run_goes_on_with_fewer_workers_and_takes_back_new_ones(tmp_p
     assert sum(read.values()) == num_steps * 8
     # Where the workers changed within an epoch, one of them may begin the next epoch before the other one ends this one: what of
     # the last epochs was read is what the last checkpoint says, shard by shard.
-    newest = checkpointing.list_checkpoints(str(tmp_path))[0]
-    _, ledger = checkpointing.load_ledgers(newest, checkpointing.read_manifest(newest))
+    newest = checkpoint_format.list_checkpoints(str(tmp_path))[0]
+    _, ledger = checkpoint_format.read_ledgers(newest, checkpoint_format.read_manifest(newest))
     whole = ledger.first_epoch[0]  # so many epochs are over
     assert len(read) == 480
     assert all(count - whole in (0, 1, 2) for count in read.values()), "of an epoch that is over, every sample once"

@@ -41,5 +41,5 @@ def test_a_run_across_hosts_loses_nothing_when_a_link_is_cut():
     assert found["epochs_in_ledger"] == found["num_epochs"], said
     short, lasting = found["cuts"]
     assert not short["noticed"], said
-    assert "going on from s3://tests/run/checkpoints" in lasting["noticed"], said
+    assert "resuming from s3://tests/run/checkpoints" in lasting["noticed"], said
     assert found["num_steps_done_twice"] > 0, "the second cut came between two checkpoints"

@@ -17,7 +17,7 @@ from ray_platform.data.catalog import build_catalog
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
-from ray_platform.train.engine import rate_factor
+from ray_platform.train.optimizer import learning_rate_factor
 from ray_platform.train.worker import step_seed
 from tests.end_to_end.conftest import write_shards
 
@@ -53,7 +53,7 @@ def plain_loop(run):
         alignment, _ = module.alignment(whole, draws)
         losses[step + 1] = (generation.item(), alignment.item())
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * rate_factor(config)(step)
+            group["lr"] = rate * learning_rate_factor(config, step)
         optimizer.zero_grad()
         (generation + module.objective.lambda_alignment * alignment).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.gradient_clipping)

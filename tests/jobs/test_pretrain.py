@@ -106,7 +106,7 @@ def test_dry_run_says_what_would_run(tmp_path):
         (["--data.sources", "DATA", "--train.num_workers", "9"], ConfigError, "9 workers but only 4 shards"),
         (["--data.sources", "DATA", "--output_dir", "outputs/x"], ConfigError, "output_dir: outputs/x is relative"),
         (["--data.sources", "DATA", "--data.image_size", "64"], ConfigError, "data.image_size: 64, but model.image_size is 32"),
-        (["--data.sources", "DATA", "--train.resume", "/none"], ConfigError, "/none is no complete checkpoint"),
+        (["--data.sources", "DATA", "--train.resume", "/none"], ConfigError, "/none is not a complete checkpoint"),
         (["--data.sources", "DATA", "--output_dir", "s3://b/x"], ConfigError, "tracking.uri"),
     ],
 )

@@ -126,8 +126,10 @@ BUCKET = 4096
 
 def rank_states(rank: int, config: PretrainConfig, folder: str) -> tuple[int, int]:
     """(bytes that the engine holds with a step's gradients in place, bytes of the checkpoint that the ranks wrote)."""
-    from ray_platform.train.engine import Engine, copied
-    from ray_platform.train.saver import Saver, Shares
+    from ray_platform.train.checkpoint_format import contiguous_on_cpu
+    from ray_platform.train.checkpointing import AsyncUploader, RankState, TensorAssignment
+    from ray_platform.train.engine import Engine
+    from ray_platform.train.fault_tolerance import LossHistory
 
     gc.collect()
     before = held()
@@ -140,12 +142,13 @@ def rank_states(rank: int, config: PretrainConfig, folder: str) -> tuple[int, in
         gc.collect()
         now = held()
         engine.update(step)
-    saver, shares, mine = Saver(folder, rank, "t", lambda: None), Shares(torch.distributed.get_world_size()), {}
+    uploader = AsyncUploader(folder, rank, "t", lambda: None)
+    assignment, tensors = TensorAssignment(torch.distributed.get_world_size()), {}
     for name, tensor in engine.state():
-        if shares.owner(tensor) == rank:
-            mine[name] = copied(tensor)
-    saver.begin(2, mine, {}, {})
-    saver.wait()
+        if assignment.owner(tensor) == rank:
+            tensors[name] = contiguous_on_cpu(tensor)
+    uploader.upload(2, tensors, {}, RankState.capture({}, LossHistory()))
+    uploader.wait()
     torch.distributed.barrier()
     given = sum(value.untyped_storage().nbytes() for value in inputs.values())
     written = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))

@@ -26,7 +26,7 @@ from ray_platform.data.config import DataConfig
 from ray_platform.json_values import to_json
 from ray_platform.placement import ResourceRequest
 from ray_platform.sweep.trial import Segment
-from ray_platform.train import checkpointing
+from ray_platform.train import checkpoint_format
 from ray_platform.train.config import TrainConfig
 from tests.support.evaluation_sets import picture, write_wds
 
@@ -183,7 +183,7 @@ def test_a_segment_of_a_trial_is_a_run_and_an_evaluation(make, tmp_path):
     segment = Segment("trial_001", values, str(tmp_path / "sweep" / "trials" / "trial_001_abc"), "", 0.5)
     reached = job.train(segment)
     assert (reached.step, reached.samples) == (2, 8)
-    assert checkpointing.read_manifest(reached.checkpoint).config["objective"]["lambda_alignment"] == 0.5
+    assert checkpoint_format.read_manifest(reached.checkpoint).config["objective"]["lambda_alignment"] == 0.5
     metrics = job.evaluate(segment, reached)
     assert metrics["fd_efficientnet_lite0"] == metrics["eval/fd_efficientnet_lite0/guidance_1.5"]
     assert metrics["accuracy"] == metrics["eval/mine/acc1"]

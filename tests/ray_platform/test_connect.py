@@ -79,7 +79,7 @@ def test_rays_refusal_becomes_one_line(attached, listening, monkeypatch):
         raise ConnectionError("Failed to connect\nand much more")
 
     monkeypatch.setattr(module.ray, "init", refuse)
-    with pytest.raises(ClusterError, match=r"refused this driver: Failed to connect$"):
+    with pytest.raises(ClusterError, match=r"rejected this driver: Failed to connect$"):
         connect(listening)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.train import checkpointing
+from ray_platform.train import checkpoint_format
 from ray_platform.train.config import BatchPlan, TrainConfig
 from ray_platform.train.optimizer import ema_decay_at
 from tests.ray_platform.small_task import PictureTask, PixelTask, SmallTask, samples
@@ -39,15 +39,14 @@ def rank_loop(rank, fields, world_size, num_micro, start, stop, state, bad_at):
         loss, _ = engine.backward(mine, [step * 100 + rank * num_micro + m for m in range(num_micro)])
         torch.distributed.all_reduce(loss)
         losses.append(loss.item() / world_size)
-        changed.append(engine.update(step))
+        update = engine.update(step)
+        changed.append(update.updated)
         if fields["zero_stage"] == 3:
             assert not [name for name, p in task.module.named_parameters() if p.numel()], "every rank holds them whole"
-        scale = engine.adam.grad_scale
-        assert scale is None if fields.get("precision") != "fp16" else scale.device == engine._shards()[0].device
         if engine.config.compile and step == start:
             engine.compile()
     found = {name: tensor.detach().clone() for name, tensor in engine.state()}
-    return losses, found, changed, engine.weights(), engine.grad_norm
+    return losses, found, changed, engine.weights(), update.grad_norm if start < stop else 0.0
 
 
 GROUPS = {}
@@ -212,52 +211,67 @@ def test_half_precision_ends_with_the_pass_that_it_is_for():
     assert on_two_ranks(nested_passes) == [[False, True, False, True, False, False]] * 2
 
 
-def keeper(engine, output, **fields):
+def checkpoint_manager(engine, output, **fields):
     from types import SimpleNamespace
 
-    from ray_platform.train.job import Job
-    from ray_platform.train.keeper import Keeper
-    from ray_platform.train.restore import Position
-    from ray_platform.train.watch import Heart
+    from ray_platform.train.checkpointing import CheckpointManager, TrainState
+    from ray_platform.train.hang_detector import HeartbeatThread
 
-    train, catalog = TrainConfig(**fields), SimpleNamespace(digest="d", num_units=[3])
-    job = Job(None, None, train, catalog, output, "a", None, None, None, {"recipe": "test"}, "c")
-    return Keeper(job, engine, Position.start(catalog, train), Heart(None, torch.distributed.get_rank()))
+    train = TrainConfig(**fields)
+    state = TrainState.initial(SimpleNamespace(num_units=[3]), train)
+    retention = checkpoint_format.RetentionPolicy(output, train.keep_checkpoints, train.keep_best)
+    launch_dir = storage.join(checkpoint_format.checkpoints_dir(output), "a")
+    return CheckpointManager(launch_dir, engine, state, retention, HeartbeatThread(None, torch.distributed.get_rank()))
 
 
-def pictures_kept(rank, output, fields):
-    from ray_platform.train.engine import Engine, copied
+def manifest_of(step, metrics=()):
+    return checkpoint_format.Manifest(
+        token="", step=step, num_updates=step, samples_seen=0, loss_scale={}, world_size=2, zero_stage=0, global_batch_size=4,
+        seed=0, source_digest="d", metrics=dict(metrics), code_version="c", config={}, files={},
+    )  # fmt: skip
+
+
+def rank_state():
+    from ray_platform.train.checkpointing import RankState
+    from ray_platform.train.fault_tolerance import LossHistory
+
+    return RankState.capture({}, LossHistory())
+
+
+def pictures_saved(rank, output, fields):
+    from ray_platform.train.engine import Engine
 
     engine = Engine(PictureTask(), TrainConfig(**fields), 2, 1)
     engine.backward([{"x": torch.arange(48.0).view(2, 2, 6, 2)}], [0])
     engine.update(0)
     strided = [name for name, tensor in engine.state() if not tensor.is_contiguous()]
-    kept = keeper(engine, output, **fields)
-    kept.save(1, 4, [], {"rank": rank}, {})
-    return kept.finish(), strided, {name: copied(tensor) for name, tensor in engine.state()}
+    manager = checkpoint_manager(engine, output, **fields)
+    manager.save(manifest_of(1), [], rank_state())
+    return manager.wait(), strided, {name: checkpoint_format.contiguous_on_cpu(tensor) for name, tensor in engine.state()}
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_weights_that_lie_channels_last_are_kept_too(tmp_path, zero_stage):
     """Trained ones at stage 0; frozen ones at every stage."""
-    found = on_two_ranks(pictures_kept, str(tmp_path), {"channels_last": True, "zero_stage": zero_stage, "ema_decay": 0.9})
+    found = on_two_ranks(pictures_saved, str(tmp_path), {"channels_last": True, "zero_stage": zero_stage, "ema_decay": 0.9})
     (failure, strided, state), _ = found
     assert failure == ""
     assert "weights/frozen.weight" in strided
     assert ("ema/first.weight" in strided) == (zero_stage == 0)
-    (url,) = checkpointing.list_checkpoints(str(tmp_path))
-    manifest = checkpointing.read_manifest(url)
-    saved = checkpointing.tensors(url, manifest, checkpointing.tensor_files(manifest))
+    (url,) = checkpoint_format.list_checkpoints(str(tmp_path))
+    manifest = checkpoint_format.read_manifest(url)
+    saved = checkpoint_format.read_tensors(url, manifest, checkpoint_format.tensor_files(manifest))
     assert saved.keys() == state.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in state.items())
 
 
-def kept_on_a_full_disk(rank, output):
-    """What both ranks are told of three checkpoints: the second's upload fails on rank 1, the third's manifest on rank 0."""
+def saved_on_a_full_disk(rank, output):
+    """Failures of three checkpoints: the second's upload fails on rank 1, the third's manifest on rank 0."""
+    from ray_platform.train.checkpointing import Phase
     from ray_platform.train.engine import Engine
 
-    engine = Engine(SmallTask(), TrainConfig(), 2, 1)
-    kept, write, told = keeper(engine, output, keep_best="heldout/acc1"), storage.write_bytes, []
+    manager = checkpoint_manager(Engine(SmallTask(), TrainConfig(), 2, 1), output, keep_best="heldout/acc1")
+    write, failures, phases = storage.write_bytes, [], []
 
     def full(url, data):
         if "step_00000002/rank_00001_000" in url or "step_00000003/complete" in url:
@@ -267,21 +281,25 @@ def kept_on_a_full_disk(rank, output):
     storage.write_bytes = full
     try:
         for step in (1, 2, 3):
-            kept.save(step, 4, [], {}, {"heldout/acc1": 0.5} if step == 1 else {})
-            told.append(kept.finish())
+            manager.save(manifest_of(step, {"heldout/acc1": 0.5} if step == 1 else {}), [], rank_state())
+            phases.append(manager.phase)
+            failures.append(manager.wait())
+            phases.append(manager.phase)
     finally:
         storage.write_bytes = write
-    return told, kept._told, kept.heart.moves
+    assert phases == [Phase.UPLOADING, Phase.IDLE] * 3
+    return failures, manager._warned_of_metric, manager.heartbeat.progress
 
 
 def test_all_ranks_know_which_checkpoint_failed_and_why(tmp_path):
-    (told, warned, moves), (told_rank_1, *_) = on_two_ranks(kept_on_a_full_disk, str(tmp_path))
-    assert told == told_rank_1
-    assert told[0] == ""
-    assert "step_00000002/rank_00001_000" in told[1]
-    assert "step_00000003/complete" in told[2]
-    assert (warned, moves > 0) == (True, True), "that the metric of keep_best is not always there; that uploads go on"
-    assert [url[-1] for url in checkpointing.list_checkpoints(str(tmp_path))] == ["1"]
+    (failures, warned, progress), (failures_of_rank_1, *_) = on_two_ranks(saved_on_a_full_disk, str(tmp_path))
+    assert failures == failures_of_rank_1
+    assert failures[0] == ""
+    assert "step_00000002/rank_00001_000" in failures[1]
+    assert "step_00000003/complete" in failures[2]
+    assert warned, "a metric of keep_best that is not logged is reported"
+    assert progress > 0
+    assert [url[-1] for url in checkpoint_format.list_checkpoints(str(tmp_path))] == ["1"]
 
 
 class FailingPreview(PixelTask):
@@ -302,11 +320,11 @@ class FailingPreview(PixelTask):
         return repr(sorted(images)).encode()
 
 
-def previews_drawn(rank, ranks, page):
+def previews_generated(rank, ranks, page):
     from ray_platform.train.engine import Engine
-    from ray_platform.train.previews import draw_page
+    from ray_platform.train.heldout import generate_previews
 
-    return draw_page(Engine(FailingPreview(ranks, page), TrainConfig(), 2, 1), 10)
+    return generate_previews(Engine(FailingPreview(ranks, page), TrainConfig(), 2, 1), 10)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +332,7 @@ def previews_drawn(rank, ranks, page):
     [((), "works", b"[0, 1, 2]"), ((1,), "works", b"[0, 2]"), ((0, 1), "works", None), ((0,), "fails", None)],
 )
 def test_previews_that_fail_on_some_ranks_are_left_out(ranks, page, expected):
-    assert on_two_ranks(previews_drawn, ranks, page) == [expected, None]
+    assert on_two_ranks(previews_generated, ranks, page) == [expected, None]
 
 
 def test_a_trace_that_cannot_be_written_stops_nothing(tmp_path, caplog):
@@ -325,7 +343,7 @@ def test_a_trace_that_cannot_be_written_stops_nothing(tmp_path, caplog):
     for _ in range(8):
         profiler.step()
     profiler.stop()
-    assert "could not be written; training goes on" in caplog.text
+    assert "could not be written; training continues" in caplog.text
 
 
 def test_what_stalls_a_run_is_a_share_of_its_own():
@@ -334,12 +352,12 @@ def test_what_stalls_a_run_is_a_share_of_its_own():
 
 def stalled(rank):
     """Two steps of 3 s on each rank, half of which it waited, then 1 s of a checkpoint on one rank and 3 s on the other."""
-    from ray_platform.train.throughput import Meter
+    from ray_platform.train.throughput import ThroughputMeter
 
-    meter = Meter(0.0)
+    meter = ThroughputMeter(0.0)
     for _ in range(2):
         meter.add({"loss": torch.tensor([6.0, 2.0])}, samples=2, waited=1.5, worked=1.5)
-    with meter.stalling():
+    with meter.stalled_time():
         pass
     meter.stalled += 1 + 2 * rank
     found = meter.reduce(torch.device("cpu"))

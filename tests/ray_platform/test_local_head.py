@@ -112,7 +112,7 @@ def test_a_start_that_fails_shows_the_log_and_leaves_nothing(monkeypatch):
     monkeypatch.setattr(LocalHead, "_command", lambda self: failing)
     head = LocalHead()
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(HeadError, match=r"ended with code 3(.|\n)*no room for a head"), head:
+    with pytest.raises(HeadError, match=r"exited with code 3(.|\n)*no room for a head"), head:
         pass
     assert not head._folder.exists()
     assert signal.getsignal(signal.SIGTERM) is before

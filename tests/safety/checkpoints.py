@@ -16,8 +16,8 @@ from diffdis_platform.exporting import export
 from diffdis_platform.recipes.demo import demo
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.ledger import Ledger
-from ray_platform.train import checkpointing
-from ray_platform.train.checkpointing import Manifest
+from ray_platform.train import checkpoint_format
+from ray_platform.train.checkpoint_format import Manifest
 from tests.safety.cases import Case, Evil, line_of
 
 EXPORT, RESUME = "`jobs/export.py --checkpoint`", "`--resume`"
@@ -33,9 +33,9 @@ def written(folder: Path, weights: bytes | None = None, base: bytes | None = Non
         f"rank_00000.0000.{TOKEN}.safetensors": safetensors.torch.save({"weights/a": torch.zeros(2)})
         if weights is None
         else weights,
-        checkpointing.json_name("base", TOKEN): ledger if base is None else base,
-        checkpointing.json_name("consumed", TOKEN): ledger,
-        checkpointing.json_name("rank_00000", TOKEN): b"{}",
+        checkpoint_format.json_name("base", TOKEN): ledger if base is None else base,
+        checkpoint_format.json_name("consumed", TOKEN): ledger,
+        checkpoint_format.json_name("rank_00000", TOKEN): b"{}",
     }
     for name, content in files.items():
         (step / name).write_bytes(content)
@@ -61,7 +61,7 @@ def manifest(content: bytes):
     def feed(folder: Path) -> str:
         (folder / "step_00000001").mkdir()
         (folder / "step_00000001" / "complete.json").write_bytes(content)
-        return line_of(lambda: checkpointing.read_manifest(str(folder / "step_00000001")), DataError)
+        return line_of(lambda: checkpoint_format.read_manifest(str(folder / "step_00000001")), DataError)
 
     return feed
 
@@ -69,7 +69,7 @@ def manifest(content: bytes):
 def ledger(content: bytes):
     def feed(folder: Path) -> str:
         url = str(written(folder, base=content))
-        return line_of(lambda: checkpointing.load_ledgers(url, checkpointing.read_manifest(url)), DataError)
+        return line_of(lambda: checkpoint_format.read_ledgers(url, checkpoint_format.read_manifest(url)), DataError)
 
     return feed
 
@@ -87,7 +87,7 @@ def huge(folder: Path) -> str:
     (folder / "step_00000001").mkdir()
     with (folder / "step_00000001" / "complete.json").open("wb") as file:
         file.truncate(3 * 2**30)
-    return line_of(lambda: checkpointing.read_manifest(str(folder / "step_00000001")), DataError)
+    return line_of(lambda: checkpoint_format.read_manifest(str(folder / "step_00000001")), DataError)
 
 
 def model_of(**changes: Any) -> dict[str, Any]:
@@ -152,13 +152,13 @@ CHECKPOINTS = [
     Case(
         "a manifest whose step is a text",
         EXPORT,
-        "…complete.json is damaged (step is '1; rm -rf'); go on from another checkpoint…",
+        "…complete.json is damaged (step is '1; rm -rf'); resume from another checkpoint…",
         exported(step="1; rm -rf"),
     ),
     Case(
         "a manifest of 100,000 nested lists",
         EXPORT,
-        "…complete.json is damaged (nested too deeply); go on from…",
+        "…complete.json is damaged (nested too deeply); resume from…",
         manifest(b"[" * 100_000),
     ),
     Case("a manifest of 3 GB", EXPORT, "…complete.json is damaged (…has more than 67,108,864 bytes…", huge),

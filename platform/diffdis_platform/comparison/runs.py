@@ -19,7 +19,7 @@ from ray_platform.json_values import to_json
 from ray_platform.redaction import restored
 from ray_platform.tracking import RUN_RECORD, TrackingConfig, metric_history
 from ray_platform.tracking.run_metadata import code_version
-from ray_platform.train import checkpointing
+from ray_platform.train import checkpoint_format
 from ray_platform.train.launch import SUMMARY as TRAINED
 
 _CURVE = "heldout/"  # what is scored while training
@@ -39,8 +39,8 @@ def measure(
     details = evaluate(wanted, plan_evaluation(wanted))
     if details["failures"]:
         raise DataError("; ".join(details["failures"]))
-    newest = checkpointing.list_checkpoints(url)[0]
-    manifest = checkpointing.read_manifest(newest)
+    newest = checkpoint_format.list_checkpoints(url)[0]
+    manifest = checkpoint_format.read_manifest(newest)
     figures = scores(details) | _costs(manifest, details) | {"environment": describe_cluster()}
     tracked = storage.read_json(storage.join(url, RUN_RECORD))
     curve = metric_history(restored(tracked["tracking_uri"], tracking.uri), tracked["run_id"], _CURVE, url)
@@ -84,7 +84,7 @@ def scores(details: Mapping[str, Any]) -> dict[str, float]:
     return found | {f"accuracy_{name}": value for name, value in of_sets.items()}
 
 
-def _costs(manifest: checkpointing.Manifest, details: Mapping[str, Any]) -> dict[str, float]:
+def _costs(manifest: checkpoint_format.Manifest, details: Mapping[str, Any]) -> dict[str, float]:
     """samples; seconds of training at the rate at which it ended, without checkpoints and scores, so that they do not depend on
     how often it was cut off; trained parameters; operations; and the workers' seconds of scoring and drawing."""
     metrics, parts = manifest.metrics, build_task(manifest.config).describe()["parameters"]

@@ -15,7 +15,7 @@ from ray_platform.evaluate.results import metrics_for_tracking
 from ray_platform.placement import ResourceRequest
 from ray_platform.sweep.trial import Reached, Segment
 from ray_platform.tracking import RUN_RECORD, RunRecord, TrackingConfig, start_run
-from ray_platform.train import checkpointing
+from ray_platform.train import checkpoint_format
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class TrialJob:
     def train(self, segment: Segment) -> Reached:
         self._take_run_over(segment)
         self.pretrain(segment).run(self.recipe).fit()
-        url = checkpointing.list_checkpoints(segment.folder)[0]
-        manifest = checkpointing.read_manifest(url)
+        url = checkpoint_format.list_checkpoints(segment.folder)[0]
+        manifest = checkpoint_format.read_manifest(url)
         return Reached(url, manifest.step, manifest.samples_seen)
 
     def evaluate(self, segment: Segment, reached: Reached) -> dict[str, float]:
@@ -61,7 +61,7 @@ class TrialJob:
                 num_steps=num_steps,
                 stop_at_step=max(1, round(num_steps * segment.share)),
                 keep_checkpoints=keep,
-                resume="auto" if checkpointing.list_checkpoints(segment.folder) else segment.origin or "auto",
+                resume="auto" if checkpoint_format.list_checkpoints(segment.folder) else segment.origin or "auto",
             ),
             tracking=self._tracking(segment),
         )
@@ -93,7 +93,7 @@ class TrialJob:
         return replace(
             given,
             checkpoint=storage.join(segment.folder, "export"),
-            output_dir=storage.join(segment.folder, "evaluations", checkpointing.checkpoint_name(reached.step)),
+            output_dir=storage.join(segment.folder, "evaluations", checkpoint_format.checkpoint_name(reached.step)),
             quality=quality,
             tracking=self._tracking(segment),
             num_workers=evaluation_workers(self.config),

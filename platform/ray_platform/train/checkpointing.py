@@ -1,200 +1,239 @@
-"""What a checkpoint is, which one a run goes on from, and how it is read.
+"""Checkpointing: how a run is restored from a checkpoint, and how new ones are saved while training continues.
 
-A checkpoint is the folder `<output_dir>/checkpoints/<launch>/step_<n>`: files of whole tensors in safetensors' format (weights,
-moments, EMA, each by its parameter's name, shared out among the ranks that wrote them), one JSON file a rank, the two ledgers,
-and `complete.json`. That one is written last and lists the others with sizes and digests: without it, there is no checkpoint.
-Nothing in it depends on the number of ranks or the ZeRO stage, so any other number and stage can take it.
+The format on storage, its readers, and which checkpoints a run may resume from are in `checkpoint_format.py`.
 """
 
+import base64
 import contextlib
+import enum
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_origin, get_type_hints
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError, one_line
-from ray_platform.data.ledger import Ledger
-from ray_platform.names import check_below
+from ray_platform.contracts import ConfigError, ConsumedRange, one_line
+from ray_platform.data.catalog import Catalog
+from ray_platform.data.ledger import Ledger, merge_ranges
+from ray_platform.retry import RETRY_SECONDS
+from ray_platform.train.checkpoint_format import (
+    BASE,
+    COMPLETE,
+    CONSUMED,
+    TENSORS,
+    CorruptCheckpoint,
+    Manifest,
+    RetentionPolicy,
+    candidates,
+    checkpoint_name,
+    checkpoints_dir,
+    contiguous_on_cpu,
+    json_name,
+    rank_name,
+    read_ledgers,
+    read_manifest,
+    read_rank_state,
+    read_tensors,
+    tensor_files,
+)
+from ray_platform.train.collective import collective
+from ray_platform.train.config import TrainConfig
+from ray_platform.train.fault_tolerance import LossHistory
+from ray_platform.train.hang_detector import HeartbeatThread
 
-COMPLETE = "complete.json"
-BASE, CONSUMED = "base", "consumed"  # the two ledgers
-TENSORS = ".safetensors"
+if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not need it
+    from ray_platform.train.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+FILE_BYTES = 2**30  # maximum size of a tensor file with several tensors; this much is held twice during an upload
 
 
-class CorruptCheckpoint(DataError):
-    """A checkpoint whose files are not what was written: damaged, or removed meanwhile."""
+# --- restoring -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What is in a checkpoint, and what it was made by."""
+class RankState:
+    """State of one rank that is neither in the engine nor in the ledgers."""
 
-    token: str  # in the names of its files
-    step: int
-    num_updates: int  # steps that changed the weights
-    samples_seen: int
-    loss_scale: dict[str, float]  # of fp16, else empty
-    world_size: int
-    zero_stage: int
-    global_batch_size: int
-    seed: int
-    source_digest: str  # of the data's catalog
-    metrics: dict[str, float]  # that were logged at its step
-    code_version: str
-    config: dict[str, Any]
-    files: dict[str, tuple[int, str]]  # name -> (bytes, SHA-256)
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(asdict(self), indent=1).encode()
+    skipped: dict[str, int]  # samples skipped by this rank, by cause
+    history: LossHistory
+    rng: str  # torch's generator on the CPU, base64
 
     @classmethod
-    def from_bytes(cls, data: bytes, url: str) -> "Manifest":
-        """The inverse of `to_bytes`, for whatever may be in a bucket. Raises ValueError, TypeError, AttributeError, DataError."""
-        values = json.loads(data)
-        hints = get_type_hints(cls)
-        for name in values.keys() & hints.keys():
-            kind = get_origin(hints[name]) or hints[name]
-            if not isinstance(values[name], kind) or isinstance(values[name], bool):
-                raise ValueError(f"{name} is {str(values[name])[:50]!r}")
-        for name, (size, digest) in values["files"].items():
-            if "/" in check_below(name, url) or not isinstance(size, int) or not isinstance(digest, str):
-                raise ValueError(f"{name[:100]!r} is no file of a checkpoint")
-        if not 1 <= values["world_size"] <= len(values["files"]):
-            raise ValueError(f"world_size is {values['world_size']}, but every rank wrote a file")
-        values["files"] = {name: tuple(entry) for name, entry in values["files"].items()}
-        return cls(**values)
+    def capture(cls, skipped: dict[str, int], history: LossHistory) -> "RankState":
+        return cls(skipped, history, base64.b64encode(bytes(torch.get_rng_state().tolist())).decode())
+
+    @classmethod
+    def parse(cls, url: str, rank: int, content: Any) -> "RankState":
+        """Parse the JSON of `asdict`. Raises CorruptCheckpoint for anything else."""
+        try:
+            state = cls(dict(content["skipped"]), LossHistory(**content["history"]), content["rng"])
+            valid = all(isinstance(count, int) for count in state.skipped.values())
+            valid = valid and state.rng_tensor().shape == torch.get_rng_state().shape
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            valid = False
+        if not valid:
+            raise CorruptCheckpoint(
+                f"{url}: the state of rank {rank} is damaged; resume from another checkpoint with --resume PATH"
+            )
+        return state
+
+    def rng_tensor(self) -> torch.Tensor:
+        return torch.frombuffer(bytearray(base64.b64decode(self.rng)), dtype=torch.uint8)
 
 
-def checkpoint_name(step: int) -> str:
-    return f"step_{step:08d}"
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """One rank's part of a checkpoint whose files are all as they were written."""
+
+    url: str
+    manifest: Manifest
+    tensors: dict[str, torch.Tensor]  # this rank's part of the tensors, on the CPU
+    ledgers: tuple[Ledger, Ledger] | None  # base, consumed; None when the run read other shards
+    rank_0: RankState
+    rank_states: list[RankState]  # of the saved ranks that this rank replaces
+
+    @classmethod
+    def read(cls, url: str, source_digest: str) -> "LoadedCheckpoint":
+        """Read this rank's part: every `world_size`-th file and rank state. Raises CorruptCheckpoint."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        manifest = read_manifest(url)
+        replaced = range(rank, manifest.world_size, world_size)
+        states = {r: RankState.parse(url, r, read_rank_state(url, manifest, r)) for r in {0, *replaced}}
+        return cls(
+            url,
+            manifest,
+            read_tensors(url, manifest, tensor_files(manifest)[rank::world_size]),
+            read_ledgers(url, manifest) if manifest.source_digest == source_digest else None,
+            states[0],
+            [states[r] for r in replaced],
+        )
+
+    def loss_history(self, output_dir: str, config: Mapping[str, Any]) -> LossHistory:
+        """Return the saved history when it is of this run and this objective; otherwise an empty one, as losses would differ."""
+        folder = storage.join(checkpoints_dir(output_dir), "")
+        current, saved = (json.dumps(c.get("objective"), sort_keys=True) for c in (config, self.manifest.config))
+        return self.rank_0.history if self.url.startswith(folder) and current == saved else LossHistory()
 
 
-def checkpoints_dir(output_dir: str) -> str:
-    return storage.join(output_dir, "checkpoints")
+@collective
+def find_checkpoint(resume: str, output_dir: str, launch: str, source_digest: str) -> LoadedCheckpoint | None:
+    """Load the best of `candidates` that no rank finds damaged; None when there is no candidate.
 
-
-def list_checkpoints(output_dir: str, launch: str = "*") -> list[str]:
-    """The complete checkpoints of a run's folder, or of one launch of it, the newest first.
-
-    Those of a later launch (launches are named by time) come before all of an earlier one, whatever their steps: it may have
-    gone on from before those, which nobody wants back then.
+    Raises:
+        CorruptCheckpoint: on all ranks, when every candidate is damaged.
     """
-    folder = storage.join(checkpoints_dir(output_dir), launch)
-    if not storage.exists(folder.removesuffix("/*")):
-        return []
-    found = [file.url.rsplit("/", 1)[0] for file in storage.list_files(storage.join(folder, "step_*", COMPLETE))]
-    return sorted(found, key=_age, reverse=True)
+    urls: list[Any] = [None]
+    if dist.get_rank() == 0:
+        with storage.retrying_for(RETRY_SECONDS):
+            urls = [candidates(resume, output_dir, launch)]
+    dist.broadcast_object_list(urls)
+    damages: list[Any] = [""] * dist.get_world_size()
+    for url in urls[0]:
+        loaded, damage = None, ""
+        try:
+            loaded = LoadedCheckpoint.read(url, source_digest)
+        except CorruptCheckpoint as error:
+            damage = str(error)
+        dist.all_gather_object(damages, damage)
+        if not any(damages):
+            return loaded
+        if dist.get_rank() == 0:
+            logger.warning("%s", next(filter(None, damages)))
+    if any(damages):
+        raise CorruptCheckpoint(next(filter(None, damages)))
+    return None
 
 
-def _age(url: str) -> list[str]:
-    """[launch, step]: sorts from old to new."""
-    return url.rsplit("/", 2)[1:]
+@dataclass(frozen=True)
+class TrainState:
+    """Position of a run in its steps and data. The ledgers cover all ranks."""
+
+    step: int
+    samples_seen: int
+    global_batch_size: int
+    base: Ledger  # the plan of all ranks covers the samples that it leaves
+    consumed: Ledger  # samples of that plan consumed by all ranks until the last checkpoint
+    skipped: dict[str, int] = field(default_factory=dict)  # by the ranks that this rank replaces, in the runs before
+    url: str = ""  # of the checkpoint
+
+    @classmethod
+    def initial(cls, catalog: Catalog, train: TrainConfig) -> "TrainState":
+        empty = Ledger(catalog.num_units)
+        return cls(0, 0, train.global_batch_size or train.max_workers * train.micro_batch_size, empty, empty.copy())
+
+    @classmethod
+    def from_checkpoint(cls, loaded: LoadedCheckpoint, catalog: Catalog, train: TrainConfig) -> "TrainState":
+        """Return the state in which the checkpoint was saved, for any number of ranks.
+
+        The same number of ranks continues its plan, sample by sample. Another number plans the remaining samples anew. Other
+        shards (of a run that starts from another run's checkpoint) are read from their beginning.
+
+        Raises:
+            ConfigError: the seed differs; the ledger counts a shard's samples in the order that the seed determines.
+        """
+        url, manifest, initial = loaded.url, loaded.manifest, cls.initial(catalog, train)
+        if manifest.seed != train.seed:
+            raise ConfigError(
+                f"train.seed: {train.seed}, but the checkpoint {url} was written with {manifest.seed}; resume with that seed"
+            )
+        base, consumed = loaded.ledgers or (initial.base, initial.consumed)
+        if loaded.ledgers is None and dist.get_rank() == 0:
+            logger.warning("%s was trained on other shards: the data are read from their beginning", url)
+        if loaded.ledgers is not None and manifest.world_size != dist.get_world_size():
+            base = consumed.copy()
+        return cls(
+            manifest.step,
+            manifest.samples_seen,
+            train.global_batch_size or manifest.global_batch_size,
+            base,
+            consumed,
+            add_counts(*(state.skipped for state in loaded.rank_states)),
+            url,
+        )
 
 
-def candidates(resume: str, output_dir: str, launch: str) -> list[str]:
-    """Where a group of workers may start from, the best first. The one place that decides, in this order:
+def add_counts(*counts: Mapping[str, int]) -> dict[str, int]:
+    """Return the sum of several counts by cause."""
+    causes = sorted({cause for count in counts for cause in count})
+    return {cause: sum(count.get(cause, 0) for count in counts) for cause in causes}
 
-    1. workers that were restarted, or whose number changed: from this launch's newest checkpoint;
-    2. `resume` = auto: from the newest one in the run's folder; `resume` = a path: from that checkpoint, of whatever run;
-    3. none of these: from the Task as it was built, which has the weights of its own warm start, if any, or fresh ones.
 
-    The older ones follow, for the case that a newer one is damaged.
+@collective
+def restore(loaded: LoadedCheckpoint, engine: "Engine") -> None:
+    """Load weights, moments, EMA and loss scale into an engine of any number of ranks and any ZeRO stage.
+
+    torch's generator on the CPU is restored, too, when the number of ranks is the same.
     """
-    own = list_checkpoints(output_dir, launch)
-    if resume == "none":
-        return own
-    if resume == "auto":
-        return own + [url for url in list_checkpoints(output_dir) if url not in own]
-    if storage.exists(storage.join(resume, COMPLETE)):
-        return [*own, resume.rstrip("/")]
-    if own:  # in the same folder, it may have gone since
-        return own
-    raise ConfigError(f"train.resume: {resume} is no complete checkpoint (it has no {COMPLETE}); give a step_* folder")
+    engine.loss_scale.load(loaded.manifest.loss_scale)
+    missing = engine.load_state(loaded.manifest.num_updates, broadcast_reader(loaded.tensors, engine.device))
+    if missing and dist.get_rank() == 0:
+        logger.warning("%s lacks %d tensors, which stay as built, such as %s", loaded.url, len(missing), missing[0])
+    if loaded.manifest.world_size == dist.get_world_size():
+        torch.set_rng_state(loaded.rank_states[0].rng_tensor())
 
 
-def read_manifest(url: str) -> Manifest:
-    """Raises CorruptCheckpoint when it is not there (any more), or no manifest."""
-    with _whole(url, COMPLETE):
-        data = storage.read_small(storage.join(url, COMPLETE))
-        return Manifest.from_bytes(data, url)
+@collective
+def broadcast_reader(
+    tensors: Mapping[str, torch.Tensor], device: torch.device
+) -> Callable[[str, torch.Size], torch.Tensor | None]:
+    """Return `get(name, shape)` for `Engine.load_state`, which broadcasts a tensor from the rank that holds it.
 
-
-@contextlib.contextmanager
-def _whole(url: str, name: str) -> Iterator[None]:
-    """Around the reading of a file: whatever it cannot be read for makes a CorruptCheckpoint, but for storage that is away."""
-    advice = "go on from another checkpoint by --resume PATH"
-    try:
-        yield
-    except storage.StorageError as error:
-        if error.kind != "missing":
-            raise
-        raise CorruptCheckpoint(f"{url}: {name} is missing; {advice}") from None
-    except CorruptCheckpoint:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, DataError) as error:
-        raise CorruptCheckpoint(f"{url}: {name} is damaged ({one_line(error, 300)}); {advice}") from None
-
-
-def read_file(url: str, manifest: Manifest, name: str) -> bytes:
-    """Raises CorruptCheckpoint when the file is missing, or is not what was written."""
-    with _whole(url, name):
-        size, digest = manifest.files[name]
-        data = storage.read_bytes(storage.join(url, name), 0, size + 1)
-        if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
-            raise ValueError(f"{len(data)} bytes of {size}")
-        return data
-
-
-def tensor_files(manifest: Manifest) -> list[str]:
-    return sorted(name for name in manifest.files if name.endswith(TENSORS))
-
-
-def tensors(url: str, manifest: Manifest, names: list[str]) -> dict[str, torch.Tensor]:
-    """The tensors of the files `names`, on the CPU."""
-    found: dict[str, torch.Tensor] = {}
-    for name in names:
-        with _whole(url, name):
-            found |= safetensors.torch.load(read_file(url, manifest, name))
-    return found
-
-
-def weights_of(url: str, which: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """(parameter, tensor) of a checkpoint: `which` is weights or ema. Without Ray or ranks; a file at a time.
-
-    What has no EMA (frozen parameters, buffers) comes from the weights. Raises ConfigError where nothing has one.
-    """
-    manifest = read_manifest(url)
-    averaged: set[str] = set()
-    plain: dict[str, torch.Tensor] = {}
-    for name in tensor_files(manifest):
-        for key, tensor in tensors(url, manifest, [name]).items():
-            state, _, parameter = key.partition("/")
-            if state == which:
-                averaged.add(parameter)
-                yield parameter, tensor
-            elif state == "weights":
-                plain[parameter] = tensor
-    if not averaged:
-        raise ConfigError(f"{url} has no {which}: it was trained with train.ema_decay 0; take weights")
-    yield from ((parameter, tensor) for parameter, tensor in plain.items() if parameter not in averaged)
-
-
-def shared_reader(mine: Mapping[str, torch.Tensor], device: torch.device) -> Callable[[str, torch.Size], torch.Tensor | None]:
-    """For `Engine.load_state`: every rank holds some of the tensors, and gives each to all when its turn comes.
-
-    Every rank must make it, and ask for the same names in the same order. Raises ConfigError for a tensor of another shape.
+    Every rank must call `get` with the same names in the same order. It raises ConfigError for a tensor of another shape.
     """
     rank = dist.get_rank()
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in mine.items()})
+    dist.all_gather_object(parts, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
     owners = {name: owner for owner, part in enumerate(parts) for name in part}
 
     def get(name: str, shape: torch.Size) -> torch.Tensor | None:
@@ -204,72 +243,226 @@ def shared_reader(mine: Mapping[str, torch.Tensor], device: torch.device) -> Cal
         if tuple(shape) != saved_shape:
             raise ConfigError(
                 f"model: {name.partition('/')[2]} is {tuple(shape)}, but {saved_shape} in the checkpoint; "
-                "give the model that it was trained with"
+                "use the model that it was trained with"
             )
-        own = owners[name] == rank
-        tensor = mine[name].to(device) if own else torch.empty(saved_shape, dtype=dtype, device=device)
+        is_owner = owners[name] == rank
+        tensor = tensors[name].to(device) if is_owner else torch.empty(saved_shape, dtype=dtype, device=device)
         dist.broadcast(tensor, src=owners[name])
         return tensor
 
     return get
 
 
-def load_ledgers(url: str, manifest: Manifest) -> tuple[Ledger, Ledger]:
-    """(what the plan of all ranks began with, what was consumed by then). Raises CorruptCheckpoint."""
-    with _whole(url, f"{BASE} or {CONSUMED}"):
-        read = (Ledger.from_bytes(read_file(url, manifest, json_name(name, manifest.token))) for name in (BASE, CONSUMED))
-        base, consumed = read
-        return base, consumed
+# --- saving --------------------------------------------------------------------------------------------------------------
 
 
-def load_rank_state(url: str, manifest: Manifest, rank: int) -> dict[str, Any]:
-    """Raises CorruptCheckpoint."""
-    name = json_name(rank_name(rank), manifest.token)
-    with _whole(url, name):
-        return json.loads(read_file(url, manifest, name))
+class TensorAssignment:
+    """Assigns every tensor to the rank that writes it: the one with the fewest bytes so far."""
+
+    def __init__(self, world_size: int):
+        self.num_bytes = [0] * world_size
+
+    def owner(self, tensor: torch.Tensor) -> int:
+        rank = self.num_bytes.index(min(self.num_bytes))
+        self.num_bytes[rank] += tensor.nbytes
+        return rank
 
 
-def rank_name(rank: int) -> str:
-    return f"rank_{rank:05d}"
+class Phase(enum.Enum):
+    """Phases of the checkpoint that is being saved."""
+
+    IDLE = enum.auto()
+    SNAPSHOT = enum.auto()  # training waits while every rank copies its tensors
+    UPLOADING = enum.auto()  # in the background, on at least one rank
+    FINALIZING = enum.auto()  # rank 0 writes the manifest and prunes, in the background
 
 
-def json_name(name: str, token: str) -> str:
-    return f"{name}.{token}.json"
+class CheckpointManager:
+    """Checkpoints of a run, as one of its ranks saves them: IDLE -> SNAPSHOT -> UPLOADING -> FINALIZING -> IDLE.
 
+    `save` takes the snapshot and starts the upload. Training continues, and at every step the ranks agree on whether any of them
+    still uploads (`fault_tolerance.sync_step_status`); `finalize_checkpoint` acts on that. `wait` returns to IDLE.
+    """
 
-@dataclass(frozen=True)
-class Keep:
-    """Which checkpoints of a run stay: the newest ones, and the best one by a metric."""
+    def __init__(
+        self, launch_dir: str, engine: "Engine", state: TrainState, retention: RetentionPolicy, heartbeat: HeartbeatThread
+    ):
+        """`launch_dir`: folder of this launch's checkpoints. `state.consumed` is updated by every `save`."""
+        self.engine, self.state, self.retention, self.heartbeat = engine, state, retention, heartbeat
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        token = [secrets.token_hex(4)]
+        dist.broadcast_object_list(token)
+        self.phase = Phase.IDLE
+        self.uploader = AsyncUploader(launch_dir, self.rank, token[0], heartbeat.count_progress)
+        self._manifest: Manifest
+        self._warned_of_metric = False
 
-    output_dir: str
-    num_newest: int
-    best_metric: str = ""  # empty: none
-    best_mode: Literal["max", "min"] = "max"
+    @collective
+    def save(self, manifest: Manifest, consumed: Sequence[ConsumedRange], rank_state: RankState) -> None:
+        """Copy this rank's part of the engine's state, and start to upload it in the background.
 
-    def prune(self, newest: str) -> None:
-        """Remove the others, and what never became complete. To be called after `newest` did, and before another begins.
-
-        What is newer than `newest` is not touched: whoever made it, or still does, knows better.
+        Args:
+            manifest: the checkpoint's content; token and files are filled in here.
+            consumed: what this rank consumed since the last call.
+            rank_state: state that only this rank has.
         """
-        ordered = list_checkpoints(self.output_dir)
-        kept = {newest, *ordered[: self.num_newest], *self._best(ordered)}
-        for url in _folders(self.output_dir):
-            if _age(url) < _age(newest) and url not in kept:
-                # First of all it must no longer be taken for a whole one.
-                storage.delete(storage.join(url, COMPLETE))
-                storage.delete(url)
+        self.wait()  # for the checkpoint before
+        self.phase = Phase.SNAPSHOT
+        self.heartbeat.set_phase("saving a checkpoint")
+        self._warn_of_missing_metric(manifest)
+        self._manifest = replace(manifest, token=self.uploader.token)
+        assignment, tensors = TensorAssignment(self.world_size), {}
+        with self.heartbeat.waiting_for_ranks():
+            self._gather_consumed(consumed)
+            for name, tensor in self.engine.state():
+                if assignment.owner(tensor) == self.rank:
+                    tensors[name] = contiguous_on_cpu(tensor)
+        ledgers = {}
+        if self.rank == 0:
+            ledgers = {BASE: self.state.base.to_bytes(), CONSUMED: self.state.consumed.to_bytes()}
+        self.phase = Phase.UPLOADING
+        self.uploader.upload(manifest.step, tensors, ledgers, rank_state)
 
-    def _best(self, ordered: list[str]) -> list[str]:
-        """The one with the best value, the oldest of equal ones; none where none has a value."""
-        scores: dict[str, float] = {}
-        for url in reversed(ordered) if self.best_metric else ():
-            with contextlib.suppress(CorruptCheckpoint):  # a damaged one has none
-                scores[url] = read_manifest(url).metrics.get(self.best_metric, math.nan)
-        scores = {url: value for url, value in scores.items() if not math.isnan(value)}
-        return [(max if self.best_mode == "max" else min)(scores, key=lambda url: scores[url])] if scores else []
+    def finalize_checkpoint(self, any_uploading: bool, any_failed: bool) -> None:
+        """Once no rank uploads any more: complete the checkpoint, or remove its files when the upload of any rank failed.
+
+        Args:
+            any_uploading, any_failed: about the uploads of all ranks; every rank passes the same values.
+        """
+        if self.phase is not Phase.UPLOADING or any_uploading:
+            return
+        self.phase = Phase.FINALIZING
+        if self.rank == 0:
+            self.uploader.finalize(None if any_failed else self._manifest, self.retention)
+
+    @collective
+    def wait(self) -> str:
+        """Wait until the current checkpoint, if any, is finalized. Return the reason why it failed, or an empty string."""
+        if self.phase is Phase.UPLOADING:
+            self.heartbeat.set_phase("waiting for a checkpoint's upload", is_slow=True)
+        while self.phase is Phase.UPLOADING:
+            uploading = self.uploader.is_uploading
+            flags = torch.tensor([uploading, bool(self.uploader.failure)], dtype=torch.int32, device=self.engine.device)
+            with contextlib.nullcontext() if uploading else self.heartbeat.waiting_for_ranks():
+                dist.all_reduce(flags)
+                any_uploading, any_failed = (flag > 0 for flag in flags.tolist())
+                time.sleep(0.05 if any_uploading else 0)
+            self.finalize_checkpoint(any_uploading, any_failed)
+        self.uploader.wait()
+        self.phase = Phase.IDLE
+        failures: list[Any] = [None] * self.world_size
+        with self.heartbeat.waiting_for_ranks():
+            dist.all_gather_object(failures, self.uploader.failure)
+        return next(filter(None, failures), "")
+
+    def _gather_consumed(self, consumed: Sequence[ConsumedRange]) -> None:
+        """Add what all ranks consumed to every rank's ledger."""
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, merge_ranges(consumed))
+        for part in parts:
+            self.state.consumed.add(part)
+
+    def _warn_of_missing_metric(self, manifest: Manifest) -> None:
+        metric = self.retention.best_metric
+        if self.rank == 0 and metric and metric not in manifest.metrics and not self._warned_of_metric:
+            self._warned_of_metric = True
+            logger.warning(
+                "train.keep_best: %s was not logged at step %d, so this checkpoint cannot be the best (logged once); metrics are "
+                "logged every train.log_every, scores every train.heldout_every steps, checkpoints every train.checkpoint_every",
+                *(metric, manifest.step),
+            )
 
 
-def _folders(output_dir: str) -> list[str]:
-    """All checkpoints, complete or not."""
-    files = storage.list_files(storage.join(checkpoints_dir(output_dir), "*", "step_*", "*"))
-    return sorted({file.url.rsplit("/", 1)[0] for file in files})
+class AsyncUploader:
+    """Background uploads of one rank, one checkpoint at a time. A storage error fails the checkpoint, not the run."""
+
+    def __init__(self, launch_dir: str, rank: int, token: str, on_progress: Callable[[], None]):
+        """
+        Args:
+            launch_dir: folder of this launch's checkpoints.
+            rank: this rank.
+            token: the same on all ranks and new for every start of the workers, so that the files of a rank that was declared
+                dead and still uploads are not part of a later checkpoint.
+            on_progress: called after every file, from the upload thread.
+        """
+        self.launch_dir, self.rank, self.token, self.on_progress = launch_dir, rank, token, on_progress
+        self.url = ""  # of the current checkpoint
+        self.failure = ""  # why the current checkpoint failed on this rank
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._tasks: list[Future[None]] = []
+
+    @property
+    def is_uploading(self) -> bool:
+        return any(not task.done() for task in self._tasks)
+
+    def upload(self, step: int, tensors: Mapping[str, torch.Tensor], ledgers: Mapping[str, bytes], rank_state: RankState) -> None:
+        """Start to upload this rank's tensors (on the CPU; they must not change), its state, and on rank 0 the ledgers."""
+        self.url, self.failure = storage.join(self.launch_dir, checkpoint_name(step)), ""
+        self._tasks = [self._executor.submit(self._upload, self.url, dict(tensors), dict(ledgers), rank_state)]
+
+    def finalize(self, manifest: Manifest | None, retention: RetentionPolicy) -> None:
+        """Start to write the manifest and to prune older checkpoints, on rank 0. None: remove a failed checkpoint's files."""
+        if manifest is None:
+            self._tasks.append(self._executor.submit(self._remove_files, self.url))
+        else:
+            self._tasks.append(self._executor.submit(self._complete, self.url, manifest, retention))
+
+    def wait(self) -> None:
+        for task in self._tasks:
+            task.result()
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True)
+
+    def _upload(self, url: str, tensors: dict[str, torch.Tensor], ledgers: dict[str, bytes], rank_state: RankState) -> None:
+        try:
+            name, files = rank_name(self.rank), {}
+            for number, keys in enumerate(list(_group_by_size(tensors))):
+                file = f"{name}_{number:03d}.{self.token}{TENSORS}"
+                files[file] = self._write(url, file, safetensors.torch.save({key: tensors.pop(key) for key in keys}))
+            for plain, data in (*ledgers.items(), (name, json.dumps(asdict(rank_state)).encode())):
+                files[json_name(plain, self.token)] = self._write(url, json_name(plain, self.token), data)
+            self._write(url, json_name(f"{name}_files", self.token), json.dumps(files).encode())
+        except Exception as error:
+            self.failure = one_line(error)
+            logger.warning("checkpoint %s failed on rank %d; training continues: %s", url, self.rank, self.failure)
+
+    def _write(self, url: str, name: str, data: bytes) -> tuple[int, str]:
+        storage.write_bytes(storage.join(url, name), data)
+        self.on_progress()
+        return len(data), hashlib.sha256(data).hexdigest()
+
+    def _complete(self, url: str, manifest: Manifest, retention: RetentionPolicy) -> None:
+        try:
+            names = [json_name(f"{rank_name(rank)}_files", self.token) for rank in range(manifest.world_size)]
+            lists = [storage.read_bytes(storage.join(url, name)) for name in names]
+            files: dict[str, tuple[int, str]] = {name: entry for content in lists for name, entry in json.loads(content).items()}
+            data = replace(manifest, files=files).to_bytes()
+            storage.write_bytes(storage.join(url, COMPLETE), data)
+            logger.info("checkpoint %s is complete", url)
+        except Exception as error:
+            self.failure = one_line(error)
+            logger.warning("checkpoint %s was not completed; training continues: %s", url, self.failure)
+            return
+        try:
+            retention.prune(url)
+        except Exception as error:
+            logger.warning("checkpoints older than %s could not be removed; the next one retries: %s", url, one_line(error))
+
+    def _remove_files(self, url: str) -> None:
+        with contextlib.suppress(storage.StorageError):
+            for file in storage.list_files(storage.join(url, f"*.{self.token}.*")):
+                storage.delete(file.url)
+
+
+def _group_by_size(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
+    """Yield the names in groups of about `FILE_BYTES`. Yield at least one group, so that every rank writes a file."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > FILE_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names

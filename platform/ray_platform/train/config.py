@@ -1,4 +1,4 @@
-"""What can be said about a training run, each with its one default."""
+"""Settings of a training run, each with its default."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,67 +9,71 @@ from ray_platform.placement import check_labels
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a Task is trained. Raises ConfigError for a value that cannot work."""
+    """How a Task is trained. Raises ConfigError for invalid values."""
 
-    num_workers: int | tuple[int, int] = 1  # (min, max): as many as the cluster has room for, changing while it trains
+    num_workers: int | tuple[int, int] = 1  # (min, max): elastic, as many workers as the cluster has room for at any time
     num_steps: int = 100_000
-    # End this launch there, with a checkpoint and an export: the schedule still spans num_steps, and --resume auto goes on.
+    # End this launch at that step, with a checkpoint and an export; the schedule still spans num_steps. --resume auto continues.
     # 0: at num_steps.
     stop_at_step: int = 0
-    micro_batch_size: int = 32  # samples that a worker takes at a time
-    # Samples an optimiser step, over all workers. More than num_workers * micro_batch_size: gradients are accumulated.
-    # 0: num_workers * micro_batch_size, or what the checkpoint that a run goes on from had.
+    micro_batch_size: int = 32  # samples per worker and forward pass
+    # Samples per optimizer step over all workers; more than num_workers * micro_batch_size is reached by gradient accumulation.
+    # 0: num_workers * micro_batch_size, or the value of the checkpoint from which the run resumes.
     global_batch_size: int = 0
     zero_stage: Literal[0, 1, 2, 3] = 1
-    offload_optimizer: bool = False  # the optimizer's states and step on the CPU
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the computation; weights and optimizer are float32
+    offload_optimizer: bool = False  # keep the optimizer's states and its step on the CPU
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the computation; weights and optimizer states are float32
     activation_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False  # torch.compile, from the second step on
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # merged into the configuration that DeepSpeed is given
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # merged into the generated DeepSpeed configuration
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up; linear and cosine end at 0
     warmup_steps: int = 100
-    gradient_clipping: float = 1.0  # of the global norm; 0: none
+    gradient_clipping: float = 1.0  # maximum global norm of the gradients; 0: no clipping
     ema_decay: float = 0.0  # of the weights that are exported; 0: no EMA
-    # A step whose loss is not finite, or above this factor times the recent mean, changes nothing; so many in a row end the run.
+    # A step changes nothing when its loss is not finite or above this factor times the usual loss; max_bad_steps in a row end
+    # the run.
     max_loss_factor: float = 10.0
     max_bad_steps: int = 10
     seed: int = 0
     cpus_per_worker: float = 1.0
     gpus_per_worker: int = 0
-    placement: dict[str, str] = field(default_factory=dict)  # labels of the nodes that train, as {pool: gpu}; empty: any
+    placement: dict[str, str] = field(default_factory=dict)  # labels of the nodes to train on, as {pool: gpu}; empty: any node
     log_every: int = 10  # steps
-    checkpoint_every: int = 1000  # steps; there is always one at the end
-    keep_checkpoints: int = 2  # the newest
-    keep_best: str = ""  # and the one with the best value of this metric, which must be logged at its very step
+    checkpoint_every: int = 1000  # steps; the last step is always saved
+    checkpoint_minutes: float = 0.0  # also save after so many minutes without a checkpoint; 0: by steps only
+    keep_checkpoints: int = 2  # number of newest checkpoints to keep
+    keep_best: str = ""  # also keep the checkpoint with the best value of this metric, which must be logged at the same step
     keep_best_mode: Literal["max", "min"] = "max"
-    preview_every: int = 1000  # steps; 0 for none
-    heldout_sources: tuple[str, ...] = ()  # shards whose first samples are scored while training
+    preview_every: int = 1000  # steps; 0: no previews
+    heldout_sources: tuple[str, ...] = ()  # shards whose first samples are scored during training
     heldout_samples: int = 512
     heldout_every: int = 1000  # steps
     profile: bool = False  # save a torch profiler trace of a few steps of rank 0 to output_dir/profile
-    max_failures: int = 3  # restarts without a new checkpoint in between before the run gives up
-    # Without a step on any rank (ten times as long while building, scoring, drawing or exporting): the rank that the others wait
-    # for is named, and all restart.
+    max_failures: int = 3  # restarts of the workers without a new checkpoint before the run fails
+    # Seconds without a step on any rank after which the hung rank is reported and all workers restart; ten times as long while
+    # building, scoring, generating previews or exporting.
     hang_seconds: float = 600.0
-    # auto: go on with the newest checkpoint in output_dir, or begin. none: begin, and refuse an output_dir that holds one.
-    # Anything else is the path of a checkpoint to go on from.
+    # auto: resume from the newest checkpoint in output_dir, if any. none: start anew, and reject an output_dir with checkpoints.
+    # Anything else: the path of a checkpoint to resume from.
     resume: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is below 1")
+        if self.checkpoint_minutes < 0:
+            raise ConfigError(f"train.checkpoint_minutes: {self.checkpoint_minutes} is negative; use 0 to save by steps only")
         if not 0 <= self.stop_at_step <= self.num_steps:
             raise ConfigError(f"train.stop_at_step: {self.stop_at_step} is not from 0 to train.num_steps, {self.num_steps}")
         if not 1 <= self.min_workers <= self.max_workers:
             raise ConfigError(f"train.num_workers: {self.num_workers} is neither a number from 1 nor (min, max)")
         if self.global_batch_size and self.global_batch_size < self.max_workers:
             raise ConfigError(
-                f"train.global_batch_size: {self.global_batch_size} gives {self.max_workers} workers less than a sample each"
+                f"train.global_batch_size: {self.global_batch_size} gives {self.max_workers} workers less than one sample each"
             )
         if self.precision == "fp16" and not self.gpus_per_worker:
-            raise ConfigError("train.precision: fp16 needs an accelerator; take fp32 or bf16")
+            raise ConfigError("train.precision: fp16 needs an accelerator; use fp32 or bf16")
         if self.offload_optimizer and not self.zero_stage:
             raise ConfigError("train.offload_optimizer: needs train.zero_stage 1, 2 or 3")
         if not 0 <= self.ema_decay < 1:
@@ -77,12 +81,12 @@ class TrainConfig:
         if self.max_loss_factor <= 1:
             raise ConfigError(f"train.max_loss_factor: {self.max_loss_factor} is not above 1")
         if self.heldout_sources and self.heldout_every < 1:
-            raise ConfigError("train.heldout_every: at least 1, or give no heldout_sources")
+            raise ConfigError(f"train.heldout_every: {self.heldout_every} is below 1; use at least 1, or no heldout_sources")
         check_labels("train.placement", self.placement)
 
     @property
     def last_step(self) -> int:
-        """Of this launch."""
+        """Last step of this launch."""
         return self.stop_at_step or self.num_steps
 
     @property
@@ -100,24 +104,26 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one optimiser step's samples are shared out: so many micro-batches of so many samples on each rank."""
+    """Division of one optimizer step's samples into micro-batches of every rank."""
 
     world_size: int
     micro_batch_size: int
-    num_micro_batches: int
+    num_micro_batches: int  # per rank
 
     @classmethod
-    def of(cls, global_batch_size: int, world_size: int, largest: int) -> "BatchPlan":
-        """A rank's share goes into micro-batches of equal size, of which up to twice as many are taken as it needs if they come
-        out even. A global batch that cannot be divided evenly is made smaller, by less than a sample a rank and micro-batch."""
+    def of(cls, global_batch_size: int, world_size: int, max_micro_batch_size: int) -> "BatchPlan":
+        """Divide each rank's samples into the fewest equal micro-batches, or up to twice as many if that divides evenly.
+
+        A global batch that cannot be divided evenly becomes smaller, by less than one sample per rank and micro-batch.
+        """
         samples = max(1, global_batch_size // world_size)
-        fewest = -(-samples // largest)
+        fewest = -(-samples // max_micro_batch_size)
         num_micro_batches = next((n for n in range(fewest, 2 * fewest + 1) if samples % n == 0), fewest)
         return cls(world_size, samples // num_micro_batches, num_micro_batches)
 
     @property
     def samples(self) -> int:
-        """A rank and step."""
+        """Samples per rank and step."""
         return self.micro_batch_size * self.num_micro_batches
 
     @property

@@ -1,70 +1,114 @@
-"""A quick score on held-out samples while training: all ranks compute it together, on the weights as they are."""
+"""Scores of validation (held-out) samples and preview images while training, computed by all ranks with the current weights."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from ray_platform.contracts import Batch, DataError
+from ray_platform.contracts import Batch, DataError, describe_error, one_line
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig, FilterConfig
 from ray_platform.data.plan import Item
 from ray_platform.data.source import Sample, open_samples
-from ray_platform.train.engine import Engine
+from ray_platform.train.collective import collective
+
+if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not need it
+    from ray_platform.train.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Heldout:
-    """Samples of one shape, always the same ones."""
+class HeldoutSamples:
+    """Validation samples of one shape, always the same ones."""
 
     tensors: dict[str, np.ndarray]  # [N, ...]
     captions: tuple[str, ...]
     keys: tuple[str, ...]
 
-    def batch(self, places: Sequence[int]) -> Batch:
-        tensors = {name: tensor[list(places)] for name, tensor in self.tensors.items()}
-        return Batch(tensors, [self.captions[i] for i in places], [self.keys[i] for i in places], (), {})
+    def batch(self, indices: Sequence[int]) -> Batch:
+        tensors = {name: tensor[list(indices)] for name, tensor in self.tensors.items()}
+        return Batch(tensors, [self.captions[i] for i in indices], [self.keys[i] for i in indices], (), {})
 
 
-def read_heldout(config: DataConfig, sources: tuple[str, ...], limit: int) -> Heldout:
-    """The first `limit` usable samples of `sources`, here, read as `config` says but square and unfiltered. Raises DataError."""
+def read_heldout(config: DataConfig, sources: tuple[str, ...], limit: int) -> HeldoutSamples:
+    """Read the first `limit` usable samples of `sources` with the settings of `config`, but square and unfiltered.
+
+    Raises:
+        DataError: no sample can be used.
+    """
     config = replace(config, sources=sources, weights=(), aspect_ratios=(), filters=FilterConfig(), crop="centre")
     samples: list[Sample] = []
     for number, unit in enumerate(build_catalog(config).pools[0]):
         opened = open_samples(Item(0, 0, number, unit, []), config, seed=0)
-        found = (opened.sample(place) for place in range(len(opened)))
-        samples += [sample for sample in found if isinstance(sample, Sample)][: limit - len(samples)]
+        read = (opened.sample(index) for index in range(len(opened)))
+        samples += [sample for sample in read if isinstance(sample, Sample)][: limit - len(samples)]
         if len(samples) == limit:
             break
     if not samples:
         raise DataError(f"train.heldout_sources: no sample of {', '.join(sources)} can be used; see jobs/inspect_data.py")
     names = samples[0].tensors.keys()
-    return Heldout(
+    return HeldoutSamples(
         {name: np.stack([sample.tensors[name] for sample in samples]) for name in names},
         tuple(sample.caption for sample in samples),
         tuple(sample.key for sample in samples),
     )
 
 
-def score(engine: Engine, heldout: Heldout, micro_batch_size: int, moved: Callable[[], None]) -> dict[str, float]:
-    """The Task's metrics over all of `heldout`. Every rank must call it; each represents its share of the samples, and calls
-    `moved` after every micro-batch."""
+@collective
+def score(engine: "Engine", heldout: HeldoutSamples, micro_batch_size: int, on_progress: Callable[[], None]) -> dict[str, float]:
+    """Return the Task's metrics over all of `heldout`. Every rank embeds a part of the samples.
+
+    `on_progress` is called after every micro-batch.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    size = len(heldout.captions)
-    places = list(range(rank, size, world_size))
-    # All ranks run the module equally often (under ZeRO 3 it is a collective), on rows that may be there only for that.
-    padded = places + [0] * (-(-size // world_size) - len(places))
+    indices = list(range(rank, len(heldout.captions), world_size))
+    # All ranks must run the module equally often, as it is collective under ZeRO 3: some embed a sample again and drop it.
+    padded = indices + [0] * (-(-len(heldout.captions) // world_size) - len(indices))
     parts = []
     with engine.inference():
         for start in range(0, len(padded), micro_batch_size):
             batch = heldout.batch(padded[start : start + micro_batch_size])
             rows = engine.task.embed_heldout(engine.task.inputs(batch, engine.device))
             parts.append({name: (v.float() if v.is_floating_point() else v).cpu() for name, v in rows.items()})
-            moved()
-    mine = {name: torch.cat([part[name] for part in parts])[: len(places)] for name in parts[0]}
+            on_progress()
+    local = {name: torch.cat([part[name] for part in parts])[: len(indices)] for name in parts[0]}
     gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, mine)
-    return engine.task.score({name: torch.cat([part[name] for part in gathered]) for name in mine})
+    dist.all_gather_object(gathered, local)
+    return engine.task.score({name: torch.cat([part[name] for part in gathered]) for name in local})
+
+
+@collective
+def generate_previews(engine: "Engine", step: int) -> bytes | None:
+    """Generate the Task's preview images on all ranks. Return one PNG of all images on rank 0; None on the others and on failure.
+
+    An error costs a warning and the images of its rank, not the run. Under ZeRO 3, however, a rank that fails inside of the
+    module leaves the others waiting until the hang detector ends them.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    images: dict[int, Any] = {}
+    failure = ""
+    try:
+        with engine.inference():
+            images = engine.task.preview(rank, world_size)
+    except Exception as error:
+        failure = f"rank {rank}: {describe_error(error)}"
+        logger.debug("the preview failed", exc_info=True)
+    parts: list[Any] = [None] * world_size
+    dist.all_gather_object(parts, (images, failure))
+    if rank != 0:
+        return None
+    failure = next(filter(None, (failed for _, failed in parts)), "")
+    all_images = {place: image for part, _ in parts for place, image in part.items()}
+    page = None
+    try:
+        page = engine.task.preview_page(all_images) if all_images else None
+    except Exception as error:
+        failure = failure or describe_error(error)
+    if failure:
+        logger.warning("the preview at step %d failed, or a part of it; training continues: %s", step, one_line(failure))
+    return page

@@ -1,4 +1,4 @@
-"""The driver's side of a training run: check what can be checked, start the workers, and again if lost, say what failed."""
+"""Launch of a training run by its driver: check the configuration, start the workers, restart them when they fail."""
 
 import contextlib
 import logging
@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 from ray import cloudpickle
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_platform import storage
 from ray_platform.connect import connect
@@ -35,85 +35,138 @@ from ray_platform.tracking import (
 )
 from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.tracking.run_metadata import code_version
-from ray_platform.train import checkpointing
+from ray_platform.train.checkpoint_format import candidates, list_checkpoints, read_manifest
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.elastic import SaveBeforeResize
-from ray_platform.train.heldout import read_heldout
-from ray_platform.train.job import Job
-from ray_platform.train.network import ProcessGroup
-from ray_platform.train.overseer import Overseer
-from ray_platform.train.restarts import Restarts, Stopped
+from ray_platform.train.fault_tolerance import RestartPolicy, SaveBeforeResize, Stopped
+from ray_platform.train.hang_detector import start_hang_detector
+from ray_platform.train.heldout import HeldoutSamples, read_heldout
+from ray_platform.train.monitor import DriverMonitor
 from ray_platform.train.run_description import pretraining_metadata
-from ray_platform.train.watch import start_watch
 
 __all__ = ["Run", "Stopped"]
 
 logger = logging.getLogger(__name__)
 
 INSPECTED_SAMPLES = 64
-RESIZE_SECONDS = 60.0  # between looks whether an elastic run can have more workers: each change costs a restart
-CATALOG = "catalog.json"  # in output_dir: the shards that the run was begun with
+RESIZE_SECONDS = 60.0  # between checks whether an elastic run can have more workers: each change costs a restart
+CATALOG = "catalog.json"  # in output_dir: the shards with which the run started
 SUMMARY = "train_summary.json"  # in output_dir: the result of a finished run
 
 
-def run_worker(job: Job) -> None:
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything that a worker needs to train. Built once per launch by `Run.fit`, consumed by `worker.train_worker`."""
+
+    build_task: bytes  # the pickled function that returns the Task, which Ray Train's controller need not import
+    data: DataConfig
+    train: TrainConfig
+    catalog: Catalog
+    output_dir: str
+    launch: str  # names this launch's checkpoints
+    tracker: Tracker
+    hang_detector: Any  # handle of the HangDetector actor
+    heldout: Any  # Ray reference to HeldoutSamples, or None
+    params: dict[str, Any]  # resolved configuration
+    code_version: str
+
+    @property
+    def export_dir(self) -> str:
+        return storage.join(self.output_dir, "export")
+
+
+def run_worker(spec: WorkerSpec) -> None:
     """Training function that Ray Train runs on every worker.
 
     Ray Train's controller unpickles it, too, so the engine, whose imports take seconds, is imported by the workers only.
     """
     from ray_platform.train.worker import train_worker
 
-    train_worker(job)
+    train_worker(spec)
+
+
+# --- process group -------------------------------------------------------------------------------------------------------
+
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+_TorchBackend: Any = TorchConfig().backend_cls
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(choose_gloo_interface)
+        super().on_start(worker_group, backend_config)
+
+
+class ProcessGroupConfig(TorchConfig):
+    """Ray Train's configuration of the process group, which selects gloo's network interface first."""
+
+    @property
+    def backend_cls(self) -> type:
+        return _Backend
+
+
+def choose_gloo_interface() -> None:
+    """Unless the user has set it, select the interface with this node's address in the Ray cluster.
+
+    By default gloo uses the address of the host's name. That is 127.0.1.1 on many machines (as Debian's installer configures it),
+    which other hosts cannot reach.
+    """
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(known.address == address for known in addresses):
+            os.environ.setdefault(GLOO_INTERFACE, name)
+
+
+# --- run -----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run as its driver knows it."""
+    """A training run, which the driver checks and launches."""
 
     build_task: Callable[[], Task]
     data: DataConfig
     train: TrainConfig
     tracking: TrackingConfig
     output_dir: str  # absolute, or s3://
-    params: dict[str, Any]  # the whole resolved configuration, for the tracker
-    # What the model's frozen encoders are, to compare with what made precomputed shards; called only for those.
+    params: dict[str, Any]  # the resolved configuration, for the tracker and the checkpoints
+    # Returns what identifies the model's frozen encoders, to compare with precomputed shards; called only for those.
     describe_encoders: Callable[[], dict[str, Any]]
-    package: ModelPackage | None = None  # how the exported model becomes one of MLflow's; None: it is stored as plain files
-    command: str = ""  # that started it
+    package: ModelPackage | None = None  # how the exported model is packaged for MLflow; None: stored as plain files
+    command: str = ""  # command line that started it
 
     def check(self) -> Catalog:
-        """The data's catalog, after every check that needs no cluster. Raises ConfigError or DataError."""
+        """Run every check that needs no cluster, and return the data's catalog. Raises ConfigError or DataError."""
         if not self.output_dir:
             raise ConfigError("output_dir: give the folder (absolute) or s3:// URL that the run's results go to")
         if "://" not in self.output_dir and not os.path.isabs(self.output_dir):
             raise ConfigError(
-                f"output_dir: {self.output_dir} is relative, and a submitted job's folder is a copy that is thrown away; "
+                f"output_dir: {self.output_dir} is relative, and a submitted job runs in a temporary copy of its folder; "
                 "give an absolute path or an s3:// URL"
             )
         tracking_uri(self.tracking, self.output_dir)
         if self.train.elastic and self.data.placement and not self.train.placement:
             raise ConfigError(
-                "train.placement: the workers of an elastic run would take the CPUs of data.placement, where their reads are to "
-                "be; give them nodes of their own, as {pool: gpu}"
+                "train.placement: the workers of an elastic run would take the CPUs of data.placement, which its reads need; "
+                "give the workers other nodes, as {pool: gpu}"
             )
         catalog = self._catalog()
         check_world_size(catalog, self.train.max_workers)
-        if self.train.resume == "none" and (found := checkpointing.list_checkpoints(self.output_dir)):
+        if self.train.resume == "none" and (existing := list_checkpoints(self.output_dir)):
             raise ConfigError(
-                f"output_dir: {self.output_dir} already holds a run (up to {found[0].rsplit('/', 1)[1]}); "
-                "go on with it by --resume auto, or give another output_dir"
+                f"output_dir: {self.output_dir} already holds a run (up to {existing[0].rsplit('/', 1)[1]}); "
+                "continue it with --resume auto, or give another output_dir"
             )
         return catalog
 
     def _catalog(self) -> Catalog:
-        """The source's, compared with the one that a resumed run was begun with, and with the model's encoders."""
+        """Return the source's catalog after comparing it with that of the resumed run, and with the model's encoders."""
         url = storage.join(self.output_dir, CATALOG)
         saved = storage.read_small(url, storage.LISTING_BYTES) if storage.exists(url) else None
         catalog = build_catalog(self.data, saved)
         if saved and self.train.resume == "auto" and (changes := difference(saved, catalog)):
             raise DataError(
-                f"data.sources: changed since this run began: {changes}; restore what it was, "
-                "or begin anew with another output_dir"
+                f"data.sources: changed since this run started: {changes}; restore the shards, "
+                "or start anew with another output_dir"
             )
         if catalog.manifest is not None:
             precomputed.check_encoders(catalog.manifest, self.describe_encoders())
@@ -121,12 +174,12 @@ class Run:
         return catalog
 
     def dry_run(self) -> dict[str, Any]:
-        """What would run, after reading the first samples of the data. Raises as `check`."""
+        """Return a description of what would run, after reading the first samples. Raises the errors of `check`."""
         catalog = self.check()
         train = self.train
         samples = inspect_first_samples(catalog, self.data, INSPECTED_SAMPLES)
-        starts = checkpointing.candidates(train.resume, self.output_dir, "none yet")
-        saved = checkpointing.read_manifest(starts[0]) if starts else None
+        starts = candidates(train.resume, self.output_dir, "none yet")
+        saved = read_manifest(starts[0]) if starts else None
         global_batch = train.global_batch_size or (
             saved.global_batch_size if saved else train.max_workers * train.micro_batch_size
         )
@@ -151,14 +204,15 @@ class Run:
     def fit(self) -> RunRecord:
         """Train to the launch's last step, and return the record of the tracked run.
 
-        Raises ConfigError and DataError before anything starts, and TrainingError, in one line, when the run fails or is
-        stopped by SIGTERM (which it answers with a checkpoint).
+        Raises:
+            ConfigError, DataError: before anything starts.
+            TrainingError: the run failed, or was stopped by SIGTERM after saving a checkpoint.
         """
         catalog = self.check()
         heldout = None
         if self.train.heldout_sources:
             heldout = read_heldout(self.data, self.train.heldout_sources, self.train.heldout_samples)
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor a run, for what the Overseer does
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor per run for what DriverMonitor does
         connect()
         storage.write_bytes(storage.join(self.output_dir, CATALOG), to_json(catalog))
         version = code_version()
@@ -176,57 +230,57 @@ class Run:
                     storage.delete(self._ray_dir)
             return run_record(self.tracking, self.output_dir, tracker)
 
-    def _train(self, catalog: Catalog, heldout: Any, tracker: Tracker, version: str) -> None:
+    def _train(self, catalog: Catalog, heldout: HeldoutSamples | None, tracker: Tracker, version: str) -> None:
         """Run the workers to the last step, and store the exported model in the tracker."""
-        job = Job(
-            cloudpickle.dumps(self.build_task),
-            self._data(),
-            self.train,
-            catalog,
-            self.output_dir,
-            # Named by time, which no clock change sets back: a later launch's name sorts after an earlier one's.
-            time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{os.getpid()}",
-            tracker,
-            start_watch(),
-            ray.put(heldout) if heldout is not None else None,
-            self.params,
-            version,
+        spec = WorkerSpec(
+            build_task=cloudpickle.dumps(self.build_task),
+            data=self._worker_data(),
+            train=self.train,
+            catalog=catalog,
+            output_dir=self.output_dir,
+            # The names sort by time, so that a later launch's checkpoints come after those of an earlier one.
+            launch=time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{os.getpid()}",
+            tracker=tracker,
+            hang_detector=start_hang_detector(),
+            heldout=ray.put(heldout) if heldout is not None else None,
+            params=self.params,
+            code_version=version,
         )
-        machines = NodeMetrics(tracker, self.tracking.system_metrics_seconds)
-        with Overseer(job.watch, tracker, machines, self.train) as overseer:
-            self._train_to_the_end(job, overseer)
+        node_metrics = NodeMetrics(tracker, self.tracking.system_metrics_seconds)
+        with DriverMonitor(spec.hang_detector, tracker, node_metrics, self.train) as monitor:
+            self._run_workers(spec, monitor)
         if self.train.last_step == self.train.num_steps and self.tracking.log_model:
             if self.package:
-                tracker.log_model(job.export_dir, self.package)
+                tracker.log_model(spec.export_dir, self.package)
             else:
-                tracker.log_folder(job.export_dir, "model")
+                tracker.log_folder(spec.export_dir, "model")
 
     @property
     def _ray_dir(self) -> str:
-        """Ray Train wants a place for checkpoints of its own, which it is never given."""
+        """Folder that Ray Train requires for its own checkpoints, of which there are none."""
         return storage.join(self.output_dir, "ray_train")
 
-    def _data(self) -> DataConfig:
-        """An elastic run's workers hold the CPUs of their reads themselves: Ray counts how many workers there is room for.
-        Reads on nodes of their own ask for theirs there."""
+    def _worker_data(self) -> DataConfig:
+        """Return the data config of the workers, which reserve the CPUs of their reads themselves in an elastic run.
+
+        Ray then counts how many workers fit. Reads that are placed on other nodes still reserve theirs there.
+        """
         if not self.train.elastic or self.data.placement:
             return self.data
         return replace(self.data, cpus_per_read=0.0)
 
-    def _train_to_the_end(self, job: Job, overseer: Overseer) -> None:
-        """Start the workers, and again, from the newest checkpoint, as long as that can help."""
-        restarts = Restarts(
-            self.train.max_failures, lambda: next(iter(checkpointing.list_checkpoints(self.output_dir, job.launch)), "")
-        )
+    def _run_workers(self, spec: WorkerSpec, monitor: DriverMonitor) -> None:
+        """Start the workers, and restart them from the newest checkpoint as long as `RestartPolicy` allows."""
+        restarts = RestartPolicy(self.train.max_failures, lambda: next(iter(list_checkpoints(self.output_dir, spec.launch)), ""))
         while True:
             try:
-                self._trainer(job).fit()
+                self._trainer(spec).fit()
                 return
-            except (TrainingFailedError, ray.exceptions.RayActorError) as error:
-                logger.warning("%s", restarts.judge(error, overseer.last_hang, overseer.stopping))
-                overseer.workers_are_gone()
+            except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+                logger.warning("%s", restarts.record_failure(error, monitor.last_hang, monitor.stopping))
+                monitor.reset_workers()
 
-    def _trainer(self, job: Job) -> TorchTrainer:
+    def _trainer(self, spec: WorkerSpec) -> TorchTrainer:
         train = self.train
         resources = {"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})
         workers: dict[str, Any] = {"num_workers": train.max_workers}
@@ -236,8 +290,8 @@ class Run:
             workers = {"num_workers": train.num_workers, "elastic_resize_monitor_interval_s": RESIZE_SECONDS}
         return TorchTrainer(
             run_worker,
-            train_loop_config=job,
-            torch_config=ProcessGroup(backend="nccl" if train.gpus_per_worker else "gloo"),
+            train_loop_config=spec,
+            torch_config=ProcessGroupConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 use_gpu=bool(train.gpus_per_worker),
                 resources_per_worker=resources,
@@ -245,10 +299,10 @@ class Run:
                 **workers,
             ),
             run_config=ray.train.RunConfig(
-                name=f"{job.launch}-{time.monotonic_ns()}",  # a name that Ray knows would resume
+                name=f"{spec.launch}-{time.monotonic_ns()}",  # unique: Ray would resume a known name
                 storage_path=self._ray_dir,
-                # Every failure comes back here, where a new checkpoint counts for more than a count of failures.
+                # Failures are handled by RestartPolicy, which counts those without a new checkpoint.
                 failure_config=ray.train.FailureConfig(max_failures=0),
-                callbacks=[SaveBeforeResize(job.watch)] if train.elastic else [],
+                callbacks=[SaveBeforeResize(spec.hang_detector)] if train.elastic else [],
             ),
         )

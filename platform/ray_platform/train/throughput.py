@@ -1,4 +1,4 @@
-"""What a run measures about itself: losses, rates, waiting, operations and memory."""
+"""Throughput of a run (samples/s, FLOP/s, MFU, time waiting for data), its averaged metrics and its memory."""
 
 import contextlib
 import time
@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-# Dense 16 bit peak in FLOP/s, by what the device's name contains (the first that fits), from the vendor's data sheets.
+from ray_platform.train.collective import collective
+
+# Dense 16-bit peak in FLOP/s of accelerators whose name contains the key (the first that matches), from the vendor's data sheets.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H100 PCIe": 756e12,
@@ -21,22 +23,23 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "L4": 121e12,
 }
-# Attention on CPUs, which torch's counter does not know: of the shapes of (the result's gradient,) query, key and value.
-_MORE_OPERATIONS = {
+# Attention on CPUs, which torch's counter does not count: from the shapes of (the result's gradient,) query, key and value.
+_CPU_ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
     ),
 }
-_MAX_RANKS_SHOWN = 16  # with a memory metric of their own
+_MAX_RANKS_SHOWN = 16  # ranks with their own memory metrics
 
 
-class Meter:
-    """Sums of weighted metrics and of time between two log lines."""
+class ThroughputMeter:
+    """Sums of metrics, samples and seconds between two log lines."""
 
-    def __init__(self, flops_a_step: float) -> None:
-        self.flops_a_step = flops_a_step  # of one rank
-        self.all_samples, self.all_seconds = 0, 0.0
+    def __init__(self, flops_per_step: float) -> None:
+        """`flops_per_step`: of one rank."""
+        self.flops_per_step = flops_per_step
+        self.total_samples, self.total_seconds = 0, 0.0
         self._reset()
 
     def _reset(self) -> None:
@@ -44,6 +47,7 @@ class Meter:
         self.steps, self.samples, self.waited, self.worked, self.stalled = 0, 0, 0.0, 0.0, 0.0
 
     def add(self, metrics: dict[str, torch.Tensor], *, samples: int, waited: float, worked: float) -> None:
+        """Add a step: metrics as [2] tensors (weighted sum, weight), this rank's samples, and the seconds of both kinds."""
         for name, value in metrics.items():
             value = value.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -51,17 +55,17 @@ class Meter:
         self.waited, self.worked = self.waited + waited, self.worked + worked
 
     @contextlib.contextmanager
-    def stalling(self) -> Iterator[None]:
-        """Around what is neither training nor waiting for data: its time is a share of its own, and slows no rate down."""
-        begun = time.perf_counter()
+    def stalled_time(self) -> Iterator[None]:
+        """Time a block that neither trains nor waits for data (checkpoints, scores, previews); it is not training time."""
+        started = time.perf_counter()
         try:
             yield
         finally:
-            self.stalled += time.perf_counter() - begun
+            self.stalled += time.perf_counter() - started
 
+    @collective
     def reduce(self, device: torch.device) -> dict[str, float]:
-        """Means over all ranks and the steps since the last call, of which there must be one, and which end here. Every rank
-        must call it."""
+        """Return means over all ranks and the steps since the last call (at least one), and start anew."""
         world_size = dist.get_world_size()
         names = sorted(self.sums)
         times = torch.tensor([self.waited, self.worked, self.stalled], dtype=torch.float64, device=device)
@@ -71,13 +75,13 @@ class Meter:
         waited, worked, stalled = (seconds / world_size for seconds in values[-3:])
         metrics = {n: s / w for n, s, w in zip(names, values[:-3:2], values[1:-3:2], strict=True) if w > 0}
         samples, seconds = self.samples * world_size, waited + worked
-        self.all_samples, self.all_seconds = self.all_samples + samples, self.all_seconds + seconds
+        self.total_samples, self.total_seconds = self.total_samples + samples, self.total_seconds + seconds
         metrics["train/samples_per_second"] = samples / seconds
-        metrics["train/samples_per_second_mean"] = self.all_samples / self.all_seconds
+        metrics["train/samples_per_second_mean"] = self.total_samples / self.total_seconds
         metrics["train/seconds_a_step"] = seconds / self.steps
         metrics["data/share_waiting"] = waited / seconds
         metrics["train/share_stalled"] = stalled / (seconds + stalled)  # by checkpoints, scores and previews
-        rate = self.flops_a_step * self.steps / seconds  # of one rank
+        rate = self.flops_per_step * self.steps / seconds  # of one rank
         metrics["train/flops_per_second"] = rate * world_size
         if peak := peak_flops(device):
             metrics["train/mfu"] = rate / peak
@@ -85,15 +89,16 @@ class Meter:
         return metrics
 
 
+@collective
 def count_flops(module: torch.nn.Module, inputs: dict[str, torch.Tensor], seed: int) -> float:
-    """Operations of matrix products, convolutions and attention in one forward and backward pass, which it runs for that.
+    """Return the floating-point operations of one forward and backward pass, which is run for that purpose.
 
-    For a module that no engine has touched: counting takes other kernels, and so may change the last bits of a real step.
-    This is the model's own work: activations are not computed again yet, nor is a step's alignment to cache its gradients; and
-    the module is in eval mode, in which it leaves out what it computes for the log alone. With F the operations of the forward
-    pass, it is nearly 3 F: as many again for the gradients by weights, and by inputs; less those by weights of frozen layers and
-    by inputs that need none (a first layer's); attention's backward pass is counted as 2.5 times its forward pass, with the
-    scores that its fused kernels compute again. Every rank must call it.
+    Matrix products, convolutions and attention are counted. With F the operations of the forward pass, the result is almost 3 F:
+    the gradients by weights and by inputs take F each, less those of frozen weights and of inputs that need none; attention's
+    backward pass counts 2.5 times its forward pass, as its fused kernels recompute the scores. Recomputed activations and
+    gradient caching are not counted, as usual for MFU. The module is in eval mode, without computations for the log.
+
+    Call it before the engine takes the module: counting selects other kernels, which may change the last bits of a real step.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     training = module.training
@@ -106,26 +111,27 @@ def count_flops(module: torch.nn.Module, inputs: dict[str, torch.Tensor], seed: 
 
 
 def operation_counter() -> FlopCounterMode:
-    """Of matrix products, convolutions and attention, on CPUs too."""
-    return FlopCounterMode(display=False, custom_mapping=_MORE_OPERATIONS)
+    """Return torch's counter of matrix products, convolutions and attention, extended to attention on CPUs."""
+    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION_FLOPS)
 
 
 def peak_flops(device: torch.device) -> float:
-    """Of a known accelerator, in 16 bit; 0 of others and of CPUs."""
+    """Return the dense 16-bit peak in FLOP/s of a known accelerator; 0 for others and for CPUs."""
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
 
 
-def memory(device: torch.device) -> dict[str, float]:
-    """GB of every rank: its process, and the most that tensors took on its accelerator. Every rank must call it."""
-    mine = {"memory/process_gb": psutil.Process().memory_info().rss / 1e9}
+@collective
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Return GB per rank and their maximum: of its process, and the peak of its tensors on the accelerator."""
+    local = {"memory/process_gb": psutil.Process().memory_info().rss / 1e9}
     if device.type == "cuda":
-        mine["memory/accelerator_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        local["memory/accelerator_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    metrics = {f"{name}_max": max(part[name] for part in parts) for name in mine}
+    dist.all_gather_object(parts, local)
+    metrics = {f"{name}_max": max(part[name] for part in parts) for name in local}
     for rank, part in enumerate(parts[:_MAX_RANKS_SHOWN] if len(parts) > 1 else []):
         metrics |= {f"{name}_rank_{rank}": value for name, value in part.items()}
     return metrics

@@ -7,13 +7,13 @@ import psutil
 import pytest
 import ray
 
-from ray_platform.train.network import INTERFACE, choose_interface
+from ray_platform.train.launch import GLOO_INTERFACE, choose_gloo_interface
 
 
 @pytest.fixture
 def node_at(monkeypatch):
     """This node's address in its cluster."""
-    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != INTERFACE})
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != GLOO_INTERFACE})
     return lambda address: monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
 
 
@@ -23,15 +23,15 @@ def node_at(monkeypatch):
 )
 def test_gloo_takes_the_interface_that_has_the_nodes_address(node_at, name, address):
     node_at(address)
-    choose_interface()
-    assert os.environ[INTERFACE] == name
+    choose_gloo_interface()
+    assert os.environ[GLOO_INTERFACE] == name
 
 
 def test_what_a_user_has_set_stands_and_an_unknown_address_sets_nothing(node_at):
     node_at("192.0.2.1")  # of no machine: it is for documentation
-    choose_interface()
-    assert INTERFACE not in os.environ
-    os.environ[INTERFACE] = "ib0"
+    choose_gloo_interface()
+    assert GLOO_INTERFACE not in os.environ
+    os.environ[GLOO_INTERFACE] = "ib0"
     node_at("127.0.0.1")
-    choose_interface()
-    assert os.environ[INTERFACE] == "ib0"
+    choose_gloo_interface()
+    assert os.environ[GLOO_INTERFACE] == "ib0"

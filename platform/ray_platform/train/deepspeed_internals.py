@@ -1,0 +1,55 @@
+"""All uses of DeepSpeed's undocumented attributes, each with the test that fails when a new version changes it.
+
+The tests are in test_deepspeed_internals.py. `optimizer` is the wrapper that `deepspeed.initialize` returns for ZeRO 1 to 3.
+"""
+
+from typing import Any
+
+import torch
+
+
+def disable_inference_kernels(deepspeed: Any) -> None:
+    """Clear the table of kernels that DeepSpeed would compile at its first use, although only inference needs them.
+
+    That takes half a minute and a compiler on every new host, and a process killed meanwhile leaves a lock on which others wait.
+    """
+    deepspeed.ops.__compatible_ops__ = {}
+
+
+def link_optimizer_state(optimizer: Any) -> None:
+    """Link the state of the wrapped optimizer to the parameters now (ZeRO 1 and 2), instead of in the first step."""
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def flat_shards(optimizer: Any) -> list[torch.Tensor]:
+    """Return the float32 tensors that this rank's optimizer updates under ZeRO 3."""
+    return optimizer.fp32_partitioned_groups_flat
+
+
+def set_clipping(optimizer: Any, max_norm: float) -> None:
+    """Set the maximum global norm of the (scaled) gradients of the next step; 0: no clipping."""
+    optimizer.clip_grad = max_norm
+
+
+def has_overflowed(optimizer: Any) -> bool:
+    """Return whether a gradient of the last step was not finite on any rank, so that the step was skipped."""
+    return optimizer.overflow
+
+
+def refresh_model_weights(optimizer: Any) -> None:
+    """Copy changed float32 weights to the tensors that the module computes with (ZeRO 1 and 2)."""
+    if hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+
+
+def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Return the shape of the whole parameter, of which a rank holds a part under ZeRO 3."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def local_part(parameter: Any, value: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
+    """Return this rank's part of `value`, zero-padded, as ZeRO 3 splits `parameter`."""
+    size = parameter.ds_tensor.numel()
+    padded = torch.nn.functional.pad(value.flatten(), (0, size * world_size - value.numel()))
+    return padded[rank * size :][:size]

@@ -1,0 +1,228 @@
+"""Fault tolerance: steps whose loss is unusable, failed workers that are restarted, and changes of the number of workers."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+from ray_platform import storage
+from ray_platform.contracts import Batch, ConfigError, DataError, TrainingError
+from ray_platform.ray_internals import ControllerCallback
+from ray_platform.retry import RETRY_SECONDS
+from ray_platform.train.collective import collective
+from ray_platform.train.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+BAD_STEPS = "bad_steps"  # folder in output_dir
+_EMA_DECAY = 0.98  # of the usual loss
+_MIN_GOOD_STEPS = 20  # before a loss can be called unusual
+_RESIZE_TIMEOUT_SECONDS = 600.0  # for a checkpoint before a resize; after that the workers restart from an older one
+
+
+class Diverged(Exception):
+    """The loss or its gradient was unusable in too many steps in a row."""
+
+
+class Interrupted(Exception):
+    """The workers were asked to stop. The message says why, and whether they saved a checkpoint."""
+
+
+class AcceleratorFull(Exception):
+    """An accelerator ran out of memory after the first step; a restart may help. The message says what to change."""
+
+
+class Stopped(TrainingError):
+    """The run was stopped by SIGTERM, so that callers must not start anything else."""
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossHistory:
+    """Summary of a run's losses so far, as saved in checkpoints."""
+
+    usual_loss: float = 0.0  # EMA over good steps
+    num_good: int = 0
+    num_bad: int = 0
+    in_a_row: int = 0  # bad steps since the last good one
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """What the ranks agreed on in a step: the same on every rank, except for `local_nonfinite`."""
+
+    loss: float  # mean over all ranks; NaN when it is not finite on any rank
+    is_bad: bool  # the loss is not finite or unusually large, so the step must not change the weights
+    local_nonfinite: bool  # this rank's loss is not finite
+    stop: bool  # save and stop
+    checkpoint_due: bool
+    any_uploading: bool
+    any_upload_failed: bool
+
+
+class LossMonitor:
+    """Judges every step's loss by those of the steps before. All ranks come to the same result from the same numbers."""
+
+    def __init__(self, config: TrainConfig, history: LossHistory, output_dir: str):
+        self.max_factor, self.max_bad_steps = config.max_loss_factor, config.max_bad_steps
+        self.history = history
+        self.folder = storage.join(output_dir, BAD_STEPS)
+
+    @collective
+    def sync_step_status(
+        self, loss: torch.Tensor, *, stop: bool, checkpoint_due: bool, uploading: bool, upload_failed: bool
+    ) -> StepStatus:
+        """Combine this rank's loss (scalar) and flags with those of all ranks, in one small all-reduce."""
+        nonfinite = ~torch.isfinite(loss)
+        flags = torch.tensor([stop, checkpoint_due, uploading, upload_failed], dtype=torch.float64).to(loss.device)
+        sums = torch.cat([torch.stack([loss.masked_fill(nonfinite, 0.0).double(), nonfinite.double()]), flags])
+        dist.all_reduce(sums)
+        # The only place in a step where the host waits for the accelerator.
+        total, num_nonfinite, *flag_sums, local_nonfinite = torch.cat([sums, nonfinite.double()[None]]).tolist()
+        mean = math.nan if num_nonfinite else total / dist.get_world_size()
+        is_unusual = self.history.num_good >= _MIN_GOOD_STEPS and mean > self.max_factor * self.history.usual_loss
+        return StepStatus(mean, num_nonfinite > 0 or is_unusual, local_nonfinite > 0, *(flag > 0 for flag in flag_sums))
+
+    def record(self, status: StepStatus, *, updated: bool, rescaled: bool, step: int, rank: int, batch: Batch) -> None:
+        """Count a step, and save the sample keys of a bad one.
+
+        Args:
+            updated: the step changed the weights.
+            rescaled: it did not, but lowered the loss scale of fp16; such a step counts as neither good nor bad.
+
+        Raises:
+            Diverged: after `train.max_bad_steps` bad steps in a row.
+        """
+        past = self.history
+        if updated:
+            usual = past.usual_loss + (1 - _EMA_DECAY if past.num_good else 1.0) * (status.loss - past.usual_loss)
+            self.history = LossHistory(usual, past.num_good + 1, past.num_bad, 0)
+            return
+        if rescaled:
+            return
+        self.history = replace(past, num_bad=past.num_bad + 1, in_a_row=past.in_a_row + 1)
+        if rank == 0:
+            cause = f"loss {status.loss:g}" if status.is_bad else "a gradient is not finite"
+            logger.warning("step %d: %s; the weights stay, and the sample keys are in %s", step, cause, self.folder)
+        if status.local_nonfinite or not math.isnan(status.loss):
+            self._save_keys(status.loss, step, rank, batch)
+        if self.history.in_a_row >= self.max_bad_steps:
+            raise Diverged(
+                f"the loss or its gradient was not usable in {self.history.in_a_row} steps in a row, up to step {step}; the "
+                f"samples are in {self.folder}: lower the learning rate or inspect them, then resume with --resume auto"
+            )
+
+    def _save_keys(self, loss: float, step: int, rank: int, batch: Batch) -> None:
+        content = {"step": step, "rank": rank, "loss": repr(loss), "keys": list(batch.keys), "captions": list(batch.captions)}
+        try:
+            url = storage.join(self.folder, f"step_{step:08d}_rank_{rank:05d}.json")
+            with storage.retrying_for(0):  # training does not wait for it
+                storage.write_bytes(url, json.dumps(content, indent=1).encode())
+        except storage.StorageError as error:
+            logger.warning("the sample keys of step %d could not be saved: %s", step, error)
+
+
+# --- workers -------------------------------------------------------------------------------------------------------------
+
+
+class RestartPolicy:
+    """Decides whether failed workers are restarted: as long as that can help, and until too many failures without progress."""
+
+    def __init__(self, max_failures: int, newest_checkpoint: Callable[[], str]):
+        """`newest_checkpoint` returns the newest checkpoint of this launch; empty when there is none."""
+        self.max_failures, self.newest_checkpoint = max_failures, newest_checkpoint
+        self.num_failures, self.last_checkpoint = 0, ""
+
+    def record_failure(self, error: Exception, hang: str, stopping: bool) -> str:
+        """Return a log line about the failure and the checkpoint from which the workers restart.
+
+        Args:
+            error: raised by Ray Train.
+            hang: message of the hang for which the workers were killed; empty when there was none.
+            stopping: the driver received SIGTERM.
+
+        Raises:
+            TrainingError: a restart cannot help, or there were too many failures without a new checkpoint.
+            Stopped: when `stopping`.
+        """
+        cause, line = find_cause(error)
+        line = hang or line
+        if stopping and not is_final(cause):
+            reason = line if isinstance(cause, Interrupted) else f"stopped by SIGTERM, and could not save at once: {line}"
+            raise Stopped(f"{reason}; {self._resume_advice()}") from None
+        if is_final(cause):
+            raise TrainingError(line) from error
+        with storage.retrying_for(RETRY_SECONDS):
+            newest = self.newest_checkpoint()
+        if newest != self.last_checkpoint:
+            self.num_failures, self.last_checkpoint = 0, newest
+        self.num_failures += not isinstance(cause, Interrupted)
+        if self.num_failures > self.max_failures:
+            raise TrainingError(f"{line} (failure {self.num_failures} without a new checkpoint; train.max_failures)") from error
+        return f"{line}; resuming from {newest or 'where this launch started'}"
+
+    def _resume_advice(self) -> str:
+        """Say from where the stopped run can be resumed. Storage is asked once, without retries, as the user waits."""
+        try:
+            newest = self.newest_checkpoint()
+        except storage.StorageError as error:
+            return f"its checkpoints cannot be listed ({error})"
+        return f"resume from {newest} with --resume auto" if newest else "this launch has saved no checkpoint"
+
+
+def is_final(cause: BaseException) -> bool:
+    """Return whether a restart would fail in the same way."""
+    if isinstance(cause, storage.StorageError):
+        return cause.kind != "unavailable"
+    return isinstance(cause, ConfigError | DataError | Diverged)
+
+
+def find_cause(error: BaseException) -> tuple[BaseException, str]:
+    """Return the error that a rank raised, and one line about it: our own errors' text, or the type of any other error.
+
+    When one rank fails or dies, the collectives of the others fail after it. So our own errors come first, then dead workers.
+    """
+    failures = sorted(getattr(error, "worker_failures", {}).items()) or [(-1, error)]
+    causes = [(rank, _unwrap(failure)) for rank, failure in failures]
+    ours, died = (ConfigError, DataError, Diverged, Interrupted, AcceleratorFull), ray.exceptions.RayActorError
+    rank, cause = next(((r, c) for kind in (ours, died) for r, c in causes if isinstance(c, kind)), causes[0])
+    line = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+    if isinstance(cause, ours):
+        return cause, line
+    who = f"worker {rank}" if rank >= 0 else "the workers' controller"
+    return cause, f"{who} died" if isinstance(cause, died) else f"{who}: {type(cause).__name__}: {line}"
+
+
+def _unwrap(failure: BaseException) -> BaseException:
+    """Return the error inside of Ray's wrappers."""
+    wrappers = ("health_check_failure", "controller_failure", "cause")
+    while inner := next(filter(None, (getattr(failure, name, None) for name in wrappers)), None):
+        failure = inner
+    return failure
+
+
+class SaveBeforeResize(ControllerCallback):
+    """Has the workers of an elastic run save before Ray Train ends them to change their number. Runs in its controller."""
+
+    def __init__(self, hang_detector: Any):
+        self.hang_detector = hang_detector
+        self.has_started = False
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        if not self.has_started:  # the first decision starts the workers
+            self.has_started = True
+            return
+        ray.get(self.hang_detector.request_stop.remote(f"resizing to {resize_decision.num_workers} workers"))
+        deadline = time.monotonic() + _RESIZE_TIMEOUT_SECONDS
+        while ray.get(self.hang_detector.num_alive.remote()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        ray.get(self.hang_detector.reset.remote())

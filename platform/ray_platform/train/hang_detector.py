@@ -1,0 +1,194 @@
+"""Hang detection: every rank sends a heartbeat every few seconds, and the driver finds the rank that the others wait for."""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+HEARTBEAT_SECONDS = 2.0
+_SILENT_SECONDS = 5 * HEARTBEAT_SECONDS  # after this, the process is stopped or its node is lost
+_SLOW_PHASE_FACTOR = 10  # longer timeout of phases that are slow by themselves: building, restoring, scoring, exporting
+# Files of frames that wait for other ranks, with gloo. NCCL's calls return at once and the next read of a result waits, wherever
+# it is; the trainer marks such places (`HeartbeatThread.waiting_for_ranks`).
+_COLLECTIVE_FRAMES = ("torch/distributed/", "deepspeed/comm/")
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Heartbeat sent by one rank."""
+
+    rank: int
+    step: int
+    phase: str  # what the training loop does, such as "waiting for data"
+    stack_top: str  # file:line function of the training thread
+    waits_for_ranks: bool
+    is_slow_phase: bool  # see _SLOW_PHASE_FACTOR
+    progress: int  # counter of files uploaded, micro-batches scored, …
+    host: str
+    pid: int
+    node: str  # Ray's hex id
+    actor: Any = field(compare=False)  # handle with which the rank can be killed
+
+    @property
+    def label(self) -> str:
+        return f"rank {self.rank} ({self.host}, pid {self.pid}) in step {self.step + 1}"
+
+
+class Hang(NamedTuple):
+    """A hang: one line that names the rank to blame, and the actors of all ranks."""
+
+    message: str
+    actors: list[Any]
+
+
+@dataclass
+class _Received:
+    heartbeat: Heartbeat
+    received_at: float
+    progressed_at: float  # when `_progress_key` last changed
+
+
+class HangDetector:
+    """Actor that receives the heartbeats and answers them with a request to stop. Times are those of its own clock."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[int, _Received] = {}
+        self._stop_reason = ""
+
+    def record(self, heartbeat: Heartbeat) -> str:
+        """Return why the rank has to save and stop; empty when it may continue."""
+        now, last = time.monotonic(), self._ranks.get(heartbeat.rank)
+        unchanged = last is not None and _progress_key(last.heartbeat) == _progress_key(heartbeat)
+        self._ranks[heartbeat.rank] = _Received(heartbeat, now, last.progressed_at if last and unchanged else now)
+        return self._stop_reason
+
+    def request_stop(self, reason: str) -> None:
+        self._stop_reason = reason
+
+    def reset(self) -> None:
+        """Forget all ranks and the request to stop: new workers will start."""
+        self._ranks, self._stop_reason = {}, ""
+
+    def remove(self, rank: int) -> None:
+        """Forget a rank that will send no more heartbeats."""
+        self._ranks.pop(rank, None)
+
+    def num_alive(self) -> int:
+        return sum(time.monotonic() - rank.received_at < _SILENT_SECONDS for rank in self._ranks.values())
+
+    def nodes(self) -> set[str]:
+        return {rank.heartbeat.node for rank in self._ranks.values()}
+
+    def find_hang(self, seconds: float) -> Hang | None:
+        """Return a hang when no rank made progress for `seconds`, times `_SLOW_PHASE_FACTOR` in slow phases.
+
+        A slow phase gives no more time to a rank that is silent, or to the ranks that wait for it.
+        """
+        now, ranks = time.monotonic(), self._ranks.values()
+        silent = [rank.heartbeat for rank in ranks if now - rank.received_at > _SILENT_SECONDS]
+        if not ranks or any(now - r.progressed_at < seconds * _timeout_factor(r.heartbeat, silent) for r in ranks):
+            return None
+        busy = [rank.heartbeat for rank in ranks if not rank.heartbeat.waits_for_ranks]
+        return Hang(_describe_hang(silent, busy, len(ranks), seconds), [rank.heartbeat.actor for rank in ranks])
+
+
+def _progress_key(heartbeat: Heartbeat) -> tuple[Any, ...]:
+    return heartbeat.pid, heartbeat.step, heartbeat.phase, heartbeat.progress
+
+
+def _timeout_factor(heartbeat: Heartbeat, silent: list[Heartbeat]) -> int:
+    waits_in_vain = heartbeat in silent or (silent and heartbeat.waits_for_ranks)
+    return _SLOW_PHASE_FACTOR if heartbeat.is_slow_phase and not waits_in_vain else 1
+
+
+def _describe_hang(silent: list[Heartbeat], busy: list[Heartbeat], num_ranks: int, seconds: float) -> str:
+    """Blame the ranks that send no heartbeats; if there are none, those that do not wait for other ranks."""
+    blamed = sorted(silent or busy, key=lambda heartbeat: heartbeat.rank)
+    if not blamed:
+        return f"no step for {seconds:.0f} s: all {num_ranks} ranks wait for each other; check the network between their nodes"
+    names = ", ".join(heartbeat.label for heartbeat in blamed)
+    how = "sends no heartbeats" if silent else f"hangs while {blamed[0].phase}, at {blamed[0].stack_top}"
+    return f"no step for {seconds:.0f} s: {names} {how}; the other {num_ranks - len(blamed)} of {num_ranks} ranks wait"
+
+
+class HeartbeatThread:
+    """Thread of a rank that sends heartbeats until it is stopped. A detector that does not answer does not disturb training."""
+
+    def __init__(self, detector: Any, rank: int):
+        """`detector`: handle of the `HangDetector` actor. Create it in the thread that trains."""
+        self.detector, self.rank = detector, rank
+        self.step, self.progress, self.phase = 0, 0, "starting"
+        self.stop_reason = ""  # why to save and stop, as requested by the driver
+        self._waits_for_ranks, self._is_slow_phase = False, True
+        self._training_thread = threading.get_ident()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._send_heartbeats, daemon=True, name="heartbeat")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._done.set()
+
+    def set_phase(self, phase: str, is_slow: bool = False) -> None:
+        self.phase, self._is_slow_phase = phase, is_slow
+
+    def count_progress(self) -> None:
+        """Report progress within a step or phase. May be called from any thread."""
+        self.progress += 1
+
+    @contextlib.contextmanager
+    def waiting_for_ranks(self) -> Iterator[None]:
+        """Mark a block that ends when all ranks have entered it, and in which this rank only waits for the others."""
+        before, self._waits_for_ranks = self._waits_for_ranks, True
+        try:
+            yield
+        finally:
+            self._waits_for_ranks = before
+
+    def heartbeat(self, host: str = "", pid: int = 0, node: str = "", actor: Any = None) -> Heartbeat:
+        """Return the heartbeat of this moment."""
+        stack_top, is_in_collective = self._training_stack()
+        waits = self._waits_for_ranks or is_in_collective
+        return Heartbeat(
+            self.rank, self.step, self.phase, stack_top, waits, self._is_slow_phase, self.progress, host, pid, node, actor
+        )
+
+    def _send_heartbeats(self) -> None:
+        context = ray.get_runtime_context()
+        process = (socket.gethostname(), os.getpid(), context.get_node_id(), context.current_actor)
+        call: Any = None
+        while not self._done.is_set():
+            try:
+                if call is None:
+                    call = self.detector.record.remote(self.heartbeat(*process))
+                if ray.wait([call], timeout=HEARTBEAT_SECONDS)[0]:
+                    self.stop_reason, call = ray.get(call), None
+            except ray.exceptions.RayError:
+                call = None
+            self._done.wait(HEARTBEAT_SECONDS)
+        self.detector.remove.remote(self.rank)
+
+    def _training_stack(self) -> tuple[str, bool]:
+        """Return (innermost frame of the training thread outside of libraries, whether the thread is inside a collective)."""
+        frame, frames = sys._current_frames().get(self._training_thread), []
+        while frame is not None:
+            frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+            frame = frame.f_back
+        is_in_collective = any(part in name.replace(os.sep, "/") for name, _, _ in frames for part in _COLLECTIVE_FRAMES)
+        name, line, function = next((f for f in frames if "site-packages" not in f[0]), frames[0] if frames else ("?", 0, "?"))
+        return f"{os.path.basename(name)}:{line} {function}", is_in_collective
+
+
+def start_hang_detector() -> Any:
+    """Start the actor on the driver's node, so that it is not lost with a node of the workers."""
+    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(HangDetector).options(scheduling_strategy=driver_node).remote()
