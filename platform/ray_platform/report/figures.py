@@ -11,6 +11,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,8 @@ def _light_colors() -> dict[str, str]:
 COLORS = _light_colors()
 
 
-class Point(NamedTuple):
+@dataclass(frozen=True)
+class Point:
     """A point of a line."""
 
     x: float
