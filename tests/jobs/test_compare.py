@@ -1,8 +1,7 @@
-"""jobs/compare.py on a tiny model: arms and seeds, what is not done again, and the arithmetic of paired differences."""
+"""jobs/compare.py: the runs that are left to do, statistics and claim with simulated runs, and one real comparison (slow)."""
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,9 @@ from scipy import stats
 from diffdis.config import ObjectiveConfig
 from diffdis_platform.commands.compare import parse_arguments as parse
 from diffdis_platform.comparison import runs
-from diffdis_platform.comparison.plan import plan
-from diffdis_platform.comparison.run import compare, table
-from diffdis_platform.comparison.summary import claim, interval, paired_differences
+from diffdis_platform.comparison.run import compare
+from diffdis_platform.comparison.runs import plan_comparison
+from diffdis_platform.comparison.summary import check_claim, confidence_interval, format_summary, paired_differences
 from diffdis_platform.config.compare import ARMS, CompareConfig
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from diffdis_platform.config.pretrain import PretrainConfig
@@ -27,18 +26,18 @@ from ray_platform.train.launch import Stopped
 from tests.end_to_end.conftest import write_shards
 from tests.support.evaluation_sets import picture, write_wds
 
-COLOURS = ("red", "blue", "gold")
-BROKEN = {"broken": {"objective.freeze": ["nothing.*"]}}  # a run finds out only when it builds the model
+COLORS = ("red", "blue", "gold")
+BROKEN = {"broken": {"objective.freeze": ["nothing.*"]}}  # fails when the model is built
 NUM_STEPS, BATCH_SIZE = 3, 4
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A zero-shot set, a retrieval set and prompts, and shards to train on."""
+    """Training shards, a zero-shot set, a retrieval set and prompts."""
     root = tmp_path_factory.mktemp("data")
     write_shards(root / "train", num_shards=2)
     labels = [i % 3 for i in range(24)]
-    write_wds(root, "mine", [picture(i) for i in range(24)], labels=labels, classes=COLOURS, templates=["{c}"])
+    write_wds(root, "mine", [picture(i) for i in range(24)], labels=labels, classes=COLORS, templates=["{c}"])
     write_wds(root, "pairs", [picture(100 + i) for i in range(20)], captions=[[f"picture {i}"] for i in range(20)])
     (root / "suite.yaml").write_text("sets: [mine, pairs]\n")
     return root
@@ -46,7 +45,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config_of(tiny_model, root):
-    """config_of(output_dir, **fields) -> a CompareConfig of short runs of one worker."""
+    """config_of(output_dir, **fields) -> a CompareConfig of short runs with one worker."""
 
     def make(output_dir, **fields):
         sources = (str(root / "train"),)
@@ -79,103 +78,97 @@ def config_of(tiny_model, root):
 
 
 def run(config):
-    return compare(config, plan(config), "tiny", "python jobs/compare.py")
-
-
-class Cut(BaseException):
-    """As a signal would: nothing catches it."""
-
-
-@pytest.fixture(scope="module")
-def whole(ray_cluster, config_of, tmp_path_factory):
-    """(config, summary) of a comparison with an arm that fails, which was cut off in the evaluation of its second run."""
-    config = config_of(tmp_path_factory.mktemp("comparison"), arms=("joint", "generation", "broken"), own_arms=BROKEN)
-    evaluated = []
-
-    def cut_off(*arguments):
-        evaluated.append(arguments)
-        if len(evaluated) == 2:
-            raise Cut
-        return evaluate(*arguments)
-
-    evaluate = runs.evaluate
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "evaluate", cut_off)
-        with pytest.raises(Cut):
-            run(config)
-    made = plan(config)
-    assert made.left == [("generation", 0), ("broken", 0)], "the first run is done"
-    return config, run(config)
+    return compare(config, plan_comparison(config), "tiny", "python jobs/compare.py")
 
 
 def read(config, *parts):
     return json.loads(Path(config.output_dir, *parts).read_text())
 
 
-def test_every_arm_and_seed_has_its_figures_and_costs(whole):
-    config, summary = whole
-    joint, generation = (summary["arms"][arm]["seeds"] for arm in ("joint", "generation"))
-    assert list(joint) == list(generation) == ["0"]
-    assert {"accuracy", "accuracy_mine", "retrieval_recall_at_1", "image_retrieval_recall_at_1", "fd", "kid"} <= set(joint["0"])
-    assert "fd" in generation["0"]
-    assert not [name for name in generation["0"] if "accuracy" in name or "recall" in name], "absent, not zero"
-    for figures in (*joint.values(), *generation.values()):
-        assert figures["samples"] == NUM_STEPS * BATCH_SIZE
-        assert figures["seconds"] > 0
-        assert figures["flops"] == pytest.approx(figures["flops_a_sample"] * figures["samples"], rel=1e-6)
-    assert joint["0"]["flops_a_sample"] > generation["0"]["flops_a_sample"]
-    assert joint["0"]["parameters"] > generation["0"]["parameters"]
-    assert summary["arms"]["joint"]["mean"]["fd"] == joint["0"]["fd"]
-    assert summary["arms"]["joint"]["std"]["fd"] is None, "one seed has no spread"
-    assert summary["paired"]["fd_joint_minus_generation"]["mean"] == joint["0"]["fd"] - generation["0"]["fd"]
-    assert summary["paired"]["fd_joint_minus_generation"]["low"] is None
-    assert not summary["claim"]["holds"]
-    assert "not measured: accuracy_joint_minus_alignment" in summary["claim"]["why"]
-    assert summary == read(config, "summary.json")
-    assert "4 CPUs" in summary["environment"]
+def simulated_figures(arm, seed):
+    figures = {"samples": 12, "seconds": 2.5, "environment": "4 CPUs"}
+    if arm != "generation":
+        figures["accuracy"] = 0.25 + 0.125 * seed + 0.125 * (arm == "joint")
+    if arm != "alignment":
+        figures["fd"] = 50.0 - seed - 4 * (arm == "joint")
+    return figures
 
 
-def test_a_result_says_how_it_came_about(whole):
-    config, summary = whole
-    result = read(config, "runs", "joint_seed0", "result.json")
-    assert result["figures"] == summary["arms"]["joint"]["seeds"]["0"]
-    assert result["metrics"]["eval/mine/acc1"] == result["figures"]["accuracy_mine"]
-    assert {"arms": summary["config"]["arms"], **result["config"]} == summary["config"]
-    assert "step_00000003" in result["checkpoint"]
-    assert [point["samples"] for point in result["curve"]] == [2 * BATCH_SIZE, 3 * BATCH_SIZE]
-    assert "heldout/acc1" in result["curve"][0]["metrics"]
+@pytest.fixture
+def measured(monkeypatch):
+    """Replace the runs by simulated ones; the list of (arm, seed) that were measured. The arm `broken` fails."""
+    measured = []
+
+    def measure(config, identity, arm, seed, recipe, tracking):
+        measured.append((arm, seed))
+        if arm == "broken":
+            raise ConfigError("objective.freeze: no parameter matches nothing.*")
+        figures, url = simulated_figures(arm, seed), Path(config.run_dir(arm, seed), "result.json")
+        url.parent.mkdir(parents=True)
+        curve = [{"samples": 12, "metrics": {"heldout/acc1": 0.5}}]
+        result = {"config": identity, "fields": config.fields_of(arm), "figures": figures, "curve": curve}
+        url.write_text(json.dumps(result))
+        return figures
+
+    monkeypatch.setattr("diffdis_platform.comparison.run.measure", measure)
+    return measured
 
 
-def test_an_arm_that_fails_is_a_line_and_ends_nothing(whole):
-    _, summary = whole
-    assert len(summary["failures"]) == 1
-    assert summary["failures"][0].startswith("broken, seed 0: objective.freeze: no parameter is called nothing.*")
+def test_a_comparison_measures_what_is_missing_and_summarizes_all(measured, config_of, tmp_path):
+    first = config_of(tmp_path, arms=("joint", "broken"), own_arms=BROKEN)
+    summary = run(first)
+    assert summary["failures"] == ["broken, seed 0: objective.freeze: no parameter matches nothing.*"]
     assert summary["arms"]["broken"]["seeds"] == {}
+    assert summary["arms"]["joint"]["std"]["fd"] is None, "one seed has no spread"
+    assert summary == read(first, "summary.json")
+
+    larger = dataclasses.replace(first, arms=("joint", "generation", "alignment"), seeds=(0, 1))
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"arms": {}}))
+    del measured[:]
+    summary = run(larger)
+    assert measured == [("generation", 0), ("alignment", 0), ("joint", 1), ("generation", 1), ("alignment", 1)], (
+        "from result.json"
+    )
+    assert summary["arms"]["joint"]["mean"]["fd"] == 45.5
+    assert summary["paired"]["fd_joint_minus_generation"] == {"mean": -4.0, "low": -4.0, "high": -4.0, "n": 2}
+    assert summary["claim"]["holds"]
+    assert "the claim holds: accuracy_joint_minus_alignment is +0.125" in format_summary(summary)
+    page = (tmp_path / "report.html").read_text()
+    assert "generation" in page
+    client = MlflowClient(read(larger, "mlflow.json")["tracking_uri"])
+    parent = client.get_run(read(larger, "mlflow.json")["run_id"])
+    assert parent.data.metrics["paired/fd_joint_minus_generation/mean"] == -4.0
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"summary.json", "report.html", "config.yaml"}
 
 
-def test_a_run_that_was_cut_off_behind_its_training_is_not_trained_again(whole):
-    config, _ = whole
-    launches = list(Path(config.output_dir, "runs", "generation_seed0", "checkpoints").iterdir())
-    assert len(launches) == 1
+def test_a_summary_alone_is_enough_to_continue_elsewhere(measured, config_of, tmp_path):
+    summary = run(config_of(tmp_path / "first"))
+    second = tmp_path / "second"
+    second.mkdir()
+
+    def pending(summary, **fields):
+        (second / "summary.json").write_text(json.dumps(summary))
+        return plan_comparison(config_of(second, **fields)).pending
+
+    extended = {"arms": ("joint", "joint_mask"), "seeds": (0, 1)}
+    assert pending(summary, **extended) == [("joint_mask", 0), ("joint", 1), ("joint_mask", 1)]
+    assert "generation" in plan_comparison(config_of(second, arms=("joint",))).results, "arms of earlier calls are kept"
+    del summary["config"]["pretrain"]["train"]["ema_decay"]  # 0 by default, as here: a field that was added later
+    assert pending(summary) == []
+    (second / "summary.json").write_text(json.dumps(summary))
+    train = dataclasses.replace(config_of(second).pretrain.train, num_steps=4)
+    other = dataclasses.replace(config_of(second), pretrain=dataclasses.replace(config_of(second).pretrain, train=train))
+    assert "(pretrain.train.num_steps: 3 there, 4 here)" in refusal(plan_comparison, other)
+    renamed = config_of(second, arms=("joint", "half"), own_arms={"half": {"objective.lambda_alignment": 0.5}})
+    summary["config"]["arms"]["half"] = {"objective.lambda_alignment": 2.0}
+    summary["arms"]["half"] = {"seeds": {}}
+    (second / "summary.json").write_text(json.dumps(summary))
+    assert "own_arms.half" in refusal(plan_comparison, renamed)
+    (second / "summary.json").write_text("{}")
+    assert "is not a summary of a comparison" in refusal(plan_comparison, renamed)
 
 
-def test_what_is_done_is_not_done_again(whole, monkeypatch):
-    config, summary = whole
-    monkeypatch.setattr("diffdis_platform.comparison.run.measure", None)
-    again = run(dataclasses.replace(config, arms=("joint", "generation")))
-    assert again["arms"]["joint"] == summary["arms"]["joint"]
-    assert again["failures"] == []
-
-
-def test_an_earlier_summary_counts_as_done(whole, config_of, tmp_path):
-    config, summary = whole
-    shutil.copy(f"{config.output_dir}/summary.json", tmp_path / "summary.json")
-    made = plan(config_of(tmp_path, arms=("joint", "joint_mask"), seeds=(0, 1)))
-    assert made.left == [("joint_mask", 0), ("joint", 1), ("joint_mask", 1)]
-    assert made.results["generation"][0] == summary["arms"]["generation"]["seeds"]["0"], "arms of before are kept"
-
-
-def test_sigterm_ends_the_comparison_and_not_only_the_run(ray_cluster, config_of, tmp_path, monkeypatch):
+def test_sigterm_ends_the_comparison_and_not_only_the_run(config_of, tmp_path, monkeypatch):
     def stopped(*_):
         raise Stopped("stopped by SIGTERM; saved at step 2")
 
@@ -185,76 +178,80 @@ def test_sigterm_ends_the_comparison_and_not_only_the_run(ray_cluster, config_of
     assert read(config_of(tmp_path), "summary.json")["failures"] == []
 
 
-def test_a_field_that_came_later_does_not_make_another_comparison(whole, config_of, tmp_path):
-    earlier = json.loads(json.dumps(whole[1]))
-    del earlier["config"]["pretrain"]["train"]["ema_decay"]  # 0 by default, as here
-    (tmp_path / "summary.json").write_text(json.dumps(earlier))
-    assert plan(config_of(tmp_path)).left == []
-    del earlier["config"]["pretrain"]["train"]["max_failures"]  # 0 here
-    (tmp_path / "summary.json").write_text(json.dumps(earlier))
-    assert "pretrain.train.max_failures: 3 there, 0 here" in refusal(plan, config_of(tmp_path))
+class Interrupt(BaseException):
+    """Like a signal: nothing catches it."""
 
 
 @pytest.mark.slow
-def test_an_earlier_summary_is_extended_by_a_seed(whole, config_of, tmp_path):
-    config, summary = whole
-    shutil.copy(f"{config.output_dir}/summary.json", tmp_path / "summary.json")
-    extended = run(config_of(tmp_path, seeds=(0, 1)))
-    joint, generation = (extended["arms"][arm]["seeds"] for arm in ("joint", "generation"))
-    assert list(joint) == list(generation) == ["0", "1"]
-    assert joint["0"] == summary["arms"]["joint"]["seeds"]["0"]
-    assert joint["0"]["fd"] != joint["1"]["fd"]
-    assert extended["arms"]["joint"]["std"]["fd"] == pytest.approx(np.std([run["fd"] for run in joint.values()], ddof=1))
-    test = stats.ttest_rel(*([run["fd"] for run in arm.values()] for arm in (joint, generation))).confidence_interval(0.95)
-    paired = extended["paired"]["fd_joint_minus_generation"]
-    assert (paired["low"], paired["high"], paired["n"]) == (pytest.approx(test.low), pytest.approx(test.high), 2)
+def test_a_real_comparison_that_is_interrupted_after_the_training_of_its_second_run(
+    ray_cluster, config_of, tmp_path, monkeypatch
+):
+    config = config_of(tmp_path, arms=("joint", "generation", "broken"), own_arms=BROKEN)
+    evaluate, evaluated = runs.evaluate, []
 
+    def interrupt(*arguments):
+        evaluated.append(arguments)
+        if len(evaluated) == 2:
+            raise Interrupt
+        return evaluate(*arguments)
 
-def test_another_comparison_in_the_folder_is_refused(whole, config_of):
-    config, _ = whole
-    train = dataclasses.replace(config.pretrain.train, num_steps=4)
-    other = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, train=train))
-    assert "holds another comparison (pretrain.train.num_steps: 3 there, 4 here)" in refusal(plan, other)
-    renamed = dataclasses.replace(config, own_arms={"broken": {"objective.lambda_alignment": 2.0}})
-    assert "own_arms.broken" in refusal(plan, renamed)
+    monkeypatch.setattr(runs, "evaluate", interrupt)
+    with pytest.raises(Interrupt):
+        run(config)
+    assert plan_comparison(config).pending == [("generation", 0), ("broken", 0)]
+    summary = run(config)
+    assert len(list(Path(config.output_dir, "runs", "generation_seed0", "checkpoints").iterdir())) == 1, "it is not trained again"
+    assert summary["failures"][0].startswith("broken, seed 0: objective.freeze: ")
 
+    joint, generation = (summary["arms"][arm]["seeds"]["0"] for arm in ("joint", "generation"))
+    assert {"accuracy", "accuracy_mine", "retrieval_recall_at_1", "image_retrieval_recall_at_1", "fd", "kid"} <= set(joint)
+    assert not [name for name in generation if "accuracy" in name or "recall" in name], "absent, not zero"
+    for figures in (joint, generation):
+        assert figures["samples"] == NUM_STEPS * BATCH_SIZE
+        assert figures["seconds"] > 0
+        assert figures["flops"] == pytest.approx(figures["flops_a_sample"] * figures["samples"], rel=1e-6)
+    assert joint["flops_a_sample"] > generation["flops_a_sample"]
+    assert joint["parameters"] > generation["parameters"]
+    assert summary["paired"]["fd_joint_minus_generation"]["mean"] == joint["fd"] - generation["fd"]
+    assert "not measured: accuracy_joint_minus_alignment" in summary["claim"]["why"]
 
-def test_the_page_and_the_samples_are_there(whole):
-    config, summary = whole
-    page = Path(config.output_dir, "report.html").read_text()
-    assert "picture 3" in page
-    assert "objective.freeze" in page
-    assert "generation" in table(summary)
+    result = read(config, "runs", "joint_seed0", "result.json")
+    assert result["figures"] == joint
+    assert result["metrics"]["eval/mine/acc1"] == joint["accuracy_mine"]
+    assert {"arms": summary["config"]["arms"], **result["config"]} == summary["config"]
+    assert "step_00000003" in result["checkpoint"]
+    assert [point["samples"] for point in result["curve"]] == [2 * BATCH_SIZE, 3 * BATCH_SIZE]
+    assert "heldout/acc1" in result["curve"][0]["metrics"]
+
+    assert "picture 3" in Path(config.output_dir, "report.html").read_text()
     for arm in ("joint", "generation"):
         assert Path(config.output_dir, "samples", f"{arm}_seed0.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_mlflow_shows_the_runs_below_the_comparison(whole):
-    config, summary = whole
     tracked = read(config, "mlflow.json")
     client = MlflowClient(tracked["tracking_uri"])
-    parent = client.get_run(tracked["run_id"])
-    assert parent.data.metrics["paired/fd_joint_minus_generation/mean"] == summary["paired"]["fd_joint_minus_generation"]["mean"]
-    artifacts = {file.path for file in client.list_artifacts(tracked["run_id"])}
-    assert {"summary.json", "report.html", "samples", "config.yaml"} <= artifacts
-    found = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{tracked['run_id']}'")
-    names = {run.info.run_name for run in found}
-    assert {"joint seed 0", "generation seed 0", "broken seed 0"} <= names
-    measured = next(run for run in found if run.info.run_name == "joint seed 0")
-    assert measured.data.metrics["eval/mine/acc1"] == summary["arms"]["joint"]["seeds"]["0"]["accuracy_mine"]
+    experiment = client.get_run(tracked["run_id"]).info.experiment_id
+    children = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{tracked['run_id']}'")
+    by_name = {child.info.run_name: child for child in children}
+    assert {"joint seed 0", "generation seed 0", "broken seed 0"} <= by_name.keys()
+    assert by_name["joint seed 0"].data.metrics["eval/mine/acc1"] == joint["accuracy_mine"]
+
+    extended = run(config_of(tmp_path, arms=("joint",), seeds=(0, 1)))
+    seeds = extended["arms"]["joint"]["seeds"]
+    assert seeds["0"] == joint
+    assert seeds["0"]["fd"] != seeds["1"]["fd"]
+    assert extended["arms"]["joint"]["std"]["fd"] == pytest.approx(np.std([run["fd"] for run in seeds.values()], ddof=1))
 
 
 def test_intervals_are_those_of_a_paired_t_test():
     rng = np.random.default_rng(0)
-    mine, theirs = rng.normal(0.1, 0.02, 5), rng.normal(0.05, 0.02, 5)
-    test = stats.ttest_rel(mine, theirs).confidence_interval(0.95)
-    found = interval(list(mine - theirs))
-    assert (found["low"], found["high"]) == pytest.approx((test.low, test.high))
-    assert (found["mean"], found["n"]) == (pytest.approx((mine - theirs).mean()), 5)
-    assert interval([0.5]) == {"mean": 0.5, "low": None, "high": None, "n": 1}
+    a, b = rng.normal(0.1, 0.02, 5), rng.normal(0.05, 0.02, 5)
+    test = stats.ttest_rel(a, b).confidence_interval(0.95)
+    interval = confidence_interval(list(a - b))
+    assert (interval["low"], interval["high"]) == pytest.approx((test.low, test.high))
+    assert (interval["mean"], interval["n"]) == (pytest.approx((a - b).mean()), 5)
+    assert confidence_interval([0.5]) == {"mean": 0.5, "low": None, "high": None, "n": 1}
 
 
-def test_differences_are_of_what_both_arms_have_over_the_seeds_that_both_have():
+def test_differences_cover_the_scores_and_seeds_that_both_arms_have():
     results = {
         "joint": {seed: {"accuracy": 0.3 + seed / 10, "fd": 50.0, "seconds": 9.0} for seed in (0, 1, 2)},
         "alignment": {seed: {"accuracy": 0.2, "seconds": 4.0} for seed in (1, 2, 3)},
@@ -262,33 +259,33 @@ def test_differences_are_of_what_both_arms_have_over_the_seeds_that_both_have():
         "one_way_mask": {0: {"accuracy": 0.25, "fd": 1.0}},
         "generation": {},
     }
-    found = paired_differences(results)
-    assert set(found) == {
+    paired = paired_differences(results)
+    assert set(paired) == {
         "accuracy_joint_minus_alignment",
         "accuracy_joint_mask_minus_one_way_mask",
         "fd_joint_mask_minus_one_way_mask",
     }
-    assert found["accuracy_joint_minus_alignment"]["mean"] == pytest.approx(0.25)
-    assert found["accuracy_joint_minus_alignment"]["n"] == 2
+    assert paired["accuracy_joint_minus_alignment"]["mean"] == pytest.approx(0.25)
+    assert paired["accuracy_joint_minus_alignment"]["n"] == 2
 
 
 @pytest.mark.parametrize(
     ("accuracy", "fd", "holds", "why"),
     [
         ((0.01, 0.03), (-5, -1), True, "over 3 seeds"),
-        ((-0.01, 0.03), (-5, -1), False, "which holds zero"),
+        ((-0.01, 0.03), (-5, -1), False, "which includes zero"),
         ((0.01, 0.03), (1, 5), False, "of the opposite sign"),
         ((None, None), (-5, -1), False, "no interval"),
     ],
 )
-def test_the_claim_holds_where_both_intervals_exclude_zero_on_the_papers_side(accuracy, fd, holds, why):
+def test_the_claim_holds_if_both_intervals_are_on_the_papers_side_of_zero(accuracy, fd, holds, why):
     paired = {
         name: {"mean": 0.0, "low": low, "high": high, "n": 3}
         for name, (low, high) in (("accuracy_joint_minus_alignment", accuracy), ("fd_joint_minus_generation", fd))
     }
-    found = claim(paired)
-    assert found["holds"] is holds
-    assert why in found["why"]
+    claim = check_claim(paired)
+    assert claim["holds"] is holds
+    assert why in claim["why"]
 
 
 def refusal(call, *arguments):
@@ -301,38 +298,36 @@ def refusal(call, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "demo"], "--recipe demo: no such recipe; choose one of demo_compare"),
+        (["--recipe", "demo"], "--recipe demo: no such recipe"),
         (["--output_dir", "x"], "output_dir: x; give an absolute folder"),
-        (["--arms", "jont"], "arms: there is no jont; there are joint, generation, alignment, clip, joint_mask, one_way_mask"),
-        (["--seeds", "[1, 1]"], "seeds: [1, 1]; give at least one, and none twice"),
+        (["--arms", "jont"], "arms: no such arm (jont); use joint, generation, alignment, clip, joint_mask, one_way_mask"),
+        (["--seeds", "[1, 1]"], "seeds: [1, 1]; give at least one"),
         (["--seeds", "[-1]"], "seeds: -1 is below 0"),
-        (["--own_arms", '{"clip": {}}'], "own_arms: there is an arm clip already"),
-        (["--own_arms", '{"a b": {}}'], "own_arms: 'a b'; a name has up to 64 letters"),
+        (["--own_arms", '{"clip": {}}'], "own_arms: clip is a predefined arm"),
+        (["--own_arms", '{"a b": {}}'], "own_arms: invalid name 'a b'"),
         (
             ["--arms", "a", "--own_arms", '{"a": {"train.num_steps": 9}}'],
-            "own_arms.a: train.num_steps; an arm has fields of model",
+            "own_arms.a: train.num_steps is not a field of model",
         ),
         (["--arms", "a", "--own_arms", '{"a": {"objective.lamda": 9}}'], "own_arms.a: --objective.lamda: no such field; did you"),
         (["--arms", "a", "--own_arms", '{"a": {"model.schedule.gamma": 9}}'], "own_arms.a: model.schedule.gamma: 9.0 is not in"),
-        (["--pretrain.train.seed", "3"], "pretrain.train.seed: is set by the comparison; give seeds"),
-        (["--pretrain.output_dir", "/x"], "pretrain.output_dir: is set by the comparison; give output_dir"),
+        (["--pretrain.train.seed", "3"], "pretrain.train.seed: is set by the comparison; use seeds"),
+        (["--pretrain.output_dir", "/x"], "pretrain.output_dir: is set by the comparison; use output_dir"),
     ],
 )
-def test_bad_fields_are_one_line(arguments, message):
+def test_invalid_fields_are_rejected_in_one_line(arguments, message):
     assert message in refusal(parse, ["--output_dir", "/x", *arguments])
 
 
-def test_missing_data_are_one_line(config_of, tmp_path, root):
+def test_missing_data_is_rejected_in_one_line(config_of, tmp_path, root):
     config = parse(["--output_dir", str(tmp_path), "--demo_data", "/none"]).config
-    assert "/none" in refusal(plan, config)
+    assert "/none" in refusal(plan_comparison, config)
     config = config_of(tmp_path)
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, suite="demo"))
-    assert "heldout_style: not found below" in refusal(plan, config)
-    (tmp_path / "summary.json").write_text("{}")
-    assert "is no summary of a comparison" in refusal(plan, config_of(tmp_path))
+    assert "heldout_style: not found below" in refusal(plan_comparison, config)
 
 
-def test_the_recipe_parses_to_itself_and_arms_differ_in_their_fields_alone(tmp_path):
+def test_the_recipe_parses_to_itself_and_arms_differ_only_in_their_fields(tmp_path):
     config = parse(["--demo_data", "/data/demo", "--output_dir", "/x"]).config
     assert config == dataclasses.replace(demo_compare("/data/demo"), output_dir="/x")
     joint = config.pretrain_of("joint", 3)

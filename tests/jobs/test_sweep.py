@@ -1,4 +1,4 @@
-"""jobs/sweep.py over the tiny model: real trials, what MLflow has of them, and what is refused before anything starts."""
+"""jobs/sweep.py: configs of trials, checks before anything starts, older sweeps, and real trials in MLflow (slow)."""
 
 import dataclasses
 import io
@@ -19,20 +19,20 @@ from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringC
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.config.sweep import SweepConfig
 from diffdis_platform.sweeping.fields import configure, open_space
-from diffdis_platform.sweeping.run import _lasting, plan, run, table
-from diffdis_platform.sweeping.trial import TrialJob, needs, steps
+from diffdis_platform.sweeping.run import _VERSION, _settings, format_trials, plan_sweep, rebuild_report, run_sweep
+from diffdis_platform.sweeping.trial import TrialRunner, training_steps, trial_resources
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
 from ray_platform.json_values import to_json
 from ray_platform.placement import ResourceRequest
-from ray_platform.sweep.trial import Segment
+from ray_platform.sweep.trial import TrialSegment
+from ray_platform.tracking import TrackingConfig
 from ray_platform.train import checkpoint_format
 from ray_platform.train.config import TrainConfig
 from tests.support.evaluation_sets import picture, write_wds
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-COLOURS = ("red", "blue", "gold", "pink", "grey")
+DETAILS = Path(__file__).parents[1] / "fixtures" / "reports" / "sweep.json"  # of ba8fcc6
+COLORS = ("red", "blue", "gold", "pink", "grey")
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,13 @@ def data(tmp_path_factory):
             for i in range(16):
                 buffer = io.BytesIO()
                 Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(buffer, format="PNG")
-                tar.write({"__key__": f"{shard:05d}{i:04d}", "png": buffer.getvalue(), "txt": str(rng.choice(COLOURS)).encode()})
+                tar.write({"__key__": f"{shard:05d}{i:04d}", "png": buffer.getvalue(), "txt": str(rng.choice(COLORS)).encode()})
     write_wds(
-        root, "mine", [picture(i) for i in range(20)], labels=[i % 5 for i in range(20)], classes=COLOURS, templates=["a {c}."]
+        root, "mine", [picture(i) for i in range(20)], labels=[i % 5 for i in range(20)], classes=COLORS, templates=["a {c}."]
     )
     write_wds(root, "pairs", [picture(100 + i) for i in range(12)], captions=[[f"picture {i}"] for i in range(12)])
     (root / "both.yaml").write_text("sets: [mine, pairs]\n")
-    (root / "prompts.txt").write_text("".join(f"a {colour} {i}\n" for i in range(2) for colour in COLOURS))
+    (root / "prompts.txt").write_text("".join(f"a {color} {i}\n" for i in range(2) for color in COLORS))
     return root
 
 
@@ -94,9 +94,9 @@ def make(data, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_grid_with_asha_from_its_configuration_to_mlflow(make, tmp_path, monkeypatch):
+def test_a_grid_with_asha_from_its_config_to_mlflow(ray_cluster, make, tmp_path, monkeypatch):
     config = make()
-    details = run(plan(config, "tiny"), "yaml: 1\n", "python jobs/sweep.py …")
+    details = run_sweep(plan_sweep(config, "tiny"), "yaml: 1\n", "python jobs/sweep.py …")
     assert ray.util.placement_group_table() == {} or all(
         group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()
     )
@@ -116,32 +116,54 @@ def test_a_grid_with_asha_from_its_configuration_to_mlflow(make, tmp_path, monke
     assert set(details["best"]) == {"accuracy", "fd_efficientnet_lite0"}
     saved = json.loads((tmp_path / "sweep" / "details.json").read_text())
     assert saved["trials"] == json.loads(json.dumps(trials))
-    assert "recipe's own values" in table(details)
+    assert "recipe's values" in format_trials(details)
     assert "trial_003" in (tmp_path / "sweep" / "report.html").read_text()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/sweep/mlflow.db")  # where models:/ is looked up
     _check_mlflow(config, details)
 
-    again = run(plan(config, "tiny"), "yaml: 1\n", "python jobs/sweep.py …")
-    assert [t["metrics"] for t in again["trials"]] == [t["metrics"] for t in trials], "a sweep that is done is not done again"
+    again = run_sweep(plan_sweep(config, "tiny"), "yaml: 1\n", "python jobs/sweep.py …")
+    assert [t["metrics"] for t in again["trials"]] == [t["metrics"] for t in trials], "a finished sweep does not run again"
     client = MlflowClient(f"sqlite:///{tmp_path}/sweep/mlflow.db")
     versions = client.search_model_versions("name='diffdis-sweep'")
-    assert len(versions) == len({*details["front"], *details["best"].values()}), "nor registered again"
-    with pytest.raises(ConfigError, match=r"samples: 20, but the sweep in .* was begun with 16"):
-        plan(make(samples=20), "tiny")
+    assert len(versions) == len({*details["front"], *details["best"].values()}), "its models are not registered again"
+    with pytest.raises(ConfigError, match=r"samples: 20, but the sweep in .* was started with 16"):
+        plan_sweep(make(samples=20), "tiny")
 
 
-def test_a_sweep_goes_on_under_code_with_new_fields(make, tmp_path):
-    """What was begun before a field existed had its default."""
-    config, begun = make(), tmp_path / "sweep" / "sweep.json"
-    saved = json.loads(to_json(_lasting(config)))
-    begun.parent.mkdir()
-    del saved["pretrain"]["train"]["ema_decay"]
-    begun.write_text(json.dumps(saved))
-    plan(config, "tiny")
-    saved["pretrain"]["train"]["weight_decay_of_old"] = 0.1
-    begun.write_text(json.dumps(saved))
-    with pytest.raises(ConfigError, match=r"pretrain.train.weight_decay_of_old: absent, but the sweep in .* was begun with 0.1"):
-        plan(config, "tiny")
+def write_settings(config, **fields):
+    folder = Path(config.output_dir)
+    folder.mkdir(exist_ok=True)
+    settings = json.loads(to_json(_VERSION | _settings(config))) | fields
+    (folder / "sweep.json").write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
+    return settings
+
+
+def test_a_sweep_is_resumed_by_code_with_new_fields(make):
+    """A field that did not exist when the sweep was started had its default."""
+    config = make()
+    pretrain = write_settings(config)["pretrain"]
+    del pretrain["train"]["ema_decay"]
+    write_settings(config, pretrain=pretrain)
+    assert rebuild_report(config.output_dir) is None
+    plan_sweep(config, "tiny")
+    pretrain["train"]["old_field"] = 0.1
+    write_settings(config, pretrain=pretrain)
+    with pytest.raises(ConfigError, match=r"pretrain.train.old_field: absent, but the sweep in .* was started with 0.1"):
+        plan_sweep(config, "tiny")
+
+
+def test_a_sweep_of_another_version_is_shown_if_it_finished_and_rejected_if_not(make):
+    config = make()
+    assert rebuild_report(config.output_dir) is None, "no sweep yet"
+    for fields in ({"format_version": None, "ray_version": None}, {"ray_version": "2.0.0"}):
+        write_settings(config, **fields)
+        with pytest.raises(ConfigError, match=r"output_dir: .*unfinished sweep of another version.*; finish it"):
+            rebuild_report(config.output_dir)
+    details = json.loads(DETAILS.read_text())
+    Path(config.output_dir, "details.json").write_text(json.dumps(details))
+    assert rebuild_report(config.output_dir) == details
+    assert "trial_015" in Path(config.output_dir, "report.html").read_text()
+    assert "trial_015" in format_trials(details)
 
 
 def _check_mlflow(config, details):
@@ -173,36 +195,35 @@ def _check_mlflow(config, details):
     assert len(embedded["embedding"][0]) == 32
 
 
-@pytest.mark.slow  # so does the whole sweep above
-def test_a_segment_of_a_trial_is_a_run_and_an_evaluation(make, tmp_path):
+@pytest.mark.slow
+def test_a_segment_of_a_trial_is_a_training_and_an_evaluation(ray_cluster, make, tmp_path):
     """Without Tune."""
     config = make()
-    tracked = {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "diffdis", "run_id": "parent"}
-    job = TrialJob(config, "tiny", tracked)
+    runner = TrialRunner(config, "tiny", TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db", "diffdis", parent_run_id="parent"))
     values = {"objective.lambda_alignment": 0.5, "evaluation.quality.guidance_scales": 1.5}
-    segment = Segment("trial_001", values, str(tmp_path / "sweep" / "trials" / "trial_001_abc"), "", 0.5)
-    reached = job.train(segment)
-    assert (reached.step, reached.samples) == (2, 8)
-    assert checkpoint_format.read_manifest(reached.checkpoint).config["objective"]["lambda_alignment"] == 0.5
-    metrics = job.evaluate(segment, reached)
+    segment = TrialSegment("trial_001", values, str(tmp_path / "sweep" / "trials" / "trial_001_abc"), "", 0.5)
+    result = runner(segment)
+    assert (result.step, result.samples) == (2, 8)
+    assert checkpoint_format.read_manifest(result.checkpoint).config["objective"]["lambda_alignment"] == 0.5
+    metrics = result.metrics
     assert metrics["fd_efficientnet_lite0"] == metrics["eval/fd_efficientnet_lite0/guidance_1.5"]
     assert metrics["accuracy"] == metrics["eval/mine/acc1"]
-    assert (tmp_path / "sweep" / "reference_efficientnet_lite0_16px.npz").exists(), "the others need not measure it"
-    onward = job.pretrain(dataclasses.replace(segment, share=1.0))
-    assert (onward.train.num_steps, onward.train.stop_at_step, onward.train.resume) == (4, 4, "auto")
-    taken = dataclasses.replace(segment, folder=str(tmp_path / "sweep" / "trials" / "trial_001_def"), origin=reached.checkpoint)
-    assert job.pretrain(taken).train.resume == reached.checkpoint
+    assert (tmp_path / "sweep" / "reference_efficientnet_lite0_16px.npz").exists(), "other trials read it"
+    next_segment = runner.pretrain_config(dataclasses.replace(segment, budget_fraction=1.0)).train
+    assert (next_segment.num_steps, next_segment.stop_at_step, next_segment.resume) == (4, 4, "auto")
+    clone = dataclasses.replace(segment, folder=str(tmp_path / "sweep/trials/trial_001_def"), origin=result.checkpoint)
+    assert runner.pretrain_config(clone).train.resume == result.checkpoint
 
 
 @pytest.mark.slow
-def test_a_failing_trial_is_a_line_of_the_results(make):
+def test_a_failing_trial_is_a_line_of_the_results(ray_cluster, make):
     config = make(space={"objective.task": {"values": ["joint", "generation"]}}, scheduler="none", num_milestones=1)
-    details = run(plan(config, "tiny"), "", "")
+    details = run_sweep(plan_sweep(config, "tiny"), "", "")
     assert [(trial["name"], trial["state"]) for trial in details["trials"]] == [
         ("trial_000", "finished"),
         ("trial_001", "failed"),
     ]
-    assert details["trials"][1]["error"].startswith("objectives: accuracy was not measured; there are ")
+    assert details["trials"][1]["error"].startswith("objectives: accuracy was not measured; use one of ")
 
 
 def test_any_field_can_be_set_as_on_the_command_line(make):
@@ -231,39 +252,39 @@ def test_any_field_can_be_set_as_on_the_command_line(make):
     }
 
 
-def test_a_range_of_a_number_with_decimals_has_decimals(make):
+def test_a_range_of_a_float_field_has_floats(make):
     space, _ = open_space(make(space={"objective.temperature": {"low": 1, "high": 2}, "train.seed": {"low": 1, "high": 2}}))
-    assert (space["objective.temperature"].whole, space["train.seed"].whole) == (False, True)
+    assert (space["objective.temperature"].is_integer, space["train.seed"].is_integer) == (False, True)
 
 
-def refused(make, **fields):
+def refusal(make, **fields):
     with pytest.raises((ConfigError, DataError)) as error:
-        plan(make(**fields), "tiny")
+        plan_sweep(make(**fields), "tiny")
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_what_cannot_be_is_one_line_before_anything_starts(make, tmp_path):
+def test_an_invalid_sweep_is_rejected_in_one_line_before_anything_starts(make, tmp_path):
     values = {"values": [1, 2]}
-    line = refused(make, space={"objective.lambda_alignmnt": values})
+    line = refusal(make, space={"objective.lambda_alignmnt": values})
     assert "space.objective.lambda_alignmnt" in line
     assert "did you mean --objective.lambda_alignment?" in line
-    assert "space.objective.temperature" in refused(make, space={"objective.temperature": {"values": ["warm"]}})
-    assert "is not in (0, 1]" in refused(make, space={"model.schedule.gamma": {"low": 0.1, "high": 2.0}})
-    assert "space.train.num_steps: the sweep sets it" in refused(make, space={"train.num_steps": values})
-    assert "space.tracking.uri: the sweep sets it" in refused(make, space={"tracking.uri": values})
-    assert "a grid has values, not a range" in refused(make, space={"objective.temperature": {"low": 0.1, "high": 0.2}})
-    assert "samples: 3 is less than a step's 4" in refused(make, samples=3)
-    assert "less than a step to the first" in refused(make, samples=4, num_milestones=4)
-    assert "num_trials: 3, but the grid has 4 points" in refused(make, num_trials=3)
+    assert "space.objective.temperature" in refusal(make, space={"objective.temperature": {"values": ["warm"]}})
+    assert "is not in (0, 1]" in refusal(make, space={"model.schedule.gamma": {"low": 0.1, "high": 2.0}})
+    assert "space.train.num_steps: the sweep sets it" in refusal(make, space={"train.num_steps": values})
+    assert "space.tracking.uri: the sweep sets it" in refusal(make, space={"tracking.uri": values})
+    assert "a grid has values, not a range" in refusal(make, space={"objective.temperature": {"low": 0.1, "high": 0.2}})
+    assert "samples: 3 is less than a step's 4" in refusal(make, samples=3)
+    assert "less than a step to the first" in refusal(make, samples=4, num_milestones=4)
+    assert "num_trials: 3, but the grid has 4 points" in refusal(make, num_trials=3)
     elastic = dataclasses.replace(make().pretrain, train=TrainConfig(num_workers=(1, 2)))
-    assert "a sweep's trials have a fixed number of workers" in refused(make, pretrain=elastic)
+    assert "a sweep's trials have a fixed number of workers" in refusal(make, pretrain=elastic)
     nowhere = dataclasses.replace(make().pretrain, data=DataConfig(sources=(str(tmp_path / "none"),), image_size=16))
-    assert str(tmp_path / "none") in refused(make, pretrain=nowhere)
-    assert "none.yaml" in refused(make, evaluation=dataclasses.replace(make().evaluation, suite="none.yaml"))
+    assert str(tmp_path / "none") in refusal(make, pretrain=nowhere)
+    assert "none.yaml" in refusal(make, evaluation=dataclasses.replace(make().evaluation, suite="none.yaml"))
     objectives = {"accuracy": "max", "fd_efficientnet_lite0": "min"}
     unmeasured = dataclasses.replace(make().evaluation, quality=QualityConfig())
-    assert "objectives: fd_efficientnet_lite0 needs evaluation.quality.prompts" in refused(
+    assert "objectives: fd_efficientnet_lite0 needs evaluation.quality.prompts" in refusal(
         make, evaluation=unmeasured, objectives=objectives
     )
     assert not (tmp_path / "sweep").exists(), "nothing was written"
@@ -277,19 +298,19 @@ def test_what_cannot_be_is_one_line_before_anything_starts(make, tmp_path):
             make(**fields)
 
 
-def test_what_a_trial_takes_and_how_long_it_is(make):
+def test_resources_and_steps_of_a_trial(make):
     config = make()
-    assert needs(config) == [ResourceRequest({}, {"CPU": 1.0, "GPU": 0.0})]
+    assert trial_resources(config) == [ResourceRequest({}, {"CPU": 1.0, "GPU": 0.0})]
     wide = dataclasses.replace(config.pretrain, train=dataclasses.replace(config.pretrain.train, num_workers=3))
-    assert needs(make(pretrain=wide)) == [ResourceRequest({}, {"CPU": 3.0, "GPU": 0.0})], (
+    assert trial_resources(make(pretrain=wide)) == [ResourceRequest({}, {"CPU": 3.0, "GPU": 0.0})], (
         "3 x 0.5 of workers and 3 x 2 x 0.25 of reads"
     )
-    assert steps(config.pretrain, 19) == 4
-    assert steps(dataclasses.replace(config.pretrain, train=TrainConfig(global_batch_size=8)), 19) == 2
+    assert training_steps(config.pretrain, 19) == 4
+    assert training_steps(dataclasses.replace(config.pretrain, train=TrainConfig(global_batch_size=8)), 19) == 2
 
 
 @pytest.mark.parametrize("name", ["demo_sweep", "sd_v1_laion_sweep"])
-def test_recipes_are_read_from_the_command_line_and_fields_are_overridden(name, tmp_path):
+def test_recipes_and_overrides_are_parsed_from_the_command_line(name, tmp_path):
     arguments = ["--recipe", name, "--output_dir", str(tmp_path), "--samples", "4096", "--pretrain.train.seed", "5"]
     arguments += ["--space", '{"objective.temperature": {"low": 0.05, "high": 0.1}}', "--objectives", '{"accuracy": "max"}']
     arguments += ["--pretrain.data.sources", "/data/shards"]
@@ -302,7 +323,7 @@ def test_recipes_are_read_from_the_command_line_and_fields_are_overridden(name, 
     assert parse(["--config", str(tmp_path / "config.yaml")]).config == command.config
 
 
-def test_a_misspelt_command_line_is_one_line(tmp_path):
+def test_a_misspelled_command_line_is_rejected_in_one_line(tmp_path):
     for arguments, part in (
         (["--recipe", "none"], "no such recipe; choose one of demo_sweep, sd_v1_laion_sweep"),
         ([], "output_dir: empty; give an absolute folder"),

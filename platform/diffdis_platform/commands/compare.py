@@ -8,7 +8,7 @@ from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.recipes import recipes_of
 from ray_platform.contracts import DataError
 
-INTERRUPTED = "stopped; the same command continues"
+INTERRUPTED = "stopped; the same command resumes the comparison"
 
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[CompareConfig]:
@@ -18,19 +18,20 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[CompareConfig]:
 
 def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
-    from diffdis_platform.comparison.plan import SUMMARY, plan
-    from diffdis_platform.comparison.run import REPORT, compare, table
+    from diffdis_platform.comparison.run import REPORT, compare
+    from diffdis_platform.comparison.runs import SUMMARY, plan_comparison
+    from diffdis_platform.comparison.summary import format_summary
     from ray_platform import storage
     from ray_platform.connect import connect
     from ray_platform.local_head import ensure_cluster
 
     config = command.config
-    comparison = plan(config)
+    plan = plan_comparison(config)
     ensure_cluster()
     connect()
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
-    summary = compare(config, comparison, command.recipe, typed_command())
-    print(f"\n{table(summary)}\n")
+    summary = compare(config, plan, command.recipe, typed_command())
+    print(f"\n{format_summary(summary)}\n")
     print(f"done: {storage.join(config.output_dir, REPORT)}, next to {SUMMARY} and samples/", flush=True)
     if summary["failures"]:
         raise DataError("some measurements failed: " + "; ".join(summary["failures"]))

@@ -8,7 +8,7 @@ from diffdis_platform.config.sweep import SweepConfig
 from diffdis_platform.recipes import recipes_of
 from ray_platform.contracts import DataError
 
-INTERRUPTED = "stopped; the same command continues"
+INTERRUPTED = "stopped; the same command resumes the sweep"
 
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[SweepConfig]:
@@ -18,17 +18,19 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[SweepConfig]:
 
 def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
-    from diffdis_platform.sweeping.run import REPORT, plan, run, table
+    from diffdis_platform.sweeping.run import REPORT, format_trials, plan_sweep, rebuild_report, run_sweep
     from ray_platform import storage
     from ray_platform.connect import connect
     from ray_platform.local_head import ensure_cluster
 
-    sweep = plan(command.config, command.recipe)
-    ensure_cluster()
-    connect()
-    details = run(sweep, command.yaml, typed_command())
+    details = rebuild_report(command.config.output_dir)
+    if details is None:
+        plan = plan_sweep(command.config, command.recipe)
+        ensure_cluster()
+        connect()
+        details = run_sweep(plan, command.yaml, typed_command())
     report = storage.join(command.config.output_dir, REPORT)
-    print(f"\n{table(details)}\n\ndone: {report}, next to details.json", flush=True)
+    print(f"\n{format_trials(details)}\n\ndone: {report}, next to details.json", flush=True)
     if failed := [f"{trial['name']}: {trial['error']}" for trial in details["trials"] if trial["state"] == "failed"]:
-        raise DataError(f"{len(failed)} trials failed; the same command tries them again: " + "; ".join(failed))
+        raise DataError(f"{len(failed)} trials failed; the same command retries them: " + "; ".join(failed))
     return 0

@@ -1,1 +1,1 @@
-"""The driver's side of jobs/compare.py: what is left to do, one run of an arm, and what all runs say together."""
+"""Controlled comparison: the (arm, seed) runs of jobs/compare.py, their statistics and the paper's claim."""

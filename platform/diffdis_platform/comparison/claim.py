@@ -1,4 +1,4 @@
-"""What DiffDis claims of the joint model, which a comparison tests."""
+"""The paper's claim about the joint model, which a comparison tests."""
 
 from ray_platform.report.records import Claim
 

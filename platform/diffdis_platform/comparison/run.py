@@ -1,129 +1,117 @@
-"""A comparison from its plan to its summary and its page."""
+"""A comparison from its plan to its summary and report."""
 
 import base64
 import io
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, cast
 
 from PIL import Image
 
 from diffdis.pictures import grid
 from diffdis_platform.comparison.claim import CLAIM
-from diffdis_platform.comparison.plan import RESULT, SUMMARY, Plan
-from diffdis_platform.comparison.runs import measure
-from diffdis_platform.comparison.summary import summarize
+from diffdis_platform.comparison.runs import RESULT, SUMMARY, ComparisonPlan, measure
+from diffdis_platform.comparison.summary import ComparisonSummary, summarize, tracked_metrics
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.evaluation.quality import read_prompts
+from diffdis_platform.parent_run import start_parent_run
 from ray_platform import storage
 from ray_platform.contracts import UserError, describe_error
 from ray_platform.evaluate.work import image_name
 from ray_platform.json_values import to_json
 from ray_platform.report.comparison import comparison_page
-from ray_platform.report.records import ComparisonDetails
-from ray_platform.terminal import render_table
-from ray_platform.tracking import RunMetadata, Tracker, TrackingConfig, read_run_record, start_run, tracking_uri
-from ray_platform.tracking.run_metadata import append_command, code_version, dated_name, run_tags
+from ray_platform.report.records import ComparisonDetails, GeneratedSample, ImageGrid, TrainingPoint
+from ray_platform.tracking import Tracker
+from ray_platform.tracking.run_metadata import code_version
 from ray_platform.train.launch import Stopped
 
 logger = logging.getLogger(__name__)
 
 REPORT, SAMPLES = "report.html", "samples"
-SHOWN = 32  # images an arm
+NUM_SAMPLES = 32  # images per arm in the report
 
 
-def compare(config: CompareConfig, made: Plan, recipe: str, command: str) -> dict[str, Any]:
-    """Measure what is left, one run after the other. Needs a running Ray.
+def compare(config: CompareConfig, plan: ComparisonPlan, recipe: str, command: str) -> ComparisonSummary:
+    """Do the runs that are left, one after the other, on the connected cluster.
 
-    Writes summary.json after every run, at the end report.html and samples/, and returns the summary. A run that fails is one of
-    its failures. Raises Stopped on SIGTERM.
+    Write summary.json after every run, and report.html and samples/ at the end. Return the summary, which lists the runs that
+    failed.
+
+    Raises:
+        Stopped: the job received SIGTERM.
     """
-    begun = time.monotonic()
+    start = time.monotonic()
     failures: list[str] = []
-    known = read_run_record(config.output_dir)
-    metadata = _run_metadata(config, made, recipe, command)
-    with start_run(config.tracking, config.output_dir, metadata, run_id=known["run_id"] if known else "", record=True) as tracker:
-        uri = tracking_uri(config.tracking, config.output_dir)
-        tracking = TrackingConfig(
-            uri, config.tracking.experiment, parent_run_id=tracker.run_id(), backends=config.tracking.backends
-        )
-        summary = _write_summary(config, made, failures)  # at once: it says of which comparison this folder is
-        for number, (arm, seed) in enumerate(made.left, 1):
-            print(f"run {number} of {len(made.left)}: {arm}, seed {seed}", flush=True)
+    text = f"A comparison by the recipe `{recipe}`; its runs are those below this one. Report: `{config.output_dir}/{REPORT}`."
+    params = {"arms": plan.fields, "seeds": list(config.seeds), **plan.identity}
+    with start_parent_run(config.tracking, config.output_dir, recipe, text, command, params) as (tracker, tracking):
+        summary = _write_summary(config, plan, failures)  # before the first run: it identifies the comparison in this folder
+        for number, (arm, seed) in enumerate(plan.pending, 1):
+            print(f"run {number} of {len(plan.pending)}: {arm}, seed {seed}", flush=True)
             try:
-                named = replace(tracking, run_name=f"{arm} seed {seed}")
-                made.results[arm][seed] = measure(config, made.identity, arm, seed, recipe, named)
+                run_tracking = replace(tracking, run_name=f"{arm} seed {seed}")
+                plan.results[arm][seed] = measure(config, plan.identity, arm, seed, recipe, run_tracking)
             except Stopped:
                 raise
-            except Exception as error:  # hours of other runs shall not be lost to it
-                failures.append(f"{arm}, seed {seed}: {_logged_line(error)}")
+            except Exception as error:  # the other runs continue
+                if not isinstance(error, UserError):
+                    logger.error("an unexpected error", exc_info=error)
+                failures.append(f"{arm}, seed {seed}: {describe_error(error)}")
                 print(f"failed: {failures[-1]}", flush=True)
-            summary = _write_summary(config, made, failures)
-        about = {"command": command, "seconds": round(time.monotonic() - begun, 1), "code_version": code_version()}
-        _show(config, tracker, summary, {"title": f"Comparison {recipe}", **about})
+            summary = _write_summary(config, plan, failures)
+        details: ComparisonDetails = {
+            "title": f"Comparison {recipe}",
+            "created": datetime.now().isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - start, 1),
+            "code_version": code_version(),
+            "command": command,
+            **summary,
+            "grids": _read_samples(config),
+            "curves": _read_curves(config),
+        }
+        _write_report(config, tracker, summary, details)
     return summary
 
 
-def _logged_line(error: Exception) -> str:
-    """Return the error on one line; log the traceback of an unexpected one."""
-    if not isinstance(error, UserError):
-        logger.error("an unexpected error", exc_info=error)
-    return describe_error(error)
-
-
-def _run_metadata(config: CompareConfig, made: Plan, recipe: str, command: str) -> RunMetadata:
-    text = f"A comparison by the recipe `{recipe}`; its runs are those below this one. Report: `{config.output_dir}/{REPORT}`."
-    return RunMetadata(
-        dated_name(recipe),
-        append_command(text, command),
-        run_tags(recipe, config.output_dir, code_version()),
-        {"arms": made.fields, "seeds": list(config.seeds), **made.identity},
-    )
-
-
-def _write_summary(config: CompareConfig, made: Plan, failures: Sequence[str]) -> dict[str, Any]:
-    summary = summarize(made, failures)
+def _write_summary(config: CompareConfig, plan: ComparisonPlan, failures: list[str]) -> ComparisonSummary:
+    summary = summarize(plan, failures)
     storage.write_bytes(storage.join(config.output_dir, SUMMARY), to_json(summary))
     return summary
 
 
-def _show(config: CompareConfig, tracker: Tracker, summary: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """The page and the pictures, in the output folder and on the comparison's run, with its figures."""
-    details = {"created": datetime.now().isoformat(timespec="seconds"), **about, **summary}
-    details |= {"grids": _grids(config), "curves": _curves(config)}
-    page = comparison_page(cast(ComparisonDetails, details), CLAIM).encode()
-    storage.write_bytes(storage.join(config.output_dir, REPORT), page)
-    tracker.log_bytes(page, REPORT)
-    for drawn in details["grids"]:
-        images = [Image.open(io.BytesIO(base64.b64decode(sample["png"]))) for sample in drawn["samples"]]
+def _write_report(config: CompareConfig, tracker: Tracker, summary: ComparisonSummary, details: ComparisonDetails) -> None:
+    """Write the report and sample images to the output folder and, with the metrics, to the tracked run."""
+    files = {REPORT: comparison_page(details, CLAIM).encode()}
+    for arm in details["grids"]:
+        images = [Image.open(io.BytesIO(base64.b64decode(sample["png"]))) for sample in arm["samples"]]
         buffer = io.BytesIO()
-        grid(images, [sample["caption"] for sample in drawn["samples"]]).save(buffer, format="PNG")
-        name = f"{SAMPLES}/{drawn['arm']}_seed{drawn['seed']}.png"
-        storage.write_bytes(storage.join(config.output_dir, name), buffer.getvalue())
-        tracker.log_bytes(buffer.getvalue(), name)
-    tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, SUMMARY)), SUMMARY)
-    tracker.log_metrics(_metrics(summary), step=0)
+        grid(images, [sample["caption"] for sample in arm["samples"]]).save(buffer, format="PNG")
+        files[f"{SAMPLES}/{arm['arm']}_seed{arm['seed']}.png"] = buffer.getvalue()
+    for name, content in files.items():
+        storage.write_bytes(storage.join(config.output_dir, name), content)
+        tracker.log_bytes(content, name)
+    tracker.log_bytes(to_json(summary), SUMMARY)
+    tracker.log_metrics(tracked_metrics(summary), step=0)
 
 
-def _grids(config: CompareConfig) -> list[dict[str, Any]]:
-    """The first images of each arm that draws, from equal prompts and noise: {arm, seed, samples: [{caption, png}]}."""
-    grids = []
-    prompts = read_prompts(config.evaluation.quality)[:SHOWN] if config.evaluation.quality.prompts else []
+def _read_samples(config: CompareConfig) -> list[ImageGrid]:
+    """Return the first images of each arm that generates, for equal prompts and noise."""
+    quality = config.evaluation.quality
+    prompts = read_prompts(quality)[:NUM_SAMPLES] if quality.prompts else []
+    names = [image_name(index) for index in range(len(prompts))]
+    grids: list[ImageGrid] = []
     for arm in config.arms if prompts else ():
         for seed in config.seeds:
-            folder = storage.join(
-                config.evaluation_of(arm, seed).output_dir, "images", f"guidance_{config.evaluation.quality.guidance_scales[0]:g}"
-            )
-            urls = [storage.join(folder, image_name(place)) for place in range(len(prompts))]
-            found = storage.read_many(urls)
+            output_dir = config.evaluation_of(arm, seed).output_dir
+            folder = storage.join(output_dir, "images", f"guidance_{quality.guidance_scales[0]:g}")
+            urls = [storage.join(folder, name) for name in names]
+            files = storage.read_many(urls)
             samples = [
-                {"caption": prompt, "png": base64.b64encode(found[url]).decode()}
+                GeneratedSample(caption=prompt, png=base64.b64encode(files[url]).decode())
                 for prompt, url in zip(prompts, urls, strict=True)
-                if url in found
+                if url in files
             ]
             if samples:
                 grids.append({"arm": arm, "seed": seed, "samples": samples})
@@ -131,42 +119,12 @@ def _grids(config: CompareConfig) -> list[dict[str, Any]]:
     return grids
 
 
-def _curves(config: CompareConfig) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Scores while training: arm -> seed -> [{samples, metrics}], of the runs that took place here."""
+def _read_curves(config: CompareConfig) -> dict[str, dict[str, list[TrainingPoint]]]:
+    """Return validation scores during training, by arm and seed, of the runs in the output folder."""
     urls = {(arm, str(seed)): storage.join(config.run_dir(arm, seed), RESULT) for arm in config.arms for seed in config.seeds}
-    found = storage.read_many(list(urls.values()))
-    curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    files = storage.read_many(list(urls.values()))
+    curves: dict[str, dict[str, list[TrainingPoint]]] = {}
     for (arm, seed), url in urls.items():
-        if url in found and (curve := json.loads(found[url])["curve"]):
+        if url in files and (curve := json.loads(files[url])["curve"]):
             curves.setdefault(arm, {})[seed] = curve
     return curves
-
-
-def _metrics(summary: Mapping[str, Any]) -> dict[str, float]:
-    """For the comparison's run: `mean/joint/accuracy`, `paired/accuracy_joint_minus_alignment/low`."""
-    found = {f"mean/{arm}/{name}": value for arm, entry in summary["arms"].items() for name, value in entry["mean"].items()}
-    for name, difference in summary["paired"].items():
-        found |= {f"paired/{name}/{part}": value for part, value in difference.items() if value is not None}
-    return found | {"claim/holds": float(summary["claim"]["holds"])}
-
-
-def table(summary: Mapping[str, Any]) -> str:
-    """For the terminal: a column an arm, then the paired differences and the claim."""
-    arms = summary["arms"]
-    names = dict.fromkeys(name for entry in arms.values() for name in entry["mean"])
-    rows = [["", *arms], ["seeds", *(str(len(entry["seeds"])) for entry in arms.values())]]
-    for name in names:
-        rows.append([name, *(_cell(entry["mean"].get(name), entry["std"].get(name)) for entry in arms.values())])
-    differences = [["paired difference", "mean", "95 % interval", "n"]]
-    for name, difference in summary["paired"].items():
-        mean, low, high = difference["mean"], difference["low"], difference["high"]
-        interval = "no interval" if low is None else f"{low:+.4g} to {high:+.4g}"
-        differences.append([name, f"{mean:+.4g}", interval, str(difference["n"])])
-    held = "the claim holds" if summary["claim"]["holds"] else "the claim does not hold"
-    return "\n\n".join([render_table(rows), render_table(differences), f"{held}: {summary['claim']['why']}"])
-
-
-def _cell(mean: float | None, std: float | None) -> str:
-    if mean is None:
-        return "-"
-    return f"{mean:.4g}" if std is None else f"{mean:.4g} ± {std:.2g}"

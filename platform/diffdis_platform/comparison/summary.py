@@ -1,74 +1,87 @@
-"""What all runs of a comparison say together: means, paired differences with their intervals, and whether the claim holds."""
+"""Statistics of a comparison over its seeds, and the check of the paper's claim."""
 
+import hashlib
+import json
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from scipy import stats
 
-from diffdis_platform.comparison.plan import Plan, Results
-from ray_platform.metric_registry import find_metric
+from diffdis_platform.comparison.claim import CLAIM
+from diffdis_platform.comparison.runs import ComparisonPlan, Results, RunFigures
+from ray_platform.metric_registry import describe_metric, find_metric
+from ray_platform.report.records import ArmResult, ClaimResult, PairedDifference
+from ray_platform.terminal import render_table
 
 CONFIDENCE = 0.95
-# What the paper claims of the joint model: the difference, the end of its interval that must be beyond zero, on which side.
-CLAIM = (("accuracy_joint_minus_alignment", "low", 1), ("fd_joint_minus_generation", "high", -1))
 
 
-def summarize(made: Plan, failures: Sequence[str]) -> dict[str, Any]:
-    """summary.json, in plain JSON types."""
-    paired = paired_differences(made.results)
+class ComparisonSummary(TypedDict):
+    """`summary.json` of a comparison."""
+
+    config: Mapping[str, Any]
+    config_digest: str
+    environment: str
+    arms: Mapping[str, ArmResult]
+    paired: Mapping[str, PairedDifference]
+    claim: ClaimResult
+    failures: Sequence[str]
+
+
+def summarize(plan: ComparisonPlan, failures: Sequence[str]) -> ComparisonSummary:
+    """Return the content of summary.json."""
+    paired = paired_differences(plan.results)
+    digest = hashlib.sha256(json.dumps(plan.identity, sort_keys=True).encode()).hexdigest()[:16]
+    environments = [figures["environment"] for runs in plan.results.values() for figures in runs.values()]
     return {
-        "config": {"arms": made.fields, **made.identity},
-        "config_digest": made.digest,
-        # Where the runs took place: seconds of different machines cannot be compared.
-        "environment": "; ".join(dict.fromkeys(run["environment"] for runs in made.results.values() for run in runs.values())),
-        "arms": {
-            arm: {
-                "seeds": {str(seed): runs[seed] for seed in sorted(runs)},
-                "mean": {name: statistics.fmean(values) for name, values in _columns(runs).items()},
-                "std": {name: _std(values) for name, values in _columns(runs).items()},
-            }
-            for arm, runs in made.results.items()
-        },
+        "config": {"arms": plan.fields, **plan.identity},
+        "config_digest": digest,
+        "environment": "; ".join(dict.fromkeys(environments)),  # seconds on different machines are not comparable
+        "arms": {arm: _summarize_arm(runs) for arm, runs in plan.results.items()},
         "paired": paired,
-        "claim": claim(paired),
+        "claim": check_claim(paired),
         "failures": list(failures),
     }
 
 
-def _columns(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, list[float]]:
-    """The figures that every run of an arm has."""
-    first = next(iter(runs.values()), {})
+def _summarize_arm(runs: Mapping[int, RunFigures]) -> ArmResult:
+    columns = _columns(runs)
     return {
-        name: [run[name] for run in runs.values()]
-        for name, value in first.items()
-        if isinstance(value, int | float) and all(name in run for run in runs.values())
+        "seeds": {str(seed): runs[seed] for seed in sorted(runs)},
+        "mean": {name: statistics.fmean(values) for name, values in columns.items()},
+        "std": {name: statistics.stdev(values) if len(values) > 1 else None for name, values in columns.items()},
     }
 
 
-def _std(values: Sequence[float]) -> float | None:
-    """Of a sample; one value has none."""
-    return statistics.stdev(values) if len(values) > 1 else None
+def _columns(runs: Mapping[int, RunFigures]) -> dict[str, list[float]]:
+    """Return the values of each number that every run of an arm has."""
+    first = next(iter(runs.values()), {})
+    return {
+        name: [figures[name] for figures in runs.values()]
+        for name, value in first.items()
+        if isinstance(value, int | float) and all(name in figures for figures in runs.values())
+    }
 
 
-def paired_differences(results: Results) -> dict[str, dict[str, float | int | None]]:
-    """`<score>_<arm>_minus_<other arm>` -> {mean, low, high, n} for the scores that both have, over the seeds that both have.
+def paired_differences(results: Results) -> dict[str, PairedDifference]:
+    """Return `<score>_<arm>_minus_<other arm>` -> interval, for the scores that both arms have, over the seeds that both have.
 
-    The joint arm against each of the others, and joint_mask against one_way_mask.
+    The joint arm is compared with every other one, and joint_mask with one_way_mask.
     """
     pairs = [("joint", other) for other in results if other not in ("joint", "joint_mask", "one_way_mask")]
-    found = {}
+    differences = {}
     for arm, other in [*pairs, ("joint_mask", "one_way_mask")]:
-        mine, theirs = results.get(arm, {}), results.get(other, {})
-        seeds = sorted(mine.keys() & theirs.keys())
-        ours, others = ({seed: runs[seed] for seed in seeds} for runs in (mine, theirs))
-        for name in [name for name in _columns(ours) if name in _columns(others) and not find_metric(name).is_cost]:
-            found[f"{name}_{arm}_minus_{other}"] = interval([mine[seed][name] - theirs[seed][name] for seed in seeds])
-    return found
+        seeds = sorted(results.get(arm, {}).keys() & results.get(other, {}).keys())
+        columns, other_columns = (_columns({seed: results[a][seed] for seed in seeds}) for a in (arm, other))
+        for name in (name for name in columns if name in other_columns and not describe_metric(name).is_cost):
+            values = [a - b for a, b in zip(columns[name], other_columns[name], strict=True)]
+            differences[f"{name}_{arm}_minus_{other}"] = confidence_interval(values)
+    return differences
 
 
-def interval(differences: Sequence[float]) -> dict[str, float | int | None]:
-    """Their mean, and its 95 % interval by Student's t, which one difference does not have."""
+def confidence_interval(differences: Sequence[float]) -> PairedDifference:
+    """Return the mean of paired differences and its 95 % interval by Student's t; one difference has no interval."""
     n, mean = len(differences), statistics.fmean(differences)
     if n < 2:
         return {"mean": mean, "low": None, "high": None, "n": n}
@@ -76,21 +89,53 @@ def interval(differences: Sequence[float]) -> dict[str, float | int | None]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
-def claim(paired: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether the joint model is better than either single task at its own task, with intervals that exclude zero."""
-    missing = [name for name, _, _ in CLAIM if name not in paired]
-    if missing:
+def check_claim(paired: Mapping[str, PairedDifference]) -> ClaimResult:
+    """Return whether the joint model is better than either single task at that task, with intervals that exclude zero."""
+    names = {f"{metric}_{arm}_minus_{other}": metric for metric, arm, other in CLAIM.differences}
+    if missing := [name for name in names if name not in paired]:
         return {"holds": False, "why": f"not measured: {', '.join(missing)}"}
-    verdicts = [_verdict(name, paired[name], end, sign) for name, end, sign in CLAIM]
-    return {"holds": all(held for held, _ in verdicts), "why": "; ".join(why for _, why in verdicts)}
+    verdicts = [_check_difference(name, paired[name], find_metric(metric).direction == "max") for name, metric in names.items()]
+    return {"holds": all(holds for holds, _ in verdicts), "why": "; ".join(why for _, why in verdicts)}
 
 
-def _verdict(name: str, difference: Mapping[str, Any], end: str, sign: int) -> tuple[bool, str]:
-    mean, low, high, n = (difference[part] for part in ("mean", "low", "high", "n"))
-    if low is None:
+def _check_difference(name: str, difference: PairedDifference, higher_is_better: bool) -> tuple[bool, str]:
+    mean, low, high, n = difference["mean"], difference["low"], difference["high"], difference["n"]
+    if low is None or high is None:
         return False, f"{name} is {mean:+.4g} with one seed: no interval"
-    where = f"{name} is {mean:+.4g}, 95 % interval {low:+.4g} to {high:+.4g} over {n} seeds"
-    if sign * difference[end] > 0:
-        return True, where
-    opposite = high < 0 if sign > 0 else low > 0
-    return False, f"{where}, {'of the opposite sign' if opposite else 'which holds zero'}"
+    text = f"{name} is {mean:+.4g}, 95 % interval {low:+.4g} to {high:+.4g} over {n} seeds"
+    if low <= 0 <= high:
+        return False, f"{text}, which includes zero"
+    holds = (low > 0) == higher_is_better
+    return holds, text if holds else f"{text}, of the opposite sign"
+
+
+def tracked_metrics(summary: ComparisonSummary) -> dict[str, float]:
+    """Return the metrics of the comparison's run: `mean/joint/accuracy`, `paired/accuracy_joint_minus_alignment/low`."""
+    metrics = {f"mean/{arm}/{name}": value for arm, entry in summary["arms"].items() for name, value in entry["mean"].items()}
+    for name, difference in summary["paired"].items():
+        parts = {"mean": difference["mean"], "low": difference["low"], "high": difference["high"], "n": difference["n"]}
+        metrics |= {f"paired/{name}/{part}": value for part, value in parts.items()}
+    metrics["claim/holds"] = summary["claim"]["holds"]
+    return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def format_summary(summary: ComparisonSummary) -> str:
+    """Return tables for the terminal, a column per arm and a row per paired difference, and the verdict on the claim."""
+    arms = summary["arms"]
+    names = dict.fromkeys(name for entry in arms.values() for name in entry["mean"])
+    rows = [["", *arms], ["seeds", *(str(len(entry["seeds"])) for entry in arms.values())]]
+    for name in names:
+        rows.append([name, *(_format_mean(entry["mean"].get(name), entry["std"].get(name)) for entry in arms.values())])
+    differences = [["paired difference", "mean", "95 % interval", "n"]]
+    for name, difference in summary["paired"].items():
+        low, high = difference["low"], difference["high"]
+        interval = "no interval" if low is None else f"{low:+.4g} to {high:+.4g}"
+        differences.append([name, f"{difference['mean']:+.4g}", interval, str(difference["n"])])
+    verdict = "the claim holds" if summary["claim"]["holds"] else "the claim does not hold"
+    return "\n\n".join([render_table(rows), render_table(differences), f"{verdict}: {summary['claim']['why']}"])
+
+
+def _format_mean(mean: float | None, std: float | None) -> str:
+    if mean is None:
+        return "-"
+    return f"{mean:.4g}" if std is None else f"{mean:.4g} ± {std:.2g}"

@@ -14,7 +14,7 @@ from ray_platform.tracking import TrackingConfig
 TASKS = ("joint", "generation", "alignment", "clip")
 ARMS: dict[str, dict[str, Any]] = {
     **{task: {"objective.task": task} for task in TASKS},
-    # The masks side by side, with one draw an image: more need the one-way mask.
+    # Both masks with one draw per image: several draws need the one-way mask.
     "joint_mask": {"objective.task": "joint", "model.query_visibility": "joint", "objective.num_draws": 1},
     "one_way_mask": {"objective.task": "joint", "model.query_visibility": "one_way", "objective.num_draws": 1},
 }
@@ -22,60 +22,60 @@ ARMS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Which arms are compared, on which seeds, and what all of them have in common."""
+    """Arms and seeds of a comparison, and the config that all runs share."""
 
     output_dir: str = ""  # absolute folder or s3:// URL
-    arms: tuple[str, ...] = TASKS  # of these, joint_mask, one_way_mask and own_arms
+    arms: tuple[str, ...] = TASKS  # of TASKS, joint_mask, one_way_mask and own_arms
     own_arms: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {field of model.* or objective.*: value}
-    seeds: tuple[int, ...] = (0, 1, 2)  # a seed's arms have the same samples in the same order
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)  # of all arms
-    evaluation: EvalConfig = field(default_factory=EvalConfig)  # images are drawn by the arms that can
+    seeds: tuple[int, ...] = (0, 1, 2)  # the arms of a seed are trained on the same samples in the same order
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)  # of all arms; an arm changes some fields
+    evaluation: EvalConfig = field(default_factory=EvalConfig)  # arms that cannot generate images skip evaluation.quality
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         for name in ("arms", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ConfigError(f"{name}: {list(values)}; give at least one, and none twice")
+                raise ConfigError(f"{name}: {list(values)}; give at least one, and no duplicates")
         if self.seeds and min(self.seeds) < 0:
-            raise ConfigError(f"seeds: {min(self.seeds)} is below 0")
+            raise ConfigError(f"seeds: {min(self.seeds)} is below 0; use seeds from 0")
         if taken := sorted(self.own_arms.keys() & ARMS.keys()):
-            raise ConfigError(f"own_arms: there is an arm {taken[0]} already; take another name")
-        if odd := [name for name in self.own_arms if not re.fullmatch(r"[\w-]{1,64}", name)]:
-            raise ConfigError(f"own_arms: {odd[0]!r}; a name has up to 64 letters, digits, - and _")
+            raise ConfigError(f"own_arms: {taken[0]} is a predefined arm; use another name")
+        if invalid := [name for name in self.own_arms if not re.fullmatch(r"[\w-]{1,64}", name)]:
+            raise ConfigError(f"own_arms: invalid name {invalid[0]!r}; use up to 64 letters, digits, - and _")
         if unknown := [name for name in self.arms if name not in ARMS | self.own_arms]:
-            raise ConfigError(f"arms: there is no {unknown[0]}; there are {', '.join(ARMS | self.own_arms)}")
+            raise ConfigError(f"arms: no such arm ({unknown[0]}); use {', '.join(ARMS | self.own_arms)}")
 
     def check(self) -> None:
-        """Every arm's fields, and that nothing is set which a comparison sets itself. Raises ConfigError."""
+        """Check the fields of every arm, and that no field is set that the comparison sets. Raises ConfigError."""
         check_output_dir(self.output_dir)
         train = self.pretrain.train
-        for name, given, instead in (
+        for name, value, instead in (
             ("pretrain.output_dir", self.pretrain.output_dir, "output_dir"),
             ("pretrain.tracking", self.pretrain.tracking != TrackingConfig(), "tracking"),
             ("pretrain.train.seed", train.seed, "seeds"),
-            ("pretrain.train.resume", train.resume != "none", "nothing: the same command goes on"),
+            ("pretrain.train.resume", train.resume != "none", "nothing: the same command resumes"),
             ("evaluation.output_dir", self.evaluation.output_dir, "output_dir"),
-            ("evaluation.checkpoint", self.evaluation.checkpoint, "nothing: each run's own model is evaluated"),
+            ("evaluation.checkpoint", self.evaluation.checkpoint, "nothing: the model of each run is evaluated"),
             ("evaluation.tracking", self.evaluation.tracking != TrackingConfig(), "tracking"),
         ):
-            if given:
-                raise ConfigError(f"{name}: is set by the comparison; give {instead}")
+            if value:
+                raise ConfigError(f"{name}: is set by the comparison; use {instead}")
         for arm in self.arms:
             for name in self.fields_of(arm):
                 if not name.startswith(("model.", "objective.")):
-                    raise ConfigError(f"own_arms.{arm}: {name}; an arm has fields of model and objective, all else is equal")
+                    raise ConfigError(f"own_arms.{arm}: {name} is not a field of model or objective; an arm changes only those")
             self.pretrain_of(arm, self.seeds[0])
 
     def fields_of(self, arm: str) -> dict[str, Any]:
-        """By which the arm differs from what all have in common."""
+        """Return the fields in which the arm differs from `pretrain`."""
         return (ARMS | self.own_arms)[arm]
 
     def run_dir(self, arm: str, seed: int) -> str:
         return f"{self.output_dir.rstrip('/')}/runs/{arm}_seed{seed}"
 
     def pretrain_of(self, arm: str, seed: int) -> PretrainConfig:
-        """Raises ConfigError for a field or value of the arm that does not exist."""
+        """Return the config of a run's training. Raises ConfigError for an invalid field or value of the arm."""
         try:
             config = with_fields(self.pretrain, self.fields_of(arm))
         except ConfigError as error:
@@ -84,7 +84,7 @@ class CompareConfig:
         return dataclasses.replace(config, output_dir=self.run_dir(arm, seed), train=train, tracking=self.tracking)
 
     def evaluation_of(self, arm: str, seed: int) -> EvalConfig:
-        """Of the run's exported model."""
+        """Return the config of the evaluation of a run's exported model."""
         url, quality = self.run_dir(arm, seed), self.evaluation.quality
         if self.pretrain_of(arm, seed).objective.task in ("alignment", "clip"):
             quality = dataclasses.replace(quality, prompts="")

@@ -19,7 +19,7 @@ DEMO_SPACE: dict[str, dict[str, Any]] = {
 
 
 def demo_sweep() -> SweepConfig:
-    """Two concurrent trials on two CPU cores."""
+    """Return the sweep of the demo, which runs two trials at a time on two CPU cores."""
     base, heldout = demo(), DEMO_DATA / "wds_heldout_style"
     return SweepConfig(
         pretrain=replace(
@@ -43,7 +43,10 @@ def demo_sweep() -> SweepConfig:
 
 
 def sd_v1_laion_sweep() -> SweepConfig:
-    """The paper's size with the one-way mask. Set the fields of sd_v1_laion, evaluation.data_roots and evaluation.quality."""
+    """Return the sweep at the paper's size, with the one-way mask.
+
+    Set the fields of sd_v1_laion, evaluation.data_roots and evaluation.quality.
+    """
     base = sd_v1_laion_one_way()
     return SweepConfig(
         pretrain=base,

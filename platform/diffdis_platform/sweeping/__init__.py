@@ -1,1 +1,1 @@
-"""The driver's side of jobs/sweep.py and what its trials do: train and evaluate, each with values of its own."""
+"""Sweeps of jobs/sweep.py: the fields that they vary, their trials and their report."""

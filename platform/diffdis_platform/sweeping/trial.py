@@ -1,4 +1,4 @@
-"""What a trial does in each of its segments: the same pretraining and evaluation as jobs/pretrain.py and jobs/eval.py."""
+"""A segment of a trial: the pretraining and evaluation of jobs/pretrain.py and jobs/eval.py, up to the next milestone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,45 +13,34 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.results import metrics_for_tracking
 from ray_platform.placement import ResourceRequest
-from ray_platform.sweep.trial import Reached, Segment
-from ray_platform.tracking import RUN_RECORD, RunRecord, TrackingConfig, start_run
+from ray_platform.sweep.trial import SegmentResult, TrialSegment
+from ray_platform.tracking import RUN_RECORD, TrackingConfig, read_run_record, start_run
 from ray_platform.train import checkpoint_format
 
 
 @dataclass(frozen=True)
-class TrialJob:
-    """See `ray_platform.sweep.trial.Job`."""
+class TrialRunner:
+    """Trains and evaluates one segment of a trial (a `ray_platform.sweep.trial.RunSegment`)."""
 
     config: SweepConfig
     recipe: str
-    tracked: RunRecord  # of the sweep
+    tracking: TrackingConfig  # of the trials, below the sweep's run
 
-    def train(self, segment: Segment) -> Reached:
-        self._take_run_over(segment)
-        self.pretrain(segment).run(self.recipe).fit()
+    def __call__(self, segment: TrialSegment) -> SegmentResult:
+        """Train to the end of the segment and evaluate. Raises DataError if an objective was not measured."""
+        self._adopt_tracked_run(segment)
+        self.pretrain_config(segment).run(self.recipe).fit()
         url = checkpoint_format.list_checkpoints(segment.folder)[0]
         manifest = checkpoint_format.read_manifest(url)
-        return Reached(url, manifest.step, manifest.samples_seen)
+        metrics = self._evaluate(segment, manifest.step)
+        return SegmentResult(url, manifest.step, manifest.samples_seen, metrics)
 
-    def evaluate(self, segment: Segment, reached: Reached) -> dict[str, float]:
-        """Raises DataError where not all was measured."""
-        config = self._evaluation(segment, reached)
-        details = evaluate(config, plan(config))
-        if details["failures"]:
-            raise DataError("not all was measured: " + "; ".join(details["failures"]))
-        found = headline(details)
-        metrics = metrics_for_tracking(details) | found
-        if missing := [metric for metric in self.config.objectives if metric not in metrics]:
-            raise DataError(f"objectives: {missing[0]} was not measured; there are {', '.join(sorted(metrics))}")
-        self._keep_reference(segment, config)
-        self._track(segment, reached, found)
-        return metrics
-
-    def pretrain(self, segment: Segment) -> PretrainConfig:
+    def pretrain_config(self, segment: TrialSegment) -> PretrainConfig:
+        """Return the config that trains to the end of the segment. The learning rate schedule spans the complete budget."""
         pretrain, _ = configure(self.config, segment.values)
-        train, num_steps = pretrain.train, steps(pretrain, self.config.samples)
+        train, num_steps = pretrain.train, training_steps(pretrain, self.config.samples)
         keep = train.keep_checkpoints
-        if self.config.scheduler == "pbt":  # others may take over any that was made at a milestone
+        if self.config.scheduler == "pbt":  # other trials may clone the checkpoint of any milestone
             keep = self.config.num_milestones + num_steps // train.checkpoint_every
         return replace(
             pretrain,
@@ -59,101 +48,99 @@ class TrialJob:
             train=replace(
                 train,
                 num_steps=num_steps,
-                stop_at_step=max(1, round(num_steps * segment.share)),
+                stop_at_step=max(1, round(num_steps * segment.budget_fraction)),
                 keep_checkpoints=keep,
                 resume="auto" if checkpoint_format.list_checkpoints(segment.folder) else segment.origin or "auto",
             ),
-            tracking=self._tracking(segment),
+            tracking=replace(self.tracking, run_name=segment.trial),
         )
 
-    def _tracking(self, segment: Segment) -> TrackingConfig:
-        return TrackingConfig(
-            self.tracked["tracking_uri"],
-            self.tracked["experiment"],
-            segment.trial,
-            self.tracked["run_id"],
-            backends=self.config.tracking.backends,
-        )
+    def _evaluate(self, segment: TrialSegment, step: int) -> Mapping[str, float]:
+        config = self._evaluation_config(segment, step)
+        details = evaluate(config, plan(config))
+        if details["failures"]:
+            raise DataError("not everything was measured: " + "; ".join(details["failures"]))
+        main_metrics = headline(details)
+        metrics = metrics_for_tracking(details) | main_metrics
+        if missing := [metric for metric in self.config.objectives if metric not in metrics]:
+            raise DataError(f"objectives: {missing[0]} was not measured; use one of {', '.join(sorted(metrics))}")
+        self._share_reference(segment, config)
+        # Under names that are equal for all trials, whatever their guidance scale, so that MLflow can compare them.
+        if run := read_run_record(segment.folder):
+            with start_run(config.tracking, segment.folder, run_id=run["run_id"]) as tracker:
+                tracker.log_metrics({f"sweep/{name}": value for name, value in main_metrics.items()}, step)
+        return metrics
 
-    def _take_run_over(self, segment: Segment) -> None:
-        """A trial has one MLflow run, also where it began anew in another folder."""
-        url = storage.join(segment.folder, RUN_RECORD)
-        if storage.exists(url):
-            return
-        pattern = storage.join(self.config.output_dir, "trials", f"{segment.trial}_*", RUN_RECORD)
-        found = storage.list_files(pattern) if storage.exists(storage.join(self.config.output_dir, "trials")) else ()
-        if found:
-            storage.write_bytes(url, storage.read_bytes(found[0].url))
-
-    def _evaluation(self, segment: Segment, reached: Reached) -> EvalConfig:
-        pretrain, given = configure(self.config, segment.values)
-        quality, shared = given.quality, self._reference(pretrain, given)
-        if quality.prompts and shared and storage.exists(shared):
-            quality = replace(quality, reference=shared)
+    def _evaluation_config(self, segment: TrialSegment, step: int) -> EvalConfig:
+        pretrain, evaluation = configure(self.config, segment.values)
+        quality, reference = evaluation.quality, self._shared_reference(pretrain, evaluation)
+        if quality.prompts and reference and storage.exists(reference):
+            quality = replace(quality, reference=reference)
         return replace(
-            given,
+            evaluation,
             checkpoint=storage.join(segment.folder, "export"),
-            output_dir=storage.join(segment.folder, "evaluations", checkpoint_format.checkpoint_name(reached.step)),
+            output_dir=storage.join(segment.folder, "evaluations", checkpoint_format.checkpoint_name(step)),
             quality=quality,
-            tracking=self._tracking(segment),
+            tracking=replace(self.tracking, run_name=segment.trial),
             num_workers=evaluation_workers(self.config),
         )
 
-    def _reference(self, pretrain: PretrainConfig, config: EvalConfig) -> str:
-        """Features of the real images, which the first evaluation leaves to the others. Empty: there are several networks."""
+    def _adopt_tracked_run(self, segment: TrialSegment) -> None:
+        """Keep the trial's MLflow run when the trial, as a clone, starts in another folder."""
+        url, trials = storage.join(segment.folder, RUN_RECORD), storage.join(self.config.output_dir, "trials")
+        if storage.exists(url) or not storage.exists(trials):
+            return
+        if earlier := storage.list_files(storage.join(trials, f"{segment.trial}_*", RUN_RECORD)):
+            storage.write_bytes(url, storage.read_bytes(earlier[0].url))
+
+    def _shared_reference(self, pretrain: PretrainConfig, config: EvalConfig) -> str:
+        """Return the URL of the real images' features that all trials share; empty with several feature networks."""
         networks = config.quality.networks
         name = f"reference_{networks[0]}_{pretrain.model.image_size}px.npz"
         return storage.join(self.config.output_dir, name) if len(networks) == 1 else ""
 
-    def _keep_reference(self, segment: Segment, config: EvalConfig) -> None:
-        shared = self._reference(configure(self.config, segment.values)[0], config)
-        own = storage.join(config.output_dir, f"reference_{config.quality.networks[0]}.npz")
-        if shared and not storage.exists(shared) and storage.exists(own):
-            storage.write_bytes(shared, storage.read_bytes(own))
-
-    def _track(self, segment: Segment, reached: Reached, metrics: Mapping[str, float]) -> None:
-        """By names that all trials share, whatever their guidance scale, so that MLflow can compare them."""
-        run = storage.read_json(storage.join(segment.folder, RUN_RECORD))
-        with start_run(self._tracking(segment), segment.folder, run_id=run["run_id"]) as tracker:
-            tracker.log_metrics({f"sweep/{name}": value for name, value in metrics.items()}, reached.step)
+    def _share_reference(self, segment: TrialSegment, config: EvalConfig) -> None:
+        """Copy the features of the real images from the first evaluation for the others."""
+        shared = self._shared_reference(configure(self.config, segment.values)[0], config)
+        computed = storage.join(config.output_dir, f"reference_{config.quality.networks[0]}.npz")
+        if shared and not storage.exists(shared) and storage.exists(computed):
+            storage.write_bytes(shared, storage.read_bytes(computed))
 
 
-def steps(pretrain: PretrainConfig, samples: int) -> int:
-    """Raises ConfigError for fewer samples than a step takes."""
+def training_steps(pretrain: PretrainConfig, samples: int) -> int:
+    """Return the number of steps for a budget of samples. Raises ConfigError if it is smaller than a batch."""
     train = pretrain.train
     batch = train.global_batch_size or train.max_workers * train.micro_batch_size
     if samples < batch:
-        raise ConfigError(f"samples: {samples} is less than a step's {batch}")
+        raise ConfigError(f"samples: {samples} is less than a step's {batch}; use at least {batch}")
     return samples // batch
 
 
 def evaluation_workers(config: SweepConfig) -> int:
-    """As given, else as many as have room where a trial's training workers were."""
-    given, trainers = config.evaluation, training_needs(config.pretrain)[0].amounts
-    if given.num_workers:
-        return given.num_workers
-    shares = [(trainers["CPU"], given.cpus_per_worker), (trainers["GPU"], given.gpus_per_worker)]
-    return max(1, min(int(there / share + 1e-6) for there, share in shares if share))
+    """Return evaluation.num_workers; if it is 0, as many as fit the resources of the training workers."""
+    evaluation, training = config.evaluation, _training_resources(config.pretrain)[0].amounts
+    if evaluation.num_workers:
+        return evaluation.num_workers
+    needs = [(training["CPU"], evaluation.cpus_per_worker), (training["GPU"], evaluation.gpus_per_worker)]
+    return max(1, min(int(available / need + 1e-6) for available, need in needs if need))
 
 
-def training_needs(pretrain: PretrainConfig) -> list[ResourceRequest]:
-    """Of a trial's workers, and of their reads where those have other nodes."""
+def trial_resources(config: SweepConfig) -> list[ResourceRequest]:
+    """Return the resources of a trial, one request per group of nodes: the larger of what training and evaluation need."""
+    evaluation, workers = config.evaluation, evaluation_workers(config)
+    amounts = {"CPU": workers * evaluation.cpus_per_worker, "GPU": workers * evaluation.gpus_per_worker}
+    largest: dict[tuple[tuple[str, str], ...], dict[str, float]] = {}
+    for need in (*_training_resources(config.pretrain), ResourceRequest(evaluation.placement, amounts)):
+        group = largest.setdefault(tuple(sorted(need.labels.items())), {})
+        group |= {kind: max(amount, group.get(kind, 0.0)) for kind, amount in need.amounts.items()}
+    return [ResourceRequest(dict(labels), group) for labels, group in largest.items()]
+
+
+def _training_resources(pretrain: PretrainConfig) -> list[ResourceRequest]:
+    """Return what the workers need, and what their reads need if those run on other nodes."""
     train, data = pretrain.train, pretrain.data
     cpus, gpus = train.max_workers * train.cpus_per_worker, float(train.max_workers * train.gpus_per_worker)
     reads = train.max_workers * data.reads_per_rank * data.cpus_per_read
     if data.placement == train.placement:
         return [ResourceRequest(train.placement, {"CPU": cpus + reads, "GPU": gpus})]
     return [ResourceRequest(train.placement, {"CPU": cpus, "GPU": gpus}), ResourceRequest(data.placement, {"CPU": reads})]
-
-
-def needs(config: SweepConfig) -> list[ResourceRequest]:
-    """What a trial takes of the cluster: trains, or evaluates."""
-    given, workers = config.evaluation, evaluation_workers(config)
-    evaluating = ResourceRequest(
-        given.placement, {"CPU": workers * given.cpus_per_worker, "GPU": workers * given.gpus_per_worker}
-    )
-    most: dict[tuple[tuple[str, str], ...], dict[str, float]] = {}
-    for need in (*training_needs(config.pretrain), evaluating):
-        amounts = most.setdefault(tuple(sorted(need.labels.items())), {})
-        amounts |= {kind: max(amount, amounts.get(kind, 0.0)) for kind, amount in need.amounts.items()}
-    return [ResourceRequest(dict(labels), amounts) for labels, amounts in most.items()]

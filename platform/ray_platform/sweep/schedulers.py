@@ -1,36 +1,43 @@
-"""Who goes on at a milestone. The first trial, which has the recipe's own values, always does: the others are measured by it."""
+"""Trial schedulers, which decide at a milestone which trials continue. The baseline is never stopped or changed."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+import math
+import statistics
+from typing import Any
 
-from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
-from ray_platform.sweep.search import TRIAL
-from ray_platform.sweep.space import Choice, Dimension, Space
+from ray_platform.sweep.config import Mode, SearchConfig
+from ray_platform.sweep.search import TRIAL, tune_domain
+from ray_platform.sweep.space import Choice, Space
 
-SchedulerName = Literal["asha", "pbt", "none"]
-
-MILESTONE, RUNG, HISTORY = "milestone", "rung", "history"  # in what a trial reports
-
-
-def milestones(scheduler: SchedulerName, num_milestones: int, reduction: int) -> tuple[float, ...]:
-    """Where a trial is evaluated, as shares of its budget; the last one is 1. ASHA's grow by its reduction, the others evenly."""
-    if scheduler == "asha":
-        return tuple(1 / reduction ** (num_milestones - 1 - i) for i in range(num_milestones))
-    return tuple((i + 1) / num_milestones for i in range(num_milestones))
+MILESTONE, RUNG, HISTORY = "milestone", "rung", "history"  # keys of a trial's report
 
 
-def is_default(trial: Trial) -> bool:
-    return trial.config[TRIAL]["number"] == 0
+def trial_name(number: int) -> str:
+    """Return the name of a trial; trial 0 is the baseline."""
+    return f"trial_{number:03d}"
+
+
+def is_baseline(trial: Trial) -> bool:
+    """Return whether the trial has the recipe's values."""
+    return str(trial) == trial_name(0)
+
+
+def build_scheduler(config: SearchConfig, space: Space) -> TrialScheduler:
+    """Return the scheduler; it compares trials by the first objective."""
+    metric, mode = next(iter(config.objectives.items()))
+    if config.scheduler == "asha":
+        return SuccessiveHalving(metric, mode, config.num_milestones, config.reduction)
+    if config.scheduler == "pbt":
+        return Population(metric, mode, space, config.num_milestones)
+    return FIFOScheduler()
 
 
 class SuccessiveHalving(ASHAScheduler):
-    """ASHA: at a milestone a trial goes on if it is in the upper 1 / reduction of those that have been there."""
+    """ASHA whose rungs are the milestones: a trial continues if it is in the upper 1 / reduction of those that reached it."""
 
-    def __init__(self, metric: str, mode: str, num_milestones: int, reduction: int) -> None:
-        # Each milestone is one of its rungs.
+    def __init__(self, metric: str, mode: Mode, num_milestones: int, reduction: int) -> None:
         super().__init__(
             time_attr=RUNG,
             metric=metric,
@@ -41,72 +48,60 @@ class SuccessiveHalving(ASHAScheduler):
         )
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Tune does not save what a scheduler knows: in a sweep that goes on, it is learnt from the trials."""
+        """Replay the reports of a restored trial: Ray Tune does not save the state of schedulers."""
         super().on_trial_add(tune_controller, trial)
         for entry in trial.last_result.get(HISTORY, ()):
             super().on_trial_result(tune_controller, trial, {RUNG: entry[RUNG], **entry["metrics"]})
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
-        return TrialScheduler.CONTINUE if is_default(trial) else decision
+        return TrialScheduler.CONTINUE if is_baseline(trial) else decision
 
 
 class Population(PopulationBasedTraining):
-    """At a milestone that all have reached, the lowest quarter takes over weights and values, perturbed, of the highest."""
+    """Population-based training: at a milestone that all trials reached, the lowest quarter clones trials of the highest quarter.
 
-    def __init__(self, metric: str, mode: str, space: Space, num_milestones: int) -> None:
-        self.space, self.num_milestones = dict(space), num_milestones
+    A clone continues from the other trial's weights with its values, perturbed. The baseline can be cloned, but never becomes a
+    clone: PBT receives its score only while it is in the upper half of the population.
+    """
+
+    def __init__(self, metric: str, mode: Mode, space: Space, num_milestones: int) -> None:
+        self._space, self._num_milestones, self._sign = dict(space), num_milestones, 1 if mode == "max" else -1
+        self._reports: dict[Trial, dict[str, Any]] = {}
+        # A list makes PBT move to the neighboring value; it would treat a `tune.choice` as a continuous range.
+        mutations = {f: list(d.values) if isinstance(d, Choice) else tune_domain(d) for f, d in space.items()}
         super().__init__(
             time_attr=MILESTONE,
             metric=metric,
             mode=mode,
             perturbation_interval=1,
-            hyperparam_mutations={TRIAL: {"values": {field: _mutation(dimension) for field, dimension in space.items()}}},
-            custom_explore_fn=self._inside,
+            hyperparam_mutations={TRIAL: {"values": mutations}},
+            custom_explore_fn=self._clip,
             log_config=False,
-            synch=True,  # so that only what has had the same budget is compared
+            synch=True,  # compare trials at equal budget only
         )
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        if result[MILESTONE] == self.num_milestones:
-            return TrialScheduler.CONTINUE  # it is through, and keeps what it has
-        return super().on_trial_result(tune_controller, trial, result)
+        if result[MILESTONE] == self._num_milestones:
+            return TrialScheduler.CONTINUE  # the trial ends here and keeps its values
+        self._reports[trial] = result
+        for other in self._reports:  # the half in which the baseline is changes with every report
+            if is_baseline(other) and other is not trial and not other.is_finished():
+                super().on_trial_result(tune_controller, other, self._visible_result(other))
+        return super().on_trial_result(tune_controller, trial, self._visible_result(trial))
 
-    def _exploit(self, tune_controller: Any, trial: Trial, trial_to_clone: Trial) -> None:
-        if not is_default(trial):
-            super()._exploit(tune_controller, trial, trial_to_clone)
+    def _visible_result(self, trial: Trial) -> dict[str, Any]:
+        """Return the trial's report; without a score if it is the baseline's and not in the upper half."""
+        result = self._reports[trial]
+        scores = [self._sign * report[self.metric] for other, report in self._reports.items() if not other.is_finished()]
+        if is_baseline(trial) and self._sign * result[self.metric] <= statistics.median(scores):
+            return result | {self.metric: math.nan}  # PBT ranks no trial whose score is NaN
+        return result
 
-    def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Whatever it takes over, a trial stays itself."""
-        config, operations = super()._get_new_config(trial, trial_to_clone)
-        config[TRIAL]["number"] = trial.config[TRIAL]["number"]
-        return config, operations
-
-    def _inside(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Perturbed values may leave their range."""
+    def _clip(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Move perturbed values back into their range."""
         values = config[TRIAL]["values"]
-        for field, dimension in self.space.items():
+        for field, dimension in self._space.items():
             if not isinstance(dimension, Choice):
                 values[field] = dimension.clip(values[field])
         return config
-
-
-def _mutation(dimension: Dimension) -> Any:
-    if isinstance(dimension, Choice):
-        return list(dimension.values)
-    low, high, log = dimension.low, dimension.high, dimension.log
-    if dimension.whole:
-        return tune.lograndint(int(low), int(high) + 1) if log else tune.randint(int(low), int(high) + 1)
-    return tune.loguniform(low, high) if log else tune.uniform(low, high)
-
-
-def build_scheduler(
-    name: SchedulerName, objectives: Mapping[str, str], space: Space, num_milestones: int, reduction: int
-) -> TrialScheduler:
-    """It goes by the first objective."""
-    metric, mode = next(iter(objectives.items()))
-    if name == "asha":
-        return SuccessiveHalving(metric, mode, num_milestones, reduction)
-    if name == "pbt":
-        return Population(metric, mode, space, num_milestones)
-    return FIFOScheduler()

@@ -1,92 +1,127 @@
-"""Which values the trials of a sweep have. The first trial always has the recipe's own."""
+"""Search algorithms of a sweep, and the Pareto front of their results. The first trial always has the recipe's values."""
 
 import itertools
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
+from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 
 from ray_platform.contracts import ConfigError
+from ray_platform.sweep.config import Mode, SearchConfig
 from ray_platform.sweep.space import Choice, Dimension, Range, Space
 
-TRIAL = "trial"  # what a trial is given, in Tune's configuration of it: {"number": n, "values": {field: value}}
+TRIAL = "trial"  # the only key of a trial's config in Ray Tune
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def given(number: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Tune's configuration of a trial."""
+def trial_config(number: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Ray Tune's config of a trial: `{"trial": {"number": n, "values": {field: value}}}`."""
     return {TRIAL: {"number": number, "values": dict(values)}}
 
 
-def grid(space: Space, default: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The recipe's own values, and every combination. Raises ConfigError for a range."""
-    for field, dimension in space.items():
-        if isinstance(dimension, Range):
-            raise ConfigError(f"space.{field}: a grid has values, not a range; give {{values: [...]}}")
+def trial_points(config: SearchConfig, space: Space, baseline: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the values of all trials of a grid or a random search, the baseline first.
+
+    Raises:
+        ConfigError: a range in the space of a grid, or a `num_trials` that is not the grid's number of points.
+    """
+    if config.search == "random":
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(config.seed))
+        samples = (study.ask(_distributions(space)).params for _ in range(config.num_trials - 1))
+        return [dict(baseline), *(_from_optuna(space, sample) for sample in samples)]
+    if ranges := [field for field, dimension in space.items() if isinstance(dimension, Range)]:
+        raise ConfigError(f"space.{ranges[0]}: a grid has values, not a range; give {{values: [...]}}")
     lists = [dimension.values for dimension in space.values() if isinstance(dimension, Choice)]
-    points = [dict(zip(space, combination, strict=True)) for combination in itertools.product(*lists)]
-    return [dict(default), *(point for point in points if point != default)]
+    combinations = [dict(zip(space, combination, strict=True)) for combination in itertools.product(*lists)]
+    points = [dict(baseline), *(point for point in combinations if point != baseline)]
+    if config.num_trials not in (0, len(points)):
+        raise ConfigError(f"num_trials: {config.num_trials}, but the grid has {len(points)} points; give 0")
+    return points
 
 
-def random(space: Space, default: Mapping[str, Any], num_trials: int, seed: int) -> list[dict[str, Any]]:
-    """The recipe's own values, and uniform draws."""
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
-    draws = (study.ask(_distributions(space)).params for _ in range(num_trials - 1))
-    return [dict(default), *(_decoded(space, drawn) for drawn in draws)]
+class MultiObjectiveSearch(OptunaSearch):
+    """Optuna's TPE sampler over all objectives; it learns the last metrics of trials that were stopped early.
 
+    Adds to `OptunaSearch`: the baseline as the first trial, numbered trials, and choices of any type (lists, say).
+    """
 
-class MultiObjective(OptunaSearch):
-    """Tree-structured Parzen estimators on all objectives at once; of a stopped trial they see what it had reached."""
-
-    def __init__(
-        self, space: Space, default: Mapping[str, Any], objectives: Mapping[str, str], num_trials: int, seed: int
-    ) -> None:
-        self.space = {field: _with(dimension, default[field]) for field, dimension in space.items()}
-        self.num_given = 0
-        # Optuna's own ten random trials would be all that a small sweep has.
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(2, num_trials // 3)))
+    def __init__(self, config: SearchConfig, space: Space, baseline: Mapping[str, Any]) -> None:
+        self.space = {field: _including(dimension, baseline[field]) for field, dimension in space.items()}
+        self.num_suggested = 0
+        # Optuna's default of ten random trials would be all trials of a small sweep.
+        num_random = min(10, max(2, config.num_trials // 3))
         super().__init__(
             _distributions(self.space),
-            list(objectives),
-            list(objectives.values()),
-            points_to_evaluate=[_encoded(self.space, default)],
-            sampler=sampler,
+            list(config.objectives),
+            list(config.objectives.values()),
+            points_to_evaluate=[_to_optuna(self.space, baseline)],
+            sampler=optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=num_random),
         )
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
+        """Return the `trial_config` of the next trial."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the recipe's own value may lie outside the range
-            drawn = super().suggest(trial_id)
-        self.num_given += 1
-        return given(self.num_given - 1, _decoded(self.space, drawn))
+            warnings.simplefilter("ignore", UserWarning)  # the recipe's value may lie outside the range
+            sample = super().suggest(trial_id)
+        self.num_suggested += 1
+        return trial_config(self.num_suggested - 1, _from_optuna(self.space, sample))
 
 
-def _with(dimension: Dimension, value: Any) -> Dimension:
-    """A list of values has the recipe's own."""
+def tune_domain(dimension: Dimension) -> Any:
+    """Return the Ray Tune domain of a dimension; of a choice, the domain of its indices."""
+    if isinstance(dimension, Choice):
+        return tune.choice(range(len(dimension.values)))
+    low, high = dimension.low, dimension.high
+    if dimension.is_integer:  # the upper end of Tune's integer ranges is exclusive
+        return (tune.lograndint if dimension.log else tune.randint)(int(low), int(high) + 1)
+    return (tune.loguniform if dimension.log else tune.uniform)(low, high)
+
+
+def pareto_front(points: Mapping[str, Mapping[str, float | None]], objectives: Mapping[str, Mode]) -> list[str]:
+    """Return the names of the points that no other point dominates, the best by the first objective first.
+
+    A point dominates another if it is at least as good in every objective and better in one. Points without a finite value for
+    every objective are ignored.
+    """
+    study = optuna.create_study(directions=[f"{mode}imize" for mode in objectives.values()])
+    for name, metrics in points.items():
+        values = [value for metric in objectives if (value := metrics.get(metric)) is not None and math.isfinite(value)]
+        if len(values) == len(objectives):
+            study.add_trial(optuna.trial.create_trial(values=values, user_attrs={"name": name}))
+    signs = [-1 if mode == "max" else 1 for mode in objectives.values()]
+    front = sorted(study.best_trials, key=lambda trial: [sign * v for sign, v in zip(signs, trial.values, strict=True)])
+    return [trial.user_attrs["name"] for trial in front]
+
+
+def best_point(points: Mapping[str, Mapping[str, float | None]], metric: str, mode: Mode) -> str:
+    """Return the name of the point with the best value, the first of equals. Raises ValueError if no point has the metric."""
+    values = {name: value for name, metrics in points.items() if (value := metrics.get(metric)) is not None}
+    return (max if mode == "max" else min)(values, key=lambda name: values[name])
+
+
+def _including(dimension: Dimension, value: Any) -> Dimension:
+    """Add `value` to a choice that does not have it."""
     if isinstance(dimension, Range) or value in dimension.values:
         return dimension
     return Choice((*dimension.values, value))
 
 
 def _distributions(space: Space) -> dict[str, BaseDistribution]:
-    return {field: _distribution(dimension) for field, dimension in space.items()}
+    domains = {field: tune_domain(dimension) for field, dimension in space.items()}
+    distributions = OptunaSearch.convert_search_space(domains)
+    return {field: distributions[field] for field in space}  # samples depend on the order
 
 
-def _distribution(dimension: Dimension) -> BaseDistribution:
-    if isinstance(dimension, Choice):
-        return CategoricalDistribution(tuple(range(len(dimension.values))))  # their places: values may be of any type
-    if dimension.whole:
-        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
-    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-
-
-def _encoded(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+def _to_optuna(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the values of choices by their indices: Optuna's categories are scalars."""
     return {f: d.values.index(values[f]) if isinstance(d, Choice) else values[f] for f, d in space.items()}
 
 
-def _decoded(space: Space, drawn: Mapping[str, Any]) -> dict[str, Any]:
-    return {f: d.values[drawn[f]] if isinstance(d, Choice) else drawn[f] for f, d in space.items()}
+def _from_optuna(space: Space, sample: Mapping[str, Any]) -> dict[str, Any]:
+    return {f: d.values[sample[f]] if isinstance(d, Choice) else sample[f] for f, d in space.items()}

@@ -1,22 +1,23 @@
-"""What one trial of a sweep does, as a function that Ray Tune runs: from milestone to milestone, train and evaluate.
+"""One trial of a sweep as a function that Ray Tune runs: train and evaluate from milestone to milestone.
 
-No worker is up at a milestone, so that whoever is stopped there leaves nothing behind. Tune's checkpoint of a trial is a
-small file that names ours.
+No training or evaluation worker runs at a milestone, so a trial that is stopped there leaves nothing behind. Ray Tune's
+checkpoint of a trial is a small file that names the training checkpoint.
 """
 
 import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ray import tune
 
 from ray_platform import storage
 from ray_platform.contracts import describe_error
+from ray_platform.sweep.config import SearchConfig
 from ray_platform.sweep.schedulers import HISTORY, MILESTONE, RUNG
 from ray_platform.sweep.search import TRIAL
 
@@ -24,110 +25,91 @@ _STATE = "state.json"
 
 
 @dataclass(frozen=True)
-class Segment:
-    """What a trial does between two of its milestones."""
+class TrialSegment:
+    """Part of a trial between two milestones."""
 
-    trial: str  # its name
+    trial: str  # name of the trial
     values: Mapping[str, Any]  # field -> value
-    folder: str  # its own, in which it goes on where it was
-    origin: str  # another trial's checkpoint, with whose weights it began here; empty: none
-    share: float  # of its budget that is used up at its end
+    folder: str  # of the trial; a segment that was interrupted resumes from what is in it
+    origin: str  # checkpoint of another trial whose weights this trial started from; empty: none
+    budget_fraction: float  # of the trial's budget, used up at the end of the segment
 
 
 @dataclass(frozen=True)
-class Reached:
-    """Where a trial stands after a segment's training."""
+class SegmentResult:
+    """State of a trial at a milestone."""
 
     checkpoint: str
     step: int
     samples: int
+    metrics: Mapping[str, float]  # all metrics of the evaluation, the sweep's objectives among them
 
 
-class Job(Protocol):
-    """What is swept. It travels to the trials, so it holds plain data."""
-
-    def train(self, segment: Segment) -> Reached:
-        """Train to the segment's end. Called again after a crash, it goes on."""
-        ...
-
-    def evaluate(self, segment: Segment, reached: Reached) -> Mapping[str, float]:
-        """All metrics, with the sweep's objectives among them."""
-        ...
+RunSegment = Callable[[TrialSegment], SegmentResult]  # pickled and sent to the trials
 
 
 @dataclass(frozen=True)
-class State:
-    """What a trial has done."""
+class _TrialState:
+    """Progress of a trial, as Ray Tune's checkpoint holds it."""
 
-    trial: str = ""  # whose checkpoint this is
-    origin: str = ""  # see Segment
+    trial: str
+    origin: str = ""  # as in TrialSegment
     checkpoint: str = ""
     seconds: float = 0.0
-    history: tuple[dict[str, Any], ...] = ()  # an entry a milestone
-
-    def of(self, trial: str) -> "State":
-        """Where `trial` begins: what another one has done is its own from here on."""
-        if not self.trial or self.trial == trial:
-            return self
-        return State(trial, self.checkpoint, self.checkpoint, self.seconds, self.history)
+    history: tuple[dict[str, Any], ...] = ()  # one entry per milestone
 
 
-def trial_name(number: int) -> str:
-    return f"trial_{number:03d}"
+def run_trial(config: Mapping[str, Any], run_segment: RunSegment, search: SearchConfig) -> None:
+    """Run a trial and report its results at every milestone; `config` is a `trial_config`.
 
-
-def run_trial(config: Mapping[str, Any], job: Job, output_dir: str, shares: tuple[float, ...], reduction: int) -> None:
-    """`config`: see `search.given`. Reports at every milestone. Why it fails is left in `error_url`, in one line."""
-    name = trial_name(config[TRIAL]["number"])
-    url = error_url(output_dir, name)
-    storage.delete(url)  # of the try before
+    When it fails, the cause is written to `error_url` in one line.
+    """
+    name = tune.get_context().get_trial_name()
+    url = error_url(search.output_dir, name)
+    storage.delete(url)  # of the previous attempt
     try:
-        _run(name, config[TRIAL]["values"], job, output_dir, shares, reduction)
+        _run_segments(name, config[TRIAL]["values"], run_segment, search)
     except Exception as error:
         storage.write_bytes(url, describe_error(error).encode())
         raise
 
 
 def error_url(output_dir: str, name: str) -> str:
+    """Return the URL of the file with the error of a trial."""
     return storage.join(output_dir, "trials", f"{name}.error")
 
 
-def _run(
-    name: str, values: Mapping[str, Any], job: Job, output_dir: str, shares: tuple[float, ...], reduction: int
-) -> None:  # fmt: skip
-    state = _restored().of(name)
-    folder = storage.join(output_dir, "trials", f"{name}_{_digest(values, state.origin)}")
-    for place in range(len(state.history), len(shares)):
-        begun = time.monotonic()
-        segment = Segment(name, values, folder, state.origin, shares[place])
-        reached = job.train(segment)
-        metrics = dict(job.evaluate(segment, reached))
-        seconds = round(state.seconds + time.monotonic() - begun, 1)
+def _run_segments(name: str, values: Mapping[str, Any], run_segment: RunSegment, search: SearchConfig) -> None:
+    state = _load_state(name)
+    # The folder's name depends on what its checkpoints depend on, so that no trial resumes from those of other values.
+    digest = hashlib.sha256(json.dumps([values, state.origin], sort_keys=True).encode()).hexdigest()[:6]
+    folder = storage.join(search.output_dir, "trials", f"{name}_{digest}")
+    for index, budget_fraction in list(enumerate(search.budget_fractions))[len(state.history) :]:
+        start = time.monotonic()
+        result = run_segment(TrialSegment(name, values, folder, state.origin, budget_fraction))
+        seconds = round(state.seconds + time.monotonic() - start, 1)
         entry = {
-            MILESTONE: place + 1, RUNG: reduction**place, "step": reached.step, "samples": reached.samples, "seconds": seconds,
-            "metrics": metrics,
+            MILESTONE: index + 1, RUNG: search.reduction**index, "step": result.step, "samples": result.samples,
+            "seconds": seconds, "metrics": dict(result.metrics),
         }  # fmt: skip
-        state = State(name, state.origin, reached.checkpoint, seconds, (*state.history, entry))
+        state = _TrialState(name, state.origin, result.checkpoint, seconds, (*state.history, entry))
         _report(state, entry, folder)
 
 
-def _digest(values: Mapping[str, Any], origin: str) -> str:
-    """A folder is named by what its checkpoints are made by, so that nothing goes on from those of other values."""
-    return hashlib.sha256(json.dumps([values, origin], sort_keys=True).encode()).hexdigest()[:6]
-
-
-def _restored() -> State:
+def _load_state(trial: str) -> _TrialState:
+    """Return the state in Ray Tune's checkpoint. A clone has the results of the other trial, whose checkpoint is its origin."""
     checkpoint = tune.get_checkpoint()
     if checkpoint is None:
-        return State()
+        return _TrialState(trial)
     with checkpoint.as_directory() as folder:
-        found = json.loads((Path(folder) / _STATE).read_text())
-    return State(**found | {"history": tuple(found["history"])})
+        saved = json.loads((Path(folder) / _STATE).read_text())
+    origin = saved["origin"] if saved["trial"] == trial else saved["checkpoint"]
+    return _TrialState(trial, origin, saved["checkpoint"], saved["seconds"], tuple(saved["history"]))
 
 
-def _report(state: State, entry: Mapping[str, Any], folder: str) -> None:
+def _report(state: _TrialState, entry: Mapping[str, Any], folder: str) -> None:
     with tempfile.TemporaryDirectory(prefix="trial_") as scratch:
-        (Path(scratch) / _STATE).write_text(json.dumps(vars(state)))
-        # The whole history each time: what Tune knows of a trial is its last report.
-        told = {**entry["metrics"], MILESTONE: entry[MILESTONE], RUNG: entry[RUNG], HISTORY: list(state.history), "url": folder}
-        tune.report(told, checkpoint=tune.Checkpoint.from_directory(scratch))
+        (Path(scratch) / _STATE).write_text(json.dumps(asdict(state)))
+        # The complete history each time: Ray Tune keeps only the last report of a trial.
+        report = {**entry["metrics"], MILESTONE: entry[MILESTONE], RUNG: entry[RUNG], HISTORY: list(state.history), "url": folder}
+        tune.report(report, checkpoint=tune.Checkpoint.from_directory(scratch))

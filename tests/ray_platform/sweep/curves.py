@@ -1,4 +1,4 @@
-"""A job that trains nothing: a sweep over it takes seconds."""
+"""A trial runner that trains nothing, so that a sweep over it takes seconds."""
 
 import json
 import os
@@ -7,48 +7,42 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_platform.contracts import DataError
-from ray_platform.sweep.trial import Reached
+from ray_platform.sweep.trial import SegmentResult
 
-BUDGET = 64
+BUDGET = 64  # steps
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Accuracy grows with the budget and with x; the loss falls with y. Every call is noted in `notes`."""
+    """Accuracy grows with the budget and with x; the loss falls with y. Every call is a file in `notes`."""
 
     notes: str
-    fail_at: float = -1.0  # the x that cannot be trained beyond the first milestone
-    fail_once: bool = False
-    seconds: float = 0.0  # of a segment
+    fails: tuple[float, ...] = ()  # values of x that always fail after the first milestone
+    fails_once: tuple[float, ...] = ()  # values of x that fail once
+    seconds: float = 0.0  # per segment
 
-    def train(self, segment):
-        step = round(BUDGET * segment.share)
+    def __call__(self, segment):
+        x, y, fraction = segment.values["x"], segment.values.get("y", 0.0), segment.budget_fraction
+        step = round(BUDGET * fraction)
         self._note("train", segment, step)
         time.sleep(self.seconds)
-        if segment.values["x"] == self.fail_at and segment.share > 0.5 and not (self.fail_once and self._seen("failed")):
+        has_failed = any(note["what"] == "failed" and note["trial"] == segment.trial for note in read_notes(self.notes))
+        if fraction > 0.3 and (x in self.fails or (x in self.fails_once and not has_failed)):
             self._note("failed", segment, step)
-            raise DataError("data.sources: the shard is damaged\nsecond line")
-        folder = Path(segment.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        url = folder / f"step_{step}"
-        url.write_text("")
+            raise DataError("data.sources: the shard is damaged")
+        checkpoint = Path(segment.folder, f"step_{step}")
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text("")
         assert not segment.origin or Path(segment.origin).exists()
-        return Reached(str(url), step, step * 10)
-
-    def evaluate(self, segment, reached):
-        x, y = segment.values["x"], segment.values.get("y", 0.0)
-        return {"accuracy": x * segment.share, "loss": 1 - y + 0.1 * x}
+        return SegmentResult(str(checkpoint), step, step * 10, {"accuracy": x * fraction, "loss": 1 - y + 0.1 * x})
 
     def _note(self, what, segment, step):
-        entry = {"what": what, "trial": segment.trial, "step": step, "values": dict(segment.values), "origin": segment.origin}
+        note = {"what": what, "trial": segment.trial, "step": step, "values": dict(segment.values), "origin": segment.origin}
         name = f"{time.monotonic_ns()}_{os.getpid()}.json"
-        (Path(self.notes) / f".{name}").write_text(json.dumps(entry))
-        os.rename(Path(self.notes) / f".{name}", Path(self.notes) / name)
-
-    def _seen(self, what):
-        return any(entry["what"] == what for entry in notes(self.notes))
+        Path(self.notes, f".{name}").write_text(json.dumps(note))
+        os.rename(Path(self.notes, f".{name}"), Path(self.notes, name))
 
 
-def notes(folder):
-    """All notes so far, the oldest first."""
+def read_notes(folder):
+    """Return all notes so far, the oldest first."""
     return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("[0-9]*.json"))]

@@ -1,4 +1,4 @@
-"""A driver of a sweep, to be killed: `python -m tests.ray_platform.sweep.driver OUTPUT NOTES SEARCH SECONDS`, on RAY_ADDRESS."""
+"""Driver of a sweep that a test kills. Arguments: output folder, folder of notes, search, seconds per segment."""
 
 import json
 import sys
@@ -8,7 +8,8 @@ import ray
 
 from ray_platform.connect import connect
 from ray_platform.placement import ResourceRequest
-from ray_platform.sweep.space import Range
+from ray_platform.sweep.config import SearchConfig
+from ray_platform.sweep.space import Range, describe_space
 from ray_platform.sweep.sweep import Sweep
 from tests.ray_platform.sweep.curves import Curves
 
@@ -16,24 +17,21 @@ from tests.ray_platform.sweep.curves import Curves
 def main() -> None:
     output_dir, folder, search, seconds = sys.argv[1:]
     connect()
-    sweep = Sweep(
-        job=Curves(folder, seconds=float(seconds)),
+    space = {"x": Range(0.0, 1.0), "y": Range(0.0, 1.0)}
+    config = SearchConfig(
         output_dir=output_dir,
-        space={"x": Range(0.0, 1.0), "y": Range(0.0, 1.0)},
-        default={"x": 0.5, "y": 0.5},
+        space=describe_space(space),
         objectives={"accuracy": "max", "loss": "min"},
         search=search,
         scheduler="none",
         num_trials=5,
         num_milestones=3,
-        reduction=2,
-        seed=0,
-        needs=[ResourceRequest({}, {"CPU": 1.0})],
         max_concurrent=2,
     )
-    outcomes = [asdict(outcome) for outcome in sweep.run()]
+    needs = [ResourceRequest({}, {"CPU": 1.0})]
+    outcomes = Sweep(config, Curves(folder, seconds=float(seconds)), space, {"x": 0.5, "y": 0.5}, needs).run()
     groups = [group["state"] for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
-    print(json.dumps({"outcomes": outcomes, "groups": groups}))
+    print(json.dumps({"outcomes": [asdict(outcome) for outcome in outcomes], "groups": groups}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The driver of a sweep is killed in the middle; the same command ends with the trials of one that was not."""
+"""A sweep whose driver is killed: the same command ends with the trials of a sweep that was not killed."""
 
 import contextlib
 import json
@@ -13,7 +13,9 @@ import psutil
 import pytest
 
 from ray_platform.local_head import LocalHead
-from tests.ray_platform.sweep.curves import notes
+from tests.ray_platform.sweep.curves import read_notes
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 
@@ -24,34 +26,35 @@ def head():
         yield head
 
 
-def start(head, output, folder, search, seconds):
-    folder.mkdir(exist_ok=True)
+def start(head, output, notes, search, seconds):
+    notes.mkdir(exist_ok=True)
     path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "platform"))
-    command = [sys.executable, "-m", "tests.ray_platform.sweep.driver", str(output), str(folder), search, str(seconds)]
-    env = head.env | {"PYTHONPATH": path, "TUNE_GLOBAL_CHECKPOINT_S": "0.2"}  # seconds; a segment takes less than those of use
+    command = [sys.executable, "-m", "tests.ray_platform.sweep.driver", str(output), str(notes), search, str(seconds)]
+    env = head.env | {"PYTHONPATH": path, "TUNE_GLOBAL_CHECKPOINT_S": "0.2"}  # seconds; a segment is shorter than a real one
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
-def finished(driver):
+def result(driver):
     out, _ = driver.communicate(timeout=240)
     assert driver.returncode == 0
     return json.loads(out.splitlines()[-1])
 
 
 def trial_processes(head):
-    found = []
+    running = []
     for process in head.processes():
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
             if "ImplicitFunc" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+                running.append(process)
+    return running
 
 
-@pytest.mark.parametrize("search", ["random", pytest.param("optuna", marks=pytest.mark.slow)])
-def test_a_killed_sweep_goes_on_to_the_same_trials(head, tmp_path, search):
-    whole = finished(start(head, tmp_path / "whole", tmp_path / "notes_whole", search, 0))
-    driver = start(head, tmp_path / "cut", tmp_path / "notes", search, 0.5)
-    while len([note for note in notes(tmp_path / "notes") if note["what"] == "train"]) < 5:
+@pytest.mark.parametrize("search", ["random", "optuna"])
+def test_a_killed_sweep_is_resumed_with_the_same_trials(head, tmp_path, search):
+    notes = tmp_path / "notes"
+    uninterrupted = result(start(head, tmp_path / "uninterrupted", tmp_path / "other_notes", search, 0))
+    driver = start(head, tmp_path / "killed", notes, search, 0.5)
+    while len(read_notes(notes)) < 5:
         assert driver.poll() is None
         time.sleep(0.05)
     driver.send_signal(signal.SIGKILL)
@@ -59,17 +62,13 @@ def test_a_killed_sweep_goes_on_to_the_same_trials(head, tmp_path, search):
     deadline = time.monotonic() + 60
     while trial_processes(head) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not trial_processes(head), "the trials ended with their driver"
-    before = len(notes(tmp_path / "notes"))
-    restored = finished(start(head, tmp_path / "cut", tmp_path / "notes", search, 0))
-    assert restored["groups"] == []
-
-    def of(found):
-        return [(o["name"], o["state"], len(o["history"])) for o in found["outcomes"]]
-
-    expected = [(f"trial_{i:03d}", "finished", 3) for i in range(5)]
-    assert of(restored) == of(whole) == expected, [o["error"] for o in restored["outcomes"]]
-    if search == "random":  # optuna's depend on the order in which trials end
-        assert [o["values"] for o in restored["outcomes"]] == [o["values"] for o in whole["outcomes"]]
-    again = [note for note in notes(tmp_path / "notes")[before:] if note["what"] == "train"]
-    assert len(again) < 15, "what was reached is not done again"
+    assert not trial_processes(head), "the trials end with their driver"
+    num_notes = len(read_notes(notes))
+    resumed = result(start(head, tmp_path / "killed", notes, search, 0))
+    assert resumed["groups"] == []
+    for outcomes in (resumed["outcomes"], uninterrupted["outcomes"]):
+        states = [(outcome["name"], outcome["state"], len(outcome["history"])) for outcome in outcomes]
+        assert states == [(f"trial_{i:03d}", "finished", 3) for i in range(5)]
+    if search == "random":  # those of Optuna depend on the order in which trials end
+        assert [o["values"] for o in resumed["outcomes"]] == [o["values"] for o in uninterrupted["outcomes"]]
+    assert len(read_notes(notes)) - num_notes < 15, "segments that were reported do not run again"

@@ -1,76 +1,76 @@
-"""Sweeps on Ray Tune over a job of seconds: who is stopped, who takes over, what fails, what is left behind."""
+"""Sweeps on Ray Tune over trials that take seconds."""
+
+import time
 
 import pytest
 import ray
 
 from ray_platform.contracts import ConfigError
 from ray_platform.placement import ResourceRequest
-from ray_platform.sweep.space import Choice, Range
-from ray_platform.sweep.sweep import Sweep
-from tests.ray_platform.sweep.curves import Curves, notes
+from ray_platform.sweep.config import SearchConfig
+from ray_platform.sweep.space import Choice, Range, describe_space
+from ray_platform.sweep.sweep import HEAD, Sweep
+from tests.ray_platform.sweep.curves import Curves, read_notes
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 SPACE = {"x": Range(0.0, 1.0), "y": Range(0.0, 1.0)}
-FIELDS = {
-    "space": SPACE, "default": {"x": 0.5, "y": 0.5}, "objectives": {"accuracy": "max", "loss": "min"}, "search": "random",
-    "scheduler": "asha", "num_trials": 6, "num_milestones": 3, "reduction": 2, "seed": 0,
-    "needs": [ResourceRequest({}, {"CPU": 1.0, "GPU": 0.0})], "max_concurrent": 2,
-}  # fmt: skip
 
 
 @pytest.fixture
 def make(tmp_path):
+    """make(runner={}, space, **SearchConfig fields) -> a sweep whose notes are in tmp_path/notes."""
     (tmp_path / "notes").mkdir()
 
-    def sweep(job=None, **fields):
-        curves = Curves(str(tmp_path / "notes"), **(job or {}))
-        return Sweep(job=curves, output_dir=str(tmp_path / "out"), **(FIELDS | fields))
+    def sweep(runner=None, space=SPACE, cpus=1.0, **fields):
+        fields = {"search": "random", "num_trials": 6, "max_concurrent": 2, **fields}
+        config = SearchConfig(
+            str(tmp_path / "out"), describe_space(space), objectives={"accuracy": "max", "loss": "min"}, **fields
+        )  # fmt: skip
+        needs = [ResourceRequest({}, {"CPU": cpus, "GPU": 0.0})]
+        return Sweep(config, Curves(str(tmp_path / "notes"), **(runner or {})), space, dict.fromkeys(space, 0.5), needs)
 
     return sweep
 
 
 @pytest.fixture
-def seen(tmp_path):
-    return lambda: notes(tmp_path / "notes")
+def notes(tmp_path):
+    return lambda what: [note for note in read_notes(tmp_path / "notes") if note["what"] == what]
 
 
-def nothing_is_left():
-    """No placement group, and no actor that is not another test's."""
+def is_cleaned_up():
+    """Return whether no placement group is left, and the processes of the trials gave their resources back."""
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get(HEAD, 0) < 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
     groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
-    actors = [a for a in ray._private.state.actors().values() if a["State"] != "DEAD" and "ImplicitFunc" in a["ActorClassName"]]
-    return not groups and not actors
+    return not groups and ray.available_resources().get(HEAD, 0) == 1
 
 
-def test_asha_stops_some_never_the_recipe_and_leaves_nothing(make, seen, capsys):
-    outcomes = make().run()
-    assert nothing_is_left()
-    assert [outcome.name for outcome in outcomes] == [f"trial_{i:03d}" for i in range(6)]
-    assert outcomes[0].default
-    assert outcomes[0].values == {"x": 0.5, "y": 0.5}
-    assert outcomes[0].state == "finished"
-    assert {outcome.state for outcome in outcomes} == {"finished", "stopped"}
+def test_asha_stops_trials_and_failed_trials_are_retried(make, notes, capsys):
+    """The grid 0.5 (baseline), 0.1, 0.7, 0.9: 0.7 fails once, and 0.9 always."""
+    space = {"x": Choice((0.5, 0.1, 0.7, 0.9))}
+    fields = {"space": space, "search": "grid", "num_trials": 0, "max_concurrent": 1}
+    outcomes = make({"fails": (0.9,), "fails_once": (0.7,)}, **fields).run()
+    assert is_cleaned_up()
+    assert [outcome.name for outcome in outcomes] == [f"trial_{i:03d}" for i in range(4)]
+    assert [outcome.values["x"] for outcome in outcomes] == [0.5, 0.1, 0.7, 0.9]
+    assert [outcome.is_baseline for outcome in outcomes] == [True, False, False, False]
+    assert [outcome.state for outcome in outcomes] == ["finished", "stopped", "finished", "failed"]
     for outcome in outcomes:
-        assert len(outcome.history) == {"finished": 3}.get(outcome.state, len(outcome.history))
         assert [entry["step"] for entry in outcome.history] == [16, 32, 64][: len(outcome.history)]
         assert outcome.history[-1]["metrics"]["accuracy"] == pytest.approx(outcome.values["x"] * outcome.history[-1]["step"] / 64)
-    best = max(outcomes, key=lambda outcome: outcome.values["x"])
-    assert best.state == "finished"
-    stopped = min(outcomes[1:], key=lambda outcome: outcome.values["x"])
-    assert stopped.state == "stopped"
-    assert "milestone 1/3, step 16" in capsys.readouterr().out
-    assert len([entry for entry in seen() if entry["what"] == "train"]) == sum(len(outcome.history) for outcome in outcomes)
-
-
-def test_a_grid_without_scheduler_runs_every_point_to_its_end(make):
-    space = {"x": Choice((0.1, 0.9)), "y": Choice((0.2, 0.4, 0.6))}
-    fields = {"space": space, "default": {"x": 0.1, "y": 0.2}, "search": "grid", "scheduler": "none"}
-    outcomes = make(num_trials=0, num_milestones=2, **fields).run()
-    assert {(o.values["x"], o.values["y"]) for o in outcomes} == {(x, y) for x in (0.1, 0.9) for y in (0.2, 0.4, 0.6)}
-    assert {(o.state, len(o.history)) for o in outcomes} == {("finished", 2)}
-    assert [entry["step"] for entry in outcomes[0].history] == [32, 64]
-    with pytest.raises(ConfigError, match="num_trials: 5, but the grid has 6 points"):
-        make(num_trials=5, **fields).points()
+    assert outcomes[3].error == "data.sources: the shard is damaged"
+    assert len(outcomes[3].history) == 1, "the results of a failed trial are kept"
+    steps = {name: [note["step"] for note in notes("train") if note["trial"] == name] for name in ("trial_002", "trial_003")}
+    assert steps == {"trial_002": [16, 32, 32, 64], "trial_003": [16, 32, 32]}, "a retry continues after the last milestone"
+    out = capsys.readouterr().out
+    assert "milestone 1/3, step 16" in out
+    assert "trial_003 failed: data.sources: the shard is damaged" in out
+    num_notes = len(notes("train"))
+    again = make(**fields).run()
+    assert [outcome.state for outcome in again] == ["finished", "stopped", "finished", "finished"]
+    assert [(n["trial"], n["step"]) for n in notes("train")[num_notes:]] == [("trial_003", 32), ("trial_003", 64)]
 
 
 @pytest.mark.slow
@@ -79,51 +79,26 @@ def test_optuna_searches_both_objectives_at_once(make):
     assert [outcome.name for outcome in outcomes] == [f"trial_{i:03d}" for i in range(8)]
     assert outcomes[0].values == {"x": 0.5, "y": 0.5}
     assert all(0 <= outcome.values["y"] <= 1 for outcome in outcomes)
-    assert nothing_is_left()
+    assert is_cleaned_up()
 
 
 @pytest.mark.slow
-def test_a_population_takes_over_weights_and_values_of_the_best(make, seen):
+def test_a_population_clones_weights_and_values_of_the_best(make, notes):
     outcomes = make(scheduler="pbt", num_trials=5, num_milestones=4, max_concurrent=3).run()
-    taken_over = [entry for entry in seen() if entry["what"] == "train" and entry["origin"]]
-    assert taken_over, "someone took over another one's weights"
-    for entry in taken_over:
-        assert entry["trial"] not in entry["origin"]
-        assert entry["trial"] != "trial_000"
-        assert 0 <= entry["values"]["x"] <= 1, "perturbed values stay in their range"
+    clones = [note for note in notes("train") if note["origin"]]
+    assert clones, "at least one trial continues from the weights of another"
+    for note in clones:
+        assert note["trial"] not in note["origin"]
+        assert note["trial"] != "trial_000"
+        assert 0 <= note["values"]["x"] <= 1, "perturbed values stay in their range"
     assert outcomes[0].values == {"x": 0.5, "y": 0.5}
     assert {(outcome.state, len(outcome.history)) for outcome in outcomes} == {("finished", 4)}
-    assert nothing_is_left()
+    assert is_cleaned_up()
 
 
-def test_a_failing_trial_is_tried_once_more_and_ends_nothing(make, seen, capsys):
-    space = {"x": Choice((0.1, 0.5, 0.9))}
-    fields = {"space": space, "default": {"x": 0.5}, "search": "grid", "num_trials": 0, "scheduler": "none"}
-    outcomes = make({"fail_at": 0.9}, **fields).run()
-    states = {outcome.values["x"]: outcome for outcome in outcomes}
-    assert {x: outcome.state for x, outcome in states.items()} == {0.1: "finished", 0.5: "finished", 0.9: "failed"}
-    assert states[0.9].error == "data.sources: the shard is damaged"
-    assert [entry["step"] for entry in states[0.9].history] == [21], "what it reached is kept"
-    assert len([entry for entry in seen() if entry["what"] == "failed"]) == 2
-    assert "trial_002 failed: data.sources: the shard is damaged" in capsys.readouterr().out
-    assert nothing_is_left()
-    before = len(seen())
-    mended = make(**fields).run()
-    assert {outcome.state for outcome in mended} == {"finished"}, "the same sweep again goes on with those that failed"
-    assert {entry["trial"] for entry in seen()[before:]} == {"trial_002"}
-
-
-def test_a_trial_that_fails_once_goes_on_from_where_it_was(make, seen):
-    fields = {"default": {"x": 0.5}, "search": "grid", "num_trials": 0, "scheduler": "none"}
-    outcomes = make({"fail_at": 0.9, "fail_once": True}, space={"x": Choice((0.5, 0.9))}, **fields).run()
-    assert {outcome.state for outcome in outcomes} == {"finished"}
-    trained = [entry["step"] for entry in seen() if entry["what"] == "train" and entry["trial"] == "trial_001"]
-    assert trained == [21, 43, 43, 64], "the first milestone is not trained again"
-
-
-def test_too_large_for_the_cluster_is_one_line(make):
+def test_trials_that_do_not_fit_the_cluster_are_rejected_in_one_line(make):
     with pytest.raises(ConfigError, match=r"max_concurrent: 1 trials of 8 CPUs each do not fit the cluster's 4 CPUs"):
-        make(needs=[ResourceRequest({}, {"CPU": 8.0, "GPU": 0.0})], max_concurrent=0).concurrency()
+        make(cpus=8.0, max_concurrent=0).concurrency()
     with pytest.raises(ConfigError, match=r"max_concurrent: 5 trials of 1 CPUs"):
         make(max_concurrent=5).concurrency()
-    assert make(needs=[ResourceRequest({}, {"CPU": 1.5, "GPU": 0.0})], max_concurrent=0).concurrency() == 2
+    assert make(cpus=1.5, max_concurrent=0).concurrency() == 2
