@@ -154,7 +154,7 @@ def test_a_hanging_rank_is_named_and_the_run_goes_on(shards, undisturbed, tmp_pa
     thread = at_some_step(tmp_path, 60, signal_a_worker(signal.SIGSTOP))
     run.fit()
     thread.join()
-    assert any("does not answer any more; the other 1 of 2 ranks wait" in r.getMessage() for r in caplog.records)
+    assert any("sends no heartbeats; the other 1 of 2 ranks wait" in r.getMessage() for r in caplog.records)
     assert_as_undisturbed(tmp_path, run, undisturbed)
 
 

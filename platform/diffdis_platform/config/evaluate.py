@@ -13,35 +13,35 @@ from ray_platform.tracking import TrackingConfig
 
 RETRIEVAL = ("flickr30k", "mscoco_captions")
 QUICK = ("vtab/cifar10", "vtab/dtd", "vtab/pets", "vtab/eurosat")
-_SET_NAME = re.compile(r"(?=.{1,100}$)[\w.-]+(/[\w.-]+)*")  # it becomes a part of files' names, and of metrics'
+_SET_NAME = re.compile(r"(?=.{1,100}$)[\w.-]+(/[\w.-]+)*")  # it becomes part of the names of files and metrics
 DEMO = ("heldout_style", "heldout_names", "heldout_pairs")  # which jobs/build_demo_shards.py writes
 
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """How the model's text query of an image is denoised."""
+    """Settings of the denoising of an image's text query."""
 
     num_steps: int = 10
-    num_draws: int = 1  # averaged; under the one-way mask they share one pass of the image
+    num_draws: int = 1  # averaged; with the one-way mask they share one pass over the image
     guidance: float = 0.0  # the paper's w, over the image; needs a model trained with image_dropout
 
 
 @dataclass(frozen=True)
 class QualityConfig:
-    """Image quality: what is drawn, and what it is compared with. Nothing is drawn without prompts."""
+    """Prompts, reference and networks of the image quality. Without prompts, no images are generated."""
 
-    prompts: str = ""  # a text of one prompt a line, or a retrieval set's folder: the first caption of each image
+    prompts: str = ""  # text file with one prompt per line, or the folder of a retrieval set, whose first captions are used
     # Real images (a folder, tars), or the reference_<network>.npz that an earlier evaluation wrote.
     reference: str = ""
-    num_images: int = 30_000  # at most: so many of the first prompts, and of the reference images
-    networks: tuple[str, ...] = ("efficientnet_lite0",)  # and inception, which needs its file
+    num_images: int = 30_000  # at most; the first prompts, and the first reference images
+    networks: tuple[str, ...] = ("efficientnet_lite0",)  # and inception, which needs `inception`
     inception: str = ""  # pt_inception-2015-12-05-6726825d.pth, local or s3://
     resize: Literal["pytorch_fid", "torch_fidelity", "clean_fid"] = "clean_fid"  # to Inception's 299 px
     clip: str = ""  # a CLIP in transformers' layout for CLIPScore; empty: the evaluated model judges its own images
-    guidance_scales: tuple[float, ...] = (3.0,)  # several give the curve of distance against alignment
+    guidance_scales: tuple[float, ...] = (3.0,)  # several give a curve of distance against alignment
     num_steps: int = 50  # of DDIM
     seed: int = 0
-    keep_images: bool = False  # all of them; the first 64 are kept for the report in any case
+    keep_images: bool = False  # keep all images; the report always keeps the first 64
 
     def __post_init__(self) -> None:
         if self.prompts and not self.reference:
@@ -54,27 +54,27 @@ class QualityConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is evaluated, on what, by how many workers, and where the results go."""
+    """Configuration of an evaluation: model, evaluation sets, settings and workers."""
 
-    checkpoint: str = ""  # an exported model, a step_* folder, or a run's output_dir: then its newest checkpoint; local or s3://
-    weights: Literal["best", "ema", "weights"] = "best"  # of a checkpoint; best: the EMA where there is one
+    checkpoint: str = ""  # an exported model, a step_* folder, or a run's output_dir for its newest checkpoint; local or s3://
+    weights: Literal["best", "ema", "weights"] = "best"  # of a checkpoint; best: the EMA if it has one
     output_dir: str = ""  # absolute folder or s3:// URL
-    # paper: the 12 sets and retrieval; quick: four small ones; demo: the demo's; else a YAML file, see docs/evaluation.md
+    # paper: the 12 sets and retrieval; quick: four small sets; demo: the demo's sets; or a YAML file, see docs/evaluation.md
     suite: str = "paper"
-    data_roots: tuple[str, ...] = ()  # folders or s3:// URLs in which sets are looked for
+    data_roots: tuple[str, ...] = ()  # folders or s3:// URLs that are searched for evaluation sets
     baselines: tuple[str, ...] = ()  # CLIPs in transformers' layout, scored by the same code on the same sets
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
-    curve_set: str = ""  # of the suite: accuracy against steps and draws on it
+    curve_set: str = ""  # set of the suite for the curve of accuracy against steps and draws
     curve_steps: tuple[int, ...] = (1, 2, 5, 10)
     curve_draws: tuple[int, ...] = (1, 4)
-    allow_missing: bool = False  # go on without the sets that are not found
-    allow_short: bool = False  # score a set that has fewer images than it should
-    num_workers: int = 0  # model replicas; 0: as many as there is room for
+    allow_missing: bool = False  # continue without the sets that are not found
+    allow_short: bool = False  # score a set with fewer images than published
+    num_workers: int = 0  # model replicas; 0: as many as the cluster has resources for
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0  # 0.5: two share a GPU; 0: on CPUs
-    placement: dict[str, str] = field(default_factory=dict)  # labels of their nodes, as {pool: gpu}; empty: any
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)  # where the checkpoint's own run is not known
+    placement: dict[str, str] = field(default_factory=dict)  # labels of the workers' nodes, as {pool: gpu}; empty: any
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)  # used if the run of the checkpoint is unknown
 
     def __post_init__(self) -> None:
         if self.num_workers < 0 or self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:
@@ -91,7 +91,7 @@ class EvalConfig:
 
 
 def suite_sets(suite: str) -> dict[str, str]:
-    """{set: where it is, or "" to look for it below data_roots}. Raises ConfigError for a suite that cannot be read."""
+    """Return the folder of each set of a suite, or "" for a set below data_roots. Raises ConfigError."""
     from ray_platform import storage
     from ray_platform.evaluate.sets import PAPER
 
@@ -99,7 +99,7 @@ def suite_sets(suite: str) -> dict[str, str]:
     if suite in suites:
         return dict.fromkeys(suites[suite], "")
     if not suite.endswith((".yaml", ".yml")):
-        raise ConfigError(f"suite: {suite} is none of {', '.join(suites)}, and no .yaml file")
+        raise ConfigError(f"suite: {suite} is none of {', '.join(suites)}, and not a .yaml file")
     try:
         content: Any = yaml.safe_load(storage.read_small(suite, MAX_CONFIG_BYTES))
         sets = content["sets"]

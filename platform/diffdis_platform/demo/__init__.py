@@ -1,1 +1,1 @@
-"""Builds the demo data: emoji drawings of nine families as LAION-style and CLIP_benchmark-style tars."""
+"""The demo: its data, emoji of nine families as LAION-style and CLIP_benchmark-style tars, and its report."""

@@ -41,6 +41,7 @@ def minilm_folder() -> str:
 
 
 def demo() -> PretrainConfig:
+    """The demo's model, trained in minutes on two CPU cores."""
     model = presets.demo()
     return PretrainConfig(
         model=dataclasses.replace(model, text_encoder=dataclasses.replace(model.text_encoder, path=minilm_folder())),

@@ -9,7 +9,7 @@ from ray_platform.train.config import TrainConfig
 
 
 def sd_v1_laion() -> PretrainConfig:
-    """Give data.sources, model.warm_start, model.autoencoder.path and model.text_encoder.path."""
+    """The paper's model. Set data.sources, model.warm_start, model.autoencoder.path and model.text_encoder.path."""
     return PretrainConfig(
         model=sd_v1(),
         data=DataConfig(image_size=512),
@@ -17,7 +17,7 @@ def sd_v1_laion() -> PretrainConfig:
             num_workers=8,
             gpus_per_worker=1,
             cpus_per_worker=4,
-            micro_batch_size=24,  # an 80 GB GPU is full, and no longer waits for its host: docs/sizing.md
+            micro_batch_size=24,  # fills an 80 GB GPU, so that it does not wait for its host: docs/sizing.md
             precision="bf16",
             zero_stage=2,
             warmup_steps=1000,
@@ -27,6 +27,6 @@ def sd_v1_laion() -> PretrainConfig:
 
 
 def sd_v1_laion_one_way() -> PretrainConfig:
-    """With the one-way mask: the image branch runs once for any number of draws and denoising steps."""
+    """The same with the one-way mask: the image branch runs once for any number of draws and denoising steps."""
     base = sd_v1_laion()
     return dataclasses.replace(base, model=dataclasses.replace(base.model, query_visibility="one_way"))

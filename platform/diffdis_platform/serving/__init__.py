@@ -1,1 +1,1 @@
-"""A trained model as MLflow keeps and serves it."""
+"""DiffDis as an MLflow model."""

@@ -1,4 +1,4 @@
-"""What MLflow has to know to keep, describe and load an exported DiffDis."""
+"""Description of an exported DiffDis with which MLflow stores, documents and loads it."""
 
 import io
 from pathlib import Path
@@ -22,22 +22,22 @@ _PARAMS: dict[str, Any] = {
 
 
 def model_package(trained_for: Task) -> ModelPackage:
-    """`trained_for`: the half of the model that was trained, which its input example shows."""
-    draws = trained_for == "generation"
+    """Return the package of a model that was trained for a task, which decides its input example."""
+    generates = trained_for == "generation"
     return ModelPackage(
         entry=str(Path(__file__).with_name("pyfunc_model.py")),
         code=(str(Path(diffdis.__file__).parent),),
         requirements=("torch", "diffusers", "transformers", "safetensors", "numpy", "pandas", "pillow", "einops"),
         columns={"image": "binary", "caption": "string"},
         results={"class": "string", "score": "double", "scores": ["double"], "image": "binary", "embedding": ["double"]},
-        params=_PARAMS | ({"task": "generate"} if draws else {}),
-        example={"caption": ["a red circle"]} if draws else {"image": [red_circle()]},
-        example_params={"task": "generate", "num_steps": 10} if draws else {"classes": ["a red circle", "a blue square"]},
+        params=_PARAMS | ({"task": "generate"} if generates else {}),
+        example={"caption": ["a red circle"]} if generates else {"image": [red_circle()]},
+        example_params={"task": "generate", "num_steps": 10} if generates else {"classes": ["a red circle", "a blue square"]},
     )
 
 
 def red_circle() -> bytes:
-    """A small picture of nobody's data, as a PNG."""
+    """Return a small synthetic image as a PNG."""
     image = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(image).ellipse((12, 12, 52, 52), fill="red")
     buffer = io.BytesIO()

@@ -1,6 +1,6 @@
-"""DiffDis as MLflow's pyfunc loads it: it travels with every logged model, and finds only what is stored there with it.
+"""DiffDis as an MLflow pyfunc model. This file is stored with every logged model, and can import only what is stored with it.
 
-Rows go in as a DataFrame with the columns `image` (the bytes of a picture file; base64 in JSON) and `caption`; each may lack.
+The input is a DataFrame with the columns `image` (bytes of an image file; base64 in JSON) and `caption`; either may be missing.
 """
 
 import io
@@ -9,12 +9,12 @@ from typing import Any
 import mlflow
 import pandas as pd
 
-_BATCH = 32  # rows at a time
+_BATCH_SIZE = 32
 
 
 class DiffDisModel(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
-        import torch  # late: whoever logs this model need not have it
+        import torch  # late: logging this model does not need torch
 
         from diffdis.pipeline import DiffDisPipeline
 
@@ -22,28 +22,30 @@ class DiffDisModel(mlflow.pyfunc.PythonModel):
         self.pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """A row for each of the input's; which columns depends on `params["task"]`:
+        """Return one row per input row; its columns depend on `params["task"]`.
 
-        classify: image -> class, score (the class's probability) and scores (those of all of params["classes"], in that order).
+        classify: image -> class, score (its probability) and scores (of all params["classes"], in that order).
         generate: caption -> image, the bytes of a PNG.
-        embed:    image, or where there is none caption -> embedding; those of a fitting pair have a large dot product.
+        embed: image, or caption if there is no image -> embedding; matching pairs have a large dot product.
 
-        `num_steps` 0 stands for what the pipeline takes: 50 for generate, 10 otherwise.
-        Raises ValueError in a line for what the task lacks.
+        `num_steps` 0 means 50 for generate, and 10 otherwise.
+
+        Raises:
+            ValueError: an unknown task, or an input that the task needs is missing.
         """
         params = params or {}
         task = params.get("task", "classify")
         methods = {"classify": self._classify, "generate": self._generate, "embed": self._embed}
         if task not in methods:
-            raise ValueError(f"task: {task!r} is none of {', '.join(methods)}")
-        parts = [model_input.iloc[start : start + _BATCH] for start in range(0, len(model_input), _BATCH)]
-        found = [methods[task](part, params, start * _BATCH) for start, part in enumerate(parts)]
-        return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+            raise ValueError(f"task: {task!r} is unknown; choose one of {', '.join(methods)}")
+        parts = [model_input.iloc[start : start + _BATCH_SIZE] for start in range(0, len(model_input), _BATCH_SIZE)]
+        results = [methods[task](part, params, start * _BATCH_SIZE) for start, part in enumerate(parts)]
+        return pd.concat(results, ignore_index=True) if results else pd.DataFrame()
 
     def _classify(self, rows: pd.DataFrame, params: dict[str, Any], first: int) -> pd.DataFrame:
         classes, templates = list(params.get("classes", [])), list(params.get("templates", [])) or ["{c}"]
         if not classes:
-            raise ValueError("classes: name those to choose from")
+            raise ValueError("classes: empty; give the classes to choose from")
         scores = self.pipeline.classify(_images(rows, first), classes, templates, **_denoising(params)).tolist()
         best = [max(range(len(classes)), key=row.__getitem__) for row in scores]
         named = [classes[place] for place in best]
@@ -56,20 +58,20 @@ class DiffDisModel(mlflow.pyfunc.PythonModel):
             num_steps=params.get("num_steps", 0) or 50,
             guidance_scale=params.get("guidance_scale", 7.5),
             seed=params.get("seed", 0),
-            places=range(first, first + len(rows)),  # a row's noise depends on its place, not on how rows are batched
+            places=range(first, first + len(rows)),  # the noise of a row depends on its index, not on the batches
         )
         return pd.DataFrame({"image": [_png(image) for image in images]})
 
     def _embed(self, rows: pd.DataFrame, params: dict[str, Any], first: int) -> pd.DataFrame:
-        there = rows["image"].notna() if "image" in rows else pd.Series(False, index=rows.index)
-        found: dict[Any, list[float]] = {}
-        if there.any():
-            embedded = self.pipeline.embed_image(_images(rows[there], first), **_denoising(params))
-            found |= dict(zip(rows.index[there], embedded.tolist(), strict=True))
-        if not there.all():
-            embedded = self.pipeline.embed_text(_column(rows[~there], "caption", first))
-            found |= dict(zip(rows.index[~there], embedded.tolist(), strict=True))
-        return pd.DataFrame({"embedding": [found[place] for place in rows.index]})
+        has_image = rows["image"].notna() if "image" in rows else pd.Series(False, index=rows.index)
+        embeddings: dict[Any, list[float]] = {}
+        if has_image.any():
+            embedded = self.pipeline.embed_image(_images(rows[has_image], first), **_denoising(params))
+            embeddings |= dict(zip(rows.index[has_image], embedded.tolist(), strict=True))
+        if not has_image.all():
+            embedded = self.pipeline.embed_text(_column(rows[~has_image], "caption", first))
+            embeddings |= dict(zip(rows.index[~has_image], embedded.tolist(), strict=True))
+        return pd.DataFrame({"embedding": [embeddings[place] for place in rows.index]})
 
 
 def _denoising(params: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def _column(rows: pd.DataFrame, name: str, first: int) -> list[Any]:
     values = list(rows[name]) if name in rows else [None] * len(rows)
     for number, value in enumerate(values):
         if not isinstance(value, str | bytes):
-            raise ValueError(f"{name}: row {first + number} has none")
+            raise ValueError(f"{name}: missing in row {first + number}")
     return values
 
 
@@ -90,10 +92,10 @@ def _images(rows: pd.DataFrame, first: int) -> list[Any]:
     opened = []
     for number, content in enumerate(_column(rows, "image", first)):
         try:
-            image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))  # others start programs
+            image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))  # other formats start programs
             opened.append(image.convert("RGB"))
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
-            raise ValueError(f"image: row {first + number} is no JPEG, PNG or WebP") from None
+            raise ValueError(f"image: row {first + number} is not a JPEG, PNG or WebP") from None
     return opened
 
 

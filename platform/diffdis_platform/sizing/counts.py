@@ -1,7 +1,6 @@
-"""What can be counted of a recipe without running it: operations, parameters, bytes. Nothing here is measured or assumed.
+"""Operations, parameters and bytes of a run, counted without running it.
 
-The real modules run over torch's fake tensors, which have shapes and no contents: Stable Diffusion's size takes seconds and no
-memory.
+The real modules run on torch's fake tensors, which have shapes and no contents: Stable Diffusion takes seconds and no memory.
 """
 
 import functools
@@ -11,8 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoConfig, AutoModel, CLIPTextConfig, CLIPTextModelWithProjection
 
 from diffdis.autoencoder import component_of
@@ -22,19 +19,19 @@ from diffdis.model import DiffDis
 from diffdis.objective import Objective
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.sizing.constants import HALF
-from diffdis_platform.sizing.live_bytes import LiveBytes
+from diffdis_platform.sizing.torch_internals import LiveBytes, fake_tensors
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.train.throughput import count_flops, operation_counter
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen half, which makes the inputs."""
+    """Counts of the frozen autoencoder and text encoder, which compute the inputs."""
 
     parameters: int
-    autoencoder_flops: float  # a sample, forward
+    autoencoder_flops: float  # per sample, forward
     text_encoder_flops: float
-    peak_bytes: int  # of one micro-batch, beside the parameters
+    peak_bytes: int  # of one micro-batch, in addition to the parameters
 
     @property
     def flops(self) -> float:
@@ -43,24 +40,24 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one recipe, for one rank."""
+    """Counts of a model on one rank."""
 
     trained: int  # parameters
     frozen: int
     num_tensors: int
-    flops: float  # a sample, forward and backward: the model's own work, as train/flops_per_second counts it
-    executed_flops: float  # a sample: with activations that are computed again, gradient caching, and what is for the log alone
-    activation_bytes: int  # the most that one micro-batch takes beside weights, their gradients and states
-    row_bytes: int  # a precomputed sample, without key and caption
+    flops: float  # per sample, forward and backward, as train/flops_per_second counts them
+    executed_flops: float  # per sample, including recomputed activations, gradient caching and logged values
+    activation_bytes: int  # peak of one micro-batch, in addition to weights, their gradients and optimizer states
+    row_bytes: int  # of a precomputed sample, without key and caption
     embedding_dim: int
     encoders: Encoders
 
 
 def count(config: PretrainConfig, num_micro_batches: int = 1) -> Counts:
-    """Raises ConfigError for a recipe that cannot be built."""
+    """Return the counts of a run with `num_micro_batches` per step. Raises ConfigError for a model that cannot be built."""
     train = config.train
     try:
-        with FakeTensorMode(shape_env=ShapeEnv()):  # sizes that depend on data (InfoNCE's diagonal) become symbols
+        with fake_tensors():
             return _count(
                 config.model,
                 config.objective,
@@ -75,7 +72,7 @@ def count(config: PretrainConfig, num_micro_batches: int = 1) -> Counts:
 
 @functools.lru_cache(maxsize=8)
 def _count(model: DiffDisConfig, objective: ObjectiveConfig, size: int, half: bool, again: bool, accumulating: bool) -> Counts:
-    """Of micro-batches of `size`; `half` precision; activations computed `again`; several micro-batches a step."""
+    """Count for micro-batches of `size`, `half` precision, activations computed `again`, and several micro-batches per step."""
     module = Objective(DiffDis(replace(model, trained_for=objective.task)), objective)
     module.freeze()
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -102,7 +99,7 @@ def _count(model: DiffDisConfig, objective: ObjectiveConfig, size: int, half: bo
 
 
 def _inputs(config: DiffDisConfig, size: int) -> dict[str, torch.Tensor]:
-    """Shaped as `DiffDisTask.inputs` makes them."""
+    """Return tensors with the shapes that `DiffDisTask.inputs` returns."""
     unet, text = config.unet, config.text_encoder
     return {
         "latent": torch.randn(size, unet.in_channels, unet.sample_size, unet.sample_size),
@@ -114,8 +111,10 @@ def _inputs(config: DiffDisConfig, size: int) -> dict[str, torch.Tensor]:
 
 
 def _step(module: Objective, inputs: dict[str, torch.Tensor], half: bool) -> tuple[int, int]:
-    """(operations, most bytes) of one micro-batch's forward and backward pass, in training mode. Gradients of weights go as soon
-    as they are there: they are counted with the states."""
+    """Return the operations and the peak bytes of the forward and backward pass of one micro-batch, in training mode.
+
+    The gradients of weights are dropped immediately, because they are counted with the optimizer states.
+    """
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -127,7 +126,7 @@ def _step(module: Objective, inputs: dict[str, torch.Tensor], half: bool) -> tup
 
     with operation_counter() as counter:
         once()
-    # Apart: the counter's hooks on modules keep alive what activation checkpointing lets go.
+    # In a second pass: the counter's hooks on modules keep tensors alive that activation checkpointing frees.
     with LiveBytes([*module.parameters(), *module.buffers(), *inputs.values()]) as live:
         once()
     return counter.get_total_flops(), live.peak
@@ -151,7 +150,7 @@ def _encoders(config: DiffDisConfig, size: int) -> Encoders:
 
 
 def _forward(module: torch.nn.Module, run: Callable[[], Any]) -> tuple[float, int]:
-    """(operations, most bytes)."""
+    """Return the operations and the peak bytes of a forward pass."""
     module.eval()
     with torch.no_grad(), operation_counter() as counter, LiveBytes([*module.parameters(), *module.buffers()]) as live:
         run()
@@ -159,7 +158,7 @@ def _forward(module: torch.nn.Module, run: Callable[[], Any]) -> tuple[float, in
 
 
 def _autoencoder(config: AutoencoderConfig) -> Any:
-    """Of Stable Diffusion's shape where no path is given; None for haar, whose operations are none to speak of."""
+    """Return the autoencoder, of Stable Diffusion's shape if no path is given; None for haar, which needs few operations."""
     if config.kind == "haar":
         return None
     if config.path:
@@ -168,7 +167,7 @@ def _autoencoder(config: AutoencoderConfig) -> Any:
 
 
 def stable_diffusion_autoencoder() -> AutoencoderKL:
-    """Of Stable Diffusion v1's shape, with random weights."""
+    """Return an autoencoder of Stable Diffusion v1's shape, with random weights."""
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -179,19 +178,19 @@ def stable_diffusion_autoencoder() -> AutoencoderKL:
 
 
 def _text_encoder(config: TextEncoderConfig) -> Any:
-    """Of CLIP ViT-L/14's shape where no path is given."""
+    """Return the text encoder, of CLIP ViT-L/14's shape if no path is given."""
     if config.path:
-        found = AutoConfig.from_pretrained(**component_of(config.path, "text_encoder"))
+        config_of_path = AutoConfig.from_pretrained(**component_of(config.path, "text_encoder"))
         if config.kind == "clip":
-            return CLIPTextModelWithProjection(getattr(found, "text_config", found))
-        return AutoModel.from_config(found)
+            return CLIPTextModelWithProjection(getattr(config_of_path, "text_config", config_of_path))
+        return AutoModel.from_config(config_of_path)
     if config.kind == "mean_pool":
         raise ConfigError("model.text_encoder.path: give the folder (or hub name) of the text encoder")
     return clip_text_encoder(config)
 
 
 def clip_text_encoder(config: TextEncoderConfig, **special_tokens: int) -> CLIPTextModelWithProjection:
-    """Of CLIP ViT-L/14's shape, with random weights."""
+    """Return a text encoder of CLIP ViT-L/14's shape, with random weights."""
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             hidden_size=config.token_dim,
