@@ -39,7 +39,7 @@ def trial_points(config: SearchConfig, space: Space, baseline: FieldValues) -> l
         raise ConfigError(f"space.{ranges[0]}: a grid has values, not a range; give {{values: [...]}}")
     lists = [dimension.values for dimension in space.values() if isinstance(dimension, Choice)]
     combinations = [dict(zip(space, combination, strict=True)) for combination in itertools.product(*lists)]
-    points = [dict(baseline), *(point for point in combinations if point != baseline)]
+    points: list[FieldValues] = [dict(baseline), *(point for point in combinations if point != baseline)]
     if config.num_trials not in (0, len(points)):
         raise ConfigError(f"num_trials: {config.num_trials}, but the grid has {len(points)} points; give 0")
     return points
