@@ -7,11 +7,12 @@ import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data.config import DataConfig
+from ray_platform.data.precomputed import PrecomputedManifest
 
 MANIFEST = "manifest.json"  # in a folder of precomputed shards: which encoders wrote them
 SUFFIXES = (".tar", ".arrow")
@@ -62,7 +63,7 @@ class Catalog:
     shards: tuple[Shard, ...]  # of all pools, sorted by name
     pools: tuple[tuple[ShardRange, ...], ...]
     weights: tuple[float, ...]  # per pool, with the sum 1
-    manifest: dict[str, Any] | None = None  # of precomputed shards
+    manifest: PrecomputedManifest | None = None  # of precomputed shards
     sources: tuple[int, ...] = ()  # per shard: the index in data.sources of the source that names it
 
     @functools.cached_property
@@ -200,9 +201,9 @@ def _counts(files: Sequence[storage.StoredFile], sidecars: set[str], cached: byt
     return known
 
 
-def _manifests(folders: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _manifests(folders: Sequence[str]) -> dict[str, PrecomputedManifest]:
     """Return folder -> manifest of its precomputed shards. Raises DataError if one is missing, or they differ."""
-    manifests: dict[str, dict[str, Any]] = {}
+    manifests: dict[str, PrecomputedManifest] = {}
     for folder in folders:
         url = storage.join(folder, MANIFEST)
         try:
@@ -229,7 +230,7 @@ def _manifests(folders: Sequence[str]) -> dict[str, dict[str, Any]]:
     return manifests
 
 
-def _manifest_counts(urls: Sequence[str], manifests: dict[str, dict[str, Any]]) -> dict[str, int]:
+def _manifest_counts(urls: Sequence[str], manifests: dict[str, PrecomputedManifest]) -> dict[str, int]:
     """Return URL -> samples. Raises DataError for a shard that is not in its manifest."""
     counts = {storage.join(folder, name): n for folder, manifest in manifests.items() for name, n in manifest["shards"].items()}
     for url in urls:

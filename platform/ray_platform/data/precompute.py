@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +40,7 @@ class EncoderPool:
     """How many actors encode, on which nodes, and with which encoder."""
 
     build: Callable[[str], Encoder]  # torch device -> encoder; importable, because it is sent to the actors
-    description: dict[str, Any]  # equal descriptions give equal results
+    description: precomputed.Description  # equal descriptions give equal results
     count: int = 1
     gpus: float = 0.0  # per actor
     cpus: float = 1.0  # per actor
@@ -50,6 +50,16 @@ class EncoderPool:
     @property
     def device(self) -> str:
         return "cuda" if self.gpus else "cpu"
+
+
+class BlockRecord(TypedDict):
+    """What an actor reports of one block."""
+
+    item: tuple[int, ...]  # the unit's entry in the header of the block
+    rows: int  # samples and rejections
+    shard: str  # file
+    samples: int
+    rejects: list[tuple[str, str]]  # (key, cause)
 
 
 @dataclass
@@ -155,22 +165,22 @@ def check_cluster(encoders: EncoderPool, readers: Labels) -> None:
             )
 
 
-def _manifest(catalog: Catalog, config: DataConfig, encoders: EncoderPool) -> dict[str, Any]:
+def _manifest(catalog: Catalog, config: DataConfig, encoders: EncoderPool) -> precomputed.PrecomputedManifest:
     """Return what must be equal for the work to be resumed in the same folder."""
     settings = {name: asdict(config)[name] for name in precomputed.SETTINGS}
     content = {"encoders": encoders.description, "settings": settings, "source": catalog.digest}
-    return json.loads(json.dumps(content))  # tuples become lists, as they are in the file
+    return cast(precomputed.PrecomputedManifest, json.loads(json.dumps(content)))  # tuples become lists, as they are in the file
 
 
-def _resume(output_dir: str, manifest: dict[str, Any], units: dict[int, ShardRange]) -> dict[int, UnitProgress]:
+def _resume(output_dir: str, manifest: precomputed.PrecomputedManifest, units: dict[int, ShardRange]) -> dict[int, UnitProgress]:
     """Return the complete units; start the folder if it does not exist."""
     url = storage.join(output_dir, MANIFEST)
     if not storage.exists(url):
-        storage.write_bytes(url, json.dumps(manifest | {"complete": False}, indent=2).encode())
+        storage.write_bytes(url, json.dumps({**manifest, "complete": False}, indent=2).encode())
         return {}
     try:
         stored = json.loads(storage.read_small(url, storage.LISTING_BYTES))
-        differing = [name for name in manifest if stored[name] != manifest[name]]
+        differing = [name for name, value in manifest.items() if stored[name] != value]
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{url}: is not a manifest of precomputed shards; name another output_dir") from None
     if differing:
@@ -185,9 +195,7 @@ def _resume(output_dir: str, manifest: dict[str, Any], units: dict[int, ShardRan
     return {number: UnitProgress(shards=r["shards"], rejected=Counter(r["rejected"])) for number, r in records.items()}
 
 
-def _records(
-    units: dict[int, ShardRange], config: DataConfig, encoders: EncoderPool, output_dir: str
-) -> Iterator[dict[str, Any]]:
+def _records(units: dict[int, ShardRange], config: DataConfig, encoders: EncoderPool, output_dir: str) -> Iterator[BlockRecord]:
     """Yield the record of each block that was encoded (see `EncodeBlock`), in any order."""
     if not units:
         return
@@ -227,7 +235,7 @@ class EncodeBlock:
         self.batch_size, self.output_dir, self.stems, self.retry_seconds = encoders.batch_size, output_dir, stems, retry_seconds
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Return one row: {item, rows, shard, samples, rejects: [[key, cause]]} as JSON."""
+        """Return one row: a BlockRecord as JSON."""
         block = unpack(table)
         header = block.header
         item = header["items"][0]
@@ -235,7 +243,7 @@ class EncodeBlock:
         good = [row for row, cause in enumerate(header["cause"]) if not cause]
         if good:
             self._write(name, [header["key"][r] for r in good], [header["caption"][r] for r in good], block.stacks[0]["image"])
-        record = {
+        record: BlockRecord = {
             "item": item,
             "rows": len(header["key"]),
             "shard": name,
@@ -252,7 +260,7 @@ class EncodeBlock:
             storage.write_bytes(storage.join(self.output_dir, name), precomputed.to_arrow(keys, captions, encoded))
 
 
-def _count_block(record: dict[str, Any], progress: dict[int, UnitProgress], skips: SkipCounter) -> UnitProgress:
+def _count_block(record: BlockRecord, progress: dict[int, UnitProgress], skips: SkipCounter) -> UnitProgress:
     """Add a block to the progress of its unit, and return that."""
     number, total = record["item"][2:4]
     unit = progress.setdefault(number, UnitProgress(total))
@@ -266,12 +274,13 @@ def _count_block(record: dict[str, Any], progress: dict[int, UnitProgress], skip
     return unit
 
 
-def _write_manifest(output_dir: str, manifest: dict[str, Any], progress: dict[int, UnitProgress]) -> None:
+def _write_manifest(output_dir: str, manifest: precomputed.PrecomputedManifest, progress: dict[int, UnitProgress]) -> None:
     shards = {name: count for unit in progress.values() for name, count in unit.shards.items()}
     rejected = sum((unit.rejected for unit in progress.values()), Counter())
     if not shards:
         raise DataError(f"data.sources: no sample can be used ({dict(rejected)}); see jobs/inspect_data.py")
-    content = manifest | {
+    content: precomputed.PrecomputedManifest = {
+        **manifest,
         "complete": True,
         "samples": sum(shards.values()),
         "rejected": dict(rejected),

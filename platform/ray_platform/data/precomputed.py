@@ -3,13 +3,28 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
 
 from ray_platform.contracts import DataError
 from ray_platform.data.config import DataConfig
+
+Description = dict[str, Any]  # of encoders, or settings, as JSON values
+
+
+class PrecomputedManifest(TypedDict, total=False):
+    """manifest.json of a folder of precomputed shards. The last three fields are written when it is complete."""
+
+    encoders: Description
+    settings: Description
+    source: str  # the catalog's digest
+    complete: bool
+    samples: int
+    rejected: dict[str, int]  # cause -> samples
+    shards: dict[str, int]  # file -> samples
+
 
 # Fields of DataConfig that are fixed when the shards are written.
 SETTINGS = ("aspect_ratios", "crop", "decoder", "caption_field", "clean_captions", "filters")
@@ -46,7 +61,7 @@ def from_arrow(data: bytes | pa.Buffer) -> tuple[list[str], list[str], dict[str,
     return table["key"].to_pylist(), table["caption"].to_pylist(), tensors
 
 
-def check_encoders(manifest: Mapping[str, Any], encoders: Mapping[str, Any]) -> None:
+def check_encoders(manifest: PrecomputedManifest, encoders: Description) -> None:
     """Raise DataError if the shards were written with other encoders than the model's."""
     stored = manifest["encoders"]
     for name in sorted(stored.keys() | encoders.keys()):
@@ -57,7 +72,7 @@ def check_encoders(manifest: Mapping[str, Any], encoders: Mapping[str, Any]) -> 
             )
 
 
-def check_settings(manifest: Mapping[str, Any], config: DataConfig) -> None:
+def check_settings(manifest: PrecomputedManifest, config: DataConfig) -> None:
     """Raise DataError for a setting that is neither the default nor the one that the shards were written with."""
     default, stored = asdict(DataConfig()), manifest["settings"]
     for name in SETTINGS:

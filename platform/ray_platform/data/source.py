@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -172,6 +172,27 @@ def read_group(group: Group, config: DataConfig, seed: int, block_bytes: int = B
         yield builder.block()
 
 
+class StackHeader(TypedDict):
+    """The samples of a block whose tensors have equal shapes."""
+
+    tensors: list[tuple[str, str, tuple[int, ...]]]  # (name, dtype, shape) of each tensor of a sample
+    rows: list[int]
+
+
+class BlockHeader(TypedDict):
+    """Everything about the samples of a block but their tensors. The lists after `items` have one entry per sample."""
+
+    window: int
+    items: list[tuple[int, ...]]  # (pool, epoch, unit, its samples, known samples or -1, nominal samples)
+    item: list[int]  # index in `items`
+    order: list[int]  # place in the reading order of the item
+    sort_key: list[float]
+    key: list[str]
+    caption: list[str]
+    cause: list[str]  # of a rejection; empty for a good sample
+    stacks: list[StackHeader]
+
+
 class BlockBuilder:
     """Builds one block. Samples of equal shapes are written to one contiguous array as they come."""
 
@@ -202,11 +223,12 @@ class BlockBuilder:
 
     def block(self) -> pa.Table:
         """Return everything that was added as a table of one row."""
-        names = ("item", "order", "sort_key", "key", "caption", "cause")
-        header: dict[str, Any] = {"window": self.window, "items": self.items} | dict(
-            zip(names, zip(*self.rows, strict=True), strict=True)
-        )
-        header["stacks"] = [{"tensors": tensors, "rows": stack.rows} for tensors, stack in self.stacks.items()]
+        item, order, sort_key, key, caption, cause = map(list, zip(*self.rows, strict=True))
+        header = {
+            "window": self.window, "items": self.items, "item": item, "order": order, "sort_key": sort_key, "key": key,
+            "caption": caption, "cause": cause,
+            "stacks": [{"tensors": tensors, "rows": stack.rows} for tensors, stack in self.stacks.items()],
+        }  # fmt: skip
         columns = {"header": pa.array([json.dumps(header)], pa.large_string())}
         arrays = [array for stack in self.stacks.values() for array in stack.binary()]
         return pa.table(columns | {f"tensor_{i}": array for i, array in enumerate(arrays)})
@@ -247,7 +269,7 @@ class _Stack:
 class Block:
     """A block that `BlockBuilder` built."""
 
-    header: dict[str, Any]
+    header: BlockHeader
     stacks: list[dict[str, np.ndarray]]
     shapes: list[str]  # of each stack's tensors; samples of equal shapes fit in one batch
     place: dict[int, tuple[int, int]]  # row -> (stack, index in it)
@@ -255,7 +277,7 @@ class Block:
 
 def unpack(table: pa.Table) -> Block:
     """Return the block in a table. Its arrays are views of the table's memory."""
-    header = json.loads(table["header"][0].as_py())
+    header: BlockHeader = json.loads(table["header"][0].as_py())
     stacks: list[dict[str, np.ndarray]] = []
     place: dict[int, tuple[int, int]] = {}
     column = 0
