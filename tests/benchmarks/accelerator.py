@@ -185,13 +185,13 @@ def extras(task: DiffDisTask, engine: Any, inputs: dict[str, torch.Tensor]) -> d
     }
 
 
-def beside(found: dict[str, float], config: PretrainConfig, counts: Counts) -> dict[str, float]:
-    """`found`, with what sizing foretells, and what it assumes."""
+def with_predictions(found: dict[str, float], config: PretrainConfig, counts: Counts) -> dict[str, float]:
+    """Return the measured values with those that sizing predicts and assumes."""
     size, step = config.train.micro_batch_size, found["seconds_a_step"]
     rate = size / step
     result = {"samples_per_second": rate, "tflops_per_second": rate * counts.executed_flops / 1e12} | found
     held = memory(counts, config.train, BatchPlan.of(size, 1, size), live=False)
-    result |= {"memory_gb_foretold": held.total / 1e9, "parameter_tensors": counts.num_tensors}
+    result |= {"memory_gb_predicted": held.total / 1e9, "parameter_tensors": counts.num_tensors}
     peak = peak_flops(torch.device("cuda")) if torch.cuda.is_available() else 0.0
     if peak:
         result["mfu"] = rate * counts.executed_flops / peak
@@ -228,7 +228,7 @@ def main() -> None:
                 measuring = process.apply_async(measure, (setting, config))
                 counts = count(config)
                 try:
-                    results[name] = beside(measuring.get(), config, counts)
+                    results[name] = with_predictions(measuring.get(), config, counts)
                 except (torch.OutOfMemoryError, RuntimeError) as error:  # the other settings' figures are worth having
                     results[name] = {"failed": one_line(error, 200)}
             print(name, json.dumps(results[name]), flush=True)
