@@ -95,7 +95,7 @@ class Catalog:
         """Return the shards of a source, with the names that they have if it is the only source."""
         shards = [shard for shard, source in zip(self.shards, self.sources, strict=True) if source == number]
         shared = posixpath.commonpath({shard.url.rpartition("/")[0] for shard in shards}) if shards else ""
-        return tuple(shard._replace(name=_below(shard.url, shared)) for shard in shards)
+        return tuple(Shard(shard.url, shard.size, _below(shard.url, shared), shard.num_samples) for shard in shards)
 
     def estimated_samples(self, unit: ShardRange) -> float:
         """Return the number of samples of a unit, from its shard's count if that is known, else from its size."""

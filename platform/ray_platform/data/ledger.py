@@ -132,7 +132,7 @@ def merge_ranges(ranges: Iterable[ConsumedRange]) -> tuple[ConsumedRange, ...]:
     for consumed in sorted(ranges):
         last = merged[-1] if merged else None
         if last and last[:3] == consumed[:3] and last.stop == consumed.start:
-            merged[-1] = last._replace(stop=consumed.stop)
+            merged[-1] = ConsumedRange(*last[:4], consumed.stop, consumed.total)
         else:
             merged.append(consumed)
     return tuple(merged)
