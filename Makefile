@@ -11,9 +11,11 @@ SOURCES := diffdis platform jobs tests
 demo: setup
 	@$(PYTHON) jobs/run_demo.py
 
+# Two workers: one runs the tests that share a Ray cluster, the other one all the rest. More threads per worker only slow it down.
 test: setup lint
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup
 
+# What takes minutes: trainings that fail in every way, other tracking stores, all recipes and pages.
 test-slow: setup
 	$(PYTHON) -m pytest -m slow
 

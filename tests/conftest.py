@@ -27,11 +27,13 @@ HARMLESS_COMMANDS = ("git",)  # the version of the code is asked for everywhere
 _unit_test_running = False
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker, and before xdist looks for groups
 def pytest_collection_modifyitems(items):
     """Give every test its tier, and keep the tests of the Ray tier in one xdist worker, because they share one cluster."""
     for item in items:
         marked = [tier for tier in TIERS if item.get_closest_marker(tier)]
         started = [TIER_OF_FIXTURE[name] for name in item.fixturenames if name in TIER_OF_FIXTURE]
+        started += ["ranks"] * bool(item.get_closest_marker("s3"))
         tier = min(marked + started, key=TIERS.index, default="unit")
         item.add_marker(getattr(pytest.mark, tier))
         item.tier = tier
@@ -60,6 +62,11 @@ def _no_processes_in_unit_tests(request, monkeypatch):
         monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
     yield
     _unit_test_running = False
+
+
+def pytest_sessionfinish():
+    if ranks := sys.modules.get("tests.support.ranks"):
+        ranks.stop_shared_ranks()
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +101,19 @@ def tiny_model(text_encoder_folder):
     from diffdis.config import tiny
 
     return dataclasses.replace(tiny(), text_encoder=dataclasses.replace(tiny().text_encoder, path=str(text_encoder_folder)))
+
+
+@pytest.fixture(scope="session")
+def training_shards(tmp_path_factory):
+    """Four LAION-style tars of 12 samples."""
+    from tests.support.training import write_shards
+
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def trained_run(ray_cluster, tiny_model, training_shards, tmp_path_factory):
+    """The one real training of the everyday gate: see tests/support/training.py:TrainedRun."""
+    from tests.support.training import train_once
+
+    return train_once(tiny_model, training_shards, tmp_path_factory.mktemp("trained_run"))

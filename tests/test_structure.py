@@ -1,8 +1,34 @@
+"""The project's structure: counts that must not grow, names that must not shadow others, and pinned dependencies."""
+
 import re
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
+from tests.count_structure import count
+
 ROOT = Path(__file__).parents[1]
+# Of tests/count_structure.py, which says what each one means; lists and tables count their entries.
+LIMITS = {
+    "modules_in_cycles": 2,
+    "imports_upward": 0,
+    "functions_over_60_lines": 0,
+    "files_over_400_lines": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return count(ROOT)
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_structure_stays_within_its_limits(counts, name):
+    value = counts[name]
+    number = value if isinstance(value, int) else sum(value.values()) if isinstance(value, dict) else len(value)
+    assert number <= LIMITS[name], value
 
 
 def test_platform_is_no_package():
@@ -12,8 +38,6 @@ def test_platform_is_no_package():
 
 
 def test_no_job_shadows_a_module():
-    import sys
-
     assert not {path.stem for path in (ROOT / "jobs").glob("*.py")} & sys.stdlib_module_names
 
 

@@ -1,9 +1,8 @@
-"""What an evaluation costs, against the peers and against the plainest way; and how evenly its units fill the workers.
+"""Cost of an evaluation against CLIP_benchmark, torchmetrics, torch-fidelity and a diffusion classifier.
 
     PYTHONPATH=platform:. python tests/benchmarks/evaluate.py [--rounds 5]
 
-All timings of one process on as many torch threads as there are cores, the contenders in turns in every round; rates are medians
-over the rounds, ratios medians of the rounds' ratios. Ends in one JSON line.
+One process on as many torch threads as cores, the contenders in turns. The last line is one JSON object.
 """
 
 import argparse
@@ -11,12 +10,11 @@ import dataclasses
 import io
 import json
 import os
-import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,15 +33,12 @@ from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
 from ray_platform.evaluate.find import find_set
-from ray_platform.evaluate.layouts.tars import tar_set
-from ray_platform.evaluate.sets import PAPER, REGISTRY
-from ray_platform.evaluate.slices import SampleSchema
+from ray_platform.evaluate.sets import REGISTRY
 from ray_platform.evaluate.work import BATCH_SIZE, EmbedImages, WorkerModels
-from ray_platform.replicas import UNITS_IN_FLIGHT, WorkQueue
-from ray_platform.storage import StoredFile
+from ray_platform.replicas import UNITS_IN_FLIGHT
 from tests.benchmarks.clip_benchmark_loop import evaluate_by_clip_benchmark
+from tests.benchmarks.measuring import in_turns, medians, ratio, seconds
 from tests.diffdis.metrics.peers import functions_of
-from tests.ray_platform.test_replicas import makespan, queued
 from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder
 
 # The demo's networks at twice its image size. (At its own 32 px a walk of the image costs no more than 20 steps of a query: see
@@ -57,22 +52,6 @@ TEMPLATES = ("a photo of a {c}.", "a blurry photo of a {c}.", "the photo of the 
 CLASSIFIER_DRAWS = 50
 NUM_JPEGS, NUM_CLASSES = 1024, 20  # as many texts an image as ImageNet: 80 templates a class, and 50 images
 FEATURES, WIDTH = 4096, 2048
-WORKERS = 64
-SUN397_SHARE = 0.64  # of all time, as EVALUATION.md has it: its images are large
-
-
-def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
-
-
-def ratio(rounds: list[dict[str, float]], over: str, under: str) -> float:
-    return round(statistics.median(found[over] / found[under] for found in rounds), 3)
-
-
-def timed(call: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    call()
-    return time.perf_counter() - begun
 
 
 # --- zero-shot by denoising a query, against one pass of the encoder and against a diffusion classifier -------------------
@@ -122,17 +101,15 @@ def denoising(folder: Path, image_size: int, num_rounds: int, with_classifier: b
     def zero_shot() -> None:
         (pipeline.embed_latent(latent, keys, num_steps=NUM_STEPS) @ classes.T).argmax(dim=1)
 
-    rounds = []
-    for _ in range(num_rounds + 1):  # the first one warms up
-        found = {"encoder": timed(encoder) / len(latent), "zero_shot": timed(zero_shot) / len(latent)}
-        if with_classifier:
-            found["classifier"] = timed(lambda: diffusion_classifier(pipeline, latent[:1], CLASSES))
-        rounds.append(found)
-    suffix = "" if with_classifier else f"_{image_size}px"
-    result = {f"k10_cost_ratio{suffix}": ratio(rounds[1:], "zero_shot", "encoder")}
+    contenders = {"encoder": lambda: seconds(encoder) / len(latent), "zero_shot": lambda: seconds(zero_shot) / len(latent)}
     if with_classifier:
-        result["speedup_vs_diffusion_classifier"] = ratio(rounds[1:], "classifier", "zero_shot")
-        result |= {f"images_per_second_{name}": round(1 / value, 1) for name, value in medians(rounds[1:]).items()}
+        contenders["classifier"] = lambda: seconds(lambda: diffusion_classifier(pipeline, latent[:1], CLASSES))
+    measured = in_turns(contenders, num_rounds)
+    suffix = "" if with_classifier else f"_{image_size}px"
+    result = {f"k10_cost_ratio{suffix}": ratio(measured, "zero_shot", "encoder")}
+    if with_classifier:
+        result["speedup_vs_diffusion_classifier"] = ratio(measured, "classifier", "zero_shot")
+        result |= {f"images_per_second_{name}": round(1 / value, 1) for name, value in medians(measured, 6).items()}
     return result
 
 
@@ -195,21 +172,23 @@ def evaluate_by_us(root: Path, clip: Path) -> Mapping[str, float]:
 
 def against_clip_benchmark(folder: Path, num_rounds: int) -> dict[str, Any]:
     root, clip = write_photographs(folder), save_clip(folder / "clip", image_size=224, patch_size=32)
-    rounds, scores = [], {}
+    scores: dict[str, Mapping[str, float]] = {}
     # A process each, which stays: neither has the other one's settings of torch and of the memory.
     with ProcessPoolExecutor(1, get_context("spawn")) as ours, ProcessPoolExecutor(1, get_context("spawn")) as peer:
-        contenders = {"ours": (ours, evaluate_by_us), "peer": (peer, evaluate_by_clip_benchmark)}
-        for _ in range(num_rounds + 1):  # the first one imports
-            found = {}
-            for name, (process, call) in contenders.items():
-                begun = time.perf_counter()
-                scores[name] = process.submit(call, root, clip).result()
-                found[name] = time.perf_counter() - begun
-            rounds.append(found)
-    rounds = rounds[1:]
-    rates = {name: round(NUM_JPEGS / seconds, 1) for name, seconds in medians(rounds).items()}
+
+        def evaluate(name: str, process: ProcessPoolExecutor, call: Callable) -> float:
+            start = time.perf_counter()
+            scores[name] = process.submit(call, root, clip).result()
+            return time.perf_counter() - start
+
+        contenders = {
+            "ours": partial(evaluate, "ours", ours, evaluate_by_us),
+            "peer": partial(evaluate, "peer", peer, evaluate_by_clip_benchmark),
+        }
+        measured = in_turns(contenders, num_rounds)
+    rates = {name: round(NUM_JPEGS / value, 1) for name, value in medians(measured, 4).items()}
     return {
-        "speedup_vs_clip_benchmark": ratio(rounds, "peer", "ours"),
+        "speedup_vs_clip_benchmark": ratio(measured, "peer", "ours"),
         "accuracy_equal": all(abs(scores["ours"][name] - value) < 1e-9 for name, value in scores["peer"].items()),
         "images_per_second_clip": rates["ours"],
         "images_per_second_clip_benchmark": rates["peer"],
@@ -229,51 +208,24 @@ def frechet(num_rounds: int) -> dict[str, float]:
     as_torch = [torch.from_numpy(x) for x in (a.mean, a.covariance, b.mean, b.covariance)]
     fidelity = functions_of("metric_fid", "fid_statistics_to_metric")["fid_statistics_to_metric"]
     stats = [{"mu": m.mean, "sigma": m.covariance} for m in (a, b)]
-    rounds, values = [], {}
-    for _ in range(num_rounds):
-        found = {}
-        for name, call in (
-            ("ours", lambda: frechet_distance(a, b)),
-            ("torchmetrics", lambda: float(_compute_fid(*as_torch))),
-            ("torch_fidelity", lambda: float(next(iter(fidelity(*stats, False).values())))),
-        ):
-            begun = time.perf_counter()
-            values[name] = call()
-            found[name] = time.perf_counter() - begun
-        rounds.append(found)
-    peers = ("torchmetrics", "torch_fidelity")
-    return {
-        "speedup_frechet": min(ratio(rounds, peer, "ours") for peer in peers),
-        "frechet_relative_error": max(abs(values["ours"] - values[peer]) / values[peer] for peer in peers),
-        **{f"seconds_frechet_{name}": round(value, 3) for name, value in medians(rounds).items()},
+    values: dict[str, float] = {}
+    calls: dict[str, Callable[[], float]] = {
+        "ours": lambda: frechet_distance(a, b),
+        "torchmetrics": lambda: float(_compute_fid(*as_torch)),
+        "torch_fidelity": lambda: float(next(iter(fidelity(*stats, False).values()))),
     }
 
+    def measure(name: str) -> float:
+        start = time.perf_counter()
+        values[name] = calls[name]()
+        return time.perf_counter() - start
 
-# --- how evenly units fill 64 workers ------------------------------------------------------------------------------------------
-
-
-def balance() -> dict[str, float]:
-    """Simulated seconds: of an image the same in every set but SUN397, whose images are dearer; of a unit 10 % off."""
-    rng = random.Random(0)
-    rest = sum(REGISTRY[name].num_images for name in PAPER if name != "sun397")
-    dearer = SUN397_SHARE / (1 - SUN397_SHARE) * rest / REGISTRY["sun397"].num_images
-    costs, seconds, by_set = [], [], {}
-    for name in PAPER:
-        info = REGISTRY[name]
-        size = info.num_images * 40_000
-        shard = StoredFile(f"/data/wds_{name.replace('/', '-')}/test/0.tar", size)
-        found = tar_set(SampleSchema(name, info.task), f"/data/{name}", "wds", ((), ()), [shard])
-        each = [part.estimated_images * (dearer if name == "sun397" else 1.0) for part in found.slices]
-        by_set[name] = sum(each)
-        costs += [part.estimated_images for part in found.slices]  # what the plan goes by: images, not seconds
-        seconds += [value * rng.uniform(0.9, 1.1) for value in each]
-    took = {f"key{i}": value for i, value in enumerate(seconds)}
-    ideal = sum(seconds) / WORKERS
+    measured = in_turns({name: partial(measure, name) for name in calls}, num_rounds, warm_up=0)
+    peers = ("torchmetrics", "torch_fidelity")
     return {
-        "makespan_ratio": round(makespan(WorkQueue(queued(costs)), WORKERS, lambda unit: took[unit.key]) / ideal, 4),
-        "makespan_ratio_by_set": round(max(by_set.values()) / ideal, 1),
-        "share_of_total_by_set": round(max(by_set.values()) / sum(by_set.values()), 3),
-        "num_units": len(costs),
+        "speedup_frechet": min(ratio(measured, peer, "ours") for peer in peers),
+        "frechet_relative_error": max(abs(values["ours"] - values[peer]) / values[peer] for peer in peers),
+        **{f"seconds_frechet_{name}": value for name, value in medians(measured, 3).items()},
     }
 
 
@@ -290,7 +242,7 @@ def main() -> None:
         result |= denoising(folder / "text_encoder", presets.demo().image_size, num_rounds, with_classifier=False)
         result["k10_flops_ratio_sd_v1"] = flops_ratio_of_sd_v1()
         result |= against_clip_benchmark(folder, num_rounds)
-    result |= frechet(num_rounds) | balance()
+    result |= frechet(num_rounds)
     print(json.dumps(result))
 
 

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.benchmarks import own_ray  # isort: skip (before ray)
@@ -25,15 +25,12 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
-from diffdis.config import ObjectiveConfig, tiny
-from diffdis.task import DiffDisTask
-from ray_platform.data.config import DataConfig
-from ray_platform.tracking import TrackingConfig
+from diffdis.config import tiny
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.launch import Run
-from tests.end_to_end.conftest import write_shards
-from tests.support.recording import Records, loss_curve, recording
+from tests.support.recording import Records, recording
 from tests.support.tiny_checkpoints import save_mean_pool_encoder
+from tests.support.training import diffdis_run, logged_metric, write_shards
 
 STEPS_A_FAULT = 30
 CHECKPOINT_EVERY = 10
@@ -133,22 +130,11 @@ class Killer:
 
 def make_run(folder: Path, name: str, num_steps: int) -> tuple[Run, Records]:
     model = replace(tiny(), text_encoder=replace(tiny().text_encoder, path=str(folder / "text_encoder")))
-    objective = ObjectiveConfig(lr_unet=1e-3, lr_new=1e-3)
-    train = TrainConfig(
-        num_workers=2, num_steps=num_steps, micro_batch_size=4, zero_stage=2, warmup_steps=5, cpus_per_worker=0.5, ema_decay=0.99,
-        log_every=1, checkpoint_every=CHECKPOINT_EVERY, preview_every=0,
-    )  # fmt: skip
+    fields = {"num_steps": num_steps, "zero_stage": 2, "warmup_steps": 5, "ema_decay": 0.99, "checkpoint_every": CHECKPOINT_EVERY}
+    run = diffdis_run(model, folder / "shards", folder / name, max_failures=TrainConfig().max_failures, **fields)
     records = folder / name / "records"
-    run = Run(
-        functools.partial(recording, str(records), DiffDisTask, model, objective),
-        DataConfig(sources=(str(folder / "shards"),), image_size=model.image_size),
-        train,
-        TrackingConfig(),
-        str(folder / name),
-        {"model": asdict(model), "objective": asdict(objective), "train": asdict(train)},
-        dict,
-    )
-    return run, Records(records, num_steps=num_steps)
+    build_task = functools.partial(recording, str(records), run.build_task)
+    return replace(run, build_task=build_task), Records(records, num_steps=num_steps)
 
 
 def table(faults: list[Fault]) -> str:
@@ -183,7 +169,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="faults_") as temporary:
         folder = Path(temporary)
         save_mean_pool_encoder(folder / "text_encoder")
-        write_shards(folder / "shards", num_shards=12, samples_a_shard=80)
+        write_shards(folder / "shards", num_shards=12, samples_per_shard=80)
         nodes = Nodes()
         try:
             run, records = make_run(folder, "disturbed", STEPS_A_FAULT * arguments.faults)
@@ -198,7 +184,7 @@ def main() -> None:
         finally:
             nodes.stop()
         finished = (folder / "disturbed" / "export" / "diffdis.json").exists()
-        curves = loss_curve(folder / "disturbed"), loss_curve(folder / "alone")
+        curves = tuple(dict(logged_metric(folder / name, "train/loss")) for name in ("disturbed", "alone"))
         print(table(killer.faults))
         print(json.dumps(compare(records, alone_records, curves, killer.faults, finished)))
 

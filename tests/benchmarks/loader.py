@@ -1,24 +1,24 @@
-"""Images per second of our stream against WebDataset's, MDS's and the bare decoder, on all cores of this machine.
+"""Images per second of the platform's stream, WebDataset, MDS and the bare decoder, on all cores of this machine.
 
     python tests/benchmarks/loader.py [--rounds 5] [--mds_python PATH]
 
-Every contender is a process that stays warm; each round times every one of them once, in turn, while the others wait
-(stopped, so that what they prefetch costs nobody anything). The last line is one JSON object. MDS is left out unless
-`--mds_python` names the interpreter of an environment with mosaicml-streaming, torch and Pillow.
+Every contender is a process that stays warm and is stopped (SIGSTOP) while the others are measured. The last line is one JSON
+object. MDS is left out unless `--mds_python` names the interpreter of an environment with mosaicml-streaming, torch and Pillow.
 """
 
 import argparse
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import psutil
 from loader_data import build
+from measuring import in_turns, medians, ratio
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES, WARM_UP = 4000, 1000  # a round
@@ -67,19 +67,6 @@ class Contender:
                 continue
 
 
-def compare(contenders: dict[str, Contender], rounds: int, images: int = IMAGES) -> dict[str, float]:
-    """The median of each, in images per second; a first round is thrown away."""
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
-        for name, contender in contenders.items():
-            speed = contender.images_per_second(images)
-            if number:
-                speeds[name].append(speed)
-        if number:
-            print({name: round(values[-1]) for name, values in speeds.items()}, file=sys.stderr, flush=True)
-    return {name: round(statistics.median(values), 1) for name, values in speeds.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
@@ -99,14 +86,14 @@ def main() -> None:
             contenders["mds"] = Contender("mds", arguments.folder, arguments.mds_python)
         for contender in contenders.values():
             stack.callback(contender.close)
-        speeds = compare(contenders, arguments.rounds)
-    ours = speeds["ray_platform_exact"]
+        calls = {name: partial(contender.images_per_second, IMAGES) for name, contender in contenders.items()}
+        speeds = in_turns(calls, arguments.rounds)
     result = {
-        "images_per_second": speeds,
-        "ratio_exact": round(ours / speeds["webdataset"], 3),
-        "ratio_fast": round(speeds["ray_platform_fast"] / speeds["webdataset"], 3),
-        "ratio_to_limit": round(ours / speeds["decode_limit"], 3),
-        "ratio_exact_mds": round(ours / speeds["mds"], 3) if "mds" in speeds else None,
+        "images_per_second": medians(speeds, 1),
+        "ratio_exact": ratio(speeds, "ray_platform_exact", "webdataset"),
+        "ratio_fast": ratio(speeds, "ray_platform_fast", "webdataset"),
+        "ratio_to_limit": ratio(speeds, "ray_platform_exact", "decode_limit"),
+        "ratio_exact_mds": ratio(speeds, "ray_platform_exact", "mds") if "mds" in speeds else None,
         "images": data["images"],
         "mean_bytes": round(data["mean_bytes"]),
         "cores": os.cpu_count(),

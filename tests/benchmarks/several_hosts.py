@@ -24,19 +24,19 @@ from pathlib import Path
 from tests.support import hosts  # isort: skip
 
 if __name__ == "__main__":
-    hosts.goes_on_alone()  # before the imports that take long
+    hosts.continue_in_sandbox()  # before the imports that take long
 
 from mlflow import MlflowClient
 
 from diffdis.config import tiny
 from ray_platform import storage
 from ray_platform.train import checkpoint_format
-from tests.end_to_end.conftest import write_shards
 from tests.support.hosts import Host, Network
 from tests.support.recorded_pretrain import SECONDS_A_STEP
 from tests.support.recording import Records
 from tests.support.s3_server import S3Server
 from tests.support.tiny_checkpoints import save_mean_pool_encoder
+from tests.support.training import write_shards
 
 NUM_SHARDS, SAMPLES_A_SHARD, SAMPLES_A_STEP = 8, 15, 8
 STEPS_AN_EPOCH = NUM_SHARDS * SAMPLES_A_SHARD // SAMPLES_A_STEP
@@ -177,7 +177,7 @@ class Training:
         cut.step, cut.when = self.records.last()[0], when - begun
         if cut.seconds:
             time.sleep(cut.seconds - 1)
-            link.mend()
+            link.reconnect()
         cut.seconds_to_recover = self.wait_until_past(cut.step) - when
         lines = [f"{line} ({at - when:.0f} s)" for at, line in self.said if at > when and "resuming from" in line]
         if lines:

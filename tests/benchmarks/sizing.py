@@ -1,8 +1,8 @@
-"""What jobs/sizing.py needs to know of a core: the decoder's CPU time by sizes, and what a checkpoint's upload to S3 takes.
+"""CPU time of the decoder by image size and of a checkpoint's upload to S3: constants of jobs/sizing.py.
 
     PYTHONPATH=platform:. python tests/benchmarks/sizing.py [--rounds 5]
 
-One process. Seconds of CPU, not of the clock, so that what runs beside it counts little; rounds are interleaved, medians taken.
+One process. CPU seconds, so that other processes on the machine matter little; medians over rounds.
 Decoding is fitted by seconds = a + b * megapixels of the file, as in `diffdis_platform.sizing.measured`, in proportion to the
 loader's own benchmark. The last line is one JSON object.
 """
@@ -14,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from ray_platform import storage
 from ray_platform.data.config import DataConfig
 from ray_platform.data.decode import image
 from tests.benchmarks.loader_data import photo_like
+from tests.benchmarks.measuring import in_turns, medians
 from tests.support.s3_server import S3Server
 
 SIDES = ((256, 256), (384, 256), (512, 256), (384, 512), (512, 512), (1024, 512))  # of a JPEG, and of the target
@@ -80,13 +82,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     contents = {side: jpegs(side) for side, _ in SIDES}
-    found: dict[tuple[int, int], list[float]] = {sizes: [] for sizes in SIDES}
-    for turn in range(arguments.rounds + 1):
-        for side, target in SIDES:
-            seconds = decoding(contents[side], target)
-            if turn:
-                found[side, target].append(seconds)
-    seconds = {sizes: statistics.median(values) for sizes, values in found.items()}
+    calls = {f"{side} to {target}": partial(decoding, contents[side], target) for side, target in SIDES}
+    seconds = dict(zip(SIDES, medians(in_turns(calls, arguments.rounds), 6).values(), strict=True))
     rate, cpu = upload()
     result = {
         "cpu_ms_an_image": {f"{side} to {target}": round(1e3 * value, 3) for (side, target), value in seconds.items()},

@@ -1,12 +1,11 @@
-"""What the framework costs a training step, what the joint task costs over its halves, and what global negatives take of memory.
+"""Cost of the framework per training step, of the joint task over its halves, and memory of global negatives.
 
     PYTHONPATH=platform:. python tests/benchmarks/train_step.py [--rounds 3]
 
-Three contenders train a model of the demo's kind at 256 px on pictures of equal size, one after the other in every round: (a) the
-worker loop under Ray Train and DeepSpeed, fed by the data plane; (b) the same engine and model in a bare loop over batches in
-memory; (c) the same model under torch's DDP. Once with as many workers as there are cores, so that whatever Ray and the reads
-take is taken from training; and once with a core less, as hosts of accelerators have cores to spare. Rates are medians over the
-rounds, ratios medians of the rounds' ratios. Ends in one JSON line.
+Three contenders train a model like the demo's at 256 px in turns: (a) the worker loop under Ray Train and DeepSpeed, fed by the
+data plane; (b) the same engine and model in a bare loop over batches in memory; (c) the same model under torch's DDP. Once with
+as many workers as cores, so that Ray and the reads compete with training, and once with a spare core, as hosts of accelerators
+have. The last line is one JSON object.
 """
 
 import argparse
@@ -19,8 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tests.benchmarks import own_ray  # isort: skip (before ray)
 
@@ -38,13 +40,12 @@ from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train.launch import Run
 from tests.benchmarks.contrastive_memory import LOCAL, WIDTH
+from tests.benchmarks.measuring import in_turns, medians, ratio
 from tests.support.ranks import Ranks
 from tests.support.recording import Records, recording
 
 WARM_UP, TIMED = 4, 24  # steps
-FILLING = (
-    60  # more steps of (a) that are not timed: so long the reads fill their buffers, and take more than they need afterwards
-)
+FILLING = 60  # more untimed steps of (a), in which the reads fill their buffers
 NUM_SHARDS, SAMPLES_A_SHARD, SIZE = 16, 64, 256
 MICRO_BATCH = 8
 WORDS = ("red", "green", "blue", "heart", "circle", "star", "cat", "tree", "car", "apple")
@@ -178,26 +179,34 @@ def memory(which: str, global_batch: int) -> float:
     return float(done.stdout.split()[-1])
 
 
-def one_round(config: PretrainConfig, sources: Path, pictures: tuple, num_workers: int) -> dict[str, float]:
-    """Samples/s of every contender."""
-    own_ray.start(num_cpus=2)
-    rates = {"ours": ours(config, sources, num_workers)}
-    own_ray.stop()
+def on_ranks(function: Callable, num_workers: int, *arguments: Any) -> float:
+    """The ranks' mean."""
     group = Ranks(num_workers)
-    rates["bare"] = statistics.mean(group.run(bare, config, *pictures))
-    rates["ddp"] = statistics.mean(group.run(ddp, config, *pictures))
-    group.stop()
-    rates = {name: rate * num_workers * MICRO_BATCH for name, rate in rates.items()}
-    print(num_workers, "workers:", json.dumps({name: round(rate, 2) for name, rate in rates.items()}), flush=True)
-    return rates
+    try:
+        return statistics.mean(group.run(function, *arguments))
+    finally:
+        group.stop()
 
 
-def summary(found: list[dict[str, float]], suffix: str = "") -> dict[str, float]:
-    rates = {f"samples_per_second_{n}{suffix}": round(statistics.median(r[n] for r in found), 2) for n in found[0]}
-    ratios = {
-        f"ratio_to_{other}{suffix}": round(statistics.median(r["ours"] / r[other] for r in found), 3) for other in ("bare", "ddp")
+def under_ray(config: PretrainConfig, sources: Path, num_workers: int) -> float:
+    own_ray.start(num_cpus=2)
+    try:
+        return ours(config, sources, num_workers)
+    finally:
+        own_ray.stop()
+
+
+def rates(config: PretrainConfig, sources: Path, images: tuple, num_workers: int, rounds: int, suffix: str) -> dict[str, float]:
+    """Samples/s of every contender, and the ratios to the others."""
+    contenders = {
+        "ours": partial(under_ray, config, sources, num_workers),
+        "bare": partial(on_ranks, bare, num_workers, config, *images),
+        "ddp": partial(on_ranks, ddp, num_workers, config, *images),
     }
-    return rates | ratios
+    steps = in_turns(contenders, rounds, warm_up=0)
+    samples = {name: [value * num_workers * MICRO_BATCH for value in values] for name, values in steps.items()}
+    result = {f"samples_per_second_{name}{suffix}": value for name, value in medians(samples).items()}
+    return result | {f"ratio_to_{other}{suffix}": ratio(samples, "ours", other) for other in ("bare", "ddp")}
 
 
 def main() -> None:
@@ -206,15 +215,12 @@ def main() -> None:
     arguments = parser.parse_args()
     config = configuration()
     with tempfile.TemporaryDirectory() as folder:
-        pictures = write_source(Path(folder))
-        found: dict[int, list[dict[str, float]]] = {2: [], 1: []}
-        for _ in range(arguments.rounds):
-            for num_workers, rounds in found.items():
-                rounds.append(one_round(config, Path(folder), pictures, num_workers))
+        images = write_source(Path(folder))
+        result = rates(config, Path(folder), images, 2, arguments.rounds, "")
+        result |= rates(config, Path(folder), images, 1, arguments.rounds, "_with_a_core_to_spare")
         group = Ranks(2)
-        seconds = group.run(tasks, config, *pictures, 16)[0]
+        seconds = group.run(tasks, config, *images, 16)[0]
         group.stop()
-    result = summary(found[2]) | summary(found[1], "_with_a_core_to_spare")
     result["joint_cost_ratio"] = round(seconds["joint"] / (seconds["generation"] + seconds["alignment"]), 3)
     result |= {f"seconds_a_step_{name}": round(value, 3) for name, value in seconds.items()}
     for which, global_batch in (("chunked", 32768), ("chunked", 16384), ("plain", 16384), ("plain", 8192)):

@@ -1,4 +1,4 @@
-"""The files of cluster/ as tests read them, and what KubeRay makes of a group of nodes."""
+"""Readers of the files in cluster/, and the commands that KubeRay derives from them."""
 
 import re
 import shlex
@@ -49,7 +49,7 @@ def pods():
 
 
 def start_arguments(group, head=False):
-    """What KubeRay's operator gives to `ray start` for a group."""
+    """Arguments that KubeRay's operator passes to `ray start` for a group."""
     parameters = dict(group["rayStartParams"])
     if not head:
         parameters["address"] = "diffdis-head-svc.diffdis.svc.cluster.local:6379"
@@ -62,7 +62,7 @@ def start_arguments(group, head=False):
 
 
 def arguments_of(entrypoint):
-    """What a script gets: KubeRay puts an entrypoint into a shell's `ray job submit -- …`, and Ray the result into another."""
+    """Arguments that a script receives: the entrypoint passes through KubeRay's shell and then through Ray's."""
     show = [sys.executable, "-c", "import sys; print('\\0'.join(sys.argv[1:]), end='')"]
 
     def through(shell, command):

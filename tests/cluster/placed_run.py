@@ -1,6 +1,6 @@
-"""A cluster of three labelled nodes, and who ran on which of them: `python placed_run.py <folder>`.
+"""Record which process ran on which of three labeled nodes: `python placed_run.py FOLDER` writes FOLDER/found.json.
 
-What Ray runs is seen from outside: every worker process is a child of its node's raylet and is named for what it does.
+Every Ray worker process is a child of its node's raylet, and its name says what it runs.
 """
 
 import contextlib
@@ -26,19 +26,18 @@ from ray_platform.data.precompute import precompute
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.placement import total_resources
 from ray_platform.replicas import ReplicaPool, ReplicaSpec
-from tests.end_to_end.conftest import write_shards
-from tests.end_to_end.test_faults import make_run
 from tests.ray_platform.replica_work import no_replica
 from tests.ray_platform.test_precompute import encoders
 from tests.ray_platform.test_replicas import squares
+from tests.support.training import pixel_run, write_shards
 
-CPU, GPU = {"pool": "cpu"}, {"pool": "gpu"}  # the second one trains; that it has no GPU here changes nothing
-# Each has room for all that runs, so that nothing but the labels says where.
+CPU, GPU = {"pool": "cpu"}, {"pool": "gpu"}  # the second one trains; it needs no real GPU
+# Each has room for everything, so that only the labels decide.
 NODES = {"head": 0, "cpu": 4, "gpu": 4}
 
 
-class Watcher:
-    """Which processes each node had, by name, for the length of a `with` block."""
+class ProcessWatcher:
+    """Names of the processes that each node had during a `with` block."""
 
     def __init__(self, raylets):
         self.raylets, self.seen = raylets, {pool: set() for pool in raylets}
@@ -65,21 +64,21 @@ class Watcher:
         return {pool: sorted(name for name in names if name.startswith("ray::")) for pool, names in self.seen.items()}
 
 
-def refusals(run, catalog, config):
-    """What is said where the labelled nodes are too small, or not there."""
-    for wanted in (
+def errors(run, catalog, config):
+    """Error lines where the labeled nodes are too small or missing."""
+    for call in (
         lambda: ReplicaSpec(no_replica, 5, placement=GPU).resolve_num_replicas(),
         lambda: list(precompute(catalog, config, replace(encoders(), count=9, placement=GPU), "/nowhere")),
         lambda: replace(run, train=replace(run.train, num_workers=(1, 2), placement={})).check(),
     ):
         try:
-            wanted()
+            call()
         except ConfigError as error:
             yield str(error)
 
 
 def size_where_nodes_may_come():
-    """Of a fleet that does not fit, once the cluster's books say what they say where KubeRay's autoscaler is on."""
+    """Number of replicas that do not fit, once the cluster's state says that KubeRay's autoscaler is on."""
     key, namespace = ray._raylet.GCS_AUTOSCALER_V2_ENABLED_KEY, ray._raylet.GCS_AUTOSCALER_STATE_NAMESPACE
     internal_kv_get_gcs_client().internal_kv_put(key.encode(), b"1", True, namespace=namespace.encode())
     return ReplicaSpec(no_replica, 5, placement=GPU).resolve_num_replicas()
@@ -87,7 +86,7 @@ def size_where_nodes_may_come():
 
 def main():
     output = Path(sys.argv[1])
-    shards = write_shards(output / "shards", num_shards=4, samples_a_shard=60)
+    shards = write_shards(output / "shards", num_shards=4, samples_per_shard=60)
     nodes, cluster = {}, Cluster()
     for pool, cpus in NODES.items():
         nodes[pool] = cluster.add_node(
@@ -98,14 +97,14 @@ def main():
         address=cluster.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
     )  # fmt: skip
     config = DataConfig(sources=(str(shards),), image_size=16, placement=CPU)
-    run = make_run(output, shards, num_steps=12, placement=GPU)
+    run = pixel_run(output, shards, num_steps=12, placement=GPU)
     run = replace(run, data=replace(run.data, placement=CPU))
     catalog = build_catalog(config)
-    with Watcher(raylets) as trained:
+    with ProcessWatcher(raylets) as trained:
         run.fit()
-    with Watcher(raylets) as encoded:
+    with ProcessWatcher(raylets) as encoded:
         list(precompute(catalog, config, replace(encoders(count=2), placement=GPU), str(output / "encoded")))
-    with Watcher(raylets) as evaluated:
+    with ProcessWatcher(raylets) as evaluated:
         fleet = ReplicaSpec(no_replica, 2, cpus=0.5, placement=GPU)
         with ReplicaPool(fleet, ResultCache(str(output / "kept")), lambda line: None) as workers:
             rows = list(workers.run(squares(range(40))))
@@ -115,7 +114,7 @@ def main():
         "evaluated": evaluated.names(),
         "units": len(rows),
         "cpus": {pool: total_resources({"pool": pool}).get("CPU", 0) for pool in (*NODES, "none")},
-        "refusals": list(refusals(run, catalog, config)),
+        "refusals": list(errors(run, catalog, config)),
     }
     found["size_where_nodes_may_come"] = size_where_nodes_may_come()
     (output / "found.json").write_text(json.dumps(found, indent=2))

@@ -1,6 +1,6 @@
-"""KubeRay's own fields, as strict JSON schemas: from the types of its API (ray.io/v1, release 1.6).
+"""KubeRay's fields as strict JSON schemas, from the types of its API (ray.io/v1, release 1.6).
 
-No package brings its CRDs, which would be a megabyte here. Pod templates, most of that, are left to Kubernetes' own schemas.
+Its own CRDs take a megabyte and no package contains them. Pod templates are left to Kubernetes' schemas.
 """
 
 TEXT, NUMBER, SWITCH = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}

@@ -1,4 +1,4 @@
-"""The image's recipe: its linter, its steps against `make setup`, its files against the repository."""
+"""The Dockerfile: its linter, its steps against `make setup`, its files against the repository."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ranks
 
 
 def instructions():
-    """(instruction, its arguments), with continued lines joined."""
+    """[(instruction, arguments)], with continued lines joined."""
     joined = re.sub(r"\\\n\s*", " ", "\n".join(line for line in DOCKERFILE.read_text().splitlines() if not line.startswith("#")))
     return [tuple(line.split(None, 1)) for line in joined.splitlines() if line]
 
@@ -40,7 +40,7 @@ def test_the_linter_finds_nothing():
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_it_installs_by_the_steps_and_the_versions_that_everybody_has():
+def test_it_installs_by_make_setup_with_the_pinned_versions():
     runs = [arguments for name, arguments in instructions() if name == "RUN"]
     (step,) = [run for run in runs if "pip" in run.lower()]
     assert re.search(r"make setup EXTRAS=demo,eval,server$", step), "no step of its own that could drift from the Makefile's"
@@ -55,7 +55,7 @@ def test_it_installs_by_the_steps_and_the_versions_that_everybody_has():
         assert pinned(requirement.partition("[")[0])
 
 
-def test_what_it_copies_is_there_and_reaches_the_build():
+def test_what_it_copies_exists_and_reaches_the_build():
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     assert sorted(allowed) == sorted(copied())
     for source in copied():
@@ -71,7 +71,7 @@ def test_a_cpu_variant_is_one_argument_away():
     assert 'PIP_EXTRA_INDEX_URL="${TORCH_INDEX}"' in step
 
 
-def test_it_is_no_root_asks_for_a_token_and_has_what_kuberay_calls():
+def test_it_runs_as_a_user_needs_a_token_and_has_the_tools_that_kuberay_calls():
     found = dict(instructions())
     assert found["USER"] == "1000"
     assert "RAY_AUTH_MODE=token" in found["ENV"]
@@ -79,9 +79,9 @@ def test_it_is_no_root_asks_for_a_token_and_has_what_kuberay_calls():
     assert {"bash", "wget"} <= set(packages)
 
 
-@pytest.mark.parametrize("name", ["pretrain.py", "sweep.py"])  # the second imports what all others do
-def test_the_copied_files_are_enough_for_a_job(name, tmp_path):
+def test_the_copied_files_are_enough_for_a_job(tmp_path):
     """In a copy of what the image gets, by an interpreter that has the dependencies and not this project."""
+    name = "sweep.py"  # it imports what all others do
     for source in copied():
         subprocess.run(["cp", "-r", str(ROOT / source), str(tmp_path / source)], check=True)
     packages = next(path for path in sys.path if path.endswith("site-packages"))

@@ -1,5 +1,6 @@
 """The manifests against Kubernetes' schemas, KubeRay's rules, Ray's own reading of them, and this repository's code."""
 
+import functools
 import re
 import shutil
 import subprocess
@@ -45,12 +46,15 @@ def groups():
     return {"head": spec["headGroupSpec"]} | {group["groupName"]: group for group in spec["workerGroupSpecs"]}
 
 
+@functools.cache
 def configurations():
-    """Job -> the configuration that its entrypoint makes, by the parser that the script itself uses."""
+    """[(job, script, the configuration that its entrypoint makes, by the script's own parser)]."""
+    found = []
     for job in ray_jobs():
         python, script, *arguments = arguments_of(job["spec"]["entrypoint"])
         assert python == "python"
-        yield job["metadata"]["name"], script, PARSERS[script.rpartition("/")[2]](arguments).config
+        found.append((job["metadata"]["name"], script, PARSERS[script.rpartition("/")[2]](arguments).config))
+    return found
 
 
 @pytest.mark.parametrize("path", kubernetes_files(), ids=lambda path: path.name)
@@ -157,6 +161,7 @@ def test_secrets_are_named_and_never_written_down():
     assert wanted == made == {"diffdis-s3", "diffdis-mlflow"}
 
 
+@pytest.mark.ranks
 def test_jobs_exist_in_the_image_and_every_field_of_theirs_in_the_code():
     scripts = {name: script for name, script, _ in configurations()}
     assert scripts.keys() == {"pretrain", "precompute", "sweep", "eval"}
@@ -168,6 +173,7 @@ def test_jobs_exist_in_the_image_and_every_field_of_theirs_in_the_code():
         assert job["spec"]["clusterSelector"] == {"ray.io/cluster": ray_cluster()["metadata"]["name"]}
 
 
+@pytest.mark.ranks
 def test_jobs_place_their_parts_on_pools_that_the_cluster_has():
     config = {name: found for name, _, found in configurations()}
     cpu, gpu = ({"pool": pool} for pool in ("cpu", "gpu"))
@@ -180,6 +186,7 @@ def test_jobs_place_their_parts_on_pools_that_the_cluster_has():
     assert gpu in labels
 
 
+@pytest.mark.ranks
 def test_jobs_fit_the_pools_that_they_ask_for():
     """At its largest; the reads of pretraining fit the CPU nodes that are always there."""
     config = {name: found for name, _, found in configurations()}
@@ -203,6 +210,7 @@ def test_jobs_fit_the_pools_that_they_ask_for():
             assert amount * config["sweep"].max_concurrent <= sizes[need.labels["pool"]][kind]
 
 
+@pytest.mark.ranks
 def test_mlflow_is_the_tracker_that_jobs_name_and_takes_its_options():
     service = manifest(KUBERAY / "mlflow.yaml", "Service")
     address = f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"

@@ -1,6 +1,5 @@
-"""Ray's VM launcher, containers on one machine, and the commands of docs/clusters.md."""
+"""Ray's VM launcher, containers on one machine, and what docs/clusters.md starts without a cloud."""
 
-import re
 import shlex
 
 import boto3
@@ -10,27 +9,16 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
 from diffdis_platform.commands import pretrain
-from tests.cluster.manifests import CLUSTER, ROOT, documents, ray_cluster
+from tests.cluster.manifests import CLUSTER, documents, ray_cluster
+from tests.support.documentation import blocks
 
-NEEDS_A_CLOUD = "<!-- needs a cloud"  # in the line above a block of commands that nothing here can run
-DOCS = (ROOT / "docs" / "clusters.md").read_text()
+COMMANDS = [(block, command) for block in blocks("docs/clusters.md") if block.is_shell for command in block.commands()]
 POOLS = {"head", "cpu", "gpu"}
 
 
 def aws():
     (config,) = documents(CLUSTER / "aws.yaml")
     return config
-
-
-def blocks():
-    """(whether it needs a cloud, its commands, with continued lines joined)."""
-    for above, block in re.findall(r"([^\n]*)\n```\n(.*?)```", DOCS, re.DOTALL):
-        joined = block.replace("\\\n", " ")
-        yield above.startswith(NEEDS_A_CLOUD), [shlex.split(line, comments=True) for line in joined.splitlines()]
-
-
-def commands(*words):
-    return [line for _, lines in blocks() for line in lines if line[: len(words)] == list(words)]
 
 
 def labels(arguments):
@@ -104,33 +92,15 @@ def test_the_pools_are_the_same_everywhere():
     spec = ray_cluster()["spec"]
     kubernetes = {group["labels"]["pool"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])}
     launcher = {node_type["labels"]["pool"] for node_type in aws()["available_node_types"].values()}
-    machines = {labels(line[2:]).removeprefix("pool=") for line in commands("ray", "start")}
+    machines = {labels(words[2:]).removeprefix("pool=") for _, words in COMMANDS if words[:2] == ["ray", "start"]}
     assert kubernetes == launcher == machines == POOLS
 
 
-def test_every_job_in_the_docs_can_be_started():
-    """Those that need a cloud by their options; all others by what they do: see the next."""
-    jobs = commands("python") + [line[line.index("--") + 1 :] for line in commands("ray", "job", "submit")]
-    assert len(jobs) == 3
-    for python, script, *arguments in jobs:
-        assert (python, script.rpartition("/")[2]) == ("python", "pretrain.py")
-        config = pretrain.parse_arguments(arguments).config
-        assert (config.data.placement, config.train.placement) == ({"pool": "cpu"}, {"pool": "gpu"})
-
-
-def test_what_needs_no_cloud_is_run(build_shards, tmp_path, capsys, monkeypatch):
-    (line,) = [line for cloud, lines in blocks() if not cloud for line in lines]
-    own = {"/data/my-shards": str(build_shards), "/data/my-run": str(tmp_path / "run")}
+def test_what_needs_no_cloud_is_run(training_shards, tmp_path, capsys, monkeypatch):
+    (line,) = [words for block, words in COMMANDS if not block.mark]
+    own = {"/data/my-shards": str(training_shards), "/data/my-run": str(tmp_path / "run")}
     command = pretrain.parse_arguments([own.get(argument, argument) for argument in line[2:]])
     assert "dry_run" in command.switches
     shown = command.config.run(command.recipe).dry_run()
     assert (shown["shards"], shown["workers"]) == (4, 2)
     assert yaml.safe_load(command.yaml)["train"]["placement"] == {"pool": "gpu"}
-
-
-def test_files_that_the_docs_name_are_there():
-    for name in set(re.findall(r"cluster/[\w./-]+\.yaml|cluster/Dockerfile", DOCS)):
-        assert (ROOT / name).is_file(), name
-    for name in re.findall(r"^\| `(.*?)`", DOCS[DOCS.index("| file | what |") :], re.MULTILINE):
-        folder = CLUSTER / "kuberay"
-        assert (folder / name).is_file() or (ROOT / name).is_file(), name

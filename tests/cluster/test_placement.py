@@ -1,4 +1,4 @@
-"""Who runs where on a cluster of labelled nodes."""
+"""Processes run on the nodes whose labels the configuration names."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What `placed_run.py` saw."""
+    """found.json of `placed_run.py`."""
     folder = tmp_path_factory.mktemp("placed")
     paths = os.pathsep.join(str(path) for path in (ROOT / "platform", ROOT))
     done = subprocess.run(
@@ -34,13 +34,13 @@ def found(tmp_path_factory):
 
 
 def pools(names, part):
-    """On which pools something ran whose process is named so."""
+    """Pools that had a process whose name contains `part`."""
     return [pool for pool, processes in names.items() if any(part in process for process in processes)]
 
 
 @pytest.mark.slow
 class TestOnThreeNodes:
-    def test_reads_and_trainers_have_their_own_pools_and_the_driver_keeps_its_own(self, found):
+    def test_reads_trainers_and_the_driver_have_their_own_pools(self, found):
         assert pools(found["trained"], "ReadShardSource") == ["cpu"]
         assert pools(found["trained"], "RayTrainWorker") == ["gpu"]
         for part in ("Watch", "Tracker", "TrainController"):
@@ -54,14 +54,14 @@ class TestOnThreeNodes:
         assert found["units"] == 40
         assert pools(found["evaluated"], "ReplicaActor") == ["gpu"]
 
-    def test_the_room_is_that_of_the_pool_and_too_little_is_refused(self, found):
+    def test_a_pool_that_is_too_small_is_an_error(self, found):
         assert found["cpus"] == {"head": 0, "cpu": 4, "gpu": 4, "none": 0}
         evaluation, encoding, elastic = found["refusals"]
-        assert "do not fit on the part of the cluster with pool=gpu (4 CPUs" in evaluation
-        assert "need 4.5 CPUs, but the part of the cluster with pool=gpu has 4" in encoding
-        assert elastic.startswith("train.placement: the workers of an elastic run would take the CPUs of data.placement")
+        assert "pool=gpu" in evaluation
+        assert "pool=gpu" in encoding
+        assert elastic.startswith("train.placement: ")
 
-    def test_too_little_is_waited_for_where_an_autoscaler_is(self, found):
+    def test_an_autoscaler_may_add_nodes(self, found):
         assert found["size_where_nodes_may_come"] == 5
 
 
@@ -75,7 +75,7 @@ def test_labels_are_read_from_the_command_line_and_checked():
 
 
 @pytest.mark.parametrize("config", [DataConfig, TrainConfig, EvalConfig, PrecomputeConfig])
-def test_what_no_node_can_be_labelled_with_is_refused(config):
+def test_invalid_labels_are_rejected(config):
     for labels in ({"pool": "not(cpu)"}, {"-pool": "cpu"}):
         with pytest.raises(ConfigError, match=r"placement: Invalid label key"):
             config(placement=labels)

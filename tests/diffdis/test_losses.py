@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from diffdis import losses
 from tests.diffdis.plain_losses import plain_alignment_loss
-from tests.support.ranks import Ranks
+from tests.support.ranks import shared_ranks
 
 GLOBAL_BATCH, WIDTH = 12, 8
 
@@ -38,9 +38,7 @@ def chunked_on_a_rank(rank, world_size, num_draws, chunk, autocast):
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def ranks(request):
-    group = Ranks(request.param)
-    yield group
-    group.stop()
+    return shared_ranks(request.param)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

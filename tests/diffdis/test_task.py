@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffdis.config import ObjectiveConfig
 from diffdis.pipeline import DiffDisPipeline
-from tests.support.ranks import Ranks
+from tests.support.ranks import shared_ranks
 
 CPU = torch.device("cpu")
 TASKS = ("joint", "generation", "alignment", "clip")
@@ -159,8 +159,8 @@ def test_gradient_caching_equals_one_large_batch(make_task, batch, name, num_dra
     alignment, _ = whole.module.alignment(inputs, together)
     loss = alignment + whole.module.generation(inputs, together).mean() if name == "joint" else alignment
     loss.backward()
-    torch.testing.assert_close(sum(total for total, _ in losses) / 3, loss.item())
-    torch.testing.assert_close(sum(logged for _, logged in losses) / 3, alignment.item())
+    torch.testing.assert_close(sum(total for total, _ in losses) / 3, loss.item(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sum(logged for _, logged in losses) / 3, alignment.item(), rtol=1e-5, atol=1e-6)
     assert_gradients_close(found, gradients(whole))
     alone = make_alignment_task(make_task, "micro_batch", name, num_draws=num_draws)
     assert accumulated(alone, inputs, 3)[0][0][1] < losses[0][1], "fewer negatives are easier"
@@ -189,9 +189,8 @@ def test_gradient_caching_over_two_ranks_equals_one_large_batch(make_task, batch
     inputs = make_alignment_task(make_task).inputs(batch, CPU)
     found = []
     for world_size, num_parts in ((1, 1), (2, 3)):
-        group = Ranks(world_size)
+        group = shared_ranks(world_size)
         results = group.run(cached_on_a_rank, world_size, make_alignment_task(make_task), inputs, num_parts)
-        group.stop()
         found.append({name: torch.stack([r[name] for r in results]).mean(dim=0) for name in results[0]})
     assert_gradients_close(found[1], found[0])
 

@@ -13,7 +13,7 @@ from diffdis.objective import Draws
 from diffdis.task import DiffDisTask
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.throughput import count_flops
-from tests.support.ranks import Ranks
+from tests.support.ranks import shared_ranks
 from tests.support.tiny_checkpoints import draw_query_weights
 
 CPU = torch.device("cpu")
@@ -24,9 +24,7 @@ SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 @pytest.fixture(scope="module")
 def two_ranks():
-    group = Ranks(2)
-    yield group
-    group.stop()
+    return shared_ranks(2)
 
 
 def build(config, **objective):
@@ -112,6 +110,7 @@ def test_a_step_on_two_ranks_has_the_gradients_of_one_process(two_ranks, tiny_mo
     assert difference < 1e-5 * torch.nn.utils.get_total_norm(gradients.values())
 
 
+@pytest.mark.slow  # the next one scores, and a training draws previews of sharded weights
 def test_scores_and_previews_of_sharded_weights_are_those_of_whole_ones(two_ranks, tiny_model):
     found = two_ranks.run(scores_on_a_rank, tiny_model, {"task": "joint"})
     task = build(tiny_model)

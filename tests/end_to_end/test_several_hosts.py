@@ -14,7 +14,7 @@ BENCHMARK = hosts.ROOT / "tests" / "benchmarks" / "several_hosts.py"
 
 
 def run(folder: str, *cuts: str) -> tuple[dict, str]:
-    """(what came out, all that was said). The hosts need a network, and so a process, of their own."""
+    """(result, whole output). The hosts need a network, and so a process, of their own."""
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(str(path) for path in (hosts.ROOT, hosts.ROOT / "platform")),
         "TMPDIR": folder,
@@ -31,7 +31,7 @@ def run(folder: str, *cuts: str) -> tuple[dict, str]:
 def test_a_run_across_hosts_loses_nothing_when_a_link_is_cut():
     """`ray job submit` to three hosts with S3 on a fourth, ZeRO 2. Ten seconds are waited for; after a host that is gone for
     good, the run goes on from its newest checkpoint with the one to spare."""
-    if reason := hosts.why_not():
+    if reason := hosts.reason_unavailable():
         pytest.skip(reason)
     with tempfile.TemporaryDirectory() as folder:  # a short path: a socket's, below it, has at most 107 bytes
         found, said = run(folder, "worker", "replaced")

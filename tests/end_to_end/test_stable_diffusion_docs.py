@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.end_to_end.conftest import write_shards
 from tests.support.documentation import ROOT, Shell, blocks_run_by, readers_environment
 from tests.support.tiny_checkpoints import WIDTH, save_stable_diffusion
+from tests.support.training import write_shards
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -26,7 +26,7 @@ with LocalHead(num_cpus=2) as head:
 
 
 @pytest.mark.slow
-def test_a_submitted_job_needs_only_the_dependencies(shards, tmp_path):
+def test_a_submitted_job_needs_only_the_dependencies(training_shards, tmp_path):
     """The project's root on the path comes from --working-dir alone. Two workers and their reads fit two CPUs."""
     bare = tmp_path / "bare"
     venv.create(bare, with_pip=False, symlinks=True)
@@ -35,7 +35,7 @@ def test_a_submitted_job_needs_only_the_dependencies(shards, tmp_path):
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     output = tmp_path / "out"
     arguments = [
-        "--recipe", "demo", "--data.sources", str(shards), "--output_dir", str(output),
+        "--recipe", "demo", "--data.sources", str(training_shards), "--output_dir", str(output),
         "--train.num_steps", "4", "--train.micro_batch_size", "4", "--train.preview_every", "0", "--train.log_every", "2",
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_AUTH_MODE", "VIRTUAL_ENV")}

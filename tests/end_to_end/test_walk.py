@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -19,18 +18,13 @@ import pytest
 import yaml
 
 from tests.support.documentation import ROOT, Shell, blocks_run_by, readers_environment
+from tests.support.ports import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
 
 
 def git(*arguments):
     return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Ui:
@@ -121,7 +115,7 @@ def check_pictures_and_scores(said, data):
 def test_the_walk(tmp_path):
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("this is no git checkout, so that it cannot be cloned")
-    port, data, clone = free_port(), tmp_path / "data", tmp_path / "diffdis"
+    port, data, clone = free_ports(1)[0], tmp_path / "data", tmp_path / "diffdis"
     data.mkdir()
     words = {"REPOSITORY": str(ROOT), "/data/my-": f"{data}/my-", "--port 5000": f"--port {port}"}
     shell = Shell(tmp_path, readers_environment(), words)

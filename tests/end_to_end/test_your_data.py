@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import write_shards
 from tests.support.documentation import ROOT, Shell, blocks_run_by, readers_environment
 from tests.support.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
+from tests.support.training import write_shards
 
 pytestmark = [pytest.mark.slow, pytest.mark.s3, pytest.mark.timeout(1800)]
 
@@ -42,7 +42,7 @@ def walk(tmp_path, server):
         command = [sys.executable, "-c", STORE, *map(str, arguments)]
         return subprocess.run(command, env=with_keys, check=True, capture_output=True).stdout
 
-    store("put", "s3://tests/my-shards", write_shards(tmp_path / "shards", num_shards=4, samples_a_shard=60))
+    store("put", "s3://tests/my-shards", write_shards(tmp_path / "shards", num_shards=4, samples_per_shard=60))
     (tmp_path / "data").mkdir()
     words = {
         "MY_KEY": ACCESS_KEY, "MY_SECRET": SECRET_KEY, "https://s3.example.com": server.endpoint,

@@ -210,6 +210,7 @@ def test_the_retrieval_set_is_the_held_out_style_with_its_captions(built: Path) 
         assert Image.open(io.BytesIO(sample.image)).tobytes() == pair["image"].tobytes()
 
 
+@pytest.mark.ranks
 def test_two_builds_are_byte_identical(built: Path, package: Path, tmp_path: Path) -> None:
     build(tmp_path / "again", package, 2, None)  # on two processes, where the first had one
     assert contents(tmp_path / "again") == contents(built)
@@ -299,6 +300,7 @@ def test_folder_with_other_things_is_kept(package: Path, tmp_path: Path, capsys:
     assert contents(tmp_path) == {"thesis.tex": b"years of work"}
 
 
+@pytest.mark.ranks
 def test_no_npm_and_no_network_say_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

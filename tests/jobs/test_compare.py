@@ -23,8 +23,8 @@ from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.launch import Stopped
-from tests.end_to_end.conftest import write_shards
 from tests.support.evaluation_sets import picture, write_wds
+from tests.support.training import write_shards
 
 COLORS = ("red", "blue", "gold")
 BROKEN = {"broken": {"objective.freeze": ["nothing.*"]}}  # fails when the model is built

@@ -114,6 +114,7 @@ def _key(number):
     return f"{number // 40}.tar/s{number:07d}"
 
 
+@pytest.mark.slow
 def test_no_digit_depends_on_the_workers_or_on_one_that_is_killed(exported, data, whole, tmp_path):
     """One worker: in the test of the reference file."""
     thread = threading.Thread(target=_kill_a_replica, daemon=True)
@@ -191,6 +192,7 @@ def test_what_was_done_is_not_done_again_and_a_reference_file_serves_later(expor
     assert scores(run(exported, data, tmp_path, "--num_workers", 1, *arguments)) == scores(details)
 
 
+@pytest.mark.slow
 def test_a_clip_and_the_curve_of_steps_and_draws_come_from_the_same_code(exported, data, tmp_path):
     clip = save_clip(tmp_path / "small-clip")
     curve = ("--curve_set", "mine", "--curve_steps", "[1,3]", "--curve_draws", "[1,2]")
@@ -200,6 +202,7 @@ def test_a_clip_and_the_curve_of_steps_and_draws_come_from_the_same_code(exporte
     assert [(e["num_draws"], e["num_steps"]) for e in details["curve"]] == [(1, 1), (1, 3), (2, 1), (2, 3)]
 
 
+@pytest.mark.slow
 def test_all_twelve_sets_in_their_own_layouts_give_their_mean(exported, tmp_path):
     """An image a class; they are short of what is published, so that has to be allowed."""
     root = tmp_path / "data"

@@ -11,7 +11,7 @@ from diffdis_platform.commands.pretrain import parse_arguments as parse
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.recipes import recipes_of
 from ray_platform.contracts import ConfigError, DataError
-from tests.end_to_end.conftest import write_shards
+from tests.support.training import write_shards
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ from ray_platform.train import checkpoint_format
 from ray_platform.train.config import BatchPlan, TrainConfig
 from ray_platform.train.optimizer import ema_decay_at
 from tests.ray_platform.small_task import PictureTask, PixelTask, SmallTask, samples
-from tests.support.ranks import Ranks
+from tests.support.ranks import Ranks, shared_ranks
 
 GLOBAL_BATCH, STEPS = 16, 6
 # Else ZeRO 3 keeps small parameters whole on every rank, and a small model is not sharded at all.
@@ -49,24 +49,12 @@ def rank_loop(rank, fields, world_size, num_micro, start, stop, state, bad_at):
     return losses, found, changed, engine.weights(), update.grad_norm if start < stop else 0.0
 
 
-GROUPS = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def stop_groups():
-    yield
-    for group in GROUPS.values():
-        group.stop()
-    GROUPS.clear()
-
-
 def on_two_ranks(function, *arguments):
-    return GROUPS.setdefault(2, Ranks(2)).run(function, *arguments)
+    return shared_ranks(2).run(function, *arguments)
 
 
 def train(world_size, *, num_micro=1, start=0, stop=STEPS, state=None, bad_at=-1, **fields):
-    group = GROUPS.setdefault(world_size, Ranks(world_size))
-    results = group.run(rank_loop, BASE | fields, world_size, num_micro, start, stop, state, bad_at)
+    results = shared_ranks(world_size).run(rank_loop, BASE | fields, world_size, num_micro, start, stop, state, bad_at)
     for _, found, *_ in results[1:]:
         for name, tensor in results[0][1].items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)

@@ -1,39 +1,40 @@
-"""What a hostile input is: made for real, fed through a door that users have, with the answer that docs/safety.md shows."""
+"""Hostile inputs: built for real and passed through an entry point that users have, with the answers in docs/safety.md."""
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-CANARY = "canary"  # a file in the folder that a case is given: what runs code leaves it
+CANARY = "canary"  # code that runs leaves this file in the case's folder
 
 
 @dataclass(frozen=True)
 class Case:
-    """`feed` makes the input below a folder, and returns what it got: an error's line, or what was counted."""
+    """A hostile input. `feed` builds it in a folder and returns the error's line or the counts of an inspection."""
 
     what: str
     door: str
-    answer: str  # … stands for anything
+    answer: str  # the counts, or what the error's line names; … stands for anything between
     feed: Callable[[Path], str]
 
-    def check(self, got: str) -> None:
+    def check(self, line: str) -> None:
+        assert "\n" not in line
         pattern = ".*".join(re.escape(part) for part in self.answer.split("…"))
-        assert "\n" not in got
-        assert re.fullmatch(pattern, got), f"{self.what}: got {got!r}"
+        matches = (re.search if line.startswith("error: ") else re.fullmatch)(pattern, line)
+        assert matches, f"{self.what}: {line!r} is not {self.answer!r}"
 
 
 def line_of(call: Callable[[], object], *kinds: type[Exception]) -> str:
-    """The one line in which a call is refused."""
+    """`error: ` and the one line with which a call fails, or `accepted: ` and its result."""
     try:
-        found = call()
+        result = call()
     except kinds as error:
-        return str(error)
-    return f"taken: {found}"
+        return f"error: {error}"
+    return f"accepted: {result}"
 
 
 class Evil:
-    """Its pickle runs code where it is loaded by a plain unpickler."""
+    """Its pickle runs code when a plain unpickler loads it."""
 
     def __init__(self, folder: Path) -> None:
         self.canary = folder / CANARY

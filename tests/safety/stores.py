@@ -89,25 +89,15 @@ STORES = [
     Case(
         "a key `model/../../outside/escaped` in a bucket",
         MODEL,
-        "s3://b/model: names a file '../../outside/escaped', which is not below it; remove it, or correct the name",
+        "s3://b/model…../../outside/escaped",
         fetched("model/../../outside/escaped"),
     ),
-    Case(
-        "a key with an absolute path in it",
-        MODEL,
-        "s3://b/model: names a file '/tmp/escaped', which is not below it…",
-        fetched("model//tmp/escaped"),
-    ),
-    Case(
-        "a folder for copies that others can write to, found in the temporary folder",
-        MODEL,
-        "…diffdis-cache-…: is a link, or other users may write to it, so models in it cannot be trusted; remove it",
-        planted,
-    ),
+    Case("a key with an absolute path in it", MODEL, "s3://b/model…/tmp/escaped", fetched("model//tmp/escaped")),
+    Case("a folder for copies that others can write to, found in the temporary folder", MODEL, "diffdis-cache-", planted),
     Case(
         "credentials in an s3:// URL",
         "any URL",
-        "s3://***@b/x: contains credentials (before an @); leave them out, and set …",
+        "s3://***@b/x…credentials",
         lambda folder: line_of(lambda: storage.read_bytes("s3://AKIAIOSFODNN7EXAMPLE:wJalrXUtnFEMI@b/x"), DataError),
     ),
 ]

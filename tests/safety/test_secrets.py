@@ -102,7 +102,7 @@ def test_without_secrets_the_configuration_is_saved_as_it_was(tmp_path):
 
 
 def test_s3_credentials_are_refused_wherever_they_stand():
-    with pytest.raises(ConfigError, match=r"^model.warm_start: a URL contains credentials"):
+    with pytest.raises(ConfigError, match=r"^model.warm_start: .*credentials"):
         parse(["--model.warm_start", "s3://key:secret@bucket/x"])
 
 
@@ -134,7 +134,7 @@ def test_a_tracker_that_fails_does_not_print_the_password(tmp_path, caplog):
     assert PASSWORD not in caplog.text
 
 
-@pytest.mark.ranks
+@pytest.mark.slow
 def test_the_script_prints_none(tmp_path):
     """`--dry-run` prints the configuration, and an error its line."""
     command = [sys.executable, "jobs/pretrain.py", "--tracking.uri", URI, "--output_dir", str(tmp_path), "--dry-run"]

@@ -1,7 +1,7 @@
 """Hosts with addresses of their own on one machine, whose links can be cut: Linux namespaces and a bridge.
 
-All of it lives in a sandbox, `goes_on_alone`: with its last process go the network, the mounts and whatever still runs on the
-hosts. Nothing is added to the machine's own network, so any number of sandboxes stand side by side.
+All of it lives in a sandbox (`continue_in_sandbox`): when its last process ends, so do the network, the mounts and everything
+that still runs on the hosts. Nothing is added to the machine's own network, so sandboxes do not disturb each other.
 """
 
 import contextlib
@@ -36,18 +36,18 @@ exec sleep infinity
 """
 
 
-def why_not() -> str:
-    """Why no hosts can be built here; empty where they can."""
+def reason_unavailable() -> str:
+    """Return why no hosts can be built on this machine, or an empty string."""
     if missing := [tool for tool in ("unshare", "nsenter", "ip") if not shutil.which(tool)]:
         return f"needs {' and '.join(missing)} (util-linux, iproute2)"
     done = subprocess.run([*_sandbox(), "sh", "-c", _TRIAL], capture_output=True, text=True)
     return f"namespaces are not permitted: {done.stderr.strip()}" if done.returncode else ""
 
 
-def goes_on_alone() -> None:
-    """Call it first: the same command once more, in a sandbox, in this process's place. Returns inside."""
+def continue_in_sandbox() -> None:
+    """Replace this process by the same command in a sandbox; returns inside of it. Call it first."""
     if not os.environ.get(_INSIDE):
-        if reason := why_not():
+        if reason := reason_unavailable():
             sys.exit(f"error: no hosts can be built: {reason}")
         os.environ[_INSIDE] = "1"
         os.execvp("unshare", [*_sandbox(), sys.executable, *sys.argv])
@@ -116,10 +116,10 @@ class Host:
             return subprocess.Popen([*self.prefix, *command], env=dict(env), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
     def cut(self) -> None:
-        """Its cable is pulled: nothing arrives any more, and nobody is told."""
+        """Pull its cable: nothing arrives any more, and no peer is notified."""
         _ip(f"link set {self.name} down")
 
-    def mend(self) -> None:
+    def reconnect(self) -> None:
         _ip(f"link set {self.name} up")
 
 

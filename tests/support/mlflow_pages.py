@@ -16,7 +16,8 @@ class Pages:
         self.page, self.pictures = page, pictures
         client = MlflowClient(uri)
         self.run = client.get_run(run_id)
-        [self.version] = client.search_model_versions(f"run_id='{run_id}'")
+        versions = client.search_model_versions(f"run_id='{run_id}'")
+        self.version = max(versions, key=lambda version: int(version.version))
         self.experiment = f"{server}/#/experiments/{self.run.info.experiment_id}"
         self.errors: list[str] = []
         self.server = server

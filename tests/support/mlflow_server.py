@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,14 +10,14 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.support.ports import free_ports
+
 
 class MlflowServer:
     """`mlflow server` over a store, for the length of a `with` block."""
 
     def __init__(self, folder: Path, store: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / "mlflow_server.log"
         self._command = [

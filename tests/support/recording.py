@@ -69,12 +69,3 @@ class Records:
             last[step, rank] = max(last.get((step, rank), (0.0, [])), (when, keys))
             ranks[step] = max(ranks.get(step, (0.0, 0)), (when, world_size))
         return {(step, rank): keys for (step, rank), (_, keys) in sorted(last.items()) if rank < ranks[step][1]}
-
-
-def loss_curve(output):
-    """{step: loss} as MLflow has it; of a step that was done twice, the later."""
-    from mlflow import MlflowClient
-
-    tracked = json.loads((Path(output) / "mlflow.json").read_text())
-    history = MlflowClient(tracked["tracking_uri"]).get_metric_history(tracked["run_id"], "train/loss")
-    return {metric.step: metric.value for metric in sorted(history, key=lambda metric: metric.timestamp)}

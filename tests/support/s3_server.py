@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fsspec
+
+from tests.support.ports import free_ports
 
 ACCESS_KEY, SECRET_KEY = "diffdis-tests", "the-secret-of-the-tests"
 
@@ -25,7 +26,7 @@ class S3Server:
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
         identities = [{"name": "tests", "credentials": credentials, "actions": actions}]
         (folder / "s3.json").write_text(json.dumps({"identities": identities}))
-        self.ports = _free_ports(8)
+        self.ports = free_ports(8)
         self.endpoint = f"http://{address}:{self.ports[3]}"
         self.process: subprocess.Popen | None = None
 
@@ -79,14 +80,3 @@ class S3Server:
                 if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"seaweedfs did not start: {(self.folder / 'log').read_text()[-2000:]}") from error
                 time.sleep(0.1)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for opened in sockets:
-            opened.bind(("127.0.0.1", 0))
-        return [opened.getsockname()[1] for opened in sockets]
-    finally:
-        for opened in sockets:
-            opened.close()

@@ -5,9 +5,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from importlib import metadata
 from typing import Any, cast
-
-import ray
 
 from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.pretrain import PretrainConfig
@@ -35,7 +34,7 @@ from ray_platform.tracking.run_metadata import code_version
 
 REPORT, DETAILS, SETTINGS = "report.html", "details.json", "sweep.json"
 # Ray Tune's saved state names functions of this code and types of Ray: another version of either cannot resume it.
-_VERSION = {"format_version": 2, "ray_version": ray.__version__}
+_VERSION = {"format_version": 2, "ray_version": metadata.version("ray")}
 
 
 @dataclass(frozen=True)

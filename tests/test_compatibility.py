@@ -1,0 +1,235 @@
+"""Files that earlier versions wrote still load: tests/fixtures/ba8fcc6/README.md describes them."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffdis.pipeline import DiffDisPipeline
+from diffdis_platform.commands.compare import parse_arguments as parse_compare
+from diffdis_platform.commands.eval import parse_arguments as parse_eval
+from diffdis_platform.commands.pretrain import parse_arguments as parse_pretrain
+from diffdis_platform.comparison.runs import plan_comparison
+from diffdis_platform.exporting import build_task
+from diffdis_platform.sweeping.run import rebuild_report
+from ray_platform.contracts import ConfigError, DataError
+from ray_platform.data import inspection_summary as inspection
+from ray_platform.data import precomputed
+from ray_platform.data.catalog import build_catalog, difference
+from ray_platform.data.config import DataConfig
+from ray_platform.evaluate.result_cache import ResultCache
+from ray_platform.evaluate.results import metrics_for_tracking
+from ray_platform.report.comparison import comparison_page
+from ray_platform.report.inspection import inspection_page
+from ray_platform.train import checkpoint_format
+from tests.support.html_page import Page
+from tests.support.training import logged_losses
+
+FILES = Path(__file__).parent / "fixtures" / "ba8fcc6" / "files.tar.xz"
+OLD_ROOT = "/tmp/ba8fcc6"
+CAPTIONS = ["red heart", "blue star", "green tree", "cat"]
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory) -> Path:
+    """A copy of the files in which the folder's name is right."""
+    root = tmp_path_factory.mktemp("old")
+    with tarfile.open(FILES) as tar:
+        tar.extractall(root, filter="data")
+    with tarfile.open(root / "mlflow_model.tar.gz") as tar:
+        tar.extractall(root, filter="data")
+    (root / "run" / "mlflow.db").write_bytes(gzip.decompress((root / "run" / "mlflow.db.gz").read_bytes()))
+    for path in root.rglob("*"):
+        is_text = path.suffix in (".yaml", ".json", ".csv") and "tune" not in path.parts  # Ray Tune's .json holds pickles
+        if is_text and path.name != "expected.json" and OLD_ROOT in (text := path.read_text()):
+            path.write_text(text.replace(OLD_ROOT, str(root)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(old):
+    """What ba8fcc6 read and computed: {"exact": …, "close": …, …}."""
+    return json.loads((old / "expected.json").read_text().replace(OLD_ROOT, str(old)))
+
+
+@pytest.fixture(scope="module")
+def old_checkpoint(old):
+    (url,) = checkpoint_format.list_checkpoints(str(old / "run"))
+    return url, checkpoint_format.read_manifest(url)
+
+
+def digest(arrays) -> str:
+    """SHA-256 of names, types, shapes and values of {name: array or tensor}."""
+    h = hashlib.sha256()
+    for name in sorted(arrays):
+        value = arrays[name]
+        value = value.detach().cpu().contiguous().numpy() if hasattr(value, "detach") else np.ascontiguousarray(value)
+        h.update(f"{name} {value.dtype.str} {value.shape}".encode() + value.tobytes())
+    return h.hexdigest()
+
+
+def as_json(record):
+    return json.loads(json.dumps(dataclasses.asdict(record) if dataclasses.is_dataclass(record) else record))
+
+
+def assert_contains(values, expected, place=""):
+    """New fields may be added; the old ones have their values."""
+    if isinstance(expected, dict):
+        for key, value in expected.items():
+            assert key in values, f"{place}.{key} is missing"
+            assert_contains(values[key], value, f"{place}.{key}")
+    else:
+        assert values == expected, place
+
+
+def test_a_configuration(old, expected):
+    command = parse_pretrain(["--config", str(old / "run" / "config.yaml")])
+    assert_contains(as_json(command.config), expected["exact"]["run/config.yaml"])
+
+
+def test_a_checkpoints_manifest_and_ledgers(old_checkpoint, expected):
+    url, manifest = old_checkpoint
+    exact = expected["exact"]
+    assert_contains(as_json(manifest), exact["checkpoint/manifest"])
+    base, consumed = checkpoint_format.read_ledgers(url, manifest)
+    assert json.loads(base.to_bytes()) == exact["checkpoint/base"]
+    assert json.loads(consumed.to_bytes()) == exact["checkpoint/consumed"]
+    for unit, ranges in exact["checkpoint/consumed ranges of pool 0, epoch 1"].items():
+        assert [int(end) for end in np.ravel(list(consumed.ranges(0, 1, int(unit))))] == ranges
+    for rank, state in exact["checkpoint/rank states"].items():
+        found = checkpoint_format.read_rank_state(url, manifest, int(rank))
+        assert (found["skipped"], as_json(found["history"])) == (state["skipped"], state["history"])
+
+
+def test_a_checkpoints_tensors(old_checkpoint, expected):
+    url, manifest = old_checkpoint
+    exact = expected["exact"]
+    tensors = checkpoint_format.read_tensors(url, manifest, checkpoint_format.tensor_files(manifest))
+    assert digest(tensors) == exact["checkpoint/tensors"]["digest"]
+    for which in ("weights", "ema"):
+        assert digest(dict(checkpoint_format.read_weights(url, which))) == exact[f"checkpoint/{which}"]
+
+
+def test_an_export_equals_the_one_made_of_its_checkpoint(old, old_checkpoint, expected, tmp_path):
+    url, manifest = old_checkpoint
+    config = json.loads(json.dumps(manifest.config).replace(OLD_ROOT, str(old)))
+    build_task(config).save_pretrained(dict(checkpoint_format.read_weights(url, "ema")), tmp_path)
+    for folder in (old / "run" / "export", tmp_path):
+        assert digest(DiffDisPipeline.from_pretrained(folder).model.state_dict()) == expected["exact"]["export"]["digest"]
+
+
+def test_an_exports_answers(old, expected):
+    close = expected["close"]
+    pipeline = DiffDisPipeline.from_pretrained(old / "run" / "export")
+    rng = np.random.default_rng(5)
+    images = [Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for _ in range(2)]
+    steps = {"num_steps": 3, "num_draws": 2, "keys": ["a", "b"]}
+
+    def assert_close(values, name, tolerance=1e-3):
+        np.testing.assert_allclose(np.asarray(values, float), close[name], rtol=tolerance, atol=tolerance)
+
+    assert_close(pipeline.embed_image(images, **steps).tolist(), "embed_image")
+    assert_close(pipeline.embed_text(CAPTIONS).tolist(), "embed_text")
+    assert_close(pipeline.classify(images, CAPTIONS, ["a {c}."], **steps).tolist(), "classify")
+    assert_close(pipeline.generate(CAPTIONS[:2], num_steps=3, guidance_scale=2.0), "generate", 1.0)
+
+
+def test_a_model_from_mlflow(old, expected):
+    """It brings the code of its version; where another diffdis is imported, MLflow uses that one."""
+    import mlflow.pyfunc
+    import pandas as pd
+
+    model = mlflow.pyfunc.load_model(str(old / "mlflow_model"))
+    result = model.predict(pd.DataFrame({"caption": CAPTIONS}), {"task": "embed"})
+    embedding = [list(map(float, row)) for row in result["embedding"]]
+    np.testing.assert_allclose(embedding, expected["close"]["mlflow_model embed"], rtol=1e-3, atol=1e-3)
+
+
+def test_the_data_of_an_old_run_is_recognized(old, expected):
+    config = parse_pretrain(["--config", str(old / "run" / "config.yaml")]).config
+    catalog = build_catalog(config.data)
+    assert (catalog.digest, list(catalog.num_units)) == (expected["exact"]["shards"]["digest"], [2])
+    assert difference((old / "run" / "catalog.json").read_bytes(), catalog) == ""
+
+
+def test_precomputed_shards(old, expected):
+    for name, values in expected["exact"]["precomputed"].items():
+        keys, captions, tensors = precomputed.from_arrow((old / "precomputed" / name).read_bytes())
+        assert (keys, captions, digest(tensors)) == (values["keys"], values["captions"], values["digest"])
+    catalog = build_catalog(DataConfig(sources=(str(old / "precomputed"),), image_size=16))
+    assert (catalog.digest, catalog.num_samples) == (expected["exact"]["precomputed catalog"]["digest"], 24)
+    encoders = parse_pretrain(["--config", str(old / "run" / "config.yaml")]).config.run("demo").describe_encoders()
+    precomputed.check_encoders(catalog.manifest, encoders)
+    other = encoders | {"text_encoder": encoders["text_encoder"] | {"max_length": 9}}
+    with pytest.raises(DataError, match="text_encoder"):
+        precomputed.check_encoders(catalog.manifest, other)
+
+
+def test_an_evaluation(old, expected):
+    folder = old / "evaluation"
+    parse_eval(["--config", str(folder / "config.yaml")])
+    details = json.loads((folder / "details.json").read_text())
+    assert metrics_for_tracking(details) == expected["exact"]["evaluation/metrics_for_tracking"]
+    keys = sorted(path.stem for path in (folder / "units").glob("*.npz"))
+    cached = ResultCache(str(folder / "units")).read(keys)
+    assert {key: digest(rows) for key, rows in cached.items()} == expected["exact"]["evaluation/units"]
+
+
+def test_a_comparison_has_nothing_left_to_do(old, expected):
+    plan = plan_comparison(parse_compare(["--config", str(old / "comparison" / "config.yaml")]).config)
+    assert plan.pending == []
+    assert as_json(plan.results) == expected["exact"]["comparison/plan"]["results"]
+    summary = json.loads((old / "comparison" / "summary.json").read_text())
+    details = {"title": "t", "created": "2026-01-01T00:00:00", "seconds": 1.0, "code_version": "c", "command": "x"}
+    page = Page(comparison_page({**details, **summary, "grids": [], "curves": {}}))
+    assert "generation" in page.text
+
+
+def test_the_report_of_a_finished_sweep_is_rebuilt(old):
+    report = old / "sweep" / "report.html"
+    report.unlink(missing_ok=True)
+    details = rebuild_report(str(old / "sweep"))
+    text = Page(report.read_text()).text
+    assert [trial["name"] for trial in details["trials"]] == ["trial_000", "trial_001"]
+    assert all(trial["name"] in text for trial in details["trials"])
+
+
+def test_an_unfinished_sweep_is_rejected_in_one_line(old, tmp_path):
+    shutil.copy(old / "sweep" / "sweep.json", tmp_path)
+    with pytest.raises(ConfigError, match=r"^output_dir: .*unfinished") as error:
+        rebuild_report(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_an_inspections_report(old):
+    values = json.loads((old / "inspection" / "inspection.json").read_text())
+    records = {
+        "shards": inspection.ShardCounts(**values["shards"]),
+        "samples": inspection.SampleCounts(**values["samples"]),
+        "rejects": {name: inspection.CauseCounts(**count) for name, count in values["rejects"].items()},
+        "histograms": {name: inspection.HistogramSummary(**histogram) for name, histogram in values["histograms"].items()},
+        "epoch": inspection.EpochEstimate(**values["epoch"]),
+    }
+    summary = inspection.InspectionSummary(**values | records)
+    assert summary.as_dict() == values
+    assert summary.table.startswith("2 of 2 shards inspected")
+    assert "24" in Page(inspection_page(summary, (), DataConfig(image_size=16))).text
+
+
+@pytest.mark.slow
+def test_an_old_run_resumes_with_the_losses_that_it_would_have_had(old, expected, ray_cluster):
+    arguments = ["--config", str(old / "run" / "config.yaml"), "--train.stop_at_step", "0", "--train.resume", "auto"]
+    parse_pretrain(arguments).config.run("demo").fit()
+    losses = logged_losses(old / "run")
+    exact = expected["losses of the steps after the checkpoint (close)"]
+    for step in ("5", "6"):
+        values = tuple(exact[f"train/loss_{name}"][step] for name in ("generation", "alignment"))
+        torch.testing.assert_close(losses[int(step)], values, rtol=1e-3, atol=1e-3)
