@@ -41,5 +41,5 @@ class DiffDisScorer:
         self, captions: Sequence[str], places: Sequence[int], num_steps: int, guidance_scale: float, seed: int
     ) -> np.ndarray:
         """uint8 [B, S, S, 3]; see `DiffDisPipeline.generate`."""
-        images = self.pipeline.generate(captions, num_steps=num_steps, guidance_scale=guidance_scale, seed=seed, places=places)
+        images = self.pipeline.generate(captions, num_steps=num_steps, guidance_scale=guidance_scale, seed=seed, indices=places)
         return np.stack([np.asarray(image) for image in images])

@@ -76,7 +76,7 @@ def diffusion_classifier(pipeline: DiffDisPipeline, latent: torch.Tensor, class_
     generator = torch.Generator().manual_seed(0)
     t = torch.randint(1000, (CLASSIFIER_DRAWS,), generator=generator)
     noise = torch.randn((CLASSIFIER_DRAWS, *latent.shape[1:]), generator=generator)
-    abar = pipeline.model.abar[t].reshape(-1, 1, 1, 1)
+    abar = pipeline.model.alphas_cumprod[t].reshape(-1, 1, 1, 1)
     noised = abar.sqrt() * latent + (1 - abar).sqrt() * noise
     target = abar.sqrt() * noise - (1 - abar).sqrt() * latent  # v
     errors = []

@@ -19,7 +19,7 @@ from diffdis.config import AutoencoderConfig, TextEncoderConfig, tiny
 from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
-from diffdis.warm_start import load
+from diffdis.warm_start import load_warm_start
 from diffdis_platform.evaluation.quality import Reference
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.precomputed import to_arrow
@@ -48,7 +48,7 @@ def encoder(folder: Path) -> object:
 
 
 def start(folder: Path) -> object:
-    return load(DiffDis(tiny()), str(folder))
+    return load_warm_start(DiffDis(tiny()), str(folder))
 
 
 def vae(folder: Path) -> object:
