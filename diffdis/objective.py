@@ -1,7 +1,7 @@
-"""The loss of a batch, for each task: L = L_IG + lambda L_ITA [P, Algorithm 1], either half alone, or the CLIP-style control."""
+"""The training loss of a batch: L = L_IG + lambda L_ITA [P, Algorithm 1], either half alone, or the CLIP-style control."""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,40 +9,41 @@ from torch import nn
 
 from diffdis import schedule
 from diffdis.config import ObjectiveConfig
-from diffdis.losses import Alignment, alignment_loss, first_of_rank, gather, generation_loss
+from diffdis.losses import AlignmentResult, build_alignment_loss, gather, generation_loss, rank_offset
 from diffdis.model import DiffDis, ImageKVCache
 
 NUM_TIMESTEP_BINS = 4  # of t_e, for the logged loss and accuracy: the shortcut shows as a slope over them
-# Of the U-Net, these are used by generation alone: the alignment's walk ends behind the middle block.
+# Only generation uses these parts of the U-Net: the alignment pass ends behind the middle block.
 _UP_PATH = ("unet.up_blocks.*", "unet.conv_norm_out.*", "unet.conv_out.*")
 Inputs = dict[str, torch.Tensor]
-Metrics = dict[str, torch.Tensor]
+Metrics = dict[str, torch.Tensor]  # name -> [2]: weighted sum and weight
 
 
-class Draws(NamedTuple):
-    """All randomness of one step on one rank."""
+class StepNoise(NamedTuple):
+    """All random numbers of one micro-batch on one rank. B images, n query noise samples per image."""
 
-    t_z: torch.Tensor  # [B]
-    noise_z: torch.Tensor  # [B, C, H, W]
+    timesteps: torch.Tensor  # [B]: t_z
+    noise: torch.Tensor  # [B, C, H, W]
     drop_caption: torch.Tensor  # [B] bool
-    t_e: torch.Tensor  # [B, n]
-    noise_e: torch.Tensor  # [B, n, D]
+    query_timesteps: torch.Tensor  # [B, n]: t_e
+    query_noise: torch.Tensor  # [B, n, D]
     drop_image: torch.Tensor  # [B] bool
 
 
-class Predicted(NamedTuple):
-    """The text queries that a batch's images give, and what gave them."""
+class QueryPrediction(NamedTuple):
+    """Text queries predicted from the images of a batch, and the inputs of the prediction."""
 
     queries: torch.Tensor  # [B, n, D], unit norm
-    image: Any  # what DiffDis.encode_condition returns; None for the clip task
-    e_t: torch.Tensor  # [B, n, D]
+    condition: Any  # the ImageCondition; None for the clip task
+    noisy_queries: torch.Tensor  # [B, n, D]
 
 
-class Cached(NamedTuple):
-    """One micro-batch's part of an alignment loss over a whole step: its rows, and the gradients to hand on."""
+class GradCache(NamedTuple):
+    """Alignment loss of one micro-batch's rows, and its gradients, computed over all micro-batches of a step."""
 
-    to_queries: torch.Tensor  # [b, n, D], of the step's mean loss, times the number of micro-batches
-    to_scale: torch.Tensor  # scalar, of the step's mean loss
+    queries_grad: torch.Tensor  # [b, n, D]: gradient of the step's mean loss, times the number of micro-batches
+    scale_grad: torch.Tensor  # scalar: gradient of the step's mean loss
+    parameter_grads: tuple[torch.Tensor, ...]  # for the parameters of the alignment loss; InfoNCE has none
     loss: torch.Tensor  # [n, b]
     correct: torch.Tensor  # [n, b]
 
@@ -51,13 +52,18 @@ class Objective(nn.Module):
     """The trainable module: a model and its loss. In alignment, the negatives are the texts of all ranks."""
 
     def __init__(self, model: DiffDis, objective: ObjectiveConfig):
+        """Raises ValueError for a combination of fields that cannot work."""
         super().__init__()
         if objective.num_draws > 1 and model.config.query_visibility == "joint":
-            raise ValueError("objective.num_draws: more than one draw an image needs model.query_visibility = one_way")
+            raise ValueError(
+                f"objective.num_draws: {objective.num_draws} query noise samples per image need the one-way mask; "
+                "set model.query_visibility = one_way"
+            )
         self.model, self.objective = model, objective
+        self.alignment = build_alignment_loss(objective.alignment_loss)
 
     def freeze(self) -> None:
-        """What the task does not use, and what `objective.freeze` names, is left as it is."""
+        """Freeze the parameters that the task does not use and those that `objective.freeze` names."""
         names = [name for name, _ in self.model.named_parameters()]
         unused = _UP_PATH if self.objective.task in ("alignment", "clip") else ()
         for pattern in self.objective.freeze:
@@ -67,140 +73,173 @@ class Objective(nn.Module):
             if any(fnmatch.fnmatch(name, pattern) for pattern in (*unused, *self.objective.freeze)):
                 parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in self.parameters()):
-            raise ValueError("objective.freeze: nothing is left to train")
+            raise ValueError(f"objective.freeze: nothing is left to train ({', '.join(self.objective.freeze)}); freeze less")
 
     def enable_activation_checkpointing(self) -> None:
-        """Of the U-Net, in both passes, and of the alignment head."""
+        """Recompute the activations of the U-Net, in both passes, and of the alignment head in the backward pass."""
         self.model.unet.enable_gradient_checkpointing()
         if hasattr(self.model, "head"):
             self.model.head.gradient_checkpointing = True
 
-    def forward(self, inputs: Inputs, seed: int, cached: Cached | None = None, only_queries: bool = False) -> Any:
-        """inputs as `DiffDisTask.inputs` makes them -> the loss to minimise (scalar) and metrics, each [sum, weight].
+    def forward(
+        self, inputs: Inputs, seed: int, grad_cache: GradCache | None = None, run: Callable[..., Any] | None = None
+    ) -> Any:
+        """Return the loss of a micro-batch (scalar) and its metrics, each [sum, weight].
 
-        All randomness is drawn from `seed`. With `cached`, the alignment's gradient is what was computed for the whole step.
-        `only_queries`: (predicted queries, scale) instead, for that computation. In eval mode, what is computed for the log alone
-        is left out (the shuffled-image control): then a pass costs what the model's own work costs.
+        Args:
+            inputs: the result of `DiffDisTask.inputs`.
+            seed: determines all random numbers.
+            grad_cache: the alignment's gradient, if it was computed for the whole step.
+            run: another method to run on the batch. ZeRO 3 fetches parameters in the order in which it saw them since the last
+                call of this module, so every pass over the network starts here.
         """
-        draws, task = self.draw(inputs, seed), self.objective.task
-        if only_queries:
-            return self.predict(inputs, draws).queries, self.model.temperature()
-        terms, metrics = [], {}
-        weight = torch.tensor(float(len(inputs["latent"])), device=inputs["latent"].device)
+        noise = self.sample_noise(inputs, seed)
+        if run is not None:
+            return run(inputs, noise)
+        task, terms, metrics = self.objective.task, [], Metrics()
+        batch_size = torch.tensor(float(len(inputs["latent"])), device=inputs["latent"].device)
         if task in ("joint", "generation"):
-            generation = self.generation(inputs, draws)  # [B]
+            generation = self.generation_loss(inputs, noise)  # [B]
             terms.append(generation.mean())
-            metrics["loss_generation"] = torch.stack([generation.detach().sum(), weight])
+            metrics["loss_generation"] = torch.stack([generation.detach().sum(), batch_size])
         if task != "generation":
-            alignment, more = self.alignment(inputs, draws, cached)
+            alignment, alignment_metrics = self.alignment_loss(inputs, noise, grad_cache)
             terms.append((self.objective.lambda_alignment if task == "joint" else 1.0) * alignment)
-            metrics |= more
+            metrics |= alignment_metrics
         loss = torch.stack(terms).sum()
-        metrics["loss"] = torch.stack([loss.detach() * weight, weight])
+        metrics["loss"] = torch.stack([loss.detach() * batch_size, batch_size])
         return loss, metrics
 
-    def draw(self, inputs: Inputs, seed: int) -> Draws:
-        """Drawn on the CPU, so that a seed gives the same numbers on every device; and all of it for every task, so that what two
-        tasks share is equal."""
-        z, e, choice = inputs["latent"], inputs["query"], self.objective
-        size, n, num_timesteps = len(z), choice.num_draws, self.model.config.schedule.num_timesteps
+    def sample_noise(self, inputs: Inputs, seed: int) -> StepNoise:
+        """Sample all random numbers of a micro-batch from `seed`.
+
+        On the CPU, so that a seed gives the same numbers on every device; and all of them for every task, so that two tasks agree
+        on what they share.
+        """
+        latents, queries, config = inputs["latent"], inputs["query"], self.objective
+        size, num_timesteps = len(latents), self.model.config.schedule.num_timesteps
         generator = torch.Generator().manual_seed(seed)
 
-        def uniform(*shape: int) -> torch.Tensor:
-            return torch.rand(shape, generator=generator)
+        def uniform() -> torch.Tensor:
+            return torch.rand((size,), generator=generator)
 
-        draws = Draws(
-            t_z=torch.randint(num_timesteps, (size,), generator=generator),
-            noise_z=torch.randn(z.shape, generator=generator),
-            drop_caption=uniform(size) < choice.caption_dropout,
-            t_e=torch.randint(choice.query_timestep_min, num_timesteps, (size, n), generator=generator),
-            noise_e=torch.randn((size, n, e.shape[-1]), generator=generator),
-            drop_image=uniform(size) < self.model.config.image_dropout,
+        noise = StepNoise(
+            timesteps=torch.randint(num_timesteps, (size,), generator=generator),
+            noise=torch.randn(latents.shape, generator=generator),
+            drop_caption=uniform() < config.caption_dropout,
+            query_timesteps=torch.randint(
+                config.query_timestep_min, num_timesteps, (size, config.num_draws), generator=generator
+            ),
+            query_noise=torch.randn((size, config.num_draws, queries.shape[-1]), generator=generator),
+            drop_image=uniform() < self.model.config.image_dropout,
         )
-        return Draws(*(d.to(z.device, z.dtype if d.is_floating_point() else None) for d in draws))
+        return StepNoise(*(x.to(latents.device, latents.dtype if x.is_floating_point() else None) for x in noise))
 
-    def generation(self, inputs: Inputs, draws: Draws) -> torch.Tensor:
-        """L_IG a sample, [B]: the query is left out; some captions are replaced by the empty one."""
-        z, null = inputs["latent"], inputs["null_states"]
-        abar = self.model.abar[draws.t_z]
-        states = torch.where(draws.drop_caption[:, None, None], null, inputs["token_states"])
-        target = draws.noise_z
+    def generation_loss(self, inputs: Inputs, noise: StepNoise) -> torch.Tensor:
+        """Return L_IG per sample, [B]. The text query is left out; some captions are replaced by the empty one."""
+        latents, null_states = inputs["latent"], inputs["null_states"]  # [B, C, H, W], [1, L, D_c]
+        abar = self.model.alphas_cumprod[noise.timesteps]  # [B]
+        token_states = torch.where(noise.drop_caption[:, None, None], null_states, inputs["token_states"])  # [B, L, D_c]
+        noisy_latents = schedule.add_noise(latents, noise.noise, abar)  # [B, C, H, W]
+        target = noise.noise
         if self.model.config.schedule.prediction_type == "v_prediction":
-            target = schedule.v_target(z, draws.noise_z, abar)
-        z_t = schedule.add_noise(z, draws.noise_z, abar)
-        return generation_loss(self.model.predict_image(z_t, draws.t_z, states), target)
+            target = schedule.v_target(latents, noise.noise, abar)
+        prediction = self.model.predict_image(noisy_latents, noise.timesteps, token_states)  # [B, C, H, W]
+        return generation_loss(prediction, target)
 
-    def predict(self, inputs: Inputs, draws: Draws) -> Predicted:
-        """The image is clean, its text masked; the noised query rides along, but in the clip task."""
-        model, e = self.model, inputs["query"]
+    def predict_queries(self, inputs: Inputs, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the text queries [B, n, D] that `forward` predicts with the same seed, and the scale 1 / temperature."""
+        return self(inputs, seed, run=lambda *batch: (self._predict_queries(*batch).queries, self.model.temperature()))
+
+    def _predict_queries(self, inputs: Inputs, noise: StepNoise) -> QueryPrediction:
+        """Predict the text queries of the images. The image is clean and its text empty; some images are masked."""
+        latents, null_states = inputs["latent"], inputs["null_states"]  # [B, C, H, W], [1, L, D_c]
         if self.objective.task == "clip":
-            return Predicted(model.clip_image_embedding(inputs["latent"], inputs["null_states"])[:, None], None, draws.noise_e)
-        z = inputs["latent"].masked_fill(draws.drop_image[:, None, None, None], 0.0)
-        e_t = model.noise_query(e, draws.noise_e, draws.t_e)
-        image = model.encode_condition(z, inputs["null_states"])
-        return Predicted(model.predict_query(image, e_t, draws.t_e), image, e_t)
+            embedding = self.model.clip_image_embedding(latents, null_states)[:, None]  # [B, 1, D]
+            return QueryPrediction(embedding, None, noise.query_noise)
+        latents = latents.masked_fill(noise.drop_image[:, None, None, None], 0.0)
+        noisy_queries = self.model.noise_query(inputs["query"], noise.query_noise, noise.query_timesteps)  # [B, n, D]
+        condition = self.model.encode_condition(latents, null_states)
+        queries = self.model.predict_query(condition, noisy_queries, noise.query_timesteps)  # [B, n, D]
+        return QueryPrediction(queries, condition, noisy_queries)
 
-    def alignment(self, inputs: Inputs, draws: Draws, cached: Cached | None = None) -> tuple[torch.Tensor, Metrics]:
-        """L_ITA over the global batch, and the metrics of this rank's images."""
-        predicted, scale, ids = self.predict(inputs, draws), self.model.temperature(), inputs["caption_ids"]
-        if cached is None:
-            result = alignment_loss(predicted.queries, inputs["query"], ids, scale)
+    def alignment_loss(
+        self, inputs: Inputs, noise: StepNoise, grad_cache: GradCache | None = None
+    ) -> tuple[torch.Tensor, Metrics]:
+        """Return L_ITA over the global batch, and the metrics of this rank's images.
+
+        In eval mode the shuffled-image control, which is computed for the log alone, is left out.
+        """
+        prediction, scale = self._predict_queries(inputs, noise), self.model.temperature()
+        if grad_cache is None:
+            result = self.alignment(prediction.queries, inputs["query"], inputs["caption_ids"], scale)
         else:
             # Its value is the loss of these rows; its gradient that of the step's mean loss.
-            surrogate = (predicted.queries * cached.to_queries).sum() + scale * cached.to_scale
-            result = Alignment(surrogate - surrogate.detach() + cached.loss.mean(), cached.loss, cached.correct)
-        metrics = {"temperature": torch.stack([1 / scale.detach(), torch.ones_like(scale)])}
-        if self.objective.task == "clip":
-            return result.mean, metrics | _summed(result)
-        metrics |= _summed(result) | _binned(result, draws.t_e.T, self.model.config.schedule.num_timesteps)
-        if self.training:
-            metrics["alignment/retrieval_shuffled_images"] = self._retrieval_of_wrong_images(predicted, draws, inputs)
+            surrogate = (prediction.queries * grad_cache.queries_grad).sum() + scale * grad_cache.scale_grad
+            for parameter, gradient in zip(self._loss_parameters(), grad_cache.parameter_grads, strict=True):
+                surrogate = surrogate + (parameter * gradient).sum()
+            mean = surrogate - surrogate.detach() + grad_cache.loss.mean()
+            result = AlignmentResult(mean, grad_cache.loss, grad_cache.correct)
+        metrics = {"temperature": torch.stack([1 / scale.detach(), torch.ones_like(scale)])} | _sums(result)
+        if self.objective.task != "clip":
+            metrics |= _sums_by_timestep(result, noise.query_timesteps.T, self.model.config.schedule.num_timesteps)
+            if self.training:
+                metrics["alignment/retrieval_shuffled_images"] = self._retrieval_with_shuffled_images(prediction, noise, inputs)
         return result.mean, metrics
 
-    def cache(self, inputs: Sequence[Inputs], predicted: Sequence[torch.Tensor], scale: torch.Tensor) -> list[Cached]:
-        """The alignment loss over all micro-batches of a step on all ranks, from queries [b, n, D] that were predicted before."""
-        queries = torch.cat(list(predicted)).detach().requires_grad_()
-        leaf = scale.detach().clone().requires_grad_()
+    def build_grad_cache(self, inputs: Sequence[Inputs], queries: Sequence[torch.Tensor], scale: torch.Tensor) -> list[GradCache]:
+        """Compute the alignment loss and its gradients over all micro-batches of a step on all ranks.
+
+        `queries` [b, n, D] for each micro-batch, and `scale`: the results of `predict_queries`.
+        """
+        predicted = torch.cat(list(queries)).detach().requires_grad_()  # [num_micro_batches * b, n, D]
+        scale = scale.detach().clone().requires_grad_()
         texts, ids = (torch.cat([part[name] for part in inputs]) for name in ("query", "caption_ids"))
         with torch.enable_grad():
-            result = alignment_loss(queries, texts, ids, leaf)
-            to_queries, to_scale = torch.autograd.grad(result.mean, (queries, leaf))
-        size = len(predicted[0])
+            result = self.alignment(predicted, texts, ids, scale)
+            queries_grad, scale_grad, *others = torch.autograd.grad(result.mean, (predicted, scale, *self._loss_parameters()))
+        size = len(queries[0])
         return [
-            Cached(len(inputs) * to_queries[rows], to_scale, result.loss[:, rows], result.correct[:, rows])
+            GradCache(len(inputs) * queries_grad[rows], scale_grad, tuple(others), result.loss[:, rows], result.correct[:, rows])
             for rows in (slice(part * size, (part + 1) * size) for part in range(len(inputs)))
         ]
 
+    def _loss_parameters(self) -> list[nn.Parameter]:
+        """Return the trainable parameters of the alignment loss itself."""
+        parameters = self.alignment.parameters() if isinstance(self.alignment, nn.Module) else ()
+        return [parameter for parameter in parameters if parameter.requires_grad]
+
     @torch.no_grad()
-    def _retrieval_of_wrong_images(self, predicted: Predicted, draws: Draws, inputs: Inputs) -> torch.Tensor:
-        """The control: a quarter of the queries with another one's image. Above chance means that e_t itself is copied.
+    def _retrieval_with_shuffled_images(self, prediction: QueryPrediction, noise: StepNoise, inputs: Inputs) -> torch.Tensor:
+        """Return [sum, weight] of the retrieval accuracy of a quarter of the queries with the image of another query.
 
-        An image of the same caption is none of another; so a micro-batch of one sample counts nothing.
+        A value above chance means that e_t itself is copied. An image with the same caption does not count as another one, so a
+        micro-batch of one sample has weight 0.
         """
-        image, e_t = predicted.image, predicted.e_t
-        part = slice(0, min(max(2, len(e_t) // 4), len(e_t)))
+        condition, noisy_queries = prediction.condition, prediction.noisy_queries
+        part = slice(0, min(max(2, len(noisy_queries) // 4), len(noisy_queries)))
 
-        def shuffled(x: torch.Tensor) -> torch.Tensor:
+        def shuffle(x: torch.Tensor) -> torch.Tensor:
             return x[part].roll(1, dims=0)
 
-        if isinstance(image, ImageKVCache):
-            sites = [[(shuffled(k), shuffled(v)) for k, v in site] for site in image.sites]
-            image = ImageKVCache(sites, [(shuffled(k), shuffled(v)) for k, v in image.head])
+        if isinstance(condition, ImageKVCache):
+            unet = [[(shuffle(k), shuffle(v)) for k, v in layers] for layers in condition.unet]
+            condition = ImageKVCache(unet, [(shuffle(k), shuffle(v)) for k, v in condition.head])
         else:
-            image = shuffled(image[0]), image[1]
-        queries, ids = gather(inputs["query"]), gather(inputs["caption_ids"])
-        predicted_queries = self.model.predict_query(image, e_t[part], draws.t_e[part])[:, 0]  # [B / 4, D]
-        with torch.autocast(queries.device.type, enabled=False):  # as `alignment_loss`: half precision would tie many texts
-            logits = predicted_queries @ queries.T.float()  # [B / 4, all]
-        own = torch.arange(len(logits), device=logits.device) + first_of_rank(len(e_t))
-        same = ids[own][:, None] == ids[None, :]
-        same[torch.arange(len(own)), own] = False
-        correct = (logits.masked_fill(same, float("-inf")).argmax(dim=1) == own).float()
-        wrong = (ids[own] != ids[own].roll(1)).float()
-        return torch.stack([(correct * wrong).sum(), wrong.sum()])
+            condition = shuffle(condition[0]), condition[1]
+        queries, ids = gather(inputs["query"]), gather(inputs["caption_ids"])  # [B_all, D], [B_all]
+        predicted = self.model.predict_query(condition, noisy_queries[part], noise.query_timesteps[part])[:, 0]  # [B / 4, D]
+        with torch.autocast(queries.device.type, enabled=False):  # half precision would tie the scores of many texts
+            logits = predicted @ queries.T.float()  # [B / 4, B_all]
+        own_text = torch.arange(len(logits), device=logits.device) + rank_offset(len(noisy_queries))
+        same_caption = ids[own_text][:, None] == ids[None, :]
+        same_caption[torch.arange(len(own_text)), own_text] = False
+        correct = (logits.masked_fill(same_caption, float("-inf")).argmax(dim=1) == own_text).float()
+        is_other_image = (ids[own_text] != ids[own_text].roll(1)).float()
+        return torch.stack([(correct * is_other_image).sum(), is_other_image.sum()])
 
 
-def _summed(result: Alignment) -> Metrics:
+def _sums(result: AlignmentResult) -> Metrics:
     ones = torch.ones_like(result.loss)
     return {
         "loss_alignment": torch.stack([result.loss.sum(), ones.sum()]),
@@ -208,13 +247,13 @@ def _summed(result: Alignment) -> Metrics:
     }
 
 
-def _binned(result: Alignment, t_e: torch.Tensor, num_timesteps: int) -> Metrics:
-    """Loss and retrieval accuracy by bins of t_e [n, B]."""
+def _sums_by_timestep(result: AlignmentResult, timesteps: torch.Tensor, num_timesteps: int) -> Metrics:
+    """Return loss and retrieval accuracy by bins of t_e [n, B]."""
     metrics = {}
     width = -(-num_timesteps // NUM_TIMESTEP_BINS)
     for low in range(0, num_timesteps, width):
-        inside = ((t_e >= low) & (t_e < low + width)).float()
+        in_bin = ((timesteps >= low) & (timesteps < low + width)).float()
         name = f"t{low:03d}-{min(low + width, num_timesteps):03d}"
-        metrics[f"alignment/loss_{name}"] = torch.stack([(result.loss * inside).sum(), inside.sum()])
-        metrics[f"alignment/retrieval_{name}"] = torch.stack([(result.correct * inside).sum(), inside.sum()])
+        metrics[f"alignment/loss_{name}"] = torch.stack([(result.loss * in_bin).sum(), in_bin.sum()])
+        metrics[f"alignment/retrieval_{name}"] = torch.stack([(result.correct * in_bin).sum(), in_bin.sum()])
     return metrics

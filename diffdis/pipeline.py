@@ -1,15 +1,18 @@
-"""DiffDisPipeline: a trained model with its encoders. Images from captions, and which text belongs to an image.
+"""DiffDisPipeline: inference with a trained model. It generates images, and it scores which text belongs to an image.
 
-The entry points of inference take images and a *list* of candidate texts, never a label: a score cannot leak the answer.
+The methods take images and a *list* of candidate texts, never a label: a score cannot leak the answer.
 """
 
 import dataclasses
 import hashlib
+import inspect
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,21 +25,26 @@ from diffdis import schedule
 from diffdis.autoencoder import Autoencoder, build_autoencoder, to_latents, to_pixels
 from diffdis.config import DiffDisConfig
 from diffdis.metrics.zero_shot import class_embeddings
-from diffdis.model import DiffDis
+from diffdis.model import DiffDis, ImageCondition
 from diffdis.model_folder import NO_PICKLES, check_declared, check_diffusers_model, check_values, read_json
 from diffdis.text_encoder import TextEncoder, build_text_encoder
 from diffdis.warm_start import ALIGNMENT_WEIGHTS
 
 CONFIG_NAME = "diffdis.json"
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (latents [B, C, H, W], timesteps [B]) -> noise or v
 
 
 class DiffDisPipeline:
+    """A trained model with its frozen encoders, for inference."""
+
     def __init__(self, config: DiffDisConfig, model: DiffDis, autoencoder: Autoencoder, text_encoder: TextEncoder):
+        """Take the parts as they are, all on the device of `model`, and set the model to eval mode."""
         self.config, self.model = config, model.eval()
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
-        self.device = model.abar.device
+        self.device = model.alphas_cumprod.device
 
     def to(self, device: torch.device | str) -> "DiffDisPipeline":
+        """Move all parts to `device`, and return self."""
         for module in (self.model, self.autoencoder, self.text_encoder):
             module.to(device)
         self.device = torch.device(device)
@@ -52,33 +60,84 @@ class DiffDisPipeline:
         num_steps: int = 50,
         guidance_scale: float = 7.5,
         seed: int = 0,
+        indices: Sequence[int] | None = None,
+        scheduler: Any = None,
         places: Sequence[int] | None = None,
     ) -> list[Image.Image]:
-        """One image a caption by DDIM with classifier-free guidance: eps = uncond + guidance_scale (cond - uncond).
+        """Generate one image per caption with classifier-free guidance: eps = uncond + guidance_scale (cond - uncond).
 
-        guidance_scale is the usual one, the paper's w plus 1. The noise of an image depends on (seed, its place) alone, not on
-        the batch; `places` are 0, 1, … unless given. Raises ValueError for a model that was not trained to generate.
+        Args:
+            captions: B texts.
+            num_steps: number of sampling steps.
+            guidance_scale: the usual one, the paper's w plus 1.
+            seed: the noise of an image depends on the seed and its index alone, not on the batch.
+            indices: the index of each caption among all captions; 0, 1, … by default.
+            scheduler: a sampler of diffusers: a scheduler, or the name of its class, such as "DPMSolverMultistepScheduler";
+                DDIM by default.
+            places: deprecated, use `indices`.
+
+        Raises:
+            ValueError: the model was not trained to generate, or diffusers has no such scheduler.
         """
         if self.config.trained_for in ("alignment", "clip"):
             raise ValueError(f"this model was trained for {self.config.trained_for} alone: it cannot generate images")
+        if places is not None:
+            warnings.warn("generate: `places` is deprecated; use `indices`", DeprecationWarning, stacklevel=2)
+            indices = places
+        indices = indices or range(len(captions))
         unet = self.config.unet
         shape = (unet.in_channels, unet.sample_size, unet.sample_size)
-        noise = [_noise(f"generate/{seed}/{place}", shape) for place in places or range(len(captions))]
-        latent = torch.stack(noise).to(self.device)  # [B, C, H, W]
-        states, _ = self.text_encoder.encode(captions, self.device)
-        null, _ = self.text_encoder.encode([""], self.device)
-        for t, abar, abar_prev in self._steps(num_steps):
-            time = torch.full((len(latent),), t, device=self.device)
-            out = self.model.predict_image(latent, time, states)
+        latents = torch.stack([_noise(f"generate/{seed}/{index}", shape) for index in indices]).to(self.device)  # [B, C, H, W]
+        token_states, _ = self.text_encoder.encode(captions, self.device)  # [B, L, D_c]
+        null_states, _ = self.text_encoder.encode([""], self.device)  # [1, L, D_c]
+
+        def predict(latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            """Return the guided noise, or v, [B, C, H, W]."""
+            out = self.model.predict_image(latents, timesteps, token_states)
             if guidance_scale != 1.0:
-                without = self.model.predict_image(latent, time, null.expand_as(states))
-                out = without + guidance_scale * (out - without)
+                uncond = self.model.predict_image(latents, timesteps, null_states.expand_as(token_states))
+                out = uncond + guidance_scale * (out - uncond)
+            return out
+
+        if scheduler is None:
+            latents = self._sample_ddim(predict, latents, num_steps)
+        else:
+            generators = [_generator(f"sample/{seed}/{index}") for index in indices]
+            latents = self._sample(predict, latents, num_steps, self.build_scheduler(scheduler), generators)
+        return [Image.fromarray(image) for image in to_pixels(self.autoencoder, latents)]
+
+    def _sample_ddim(self, predict: Predict, latents: torch.Tensor, num_steps: int) -> torch.Tensor:
+        """Denoise latents [B, C, H, W] by DDIM."""
+        for t, abar, abar_prev in self._steps(num_steps):
+            out = predict(latents, torch.full((len(latents),), t, device=self.device))
             if self.config.schedule.prediction_type == "v_prediction":
-                x0 = schedule.x0_from_v(latent, out, abar)
+                x0 = schedule.x0_from_v(latents, out, abar)
             else:
-                x0 = schedule.x0_from_noise(latent, out, abar)
-            latent = schedule.ddim_step(latent, x0, abar, abar_prev)
-        return [Image.fromarray(image) for image in to_pixels(self.autoencoder, latent)]
+                x0 = schedule.x0_from_noise(latents, out, abar)
+            latents = schedule.ddim_step(latents, x0, abar, abar_prev)
+        return latents
+
+    def _sample(
+        self, predict: Predict, latents: torch.Tensor, num_steps: int, scheduler: Any, generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        """Denoise latents [B, C, H, W] by a scheduler of diffusers; `generators`: of the noise of each image."""
+        scheduler.set_timesteps(num_steps, device=self.device)
+        settings = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        latents = latents * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            out = predict(scheduler.scale_model_input(latents, t), t.expand(len(latents)))
+            latents = scheduler.step(out, t, latents, **settings).prev_sample
+        return latents
+
+    def build_scheduler(self, scheduler: Any) -> Any:
+        """Return a scheduler of diffusers with the model's noise schedule, from a name or from a scheduler. Raises ValueError."""
+        kind: Any = getattr(diffusers, scheduler, None) if isinstance(scheduler, str) else type(scheduler)
+        if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
+            raise ValueError(f"scheduler: diffusers has no scheduler {scheduler!r}; use one such as DPMSolverMultistepScheduler")
+        if isinstance(scheduler, str):
+            return kind.from_config(self._scheduler().config)
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+        return kind.from_config(scheduler.config, **{name: self._scheduler().config[name] for name in names})
 
     # --- alignment -----------------------------------------------------------------------------------------------------
 
@@ -92,14 +151,24 @@ class DiffDisPipeline:
         num_draws: int = 1,
         guidance: float = 0.0,
     ) -> torch.Tensor:
-        """The text query that each image denoises to, from pure noise (Algorithm 3): [B, D], unit norm, mean of the draws.
+        """Denoise the text query of each image from pure noise (Algorithm 3). Returns [B, D], unit norm.
 
-        images: PIL images of any size, or uint8 [B, H, W, 3] of the model's size. The noise of an image depends on its key (by
-        default a digest of its pixels) and the draw, never on its place in the batch. `guidance` is the paper's w, over the
-        image condition; it needs a model trained with image_dropout. A model of the `clip` task knows neither steps nor draws.
+        A model of the `clip` task embeds the image directly and ignores `num_steps`, `num_draws` and `guidance`.
+
+        Args:
+            images: PIL images of any size, or uint8 [B, H, W, 3] of the model's size.
+            keys: the noise of an image depends on its key (by default a digest of its pixels), never on its index in the batch.
+            num_steps: number of denoising steps.
+            num_draws: number of noise samples per image, whose queries are averaged.
+            guidance: the paper's w, over the image condition; the model must be trained with image_dropout.
+
+        Raises:
+            ValueError: wrong images, or guidance for a model that was trained with image_dropout = 0.
         """
         if guidance and not self.config.image_dropout:
-            raise ValueError("guidance: the model was trained with image_dropout = 0 and does not know a masked image")
+            raise ValueError(
+                f"guidance: {guidance:g}, but the model was trained with image_dropout = 0 and cannot do without an image; use 0"
+            )
         pixels = self.pixels(images)
         keys = keys or [hashlib.sha256(p.tobytes()).hexdigest() for p in pixels]
         latent = to_latents(self.autoencoder, pixels, self.device)
@@ -109,45 +178,47 @@ class DiffDisPipeline:
     def embed_latent(
         self, latent: torch.Tensor, keys: Sequence[str], num_steps: int = 10, num_draws: int = 1, guidance: float = 0.0
     ) -> torch.Tensor:
-        """`embed_image` of latents [B, C, H, W]. Raises ValueError for a model that was trained to generate alone."""
+        """Embed latents [B, C, H, W] as `embed_image` does. Raises ValueError for a model that was trained to generate alone."""
         if self.config.trained_for == "generation":
             raise ValueError("this model was trained for generation alone: it cannot tell which text belongs to an image")
-        null, _ = self.text_encoder.encode([""], self.device)
+        null_states, _ = self.text_encoder.encode([""], self.device)  # [1, L, D_c]
         if self.config.trained_for == "clip":
-            return self.model.clip_image_embedding(latent, null)
-        image = self.model.encode_condition(latent, null)
-        masked = self.model.encode_condition(torch.zeros_like(latent), null) if guidance else None
+            return self.model.clip_image_embedding(latent, null_states)
+        condition = self.model.encode_condition(latent, null_states)
+        masked = self.model.encode_condition(torch.zeros_like(latent), null_states) if guidance else None
         width = self.config.text_encoder.embedding_dim
-        chains = []
-        # One draw a chain under the joint mask, where a query changes the image's tokens; all at once under one-way.
-        together = num_draws if self.config.query_visibility == "one_way" else 1
-        for first in range(0, num_draws, together):
-            draws = range(first, first + together)
-            noise = [torch.stack([_noise(f"embed/{key}/{draw}", (width,)) for draw in draws]) for key in keys]
-            chains.append(self._denoise_query(image, masked, torch.stack(noise).to(self.device), num_steps, guidance))
-        return F.normalize(torch.cat(chains, dim=1).mean(dim=1), dim=-1)
+        queries = []
+        # One sample at a time under the joint mask, where a query changes the image's tokens; all at once under one-way.
+        chunk = num_draws if self.config.query_visibility == "one_way" else 1
+        for start in range(0, num_draws, chunk):
+            samples = range(start, start + chunk)
+            noise = [torch.stack([_noise(f"embed/{key}/{sample}", (width,)) for sample in samples]) for key in keys]
+            queries.append(self._denoise_query(condition, masked, torch.stack(noise).to(self.device), num_steps, guidance))
+        return F.normalize(torch.cat(queries, dim=1).mean(dim=1), dim=-1)
 
-    def _denoise_query(self, image: Any, masked: Any, e_t: torch.Tensor, num_steps: int, guidance: float) -> torch.Tensor:
-        """K steps from noise e_T [B, n, D] to unit-norm queries [B, n, D]."""
+    def _denoise_query(
+        self, condition: ImageCondition, masked: ImageCondition | None, e_t: torch.Tensor, num_steps: int, guidance: float
+    ) -> torch.Tensor:
+        """Denoise e_T [B, n, D] to unit-norm queries [B, n, D]. `masked`: the condition without an image, for guidance."""
         gamma, length = self.config.schedule.gamma, e_t.shape[-1] ** 0.5
         e0 = e_t
-        for t, abar, abar_prev in self._steps(num_steps, spacing="trailing"):  # trailing: the chain starts at t = T
-            time = torch.full((1, 1), t, device=self.device)  # the same for all
-            e0 = self.model.predict_query(image, e_t, time)
-            if guidance:
-                without = self.model.predict_query(masked, e_t, time)
-                e0 = F.normalize((1 + guidance) * e0 - guidance * without, dim=-1)
+        for t, abar, abar_prev in self._steps(num_steps, spacing="trailing"):  # trailing: the first step is at t = T - 1
+            timestep = torch.full((1, 1), t, device=self.device)  # the same for all
+            e0 = self.model.predict_query(condition, e_t, timestep)
+            if masked is not None:
+                uncond = self.model.predict_query(masked, e_t, timestep)
+                e0 = F.normalize((1 + guidance) * e0 - guidance * uncond, dim=-1)
             e_t = schedule.ddim_step(e_t, length * e0, abar, abar_prev, gamma)
         return e0
 
     @torch.no_grad()
     def embed_text(self, captions: Sequence[str], batch_size: int = 256) -> torch.Tensor:
-        """[N, D], unit norm."""
+        """Return the text queries of N captions, [N, D], unit norm."""
         parts = [captions[i : i + batch_size] for i in range(0, len(captions), batch_size)]
         return torch.cat([self.text_encoder.encode(part, self.device)[1] for part in parts])
 
     def embed_classes(self, class_names: Sequence[str], templates: Sequence[str] = ("{c}",)) -> torch.Tensor:
-        """A class's embedding is the normalised mean over its templates. [num_classes, D]"""
+        """Return the normalized mean over the templates of each class, [num_classes, D]; "{c}" is the class name."""
         return class_embeddings(self.embed_text, class_names, templates)
 
     def classify(
@@ -157,28 +228,36 @@ class DiffDisPipeline:
         templates: Sequence[str] = ("{c}",),
         **settings: Any,
     ) -> torch.Tensor:
-        """Probabilities over `class_names`, [B, num_classes]; settings as of `embed_image`."""
+        """Return probabilities over `class_names`, [B, num_classes]. `settings`: those of `embed_image`."""
         similarity = self.embed_image(images, **settings) @ self.embed_classes(class_names, templates).T
         return (similarity * self.model.temperature()).softmax(dim=-1).detach()
 
-    def rank(self, images: Sequence[Image.Image] | np.ndarray, captions: Sequence[str], **settings: Any) -> torch.Tensor:
-        """For each image the indices of `captions`, the best first: [B, N]; settings as of `embed_image`."""
+    def rank_captions(self, images: Sequence[Image.Image] | np.ndarray, captions: Sequence[str], **settings: Any) -> torch.Tensor:
+        """Return the indices of N `captions` for each image, best first, [B, N]. `settings`: those of `embed_image`."""
         similarity = self.embed_image(images, **settings) @ self.embed_text(captions).T
         return similarity.argsort(dim=-1, descending=True)
 
+    def rank(self, images: Sequence[Image.Image] | np.ndarray, captions: Sequence[str], **settings: Any) -> torch.Tensor:
+        """Deprecated: use `rank_captions`."""
+        warnings.warn("DiffDisPipeline.rank is deprecated; use rank_captions", DeprecationWarning, stacklevel=2)
+        return self.rank_captions(images, captions, **settings)
+
     def pixels(self, images: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
-        """PIL images of any size, cut and resized to the model's; or what has its size already -> [B, H, W, 3] uint8."""
+        """Crop and resize PIL images to the model's size, [B, H, W, 3] uint8; an array must have this size already.
+
+        Raises ValueError for an array of another shape or type.
+        """
         size = self.config.image_size
         if isinstance(images, np.ndarray):
             if images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
-                raise ValueError(f"images: {images.dtype} {images.shape} is not uint8 [B, {size}, {size}, 3]")
+                raise ValueError(f"images: {images.dtype} {images.shape} is not uint8 [B, {size}, {size}, 3]; use PIL")
             return images
         fitted = [ImageOps.fit(i.convert("RGB"), (size, size), Image.Resampling.BICUBIC) for i in images]
         return np.stack([np.asarray(i) for i in fitted])
 
     def _steps(self, num_steps: int, spacing: str = "") -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(t, abar_t, abar at the next t) of a K-step chain."""
-        spacing, abar = spacing or self.config.schedule.timestep_spacing, self.model.abar
+        """Return (t, abar_t, abar after the step) for every sampling step."""
+        spacing, abar = spacing or self.config.schedule.timestep_spacing, self.model.alphas_cumprod
         steps = schedule.inference_timesteps(num_steps, len(abar), spacing)
         previous = schedule.previous_alphas_cumprod(abar, steps, spacing)
         return [(t, abar[t], prev) for t, prev in zip(steps, previous, strict=True)]
@@ -186,7 +265,7 @@ class DiffDisPipeline:
     # --- folders ---------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """unet/ vae/ text_encoder/ tokenizer/ scheduler/ as diffusers and transformers read them, alignment/ and diffdis.json."""
+        """Write unet/ vae/ text_encoder/ tokenizer/ scheduler/ for diffusers and transformers, alignment/ and diffdis.json."""
         folder = Path(folder)
         self.model.unet.save_pretrained(folder / "unet")
         self.autoencoder.save_pretrained(folder / "vae")
@@ -215,17 +294,21 @@ class DiffDisPipeline:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "DiffDisPipeline":
-        """The inverse of `save_pretrained`. Raises FileNotFoundError when the folder is not an exported one, ValueError for one
-        that is damaged, or holds more than tensors."""
+        """Open a folder that `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: the folder is not an exported model.
+            ValueError: it is damaged, or contains more than tensors.
+        """
         folder = Path(folder)
         if not (folder / CONFIG_NAME).exists():
-            raise FileNotFoundError(f"{folder}: no {CONFIG_NAME} here; give a folder that DiffDis exported")
+            raise FileNotFoundError(f"{folder}: no {CONFIG_NAME} in this folder; give a folder that DiffDis exported")
         values = read_json(folder / CONFIG_NAME)
         check_values(folder / CONFIG_NAME, values)
         try:
             saved = DiffDisConfig.from_dict(values)
         except (TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / CONFIG_NAME}: describes no model ({error})") from None
+            raise ValueError(f"{folder / CONFIG_NAME}: does not describe a model ({error}); export it again") from None
         config = dataclasses.replace(
             saved,
             warm_start="",
@@ -247,7 +330,7 @@ class DiffDisPipeline:
 
 
 def _stable_diffusion_index(text_encoder: TextEncoder) -> dict[str, Any]:
-    """With it diffusers' StableDiffusionPipeline opens the folder too."""
+    """Return the index file with which diffusers' StableDiffusionPipeline opens the folder."""
     return {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],
@@ -261,7 +344,12 @@ def _stable_diffusion_index(text_encoder: TextEncoder) -> dict[str, Any]:
     }
 
 
-def _noise(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal noise that depends on its name alone."""
+def _generator(name: str) -> torch.Generator:
+    """Return a random generator whose seed depends on `name` alone."""
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.Generator().manual_seed(seed)
+
+
+def _noise(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return standard normal noise that depends on `name` alone."""
+    return torch.randn(shape, generator=_generator(name))

@@ -1,4 +1,4 @@
-"""The diffusion of both streams, one equation a function. Timesteps count from 0 to T - 1, as in diffusers."""
+"""Noise schedule of images and text queries, one equation per function. Timesteps count from 0 to T - 1, as in diffusers."""
 
 import torch
 
@@ -12,32 +12,32 @@ def alphas_cumprod(config: ScheduleConfig) -> torch.Tensor:
     return torch.cumprod(1.0 - betas, dim=0)
 
 
-def expand(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Append axes of size 1 until `values` broadcasts over `like`'s trailing ones."""
+def expand_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Append axes of size 1 until `values` broadcasts over the trailing axes of `like`."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)).to(like)
 
 
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, abar: torch.Tensor, gamma: float = 1.0) -> torch.Tensor:
     """x_t = gamma sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (METHOD: gamma scales the text query; 1 for images)."""
-    abar = expand(abar, x0)
+    abar = expand_like(abar, x0)
     return gamma * abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
 
 def v_target(x0: torch.Tensor, noise: torch.Tensor, abar: torch.Tensor) -> torch.Tensor:
     """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, eq. 11)."""
-    abar = expand(abar, x0)
+    abar = expand_like(abar, x0)
     return abar.sqrt() * noise - (1 - abar).sqrt() * x0
 
 
 def x0_from_v(x_t: torch.Tensor, v: torch.Tensor, abar: torch.Tensor) -> torch.Tensor:
     """x_0 = sqrt(abar_t) x_t - sqrt(1 - abar_t) v."""
-    abar = expand(abar, x_t)
+    abar = expand_like(abar, x_t)
     return abar.sqrt() * x_t - (1 - abar).sqrt() * v
 
 
 def x0_from_noise(x_t: torch.Tensor, noise: torch.Tensor, abar: torch.Tensor, gamma: float = 1.0) -> torch.Tensor:
     """x_0 = (x_t - sqrt(1 - abar_t) eps) / (gamma sqrt(abar_t))."""
-    abar = expand(abar, x_t)
+    abar = expand_like(abar, x_t)
     return (x_t - (1 - abar).sqrt() * noise) / (gamma * abar.sqrt())
 
 
@@ -46,17 +46,20 @@ def ddim_step(
 ) -> torch.Tensor:
     """Deterministic DDIM (Song et al. 2021, eq. 12 with sigma = 0) from abar_t to abar_prev, given the predicted x_0.
 
-    eps_hat = (x_t - gamma sqrt(abar_t) x_0) / sqrt(1 - abar_t); the step noises x_0 again with it.
+    eps_hat = (x_t - gamma sqrt(abar_t) x_0) / sqrt(1 - abar_t); the step adds this noise to x_0 again.
     """
-    abar_t = expand(abar, x_t)
+    abar_t = expand_like(abar, x_t)
     noise = (x_t - gamma * abar_t.sqrt() * x0) / (1 - abar_t).sqrt()
     return add_noise(x0, noise, abar_prev, gamma)
 
 
 def inference_timesteps(num_steps: int, num_timesteps: int, spacing: str) -> list[int]:
-    """K timesteps, falling. `leading` is Stable Diffusion's (with its offset of 1), `trailing` begins at T - 1."""
+    """Return `num_steps` falling timesteps. `leading` is Stable Diffusion's (with its offset of 1), `trailing` starts at T - 1.
+
+    Raises ValueError if `num_steps` is not in 1..num_timesteps.
+    """
     if not 1 <= num_steps <= num_timesteps:
-        raise ValueError(f"num_steps: {num_steps} is not in 1..{num_timesteps}")
+        raise ValueError(f"num_steps: {num_steps} is not in 1..{num_timesteps}; choose fewer sampling steps")
     if spacing == "leading":
         stride = num_timesteps // num_steps
         return [min(i * stride + 1, num_timesteps - 1) for i in reversed(range(num_steps))]
@@ -65,7 +68,7 @@ def inference_timesteps(num_steps: int, num_timesteps: int, spacing: str) -> lis
 
 
 def previous_alphas_cumprod(abar: torch.Tensor, timesteps: list[int], spacing: str) -> list[torch.Tensor]:
-    """abar where each step arrives, T // K timesteps on (as diffusers); past 0 it is abar_0 for `leading`, 1 for `trailing`."""
+    """Return abar after each step, T // K timesteps later (as diffusers); below 0: abar_0 for `leading`, 1 for `trailing`."""
     stride = abar.numel() // len(timesteps)
     final = abar[0] if spacing == "leading" else torch.ones_like(abar[0])
     return [abar[t - stride] if t >= stride else final for t in timesteps]

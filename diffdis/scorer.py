@@ -1,4 +1,4 @@
-"""An exported DiffDis model as an evaluation uses it: what tells which text belongs to an image, and what draws images."""
+"""An exported DiffDis model in an evaluation: it scores how well images and texts fit each other, and generates images."""
 
 from collections.abc import Sequence
 
@@ -10,36 +10,36 @@ from diffdis.pipeline import DiffDisPipeline
 
 
 class DiffDisScorer:
-    """Satisfies the platform's Scorer and Generator by shape."""
+    """Satisfies the platform's Scorer and Generator protocols."""
 
     def __init__(self, folder: str, device: str):
         self.pipeline = DiffDisPipeline.from_pretrained(folder).to(device)
         if isinstance(self.pipeline.autoencoder, KLAutoencoder):
-            # An image at a time: at 512 px its activations are larger than the U-Net's for the whole batch.
+            # One image at a time: at 512 px its activations are larger than the U-Net's for the whole batch.
             self.pipeline.autoencoder.vae.enable_slicing()
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] of any size -> [S, S, 3] of the model's size: cut to a square in the middle, bicubic."""
+        """Return [S, S, 3] of the model's size for uint8 [H, W, 3]: center-cropped to a square, resized with a bicubic filter."""
         return self.pipeline.pixels([Image.fromarray(image)])[0]
 
     def embed_images(
         self, images: np.ndarray, keys: Sequence[str], num_steps: int = 10, num_draws: int = 1, guidance: float = 0.0
     ) -> np.ndarray:
-        """uint8 [B, S, S, 3] -> queries denoised from pure noise [B, D] float32; see `DiffDisPipeline.embed_image`."""
-        found = self.pipeline.embed_image(images, keys=keys, num_steps=num_steps, num_draws=num_draws, guidance=guidance)
-        return found.float().cpu().numpy()
+        """Return queries denoised from pure noise, [B, D] float32, of uint8 [B, S, S, 3]; see `DiffDisPipeline.embed_image`."""
+        queries = self.pipeline.embed_image(images, keys=keys, num_steps=num_steps, num_draws=num_draws, guidance=guidance)
+        return queries.float().cpu().numpy()
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """[N, D] float32."""
+        """Return [N, D] float32."""
         return self.pipeline.embed_text(texts).float().cpu().numpy()
 
     def embed_classes(self, class_names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-        """[num_classes, D] float32."""
+        """Return [num_classes, D] float32."""
         return self.pipeline.embed_classes(class_names, templates).float().cpu().numpy()
 
-    def draw(
-        self, captions: Sequence[str], places: Sequence[int], num_steps: int, guidance_scale: float, seed: int
+    def generate_images(
+        self, captions: Sequence[str], indices: Sequence[int], num_steps: int, guidance_scale: float, seed: int
     ) -> np.ndarray:
-        """uint8 [B, S, S, 3]; see `DiffDisPipeline.generate`."""
-        images = self.pipeline.generate(captions, num_steps=num_steps, guidance_scale=guidance_scale, seed=seed, places=places)
+        """Return uint8 [B, S, S, 3]; see `DiffDisPipeline.generate`."""
+        images = self.pipeline.generate(captions, num_steps=num_steps, guidance_scale=guidance_scale, seed=seed, indices=indices)
         return np.stack([np.asarray(image) for image in images])

@@ -1,4 +1,4 @@
-"""What a trainer needs of DiffDis: a module that computes the loss of a batch, parameter groups, scores, previews, an export."""
+"""The Task of DiffDis for a trainer: loss, parameter groups, scores, previews and export."""
 
 import dataclasses
 import hashlib
@@ -15,32 +15,32 @@ from torch import nn
 from diffdis.autoencoder import build_autoencoder, to_latents
 from diffdis.config import DiffDisConfig, ObjectiveConfig
 from diffdis.encoder import PRECOMPUTED
+from diffdis.image_grid import image_grid
 from diffdis.metrics.retrieval import recall_at_k
-from diffdis.metrics.zero_shot import top_k_accuracy
+from diffdis.metrics.zero_shot import ZeroShotScores
 from diffdis.model import DiffDis
 from diffdis.objective import Inputs, Objective
-from diffdis.pictures import grid
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
-from diffdis.warm_start import load, resolved
+from diffdis.warm_start import load_warm_start, resolve_encoder_paths
 
 
 class DiffDisTask:
-    """Satisfies the platform's Task by shape."""
+    """Implements the platform's `Task` protocol, without importing the platform."""
 
     def __init__(self, config: DiffDisConfig, objective: ObjectiveConfig, preview_captions: tuple[str, ...] = ()):
-        self.config = dataclasses.replace(resolved(config), trained_for=objective.task)
+        self.config = dataclasses.replace(resolve_encoder_paths(config), trained_for=objective.task)
         self.objective, self.preview_captions = objective, preview_captions
         self.autoencoder = build_autoencoder(self.config.autoencoder)
         self.text_encoder = build_text_encoder(self.config.text_encoder)
         model = DiffDis(self.config, objective.temperature)
-        self.warm_start = load(model, config.warm_start) if config.warm_start else None
+        self.warm_start = load_warm_start(model, config.warm_start) if config.warm_start else None
         self.module = Objective(model, objective)
         self.module.freeze()
         self._null_states: torch.Tensor | None = None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The U-Net's rate and the new parameters' rate; no decay on norms, biases and the temperature."""
+        """Return AdamW groups: one rate for the U-Net, one for new parameters; no decay for norms, biases and the temperature."""
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
@@ -58,13 +58,15 @@ class DiffDisTask:
         ]
 
     def enable_activation_checkpointing(self) -> None:
-        """Of the U-Net, in both passes, and of the alignment head."""
+        """Recompute activations in the backward pass instead of keeping them."""
         self.module.enable_activation_checkpointing()
 
     @torch.no_grad()
     def inputs(self, batch: Any, device: torch.device) -> Inputs:
-        """A batch, of images [B, H, W, 3] uint8 or precomputed -> latent, token_states, query, caption_ids [B] and
-        null_states [1, L, D_c]."""
+        """Convert a batch, of images [B, H, W, 3] uint8 or precomputed, to the inputs of `module`.
+
+        Returns latent [B, C, H, W], token_states [B, L, D_c], query [B, D], caption_ids [B] and null_states [1, L, D_c].
+        """
         if self._null_states is None:
             self.autoencoder.to(device)
             self.text_encoder.to(device)
@@ -81,93 +83,98 @@ class DiffDisTask:
         }
 
     def precompute_step_loss(self, inputs: Sequence[Inputs], seeds: Sequence[int]) -> Sequence[Mapping[str, Any]]:
-        """With `objective.negatives` = step, the alignment's gradient over all micro-batches of the step (gradient caching)."""
+        """With `objective.negatives` = step, compute the alignment's gradient over all micro-batches (gradient caching)."""
         if self.objective.negatives == "micro_batch" or self.objective.task == "generation" or len(inputs) == 1:
             return [{} for _ in inputs]
         with torch.no_grad():
-            found = [self.module(part, seed, only_queries=True) for part, seed in zip(inputs, seeds, strict=True)]
-        cached = self.module.cache(inputs, [predicted for predicted, _ in found], found[0][1])
-        return [{"cached": part} for part in cached]
+            predictions = [self.module.predict_queries(part, seed) for part, seed in zip(inputs, seeds, strict=True)]
+        caches = self.module.build_grad_cache(inputs, [queries for queries, _ in predictions], predictions[0][1])
+        return [{"grad_cache": cache} for cache in caches]
 
-    # --- scores and previews: every rank calls them with its share, for under ZeRO 3 the weights are shared out ---------------
+    # --- scores and previews: every rank calls them, because under ZeRO 3 the weights are sharded ----------------------------
 
     def embed_heldout(self, inputs: Inputs) -> dict[str, torch.Tensor]:
-        """Each image's text query from pure noise in one step, its true one [B, D] and its caption's number [B]."""
+        """Return the text query of each image, denoised in one step, its true one [B, D] and the id of its caption [B]."""
         if self.objective.task == "generation":
             return {}
         latent = inputs["latent"]
         keys = [hashlib.sha256(part.float().cpu().numpy().tobytes()).hexdigest() for part in latent]
-        predicted = self._live().embed_latent(latent, keys, num_steps=1)
+        predicted = self._live_pipeline().embed_latent(latent, keys, num_steps=1)
         return {"predicted": predicted, "query": inputs["query"], "caption_ids": inputs["caption_ids"]}
 
     def score(self, rows: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Zero-shot accuracy over the distinct captions, and retrieval both ways among all pairs; rows of `embed_heldout`."""
+        """Return zero-shot accuracy over the distinct captions and retrieval both ways, from all rows of `embed_heldout`."""
         if not rows:
             return {}
         predicted, query, ids = rows["predicted"], rows["query"], rows["caption_ids"]
         _, labels = ids.unique(return_inverse=True)
         classes = torch.stack([query[labels == label][0] for label in range(int(labels.max()) + 1)])  # [num_classes, D]
-        similarity, right = predicted @ query.T, ids[:, None] == ids[None, :]
+        similarity, is_match = predicted @ query.T, ids[:, None] == ids[None, :]
+        # Not finite after a divergence, which must not stop the training here.
+        images, texts = (rows.float().nan_to_num().cpu().numpy() for rows in (predicted, classes))
+        zero_shot = ZeroShotScores.from_embeddings(images, texts, labels.cpu().numpy())
         return {
-            "heldout/acc1": top_k_accuracy(predicted @ classes.T, labels),
-            "heldout/acc5": top_k_accuracy(predicted @ classes.T, labels, k=5),
-            "heldout/image_to_text_r1": recall_at_k(similarity, right),
-            "heldout/text_to_image_r1": recall_at_k(similarity.T, right),
+            "heldout/acc1": zero_shot.accuracy(),
+            "heldout/acc5": zero_shot.accuracy(5),
+            "heldout/image_to_text_r1": recall_at_k(similarity, is_match),
+            "heldout/text_to_image_r1": recall_at_k(similarity.T, is_match),
         }
 
     def preview(self, rank: int, world_size: int) -> dict[int, np.ndarray]:
-        """This rank's share of images of `preview_captions`, by their place: [H, W, 3] uint8, always from the same noise.
+        """Generate this rank's part of the preview images, {index of the caption: [H, W, 3] uint8}, always from the same noise.
 
         Empty on every rank for a task that cannot generate.
         """
         if self.objective.task in ("alignment", "clip") or not self.preview_captions:
             return {}
-        places = range(rank, len(self.preview_captions), world_size)
-        # A rank without a caption draws the first one as well, so that all ranks run the U-Net equally often.
-        drawn = list(places) or [0]
-        captions = [self.preview_captions[place] for place in drawn]
-        images = self._live().generate(captions, num_steps=20, guidance_scale=3.0, places=drawn)
-        return {place: np.asarray(image) for place, image in zip(places, images, strict=False)}
+        indices = range(rank, len(self.preview_captions), world_size)
+        # A rank without a caption generates the first one, too, so that all ranks run the U-Net equally often.
+        generated = list(indices) or [0]
+        captions = [self.preview_captions[index] for index in generated]
+        images = self._live_pipeline().generate(captions, num_steps=20, guidance_scale=3.0, indices=generated)
+        return {index: np.asarray(image) for index, image in zip(indices, images, strict=False)}
 
     def preview_page(self, images: Mapping[int, np.ndarray]) -> bytes:
-        """All images of `preview`, at least one, as a PNG grid with their captions."""
-        places = sorted(images)
-        page = grid([Image.fromarray(images[place]) for place in places], [self.preview_captions[place] for place in places])
+        """Return a PNG grid of at least one preview image with its caption."""
+        indices = sorted(images)
+        page = image_grid([Image.fromarray(images[i]) for i in indices], [self.preview_captions[i] for i in indices])
         buffer = io.BytesIO()
         page.save(buffer, format="PNG")
         return buffer.getvalue()
 
-    def _live(self) -> DiffDisPipeline:
-        """On the weights in training, and their device; it leaves the model in eval mode."""
-        device = self.module.model.abar.device
+    def _live_pipeline(self) -> DiffDisPipeline:
+        """Return a pipeline on the weights in training. It sets the model to eval mode."""
+        device = self.module.model.alphas_cumprod.device
         self.autoencoder.to(device)
         self.text_encoder.to(device)
         return DiffDisPipeline(self.config, self.module.model, self.autoencoder, self.text_encoder)
 
-    # --- what comes out --------------------------------------------------------------------------------------------------
+    # --- results ---------------------------------------------------------------------------------------------------------
 
     def pipeline(self, state_dict: Mapping[str, torch.Tensor]) -> DiffDisPipeline:
-        """The model with a trainer's weights, apart from the module in training (which may be sharded)."""
+        """Return a pipeline with the given weights of `module`, independent of the module in training (which may be sharded)."""
         model = DiffDis(self.config)
-        model.load_state_dict({name.removeprefix("model."): value for name, value in state_dict.items()})
+        # Parameters of the alignment loss itself are not part of the model.
+        weights = {name: value for name, value in state_dict.items() if name.startswith("model.")}
+        model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
         return DiffDisPipeline(self.config, model.eval(), self.autoencoder, self.text_encoder)
 
     def save_pretrained(self, state_dict: Mapping[str, torch.Tensor], folder: Path) -> None:
-        """A folder for `DiffDisPipeline.from_pretrained`; its components open in diffusers and transformers."""
+        """Write a folder for `DiffDisPipeline.from_pretrained`; its components open in diffusers and transformers."""
         self.pipeline(state_dict).save_pretrained(folder)
 
     def describe(self) -> dict[str, Any]:
-        """Parameters by part, those that are trained, and what the warm start loaded, left new and ignored."""
+        """Return the parameter counts by part, and the tensors that the warm start loaded, left new and ignored."""
         parts: dict[str, dict[str, int]] = {}
         for name, parameter in self.module.model.named_parameters():
             count = parts.setdefault(name.partition(".")[0], {"trained": 0, "frozen": 0})
-            # Under ZeRO 3 a rank's parameter is empty, and says how large it is.
+            # Under ZeRO 3 a parameter is empty; `ds_numel` is its full size.
             count["trained" if parameter.requires_grad else "frozen"] += getattr(parameter, "ds_numel", parameter.numel())
         described: dict[str, Any] = {"task": self.objective.task, "parameters": parts}
         return described | ({"warm_start": self.warm_start.summary()} if self.warm_start else {})
 
 
 def _caption_id(caption: str) -> int:
-    """Equal on every rank for equal captions: a 63-bit digest."""
+    """Return a 63-bit digest, equal on every rank for equal captions."""
     digest = hashlib.blake2b(caption.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

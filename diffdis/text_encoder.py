@@ -1,4 +1,4 @@
-"""Frozen text encoders: from captions to the text condition c = T(y) and the text query e."""
+"""Frozen text encoders: captions to the text condition c = T(y) and the text query e."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,10 +16,7 @@ from diffdis.model_folder import NO_CODE, NO_PICKLES, check_model_folder
 
 
 class TextEncoder(nn.Module):
-    """A transformers text model and its tokenizer.
-
-    `encode` gives token states [B, L, token_dim] and the unit-norm text query [B, embedding_dim].
-    """
+    """A text model of transformers and its tokenizer."""
 
     def __init__(self, config: TextEncoderConfig, model: Any, tokenizer: Any):
         super().__init__()
@@ -28,13 +25,13 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-        """Captions -> c [B, L, token_dim], e [B, embedding_dim]. Equal captions are encoded once.
+        """Return the token states c [B, L, token_dim] and the unit-norm text queries e [B, embedding_dim] of B captions.
 
-        In the model's own precision, whatever autocast surrounds it: a score or preview must not leave other numbers in the cache
-        than training would. Nor must the batch that a caption first came in, which another order of batches would change, as a
-        resume with an empty cache does: with a cache, all captions are padded to one length. On CPUs a caption's encoding is then
+        Equal captions are encoded once, and in the model's own precision even under autocast: a score or a preview must not leave
+        other numbers in the cache than training does. With a cache, all captions are padded to one length, because the batch in
+        which a caption first occurs, which a resume changes, must not matter either. On CPUs the encoding of a caption is then
         the same to the last bit in every batch (measured: MiniLM, batches of 1 to 64, 1 and 2 threads). On accelerators, kernels
-        depend on the batch's size, and last bits on them.
+        and thus the last bits depend on the batch size.
         """
         missing = [c for c in dict.fromkeys(captions) if c not in self._cache]
         fresh = {}
@@ -43,17 +40,17 @@ class TextEncoder(nn.Module):
                 states, pooled = self._encode(missing, device)
             fresh = {c: (states[i], pooled[i]) for i, c in enumerate(missing)}
         encoded = [fresh[c] if c in fresh else self._cache[c] for c in captions]
-        self._remember(fresh)
+        self._update_cache(fresh)
         return torch.stack([s for s, _ in encoded]).to(device), torch.stack([e for _, e in encoded]).to(device)
 
-    def _remember(self, fresh: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def _update_cache(self, fresh: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         for caption, (states, pooled) in fresh.items() if self.config.cache_size else ():
             self._cache[caption] = (states.clone(), pooled.clone())
             if len(self._cache) > self.config.cache_size:
                 self._cache.popitem(last=False)
 
     def _encode(self, captions: Sequence[str], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        # CLIP was trained with every caption padded to its full length; the others mask their padding.
+        # CLIP was trained with every caption padded to its full length; the other encoders mask the padding.
         padding = "max_length" if self.config.kind == "clip" or self.config.cache_size else "longest"
         tokens = self.tokenizer(
             list(captions), padding=padding, truncation=True, max_length=self.config.max_length, return_tensors="pt"
@@ -70,15 +67,15 @@ class TextEncoder(nn.Module):
         return states, F.normalize(pooled, dim=-1)
 
     def save_pretrained(self, folder: Path) -> None:
-        """`folder/text_encoder` and `folder/tokenizer`, as diffusers lays them out."""
+        """Write `folder/text_encoder` and `folder/tokenizer`, in diffusers' layout."""
         self.model.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
-    """Load a frozen encoder. Raises ValueError for a missing path or a width that does not fit the configuration."""
+    """Load a frozen encoder. Raises ValueError for an empty path or a width that differs from the configuration."""
     if not config.path:
-        raise ValueError("model.text_encoder.path: give the folder (or hub name) of a text encoder with its tokenizer")
+        raise ValueError("model.text_encoder.path: empty; give the folder (or hub name) of a text encoder with its tokenizer")
     source = component_of(config.path, "text_encoder")
     tokenizer_folder = Path(config.path) / "tokenizer"
     if "subfolder" in source:
@@ -87,9 +84,9 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
         check_model_folder(source["pretrained_model_name_or_path"])
         check_model_folder(tokenizer_folder)
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder) if tokenizer_folder.exists() else config.path, **NO_CODE)
-    tokenizer.model_max_length = config.max_length  # what an exported folder tells diffusers
+    tokenizer.model_max_length = config.max_length  # diffusers reads it from an exported folder
     if config.kind == "clip":
-        # A Stable Diffusion folder holds CLIP's text model without the projection; a CLIP folder has it.
+        # A Stable Diffusion folder contains CLIP's text model without the projection, a CLIP folder with it.
         architectures = AutoConfig.from_pretrained(**source, **NO_CODE).architectures or []
         kind = CLIPTextModel if architectures == ["CLIPTextModel"] else CLIPTextModelWithProjection
         model = kind.from_pretrained(**source, **NO_PICKLES)
@@ -101,6 +98,6 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
     if (width, embedding) != (config.token_dim, config.embedding_dim):
         raise ValueError(
             f"model.text_encoder: {config.path} has token_dim, embedding_dim = {width}, {embedding}; "
-            f"the configuration says {config.token_dim}, {config.embedding_dim}"
+            f"set these instead of {config.token_dim}, {config.embedding_dim}"
         )
     return TextEncoder(config, model, tokenizer)

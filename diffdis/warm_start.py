@@ -1,4 +1,4 @@
-"""Start from weights that exist: Stable Diffusion's U-Net, or a model that DiffDis exported."""
+"""Start a training from existing weights: Stable Diffusion's U-Net, or a model that DiffDis exported."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,28 +15,28 @@ from diffdis.config import DiffDisConfig
 from diffdis.model import DiffDis
 from diffdis.model_folder import NO_PICKLES, check_diffusers_model
 
-ALIGNMENT_WEIGHTS = "alignment/model.safetensors"  # of an exported folder; what a Stable Diffusion folder does not have
+ALIGNMENT_WEIGHTS = "alignment/model.safetensors"  # in an export, not in a Stable Diffusion folder
 
 
 @dataclass(frozen=True)
-class WarmStart:
-    """What became of the tensors of a model and of the folder that it started from."""
+class WarmStartReport:
+    """Which tensors a warm start loaded."""
 
     path: str
-    # Each a tensor's name and its number of elements.
-    loaded: dict[str, int]  # of the model
-    new: dict[str, int]  # of the model, not in the folder: initialised
-    ignored: dict[str, int]  # of the folder, not in the model
+    # Each by name, with the number of elements.
+    loaded: dict[str, int]  # tensors of the model
+    new: dict[str, int]  # tensors of the model that the folder does not have: newly initialized
+    ignored: dict[str, int]  # tensors of the folder that the model does not have
 
     def summary(self) -> dict[str, Any]:
-        """Counts of tensors and of their elements by the model's part; what is ignored, by name."""
+        """Return the counts of tensors and elements by part of the model, and the names of the ignored tensors."""
         return {"path": self.path, "loaded": _by_part(self.loaded), "new": _by_part(self.new), "ignored": list(self.ignored)}
 
 
-def resolved(config: DiffDisConfig) -> DiffDisConfig:
-    """With `warm_start` as the path of the autoencoder and the text encoder where they have none and it holds one.
+def resolve_encoder_paths(config: DiffDisConfig) -> DiffDisConfig:
+    """Use `warm_start` as the path of the autoencoder and the text encoder if they have none and it contains them.
 
-    A hub's repository is taken to hold both.
+    A repository of the hub is assumed to contain both.
     """
     if not config.warm_start:
         return config
@@ -52,15 +52,15 @@ def _may_hold(path: str, component: str) -> bool:
     return (Path(path) / component).is_dir() or not Path(path).exists()
 
 
-def load(model: DiffDis, path: str) -> WarmStart:
-    """Copy the U-Net of `path/unet` (or of `path`, or of a hub's repository) into the model, and, from a folder that DiffDis
-    exported, what it has of the model's other parts.
+def load_warm_start(model: DiffDis, path: str) -> WarmStartReport:
+    """Copy the U-Net of `path/unet` (or of `path`, or of a repository of the hub) into the model; from a folder that DiffDis
+    exported, also the other parts that the model has.
 
-    Raises ValueError with the first tensor that differs: a U-Net that is only half loaded is a different model.
+    Raises ValueError with the first tensor of the U-Net that differs: a partly loaded U-Net would be a different model.
     """
-    place = component_of(path, "unet")
-    check_diffusers_model(UNet2DConditionModel, place["pretrained_model_name_or_path"])
-    unet = UNet2DConditionModel.from_pretrained(**place, torch_dtype=torch.float32, **NO_PICKLES).state_dict()
+    location = component_of(path, "unet")
+    check_diffusers_model(UNet2DConditionModel, location["pretrained_model_name_or_path"])
+    unet = UNet2DConditionModel.from_pretrained(**location, torch_dtype=torch.float32, **NO_PICKLES).state_dict()
     source = {f"unet.{name}": tensor for name, tensor in unet.items()}
     if (others := Path(path) / ALIGNMENT_WEIGHTS).exists():
         source |= load_file(others)
@@ -80,7 +80,7 @@ def load(model: DiffDis, path: str) -> WarmStart:
             )
     model.load_state_dict({name: source[name] for name in shared}, strict=False)
     new, ignored = sorted(target.keys() - source), sorted(source.keys() - target)
-    return WarmStart(path, _sizes(target, shared), _sizes(target, new), _sizes(source, ignored))
+    return WarmStartReport(path, _sizes(target, shared), _sizes(target, new), _sizes(source, ignored))
 
 
 def _sizes(tensors: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, int]:

@@ -1,6 +1,7 @@
-"""The Fréchet distance of two sets of features: FID, where the features are the FID Inception's.
+"""The Fréchet distance of two sets of features, which is FID if they are the features of FID's Inception.
 
-Arithmetic in float64, from means and centred second moments: sums of raw squares would lose what the mean is large against.
+It is computed in float64 from means and centered second moments: sums of raw squares lose the digits of a covariance that is
+small against the mean.
 """
 
 from collections.abc import Iterator
@@ -10,24 +11,24 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-ROWS_AT_ONCE = 4096  # so many features are in memory in float64
-NUM_SUBSETS = 15
+MAX_ROWS = 4096  # feature vectors that are in memory in float64 at a time
+NUM_SUBSETS = 15  # of the extrapolation
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Of n feature vectors: their mean [d] and the sum of the outer products of what each deviates from it [d, d], float64."""
+    """Mean and centered second moments of feature vectors, in float64."""
 
-    n: int
-    mean: np.ndarray
-    second: np.ndarray
+    n: int  # number of feature vectors
+    mean: np.ndarray  # [d]
+    second: np.ndarray  # [d, d], the sum of the outer products of the deviations from the mean
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Moments":
-        """features [n, d], n > 0. Raises ValueError for features that are not finite."""
+        """Return the moments of features [n, d], n > 0. Raises ValueError if one is not finite."""
         if features.ndim != 2 or not len(features):
-            raise ValueError(f"features of shape {features.shape}: [n, d] with one row at least is needed")
-        parts = (_moments(features[i : i + ROWS_AT_ONCE]) for i in range(0, len(features), ROWS_AT_ONCE))
+            raise ValueError(f"features of shape {features.shape}: [n, d] with at least one row is needed")
+        parts = (_moments(features[i : i + MAX_ROWS]) for i in range(0, len(features), MAX_ROWS))
         total = next(parts)
         for part in parts:
             total = total.merge(part)
@@ -37,7 +38,10 @@ class Moments:
         return total
 
     def merge(self, other: "Moments") -> "Moments":
-        """Of both sets together: Chan, Golub and LeVeque (1983), "Algorithms for computing the sample variance"."""
+        """Return the moments of both sets together.
+
+        Chan, Golub and LeVeque (1983), "Algorithms for computing the sample variance".
+        """
         n = self.n + other.n
         shift = other.mean - self.mean
         second = self.second + other.second + np.outer(shift, shift) * (self.n * other.n / n)
@@ -45,20 +49,22 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """[d, d], with n - 1 in the denominator. Raises ValueError for a single feature vector."""
+        """The covariance [d, d] with n - 1 in the denominator. Raises ValueError for a single feature vector."""
         if self.n < 2:
             raise ValueError("the covariance of one image is not defined: at least two are needed")
         return self.second / (self.n - 1)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Dowson and Landau (1982): |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), at least 0.
+    """Return |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), at least 0: Dowson and Landau (1982).
 
-    The last trace is the sum of the roots of the eigenvalues of R^T S_b R with S_a = R R^T, which is symmetric. Raises ValueError
-    for features of different widths.
+    The last trace is the sum of the roots of the eigenvalues of the symmetric matrix R^T S_b R with S_a = R R^T.
+
+    Raises:
+        ValueError: The features have different widths.
     """
     _check_width(len(a.mean), b)
-    # The root of the one with fewer samples: it is narrower where they are fewer than dimensions.
+    # Take the root of the one with fewer samples, which is narrower if there are fewer samples than dimensions.
     fewer, more = sorted((a, b), key=lambda moments: moments.n)
     root = _root(torch.from_numpy(fewer.covariance))
     inner = root.T @ torch.from_numpy(more.covariance) @ root
@@ -67,8 +73,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def frechet_distance_of_features(features: np.ndarray, reference: Moments) -> float:
-    """`frechet_distance(Moments.of(features), reference)`, in less time where features [n, d] are fewer than their dimensions:
-    their deviations from the mean are a root of their covariance themselves."""
+    """Return `frechet_distance(Moments.of(features), reference)`, faster if there are fewer features [n, d] than dimensions.
+
+    In that case the deviations from the mean are themselves a root of the covariance.
+    """
     n, width = features.shape
     _check_width(width, reference)
     if n >= width:
@@ -83,12 +91,14 @@ def frechet_distance_of_features(features: np.ndarray, reference: Moments) -> fl
 
 
 def extrapolated_distance(features: np.ndarray, reference: Moments) -> float:
-    """The distance that infinitely many images like these would have: Chong and Forsyth (2020), "Effectively unbiased FID".
+    """Return the distance extrapolated to infinitely many images: Chong and Forsyth (2020), "Effectively unbiased FID".
 
-    Distances of growing subsets of features [n, d] against 1/n, and a line through them at 1/n = 0. The subsets grow in a random
-    order, always the same one. The result can be below 0. Two biases stay: the one of the reference's own finite number,
-    and, below some 5 d features, where distances do not yet fall as 1/n, a part of this one.
-    Raises ValueError for fewer than 30 features.
+    A line is fitted to the distances of growing subsets of features [n, d] against 1/n and evaluated at 1/n = 0. The subsets grow
+    in a random order with a fixed seed. The result can be negative. Two biases remain: that of the finite reference, and below
+    about 5 d features, where distances do not yet fall as 1/n, a part of this one.
+
+    Raises:
+        ValueError: There are fewer than 30 features.
     """
     if len(features) < 2 * NUM_SUBSETS:
         raise ValueError(f"extrapolation from {len(features)} images: at least {2 * NUM_SUBSETS} are needed")
@@ -99,8 +109,8 @@ def extrapolated_distance(features: np.ndarray, reference: Moments) -> float:
 
 
 def _growing(features: np.ndarray, reference: Moments) -> Iterator[tuple[float, float]]:
-    """(1/n, distance) of the first n features, for growing n."""
-    # From a half on: smaller subsets lie further off the line, and would bend it more than they steady it.
+    """Yield (1/n, distance) of the first n features for growing n."""
+    # Start at one half: smaller subsets lie further from the line and would bend it more than they stabilize it.
     sizes = np.linspace(len(features) // 2, len(features), NUM_SUBSETS).astype(int).tolist()
     width, total = features.shape[1], None
     for start, stop in pairwise([0, *sizes]):
@@ -120,7 +130,7 @@ def _moments(features: np.ndarray) -> Moments:
 
 
 def _root(covariance: torch.Tensor) -> torch.Tensor:
-    """R [d, r] with R R^T = covariance [d, d], r its rank."""
+    """Return R [d, r] with R R^T = covariance [d, d], where r is its rank."""
     lower, failed = torch.linalg.cholesky_ex(covariance)
     if not failed:
         return lower
@@ -131,8 +141,10 @@ def _root(covariance: torch.Tensor) -> torch.Tensor:
 
 
 def _distance(shift: np.ndarray, traces: float, inner: torch.Tensor, rank: int) -> float:
-    """`inner` has at most `rank` eigenvalues that are not 0. The others are left out: rounding makes them 1e-16 of the largest,
-    and the root makes that 1e-8."""
+    """Return the distance, given that `inner` has at most `rank` nonzero eigenvalues.
+
+    The others are left out: rounding makes them 1e-16 of the largest one, and their roots would be 1e-8.
+    """
     values = torch.linalg.eigvalsh(inner)[-rank:]  # ascending
     root_trace = values.clamp(min=0.0).sqrt().sum().item()
     return max(0.0, float(shift @ shift) + traces - 2.0 * root_trace)

@@ -1,23 +1,30 @@
-"""KID: the squared maximum mean discrepancy of two sets of features, which is unbiased however few they are."""
+"""KID: the squared maximum mean discrepancy of two sets of features, whose estimate is unbiased however few there are."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-SUBSETS, SUBSET_SIZE = 100, 1000
+NUM_SUBSETS, SUBSET_SIZE = 100, 1000
 
 
 class KID(NamedTuple):
     mean: float
-    std: float  # over the subsets, with SUBSETS in the denominator, as the peers give it
+    std: float  # over the subsets, with their number in the denominator, as in torchmetrics and torch-fidelity
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> KID:
-    """Bińkowski et al. (2018), "Demystifying MMD GANs": the kernel (x·y / d + 1)^3, 100 subsets of 1000.
+    """Return KID with the kernel (x·y / d + 1)^3 over 100 subsets of 1000: Bińkowski et al. (2018), "Demystifying MMD GANs".
 
-    x [n, d] and y [m, d]; subsets of min(n, m) where that is fewer, drawn without replacement, always the same ones. The
-    estimate can be below 0. Raises ValueError for fewer than two features, or widths that differ.
+    Subsets are sampled without replacement and with a fixed seed; they have min(n, m) features if that is fewer than 1000. The
+    estimate can be negative.
+
+    Args:
+        x: Features [n, d].
+        y: Features [m, d].
+
+    Raises:
+        ValueError: There are fewer than two features, or their widths differ.
     """
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"features of {x.shape[1]} and {y.shape[1]} dimensions cannot be compared: use one feature network")
@@ -25,19 +32,19 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> KID:
     if size < 2:
         raise ValueError(f"KID of {len(x)} and {len(y)} features: at least two of each are needed")
     random = np.random.default_rng(0)
-    # Where a subset is all that there is, every subset is the same one.
-    subsets = 1 if size == len(x) == len(y) else SUBSETS
+    # If a subset contains everything, all subsets are equal.
+    num_subsets = 1 if size == len(x) == len(y) else NUM_SUBSETS
     distances = []
-    for _ in range(subsets):
-        chosen = (features[random.choice(len(features), size, replace=False)] for features in (x, y))
-        distances.append(squared_discrepancy(*chosen))
+    for _ in range(num_subsets):
+        subsets = (features[random.choice(len(features), size, replace=False)] for features in (x, y))
+        distances.append(squared_discrepancy(*subsets))
     return KID(float(np.mean(distances)), float(np.std(distances)))
 
 
 def squared_discrepancy(x: np.ndarray, y: np.ndarray) -> float:
-    """The unbiased estimate of MMD^2 from as many features of each: x and y [m, d], m > 1.
+    """Return the unbiased estimate of MMD^2 from equally many features: x and y [m, d], m > 1.
 
-    Products are in the features' precision; what is made of them is in float64, since nearly equal sums are subtracted.
+    Products are computed in the features' precision, sums in float64, because nearly equal sums are subtracted.
     """
     first, second = torch.from_numpy(x), torch.from_numpy(y)
     m = len(first)

@@ -1,22 +1,33 @@
-"""Zero-shot classification: embeddings of classes, the predicted classes of an image, accuracies over all images."""
+"""Zero-shot classification: embeddings of classes, predicted classes of images, and their scores.
+
+`ZeroShotScores` is the one scorer: evaluations, the demo and the scores while training use it.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-SCORES_AT_ONCE = 2**23  # of all queries with all candidates, so many similarities are in memory together
-NONE = -1  # in a row of predicted classes: the image could not be read, or there are fewer classes than places
+MAX_SIMILARITIES = 2**23  # similarities of queries and candidates that are in memory at a time
+NO_CLASS = -1  # in a row of predicted classes: the image could not be read, or there are fewer classes than columns
+NUM_PREDICTIONS = 5  # predicted classes per image
 
 
 def class_embeddings(
     embed_texts: Callable[[Sequence[str]], torch.Tensor | np.ndarray], class_names: Sequence[str], templates: Sequence[str]
 ) -> torch.Tensor:
-    """A class's embedding is the normalised mean of its templates' unit-norm embeddings. [C, D], unit norm.
+    """Return the normalized mean of each class's unit-norm template embeddings, [C, D] of unit norm.
 
-    All texts of all classes are given to `embed_texts` at once, which batches them as it likes. Raises ValueError for a
-    template without {c}.
+    Args:
+        embed_texts: Called once with the texts of all classes.
+        class_names: C names.
+        templates: Texts in which "{c}" stands for the class.
+
+    Raises:
+        ValueError: A template lacks "{c}".
     """
     for template in templates:
         if "{c}" not in template:
@@ -26,102 +37,132 @@ def class_embeddings(
     return F.normalize(embedded.mean(dim=1), dim=-1)
 
 
-def top_k(queries: np.ndarray, candidates: np.ndarray, k: int) -> np.ndarray:
-    """For each query the k candidates that are most similar to it, best first. [N, k] int64, -1 where there are fewer than k.
+def predict_classes(images: np.ndarray, classes: np.ndarray, k: int = NUM_PREDICTIONS) -> np.ndarray:
+    """Return the k most similar classes of each image, best first: [N, k] int64, -1 where there are fewer than k classes.
 
-    queries [N, D], candidates [C, D]; order as of `best_of`. Part of the N x C similarities is in memory at a time. Raises
-    ValueError for an embedding that is not finite.
+    Of equally similar classes the one with the lower index comes first.
+
+    Args:
+        images: Embeddings [N, D].
+        classes: Embeddings [C, D].
+
+    Raises:
+        ValueError: An embedding is not finite.
     """
-    check_finite(queries, "query")
-    check_finite(candidates, "candidate")
-    rows = max(1, SCORES_AT_ONCE // max(1, len(candidates)))
-    parts = [best_of(queries[i : i + rows] @ candidates.T, k) for i in range(0, len(queries), rows)]
+    check_finite(images, "image")
+    check_finite(classes, "class")
+    rows = max(1, MAX_SIMILARITIES // max(1, len(classes)))
+    parts = [largest(images[i : i + rows] @ classes.T, k) for i in range(0, len(images), rows)]
     return np.concatenate([np.empty((0, k), dtype=np.int64), *parts])
 
 
-def best_of(similarity: np.ndarray, k: int) -> np.ndarray:
-    """The places of each row's k largest similarities, the largest first; of equals the one with the lower index comes first.
+def largest(similarity: np.ndarray, k: int) -> np.ndarray:
+    """Return the columns of each row's k largest values, the largest first; of equal values the first one.
 
-    similarity [N, C], finite -> [N, k] int64, -1 where there are fewer than k.
+    similarity [N, C], finite -> [N, k] int64, -1 where there are fewer than k columns.
     """
-    left = np.array(similarity)
-    best = np.full((len(left), k), NONE, dtype=np.int64)
-    queries = np.arange(len(left))
-    for place in range(min(k, left.shape[1])):
-        best[:, place] = left.argmax(axis=1)  # the first of equals
-        left[queries, best[:, place]] = -np.inf
-    return best
+    remaining = np.array(similarity)
+    columns = np.full((len(remaining), k), NO_CLASS, dtype=np.int64)
+    rows = np.arange(len(remaining))
+    for rank in range(min(k, remaining.shape[1])):
+        columns[:, rank] = remaining.argmax(axis=1)
+        remaining[rows, columns[:, rank]] = -np.inf
+    return columns
 
 
-def check_finite(embeddings: np.ndarray, what: str) -> None:
-    """embeddings [N, D]. Raises ValueError that names the first row with a NaN or an infinity: its order would mean nothing."""
-    broken = ~np.isfinite(embeddings).all(axis=1)
-    if broken.any():
-        raise ValueError(f"{what} {int(broken.argmax())}: its embedding is not finite; the model's weights are broken")
+def check_finite(embeddings: np.ndarray, kind: str) -> None:
+    """Raise ValueError, with the first such row, if embeddings [N, D] are not finite: their order would be meaningless."""
+    invalid = ~np.isfinite(embeddings).all(axis=1)
+    if invalid.any():
+        raise ValueError(f"{kind} {int(invalid.argmax())}: its embedding is not finite; the model's weights are damaged")
 
 
-def confusion_matrix(labels: np.ndarray, top5: np.ndarray, num_classes: int) -> np.ndarray:
-    """Images by true class and predicted class; the last column counts those that could not be read. [C, C + 1] int64.
+@dataclass(frozen=True, eq=False)
+class ZeroShotScores:
+    """Scores of predicted classes.
 
-    labels [N] in 0..C-1; top5 [N, 5] the predicted classes, best first, -1 for none. Raises ValueError for other values.
+    Raises:
+        ValueError: There are no samples, or a label or predicted class is out of range.
     """
-    labels, predicted = np.asarray(labels, dtype=np.int64), np.asarray(top5, dtype=np.int64)[:, 0]
-    for name, values, lowest in (("label", labels, 0), ("predicted class", predicted, NONE)):
-        wrong = (values < lowest) | (values >= num_classes)
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise ValueError(f"sample {row}: {name} {values[row]} is not one of the {num_classes} classes")
-    column = np.where(predicted == NONE, num_classes, predicted)
-    counts = np.bincount(labels * (num_classes + 1) + column, minlength=num_classes * (num_classes + 1))
-    return counts.reshape(num_classes, num_classes + 1).astype(np.int64)
+
+    labels: np.ndarray  # [N] in 0..C-1
+    predictions: np.ndarray  # [N, 5] predicted classes, best first; an image with -1 (it could not be read) counts as wrong
+    num_classes: int  # C
+
+    @classmethod
+    def from_embeddings(cls, images: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> "ZeroShotScores":
+        """Score images [N, D] with labels [N] by their similarity with classes [C, D]."""
+        return cls(np.asarray(labels), predict_classes(images, classes), len(classes))
+
+    def __post_init__(self) -> None:
+        if not len(self.labels):
+            raise ValueError("zero-shot accuracy of no samples is undefined")
+        for name, values, lowest in (("label", self.labels, 0), ("predicted class", self.predictions[:, 0], NO_CLASS)):
+            invalid = (values < lowest) | (values >= self.num_classes)
+            if invalid.any():
+                row = int(invalid.argmax())
+                raise ValueError(f"sample {row}: {name} {values[row]} is not one of the {self.num_classes} classes")
+
+    def accuracy(self, k: int = 1) -> float:
+        """Return the fraction of images whose class is among the k (up to 5) most similar classes."""
+        is_correct = self.predictions[:, :k] == self.labels[:, None]
+        return int(is_correct.any(axis=1).sum()) / len(self.labels)
+
+    @cached_property
+    def confusion(self) -> np.ndarray:
+        """Images by true and predicted class, [C, C + 1] int64; the last column counts images without a prediction."""
+        predicted = self.predictions[:, 0].astype(np.int64)
+        column = np.where(predicted == NO_CLASS, self.num_classes, predicted)
+        cells = self.labels.astype(np.int64) * (self.num_classes + 1) + column
+        counts = np.bincount(cells, minlength=self.num_classes * (self.num_classes + 1))
+        return counts.reshape(self.num_classes, self.num_classes + 1).astype(np.int64)
+
+    @cached_property
+    def class_recalls(self) -> np.ndarray:
+        """Fraction of each class's images that were predicted to be of it, [C]; NaN for a class without images."""
+        num_images = self.confusion.sum(axis=1)
+        num_correct = np.diagonal(self.confusion)[: self.num_classes].astype(np.float64)
+        return np.divide(num_correct, num_images, out=np.full(self.num_classes, np.nan), where=num_images > 0)
+
+    @property
+    def mean_class_recall(self) -> float:
+        """Mean of `class_recalls` over the classes that have images."""
+        return float(self.class_recalls[~np.isnan(self.class_recalls)].mean())
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return all metrics of ZERO_SHOT_METRICS by name."""
+        return {name: metric(self) for name, metric in ZERO_SHOT_METRICS.items()}
+
+    def with_shuffled_images(self, seed: int = 0) -> "ZeroShotScores":
+        """Return the scores with permuted images: a control whose accuracy must be at chance."""
+        permutation = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed)).numpy()
+        return ZeroShotScores(self.labels, self.predictions[permutation], self.num_classes)
 
 
-def recall_per_class(confusion: np.ndarray) -> np.ndarray:
-    """The share of each class's images that were predicted to be of it. [C, C + 1] -> [C], NaN for a class without images."""
-    of_class = confusion.sum(axis=1)
-    right = np.diagonal(confusion)[: len(confusion)].astype(np.float64)
-    return np.divide(right, of_class, out=np.full(len(confusion), np.nan), where=of_class > 0)
-
-
-def accuracies(labels: np.ndarray, top5: np.ndarray, num_classes: int) -> dict[str, float]:
-    """acc1, acc5 and mean_per_class_recall, as CLIP_benchmark names and defines them; an image without a prediction is wrong.
-
-    acc5 is NaN below 5 classes; the mean of recalls is over the classes that occur. Arguments and errors as of
-    `confusion_matrix`; ValueError also where there is no sample.
-    """
-    if not len(labels):
-        raise ValueError("zero-shot accuracy of no samples: there is nothing to divide by")
-    recalls = recall_per_class(confusion_matrix(labels, top5, num_classes))
-    right = np.asarray(top5)[:, :5] == np.asarray(labels)[:, None]
-    return {
-        "acc1": int(right[:, 0].sum()) / len(labels),
-        "acc5": int(right.any(axis=1).sum()) / len(labels) if num_classes >= 5 else float("nan"),
-        "mean_per_class_recall": float(recalls[~np.isnan(recalls)].mean()),
-    }
-
-
-def top_k_accuracy(similarity: torch.Tensor, labels: torch.Tensor, k: int = 1) -> float:
-    """The share of images whose class is among the k most similar. similarity [N, C], labels [N] in 0..C-1."""
-    k = min(k, similarity.shape[1])
-    return (similarity.topk(k, dim=1).indices == labels[:, None]).any(dim=1).double().mean().item()
+# The metrics of a zero-shot set, as CLIP_benchmark names and defines them. Add a metric by adding an entry here and declaring its
+# name in ray_platform/metric_registry.py.
+ZERO_SHOT_METRICS: dict[str, Callable[[ZeroShotScores], float]] = {
+    "acc1": lambda scores: scores.accuracy(1),
+    "acc5": lambda scores: scores.accuracy(5) if scores.num_classes >= 5 else float("nan"),
+    "mean_per_class_recall": lambda scores: scores.mean_class_recall,
+}
 
 
 def subset_accuracy(
-    similarity: torch.Tensor, labels: torch.Tensor, num_classes: int = 100, num_subsets: int = 20, seed: int = 0
+    images: np.ndarray, classes: np.ndarray, labels: np.ndarray, subset_size: int = 100, num_subsets: int = 20, seed: int = 0
 ) -> float:
-    """acc1 among `num_classes` classes: the mean over fixed random subsets, each scored on the images of its classes."""
+    """Return acc1 among `subset_size` classes: the mean over fixed random subsets, each scored on the images of its classes.
+
+    images [N, D] and classes [C, D] are embeddings; labels [N].
+    """
     generator = torch.Generator().manual_seed(seed)
-    num_classes = min(num_classes, similarity.shape[1])
+    similarity = images @ classes.T  # [N, C]
     accuracies = []
     for _ in range(num_subsets):
-        subset = torch.randperm(similarity.shape[1], generator=generator)[:num_classes]
-        inside = torch.isin(labels, subset)
+        subset = torch.randperm(len(classes), generator=generator)[:subset_size].numpy()
+        inside = np.isin(labels, subset)
         if inside.any():
-            predicted = subset[similarity[inside][:, subset].argmax(dim=1)]
-            accuracies.append((predicted == labels[inside]).double().mean().item())
+            predicted = subset[similarity[inside][:, subset].argmax(axis=1)]
+            accuracies.append(float((predicted == labels[inside]).mean()))
     return sum(accuracies) / len(accuracies)
-
-
-def shuffled_images(similarity: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """The control: every query and label as they were, the images permuted. Its accuracy must be at chance."""
-    return similarity[torch.randperm(len(similarity), generator=torch.Generator().manual_seed(seed))]

@@ -152,41 +152,42 @@ class Task(Protocol):
 
 
 class Scorer(Protocol):
-    """What tells which text belongs to an image, in an evaluation: DiffDis, or a CLIP to compare it with.
+    """A model that measures how well images and texts fit each other: DiffDis, or a CLIP as the baseline.
 
-    Equal images, keys and settings give equal embeddings, in whatever batch they come.
+    Equal images, keys and settings give equal embeddings, whatever the batch.
     """
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """RGB uint8 [H, W, 3] of any size -> one row of what `embed_images` takes. Called from several threads."""
+        """Return one row of the input of `embed_images` for RGB uint8 [H, W, 3] of any size. Called from several threads."""
         ...
 
     def embed_images(self, images: np.ndarray, keys: Sequence[str], **settings: Any) -> np.ndarray:
-        """[B, ...] -> [B, D] float32 of unit norm. Noise, where there is any, is drawn by an image's key."""
+        """Return [B, D] float32 of unit norm for [B, ...]. The noise of an image, if there is any, depends on its key."""
         ...
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """[N, D] float32 of unit norm."""
+        """Return [N, D] float32 of unit norm."""
         ...
 
     def embed_classes(self, class_names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-        """[num_classes, D] float32 of unit norm: of each class over all templates, whose "{c}" is its name."""
+        """Return [num_classes, D] float32 of unit norm: each class over all templates, whose "{c}" is its name."""
         ...
 
 
 class Generator(Protocol):
-    """What draws images from captions, in an evaluation."""
+    """A model that generates images from captions, in an evaluation."""
 
-    def draw(self, captions: Sequence[str], places: Sequence[int], **settings: Any) -> np.ndarray:
-        """[B, H, W, 3] uint8. An image's noise depends on its place among all prompts, not on the batch."""
+    def generate_images(self, captions: Sequence[str], indices: Sequence[int], **settings: Any) -> np.ndarray:
+        """Return [B, H, W, 3] uint8. The noise of an image depends on its index among all prompts, not on the batch."""
         ...
 
 
 class FeatureNetwork(Protocol):
-    """What turns images into the features that a Frechet distance compares."""
+    """A network whose features of real and generated images the Fréchet distance compares."""
 
-    protocol: Mapping[str, Any]  # what must be equal for two sets of features to be compared
+    figure: str  # the name of a distance between its features: "fid" or "fd_<network>"
+    protocol: Mapping[str, Any]  # everything that the features depend on: equal protocols make features comparable
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """[B, H, W, 3] uint8 -> [B, d] float32."""
+        """Return float32 [B, d] of uint8 [B, H, W, 3]."""
         ...

@@ -28,13 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffdis import config as presets
 from diffdis.clip_scorer import ClipScorer
 from diffdis.metrics.frechet import Moments, frechet_distance
-from diffdis.metrics.zero_shot import accuracies, class_embeddings, top_k
+from diffdis.metrics.zero_shot import ZeroShotScores, class_embeddings
 from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
-from ray_platform.evaluate.find import find_set
-from ray_platform.evaluate.sets import REGISTRY
-from ray_platform.evaluate.work import BATCH_SIZE, EmbedImages, WorkerModels
+from ray_platform.evaluate.discovery import find_evaluation_set
+from ray_platform.evaluate.sets import KNOWN_SETS
+from ray_platform.evaluate.unit_work import BATCH_SIZE, EmbedImages, WorkerModels
 from ray_platform.replicas import UNITS_IN_FLIGHT
 from tests.benchmarks.clip_benchmark_loop import evaluate_by_clip_benchmark
 from tests.benchmarks.measuring import in_turns, medians, ratio, seconds
@@ -76,7 +76,7 @@ def diffusion_classifier(pipeline: DiffDisPipeline, latent: torch.Tensor, class_
     generator = torch.Generator().manual_seed(0)
     t = torch.randint(1000, (CLASSIFIER_DRAWS,), generator=generator)
     noise = torch.randn((CLASSIFIER_DRAWS, *latent.shape[1:]), generator=generator)
-    abar = pipeline.model.abar[t].reshape(-1, 1, 1, 1)
+    abar = pipeline.model.alphas_cumprod[t].reshape(-1, 1, 1, 1)
     noised = abar.sqrt() * latent + (1 - abar).sqrt() * noise
     target = abar.sqrt() * noise - (1 - abar).sqrt() * latent  # v
     errors = []
@@ -135,7 +135,7 @@ def flops_ratio_of_sd_v1() -> float:
 
 def write_photographs(folder: Path) -> Path:
     """A `wds_*` set of JPEGs of 384 to 512 px with structure at several scales, and some of ImageNet's classes."""
-    rng, imagenet = np.random.default_rng(0), REGISTRY["imagenet1k"]
+    rng, imagenet = np.random.default_rng(0), KNOWN_SETS["imagenet1k"]
     root = folder / "wds_photographs"
     (root / "test").mkdir(parents=True)
     (root / "classnames.txt").write_text("\n".join(imagenet.classes[:NUM_CLASSES]) + "\n")
@@ -161,13 +161,14 @@ def write_photographs(folder: Path) -> Path:
 
 def evaluate_by_us(root: Path, clip: Path) -> Mapping[str, float]:
     """What one worker does on all cores, with as many units under way as it is given, and the driver with its rows."""
-    data = find_set([str(root.parent)], "photographs")
+    data = find_evaluation_set([str(root.parent)], "photographs")
     parts = WorkerModels({"clip": lambda device: ClipScorer(clip, device)}, os.cpu_count() or 1, "cpu")
     classes = class_embeddings(parts["clip"].embed_texts, data.classes, data.templates).numpy()
     with ThreadPoolExecutor(UNITS_IN_FLIGHT) as units_under_way:
         rows = list(units_under_way.map(lambda part: EmbedImages("clip", data.name, part, {}).run(parts), data.slices))
     labels = np.concatenate([part["labels"] for part in rows])
-    return accuracies(labels, top_k(np.concatenate([part["embeddings"] for part in rows]), classes, k=5), len(data.classes))
+    images = np.concatenate([part["embeddings"] for part in rows])
+    return ZeroShotScores.from_embeddings(images, classes, labels).metrics
 
 
 def against_clip_benchmark(folder: Path, num_rounds: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def test_an_unknown_key_is_named():
     ("changes", "message"),
     [
         ({"unet": UNetConfig(sample_size=9)}, "unet.sample_size: 9 is not divisible by 8"),
-        ({"image_size": 64}, "1 haar levels of 64 px give 12, 32"),
+        ({"image_size": 64}, "1 haar levels of 64 px need 12, 32"),
     ],
 )
 def test_values_that_cannot_work_are_refused(changes, message):

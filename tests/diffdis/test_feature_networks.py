@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffdis.feature_networks import _to_efficientnet, build_feature_network
+from diffdis.feature_networks import PooledFeatures, _to_efficientnet, build_feature_network
 from diffdis.inception import INCEPTION_DIGEST, RESIZES, Inception
 from tests.diffdis.metrics import peers
 
@@ -23,6 +23,12 @@ def pictures(num, height, width, seed=0):
     )
     noise = random.normal(0, 20, (num, height, width, 3))
     return (127.5 + 127.5 * waves * random.uniform(0.3, 1, (num, 1, 1, 3)) + noise).clip(0, 255).astype(np.uint8)
+
+
+def brightness(device, options):
+    """A network of a user's own, by its import path."""
+    network, to_input = torch.nn.Flatten(), lambda images, device: torch.from_numpy(images).float()
+    return PooledFeatures(network, to_input, device, "fd_brightness", {"network": "brightness"})
 
 
 @pytest.fixture(scope="module")
@@ -143,14 +149,15 @@ def test_what_cannot_be_built_is_named(tmp_path, random_inception):
     expected = f"{path}: its SHA-256 begins with {digest}, not {INCEPTION_DIGEST}"
     with pytest.raises(ValueError, match=re.escape(expected)):
         build_feature_network("inception", path=path, resize="clean_fid")
-    with pytest.raises(ValueError, match="choose one of pytorch_fid, torch_fidelity, clean_fid"):
+    with pytest.raises(ValueError, match="use one of pytorch_fid, torch_fidelity, clean_fid"):
         build_feature_network("inception", path=path)
-    with pytest.raises(ValueError, match="there is no file"):
+    with pytest.raises(ValueError, match="no such file"):
         build_feature_network("inception", path=str(tmp_path / "none.pth"), resize="clean_fid")
     with pytest.raises(ValueError, match="it has its own weights"):
         build_feature_network("efficientnet_lite0", path=path)
-    with pytest.raises(ValueError, match="there are efficientnet_lite0, inception"):
+    with pytest.raises(ValueError, match="use efficientnet_lite0, inception, or the import path"):
         build_feature_network("resnet")
+    assert build_feature_network(f"{__name__}:brightness").figure == "fd_brightness"
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth: not the weights of FID's Inception: .*Missing key"):
         build_feature_network("inception", path=str(tmp_path / "other.pth"), resize="clean_fid", expected_digest="")

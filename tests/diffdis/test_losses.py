@@ -23,14 +23,14 @@ def whole_batch(num_draws):
 
 
 def chunked_on_a_rank(rank, world_size, num_draws, chunk, autocast):
-    losses.TEXTS_AT_ONCE = chunk
+    losses.TEXT_CHUNK = chunk
     predicted, query, ids, scale = whole_batch(num_draws)
     size = GLOBAL_BATCH // world_size
     mine = slice(rank * size, (rank + 1) * size)
     local = predicted[mine].clone().requires_grad_()
     scale.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        result = losses.alignment_loss(local, query[mine], ids[mine], scale)
+        result = losses.InfoNCE()(local, query[mine], ids[mine], scale)
     assert result.mean.dtype == torch.float32
     result.mean.backward()
     return result.mean.detach(), result.loss, result.correct, local.grad, scale.grad

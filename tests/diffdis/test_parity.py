@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffdis import schedule
 from diffdis.attention import image_attention
 from diffdis.config import ObjectiveConfig, ScheduleConfig
-from diffdis.image_branch import walk
+from diffdis.image_branch import image_features
 from diffdis.task import DiffDisTask
 
 
@@ -21,13 +21,15 @@ def test_generation_pass_is_the_stock_unet_bit_for_bit(make_task, batch):
     assert torch.equal(model.predict_image(z, t, c), model.unet(z, t, c).sample)
 
 
-def test_walk_equals_the_stock_middle_block_bit_for_bit(make_task):
+def test_image_features_equal_the_stock_middle_block_bit_for_bit(make_task):
     unet = make_task().module.model.unet
     z, t, c = torch.randn(3, 12, 8, 8), torch.tensor([0, 500, 999]), torch.randn(3, 8, 32)
     seen = []
     unet.mid_block.register_forward_hook(lambda module, args, output: seen.append(output))
     unet(z, t, c)
-    assert torch.equal(walk(unet, z, t, c, lambda site, layer, attention, x: image_attention(attention, x)[0]), seen[0])
+    assert torch.equal(
+        image_features(unet, z, t, c, lambda index, layer, attention, x: image_attention(attention, x)[0]), seen[0]
+    )
 
 
 def test_exported_unet_opens_in_diffusers_with_the_same_output(make_task, tmp_path):
@@ -38,24 +40,24 @@ def test_exported_unet_opens_in_diffusers_with_the_same_output(make_task, tmp_pa
     assert torch.equal(unet(z, t, c).sample, task.module.model.predict_image(z, t, c))
 
 
-def _reference_loss(module, inputs, draws, visibility):
+def _reference_loss(module, inputs, noise, visibility):
     """Algorithm 1 once more, from METHOD's equations: no code of diffdis but the submodules that hold the weights."""
     unet, stream, head = module.model.unet, module.model.stream, module.model.head
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     abar = (1 - betas).cumprod(0)
 
-    a = abar[draws.t_z].view(-1, 1, 1, 1)
-    z, eps = inputs["latent"], draws.noise_z
+    a = abar[noise.timesteps].view(-1, 1, 1, 1)
+    z, eps = inputs["latent"], noise.noise
     c = torch.stack(
-        [inputs["null_states"][0] if d else s for d, s in zip(draws.drop_caption, inputs["token_states"], strict=True)]
+        [inputs["null_states"][0] if d else s for d, s in zip(noise.drop_caption, inputs["token_states"], strict=True)]
     )
-    out = unet(a.sqrt() * z + (1 - a).sqrt() * eps, draws.t_z, c).sample
+    out = unet(a.sqrt() * z + (1 - a).sqrt() * eps, noise.timesteps, c).sample
     generation = ((out - (a.sqrt() * eps - (1 - a).sqrt() * z)) ** 2).mean()
 
     e, width, gamma = inputs["query"], inputs["query"].shape[1], module.model.config.schedule.gamma
-    a = abar[draws.t_e]  # [B, 1]
-    e_t = gamma * a.sqrt() * width**0.5 * e + (1 - a).sqrt() * draws.noise_e[:, 0]  # [B, D]
-    time = stream.time.embedding(stream.time.sinusoid(draws.t_e[:, 0]))
+    a = abar[noise.query_timesteps]  # [B, 1]
+    e_t = gamma * a.sqrt() * width**0.5 * e + (1 - a).sqrt() * noise.query_noise[:, 0]  # [B, D]
+    time = stream.time.embedding(stream.time.sinusoid(noise.query_timesteps[:, 0]))
     h, noised = torch.zeros_like(e_t), e_t + time
     null = inputs["null_states"].expand(len(z), -1, -1)
 
@@ -116,7 +118,7 @@ def test_sum_of_losses_and_gradients_equal_plain_torch(make_task, batch, visibil
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in task.module.named_parameters()}
     task.module.zero_grad()
-    reference = _reference_loss(task.module, inputs, task.module.draw(inputs, 3), visibility)
+    reference = _reference_loss(task.module, inputs, task.module.sample_noise(inputs, 3), visibility)
     reference.backward()
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
     for name, parameter in task.module.named_parameters():
@@ -186,7 +188,7 @@ def test_one_way_inference_from_kept_keys_equals_the_uncached_path(make_task, ba
     torch.testing.assert_close(cached, uncached, rtol=1e-4, atol=1e-6)
 
 
-def test_draws_of_one_image_do_not_see_each_other(make_task, batch):
+def test_query_noise_samples_of_one_image_do_not_see_each_other(make_task, batch):
     task = make_task()
     model, inputs = task.module.model, task.inputs(batch, torch.device("cpu"))
     memory = model.encode_image(inputs["latent"], inputs["null_states"])
@@ -211,6 +213,6 @@ def test_an_untrained_query_knows_the_image_and_not_its_own_noise(tiny_model, ba
     task = DiffDisTask(config, ObjectiveConfig())
     with torch.no_grad():
         inputs = task.inputs(batch, torch.device("cpu"))
-        queries = [task.module.predict(inputs, task.module.draw(inputs, seed)).queries for seed in (1, 2)]
+        queries = [task.module.predict_queries(inputs, seed)[0] for seed in (1, 2)]
     assert torch.equal(*queries)
     assert not torch.allclose(queries[0][0], queries[0][1])

@@ -1,5 +1,6 @@
 import dataclasses
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,7 @@ from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
 from diffdis.config import DiffDisConfig, HeadConfig, ObjectiveConfig, TextEncoderConfig, UNetConfig
-from diffdis.metrics.zero_shot import shuffled_images, subset_accuracy, top_k_accuracy
+from diffdis.metrics.zero_shot import ZeroShotScores, subset_accuracy
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
 from tests.support.tiny_checkpoints import WIDTH, save_clip_text_encoder, save_stable_diffusion
@@ -31,15 +32,41 @@ def test_an_exported_folder_gives_the_same_results(pipeline, batch, tmp_path):
     assert DDIMScheduler.from_pretrained(tmp_path / "scheduler").config.prediction_type == "v_prediction"
 
 
-def test_classify_and_rank(pipeline, batch):
+def test_classify_and_rank_captions(pipeline, batch):
     probabilities = pipeline.classify(batch.images, ["cat", "tree", "star"], ["a {c}", "the {c}"], num_steps=2)
     assert probabilities.shape == (6, 3)
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(6))
-    order = pipeline.rank(batch.images, ["cat", "tree"], num_steps=2)
+    order = pipeline.rank_captions(batch.images, ["cat", "tree"], num_steps=2)
     assert sorted(order[0].tolist()) == [0, 1]
 
 
-def test_pictures_of_any_size_and_bad_input(pipeline, tmp_path):
+def test_old_names_of_the_pipeline_still_work(pipeline, batch):
+    with pytest.warns(DeprecationWarning, match="rank_captions"):
+        order = pipeline.rank(batch.images, ["cat", "tree"], num_steps=2)
+    assert torch.equal(order, pipeline.rank_captions(batch.images, ["cat", "tree"], num_steps=2))
+    with pytest.warns(DeprecationWarning, match="indices"):
+        [old] = pipeline.generate(["red heart"], num_steps=2, places=[7])
+    [new] = pipeline.generate(["red heart"], num_steps=2, indices=[7])
+    assert np.array_equal(np.asarray(old), np.asarray(new))
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"])
+def test_any_scheduler_of_diffusers_samples(pipeline, name):
+    """Also a stochastic one depends on the seed and the index of an image, not on the batch."""
+    together = pipeline.generate(["red heart", "a"], num_steps=3, scheduler=name)
+    own = getattr(diffusers, name).from_config(pipeline.build_scheduler(name).config)
+    [alone] = pipeline.generate(["a"], num_steps=3, indices=[1], scheduler=own)
+    assert np.abs(np.asarray(together[1]).astype(int) - np.asarray(alone)).max() <= 1
+    with pytest.raises(ValueError, match=r"scheduler: .*NoSuchScheduler"):
+        pipeline.generate(["a"], scheduler="NoSuchScheduler")
+
+
+def test_the_ddim_scheduler_of_diffusers_gives_the_default_images(pipeline):
+    own, theirs = (pipeline.generate(["red heart"], num_steps=5, scheduler=s)[0] for s in (None, "DDIMScheduler"))
+    assert np.abs(np.asarray(own).astype(int) - np.asarray(theirs)).max() <= 1
+
+
+def test_images_of_any_size_and_bad_input(pipeline, tmp_path):
     assert pipeline.embed_image([Image.new("RGBA", (50, 20), "red")], num_steps=1).shape == (1, 32)
     with pytest.raises(ValueError, match="is not uint8"):
         pipeline.embed_image(np.zeros((1, 8, 8, 3), dtype=np.uint8))
@@ -54,13 +81,15 @@ def test_pictures_of_any_size_and_bad_input(pipeline, tmp_path):
 def test_an_untrained_model_and_shuffled_images_are_at_chance(pipeline):
     """400 images of 100 classes: at chance 4 are right on average; 14 or more have a probability below 1e-4."""
     images = np.random.default_rng(0).integers(0, 256, (400, 16, 16, 3), dtype=np.uint8)
-    labels = torch.arange(400) % 100
-    similarity = pipeline.embed_image(images, num_steps=2) @ pipeline.embed_classes([f"c {i}" for i in range(100)]).T
-    for scores in (similarity, shuffled_images(similarity)):
-        assert top_k_accuracy(scores, labels) * 400 < 14
-    perfect = torch.nn.functional.one_hot(labels, 100).float()
-    assert top_k_accuracy(perfect, labels) == subset_accuracy(perfect, labels, 10) == 1.0
-    assert top_k_accuracy(shuffled_images(perfect), labels) * 400 < 14  # the control ends what a perfect model knows
+    labels = np.arange(400) % 100
+    queries, classes = pipeline.embed_image(images, num_steps=2), pipeline.embed_classes([f"c {i}" for i in range(100)])
+    untrained = ZeroShotScores.from_embeddings(queries.numpy(), classes.numpy(), labels)
+    for scores in (untrained, untrained.with_shuffled_images()):
+        assert scores.accuracy() * 400 < 14
+    identity = np.eye(100, dtype=np.float32)
+    perfect = ZeroShotScores.from_embeddings(identity[labels], identity, labels)
+    assert perfect.accuracy() == subset_accuracy(identity[labels], identity, labels, 10) == 1.0
+    assert perfect.with_shuffled_images().accuracy() * 400 < 14  # the control removes what a perfect model knows
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+from diffdis import losses
 from diffdis.config import ObjectiveConfig
 from diffdis.pipeline import DiffDisPipeline
 from tests.support.ranks import shared_ranks
@@ -142,7 +144,7 @@ def accumulated(task, inputs, num_parts):
         loss, metrics = task.module(part, seed, **more)
         (loss / num_parts).backward()
         losses.append((loss.item(), (metrics["loss_alignment"][0] / metrics["loss_alignment"][1]).item()))
-    return losses, gradients(task), [task.module.draw(part, seed) for part, seed in zip(parts, seeds, strict=True)]
+    return losses, gradients(task), [task.module.sample_noise(part, seed) for part, seed in zip(parts, seeds, strict=True)]
 
 
 def make_alignment_task(make_task, negatives="step", task="alignment", **fields):
@@ -153,11 +155,11 @@ def make_alignment_task(make_task, negatives="step", task="alignment", **fields)
 def test_gradient_caching_equals_one_large_batch(make_task, batch, name, num_draws):
     task = make_alignment_task(make_task, task=name, num_draws=num_draws)
     inputs = task.inputs(batch, CPU)
-    losses, found, draws = accumulated(task, inputs, 3)
+    losses, found, noise = accumulated(task, inputs, 3)
     whole = make_alignment_task(make_task, task=name, num_draws=num_draws)
-    together = type(draws[0])(*(torch.cat(values) for values in zip(*draws, strict=True)))
-    alignment, _ = whole.module.alignment(inputs, together)
-    loss = alignment + whole.module.generation(inputs, together).mean() if name == "joint" else alignment
+    together = type(noise[0])(*(torch.cat(values) for values in zip(*noise, strict=True)))
+    alignment, _ = whole.module.alignment_loss(inputs, together)
+    loss = alignment + whole.module.generation_loss(inputs, together).mean() if name == "joint" else alignment
     loss.backward()
     torch.testing.assert_close(sum(total for total, _ in losses) / 3, loss.item(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(sum(logged for _, logged in losses) / 3, alignment.item(), rtol=1e-5, atol=1e-6)
@@ -166,22 +168,50 @@ def test_gradient_caching_equals_one_large_batch(make_task, batch, name, num_dra
     assert accumulated(alone, inputs, 3)[0][0][1] < losses[0][1], "fewer negatives are easier"
 
 
+class WeightedInfoNCE(nn.Module):
+    """A loss with a parameter, in a new entry of the table."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, predicted, query, caption_ids, scale):
+        return losses.InfoNCE()(predicted, query, caption_ids, scale * self.weight)
+
+
+def test_a_loss_with_parameters_is_injected_by_name(make_task, batch, tmp_path, monkeypatch):
+    monkeypatch.setitem(losses.ALIGNMENT_LOSSES, "weighted", WeightedInfoNCE)
+    task = make_alignment_task(make_task, alignment_loss="weighted")
+    inputs = task.inputs(batch, CPU)
+    found = accumulated(task, inputs, 3)
+    whole = make_alignment_task(make_task, alignment_loss="weighted")
+    noise = type(found[2][0])(*(torch.cat(values) for values in zip(*found[2], strict=True)))
+    whole.module.alignment_loss(inputs, noise)[0].backward()
+    assert_gradients_close(found[1], gradients(whole))
+    assert "alignment.weight" in found[1]
+    assert any(group["name"].startswith("new") and len(group["params"]) for group in task.parameter_groups())
+    task.save_pretrained(task.module.state_dict(), tmp_path)
+    assert DiffDisPipeline.from_pretrained(tmp_path).embed_image(batch.images, num_steps=1).shape == (6, 32)
+    with pytest.raises(ValueError, match=r"objective\.alignment_loss: .*infonce"):
+        make_alignment_task(make_task, alignment_loss="infonse")
+
+
 def cached_on_a_rank(rank, world_size, task, inputs, num_parts):
     size = len(inputs["latent"]) // world_size
     mine = {k: v if k == "null_states" else v[rank * size : (rank + 1) * size] for k, v in inputs.items()}
-    task.module.draw = fixed_draws(task, inputs, rank * num_parts, size // num_parts)
+    task.module.sample_noise = fixed_noise(task, inputs, rank * num_parts, size // num_parts)
     return accumulated(task, mine, num_parts)[1]
 
 
-def fixed_draws(task, inputs, first, size):
-    """Of sample i of the global batch, whoever takes it."""
-    whole = type(task.module).draw(task.module, inputs, 5)
+def fixed_noise(task, inputs, first, size):
+    """Return a `sample_noise` that gives sample i of the global batch the same noise on any rank."""
+    whole = type(task.module).sample_noise(task.module, inputs, 5)
 
-    def draw(part, seed):
+    def sample_noise(part, seed):
         start = (first + seed) * size
         return type(whole)(*(values[start : start + size] for values in whole))
 
-    return draw
+    return sample_noise
 
 
 @pytest.mark.ranks
@@ -217,7 +247,7 @@ def test_a_perfect_prediction_scores_one_and_equal_captions_are_one_class(make_t
     assert task.score(wrong)["heldout/acc1"] == 0.0
 
 
-def test_previews_are_the_same_however_many_ranks_draw_them(make_task):
+def test_previews_do_not_depend_on_the_number_of_ranks(make_task):
     task = make_task()
     with torch.no_grad():
         alone = task.preview(0, 1)

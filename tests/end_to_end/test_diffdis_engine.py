@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from diffdis.config import ObjectiveConfig
-from diffdis.objective import Draws
+from diffdis.objective import StepNoise
 from diffdis.task import DiffDisTask
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.throughput import count_flops
@@ -82,10 +82,10 @@ def step_of_one_process(config, objective, num_parts):
     """(loss, gradients) of all parts at once, drawn as each part was."""
     task = build(config, **objective)
     parts = [task.inputs(batch_of(captions), CPU) for captions in parts_of(num_parts)]
-    drawn = [task.module.draw(part, seed) for seed, part in enumerate(parts)]
-    draws = Draws(*(torch.cat(values) for values in zip(*drawn, strict=True)))
+    samples = [task.module.sample_noise(part, seed) for seed, part in enumerate(parts)]
+    noise = StepNoise(*(torch.cat(values) for values in zip(*samples, strict=True)))
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {"null_states": parts[0]["null_states"]}
-    task.module.draw = lambda inputs, seed: draws
+    task.module.sample_noise = lambda inputs, seed: noise
     loss, _ = task.module(whole, 0)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in task.module.named_parameters() if p.grad is not None}

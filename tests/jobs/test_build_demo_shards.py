@@ -22,8 +22,8 @@ from diffdis_platform.demo.icons import FAMILIES
 from diffdis_platform.demo.naming import caption_of
 from diffdis_platform.demo.splits import HELDOUT_FAMILY, SPLITS, is_heldout_name
 from ray_platform.contracts import DataError
-from ray_platform.evaluate.find import open_set
-from ray_platform.evaluate.slices import read_slice
+from ray_platform.evaluate.discovery import open_evaluation_set
+from ray_platform.evaluate.samples import read_slice
 
 # By their digests "lion" and "shield" are held out, the others are not.
 NAMES = ["lion", "shield", "snake", "spoon", "compass", "flag-france", "green-heart"]
@@ -200,7 +200,7 @@ def test_evaluation_folders_have_clip_benchmarks_layout(built: Path, split: str)
 
 
 def test_the_retrieval_set_is_the_held_out_style_with_its_captions(built: Path) -> None:
-    found = open_set("heldout_pairs", str(built / "wds_heldout_pairs"))
+    found = open_evaluation_set("heldout_pairs", str(built / "wds_heldout_pairs"))
     assert found.task == "zeroshot_retrieval"
     samples = [sample for part in found.slices for sample in read_slice(part)]
     pairs = read_pairs(built / "heldout_style")

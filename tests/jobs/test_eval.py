@@ -22,7 +22,7 @@ from diffdis.config import ObjectiveConfig
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
 from diffdis_platform.commands.eval import parse_arguments as parse
-from diffdis_platform.evaluation.run import evaluate, plan, table
+from diffdis_platform.evaluation.run import evaluate, plan_evaluation, render_results
 from ray_platform.contracts import ConfigError, DataError
 from tests.support.evaluation_sets import encoded, picture, write_all_twelve, write_wds
 from tests.support.tiny_checkpoints import draw_query_weights, save_clip
@@ -56,9 +56,9 @@ def data(tmp_path_factory):
     images[7] = encoded(images[7])[:60]
     labels = [i % 7 for i in range(150)]
     names = COLOURS
-    write_wds(root, "mine", images, labels=labels, classes=names, templates=["a {c}.", "the {c}"], samples_a_shard=40)
+    write_wds(root, "mine", images, labels=labels, classes=names, templates=["a {c}.", "the {c}"], samples_per_shard=40)
     captions = [[f"picture {i}, caption {j}" for j in range(3)] for i in range(60)]
-    write_wds(root, "pairs", [picture(1000 + i) for i in range(60)], captions=captions, samples_a_shard=25)
+    write_wds(root, "pairs", [picture(1000 + i) for i in range(60)], captions=captions, samples_per_shard=25)
     (root / "both.yaml").write_text("sets: [mine, pairs]\n")
     (root / "prompts.txt").write_text(
         "".join(f"a {colour} {i}\n" for i in range(10) for colour in ("red", "blue", "green", "grey"))
@@ -70,7 +70,7 @@ def run(exported, data, output_dir, *more):
     arguments = ["--checkpoint", str(exported), "--suite", str(data / "both.yaml"), "--data_roots", str(data)]
     arguments += ["--output_dir", str(output_dir), "--cpus_per_worker", "0.5", *map(str, more)]
     config = parse(arguments).config
-    return evaluate(config, plan(config))
+    return evaluate(config, plan_evaluation(config))
 
 
 QUALITY = ("--quality.num_steps", 2, "--quality.guidance_scales", "[1.0,2.0]")
@@ -170,7 +170,7 @@ def test_the_results_are_complete(whole, exported):
     saved = json.loads((output / "results" / "diffdis" / "mine.json").read_text())
     assert saved["metrics"] == entry["metrics"]
     assert {row["dataset"] for row in csv.DictReader((output / "results.csv").open())} == {"mine", "pairs"}
-    assert "mine" in table(details, ["diffdis"])
+    assert "mine" in render_results(details)
 
 
 def test_the_run_that_made_the_model_has_the_figures_and_the_report(whole, exported):
@@ -210,11 +210,11 @@ def test_all_twelve_sets_in_their_own_layouts_give_their_mean(exported, tmp_path
     arguments = ["--checkpoint", str(exported), "--data_roots", str(root), "--output_dir", str(tmp_path / "out")]
     arguments += ["--cpus_per_worker", "0.5", "--num_workers", "2", "--allow_missing", "true", "--scoring.num_steps", "1"]
     config = parse(arguments).config
-    refused = evaluate(config, plan(config))
+    refused = evaluate(config, plan_evaluation(config))
     assert len(refused["failures"]) == 14, "12 short sets, and retrieval, which is missing"
     assert "vtab/cifar10: 10 images were read, but the set has 10,000" in " ".join(refused["failures"])
     config = dataclasses.replace(config, allow_short=True)
-    details = evaluate(config, plan(config))
+    details = evaluate(config, plan_evaluation(config))
     assert len(details["zero_shot"]) == 12
     main = [entry["metrics"][entry["main_metric"]] for entry in details["zero_shot"]]
     assert details["means"]["diffdis"] == pytest.approx(np.mean(main), rel=1e-12)
@@ -223,7 +223,7 @@ def test_all_twelve_sets_in_their_own_layouts_give_their_mean(exported, tmp_path
 def refusal(arguments):
     """What is said before anything is measured."""
     with pytest.raises((ConfigError, DataError)) as error:
-        plan(parse([str(argument) for argument in arguments]).config)
+        plan_evaluation(parse([str(argument) for argument in arguments]).config)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -240,11 +240,11 @@ def test_bad_input_is_one_line_each(exported, data, tmp_path):
     assert "--allow_missing true" in missing
     assert "has no config.json" in refusal([*base, "--suite", data / "both.yaml", "--baselines", data])
     both = [*base, "--suite", data / "both.yaml"]
-    assert "curve_set: pairs is no zero-shot set" in refusal([*both, "--curve_set", "pairs"])
+    assert "curve_set: pairs is not a zero-shot set" in refusal([*both, "--curve_set", "pairs"])
     assert "quality.reference: give the real images" in refusal([*both, "--quality.prompts", data / "prompts.txt"])
     (tmp_path / "one.txt").write_text("a cat\n")
     quality = [*both, "--quality.reference", data / "wds_mine", "--quality.prompts", tmp_path / "one.txt"]
-    assert "one.txt holds 1 prompts; a distance needs at least 2" in refusal(quality)
+    assert "one.txt has 1 prompts; a distance needs at least 2" in refusal(quality)
     quality[-1] = data / "prompts.txt"
     (tmp_path / "inception.pth").write_bytes(b"not the one")
     wrong = refusal([*quality, "--quality.networks", '["inception"]', "--quality.inception", tmp_path / "inception.pth"])

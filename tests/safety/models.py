@@ -19,14 +19,14 @@ from diffdis.config import AutoencoderConfig, TextEncoderConfig, tiny
 from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
-from diffdis.warm_start import load
-from diffdis_platform.evaluation.quality import Reference
+from diffdis.warm_start import load_warm_start
+from diffdis_platform.evaluation.quality import ReferenceFeatures
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.precomputed import to_arrow
 from ray_platform.data.source import open_precomputed
-from ray_platform.evaluate.find import find_set
+from ray_platform.evaluate.discovery import find_evaluation_set
 from ray_platform.evaluate.result_cache import ResultCache
-from ray_platform.evaluate.slices import read_slice
+from ray_platform.evaluate.samples import read_slice
 from tests.ray_platform.conftest import png, tar_of
 from tests.safety.cases import CANARY, Case, Evil, line_of
 from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder, save_stable_diffusion
@@ -48,7 +48,7 @@ def encoder(folder: Path) -> object:
 
 
 def start(folder: Path) -> object:
-    return load(DiffDis(tiny()), str(folder))
+    return load_warm_start(DiffDis(tiny()), str(folder))
 
 
 def vae(folder: Path) -> object:
@@ -190,7 +190,7 @@ SETS_DOOR = "`jobs/eval.py --data_roots`"
 
 def read_all(root: Path, name: str) -> str:
     def read() -> str:
-        samples = [sample for part in find_set([str(root)], name).slices for sample in read_slice(part, 0.0)]
+        samples = [sample for part in find_evaluation_set([str(root)], name).slices for sample in read_slice(part, 0.0)]
         causes = [sample.cause for sample in samples if hasattr(sample, "cause")]
         return ", ".join([f"{len(samples) - len(causes)} images", *(f"1 × {cause}" for cause in causes)])
 
@@ -254,7 +254,7 @@ def units(content: bytes):
 def reference(content: Callable[[Path], bytes]):
     def feed(folder: Path) -> str:
         (folder / "reference.npz").write_bytes(content(folder))
-        return line_of(lambda: Reference.read(str(folder / "reference.npz")), DataError)
+        return line_of(lambda: ReferenceFeatures.read(str(folder / "reference.npz")), DataError)
 
     return feed
 

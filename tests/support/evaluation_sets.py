@@ -1,16 +1,19 @@
-"""Writes small sets in the very layouts that people have: CLIP_benchmark's export, by the writer that it uses."""
+"""Small evaluation sets in the layouts that users have; CLIP_benchmark's export is written with webdataset, as it does."""
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import webdataset
 from PIL import Image
 
+from ray_platform.contracts import UserError
 from ray_platform.data.causes import RejectedSample
-from ray_platform.evaluate.sets import PAPER, REGISTRY, EvaluationSet
-from ray_platform.evaluate.slices import RawSample, read_slice
+from ray_platform.evaluate.discovery import open_evaluation_set
+from ray_platform.evaluate.samples import RawSample, read_slice
+from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS, EvaluationSet
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SUFFIXES = {b"\x89PN": "png", b"\xff\xd8\xff": "jpg", b"RIF": "webp"}
@@ -30,6 +33,11 @@ def encoded(image: np.ndarray | Image.Image, file_format: str = "WEBP", **option
     return buffer.getvalue()
 
 
+def write_image(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(picture(seed), "JPEG"))
+
+
 def write_wds(
     folder: Path,
     name: str,
@@ -39,7 +47,7 @@ def write_wds(
     captions: Sequence[Sequence[str]] | None = None,
     classes: Sequence[str] = (),
     templates: Sequence[str] = (),
-    samples_a_shard: int = 10_000,
+    samples_per_shard: int = 10_000,
 ) -> Path:
     """`<folder>/wds_<name>/`, its test split with `labels`, or for retrieval with each image's `captions`.
 
@@ -53,7 +61,7 @@ def write_wds(
         (root / "zeroshot_classification_templates.txt").write_text("".join(f"{line}\n" for line in templates))
     if captions is not None:
         (root / "dataset_type.txt").write_text("retrieval\n")
-    sink = webdataset.ShardWriter(str(root / "test" / "%d.tar"), maxcount=samples_a_shard, maxsize=10**9, verbose=0)
+    sink = webdataset.ShardWriter(str(root / "test" / "%d.tar"), maxcount=samples_per_shard, maxsize=10**9, verbose=0)
     for index, image in enumerate(images):
         content = encoded(image) if isinstance(image, np.ndarray) else image
         sample: dict = {"__key__": f"s{index:07d}", _SUFFIXES[content[:3]]: content}
@@ -68,39 +76,62 @@ def write_wds(
     return root
 
 
+def write_own(folder: Path, count: int = 6, **fields) -> Path:
+    """A set of three classes that is not a known one."""
+    values = {"labels": [i % 3 for i in range(count)], "classes": ["a", "b", "c"], "templates": ["a {c}"]} | fields
+    return write_wds(folder, "mine", [picture(seed) for seed in range(count)], **values)
+
+
 def class_names(name: str) -> tuple[str, ...]:
-    """The registry's, CIFAR-10's, or names that stand for those that come with the data."""
-    info = REGISTRY[name]
-    if info.classes:
-        return info.classes
-    return CIFAR10 if info.num_classes == 10 else tuple(f"{name.rpartition('/')[2]} {i}" for i in range(info.num_classes))
+    """The known set's classes, CIFAR-10's, or names that stand for those that come with the data."""
+    known = KNOWN_SETS[name]
+    if known.classes:
+        return known.classes
+    return CIFAR10 if known.num_classes == 10 else tuple(f"{name.rpartition('/')[2]} {i}" for i in range(known.num_classes))
 
 
-def write_one(root: Path, name: str, images_a_class: int = 1, samples_a_shard: int = 10_000) -> Path:
-    """One of the twelve in the layout of its export, with so many pictures of each class, in turn."""
-    info = REGISTRY[name]
-    labels = list(range(info.num_classes)) * images_a_class
+def write_one(root: Path, name: str, images_per_class: int = 1, samples_per_shard: int = 10_000) -> Path:
+    """One of the twelve in the layout of its export, with some images of each class, in turn."""
+    known = KNOWN_SETS[name]
+    labels = list(range(known.num_classes)) * images_per_class
+    texts = {"classes": class_names(name), "templates": known.templates}
     images = [picture(seed) for seed in range(len(labels))]
-    return write_wds(
-        root, name, images, labels=labels, classes=class_names(name), templates=info.templates, samples_a_shard=samples_a_shard
-    )
+    return write_wds(root, name, images, labels=labels, samples_per_shard=samples_per_shard, **texts)
 
 
-def write_all_twelve(root: Path, images_a_class: int = 1, samples_a_shard: int = 10_000) -> dict[str, Path]:
-    """All twelve below `root`; name -> folder. They are short: the real ones have more images."""
-    return {name: write_one(root, name, images_a_class, samples_a_shard) for name in PAPER}
+def write_all_twelve(root: Path) -> dict[str, Path]:
+    """All twelve below `root`, one image per class; name -> folder. They are short: the real ones have more images."""
+    return {name: write_one(root, name) for name in PAPER_SETS}
 
 
-def write_retrieval(root: Path, name: str, num_images: int, captions_an_image: int = 5, samples_a_shard: int = 10_000) -> Path:
+def write_retrieval(root: Path, name: str, num_images: int, captions_per_image: int = 5, samples_per_shard: int = 10_000) -> Path:
     """A retrieval set whose image i has the captions "image i, caption 0", …"""
-    captions = [[f"image {i}, caption {number}" for number in range(captions_an_image)] for i in range(num_images)]
-    return write_wds(
-        root, name, [picture(seed) for seed in range(num_images)], captions=captions, samples_a_shard=samples_a_shard
-    )
+    captions = [[f"image {i}, caption {number}" for number in range(captions_per_image)] for i in range(num_images)]
+    images = [picture(seed) for seed in range(num_images)]
+    return write_wds(root, name, images, captions=captions, samples_per_shard=samples_per_shard)
 
 
-def read(found: EvaluationSet, **named) -> list[RawSample | RejectedSample]:
+def read(data: EvaluationSet, **named) -> list[RawSample | RejectedSample]:
     """All samples of a set, slice by slice."""
-    assert [part.place for part in found.slices] == list(range(len(found.slices)))
-    assert len({part.name for part in found.slices}) == len(found.slices)
-    return [sample for part in found.slices for sample in read_slice(part, **named)]
+    assert [part.place for part in data.slices] == list(range(len(data.slices)))
+    assert len({part.name for part in data.slices}) == len(data.slices)
+    return [sample for part in data.slices for sample in read_slice(part, **named)]
+
+
+def contents(data: EvaluationSet) -> list[tuple[str, int, bytes]]:
+    """Key, label and encoded image of every sample of a set."""
+    return [(sample.key, sample.label, bytes(sample.image)) for sample in read(data)]
+
+
+def error_of(call, *arguments, kind: type[UserError] = UserError, **named) -> str:
+    """The message, on one line, of the error that `call` raises."""
+    with pytest.raises(kind) as raised:
+        call(*arguments, **named)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+def error_of_set(name: str, url: Path | str, kind: type[UserError] = UserError) -> str:
+    """The error with which a set is opened or read."""
+    return error_of(lambda: read(open_evaluation_set(name, str(url))), kind=kind)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffdis.config import ObjectiveConfig
 from diffdis.encoder import describe_encoders
-from diffdis.objective import Draws
+from diffdis.objective import StepNoise
 from diffdis.task import DiffDisTask
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
@@ -149,11 +149,11 @@ def plain_loop(run):
     for step, batches in enumerate(zip(*streams, strict=True)):
         keys |= {(step, rank): list(batch.keys) for rank, batch in enumerate(batches)}
         inputs = [task.inputs(batch, torch.device("cpu")) for batch in batches]
-        drawn = [module.draw(part, step_seed(config.seed, step, rank, 0)) for rank, part in enumerate(inputs)]
-        draws = Draws(*(torch.cat(values) for values in zip(*drawn, strict=True)))
+        samples = [module.sample_noise(part, step_seed(config.seed, step, rank, 0)) for rank, part in enumerate(inputs)]
+        noise = StepNoise(*(torch.cat(values) for values in zip(*samples, strict=True)))
         whole = {name: torch.cat([i[name] for i in inputs]) for name in inputs[0]} | {"null_states": inputs[0]["null_states"]}
-        generation = module.generation(whole, draws).mean()
-        alignment, _ = module.alignment(whole, draws)
+        generation = module.generation_loss(whole, noise).mean()
+        alignment, _ = module.alignment_loss(whole, noise)
         losses[step + 1] = (generation.item(), alignment.item())
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * learning_rate_factor(config, step)

@@ -24,23 +24,23 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[EvalConfig]:
 
 def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
-    from diffdis_platform.evaluation.run import REPORT, evaluate, plan, table
+    from diffdis_platform.evaluation.run import REPORT, evaluate, plan_evaluation, render_results
     from ray_platform import storage
     from ray_platform.connect import connect
-    from ray_platform.evaluate.find import listing
+    from ray_platform.evaluate.discovery import render_listing
     from ray_platform.local_head import ensure_cluster
 
     config = command.config
     if "list" in command.switches:
-        print(listing(config.data_roots))
+        print(render_listing(config.data_roots))
         return 0
-    evaluation = plan(config)
+    plan = plan_evaluation(config)
     ensure_cluster()
     connect()
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
-    details = evaluate(config, evaluation)
-    print(f"\n{table(details, [model['name'] for model in details['models']])}\n")
+    details = evaluate(config, plan)
+    print(f"\n{render_results(details)}\n")
     print(f"done: {storage.join(config.output_dir, REPORT)}, next to results.csv and results/", flush=True)
-    if details["failures"]:
-        raise DataError("some measurements failed: " + "; ".join(details["failures"]))
+    if failures := details.get("failures"):
+        raise DataError("some measurements failed: " + "; ".join(failures))
     return 0

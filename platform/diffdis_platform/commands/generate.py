@@ -24,7 +24,8 @@ class GenerateConfig:
     output_dir: str = ""  # absolute folder or s3:// URL
     captions: tuple[str, ...] = ()
     captions_file: str = ""  # text file with one caption per line; local or s3://
-    num_steps: int = 50  # of DDIM
+    num_steps: int = 50  # of the sampler
+    scheduler: str = ""  # a sampler of diffusers, such as DPMSolverMultistepScheduler; empty: DDIM
     guidance_scale: float = 7.5
     seed: int = 0
     batch_size: int = 16
@@ -58,28 +59,29 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[GenerateConfig]:
 
 def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv).config
-    from diffdis.pictures import grid
+    from diffdis.image_grid import image_grid
     from ray_platform import storage
 
     captions = config.all_captions()
     pipeline = _open_model(config)
     images = []
     for start in range(0, len(captions), config.batch_size):
-        places = range(start, min(start + config.batch_size, len(captions)))
+        indices = range(start, min(start + config.batch_size, len(captions)))
         images += pipeline.generate(
-            [captions[place] for place in places],
+            [captions[index] for index in indices],
             num_steps=config.num_steps,
             guidance_scale=config.guidance_scale,
             seed=config.seed,
-            places=places,
+            indices=indices,
+            scheduler=config.scheduler or None,
         )
         print(f"{len(images)} of {len(captions)} images", flush=True)
     with tempfile.TemporaryDirectory(prefix="generate_") as folder:
-        names = {f"{place:06d}.png": caption for place, caption in enumerate(captions)}
+        names = {f"{index:06d}.png": caption for index, caption in enumerate(captions)}
         for name, image in zip(names, images, strict=True):
             image.save(Path(folder) / name)
         (Path(folder) / "captions.json").write_text(json.dumps(names, indent=1))
-        grid(images[:_MAX_GRID_IMAGES], captions[:_MAX_GRID_IMAGES]).save(Path(folder) / "grid.png")
+        image_grid(images[:_MAX_GRID_IMAGES], captions[:_MAX_GRID_IMAGES]).save(Path(folder) / "grid.png")
         storage.put_folder(Path(folder), config.output_dir)
     print(f"done: {len(images)} images, captions.json and grid.png in {config.output_dir}")
     return 0

@@ -51,11 +51,11 @@ class PrecomputeConfig:
     def encoders(self) -> "EncoderPool":
         """Return what builds the encoders, how many there are and what they need. Raises ConfigError."""
         from diffdis.encoder import FrozenEncoder, describe_encoders
-        from diffdis.warm_start import resolved
+        from diffdis.warm_start import resolve_encoder_paths
         from ray_platform import storage
         from ray_platform.data.precompute import EncoderPool
 
-        model = resolved(self.model)
+        model = resolve_encoder_paths(self.model)
         check_model(model, self.data)
         return EncoderPool(
             functools.partial(storage.with_cached_folders, FrozenEncoder, model),

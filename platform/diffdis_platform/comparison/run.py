@@ -10,7 +10,7 @@ from datetime import datetime
 
 from PIL import Image
 
-from diffdis.pictures import grid
+from diffdis.image_grid import image_grid
 from diffdis_platform.comparison.claim import CLAIM
 from diffdis_platform.comparison.runs import RESULT, SUMMARY, ComparisonPlan, measure
 from diffdis_platform.comparison.summary import ComparisonSummary, summarize, tracked_metrics
@@ -19,7 +19,7 @@ from diffdis_platform.evaluation.quality import read_prompts
 from diffdis_platform.parent_run import start_parent_run
 from ray_platform import storage
 from ray_platform.contracts import UserError, describe_error
-from ray_platform.evaluate.work import image_name
+from ray_platform.evaluate.unit_work import image_name
 from ray_platform.json_values import to_json
 from ray_platform.report.comparison import comparison_page
 from ray_platform.report.records import ComparisonDetails, GeneratedSample, ImageGrid, TrainingPoint
@@ -87,7 +87,7 @@ def _write_report(config: CompareConfig, tracker: Tracker, summary: ComparisonSu
     for arm in details["grids"]:
         images = [Image.open(io.BytesIO(base64.b64decode(sample["png"]))) for sample in arm["samples"]]
         buffer = io.BytesIO()
-        grid(images, [sample["caption"] for sample in arm["samples"]]).save(buffer, format="PNG")
+        image_grid(images, [sample["caption"] for sample in arm["samples"]]).save(buffer, format="PNG")
         files[f"{SAMPLES}/{arm['arm']}_seed{arm['seed']}.png"] = buffer.getvalue()
     for name, content in files.items():
         storage.write_bytes(storage.join(config.output_dir, name), content)

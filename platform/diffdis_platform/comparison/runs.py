@@ -10,17 +10,17 @@ from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.evaluate import QualityConfig
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.evaluation.headline import headline
-from diffdis_platform.evaluation.quality import Reference, read_prompts
-from diffdis_platform.evaluation.run import evaluate, open_sets
-from diffdis_platform.evaluation.run import plan as plan_evaluation
+from diffdis_platform.evaluation.quality import ReferenceFeatures, read_prompts
+from diffdis_platform.evaluation.run import evaluate, open_sets, plan_evaluation
 from diffdis_platform.exporting import build_task
 from ray_platform import storage
 from ray_platform.connect import describe_cluster
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.evaluate.find import open_images
+from ray_platform.evaluate.discovery import open_image_set
 from ray_platform.evaluate.results import metrics_for_tracking
 from ray_platform.json_values import first_difference, to_json, with_defaults
 from ray_platform.redaction import redacted_values, restored
+from ray_platform.report.records import EvaluationDetails
 from ray_platform.tracking import RUN_RECORD, TrackingConfig, metric_history
 from ray_platform.tracking.run_metadata import code_version
 from ray_platform.train import checkpoint_format
@@ -112,7 +112,7 @@ def _is_trained(config: PretrainConfig) -> bool:
     return storage.exists(url) and storage.read_json(url)["num_steps"] == config.train.num_steps
 
 
-def _scores(details: Mapping[str, Any]) -> dict[str, float]:
+def _scores(details: EvaluationDetails) -> dict[str, float]:
     """Return the scores of an evaluation; those that the model does not have are absent.
 
     They are the headline metrics, accuracy_<set>, and the image quality as fd, fd_infinity and kid: of the first feature network
@@ -125,9 +125,9 @@ def _scores(details: Mapping[str, Any]) -> dict[str, float]:
         kernel = "kid" + distance.removeprefix("fid").removeprefix("fd")
         names = {"fd": distance, "fd_infinity": f"{distance}_infinity", "kid": kernel}
         scores = {name: value for name, value in scores.items() if name not in quality}
-        scores |= {name: quality[metric] for name, metric in names.items() if metric in quality}
+        scores |= {name: value for name, metric in names.items() if (value := quality.get(metric)) is not None}
     sets = {entry["set"]: entry["metrics"]["acc1"] for entry in details["zero_shot"] if entry["model"] == model}
-    return scores | {f"accuracy_{name}": value for name, value in sets.items()}
+    return scores | {f"accuracy_{name}": value for name, value in sets.items() if value is not None}
 
 
 def _costs(manifest: checkpoint_format.Manifest, details: Mapping[str, Any]) -> dict[str, float]:
@@ -177,7 +177,7 @@ def _quality_digests(config: QualityConfig) -> dict[str, str]:
     if not config.prompts:
         return {}
     prompts = hashlib.sha256("\n".join(read_prompts(config)).encode()).hexdigest()[:16]
-    real = Reference.read(config.reference) if config.reference.endswith(".npz") else open_images(config.reference)
+    real = ReferenceFeatures.read(config.reference) if config.reference.endswith(".npz") else open_image_set(config.reference)
     return {"prompts": prompts, "reference": real.digest}
 
 

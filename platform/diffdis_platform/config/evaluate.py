@@ -93,9 +93,9 @@ class EvalConfig:
 def suite_sets(suite: str) -> dict[str, str]:
     """Return the folder of each set of a suite, or "" for a set below data_roots. Raises ConfigError."""
     from ray_platform import storage
-    from ray_platform.evaluate.sets import PAPER
+    from ray_platform.evaluate.sets import PAPER_SETS
 
-    suites = {"paper": (*PAPER, *RETRIEVAL), "quick": QUICK, "demo": DEMO}
+    suites = {"paper": (*PAPER_SETS, *RETRIEVAL), "quick": QUICK, "demo": DEMO}
     if suite in suites:
         return dict.fromkeys(suites[suite], "")
     if not suite.endswith((".yaml", ".yml")):

@@ -42,13 +42,13 @@ class PretrainConfig:
         """
         from diffdis.encoder import describe_encoders
         from diffdis.task import DiffDisTask
-        from diffdis.warm_start import resolved
+        from diffdis.warm_start import resolve_encoder_paths
         from diffdis_platform.serving.package import model_package
         from ray_platform import storage
         from ray_platform.redaction import redacted_values
         from ray_platform.train.launch import Run
 
-        check_model(resolved(self.model), self.data)
+        check_model(resolve_encoder_paths(self.model), self.data)
         with_folders = storage.with_cached_folders  # the paths may be s3:// URLs
         build_task: Callable[[], Any] = functools.partial(
             with_folders, DiffDisTask, self.model, self.objective, self.preview_captions
@@ -60,7 +60,7 @@ class PretrainConfig:
             self.tracking,
             self.output_dir,
             redacted_values({"recipe": recipe, **asdict(self)}),
-            functools.partial(with_folders, describe_encoders, resolved(self.model)),
+            functools.partial(with_folders, describe_encoders, resolve_encoder_paths(self.model)),
             model_package(self.objective.task),
             command,
         )

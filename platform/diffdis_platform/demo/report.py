@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffdis.pictures import grid
+from diffdis.image_grid import image_grid
 from diffdis.pipeline import DiffDisPipeline
 from diffdis_platform.demo.scores import SPLITS, colour_agreement, sample_captions, score
 from ray_platform.terminal import render_table
@@ -25,7 +25,7 @@ def write_report(output: Path, data: Path, captions: tuple[str, ...]) -> dict[st
     print("drawing the grid …", flush=True)
     drawn = [*captions, *sample_captions(data, NUM_RANDOM_CAPTIONS)]
     images = pipeline.generate(drawn, num_steps=30, guidance_scale=GUIDANCE_SCALE)
-    grid(images, drawn).save(output / "grid.png")
+    image_grid(images, drawn).save(output / "grid.png")
     random_images = images[len(captions) :]
     summary = {
         "recipe": "demo",

@@ -12,7 +12,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from diffdis.metrics.zero_shot import shuffled_images, subset_accuracy, top_k_accuracy
+from diffdis.metrics.zero_shot import ZeroShotScores, subset_accuracy
 from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
 
@@ -46,12 +46,14 @@ def zero_shot(pipeline: DiffDisPipeline, data: ZeroShotSet, batch_size: int = 12
     """Accuracies from pure noise, and that of the same queries with the images permuted."""
     parts = [data.images[i : i + batch_size] for i in range(0, len(data.images), batch_size)]
     queries = torch.cat([pipeline.embed_image(part, num_steps=NUM_INFERENCE_STEPS, num_draws=NUM_DRAWS) for part in parts])
-    similarity = queries @ pipeline.embed_classes(data.class_names, data.templates).T  # [N, C]
+    classes = pipeline.embed_classes(data.class_names, data.templates)
+    images, texts, labels = (tensor.cpu().numpy() for tensor in (queries, classes, data.labels))
+    scores = ZeroShotScores.from_embeddings(images, texts, labels)
     return {
-        "acc1": top_k_accuracy(similarity, data.labels),
-        "acc5": top_k_accuracy(similarity, data.labels, k=5),
-        "acc1_100way": subset_accuracy(similarity, data.labels),
-        "acc1_shuffled_images": top_k_accuracy(shuffled_images(similarity), data.labels),
+        "acc1": scores.accuracy(),
+        "acc5": scores.accuracy(5),
+        "acc1_100way": subset_accuracy(images, texts, labels),
+        "acc1_shuffled_images": scores.with_shuffled_images().accuracy(),
         "num_classes": len(data.class_names),
         "num_images": len(data.images),
         "chance": 1 / len(data.class_names),

@@ -1,1 +1,1 @@
-"""The driver's side of jobs/eval.py: what is measured, on which units of work, and what comes out. Joins the two libraries."""
+"""Evaluation of models: what is measured, its units of work, and the results. Joins `diffdis` and `ray_platform`."""

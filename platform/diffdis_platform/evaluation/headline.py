@@ -1,27 +1,33 @@
-"""The few figures by which models are compared, out of all that an evaluation measured."""
+"""The few metrics by which models are compared, out of all that an evaluation measured."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-RETRIEVAL = ("image_retrieval_recall_at_1", "text_retrieval_recall_at_1", "retrieval_recall_at_1")
+from ray_platform.report.records import DatasetResult, EvaluationDetails
+
+RETRIEVAL_METRICS = ("image_retrieval_recall_at_1", "text_retrieval_recall_at_1", "retrieval_recall_at_1")
 
 
-def headline(details: Mapping[str, Any]) -> dict[str, float]:
-    """Of the evaluated model: `accuracy`, the mean acc1 over the zero-shot sets; `image_retrieval_recall_at_1` and
-    `text_retrieval_recall_at_1`, means over the retrieval sets, and `retrieval_recall_at_1`, the mean of both; image quality at
-    the first guidance scale by its metrics' names. What was not measured is absent.
+def headline(details: EvaluationDetails) -> dict[str, float]:
+    """Return the metrics of the evaluated model; those that were not measured are absent.
+
+    `accuracy` is the mean acc1 over the zero-shot sets, `image_retrieval_recall_at_1` and `text_retrieval_recall_at_1` are means
+    over the retrieval sets, and `retrieval_recall_at_1` is the mean of both. Image quality is that of the first guidance scale,
+    by the metrics' own names.
     """
-    name, found = details["models"][0]["name"], {}
-    zero_shot = [entry["metrics"]["acc1"] for entry in details["zero_shot"] if entry["model"] == name]
+    name, metrics = details["models"][0]["name"], {}
+    zero_shot = [result for result in details.get("zero_shot", ()) if result["model"] == name]
     if zero_shot:
-        found["accuracy"] = float(np.mean(zero_shot))
-    recalls = [entry["metrics"] for entry in details["retrieval"] if entry["model"] == name]
-    if recalls:
-        for side in ("image", "text"):
-            found[f"{side}_retrieval_recall_at_1"] = float(np.mean([recall[f"{side}_retrieval_recall@1"] for recall in recalls]))
-        found["retrieval_recall_at_1"] = (found["image_retrieval_recall_at_1"] + found["text_retrieval_recall_at_1"]) / 2
-    if details["quality"]:
-        found |= {metric: float(value) for metric, value in details["quality"][0]["metrics"].items()}
-    return found
+        metrics["accuracy"] = _mean(zero_shot, "acc1")
+    retrieval = [result for result in details.get("retrieval", ()) if result["model"] == name]
+    if retrieval:
+        image, text = (_mean(retrieval, f"{way}_retrieval_recall@1") for way in ("image", "text"))
+        metrics |= dict(zip(RETRIEVAL_METRICS, (image, text, (image + text) / 2), strict=True))
+    if quality := details.get("quality"):
+        metrics |= {metric: float(value) for metric, value in quality[0]["metrics"].items() if value is not None}
+    return metrics
+
+
+def _mean(results: Sequence[DatasetResult], metric: str) -> float:
+    return float(np.mean([np.float64(result["metrics"][metric]) for result in results]))

@@ -1,9 +1,9 @@
-"""Which models are evaluated, and what builds them in a worker."""
+"""The models of an evaluation, and the functions that build them on a replica."""
 
 import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,55 +16,54 @@ from diffdis_platform.config.export import ExportConfig
 from diffdis_platform.exporting import export, find_checkpoint
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
+from ray_platform.report.records import EvaluatedModel
 from ray_platform.tracking import RUN_RECORD
 from ray_platform.train.launch import SUMMARY
 
-EXPORTED = "exported.json"  # beside a model that an evaluation exported: of which checkpoint
+EXPORT_RECORD = "exported.json"  # next to a model that an evaluation exported: the checkpoint that it comes from
 
 
 @dataclass(frozen=True)
-class Model:
-    """One that tells which text belongs to an image."""
+class EvaluationModel:
+    """A model that is evaluated, or a baseline."""
 
-    name: str  # of its results
+    name: str  # in the results
     url: str  # its folder
     digest: str  # of its files
-    build: Callable[[str], Any]  # a Scorer, in a worker
+    build: Callable[[str], Any]  # torch device -> Scorer; called on a replica
     task: str = "clip"
     settings: Mapping[str, Any] = field(default_factory=dict)  # of embed_images
     step: int | None = None
-    tracked: Mapping[str, str] | None = None  # the MLflow run that made it
+    run_record: Mapping[str, str] | None = None  # the tracked run that trained it
 
-    def with_settings(self, **settings: Any) -> "Model":
-        return Model(self.name, self.url, self.digest, self.build, self.task, settings, self.step, self.tracked)
+    def with_settings(self, **settings: Any) -> "EvaluationModel":
+        return replace(self, settings=settings)
 
     @property
-    def can_draw(self) -> bool:
+    def can_generate(self) -> bool:
         return self.task in ("joint", "generation")
 
     @property
     def can_score(self) -> bool:
         return self.task != "generation"
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "name": self.name, "pretrained": self.url, "task": self.task, "step": self.step, "settings": dict(self.settings),
-        }  # fmt: skip
+    def describe(self) -> EvaluatedModel:
+        return {"name": self.name, "pretrained": self.url, "task": self.task, "step": self.step, "settings": dict(self.settings)}
 
 
-def open_model(config: EvalConfig) -> Model:
-    """The evaluated model; a checkpoint is exported first. Raises ConfigError where there is neither."""
-    given = config.checkpoint.rstrip("/")
-    if storage.exists(storage.join(given, CONFIG_NAME)):
-        url, step, places = given, None, [given, _parent(given)]
+def open_model(config: EvalConfig) -> EvaluationModel:
+    """Return the evaluated model; a checkpoint is exported first. Raises ConfigError if there is neither."""
+    checkpoint = config.checkpoint.rstrip("/")
+    if storage.exists(storage.join(checkpoint, CONFIG_NAME)):
+        url, step, folders = checkpoint, None, [checkpoint, _parent(checkpoint)]
     else:
-        url, step, run = _exported(config)
-        places = [run]
-    saved = storage.read_json(storage.join(url, CONFIG_NAME))
-    tracked, summary = (_first(places, name) for name in (RUN_RECORD, SUMMARY))
-    task = saved.get("trained_for", "joint")
-    settings = {"num_steps": config.scoring.num_steps, "num_draws": config.scoring.num_draws, "guidance": config.scoring.guidance}
-    return Model(
+        url, step, run_folder = _export_checkpoint(config)
+        folders = [run_folder]
+    run_record, summary = (_read_first(folders, name) for name in (RUN_RECORD, SUMMARY))
+    task = storage.read_json(storage.join(url, CONFIG_NAME)).get("trained_for", "joint")
+    scoring = config.scoring
+    settings = {"num_steps": scoring.num_steps, "num_draws": scoring.num_draws, "guidance": scoring.guidance}
+    return EvaluationModel(
         "diffdis",
         url,
         storage.with_cached_folders(_digest, url),
@@ -72,39 +71,40 @@ def open_model(config: EvalConfig) -> Model:
         task,
         {} if task == "clip" else settings,
         step if step is not None else (summary or {}).get("num_steps"),
-        tracked,
+        run_record,
     )
 
 
-def open_baseline(url: str, taken: set[str]) -> Model:
-    """A CLIP in transformers' layout, named by its folder."""
+def open_baseline(url: str, taken_names: set[str]) -> EvaluationModel:
+    """Return a CLIP in transformers' layout; its name is that of its folder."""
     if not storage.exists(storage.join(url, "config.json")):
-        raise ConfigError(f"baselines: {url} has no config.json; give a CLIP's folder in transformers' layout")
+        raise ConfigError(f"baselines: {url} has no config.json; give the folder of a CLIP in transformers' layout")
     name = url.rstrip("/").rsplit("/", 1)[-1]
-    if name in taken:
-        raise ConfigError(f"baselines: two models are called {name}; rename a folder")
+    if name in taken_names:
+        raise ConfigError(f"baselines: two models are named {name}; rename a folder")
     build = functools.partial(storage.with_cached_folders, ClipScorer, url)
-    return Model(name, url, storage.with_cached_folders(_digest, url), build)
+    return EvaluationModel(name, url, storage.with_cached_folders(_digest, url), build)
 
 
 def _digest(url: str) -> str:
     return digest_of_folder(Path(url))
 
 
-def _exported(config: EvalConfig) -> tuple[str, int, str]:
-    """(the folder of the checkpoint's model, its step, the run's folder). What an earlier evaluation exported serves again."""
-    wanted = ExportConfig(config.checkpoint, storage.join(config.output_dir, "model"), config.weights)
+def _export_checkpoint(config: EvalConfig) -> tuple[str, int, str]:
+    """Return the folder of the checkpoint's exported model, its step, and the run's folder. An earlier export is reused."""
+    export_config = ExportConfig(config.checkpoint, storage.join(config.output_dir, "model"), config.weights)
     url, manifest = find_checkpoint(config.checkpoint)
-    mark = {"checkpoint": url, "token": manifest.token, "weights": config.weights}
-    mark_url = storage.join(wanted.output_dir, EXPORTED)
-    if not storage.exists(mark_url) or storage.read_json(mark_url) != mark:
+    record = {"checkpoint": url, "token": manifest.token, "weights": config.weights}
+    record_url = storage.join(export_config.output_dir, EXPORT_RECORD)
+    if not storage.exists(record_url) or storage.read_json(record_url) != record:
         print(f"exporting {url} …", flush=True)
-        export(wanted)
-        storage.write_bytes(mark_url, json.dumps(mark).encode())
-    return wanted.output_dir, manifest.step, _parent(_parent(_parent(url)))
+        export(export_config)
+        storage.write_bytes(record_url, json.dumps(record).encode())
+    return export_config.output_dir, manifest.step, _parent(_parent(_parent(url)))
 
 
-def _first(folders: list[str], name: str) -> Any:
+def _read_first(folders: list[str], name: str) -> Any:
+    """Return the JSON object of that name in the first folder that has it, or None."""
     urls = [url for folder in folders if storage.exists(url := storage.join(folder, name))]
     return storage.read_json(urls[0]) if urls else None
 

@@ -1,5 +1,6 @@
-"""Image quality: generate -> features -> statistics -> distance, at one or several guidance scales."""
+"""Image quality: generate images, extract features, and compare them with those of real images, at several guidance scales."""
 
+import base64
 import functools
 import hashlib
 import io
@@ -10,40 +11,78 @@ from typing import Any
 
 import numpy as np
 
-from diffdis.feature_networks import build_feature_network
+from diffdis.feature_networks import PooledFeatures, build_feature_network
 from diffdis.metrics.clip_score import clip_score
 from diffdis.metrics.frechet import NUM_SUBSETS, Moments, extrapolated_distance, frechet_distance_of_features
 from diffdis.metrics.kid import kernel_distance
 from diffdis_platform.config.evaluate import QualityConfig
-from diffdis_platform.evaluation.models import Model
-from diffdis_platform.evaluation.units import unit
+from diffdis_platform.evaluation.models import EvaluationModel
+from diffdis_platform.evaluation.units import build_unit
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, Rows, one_line
-from ray_platform.evaluate.find import open_images, open_set
+from ray_platform.evaluate.discovery import open_evaluation_set, open_image_set
 from ray_platform.evaluate.result_cache import read_arrays
 from ray_platform.evaluate.results import check_same_protocol
-from ray_platform.evaluate.slices import RawSample, read_slice
-from ray_platform.evaluate.work import DrawImages, MeasureImages
+from ray_platform.evaluate.samples import RawSample, read_slice
+from ray_platform.evaluate.unit_work import GenerateImages, MeasureImages, image_name
+from ray_platform.metric_registry import check_declared
 from ray_platform.replicas import WorkUnit, join_rows
+from ray_platform.report.records import GeneratedSample, QualityPoint
 
-IMAGES_A_UNIT = 32
-SHOWN = 64  # images that are kept for the report in any case
-_DRAW_COST = 6.0  # of a denoising step with guidance: two passes of the whole U-Net, in passes of its image branch
+IMAGES_PER_UNIT = 32
+NUM_SHOWN = 64  # images that are stored for the report in any case
+_STEP_COST = 6.0  # of a denoising step with guidance (two passes of the whole U-Net), relative to a pass of its image branch
 
 
-def builders(config: QualityConfig) -> dict[str, Any]:
-    """What makes the feature networks in a worker, by name."""
+# --- Metrics of features: generated [n, d] and real [m, d] -> metrics by their full names ---------------------------------------
+
+# `figure` is the name of the network's Fréchet distance: "fid" or "fd_<network>".
+FeatureMetric = Callable[[str, np.ndarray, np.ndarray], Mapping[str, float]]
+
+
+def frechet_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """Return the Fréchet distance and its extrapolation to infinitely many generated images."""
+    reference = Moments.of(real)
+    metrics = {figure: frechet_distance_of_features(generated, reference)}
+    if len(generated) >= 2 * NUM_SUBSETS:  # fewer images do not determine the line that is extrapolated
+        metrics[f"{figure}_infinity"] = extrapolated_distance(generated, reference)
+    return metrics
+
+
+def kid_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """Return the kernel distance and its standard deviation over subsets."""
+    kid, suffix = kernel_distance(generated, real), figure.removeprefix("fid").removeprefix("fd")
+    return {f"kid{suffix}": kid.mean, f"kid{suffix}_std": kid.std}
+
+
+# Add a metric of generated images by adding a function here and its names to ray_platform/metric_registry.py. The first metric of
+# the first entry is the headline.
+FEATURE_METRICS: list[FeatureMetric] = [frechet_metrics, kid_metrics]
+
+
+def feature_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """Return all metrics of features. Raises ConfigError if the metric registry lacks one."""
+    metrics = {name: value for metric in FEATURE_METRICS for name, value in metric(figure, generated, real).items()}
+    check_declared(metrics)
+    return metrics
+
+
+# --- Networks, prompts and reference images -------------------------------------------------------------------------------------
+
+
+def network_builders(config: QualityConfig) -> dict[str, Callable[[str], PooledFeatures]]:
+    """Return the functions that build the feature networks on a replica, by name."""
     if not config.prompts:
         return {}
-    own = {"inception": (config.inception, config.resize)}  # the others have one file and one way of resizing
+    options = {"inception": (config.inception, config.resize)}  # no other network has a choice of weights or resizing
     return {
-        name: functools.partial(storage.with_cached_folders, build_feature_network, name, *own.get(name, ("", "")))
+        name: functools.partial(storage.with_cached_folders, build_feature_network, name, *options.get(name, ("", "")))
         for name in config.networks
     }
 
 
-def _built(build: Callable[[str], Any]) -> Any:
-    """What is wrong with a network's name or file is said before anything is drawn."""
+def _build_network(build: Callable[[str], PooledFeatures]) -> PooledFeatures:
+    """Build a network on the driver, so that errors in its name or file are reported before anything is generated."""
     try:
         return build("cpu")
     except ValueError as error:
@@ -51,22 +90,26 @@ def _built(build: Callable[[str], Any]) -> Any:
 
 
 def read_prompts(config: QualityConfig) -> list[str]:
-    """The first `num_images` lines of a text, or first captions of a retrieval set. Raises ConfigError where there are none."""
+    """Return the first `num_images` lines of a text file or first captions of a retrieval set.
+
+    Raises:
+        ConfigError: There are fewer than two.
+    """
     if config.prompts.endswith((".txt", ".tsv")):
         lines = storage.read_small(config.prompts).decode(errors="replace").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
     else:
-        data = open_set("prompts", config.prompts)
+        data = open_evaluation_set("prompts", config.prompts)
         samples = (sample for part in data.slices for sample in read_slice(part))
         prompts = [sample.captions[0] for sample in samples if isinstance(sample, RawSample) and sample.captions]
     if len(prompts) < 2:
-        raise ConfigError(f"quality.prompts: {config.prompts} holds {len(prompts)} prompts; a distance needs at least 2")
+        raise ConfigError(f"quality.prompts: {config.prompts} has {len(prompts)} prompts; a distance needs at least 2")
     return prompts[: config.num_images]
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Features of real images, and what made them."""
+class ReferenceFeatures:
+    """Features of real images and how they were measured."""
 
     features: np.ndarray  # [n, d]
     protocol: Mapping[str, Any]
@@ -81,139 +124,146 @@ class Reference:
         storage.write_bytes(url, buffer.getvalue())
 
     @classmethod
-    def read(cls, url: str) -> "Reference":
+    def read(cls, url: str) -> "ReferenceFeatures":
         try:
-            found = read_arrays(storage.read_bytes(url))
-            return cls(found["features"], json.loads(str(found["protocol"])))
+            arrays = read_arrays(storage.read_bytes(url))
+            return cls(arrays["features"], json.loads(str(arrays["protocol"])))
         except (ValueError, KeyError, RecursionError) as error:
-            what = one_line(error)
-            raise DataError(f"quality.reference: {url} is no reference_<network>.npz that an evaluation wrote ({what})") from None
+            raise DataError(
+                f"quality.reference: {url} is not a reference_<network>.npz of an evaluation ({one_line(error)}); "
+                "give the real images, or such a file"
+            ) from None
 
 
-class Quality:
-    """All guidance scales of one model."""
+# --- The measurement ------------------------------------------------------------------------------------------------------------
+
+
+class QualityMeasurement:
+    """The image quality of one model at all guidance scales. It receives the rows of its units in any order."""
 
     group = "image quality"
 
-    def __init__(self, model: Model, image_size: int, config: QualityConfig, output_dir: str):
+    def __init__(self, model: EvaluationModel, image_size: int, config: QualityConfig, output_dir: str):
         self.model, self.image_size, self.config, self.output_dir = model, image_size, config, output_dir
-        # Who says how well an image fits its prompt: nobody, where there is no CLIP and the model can only draw.
-        self.judge = config.clip or ("the evaluated model itself" if model.can_score else "")
+        # What measures how well an image fits its prompt: nothing, if there is no CLIP and the model can only generate.
+        self.aligner = config.clip or ("the evaluated model itself" if model.can_score else "")
         self.prompts = read_prompts(config)
-        networks = {name: _built(build) for name, build in builders(config).items()}
+        networks = {name: _build_network(build) for name, build in network_builders(config).items()}
         self.figures = {name: network.figure for name, network in networks.items()}
         self.protocols = {name: dict(network.protocol) | {"image_size": image_size} for name, network in networks.items()}
-        self.references: dict[str, Reference] = {}
-        self._real: dict[int, Rows] = {}
-        self._drawn: dict[float, dict[int, Rows]] = {scale: {} for scale in config.guidance_scales}
-        self._of_unit: dict[str, tuple[dict[int, Rows], int]] = {}  # unit key -> where its rows go, and its place
-        self.units = [*self._reference_units(), *self._drawing_units()]
+        self.references: dict[str, ReferenceFeatures] = {}
+        self._real: dict[int, Rows] = {}  # place of a slice -> rows
+        self._generated: dict[float, dict[int, Rows]] = {scale: {} for scale in config.guidance_scales}
+        self._destinations: dict[str, tuple[dict[int, Rows], int]] = {}  # unit key -> where its rows belong, and at which place
+        self.units = [*self._reference_units(), *self._generation_units()]
 
     def _reference_units(self) -> list[WorkUnit]:
         config, units = self.config, []
         if config.reference.endswith(".npz"):
-            (name,) = config.networks if len(config.networks) == 1 else ("",)
-            if not name:
+            if len(config.networks) > 1:
                 raise ConfigError(
-                    "quality.reference: one file serves one network; name one in quality.networks, or give the images"
+                    f"quality.reference: {config.reference} has the features of one network, but quality.networks has "
+                    f"{len(config.networks)}; name one network, or give the real images"
                 )
-            self.references = {name: Reference.read(config.reference)}
+            (name,) = config.networks
+            self.references = {name: ReferenceFeatures.read(config.reference)}
             check_same_protocol(self.references[name].protocol, self.protocols[name])
             return []
-        data, expected = open_images(config.reference), 0.0
+        data, expected = open_image_set(config.reference), 0.0
         for part in data.slices:
-            if expected > 1.25 * config.num_images:  # sizes are estimates
+            if expected > 1.25 * config.num_images:  # with a margin, since numbers of images are estimates
                 break
             expected += part.estimated_images
             identity = {"data": data.digest, "slice": part.name, "networks": [self.protocols[n] for n in config.networks]}
             work = MeasureImages(part, config.networks, self.image_size)
-            units.append(unit(self.group, f"reference {part.name}", part.estimated_images, work, identity))
-            self._of_unit[units[-1].key] = (self._real, part.place)
+            units.append(build_unit(self.group, f"reference {part.name}", part.estimated_images, work, identity))
+            self._destinations[units[-1].key] = (self._real, part.place)
         return units
 
-    def _drawing_units(self) -> list[WorkUnit]:
+    def _generation_units(self) -> list[WorkUnit]:
         config, units = self.config, []
-        aligner = "clip" if config.clip else self.model.name if self.judge else ""
+        aligner = "clip" if config.clip else self.model.name if self.aligner else ""
+        num_kept = len(self.prompts) if config.keep_images else NUM_SHOWN
         for scale in config.guidance_scales:
             settings = {"num_steps": config.num_steps, "guidance_scale": scale, "seed": config.seed}
-            for first in range(0, len(self.prompts), IMAGES_A_UNIT):
-                prompts = tuple(self.prompts[first : first + IMAGES_A_UNIT])
-                kept = len(self.prompts) if config.keep_images else SHOWN
-                work = DrawImages(
-                    self.model.name, prompts, first, settings, config.networks, aligner, self.images_dir(scale), kept
-                )
+            for first in range(0, len(self.prompts), IMAGES_PER_UNIT):
+                prompts = tuple(self.prompts[first : first + IMAGES_PER_UNIT])
+                images_dir = self.images_dir(scale)
+                work = GenerateImages(self.model.name, prompts, first, settings, config.networks, aligner, images_dir, num_kept)
                 identity = {
-                    "model": self.model.digest, "settings": settings, "prompts": prompts, "first": first, "kept": kept,
+                    "model": self.model.digest, "settings": settings, "prompts": prompts, "first": first, "kept": num_kept,
                     "networks": [self.protocols[name] for name in config.networks], "aligner": config.clip or aligner,
-                    "images_dir": work.images_dir if first < kept else "",
+                    "images_dir": images_dir if first < num_kept else "",
                 }  # fmt: skip
-                cost = _DRAW_COST * config.num_steps * len(prompts)
-                units.append(unit(self.group, f"images {first}… at guidance {scale:g}", cost, work, identity))
-                self._of_unit[units[-1].key] = (self._drawn[scale], first)
+                cost = _STEP_COST * config.num_steps * len(prompts)
+                units.append(build_unit(self.group, f"images {first}… at guidance {scale:g}", cost, work, identity))
+                self._destinations[units[-1].key] = (self._generated[scale], first)
         return units
 
     def images_dir(self, scale: float) -> str:
+        """Return the folder of the images that were generated at a guidance scale."""
         return storage.join(self.output_dir, "images", f"guidance_{scale:g}")
 
-    def add(self, done: WorkUnit, rows: Rows) -> None:
-        into, place = self._of_unit[done.key]
-        into[place] = rows
+    def add(self, unit: WorkUnit, rows: Rows) -> None:
+        """Receive the rows of one unit."""
+        rows_by_place, place = self._destinations[unit.key]
+        rows_by_place[place] = rows
 
-    def results(self) -> list[dict[str, Any]]:
-        """The entries of `quality` in the report's details, one a guidance scale. Writes reference_<network>.npz."""
+    def results(self) -> list[QualityPoint]:
+        """Return one entry of the report per guidance scale. Writes reference_<network>.npz."""
         if self._real:
             real = join_rows(self._real)
             for name in self.config.networks:
                 features = real[f"features/{name}"][: self.config.num_images]
-                self.references[name] = Reference(features, self.protocols[name])
+                self.references[name] = ReferenceFeatures(features, self.protocols[name])
                 self.references[name].write(storage.join(self.output_dir, f"reference_{name}.npz"))
-        return [self._at(scale, join_rows(rows)) for scale, rows in self._drawn.items()]
+        return [self._result(scale, join_rows(rows)) for scale, rows in self._generated.items()]
 
-    def _at(self, scale: float, rows: Rows) -> dict[str, Any]:
-        config = self.config
-        metrics: dict[str, float] = {}
-        for name in config.networks:
-            metrics |= distances(self.figures[name], rows[f"features/{name}"], self.references[name].features)
-        if self.judge:
+    def _result(self, scale: float, rows: Rows) -> QualityPoint:
+        metrics: dict[str, float | None] = {}
+        for name in self.config.networks:
+            metrics |= feature_metrics(self.figures[name], rows[f"features/{name}"], self.references[name].features)
+        if self.aligner:
             metrics["alignment"] = clip_score(rows["alignment"])
         return {
             "guidance_scale": scale,
             "metrics": metrics,
-            "alignment_by": "CLIP" if config.clip else self.judge,
+            "alignment_by": "CLIP" if self.config.clip else self.aligner,
             "protocol": self._protocol(scale),
             "n": len(self.prompts),
             "num_reference": {name: len(reference.features) for name, reference in self.references.items()},
             "seconds": round(float(rows["seconds"].sum()), 1),
+            "samples": self._samples(scale),
         }
 
     def _protocol(self, scale: float) -> dict[str, Any]:
         config = self.config
-        digest = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16]
         return {
             "networks": self.protocols,
             "image_size": self.image_size,
             "num_images": len(self.prompts),
             "prompts": config.prompts,
-            "prompts_digest": digest,
+            "prompts_digest": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
             "sampler": "ddim",
             "num_steps": config.num_steps,
             "guidance_scale": scale,
             "seed": config.seed,
             "reference": config.reference,
             "reference_digests": {name: reference.digest for name, reference in self.references.items()},
-            "alignment_by": self.judge,
+            "alignment_by": self.aligner,
         }
 
+    def _samples(self, scale: float) -> list[GeneratedSample]:
+        """Return the first generated images with their prompts."""
+        return stored_samples(self.prompts[:NUM_SHOWN], self.images_dir(scale))
 
-def distances(figure: str, generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """`figure`, a Fréchet distance; the same at infinitely many generated images; KID with its spread."""
-    reference, kid = Moments.of(real), kernel_distance(generated, real)
-    network = "" if figure == "fid" else figure.removeprefix("fd")
-    found = {
-        figure: frechet_distance_of_features(generated, reference),
-        f"kid{network}": kid.mean,
-        f"kid{network}_std": kid.std,
-    }
-    if len(generated) >= 2 * NUM_SUBSETS:  # fewer give no line to extrapolate
-        found[f"{figure}_infinity"] = extrapolated_distance(generated, reference)
-    return found
+
+def stored_samples(prompts: list[str], images_dir: str) -> list[GeneratedSample]:
+    """Return the stored images of the first prompts; images that are missing are left out."""
+    urls = [storage.join(images_dir, image_name(index)) for index in range(len(prompts))]
+    images = storage.read_many(urls)
+    return [
+        {"caption": prompt, "png": base64.b64encode(images[url]).decode()}
+        for prompt, url in zip(prompts, urls, strict=True)
+        if url in images
+    ]

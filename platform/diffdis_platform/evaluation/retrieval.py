@@ -1,106 +1,79 @@
-"""Image and text retrieval of one model on one set of images with several captions each."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Image and text retrieval of one model on one dataset of images with several captions each."""
 
 import numpy as np
 
 from diffdis.metrics.retrieval import most_similar, retrieval_recalls
-from diffdis_platform.evaluation.models import Model
-from diffdis_platform.evaluation.units import check_distinct, set_identity, unit
-from ray_platform.contracts import DataError, Rows
-from ray_platform.evaluate.sets import EvaluationSet, check_counts
-from ray_platform.evaluate.work import EmbedImages
-from ray_platform.replicas import WorkUnit, join_rows
+from diffdis_platform.evaluation.units import SetMeasurement
+from ray_platform.contracts import DataError
+from ray_platform.evaluate.sets import check_counts
+from ray_platform.report.records import CaptionQuery, ImageQuery, RetrievalResult
 
-_EXAMPLES, _SHOWN = 4, 5  # queries of each kind, and what is found for each
-_UNREADABLE_SHOWN = 20
+_NUM_QUERIES, _NUM_RETRIEVED = 4, 5  # queries of each kind in the report, and what is shown for each
 
 
-class Retrieval:
-    def __init__(self, model: Model, data: EvaluationSet, allow_short: bool = False):
-        self.model, self.data, self.allow_short = model, data, allow_short
-        self.group = f"{model.name}/{data.name}"
-        self._parts: dict[str, Any] = {}  # unit key -> slice
-        self._rows: dict[int, Rows] = {}
-        self.units = []
-        for part in data.slices:
-            work = EmbedImages(model.name, data.name, part, model.settings)
-            identity = set_identity(model, data) | {"slice": part.name}
-            made = unit(self.group, f"{data.name} {part.name}", part.estimated_images, work, identity)
-            self.units.append(made)
-            self._parts[made.key] = part
-
-    def add(self, done: WorkUnit, rows: Rows) -> None:
-        self._rows[self._parts[done.key].place] = rows
-
-    def result(self) -> dict[str, Any]:
-        """An entry of `retrieval` in the report's details."""
-        rows, data = join_rows(self._rows), self.data
-        check_distinct(data, rows["keys"])
+class RetrievalMeasurement(SetMeasurement):
+    def result(self) -> RetrievalResult:
+        rows, data = self._joined_rows(), self.data
         if "embeddings" not in rows or "texts" not in rows:
             raise DataError(f"{data.name}: no image of {data.url} can be read; see jobs/inspect_data.py")
-        known = rows["num_texts"] > 0  # others are no samples, but places where one was lost
-        check_counts(data, int(known.sum()), int((~known).sum()), self.allow_short)
-        readable = rows["causes"][known] == ""
-        images = np.zeros((len(readable), rows["embeddings"].shape[1]), dtype=np.float32)  # [N, D]
-        images[readable] = rows["embeddings"]
-        image_of_text = np.repeat(np.arange(len(images)), rows["num_texts"][known])
-        texts = rows["text_embeddings"]
-        keys = [str(key) for key in rows["keys"][known]]
-        unreadable = [{"key": str(k), "cause": str(c)} for k, c in zip(rows["keys"], rows["causes"], strict=True) if c]
+        is_sample = rows["num_texts"] > 0  # the other rows are slices or samples that could not be read at all
+        check_counts(data, int(is_sample.sum()), int((~is_sample).sum()), self.allow_short)
+        is_readable = rows["causes"][is_sample] == ""
+        images = np.zeros((len(is_readable), rows["embeddings"].shape[1]), dtype=np.float32)  # [N, D]
+        images[is_readable] = rows["embeddings"]
+        image_of_text = np.repeat(np.arange(len(images)), rows["num_texts"][is_sample])
+        embeddings, texts = rows["text_embeddings"], [str(text) for text in rows["texts"]]
+        keys = [str(key) for key in rows["keys"][is_sample]]
+        metrics = retrieval_recalls(images, embeddings, image_of_text, is_readable=is_readable)
         return {
-            "set": data.name,
-            "model": self.model.name,
-            "url": data.url,
-            "settings": dict(self.model.settings),
-            "metrics": retrieval_recalls(images, texts, image_of_text, readable=readable),
+            **self._common_result(rows, metrics),
             "n": len(images),
             "num_images": len(images),
             "num_texts": len(texts),
-            "num_unreadable": len(unreadable),
-            "unreadable": unreadable[:_UNREADABLE_SHOWN],
-            "seconds": round(float(rows["seconds"].sum()), 1),
-            "examples": self._of_texts(images, texts, image_of_text, readable, rows["texts"], keys),
-            "image_examples": self._of_images(images, texts, image_of_text, rows["texts"], keys),
+            "examples": _caption_queries(images, embeddings, image_of_text, is_readable, texts, keys),
+            "image_examples": _image_queries(images, embeddings, image_of_text, texts, keys),
         }
 
-    def _of_texts(
-        self, images: np.ndarray, texts: np.ndarray, image_of_text: np.ndarray, readable: np.ndarray, captions: np.ndarray,
-        keys: list[str],
-    ) -> list[dict[str, Any]]:  # fmt: skip
-        """Some captions, evenly spread, and the images that are found for each."""
-        chosen = np.unique(np.linspace(0, len(texts) - 1, _EXAMPLES).astype(int))
-        found, similarity = most_similar(texts[chosen], images, _SHOWN, readable)
-        return [
-            {
-                "caption": str(captions[text]),
-                "images": [
-                    {"key": keys[i], "similarity": float(s), "right": bool(i == image_of_text[text])}
-                    for i, s in zip(found[row], similarity[row], strict=True)
-                ],
-            }
-            for row, text in enumerate(chosen)
-        ]
 
-    def _of_images(
-        self, images: np.ndarray, texts: np.ndarray, image_of_text: np.ndarray, captions: np.ndarray, keys: list[str]
-    ) -> list[dict[str, Any]]:
-        chosen = np.unique(np.linspace(0, len(images) - 1, _EXAMPLES).astype(int))
-        found, similarity = most_similar(images[chosen], texts, _SHOWN)
-        return [
-            {
-                "key": keys[image],
-                "captions": [
-                    {"text": str(captions[i]), "similarity": float(s), "right": bool(image_of_text[i] == image)}
-                    for i, s in zip(found[row], similarity[row], strict=True)
-                ],
-            }
-            for row, image in enumerate(chosen)
-        ]
+def _spread(count: int) -> np.ndarray:
+    """Return the indices of a few queries, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, _NUM_QUERIES).astype(int))
 
-    def slices_of(self, keys: set[str]) -> Mapping[Any, tuple[str, ...]]:
-        """Where samples are: slice -> those of `keys` in it."""
-        by_place = {part.place: part for part in self._parts.values()}
-        inside = {place: tuple(str(key) for key in rows["keys"] if str(key) in keys) for place, rows in self._rows.items()}
-        return {by_place[place]: found for place, found in inside.items() if found}
+
+def _caption_queries(
+    images: np.ndarray,
+    embeddings: np.ndarray,
+    image_of_text: np.ndarray,
+    is_readable: np.ndarray,
+    texts: list[str],
+    keys: list[str],
+) -> list[CaptionQuery]:
+    queries = _spread(len(texts))
+    retrieved, similarity = most_similar(embeddings[queries], images, _NUM_RETRIEVED, is_readable)
+    return [
+        {
+            "caption": texts[query],
+            "images": [
+                {"key": keys[image], "similarity": float(cosine), "right": bool(image == image_of_text[query])}
+                for image, cosine in zip(retrieved[row], similarity[row], strict=True)
+            ],
+        }
+        for row, query in enumerate(queries)
+    ]
+
+
+def _image_queries(
+    images: np.ndarray, embeddings: np.ndarray, image_of_text: np.ndarray, texts: list[str], keys: list[str]
+) -> list[ImageQuery]:
+    queries = _spread(len(images))
+    retrieved, similarity = most_similar(images[queries], embeddings, _NUM_RETRIEVED)
+    return [
+        {
+            "key": keys[query],
+            "captions": [
+                {"text": texts[text], "similarity": float(cosine), "right": bool(image_of_text[text] == query)}
+                for text, cosine in zip(retrieved[row], similarity[row], strict=True)
+            ],
+        }
+        for row, query in enumerate(queries)
+    ]

@@ -1,246 +1,248 @@
-"""An evaluation from its configuration to its report."""
+"""An evaluation, from its configuration to its report."""
 
 import base64
 import functools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from typing import Any, cast
 
 import numpy as np
 
+from diffdis.metrics.zero_shot import ZERO_SHOT_METRICS
 from diffdis.pipeline import CONFIG_NAME
 from diffdis_platform.config.evaluate import EvalConfig, suite_sets
-from diffdis_platform.evaluation import quality
-from diffdis_platform.evaluation.models import Model, open_baseline, open_model
-from diffdis_platform.evaluation.quality import Quality
-from diffdis_platform.evaluation.retrieval import Retrieval
-from diffdis_platform.evaluation.units import unit
-from diffdis_platform.evaluation.zero_shot import ZeroShot
+from diffdis_platform.evaluation.models import EvaluationModel, open_baseline, open_model
+from diffdis_platform.evaluation.quality import QualityMeasurement, network_builders
+from diffdis_platform.evaluation.retrieval import RetrievalMeasurement
+from diffdis_platform.evaluation.units import build_unit
+from diffdis_platform.evaluation.zero_shot import ZeroShotMeasurement
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError
-from ray_platform.evaluate.find import NotFoundError, find_set, open_set
+from ray_platform.contracts import ConfigError, DataError, Rows
+from ray_platform.evaluate.discovery import SetNotFoundError, find_evaluation_set, open_evaluation_set
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.results import metrics_for_tracking, write_results
-from ray_platform.evaluate.sets import PAPER, PUBLISHED, PUBLISHED_RETRIEVAL, EvaluationSet, check_counts
-from ray_platform.evaluate.work import Thumbnails, WorkerModels, image_name
+from ray_platform.evaluate.sets import PAPER_SETS, PUBLISHED, PUBLISHED_RETRIEVAL, EvaluationSet, check_counts
+from ray_platform.evaluate.unit_work import Thumbnails, WorkerModels
+from ray_platform.metric_registry import check_declared
 from ray_platform.redaction import is_redacted, restored
 from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit
 from ray_platform.report.evaluation import evaluation_page
-from ray_platform.report.records import EvaluationDetails
+from ray_platform.report.records import CurvePoint, EvaluationDetails, ExampleImage, QualityPoint, RetrievalResult, ZeroShotResult
 from ray_platform.terminal import render_table
 from ray_platform.tracking import RUN_RECORD, RunMetadata, TrackedData, TrackingConfig, start_run
 from ray_platform.tracking.run_metadata import code_version, dated_name, run_tags
 
 UNITS, REPORT = "units", "report.html"
 
+Measurement = ZeroShotMeasurement | RetrievalMeasurement | QualityMeasurement
+
 
 @dataclass
-class Plan:
-    """What is measured, of which models, on which sets."""
+class EvaluationPlan:
+    """What is measured, with which models and on which sets."""
 
-    model: Model
-    baselines: list[Model]
+    model: EvaluationModel
+    baselines: list[EvaluationModel]
     sets: dict[str, EvaluationSet]
-    measurements: list[ZeroShot | Retrieval] = field(default_factory=list)
-    curve: list[ZeroShot] = field(default_factory=list)
-    quality: Quality | None = None
-    failures: dict[str, str] = field(default_factory=dict)  # group -> line
+    zero_shot: list[ZeroShotMeasurement] = field(default_factory=list)
+    retrieval: list[RetrievalMeasurement] = field(default_factory=list)
+    curve: list[ZeroShotMeasurement] = field(default_factory=list)
+    quality: QualityMeasurement | None = None
+    failures: dict[str, str] = field(default_factory=dict)  # measurement's group or missing set -> error
 
     @property
-    def all(self) -> list[Any]:
-        return [*self.measurements, *self.curve, *([self.quality] if self.quality else [])]
+    def measurements(self) -> list[Measurement]:
+        return [*self.zero_shot, *self.retrieval, *self.curve, *([self.quality] if self.quality else [])]
 
 
-def plan(config: EvalConfig) -> Plan:
-    """After every check that needs no cluster. Raises ConfigError and DataError."""
-    sets, failures = open_sets(config)
+def plan_evaluation(config: EvalConfig) -> EvaluationPlan:
+    """Return the plan after every check that needs no cluster. Raises ConfigError and DataError."""
+    check_declared(ZERO_SHOT_METRICS)
+    sets, missing = open_sets(config)
     model = open_model(config)
-    baselines: list[Model] = []
+    baselines: list[EvaluationModel] = []
     for url in config.baselines:
-        baselines.append(open_baseline(url, {model.name, *(b.name for b in baselines)}))
-    made = Plan(model, baselines, sets, failures=failures)
+        baselines.append(open_baseline(url, {model.name, *(baseline.name for baseline in baselines)}))
+    plan = EvaluationPlan(model, baselines, sets, failures=missing)
     for data in sets.values():
-        if data.known_images is not None:  # a short set is refused before hours of work where that can be told
+        if data.known_images is not None:  # reject a short set before hours of work, if the number is known
             check_counts(data, data.known_images, 0, config.allow_short)
-        for scored in [*([model] if model.can_score else []), *baselines]:
+        for scorer in [*([model] if model.can_score else []), *baselines]:
             if data.task == "zeroshot_classification":
-                made.measurements.append(ZeroShot(scored, data, config.allow_short))
+                plan.zero_shot.append(ZeroShotMeasurement(scorer, data, config.allow_short))
             else:
-                made.measurements.append(Retrieval(scored, data, config.allow_short))
-    made.curve = _curve(config, made)
+                plan.retrieval.append(RetrievalMeasurement(scorer, data, config.allow_short))
+    plan.curve = _plan_curve(config, plan)
     if config.quality.prompts:
-        if not model.can_draw:
-            raise ConfigError(f"quality.prompts: this model was trained for {model.task} alone and cannot draw images")
+        if not model.can_generate:
+            raise ConfigError(f"quality.prompts: a model that was trained for {model.task} cannot generate images; remove it")
         image_size = storage.read_json(storage.join(model.url, CONFIG_NAME))["image_size"]
-        made.quality = Quality(model, image_size, config.quality, config.output_dir)
-    return made
+        plan.quality = QualityMeasurement(model, image_size, config.quality, config.output_dir)
+    return plan
 
 
 def open_sets(config: EvalConfig) -> tuple[dict[str, EvaluationSet], dict[str, str]]:
-    """(the suite's sets, a line for each that is missing, if that is allowed)."""
+    """Return the sets of the suite, and an error per missing set, if missing sets are allowed."""
     sets, missing = {}, {}
     for name, url in suite_sets(config.suite).items():
         try:
-            sets[name] = open_set(name, url) if url else find_set(config.data_roots, name)
-        except NotFoundError as error:
+            sets[name] = open_evaluation_set(name, url) if url else find_evaluation_set(config.data_roots, name)
+        except SetNotFoundError as error:
             missing[name] = str(error)
     if missing and not config.allow_missing:
-        raise ConfigError(f"{'; '.join(missing.values())} (--allow_missing true goes on without)")
+        raise ConfigError(f"{'; '.join(missing.values())} (--allow_missing true evaluates the other sets)")
     if not sets and not config.quality.prompts:
-        raise ConfigError(
-            f"suite: none of the sets of {config.suite} is below {', '.join(config.data_roots) or 'any data_roots'}"
-        )
+        folders = ", ".join(config.data_roots) or "any data_roots"
+        raise ConfigError(f"suite: none of the sets of {config.suite} is below {folders}; correct data_roots")
     return sets, missing
 
 
-def _curve(config: EvalConfig, made: Plan) -> list[ZeroShot]:
-    """Accuracy against steps and draws. A model of the `clip` task has neither."""
-    if not config.curve_set or made.model.task == "clip" or not made.model.can_score:
+def _plan_curve(config: EvalConfig, plan: EvaluationPlan) -> list[ZeroShotMeasurement]:
+    """Plan accuracy against steps and draws. A model of the `clip` task has neither."""
+    if not config.curve_set or plan.model.task == "clip" or not plan.model.can_score:
         return []
-    data = made.sets.get(config.curve_set)
+    data = plan.sets.get(config.curve_set)
     if data is None or data.task != "zeroshot_classification":
-        raise ConfigError(f"curve_set: {config.curve_set} is no zero-shot set of this evaluation: {', '.join(made.sets)}")
-    guidance = config.scoring.guidance
-    return [
-        ZeroShot(made.model.with_settings(num_steps=steps, num_draws=draws, guidance=guidance), data, config.allow_short, 0)
+        raise ConfigError(
+            f"curve_set: {config.curve_set} is not a zero-shot set of this evaluation; use one of {', '.join(plan.sets)}"
+        )
+    models = [
+        plan.model.with_settings(num_steps=steps, num_draws=draws, guidance=config.scoring.guidance)
         for draws in config.curve_draws
         for steps in config.curve_steps
     ]
+    return [ZeroShotMeasurement(model, data, config.allow_short, num_examples=0) for model in models]
 
 
-def evaluate(config: EvalConfig, made: Plan) -> dict[str, Any]:
-    """Needs a running Ray. Writes results/, results.csv, details.json and report.html; returns the report's details."""
-    begun = time.monotonic()
-    builders: dict[str, Any] = {model.name: model.build for model in [made.model, *made.baselines]}
-    builders |= quality.builders(config.quality)
-    if config.quality.clip and made.quality:
+def evaluate(config: EvalConfig, plan: EvaluationPlan) -> EvaluationDetails:
+    """Measure everything on a running Ray, write results/, results.csv, details.json and report.html, and return the details."""
+    started = time.monotonic()
+    builders = {model.name: model.build for model in [plan.model, *plan.baselines]} | network_builders(config.quality)
+    if config.quality.clip and plan.quality:
         builders["clip"] = open_baseline(config.quality.clip, set()).build
-    threads = max(1, int(config.cpus_per_worker))
-    fleet = ReplicaSpec(
-        functools.partial(WorkerModels, builders, threads),
-        config.num_workers, config.cpus_per_worker, config.gpus_per_worker, config.placement,
-    )  # fmt: skip
-    with ReplicaPool(fleet, ResultCache(storage.join(config.output_dir, UNITS)), functools.partial(print, flush=True)) as fan_out:
-        _measure(fan_out, made)
-        print("all is measured; putting the results together …", flush=True)
-        details = _details(made)
-        _illustrate(fan_out, made, details)
-    details |= {"code_version": code_version(), "seconds": round(time.monotonic() - begun, 1)}
+    build = functools.partial(WorkerModels, builders, max(1, int(config.cpus_per_worker)))
+    spec = ReplicaSpec(build, config.num_workers, config.cpus_per_worker, config.gpus_per_worker, config.placement)
+    cache = ResultCache(storage.join(config.output_dir, UNITS))
+    with ReplicaPool(spec, cache, functools.partial(print, flush=True)) as pool:
+        _measure(pool, plan)
+        print("everything is measured; writing the results …", flush=True)
+        details = _details(plan)
+        _add_example_images(pool, plan, details)
+    details["seconds"] = round(time.monotonic() - started, 1)
     write_results(details, config.output_dir)
-    storage.write_bytes(storage.join(config.output_dir, REPORT), evaluation_page(cast(EvaluationDetails, details)).encode())
-    _track(config, made.model, made.sets.values(), details)
+    storage.write_bytes(storage.join(config.output_dir, REPORT), evaluation_page(details).encode())
+    _track(config, plan.model, plan.sets.values(), details)
     return details
 
 
-def _measure(fan_out: ReplicaPool, made: Plan) -> None:
-    """All units of all measurements in one fan-out. Two that ask for the same unit share it."""
-    wanted: dict[str, list[Any]] = {}
-    units: dict[str, WorkUnit] = {}
-    for measurement in made.all:
-        for piece in measurement.units:
-            units.setdefault(piece.key, piece)
-            wanted.setdefault(piece.key, []).append((measurement, piece))
-    for outcome in fan_out.run(list(units.values())):
-        for measurement, piece in wanted[outcome.unit.key]:
-            if outcome.rows is not None:
-                measurement.add(piece, outcome.rows)
+def _measure(pool: ReplicaPool, plan: EvaluationPlan) -> None:
+    """Run the units of all measurements in one go. Measurements that need the same unit share it."""
+    receivers: dict[str, list[tuple[Measurement, WorkUnit]]] = {}
+    for measurement in plan.measurements:
+        for unit in measurement.units:
+            receivers.setdefault(unit.key, []).append((measurement, unit))
+    for result in pool.run([pairs[0][1] for pairs in receivers.values()]):
+        for measurement, unit in receivers[result.unit.key]:
+            if result.rows is not None:
+                measurement.add(unit, result.rows)
             else:
-                made.failures.setdefault(measurement.group, outcome.error)
+                plan.failures.setdefault(measurement.group, result.error)
 
 
-def _details(made: Plan) -> dict[str, Any]:
-    """Of what was measured whole; the others are among the failures."""
-    parts: dict[str, list[dict[str, Any]]] = {"zero_shot": [], "retrieval": [], "curve": [], "quality": []}
-    for measurement in made.all:
-        if measurement.group in made.failures:
+def _details(plan: EvaluationPlan) -> EvaluationDetails:
+    """Return the details of the measurements that are complete; the others are listed as failures."""
+    zero_shot: list[ZeroShotResult] = []
+    retrieval: list[RetrievalResult] = []
+    quality: list[QualityPoint] = []
+    curve: list[CurvePoint] = []
+    for measurement in plan.measurements:
+        if measurement.group in plan.failures:
             continue
         try:
-            if isinstance(measurement, Quality):
-                parts["quality"] = measurement.results()
-                continue
-            entry = measurement.result()
+            if isinstance(measurement, QualityMeasurement):
+                quality = measurement.results()
+            elif isinstance(measurement, RetrievalMeasurement):
+                retrieval.append(measurement.result())
+            elif measurement in plan.curve:
+                curve.append(_curve_point(measurement))
+            else:
+                zero_shot.append(measurement.result())
         except DataError as error:
-            made.failures[measurement.group] = str(error)
-            continue
-        if measurement in made.curve:
-            named = ("set", "model", "seconds")
-            steps = {name: entry["settings"][name] for name in ("num_steps", "num_draws")}
-            parts["curve"].append({name: entry[name] for name in named} | steps | {"acc1": entry["metrics"]["acc1"]})
-        else:
-            parts["zero_shot" if isinstance(measurement, ZeroShot) else "retrieval"].append(entry)
-    models = [made.model, *made.baselines]
+            plan.failures[measurement.group] = str(error)
+    models = [plan.model, *plan.baselines]
     return {
-        "title": f"Evaluation of {made.model.url}",
+        "title": f"Evaluation of {plan.model.url}",
         "created": datetime.now().isoformat(timespec="seconds"),
+        "seconds": 0.0,
+        "code_version": code_version(),
         "models": [model.describe() for model in models],
-        **parts,
-        "means": {model.name: _mean(model.name, parts["zero_shot"]) for model in models},
+        "zero_shot": zero_shot,
+        "retrieval": retrieval,
+        "curve": curve,
+        "quality": quality,
+        "means": {model.name: _mean(model.name, zero_shot) for model in models},
         "published": PUBLISHED,
         "published_retrieval": PUBLISHED_RETRIEVAL,
-        "failures": list(dict.fromkeys(made.failures.values())),
+        "failures": list(dict.fromkeys(plan.failures.values())),
     }
 
 
-def _mean(name: str, entries: Iterable[Mapping[str, Any]]) -> float | None:
-    """Of the main metrics of the 12 sets; None where one is missing."""
-    found = {entry["set"]: entry["metrics"][entry["main_metric"]] for entry in entries if entry["model"] == name}
-    return float(np.mean([found[name] for name in PAPER])) if all(name in found for name in PAPER) else None
+def _curve_point(measurement: ZeroShotMeasurement) -> CurvePoint:
+    settings, scores = measurement.model.settings, measurement.scores()
+    return {
+        "set": measurement.data.name,
+        "model": measurement.model.name,
+        "seconds": round(measurement.seconds, 1),
+        "num_steps": settings["num_steps"],
+        "num_draws": settings["num_draws"],
+        "acc1": scores.accuracy(),
+    }
 
 
-def _illustrate(fan_out: ReplicaPool, made: Plan, details: dict[str, Any]) -> None:
-    """Fetch the pictures that the report shows, by the same workers, and put them into `details`."""
-    slots: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for entry in details["zero_shot"]:
-        for confusion in entry["confusions"]:
+def _mean(name: str, results: Iterable[ZeroShotResult]) -> float | None:
+    """Return the mean of the main metrics of the 12 sets; None if one is missing."""
+    main = {result["set"]: result["metrics"][result["main_metric"]] for result in results if result["model"] == name}
+    return float(np.mean([main[name] for name in PAPER_SETS])) if all(name in main for name in PAPER_SETS) else None
+
+
+def _add_example_images(pool: ReplicaPool, plan: EvaluationPlan, details: EvaluationDetails) -> None:
+    """Have the replicas read the images that the report shows, and add them to `details`."""
+    examples: dict[tuple[str, str], list[ExampleImage]] = {}
+    for result in details.get("zero_shot", ()):
+        for confusion in result["confusions"]:
             for example in confusion["examples"]:
-                slots.setdefault((entry["set"], example["key"]), []).append(example)
-    for entry in details["retrieval"]:
-        found = [image for example in entry["examples"] for image in example["images"]] + entry["image_examples"]
-        for example in found:
-            slots.setdefault((entry["set"], example["key"]), []).append(example)
-    units = {}
-    for measurement in made.measurements:
-        name = measurement.data.name
-        keys = {key for of, key in slots if of == name}
-        for part, inside in measurement.slices_of(keys).items():
-            identity = {"data": measurement.data.digest, "slice": part.name, "keys": inside}
-            made_unit = unit(f"pictures of {name}", f"pictures of {part.name}", 1.0, Thumbnails(part, inside), identity)
-            units[made_unit.key] = (name, made_unit)
-    for outcome in fan_out.run([made_unit for _, made_unit in units.values()]):
-        if outcome.rows is not None:
-            name, _ = units[outcome.unit.key]
-            for key, jpeg in _pictures(outcome.rows):
-                for slot in slots.get((name, key), []):
-                    slot["jpeg"] = jpeg
-    for entry in details["quality"] if made.quality else []:
-        entry["samples"] = _samples(made.quality, entry["guidance_scale"])
+                examples.setdefault((result["set"], example["key"]), []).append(example)
+    for retrieved in details.get("retrieval", ()):
+        images = [image for query in retrieved["examples"] for image in query["images"]]
+        for example in [*images, *retrieved["image_examples"]]:
+            examples.setdefault((retrieved["set"], example["key"]), []).append(example)
+    units: dict[str, tuple[str, WorkUnit]] = {}
+    for measurement in [*plan.zero_shot, *plan.retrieval]:
+        data = measurement.data
+        for part, keys in measurement.slices_with({key for name, key in examples if name == data.name}).items():
+            identity = {"data": data.digest, "slice": part.name, "keys": keys}
+            unit = build_unit(f"images of {data.name}", f"images of {part.name}", 1.0, Thumbnails(part, keys), identity)
+            units[unit.key] = (data.name, unit)
+    for unit_result in pool.run([unit for _, unit in units.values()]):
+        if unit_result.rows is not None:
+            name, _ = units[unit_result.unit.key]
+            for key, jpeg in _decode_thumbnails(unit_result.rows):
+                for example in examples.get((name, key), []):
+                    example["jpeg"] = jpeg
 
 
-def _pictures(rows: Mapping[str, np.ndarray]) -> Iterable[tuple[str, str]]:
+def _decode_thumbnails(rows: Rows) -> Iterable[tuple[str, str]]:
     ends = np.cumsum(rows["sizes"])
     for key, size, end in zip(rows["keys"], rows["sizes"], ends, strict=True):
         yield str(key), base64.b64encode(rows["jpegs"][end - size : end].tobytes()).decode()
 
 
-def _samples(measured: Any, scale: float) -> list[dict[str, str]]:
-    """The first generated images with their prompts."""
-    shown = measured.prompts[: quality.SHOWN]
-    urls = [storage.join(measured.images_dir(scale), image_name(place)) for place in range(len(shown))]
-    found = storage.read_many(urls)
-    return [
-        {"caption": prompt, "png": base64.b64encode(found[url]).decode()}
-        for prompt, url in zip(shown, urls, strict=True)
-        if url in found
-    ]
-
-
-def _track(config: EvalConfig, model: Model, sets: Iterable[EvaluationSet], details: Mapping[str, Any]) -> None:
-    """Log on the run that made the checkpoint; if that is not known, on a new one."""
+def _track(config: EvalConfig, model: EvaluationModel, sets: Iterable[EvaluationSet], details: EvaluationDetails) -> None:
+    """Log on the run that trained the model; if that is not known, on a new one."""
     tracking, metadata, run_id = config.tracking, None, ""
-    if model.tracked:
-        uri = restored(model.tracked["tracking_uri"], config.tracking.uri)
+    if model.run_record:
+        uri = restored(model.run_record["tracking_uri"], config.tracking.uri)
         if is_redacted(uri):
             print(
                 f"tracking.uri: the results are not logged on the model's run, because {RUN_RECORD} has its address without "
@@ -248,8 +250,8 @@ def _track(config: EvalConfig, model: Model, sets: Iterable[EvaluationSet], deta
                 flush=True,
             )
             return
-        tracking = TrackingConfig(uri, model.tracked["experiment"], backends=config.tracking.backends)
-        run_id = model.tracked["run_id"]
+        tracking = TrackingConfig(uri, model.run_record["experiment"], backends=config.tracking.backends)
+        run_id = model.run_record["run_id"]
     else:
         text = f"An evaluation of `{model.url}`. Report: `{config.output_dir}/{REPORT}`."
         tags = run_tags("evaluation", config.output_dir, details["code_version"])
@@ -267,19 +269,23 @@ def _tracked_data(data: EvaluationSet) -> TrackedData:
     return TrackedData(data.name, data.digest, data.url, "evaluation", counts)
 
 
-def table(details: Mapping[str, Any], names: Sequence[str]) -> str:
-    """For the terminal: a row a set, a column a model."""
-    cells = [["", *names]]
-    for kind, metric in (("zero_shot", ""), ("retrieval", "text_retrieval_recall@1"), ("retrieval", "image_retrieval_recall@1")):
-        rows: dict[str, dict[str, float]] = {}
-        for entry in details[kind]:
-            shown = metric or entry["main_metric"]
-            label = f"{entry['set']} {'' if not metric else metric.split('_')[0] + ' R@1'}".strip()
-            rows.setdefault(label, {})[entry["model"]] = entry["metrics"][shown]
-        for label, values in rows.items():
-            cells.append([label, *(f"{values[n]:.2%}" if n in values else "-" for n in names)])
-    lines = [render_table(cells)]
-    for entry in details["quality"]:
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in entry["metrics"].items())
-        lines.append(f"guidance {entry['guidance_scale']:g}: {figures}")
+def render_results(details: EvaluationDetails) -> str:
+    """Return a table for the terminal, with a row per set and a column per model, and a line per guidance scale."""
+    names = [model["name"] for model in details["models"]]
+    values: dict[str, dict[str, float | None]] = {}  # row -> model -> metric
+    for result in details.get("zero_shot", ()):
+        values.setdefault(result["set"], {})[result["model"]] = result["metrics"][result["main_metric"]]
+    for way in ("text", "image"):
+        for retrieved in details.get("retrieval", ()):
+            metric = retrieved["metrics"][f"{way}_retrieval_recall@1"]
+            values.setdefault(f"{retrieved['set']} {way} R@1", {})[retrieved["model"]] = metric
+    rows = [[row, *(_percent(metrics.get(name)) for name in names)] for row, metrics in values.items()]
+    lines = [render_table([["", *names], *rows])]
+    for point in details.get("quality", ()):
+        metrics = "  ".join(f"{name} {value:.4g}" for name, value in point["metrics"].items())
+        lines.append(f"guidance {point['guidance_scale']:g}: {metrics}")
     return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"

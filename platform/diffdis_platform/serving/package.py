@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 import diffdis
-from diffdis.config import Task
+from diffdis.config import TaskName
 from ray_platform.tracking import ModelPackage
 
 _PARAMS: dict[str, Any] = {
@@ -21,7 +21,7 @@ _PARAMS: dict[str, Any] = {
 }
 
 
-def model_package(trained_for: Task) -> ModelPackage:
+def model_package(trained_for: TaskName) -> ModelPackage:
     """Return the package of a model that was trained for a task, which decides its input example."""
     generates = trained_for == "generation"
     return ModelPackage(

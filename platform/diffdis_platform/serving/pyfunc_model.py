@@ -58,7 +58,7 @@ class DiffDisModel(mlflow.pyfunc.PythonModel):
             num_steps=params.get("num_steps", 0) or 50,
             guidance_scale=params.get("guidance_scale", 7.5),
             seed=params.get("seed", 0),
-            places=range(first, first + len(rows)),  # the noise of a row depends on its index, not on the batches
+            indices=range(first, first + len(rows)),  # the noise of a row depends on its index, not on the batches
         )
         return pd.DataFrame({"image": [_png(image) for image in images]})
 

@@ -82,7 +82,7 @@ def _count(model: DiffDisConfig, objective: ObjectiveConfig, size: int, half: bo
     executed, peak = _step(module, _inputs(model, size), half)
     if objective.negatives == "step" and objective.task != "generation" and accumulating:
         with operation_counter() as counter, torch.no_grad():
-            module(_inputs(model, size), 0, only_queries=True)
+            module.predict_queries(_inputs(model, size), 0)
         executed += counter.get_total_flops()
     row = _inputs(model, 1)
     return Counts(

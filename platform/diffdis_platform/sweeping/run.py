@@ -11,7 +11,7 @@ from typing import Any, cast
 from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.config.sweep import SweepConfig
-from diffdis_platform.evaluation.headline import RETRIEVAL
+from diffdis_platform.evaluation.headline import RETRIEVAL_METRICS
 from diffdis_platform.evaluation.quality import read_prompts
 from diffdis_platform.evaluation.run import open_sets
 from diffdis_platform.parent_run import start_parent_run
@@ -131,7 +131,7 @@ def _check_objectives(config: SweepConfig, tasks: set[str]) -> None:
     for metric in config.objectives:
         if metric == "accuracy" and "zeroshot_classification" not in tasks:
             raise ConfigError("objectives: accuracy needs a zero-shot set in evaluation.suite")
-        if metric in RETRIEVAL and "zeroshot_retrieval" not in tasks:
+        if metric in RETRIEVAL_METRICS and "zeroshot_retrieval" not in tasks:
             raise ConfigError(f"objectives: {metric} needs a retrieval set in evaluation.suite")
         if metric.partition("_")[0] in ("fd", "fid", "kid", "alignment") and not config.evaluation.quality.prompts:
             raise ConfigError(f"objectives: {metric} needs evaluation.quality.prompts and evaluation.quality.reference")

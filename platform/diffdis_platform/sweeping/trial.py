@@ -7,7 +7,7 @@ from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.config.sweep import SweepConfig
 from diffdis_platform.evaluation.headline import headline
-from diffdis_platform.evaluation.run import evaluate, plan
+from diffdis_platform.evaluation.run import evaluate, plan_evaluation
 from diffdis_platform.sweeping.fields import configure
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
@@ -57,7 +57,7 @@ class TrialRunner:
 
     def _evaluate(self, segment: TrialSegment, step: int) -> Mapping[str, float]:
         config = self._evaluation_config(segment, step)
-        details = evaluate(config, plan(config))
+        details = evaluate(config, plan_evaluation(config))
         if details["failures"]:
             raise DataError("not everything was measured: " + "; ".join(details["failures"]))
         main_metrics = headline(details)

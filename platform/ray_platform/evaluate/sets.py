@@ -1,4 +1,7 @@
-"""The sets that models are compared on, what was published about them, and what a set is once it was found."""
+"""The published evaluation sets (`KNOWN_SETS`, from sets.json), their published results, and a set whose data was found.
+
+Add a zero-shot dataset by adding one entry below "sets" in sets.json.
+"""
 
 import hashlib
 import json
@@ -6,110 +9,123 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray_platform.contracts import DataError
-from ray_platform.evaluate.slices import SampleSchema, Slice, Task
+from ray_platform.evaluate.samples import DatasetSlice, EvaluationTask, SampleSchema
 
 _DATA = json.loads(Path(__file__).with_name("sets.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
-class SetInfo:
-    """What is known of a published set before it is found."""
+class KnownSet:
+    """A published set, before its data was found."""
 
-    name: str  # CLIP_benchmark's
-    task: Task
+    name: str  # CLIP_benchmark's name
+    task: EvaluationTask
     num_images: int
-    main_metric: str
+    main_metric: str  # see ray_platform/metric_registry.py
     num_classes: int = 0
-    classes: tuple[str, ...] = ()  # in label order; empty where the data bring their own
+    classes: tuple[str, ...] = ()  # in label order; empty: the class names come with the data
     templates: tuple[str, ...] = ()  # "{c}" stands for the class
-    class_folders: tuple[str, ...] = ()  # names of the classes' folders, in label order, where they are fixed
-    folders: tuple[str, ...] = ()  # where to look for it below a root, besides `wds_<name>`
+    class_folders: tuple[str, ...] = ()  # names of the classes' folders in label order, where they are fixed
+    folders: tuple[str, ...] = ()  # where to look for the data below a root, in addition to `wds_<name>`
+
+
+class ClassTexts(NamedTuple):
+    """The class names of a set, in label order, and its templates."""
+
+    classes: Sequence[str] = ()
+    templates: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A set that was found: what to ask of a model, and the slices that hold its samples."""
+    """A set whose data was found."""
 
     name: str
-    task: Task
+    task: EvaluationTask
     url: str
     layout: str
     classes: tuple[str, ...]
     templates: tuple[str, ...]
-    info: SetInfo | None  # None: not one of `REGISTRY`
-    slices: tuple[Slice, ...]
+    known: KnownSet | None  # None: the set is not in KNOWN_SETS
+    slices: tuple[DatasetSlice, ...]
     num_files: int
     num_bytes: int
-    known_images: int | None  # None: only reading the tars tells
-    digest: str  # 16 hex digits over classes, templates and the names and sizes of the files; the same wherever the set lies
+    known_images: int | None  # None: unknown until the tars are read
+    digest: str  # 16 hex digits over classes, templates, names and sizes of the files; independent of the place of the set
 
 
-def _info(name: str, entry: Mapping[str, Any]) -> SetInfo:
+def _known_set(name: str, entry: Mapping[str, Any]) -> KnownSet:
     fields: dict[str, Any] = {field: tuple(value) if isinstance(value, list) else value for field, value in entry.items()}
-    return SetInfo(name, **fields)
+    return KnownSet(name, **fields)
 
 
-REGISTRY: Mapping[str, SetInfo] = MappingProxyType({name: _info(name, fields) for name, fields in _DATA["sets"].items()})
+KNOWN_SETS: Mapping[str, KnownSet] = MappingProxyType({name: _known_set(name, fields) for name, fields in _DATA["sets"].items()})
 
-# The twelve whose mean is reported, in this order.
-PAPER: tuple[str, ...] = tuple(name for name, info in REGISTRY.items() if info.task == "zeroshot_classification")
+# The twelve sets whose mean is reported, in this order.
+PAPER_SETS: tuple[str, ...] = tuple(_DATA["paper"])
 
-# Model -> set -> main metric, a fraction, and their "mean" over PAPER.
+# Model -> set -> main metric as a fraction, and the "mean" over PAPER_SETS.
 PUBLISHED: Mapping[str, Mapping[str, float]] = _DATA["published"]
 # Model -> set -> metric -> fraction.
 PUBLISHED_RETRIEVAL: Mapping[str, Mapping[str, Mapping[str, float]]] = _DATA["published_retrieval"]
 
 
-def known(wanted: SampleSchema) -> SetInfo | None:
-    """What the registry has on a set of that name and task."""
-    info = REGISTRY.get(wanted.set_name)
-    return info if info and info.task == wanted.task else None
-
-
-def make_set(
-    wanted: SampleSchema,
+def build_set(
+    schema: SampleSchema,
     url: str,
     layout: str,
-    words: tuple[Sequence[str], Sequence[str]],
+    texts: ClassTexts,
     files: Sequence[tuple[str, int]],
-    slices: Sequence[Slice],
+    slices: Sequence[DatasetSlice],
     known_images: int | None,
 ) -> EvaluationSet:
-    """A set of slices. `words` are its classes and its templates, `files` the names in the set and the sizes of all files.
+    """Return the set of `slices`.
 
-    Raises DataError for a set without slices.
+    Args:
+        schema: What the samples must have; it names the set.
+        url: The folder of the set.
+        layout: The name of its layout, for people.
+        texts: Its class names and templates; empty unless it is for classification.
+        files: Names in the set and sizes in bytes of all files; a negative size stands for a missing file.
+        slices: The slices, in order.
+        known_images: The number of images, if it is known before reading.
+
+    Raises:
+        DataError: The set has no slices.
     """
     if not slices:
-        raise DataError(f"{wanted.set_name}: {url} holds no images; fetch the set again")
-    classes, templates = tuple(words[0]), tuple(words[1])
-    listing = json.dumps([wanted.task, classes, templates, sorted(files)])
+        raise DataError(f"{schema.set_name}: {url} has no images; download the set again")
+    classes, templates = tuple(texts.classes), tuple(texts.templates)
+    listing = json.dumps([schema.task, classes, templates, sorted(files)])
+    known = KNOWN_SETS.get(schema.set_name)
     return EvaluationSet(
-        name=wanted.set_name, task=wanted.task, url=url, layout=layout, classes=classes, templates=templates,
-        info=known(wanted), slices=tuple(slices), num_files=len(files),
+        name=schema.set_name, task=schema.task, url=url, layout=layout, classes=classes, templates=templates,
+        known=known if known and known.task == schema.task else None, slices=tuple(slices), num_files=len(files),
         num_bytes=sum(max(0, size) for _, size in files), known_images=known_images,
         digest=hashlib.sha256(listing.encode()).hexdigest()[:16],
     )  # fmt: skip
 
 
-def check_counts(found: EvaluationSet, num_read: int, num_rejected: int, allow_short: bool) -> None:
-    """Whether as many images were read as the set has. Nothing is known of the count of a set that is not in REGISTRY.
+def check_counts(data: EvaluationSet, num_read: int, num_rejected: int, allow_short: bool) -> None:
+    """Check that as many images were read as a known set has.
 
-    Raises DataError for less, unless `allow_short`, and for more: then it is another split, or has images twice.
+    Raises:
+        DataError: There are fewer, unless `allow_short`; or more: then it is another split, or has images twice.
     """
-    if found.info is None or num_read == found.info.num_images:
+    if data.known is None or num_read == data.known.num_images:
         return
-    expected = found.info.num_images
+    expected = data.known.num_images
     rejected = f" and {num_rejected:,} could not be used" if num_rejected else ""
     if num_read + num_rejected > expected:
         raise DataError(
-            f"{found.name}: {num_read:,} images were read{rejected}, but the set has {expected:,}: {found.url} holds another "
-            "split, or images twice; fetch the set again"
+            f"{data.name}: {num_read:,} images were read{rejected}, but the set has {expected:,}: {data.url} is another "
+            "split, or has images twice; download the set again"
         )
     if not allow_short:
         raise DataError(
-            f"{found.name}: {num_read:,} images were read{rejected}, but the set has {expected:,}: {found.url} is incomplete; "
-            "fetch it again, or allow a short set"
+            f"{data.name}: {num_read:,} images were read{rejected}, but the set has {expected:,}: {data.url} is incomplete; "
+            "download it again, or set allow_short"
         )

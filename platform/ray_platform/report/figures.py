@@ -11,6 +11,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,8 @@ def _light_colors() -> dict[str, str]:
 COLORS = _light_colors()
 
 
-class Point(NamedTuple):
+@dataclass(frozen=True)
+class Point:
     """A point of a line."""
 
     x: float
@@ -81,7 +83,7 @@ class Artist(NamedTuple):
 class Chart:
     """A finished figure. A template writes it as inline SVG in the page's colors."""
 
-    def __init__(self, figure: Figure, label: str, artists: dict[str, Artist], kind: str = "") -> None:
+    def __init__(self, figure: Figure, label: str, artists: dict[str, Artist], kind: str = "", stretch: bool = False) -> None:
         """Convert `figure`.
 
         Args:
@@ -89,6 +91,7 @@ class Chart:
             label: what the figure shows, for readers who do not see it.
             artists: by their gids in matplotlib. The part of a gid before `-` becomes a CSS class.
             kind: CSS class of the figure.
+            stretch: fill the figure's place, whatever its proportions.
         """
         text = io.StringIO()
         with warnings.catch_warnings():
@@ -98,7 +101,8 @@ class Chart:
         for attribute in ("version", "width", "height"):
             self._root.attrib.pop(attribute, None)
         self._root.attrib |= {"role": "img", "aria-label": printable(label)} | ({"class": kind} if kind else {})
-        self.label = label
+        if stretch:
+            self._root.set("preserveAspectRatio", "none")
         for name in ("metadata", "defs"):
             for element in self._root.findall(_SVG + name):
                 self._root.remove(element)
@@ -257,9 +261,7 @@ def profile(values: Sequence[float], other: Sequence[float]) -> Chart:
     axes.stairs(sorted(values, reverse=True), fill=True, color=COLORS["bar"], clip_on=False, gid="area-0", linewidth=0)
     if other:
         axes.stairs(sorted(other, reverse=True), baseline=None, color=COLORS["m1"], clip_on=False, gid="other-0")
-    chart = Chart(figure, "recall of all classes, best first", {}, "profile")
-    chart._root.set("preserveAspectRatio", "none")
-    return chart
+    return Chart(figure, "recall of all classes, best first", {}, "profile", stretch=True)
 
 
 def _set_axes(axes: Axes, points: Sequence[Point], log_ticks: Sequence[float], width: float) -> None:
@@ -324,7 +326,7 @@ def _write_line_names(axes: Axes, lines: Sequence[Line], pixels: Sequence[Any], 
 
 def _write_point_labels(axes: Axes, lines: Sequence[Line], pixels: Sequence[Any]) -> None:
     """Write each label next to its point, on the side where it covers least of what is drawn there."""
-    drawn = [box for places in pixels for box in _covered_boxes(places)]
+    covered = [box for places in pixels for box in _covered_boxes(places)]
     written: list[Bbox] = []
     points = [
         (point, at) for line, places in zip(lines, pixels, strict=True) for point, at in zip(line.points, places, strict=True)
@@ -337,7 +339,7 @@ def _write_point_labels(axes: Axes, lines: Sequence[Line], pixels: Sequence[Any]
             for left, bottom in places
             if left > _LEFT and left + width < _WIDTH and _BOTTOM < bottom < _HEIGHT - 12
         ]
-        box = min(boxes, key=lambda box: _overlap(box, drawn) + 10 * _overlap(box, written))
+        box = min(boxes, key=lambda box: _overlap(box, covered) + 10 * _overlap(box, written))
         written.append(Bbox.from_bounds(box.x0 - 6, box.y0, width + 12, 12))  # so that two labels do not read as one
         axes.annotate(label, (box.x0, (box.y0 + box.y1) / 2), xycoords="figure pixels", color=COLORS["ink"], va="center")
 

@@ -47,6 +47,8 @@ class DatasetResult(TypedDict):
 
     set: str
     model: str
+    url: NotRequired[str]  # folder of the dataset
+    settings: NotRequired[Mapping[str, Any]]  # of the model
     metrics: Metrics
     seconds: float
     unreadable: Sequence[UnreadableSample]  # the first ones
@@ -114,6 +116,7 @@ class ImageQuery(ExampleImage):
 class RetrievalResult(DatasetResult):
     """A model's retrieval in both directions on one dataset."""
 
+    n: NotRequired[int]  # images
     num_images: int
     num_texts: int
     examples: Sequence[CaptionQuery]
@@ -133,6 +136,7 @@ class QualityPoint(TypedDict):
     alignment_by: NotRequired[str]  # the model that measured `alignment`
     protocol: Mapping[str, Any]
     n: int  # images
+    num_reference: NotRequired[Mapping[str, int]]  # feature network -> real images
     seconds: float
     samples: Sequence[GeneratedSample]
 

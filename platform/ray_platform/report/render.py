@@ -4,6 +4,7 @@ Captions, keys and class names come from the web. Autoescape keeps them from bei
 of their writing from turning the text around them. A page is one file that loads nothing.
 """
 
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,6 +63,7 @@ def color_class(names: Sequence[str], name: str) -> str:
     return f"m{(names.index(name) if name in names else len(names)) % NUM_COLORS}"
 
 
+@functools.cache
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),

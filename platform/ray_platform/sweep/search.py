@@ -13,19 +13,19 @@ from ray.tune.search.optuna import OptunaSearch
 
 from ray_platform.contracts import ConfigError
 from ray_platform.sweep.config import Mode, SearchConfig
-from ray_platform.sweep.space import Choice, Dimension, Range, Space
+from ray_platform.sweep.space import Choice, Dimension, FieldValues, Range, Space
 
 TRIAL = "trial"  # the only key of a trial's config in Ray Tune
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def trial_config(number: int, values: Mapping[str, Any]) -> dict[str, Any]:
+def trial_config(number: int, values: FieldValues) -> dict[str, Any]:
     """Return Ray Tune's config of a trial: `{"trial": {"number": n, "values": {field: value}}}`."""
     return {TRIAL: {"number": number, "values": dict(values)}}
 
 
-def trial_points(config: SearchConfig, space: Space, baseline: Mapping[str, Any]) -> list[dict[str, Any]]:
+def trial_points(config: SearchConfig, space: Space, baseline: FieldValues) -> list[FieldValues]:
     """Return the values of all trials of a grid or a random search, the baseline first.
 
     Raises:
@@ -39,7 +39,7 @@ def trial_points(config: SearchConfig, space: Space, baseline: Mapping[str, Any]
         raise ConfigError(f"space.{ranges[0]}: a grid has values, not a range; give {{values: [...]}}")
     lists = [dimension.values for dimension in space.values() if isinstance(dimension, Choice)]
     combinations = [dict(zip(space, combination, strict=True)) for combination in itertools.product(*lists)]
-    points = [dict(baseline), *(point for point in combinations if point != baseline)]
+    points: list[FieldValues] = [dict(baseline), *(point for point in combinations if point != baseline)]
     if config.num_trials not in (0, len(points)):
         raise ConfigError(f"num_trials: {config.num_trials}, but the grid has {len(points)} points; give 0")
     return points
@@ -51,7 +51,7 @@ class MultiObjectiveSearch(OptunaSearch):
     Adds to `OptunaSearch`: the baseline as the first trial, numbered trials, and choices of any type (lists, say).
     """
 
-    def __init__(self, config: SearchConfig, space: Space, baseline: Mapping[str, Any]) -> None:
+    def __init__(self, config: SearchConfig, space: Space, baseline: FieldValues) -> None:
         self.space = {field: _including(dimension, baseline[field]) for field, dimension in space.items()}
         self.num_suggested = 0
         # Optuna's default of ten random trials would be all trials of a small sweep.
@@ -118,10 +118,10 @@ def _distributions(space: Space) -> dict[str, BaseDistribution]:
     return {field: distributions[field] for field in space}  # samples depend on the order
 
 
-def _to_optuna(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+def _to_optuna(space: Space, values: FieldValues) -> FieldValues:
     """Replace the values of choices by their indices: Optuna's categories are scalars."""
     return {f: d.values.index(values[f]) if isinstance(d, Choice) else values[f] for f, d in space.items()}
 
 
-def _from_optuna(space: Space, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _from_optuna(space: Space, sample: FieldValues) -> FieldValues:
     return {f: d.values[sample[f]] if isinstance(d, Choice) else sample[f] for f, d in space.items()}

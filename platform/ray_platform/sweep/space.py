@@ -34,6 +34,7 @@ class Range:
 
 Dimension = Choice | Range
 Space = Mapping[str, Dimension]
+FieldValues = Mapping[str, Any]  # config field -> value
 
 
 def parse_dimension(field: str, spec: Mapping[str, Any]) -> Dimension:

@@ -20,7 +20,7 @@ from ray_platform.sweep.config import SearchConfig
 from ray_platform.sweep.schedulers import HISTORY, build_scheduler, is_baseline, trial_name
 from ray_platform.sweep.search import TRIAL, MultiObjectiveSearch, trial_config, trial_points
 from ray_platform.sweep.space import Space
-from ray_platform.sweep.trial import RunSegment, error_url, run_trial
+from ray_platform.sweep.trial import MilestoneEntry, RunSegment, error_url, run_trial
 
 TUNE = "tune"  # folder in output_dir with Ray Tune's state of the sweep
 _SETTINGS = {
@@ -45,7 +45,7 @@ class TrialOutcome:
     state: Literal["finished", "stopped", "failed"]
     error: str  # one line
     values: Mapping[str, Any]
-    history: list[dict[str, Any]]  # one entry per milestone: step, samples, seconds, metrics
+    history: list[MilestoneEntry]
     url: str  # folder of the trial; empty if it reported nothing
 
 

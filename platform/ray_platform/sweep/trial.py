@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ray import tune
 
@@ -45,6 +45,17 @@ class SegmentResult:
     metrics: Mapping[str, float]  # all metrics of the evaluation, the sweep's objectives among them
 
 
+class MilestoneEntry(TypedDict):
+    """Report of a trial at a milestone."""
+
+    milestone: int  # from 1
+    rung: int  # of ASHA
+    step: int
+    samples: int
+    seconds: float  # of all segments so far
+    metrics: Mapping[str, float]
+
+
 RunSegment = Callable[[TrialSegment], SegmentResult]  # pickled and sent to the trials
 
 
@@ -56,7 +67,7 @@ class _TrialState:
     origin: str = ""  # as in TrialSegment
     checkpoint: str = ""
     seconds: float = 0.0
-    history: tuple[dict[str, Any], ...] = ()  # one entry per milestone
+    history: tuple[MilestoneEntry, ...] = ()
 
 
 def run_trial(config: Mapping[str, Any], run_segment: RunSegment, search: SearchConfig) -> None:
@@ -88,8 +99,8 @@ def _run_segments(name: str, values: Mapping[str, Any], run_segment: RunSegment,
         start = time.monotonic()
         result = run_segment(TrialSegment(name, values, folder, state.origin, budget_fraction))
         seconds = round(state.seconds + time.monotonic() - start, 1)
-        entry = {
-            MILESTONE: index + 1, RUNG: search.reduction**index, "step": result.step, "samples": result.samples,
+        entry: MilestoneEntry = {
+            "milestone": index + 1, "rung": search.reduction**index, "step": result.step, "samples": result.samples,
             "seconds": seconds, "metrics": dict(result.metrics),
         }  # fmt: skip
         state = _TrialState(name, state.origin, result.checkpoint, seconds, (*state.history, entry))
@@ -107,9 +118,15 @@ def _load_state(trial: str) -> _TrialState:
     return _TrialState(trial, origin, saved["checkpoint"], saved["seconds"], tuple(saved["history"]))
 
 
-def _report(state: _TrialState, entry: Mapping[str, Any], folder: str) -> None:
+def _report(state: _TrialState, entry: MilestoneEntry, folder: str) -> None:
     with tempfile.TemporaryDirectory(prefix="trial_") as scratch:
         (Path(scratch) / _STATE).write_text(json.dumps(asdict(state)))
         # The complete history each time: Ray Tune keeps only the last report of a trial.
-        report = {**entry["metrics"], MILESTONE: entry[MILESTONE], RUNG: entry[RUNG], HISTORY: list(state.history), "url": folder}
+        report = {
+            **entry["metrics"],
+            MILESTONE: entry["milestone"],
+            RUNG: entry["rung"],
+            HISTORY: list(state.history),
+            "url": folder,
+        }
         tune.report(report, checkpoint=tune.Checkpoint.from_directory(scratch))

@@ -28,12 +28,15 @@ class NodeMonitor:
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
         from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+        from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
 
         self._monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        try:
-            self._monitors.append(GPUMonitor())
-        except Exception:  # no NVIDIA driver, or the package that reads it is not installed
-            logger.debug("GPUs of %s are not monitored", socket.gethostname())
+        for kind in (GPUMonitor, ROCMMonitor):
+            try:
+                self._monitors.append(kind())
+                break
+            except Exception:  # no driver of this vendor, or the package that reads it is not installed
+                logger.debug("%s finds no GPU on %s", kind.__name__, socket.gethostname())
 
     def sample(self) -> tuple[str, dict[str, float]]:
         """Return the host name and {`cpu_utilization_percentage`: 71.5, …} since the last call."""

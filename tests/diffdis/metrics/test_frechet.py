@@ -52,7 +52,7 @@ def test_moments_do_not_depend_on_order_or_sharding(monkeypatch):
         np.testing.assert_allclose(total.mean, whole.mean, rtol=1e-14)
         np.testing.assert_allclose(total.second, whole.second, rtol=1e-11, atol=1e-13)
         assert frechet_distance(total, whole) < 1e-12 * np.trace(whole.covariance)
-    monkeypatch.setattr(frechet, "ROWS_AT_ONCE", 100)
+    monkeypatch.setattr(frechet, "MAX_ROWS", 100)
     np.testing.assert_allclose(Moments.of(x).second, whole.second, rtol=1e-11, atol=1e-13)
 
 

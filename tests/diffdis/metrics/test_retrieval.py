@@ -33,7 +33,7 @@ def theirs(images, texts, owners, ks):
 @pytest.mark.parametrize("num_images", [10, 101, 333])
 @pytest.mark.parametrize("at_once", [2**23, 777])
 def test_recalls_equal_clip_benchmarks(monkeypatch, num_images, texts_of_image, at_once):
-    monkeypatch.setattr(retrieval, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(retrieval, "MAX_SIMILARITIES", at_once)
     counts = np.random.default_rng(1).integers(1, 5, num_images) if texts_of_image == "various" else texts_of_image
     images, texts, owners = embeddings(num_images, counts)
     expected = theirs(images, texts, owners, [1, 5, 10])
@@ -54,7 +54,7 @@ def test_an_unreadable_image_is_never_found_and_fails_with_its_texts():
     images, texts, owners = (np.asarray(part) for part in embeddings(60, 2))
     readable = np.random.default_rng(3).random(60) > 0.3
     broken = np.where(readable[:, None], images, np.nan)
-    found = retrieval_recalls(broken, texts, owners, readable=readable)
+    found = retrieval_recalls(broken, texts, owners, is_readable=readable)
     # The same over what can be read, with all texts as candidates of images; the rest counts as 0.
     kept = np.flatnonzero(readable)
     of_readable = readable[owners]

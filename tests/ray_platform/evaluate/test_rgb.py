@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ray_platform.data.causes import SampleError
-from ray_platform.evaluate.slices import rgb
+from ray_platform.data.decode import rgb
 from tests.support.evaluation_sets import encoded, picture
 
 REAL = sorted((Path(find_spec("foolbox").origin).parent / "data").glob("*.*g"))

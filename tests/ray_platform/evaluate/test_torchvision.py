@@ -10,30 +10,16 @@ import scipy.io
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.causes import RejectedSample
-from ray_platform.evaluate.find import find_set, open_set
-from ray_platform.evaluate.sets import REGISTRY
-from tests.support.evaluation_sets import class_names, encoded, picture, read
-
-
-def refused(name: str, url: Path, kind=DataError) -> str:
-    with pytest.raises(kind) as raised:
-        read(open_set(name, str(url)))
-    message = str(raised.value)
-    assert "\n" not in message
-    return message
-
-
-def write_image(path: Path, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded(picture(seed), "JPEG"))
-
+from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set
+from ray_platform.evaluate.sets import KNOWN_SETS
+from tests.support.evaluation_sets import class_names, error_of, error_of_set, read, write_image
 
 # Each writes a test split with the labels `label_of` and the images `picture(i)`, and a train split, which must not be read.
 
 
 def label_of(name: str, i: int) -> int:
     """As in the real files, images are not in the order of their classes."""
-    return i * 7 % REGISTRY[name].num_classes
+    return i * 7 % KNOWN_SETS[name].num_classes
 
 
 def write_cars(root: Path) -> dict[str, int]:
@@ -124,7 +110,7 @@ def write_pets(root: Path) -> dict[str, int]:
     lines = []
     for i in range(37):
         label = label_of("vtab/pets", i)
-        breed = REGISTRY["vtab/pets"].classes[label].replace(" ", "_")
+        breed = KNOWN_SETS["vtab/pets"].classes[label].replace(" ", "_")
         name = f"{breed if i % 2 else breed.lower()}_{i + 200}"
         write_image(folder / "images" / f"{name}.jpg", i)
         lines.append(f"{name} {label + 1} {1 + i % 2} 1")
@@ -149,24 +135,24 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_the_test_split_of_torchvisions_folders(tmp_path, name):
     labels = WRITERS[name](tmp_path)
-    found = find_set([str(tmp_path)], name)
-    assert (found.layout, found.task, found.info) == ("torchvision", "zeroshot_classification", REGISTRY[name])
-    assert found.templates == REGISTRY[name].templates
-    assert len(found.classes) == REGISTRY[name].num_classes
-    samples = read(found)
+    data = find_evaluation_set([str(tmp_path)], name)
+    assert (data.layout, data.task, data.known) == ("torchvision", "zeroshot_classification", KNOWN_SETS[name])
+    assert data.templates == KNOWN_SETS[name].templates
+    assert len(data.classes) == KNOWN_SETS[name].num_classes
+    samples = read(data)
     assert {sample.key: sample.label for sample in samples} == labels
-    assert (len(samples), found.known_images, found.num_files) == (len(labels),) * 3
+    assert (len(samples), data.known_images, data.num_files) == (len(labels),) * 3
     for sample in samples[::17]:
-        assert bytes(sample.image) == (Path(found.url) / sample.key).read_bytes()
+        assert bytes(sample.image) == (Path(data.url) / sample.key).read_bytes()
 
 
 def test_class_names_of_torchvisions_folders(tmp_path):
     for write in WRITERS.values():
         write(tmp_path)
-    classes = {name: find_set([str(tmp_path)], name).classes for name in WRITERS}
+    classes = {name: find_evaluation_set([str(tmp_path)], name).classes for name in WRITERS}
     assert classes["cars"] == class_names("cars")
-    assert classes["vtab/flowers"] == REGISTRY["vtab/flowers"].classes
-    assert classes["vtab/pets"] == REGISTRY["vtab/pets"].classes
+    assert classes["vtab/flowers"] == KNOWN_SETS["vtab/flowers"].classes
+    assert classes["vtab/pets"] == KNOWN_SETS["vtab/pets"].classes
     assert classes["food101"][:2] == ("dish aa", "dish ab")
     assert classes["vtab/dtd"][-1] == "texture-bu"
     assert classes["fgvc_aircraft"][:2] == ("Boeing 70-0", "Boeing 71-3")
@@ -177,60 +163,44 @@ def test_class_names_of_torchvisions_folders(tmp_path):
 @pytest.mark.parametrize("inside", ["dtd/dtd", "dtd", ""])
 def test_the_folder_itself_may_be_given_or_one_above_it(tmp_path, inside):
     labels = write_textures(tmp_path)
-    found = open_set("vtab/dtd", str(tmp_path / inside))
-    assert (found.url, len(read(found))) == (str(tmp_path / "dtd" / "dtd"), len(labels))
+    data = open_evaluation_set("vtab/dtd", str(tmp_path / inside))
+    assert (data.url, len(read(data))) == (str(tmp_path / "dtd" / "dtd"), len(labels))
 
 
 def test_an_image_that_the_index_names_and_that_is_not_there(tmp_path):
     labels = write_pets(tmp_path)
     lost = sorted(labels)[5]
     (tmp_path / "oxford-iiit-pet" / lost).unlink()
-    found = find_set([str(tmp_path)], "vtab/pets")
-    assert found.known_images == 36
-    assert [sample.key for sample in read(found) if sample == RejectedSample(lost, "shard_missing")] == [lost]
-    assert len(read(found)) == 37
+    data = find_evaluation_set([str(tmp_path)], "vtab/pets")
+    assert data.known_images == 36
+    assert [sample.key for sample in read(data) if sample == RejectedSample(lost, "shard_missing")] == [lost]
+    assert len(read(data)) == 37
 
 
-def test_an_index_that_is_none(tmp_path):
+def test_an_index_that_cannot_be_read(tmp_path):
     write_pets(tmp_path)
     index = tmp_path / "oxford-iiit-pet" / "annotations" / "test.txt"
     lines = index.read_text().splitlines()
     index.write_text("\n".join([*lines, "Abyssinian_7 cat 1 1"]))
-    assert refused("vtab/pets", tmp_path) == (
-        f"vtab/pets: {index} or a file beside it is not as torchvision's dataset has it (ValueError: invalid literal for "
-        "int() with base 10: 'cat'); fetch the set again"
-    )
+    assert f"vtab/pets: {index} or a file next to it" in error_of_set("vtab/pets", tmp_path, DataError)
     index.write_text("\n".join(lines[:20]))
-    assert refused("vtab/pets", tmp_path) == (
-        f"vtab/pets: {index} names 20 classes, but the set has 37; correct the list, or fetch the set again"
-    )
-
-
-def test_broken_files_beside_the_images(tmp_path):
+    assert f"vtab/pets: {index} names 20 classes, but the set has 37" in error_of_set("vtab/pets", tmp_path, DataError)
     write_cars(tmp_path)
-    marker = tmp_path / "stanford_cars" / "cars_test_annos_withlabels.mat"
     (tmp_path / "stanford_cars" / "devkit" / "cars_meta.mat").write_bytes(b"MATLAB, but no more")
-    assert refused("cars", tmp_path) == (
-        f"cars: {marker} or a file beside it is not as torchvision's dataset has it (MatReadError: Mat file appears to be "
-        "truncated); fetch the set again"
-    )
+    assert "MatReadError" in error_of_set("cars", tmp_path, DataError)
     write_food(tmp_path)
     (tmp_path / "food-101" / "meta" / "test.json").write_text("[")
-    assert "is not as torchvision's dataset has it (JSONDecodeError: " in refused("food101", tmp_path)
+    assert "JSONDecodeError" in error_of_set("food101", tmp_path, DataError)
 
 
 def test_a_label_beyond_the_classes(tmp_path):
     write_aircraft(tmp_path)
-    folder = tmp_path / "fgvc-aircraft-2013b" / "data"
-    (folder / "images_variant_test.txt").write_text("0001000 Concorde\n")
-    assert "is not as torchvision's dataset has it (KeyError: 'Concorde')" in refused("fgvc_aircraft", tmp_path)
+    (tmp_path / "fgvc-aircraft-2013b" / "data" / "images_variant_test.txt").write_text("0001000 Concorde\n")
+    assert "KeyError: 'Concorde'" in error_of_set("fgvc_aircraft", tmp_path, DataError)
     write_flowers(tmp_path)
     labels = {"labels": np.full((1, 204), 200, dtype=np.uint8)}
     scipy.io.savemat(tmp_path / "flowers-102" / "imagelabels.mat", labels)
-    assert refused("vtab/flowers", tmp_path) == (
-        f"vtab/flowers: {tmp_path}/flowers-102/jpg/image_00002.jpg has label 199, but "
-        f"{tmp_path}/flowers-102/imagelabels.mat names 102 classes; fetch the set again"
-    )
+    assert "image_00002.jpg has label 199, but" in error_of_set("vtab/flowers", tmp_path, DataError)
 
 
 @pytest.mark.parametrize(
@@ -238,14 +208,9 @@ def test_a_label_beyond_the_classes(tmp_path):
 )
 def test_sets_of_which_torchvision_has_no_test_split(tmp_path, name, folder):
     write_image(tmp_path / folder / "Forest" / "Forest_1.jpg", 0)
-    message = (
-        f"{name}: {tmp_path}/{folder} is torchvision's layout, which has no test split; the published scores are on VTAB's: "
-        f"give CLIP_benchmark's copy, wds_{name.replace('/', '-')}"
-    )
-    with pytest.raises(ConfigError) as raised:
-        find_set([str(tmp_path)], name)
-    assert str(raised.value) == message
-    assert refused(name, tmp_path / folder.partition("/")[0], ConfigError) == message
+    message = error_of(find_evaluation_set, [str(tmp_path)], name, kind=ConfigError)
+    assert message.startswith(f"{name}: {tmp_path}/{folder} is torchvision's layout, which has no test split")
+    assert error_of_set(name, tmp_path / folder.partition("/")[0], ConfigError) == message
 
 
 @pytest.mark.s3
@@ -254,6 +219,6 @@ def test_torchvisions_folders_in_s3(s3_url, tmp_path):
         write(tmp_path)
     storage.put_folder(tmp_path, f"{s3_url}/torchvision")
     for name in ("vtab/pets", "food101", "cars", "vtab/dtd"):
-        here, there = find_set([str(tmp_path)], name), find_set([f"{s3_url}/torchvision/"], name)
-        assert (there.digest, there.classes) == (here.digest, here.classes)
-        assert read(there) == read(here)
+        local, remote = (find_evaluation_set([root], name) for root in (str(tmp_path), f"{s3_url}/torchvision/"))
+        assert (remote.digest, remote.classes) == (local.digest, local.classes)
+        assert read(remote) == read(local)

@@ -8,8 +8,7 @@ import pytest
 
 from diffdis_platform.comparison.claim import CLAIM
 from ray_platform.metric_registry import find_metric
-from ray_platform.report.comparison import comparison_page
-from ray_platform.report.dot_plot import DotPlot, DotRow
+from ray_platform.report.comparison import DotPlot, DotRow, comparison_page
 from tests.support.html_page import EVIL, Page, check_poison_is_text, poisoned, saved_details
 
 ROOT = Path(__file__).parents[3]

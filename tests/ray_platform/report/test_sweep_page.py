@@ -9,12 +9,11 @@ from xml.etree import ElementTree
 import pytest
 
 from ray_platform.report.parallel_coordinates import ParallelAxis, ParallelLine, parallel_coordinates
-from ray_platform.report.sweep import sweep_files, sweep_page
-from ray_platform.report.sweep_charts import learning_curves, pareto_chart, trials_chart
+from ray_platform.report.sweep import learning_curves, pareto_chart, sweep_files, sweep_page, trials_chart
 from tests.support.html_page import EVIL, Page, check_poison_is_text, poisoned, saved_details
 
 ACCURACY, DISTANCE = "eval/zero_shot_mean", "eval/fd_efficientnet_lite0/guidance_3"
-NOT_MEASURED = "the recipe's own values were not measured"
+NOT_MEASURED = "the recipe's values were not measured"
 
 
 @pytest.fixture

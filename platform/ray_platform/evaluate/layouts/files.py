@@ -1,6 +1,5 @@
-"""Sets in folders of image files: one subfolder a class, or any images."""
+"""Sets in folders of image files: one subfolder per class, or images without labels."""
 
-import posixpath
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,25 +8,25 @@ from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data.causes import LOST, RejectedSample
 from ray_platform.evaluate.classes import (
-    CLASSES,
+    CLASSES_FILE,
     DEFAULT_TEMPLATES,
-    TEMPLATES,
-    classification,
-    published_names,
+    classification_schema,
+    list_sidecars,
+    load_templates,
     read_lines,
-    template_list,
-)
-from ray_platform.evaluate.sets import REGISTRY, EvaluationSet, make_set
-from ray_platform.evaluate.slices import IMAGES_A_SLICE, RawSample, SampleSchema, Slice
+    to_published_names,
+)  # fmt: skip
+from ray_platform.evaluate.samples import IMAGES_PER_SLICE, DatasetSlice, RawSample, SampleSchema
+from ray_platform.evaluate.sets import KNOWN_SETS, ClassTexts, EvaluationSet, build_set
 from ray_platform.names import check_below
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _READS_AT_ONCE = 16
-_LARGEST_IMAGE = 2**28  # bytes; of a larger file this is read, which is not the whole picture
+_MAX_IMAGE_BYTES = 2**28  # no more is read of a file, so that a larger image cannot be decoded
 
 
 @dataclass(frozen=True)
-class FilesSlice(Slice):
+class ImageFilesSlice(DatasetSlice):
     """Image files below `folder`, each with its label."""
 
     folder: str
@@ -36,100 +35,103 @@ class FilesSlice(Slice):
     def read(self) -> list[RawSample | RejectedSample]:
         """Read the files concurrently. A file that cannot be read becomes a RejectedSample."""
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            contents = list(pool.map(self._content, [name for name, _ in self.files]))
+            contents = list(pool.map(self._read_file, [name for name, _ in self.files]))
         return [
             RawSample(name, content, label) if isinstance(content, bytes) else RejectedSample(name, LOST[content.kind])
             for (name, label), content in zip(self.files, contents, strict=True)
         ]
 
-    def _content(self, name: str) -> bytes | storage.StorageError:
+    def _read_file(self, name: str) -> bytes | storage.StorageError:
         try:
-            return storage.read_bytes(storage.join(self.folder, name), 0, _LARGEST_IMAGE)
+            return storage.read_bytes(storage.join(self.folder, name), 0, _MAX_IMAGE_BYTES)
         except storage.StorageError as error:
             return error
 
 
-def files_set(
-    wanted: SampleSchema,
+def build_files_set(
+    schema: SampleSchema,
     url: str,
     layout: str,
-    words: tuple[Sequence[str], Sequence[str]],
+    texts: ClassTexts,
     samples: Sequence[tuple[str, int]],
     sizes: Mapping[str, int],
 ) -> EvaluationSet:
-    """A set of image files: their names below `url` with labels, in order, and the sizes of those that are there.
+    """Return a set of image files: (name below `url`, label) in order, and the sizes of the files that exist.
 
-    Raises DataError for a name that leads out of `url`.
+    Raises:
+        DataError: A name leads out of `url`.
     """
-    for name, _ in samples:  # an index from somewhere may name any file of this machine
+    for name, _ in samples:  # an index that was downloaded may name any file of this machine
         check_below(name, url)
-    slices: list[Slice] = []
-    for start in range(0, len(samples), IMAGES_A_SLICE):
-        part = tuple(samples[start : start + IMAGES_A_SLICE])
+    slices: list[DatasetSlice] = []
+    for start in range(0, len(samples), IMAGES_PER_SLICE):
+        part = tuple(samples[start : start + IMAGES_PER_SLICE])
         name = part[0][0] if len(part) == 1 else f"{part[0][0]} to {part[-1][0]}"
-        slices.append(FilesSlice(wanted, len(slices), name, len(part), url, part))
-    there = sum(name in sizes for name, _ in samples)
-    return make_set(wanted, url, layout, words, [(name, sizes.get(name, -1)) for name, _ in samples], slices, there)
+        slices.append(ImageFilesSlice(schema, len(slices), name, len(part), url, part))
+    num_existing = sum(name in sizes for name, _ in samples)
+    files = [(name, sizes.get(name, -1)) for name, _ in samples]
+    return build_set(schema, url, layout, texts, files, slices, num_existing)
 
 
 def open_image_folder(set_name: str, url: str) -> EvaluationSet | None:
-    """A folder with a subfolder for each class, its classes in the order of their names; None where there is none.
+    """Return the set of a folder with one subfolder per class; None when there are none.
 
-    `classnames.txt` and `zeroshot_classification_templates.txt` may lie in it: class names in the order of the subfolders.
+    Classes are in the order of the subfolders' names. `classnames.txt`, with names in that order, and
+    `zeroshot_classification_templates.txt` may lie next to the subfolders.
 
-    Raises DataError for a class list of another length than there are subfolders, or than the published set has.
+    Raises:
+        DataError: The class list has another length than there are subfolders, or than the known set has classes.
     """
     sizes = image_sizes(url)
     folders = sorted({name.partition("/")[0] for name in sizes if "/" in name})
     if not folders:
         return None
-    beside = {posixpath.basename(file.url): file.url for file in storage.list_files(url)}
-    classes, classes_from = tuple(folders), f"{url} (a subfolder a class)"
-    info = REGISTRY.get(set_name)
-    if CLASSES in beside:
-        classes, classes_from = read_lines(beside[CLASSES]), beside[CLASSES]
+    sidecars = list_sidecars(url)
+    classes, source = tuple(folders), f"{url} (one subfolder per class)"
+    known = KNOWN_SETS.get(set_name)
+    if CLASSES_FILE in sidecars:
+        classes, source = read_lines(sidecars[CLASSES_FILE]), sidecars[CLASSES_FILE]
         if len(classes) != len(folders):
             raise DataError(
-                f"{set_name}: {classes_from} names {len(classes)} classes, but there are {len(folders)} subfolders; "
-                "write one name a subfolder, in the order of their names"
+                f"{set_name}: {source} names {len(classes)} classes, but there are {len(folders)} subfolders; "
+                "write one name per subfolder, in the order of their names"
             )
-    elif info and info.class_folders:
-        classes = _by_fixed_folders(set_name, url, folders, info.class_folders, info.classes)
+    elif known and known.class_folders:
+        _check_class_folders(set_name, url, folders, known.class_folders)
+        classes = known.classes
     else:
-        classes = published_names(set_name, classes, classes_from)
-    wanted = classification(set_name, classes, classes_from)
-    templates = template_list(set_name, beside.get(TEMPLATES)) if info or TEMPLATES in beside else DEFAULT_TEMPLATES
+        classes = to_published_names(set_name, classes, source)
+    schema = classification_schema(set_name, classes, source)
+    templates = load_templates(set_name, sidecars, DEFAULT_TEMPLATES)
     labels = {folder: label for label, folder in enumerate(folders)}
     samples = [(name, labels[name.partition("/")[0]]) for name in sorted(sizes) if "/" in name]
-    return files_set(wanted, url, "image folder", (classes, templates), samples, sizes)
+    return build_files_set(schema, url, "image folder", ClassTexts(classes, templates), samples, sizes)
 
 
 def open_image_files(set_name: str, url: str) -> EvaluationSet | None:
-    """All image files below a folder, without labels; None where there are none."""
+    """Return the set of all image files below a folder, without labels; None when there are none."""
     sizes = image_sizes(url)
     samples = [(name, -1) for name in sorted(sizes)]
-    return files_set(SampleSchema(set_name, "images"), url, "image files", ((), ()), samples, sizes) if samples else None
+    schema = SampleSchema(set_name, "images")
+    return build_files_set(schema, url, "image files", ClassTexts(), samples, sizes) if samples else None
 
 
 def image_sizes(url: str, pattern: str = "**") -> dict[str, int]:
-    """The images that a pattern finds below a folder: names below it, and sizes. Hidden files and folders do not count."""
-    found = {}
+    """Return name -> bytes of the images that match a pattern below a folder, without hidden files and folders."""
+    sizes = {}
     for file in storage.list_files(storage.join(url, pattern)):
         name = file.url.removeprefix(f"{url}/")
         if name.lower().endswith(IMAGE_ENDINGS) and not any(part.startswith(".") for part in name.split("/")):
-            found[name] = file.size
-    return found
+            sizes[name] = file.size
+    return sizes
 
 
-def _by_fixed_folders(
-    set_name: str, url: str, folders: Sequence[str], expected: Sequence[str], classes: tuple[str, ...]
-) -> tuple[str, ...]:
-    """The classes of a set whose subfolders have fixed names."""
+def _check_class_folders(set_name: str, url: str, folders: Sequence[str], expected: Sequence[str]) -> None:
+    """Check the subfolders of a set whose subfolders have fixed names."""
     missing, extra = sorted(set(expected) - set(folders)), sorted(set(folders) - set(expected))
     if missing or extra:
-        one = f"{missing[0]} is missing" if missing else f"{extra[0]} is none of them"
+        difference = f"{missing[0]} is missing" if missing else f"there is also {extra[0]}"
         raise DataError(
-            f"{set_name}: {url} must have the {len(expected)} subfolders {expected[0]} to {expected[-1]}, but {one}; "
+            f"{set_name}: {url} must have the {len(expected)} subfolders {expected[0]} to {expected[-1]}, but {difference}; "
             "sort the images into them"
         )
-    return classes

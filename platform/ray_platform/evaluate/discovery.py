@@ -1,0 +1,162 @@
+"""Find evaluation sets below the user's folders, in any of the known layouts."""
+
+import os
+import posixpath
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from ray_platform import storage
+from ray_platform.contracts import ConfigError, DataError
+from ray_platform.evaluate.layouts.files import open_image_files, open_image_folder
+from ray_platform.evaluate.layouts.parquet import open_parquet
+from ray_platform.evaluate.layouts.tars import SPLIT, build_tar_set, open_wds
+from ray_platform.evaluate.layouts.torchvision import open_torchvision
+from ray_platform.evaluate.samples import SampleSchema
+from ray_platform.evaluate.sets import KNOWN_SETS, ClassTexts, EvaluationSet
+from ray_platform.terminal import render_table
+from ray_platform.units import size_text
+
+_REQUESTS_AT_ONCE = 16
+
+OpenLayout = Callable[[str, str], EvaluationSet | None]  # (name, folder) -> the set; None when the folder has another layout
+
+
+class SetNotFoundError(ConfigError):
+    """No root has the set."""
+
+
+def find_evaluation_set(roots: Sequence[str], name: str) -> EvaluationSet:
+    """Return the set of that name from the first root that has it.
+
+    A name that is not in KNOWN_SETS is the name of a folder with a set of the user's own, with or without the prefix `wds_`.
+
+    Raises:
+        SetNotFoundError: No root has it.
+        ConfigError: It is only there in a layout without the split that is evaluated.
+        DataError: The set that was found cannot be used.
+    """
+    if not roots:
+        raise ConfigError(f"{name}: no data_roots; give the folder or s3:// URL that has the sets")
+    without_split: ConfigError | None = None
+    for url in _existing_folders(roots, name):
+        try:
+            if (data := _open_any_layout(name, url, is_named_by_user=False)) is not None:
+                return data
+        except ConfigError as error:
+            without_split = error
+    if without_split:
+        raise without_split
+    raise SetNotFoundError(
+        f"{name}: not found below {', '.join(roots)}; looked for {', '.join(_folder_names(name))}; correct data_roots, or leave "
+        "the set out"
+    )
+
+
+def open_evaluation_set(name: str, url: str) -> EvaluationSet:
+    """Return the set in the folder `url`, in whatever layout it is. Raises ConfigError and DataError."""
+    url = _absolute(url)
+    if not storage.exists(url):
+        raise ConfigError(f"{name}: {url}: no such folder; correct the path")
+    data = _open_any_layout(name, url, is_named_by_user=True)
+    if data is None:
+        raise ConfigError(
+            f"{name}: {url} has no known layout ({_describe_content(url)}); give a folder with {SPLIT}/*.tar as CLIP_benchmark "
+            f"exports them, torchvision's files, {SPLIT}-*.parquet, or one subfolder of images per class"
+        )
+    return data
+
+
+def open_image_set(url: str) -> EvaluationSet:
+    """Return all images, without labels, of a folder and the folders below it, or of the tars in it or that a pattern names.
+
+    Of a webdataset-style set these are the images of its test split. Raises ConfigError, and DataError for an empty tar.
+    """
+    url = _absolute(url)
+    name = posixpath.basename(url)
+    for folder in (url, storage.join(url, SPLIT)):
+        if not _is_pattern(folder) and not storage.exists(folder):
+            continue
+        if tars := [file for file in storage.list_files(folder) if file.url.endswith(".tar")]:
+            return build_tar_set(SampleSchema(name, "images"), url, "tars", ClassTexts(), tars)
+    data = None if _is_pattern(url) or not storage.exists(url) else open_image_files(name, url)
+    if data is None:
+        raise ConfigError(f"{url}: has no images ({_describe_content(url)}); give a folder with tars or image files")
+    return data
+
+
+def render_listing(roots: Sequence[str]) -> str:
+    """Return a table of the known sets: where each was found, and what it has."""
+    rows = [("set", "where", "layout", "files", "size", "classes", "images", "metric")]
+    notes = []
+    for name, known in KNOWN_SETS.items():
+        where, layout, files, size = "not found", "", "", ""
+        try:
+            data = find_evaluation_set(roots, name)
+            where, layout, files, size = data.url, data.layout, f"{data.num_files:,}", size_text(data.num_bytes)
+        except SetNotFoundError:
+            pass
+        except (ConfigError, DataError) as error:
+            where = "rejected"
+            notes.append(f"rejected: {error}")
+        counts = str(known.num_classes or ""), f"{known.num_images:,}"
+        rows.append((name, where, layout, files, size, *counts, known.main_metric))
+    return "\n".join([render_table(rows), *notes])
+
+
+def _folder_names(name: str) -> tuple[str, ...]:
+    """Return the folders below a root in which a set may be, the most likely first."""
+    dashed = name.replace("/", "-")
+    exported = (f"wds_{dashed}", f"wds_{dashed}_test")
+    return (*exported, *(KNOWN_SETS[name].folders if name in KNOWN_SETS else dict.fromkeys((name, dashed))))
+
+
+def _existing_folders(roots: Sequence[str], name: str) -> list[str]:
+    """Return the folders that exist, of those in which the set may be. Raises ConfigError for a missing root."""
+    roots = [_absolute(root) for root in roots]
+    urls = [storage.join(root, folder) for root in roots for folder in _folder_names(name)]
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        for root, exists in zip(roots, pool.map(storage.exists, roots), strict=True):
+            if not exists:
+                raise ConfigError(f"data_roots: {root}: no such folder; give the folder or s3:// URL that has the sets")
+        return [url for url, exists in zip(urls, pool.map(storage.exists, urls), strict=True) if exists]
+
+
+def _layouts(name: str, *, is_named_by_user: bool) -> tuple[OpenLayout, ...]:
+    """Return the layouts that a set may have, in a folder that the user named for it or in one below a root."""
+    known = KNOWN_SETS.get(name)
+    if known and known.task == "zeroshot_retrieval":
+        return (open_wds,)
+    layouts: tuple[OpenLayout, ...] = (open_wds, open_torchvision, open_parquet)  # no other folder looks like one of these
+    if known and known.class_folders:
+        layouts = (*layouts, _open_validation_folder)
+    return (*layouts, open_image_folder) if is_named_by_user or known is None else layouts
+
+
+def _open_validation_folder(name: str, url: str) -> EvaluationSet | None:
+    """Open ImageNet's validation images, one subfolder per class."""
+    for inside in ("val", "validation", ""):
+        folder = storage.join(url, inside).rstrip("/")
+        if storage.exists(storage.join(folder, KNOWN_SETS[name].class_folders[0])):
+            return open_image_folder(name, folder)
+    return None
+
+
+def _open_any_layout(name: str, url: str, *, is_named_by_user: bool) -> EvaluationSet | None:
+    layouts = _layouts(name, is_named_by_user=is_named_by_user)
+    return next((data for open_layout in layouts if (data := open_layout(name, url)) is not None), None)
+
+
+def _absolute(url: str) -> str:
+    url = url.removeprefix("file://")
+    return url.rstrip("/") if "://" in url else os.path.abspath(os.path.expanduser(url))
+
+
+def _is_pattern(url: str) -> bool:
+    return any(char in url for char in "*?[{")
+
+
+def _describe_content(url: str) -> str:
+    if not _is_pattern(url) and not storage.exists(url):
+        return "no such folder"
+    files = storage.list_files(url)
+    return f"{len(files)} other files, such as {posixpath.basename(files[0].url)}" if files else "no files"

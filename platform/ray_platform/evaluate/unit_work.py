@@ -1,0 +1,233 @@
+"""The work of an evaluation's units, on the models that a replica holds. Plain classes, which `ray_platform.replicas` runs."""
+
+import contextlib
+import ctypes
+import io
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ray_platform import storage
+from ray_platform.contracts import FeatureNetwork, Generator, Rows, Scorer
+from ray_platform.data.causes import RejectedSample, SampleError
+from ray_platform.data.decode import resized, rgb, thumbnail_jpeg
+from ray_platform.evaluate.samples import DatasetSlice, RawSample, read_slice
+
+# Images per model call, and per call for the remainder of a unit; the last batch is filled up. Results of other batch shapes
+# differ in their last bits, so a unit always has the same batches, whichever replica runs it.
+BATCH_SIZE, REMAINDER_SIZE = 32, 8
+
+
+class WorkerModels:
+    """The models of a replica by name, each built when it is first used, and the threads that decode images."""
+
+    def __init__(self, builders: Mapping[str, Callable[[str], Any]], num_threads: int, device: str):
+        """`builders` return a Scorer, a Generator or a FeatureNetwork on a torch device."""
+        torch.set_num_threads(num_threads)
+        _keep_freed_memory()
+        self.device, self._builders = device, builders
+        self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self.lock = threading.Lock()  # of two units in flight, one computes while the other one is read and decoded
+        self._models: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        with self.lock:
+            if name not in self._models:
+                self._models[name] = self._builders[name](self.device)
+            return self._models[name]
+
+    def in_batches(self, call: Callable[..., np.ndarray], *columns: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """Return the results of `call` on batches of the columns' rows (at least one), concatenated."""
+        results, num_rows = [], len(columns[0])
+        full = num_rows - num_rows % BATCH_SIZE
+        batches = [(start, BATCH_SIZE) for start in range(0, full, BATCH_SIZE)]
+        batches += [(start, REMAINDER_SIZE) for start in range(full, num_rows, REMAINDER_SIZE)]
+        for start, size in batches:
+            # The last batch is filled up with the first rows.
+            batch = [[column[row % num_rows] for row in range(start, start + size)] for column in columns]
+            with self.lock:
+                results.append(call(*batch))
+        return np.concatenate(results)[:num_rows]
+
+    def extract_features(self, networks: Sequence[str], images: Sequence[np.ndarray] | np.ndarray) -> Rows:
+        """Return `features/<network>` [n, d] of n images of one size."""
+        rows = {}
+        for name in networks:
+            network: FeatureNetwork = self[name]
+            rows[f"features/{name}"] = self.in_batches(lambda batch, network=network: network.features(np.stack(batch)), images)
+        return rows
+
+
+def _keep_freed_memory() -> None:
+    """Keep glibc from returning a batch's large blocks to the kernel, which zeroes their pages again for the next batch: that
+    took longer than a small network itself."""
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 2**25)  # the largest value that it accepts
+        libc.mallopt(trim_threshold, 2**30)
+
+
+@dataclass(frozen=True)
+class EmbedClasses:
+    """Embeds class names with templates."""
+
+    scorer: str
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    def run(self, models: WorkerModels) -> Rows:
+        """Return embeddings [num_classes, D] float32."""
+        scorer: Scorer = models[self.scorer]
+        with models.lock:
+            return {"embeddings": scorer.embed_classes(self.class_names, self.templates)}
+
+
+@dataclass(frozen=True)
+class Thumbnails:
+    """Small images of some samples of a slice, for the report."""
+
+    slice: DatasetSlice
+    keys: tuple[str, ...]
+
+    def run(self, models: WorkerModels) -> Rows:
+        """Return keys [n], sizes [n] in bytes and jpegs [sum of sizes] uint8 of the images that can be read."""
+        requested = set(self.keys)
+        samples = [s for s in read_slice(self.slice) if isinstance(s, RawSample) and s.key in requested]
+        encoded = zip((sample.key for sample in samples), models.pool.map(_thumbnail, samples), strict=True)
+        jpegs = {key: jpeg for key, jpeg in encoded if jpeg}
+        return {
+            "keys": np.array(list(jpegs), dtype=np.str_),
+            "sizes": np.array([len(jpeg) for jpeg in jpegs.values()], dtype=np.int64),
+            "jpegs": np.frombuffer(b"".join(jpegs.values()), dtype=np.uint8),
+        }
+
+
+def _thumbnail(sample: RawSample) -> bytes:
+    try:
+        return thumbnail_jpeg(rgb(sample.image))
+    except SampleError:
+        return b""
+
+
+@dataclass(frozen=True)
+class EmbedImages:
+    """Embeds the images of a slice, with their labels, or with their captions and the captions' embeddings."""
+
+    scorer: str
+    set_name: str
+    slice: DatasetSlice
+    settings: Mapping[str, Any]
+
+    def run(self, models: WorkerModels) -> Rows:
+        """Return the rows of n samples, r of which could be read.
+
+        keys [n], labels [n] (-1: none), causes [n] ("": the image was read) and embeddings [r, D]. For a retrieval set also
+        num_texts [n], texts [m] and text_embeddings [m, D], in the order of the samples.
+        """
+        scorer: Scorer = models[self.scorer]
+        samples = read_slice(self.slice)
+        images = list(models.pool.map(lambda sample: _prepare(sample, scorer.preprocess), samples))
+        raw = [sample if isinstance(sample, RawSample) else None for sample in samples]
+        rows: Rows = {
+            "keys": np.array([sample.key for sample in samples], dtype=np.str_),
+            "labels": np.array([sample.label if sample else -1 for sample in raw], dtype=np.int32),
+            "causes": np.array([image if isinstance(image, str) else "" for image in images], dtype=np.str_),
+        }
+        readable = [index for index, image in enumerate(images) if not isinstance(image, str)]
+        if readable:
+            # The noise of a sample depends on its set and key, never on a rank or batch.
+            noise_keys = [f"{self.set_name}/{samples[index].key}" for index in readable]
+            rows["embeddings"] = models.in_batches(
+                lambda batch, keys: scorer.embed_images(np.stack(batch), keys, **self.settings),
+                [images[index] for index in readable],
+                noise_keys,
+            )
+        if texts := [text for sample in raw if sample for text in sample.captions]:
+            rows["num_texts"] = np.array([len(sample.captions) if sample else 0 for sample in raw], dtype=np.int32)
+            rows["texts"] = np.array(texts)
+            with models.lock:
+                rows["text_embeddings"] = scorer.embed_texts(texts)
+        return rows
+
+
+def _prepare(sample: RawSample | RejectedSample, preprocess: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | str:
+    """Return the preprocessed image, or the cause for which it cannot be used."""
+    if isinstance(sample, RejectedSample):
+        return sample.cause
+    try:
+        return preprocess(rgb(sample.image))
+    except SampleError as error:
+        return error.cause
+
+
+@dataclass(frozen=True)
+class MeasureImages:
+    """Extracts features of real images, with which generated ones are compared."""
+
+    slice: DatasetSlice
+    networks: tuple[str, ...]
+    image_size: int  # images are first cropped to a square and resized to this size, like the generated ones
+
+    def run(self, models: WorkerModels) -> Rows:
+        """Return keys [n] and `features/<network>` [n, d] of the n images that can be read, and causes [m] of the others."""
+        samples = read_slice(self.slice)
+        size = (self.image_size, self.image_size)
+        prepared = list(models.pool.map(lambda sample: _prepare(sample, lambda image: resized(image, size)), samples))
+        keys = [sample.key for sample, image in zip(samples, prepared, strict=True) if not isinstance(image, str)]
+        images = [image for image in prepared if not isinstance(image, str)]
+        causes = np.array([image for image in prepared if isinstance(image, str)], dtype=np.str_)
+        rows: Rows = {"keys": np.array(keys), "causes": causes}
+        return rows | (models.extract_features(self.networks, images) if images else {})
+
+
+@dataclass(frozen=True)
+class GenerateImages:
+    """Generates images for some prompts and extracts their features and their alignment with the prompts."""
+
+    generator: str
+    prompts: tuple[str, ...]
+    first: int  # index of the first prompt among all prompts
+    settings: Mapping[str, Any]
+    networks: tuple[str, ...]
+    aligner: str  # the Scorer that measures how well an image fits its prompt; empty: nothing measures it
+    images_dir: str  # where images with an index below `num_kept` are stored
+    num_kept: int
+
+    def run(self, models: WorkerModels) -> Rows:
+        """Return `features/<network>` [n, d], and with an aligner alignment [n]: the cosine of image and prompt."""
+        generator: Generator = models[self.generator]
+        indices = range(self.first, self.first + len(self.prompts))
+        images = models.in_batches(lambda *batch: generator.generate_images(*batch, **self.settings), self.prompts, indices)
+        for index, image in zip(indices, images, strict=True):
+            if index < self.num_kept:
+                self._store(index, image)
+        rows = models.extract_features(self.networks, images)
+        if self.aligner:
+            rows["alignment"] = self._measure_alignment(models, images)
+        return rows
+
+    def _measure_alignment(self, models: WorkerModels, images: np.ndarray) -> np.ndarray:
+        aligner: Scorer = models[self.aligner]
+        preprocessed = list(models.pool.map(aligner.preprocess, images))
+        noise_keys = [f"generated/{self.first + index}" for index in range(len(images))]
+        embedded = models.in_batches(lambda batch, keys: aligner.embed_images(np.stack(batch), keys), preprocessed, noise_keys)
+        with models.lock:
+            texts = aligner.embed_texts(self.prompts)
+        return (embedded * texts).sum(axis=1)
+
+    def _store(self, index: int, image: np.ndarray) -> None:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        storage.write_bytes(storage.join(self.images_dir, image_name(index)), buffer.getvalue())
+
+
+def image_name(index: int) -> str:
+    """Return the file name of a generated image."""
+    return f"{index:06d}.png"

@@ -1,0 +1,151 @@
+"""Which folder a set is found in, by name, root and layout; folders of links; the listing."""
+
+import pytest
+
+from ray_platform import storage
+from ray_platform.contracts import ConfigError, DataError
+from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set, open_image_set, render_listing
+from ray_platform.evaluate.samples import read_slice
+from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS
+from tests.support.evaluation_sets import (
+    CIFAR10,
+    error_of,
+    error_of_set,
+    picture,
+    read,
+    write_all_twelve,
+    write_image,
+    write_one,
+    write_retrieval,
+    write_wds,
+)  # fmt: skip
+
+# The folders that DataComp's download_evalsets.py writes. Its CIFAR-10 is not named after VTAB.
+DATACOMP = {name: f"wds_{name.replace('/', '-')}_test" for name in PAPER_SETS} | {"vtab/cifar10": "wds_cifar10_test"}
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sets")
+    return root, write_all_twelve(root)
+
+
+def test_all_twelve_are_found_by_either_name(twelve, tmp_path):
+    root, folders = twelve
+    for name, folder in folders.items():
+        data = find_evaluation_set([str(root)], name)
+        assert data.url == str(folder)
+        assert sum(len(read_slice(part)) for part in data.slices) == KNOWN_SETS[name].num_classes
+        (tmp_path / DATACOMP[name]).symlink_to(folder)
+        assert find_evaluation_set([str(tmp_path)], name).url == str(tmp_path / DATACOMP[name])
+
+
+def test_other_sets_of_the_same_short_name_are_ignored(tmp_path):
+    """wds_caltech101 and wds_eurosat are CLIP_benchmark's too, of all images and with another order of the classes."""
+    for name in ("caltech101", "eurosat"):
+        write_wds(tmp_path, name, [picture(0)], labels=[0], classes=["a"], templates=["{c}"])
+        assert "not found below" in error_of(find_evaluation_set, [str(tmp_path)], f"vtab/{name}")
+
+
+def test_the_first_root_that_has_a_set_is_used(tmp_path):
+    (tmp_path / "none" / "eurosat" / "2750" / "Forest").mkdir(parents=True)  # torchvision's layout, without the split
+    for folder in ("one", "two"):
+        write_one(tmp_path / folder, "vtab/cifar10")
+    write_one(tmp_path / "two", "vtab/eurosat")
+    none, one, two = (str(tmp_path / folder) for folder in ("none", "one", "two"))
+    assert find_evaluation_set([one, two], "vtab/cifar10").url == f"{one}/wds_vtab-cifar10"
+    assert find_evaluation_set([two, one], "vtab/cifar10").url == f"{two}/wds_vtab-cifar10"
+    assert find_evaluation_set([none, one, two], "vtab/eurosat").url == f"{two}/wds_vtab-eurosat"
+    assert "has no test split" in error_of(find_evaluation_set, [none, one], "vtab/eurosat", kind=ConfigError)
+    (tmp_path / "one" / "wds_vtab-cifar10" / "test" / "0.tar").unlink()
+    assert "0.tar is missing" in error_of(find_evaluation_set, [one, two], "vtab/cifar10", kind=DataError), "not skipped"
+
+
+def test_a_set_of_the_users_own_is_found_by_its_folders_name(tmp_path):
+    for name in ("my/birds", "pets2"):
+        write_wds(tmp_path, name, [picture(0)], labels=[0], classes=["a"], templates=["{c}"])
+    assert find_evaluation_set([str(tmp_path)], "my/birds").url == f"{tmp_path}/wds_my-birds"
+    assert find_evaluation_set([str(tmp_path)], "wds_pets2").url == f"{tmp_path}/wds_pets2"
+    (tmp_path / "empty").mkdir()
+    message = error_of(find_evaluation_set, [str(tmp_path)], "empty")
+    assert message.startswith(f"empty: not found below {tmp_path}; looked for wds_empty, wds_empty_test, empty; ")
+
+
+def test_folders_that_do_not_exist_or_have_no_known_layout(tmp_path):
+    assert "cars: not found" in error_of(find_evaluation_set, [str(tmp_path)], "cars", kind=ConfigError)
+    assert f"{tmp_path}/no: no such folder" in error_of(find_evaluation_set, [str(tmp_path / "no")], "cars", kind=ConfigError)
+    assert "data_roots" in error_of(find_evaluation_set, [], "cars", kind=ConfigError)
+    (tmp_path / "a.txt").write_text("x")
+    message = error_of_set("vtab/cifar10", tmp_path, ConfigError)
+    assert message.startswith(f"vtab/cifar10: {tmp_path} has no known layout (1 other files, such as a.txt); ")
+    assert "no such folder" in error_of_set("mine", tmp_path / "no", ConfigError)
+
+
+def test_a_set_of_another_task(tmp_path):
+    folder = write_wds(tmp_path / "a", "mscoco_captions", [picture(0)], labels=[0], classes=["a"], templates=["{c}"])
+    assert "is a set for zeroshot_retrieval" in error_of_set("mscoco_captions", folder, DataError)
+    write_image(tmp_path / "b" / "cat" / "0.png", 0)
+    assert "no known layout" in error_of_set("flickr30k", tmp_path / "b", ConfigError)
+
+
+def test_paths_may_be_relative(tmp_path, monkeypatch):
+    folder = write_one(tmp_path, "vtab/cifar10")
+    monkeypatch.chdir(tmp_path)
+    for data in (open_evaluation_set("vtab/cifar10", "wds_vtab-cifar10/"), find_evaluation_set(["."], "vtab/cifar10")):
+        assert data.url == str(folder)
+        assert data.slices[0].url == f"{folder}/test/0.tar"
+    assert find_evaluation_set([f"file://{tmp_path}"], "vtab/cifar10").url == str(folder)
+
+
+def test_an_export_in_hugging_faces_cache_of_links(tmp_path):
+    real = write_one(tmp_path / "real", "vtab/cifar10", samples_per_shard=4)
+    cache = tmp_path / "datasets--clip-benchmark--wds_vtab-cifar10"
+    for number, path in enumerate(sorted(path for path in real.rglob("*") if path.is_file())):
+        blob, link = cache / "blobs" / f"{number:040x}", cache / "snapshots" / "main" / path.relative_to(real)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(blob)
+        link.symlink_to(blob)
+    data = open_evaluation_set("vtab/cifar10", str(cache / "snapshots" / "main"))
+    assert data.num_files == 3
+    assert [sample.key for sample in read(data)] == [f"{i // 4}.tar/s{i:07d}" for i in range(10)]
+
+
+def test_links_to_classes_and_images(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for seed, name in enumerate(("a", "b")):
+        write_image(tmp_path / "there" / name / "0.jpg", seed)
+        (tmp_path / "mine" / name).symlink_to(tmp_path / "there" / name)
+    (tmp_path / "there" / "b" / "link.jpg").symlink_to(tmp_path / "there" / "a" / "0.jpg")
+    (tmp_path / "there" / "b" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "there" / "b" / "circle").symlink_to(tmp_path / "there" / "b")
+    for data in (open_evaluation_set("mine", str(tmp_path / "mine")), open_image_set(str(tmp_path / "mine"))):
+        assert [sample.key for sample in read(data)] == ["a/0.jpg", "b/0.jpg", "b/link.jpg"]
+
+
+def test_the_listing(tmp_path):
+    write_one(tmp_path, "vtab/cifar10", samples_per_shard=4)
+    (write_one(tmp_path, "vtab/pets") / "test" / "0.tar").unlink()
+    header, *lines = render_listing([str(tmp_path)]).splitlines()
+    assert header.split() == ["set", "where", "layout", "files", "size", "classes", "images", "metric"]
+    rows = {line.split()[0]: line.split() for line in lines[:14]}
+    assert list(rows) == list(KNOWN_SETS)
+    assert rows["vtab/cifar10"][1:4] == [f"{tmp_path}/wds_vtab-cifar10", "wds", "3"]
+    assert rows["vtab/cifar10"][5:] == ["kB", "10", "10,000", "acc1"]
+    assert rows["cars"][1:] == ["not", "found", "196", "8,041", "acc1"]
+    assert rows["vtab/pets"][1] == "rejected"
+    assert [line.startswith("rejected: vtab/pets: ") for line in lines[14:]] == [True]
+
+
+@pytest.mark.s3
+def test_sets_in_s3(s3_url, tmp_path):
+    write_one(tmp_path, "vtab/cifar10")
+    write_retrieval(tmp_path, "flickr30k", 4)
+    storage.put_folder(tmp_path, f"{s3_url}/found/sets")
+    data = find_evaluation_set([f"{s3_url}/found/sets"], "vtab/cifar10")
+    assert (data.url, data.classes) == (f"{s3_url}/found/sets/wds_vtab-cifar10", CIFAR10)
+    assert data.digest == find_evaluation_set([str(tmp_path)], "vtab/cifar10").digest
+    table = render_listing([f"{s3_url}/found/sets", str(tmp_path)])
+    assert table.count(f"{s3_url}/found/sets/wds_") == 2
+    assert table.count("not found") == 12
+    assert f"{s3_url}/found/other: no such folder" in error_of(find_evaluation_set, [f"{s3_url}/found/other"], "vtab/cifar10")
