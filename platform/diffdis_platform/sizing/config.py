@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from diffdis_platform.config.parse import parse
+from diffdis_platform.commands.pretrain import parse_arguments
 from diffdis_platform.config.pretrain import PretrainConfig
-from diffdis_platform.recipes import recipes_of
 from diffdis_platform.sizing.constants import DATASETS, Constants, DatasetSize
 from ray_platform.contracts import ConfigError
 
@@ -41,7 +40,7 @@ class SizingConfig:
     def run(self) -> PretrainConfig:
         """Return the configuration of the run. Raises ConfigError for a recipe or a file that cannot be read."""
         source = ["--config", self.run_config] if self.run_config else ["--recipe", self.recipe]
-        run = parse(PretrainConfig, source, command="sizing", description="", recipes=recipes_of(PretrainConfig)).config
+        run = parse_arguments(source).config
         if px := self.image_size:
             factor = run.model.image_size // run.model.unet.sample_size
             unet = replace(run.model.unet, sample_size=px // factor)
