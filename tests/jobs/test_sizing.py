@@ -281,7 +281,7 @@ def test_bad_fields_are_one_line(arguments, message):
 def test_a_model_that_cannot_be_built_is_one_line(predict_run):
     with pytest.raises(ConfigError, match=r"objective\.freeze: no parameter is called unet\.dwn"):
         predict_run(["--objective.freeze", "unet.dwn.*"])
-    with pytest.raises(ConfigError, match="more than one draw an image needs"):
+    with pytest.raises(ConfigError, match=r"objective\.num_draws"):
         predict_run(["--model.query_visibility", "joint"])
 
 
