@@ -6,14 +6,20 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint 
 EXTRAS := demo,eval,dev
 SOURCES := diffdis platform jobs tests
 
-.PHONY: demo test test-slow lint audit setup clean-demo
+.PHONY: demo test test-ray test-without-ray test-slow lint audit setup clean-demo
 
 demo: setup
 	@$(PYTHON) jobs/run_demo.py
 
-# Two workers: one runs the tests that share a Ray cluster, the other one all the rest. More threads per worker only slow it down.
+# Two processes, one for each of two cores: one has the Ray cluster. More threads per process only slow them down.
 test: setup lint
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-ray test-without-ray
+
+test-ray: setup
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "ray and not slow and not gpu"
+
+test-without-ray: setup
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not ray and not slow and not gpu"
 
 # What takes minutes: trainings that fail in every way, other tracking stores, all recipes and pages.
 test-slow: setup

@@ -27,9 +27,9 @@ HARMLESS_COMMANDS = ("git",)  # the version of the code is asked for everywhere
 _unit_test_running = False
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker, and before xdist looks for groups
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items):
-    """Give every test its tier, and keep the tests of the Ray tier in one xdist worker, because they share one cluster."""
+    """Give every test its tier."""
     for item in items:
         marked = [tier for tier in TIERS if item.get_closest_marker(tier)]
         started = [TIER_OF_FIXTURE[name] for name in item.fixturenames if name in TIER_OF_FIXTURE]
@@ -37,8 +37,6 @@ def pytest_collection_modifyitems(items):
         tier = min(marked + started, key=TIERS.index, default="unit")
         item.add_marker(getattr(pytest.mark, tier))
         item.tier = tier
-        if tier != "unit":
-            item.add_marker(pytest.mark.xdist_group(tier))
     items.sort(key=lambda item: TIERS.index(item.tier))  # stable
 
 
