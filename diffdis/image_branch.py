@@ -16,7 +16,7 @@ from diffdis.config import UNetConfig
 
 # (index of the spatial transformer, layer, its self-attention, normed input [B, N, C]) -> residual [B, N, C]
 SelfAttention = Callable[[int, int, Attention, torch.Tensor], torch.Tensor]
-Run = Callable[..., torch.Tensor]  # (module, *tensors) -> module(*tensors)
+ModuleCall = Callable[..., torch.Tensor]  # (module, *tensors) -> module(*tensors)
 
 
 def build_unet(config: UNetConfig, token_dim: int) -> UNet2DConditionModel:
@@ -91,7 +91,7 @@ def _after_self_attention(block: BasicTransformerBlock, x: torch.Tensor, token_s
 
 
 def _transformer(
-    run: Run,
+    run: ModuleCall,
     transformer: Transformer2DModel,
     index: int,
     h: torch.Tensor,

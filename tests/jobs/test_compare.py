@@ -22,7 +22,7 @@ from diffdis_platform.recipes import demo_compare
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.launch import Stopped
+from ray_platform.train.fault_tolerance import Stopped
 from tests.support.evaluation_sets import picture, write_wds
 from tests.support.training import write_shards
 

@@ -25,7 +25,7 @@ from ray_platform.report.comparison import comparison_page
 from ray_platform.report.records import ComparisonDetails, GeneratedSample, ImageGrid, TrainingPoint
 from ray_platform.tracking import Tracker
 from ray_platform.tracking.run_metadata import code_version
-from ray_platform.train.launch import Stopped
+from ray_platform.train.fault_tolerance import Stopped
 
 logger = logging.getLogger(__name__)
 

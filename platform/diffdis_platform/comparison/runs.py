@@ -24,7 +24,7 @@ from ray_platform.report.records import EvaluationDetails
 from ray_platform.tracking import RUN_RECORD, TrackingConfig, metric_history
 from ray_platform.tracking.run_metadata import code_version
 from ray_platform.train import checkpoint_format
-from ray_platform.train.launch import SUMMARY as TRAINING_SUMMARY
+from ray_platform.train.worker_spec import SUMMARY as TRAINING_SUMMARY
 
 SUMMARY, RESULT = "summary.json", "result.json"
 # Fields that no result depends on, or that name files whose digests are in the identity instead.

@@ -18,7 +18,7 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.report.records import EvaluatedModel
 from ray_platform.tracking import RUN_RECORD
-from ray_platform.train.launch import SUMMARY
+from ray_platform.train.worker_spec import SUMMARY
 
 EXPORT_RECORD = "exported.json"  # next to a model that an evaluation exported: the checkpoint that it comes from
 

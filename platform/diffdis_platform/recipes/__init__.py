@@ -13,7 +13,7 @@ from diffdis_platform.recipes.demo import demo
 from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion, sd_v1_laion_one_way
 from diffdis_platform.recipes.sweeps import demo_sweep, sd_v1_laion_sweep
 
-Config = TypeVar("Config")
+RecipeConfig = TypeVar("RecipeConfig")
 
 # The first recipe of a command is its default.
 RECIPES: dict[str, Callable[..., Any]] = {
@@ -26,6 +26,6 @@ RECIPES: dict[str, Callable[..., Any]] = {
 }
 
 
-def recipes_of(config_class: type[Config]) -> dict[str, Callable[..., Config]]:
+def recipes_of(config_class: type[RecipeConfig]) -> dict[str, Callable[..., RecipeConfig]]:
     """Return the recipes that return a `config_class`, by name."""
     return {name: recipe for name, recipe in RECIPES.items() if typing.get_type_hints(recipe)["return"] is config_class}

@@ -10,7 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from ray_platform.metric_registry import Direction
 
-Metrics = Mapping[str, float | None]  # by the names that the metric registry declares
+MetricValues = Mapping[str, float | None]  # by the names that the metric registry declares
 
 
 class RunHeader(TypedDict):
@@ -49,7 +49,7 @@ class DatasetResult(TypedDict):
     model: str
     url: NotRequired[str]  # folder of the dataset
     settings: NotRequired[Mapping[str, Any]]  # of the model
-    metrics: Metrics
+    metrics: MetricValues
     seconds: float
     unreadable: Sequence[UnreadableSample]  # the first ones
     num_unreadable: int
@@ -132,7 +132,7 @@ class QualityPoint(TypedDict):
     """Image quality at one guidance scale."""
 
     guidance_scale: float
-    metrics: Metrics
+    metrics: MetricValues
     alignment_by: NotRequired[str]  # the model that measured `alignment`
     protocol: Mapping[str, Any]
     n: int  # images
@@ -160,7 +160,7 @@ class EvaluationDetails(RunHeader):
     means: NotRequired[Mapping[str, float | None]]  # model -> mean over all sets of the benchmark; None if one is missing
     published: NotRequired[Mapping[str, Mapping[str, float]]]  # model -> set or "mean" -> main metric
     retrieval: NotRequired[Sequence[RetrievalResult]]
-    published_retrieval: NotRequired[Mapping[str, Mapping[str, Metrics]]]  # model -> set -> metrics
+    published_retrieval: NotRequired[Mapping[str, Mapping[str, MetricValues]]]  # model -> set -> metrics
     quality: NotRequired[Sequence[QualityPoint]]
     curve: NotRequired[Sequence[CurvePoint]]
     failures: NotRequired[Sequence[str]]
@@ -180,7 +180,7 @@ class HistoryEntry(TypedDict):
     step: int
     samples: int
     seconds: float
-    metrics: Metrics
+    metrics: MetricValues
 
 
 class TrialRecord(TypedDict):
@@ -192,7 +192,7 @@ class TrialRecord(TypedDict):
     error: str
     values: Mapping[str, Any]  # field -> value
     history: Sequence[HistoryEntry]
-    metrics: Metrics  # of the last milestone
+    metrics: MetricValues  # of the last milestone
     run_id: str
     url: str
 
@@ -228,8 +228,8 @@ class ArmResult(TypedDict):
     """The runs of one arm."""
 
     seeds: Mapping[str, Mapping[str, Any]]  # seed -> metrics and costs of the run; `environment` is text
-    mean: Metrics
-    std: Metrics  # None with one seed
+    mean: MetricValues
+    std: MetricValues  # None with one seed
 
 
 class PairedDifference(TypedDict):
@@ -258,7 +258,7 @@ class TrainingPoint(TypedDict):
     """Metrics while training, after so many samples."""
 
     samples: int
-    metrics: Metrics
+    metrics: MetricValues
 
 
 class ComparisonDetails(RunHeader):

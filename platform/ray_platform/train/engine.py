@@ -35,8 +35,8 @@ from ray_platform.train.optimizer import EMA, AdamW, LossScale, learning_rate_fa
 deepspeed_internals.disable_inference_kernels(deepspeed)
 
 WEIGHTS = "weights"  # name of a state; the others are the optimizer's
-Inputs = dict[str, torch.Tensor]
-Metrics = dict[str, torch.Tensor]  # name -> [2]: weighted sum and weight
+TaskInputs = dict[str, torch.Tensor]
+WeightedMetrics = dict[str, torch.Tensor]  # name -> [2]: weighted sum and weight
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Engine:
     # --- a step ----------------------------------------------------------------------------------------------------------
 
     @collective
-    def backward(self, micro_batches: Sequence[Inputs], seeds: Sequence[int]) -> tuple[torch.Tensor, Metrics]:
+    def backward(self, micro_batches: Sequence[TaskInputs], seeds: Sequence[int]) -> tuple[torch.Tensor, WeightedMetrics]:
         """Run forward and backward of all micro-batches of a step.
 
         Args:
@@ -88,7 +88,7 @@ class Engine:
         micro_batches = [self._to_channels_last(inputs) for inputs in micro_batches]
         step_arguments = self.task.precompute_step_loss(micro_batches, seeds)
         losses: list[torch.Tensor] = []
-        metrics: Metrics = {}
+        metrics: WeightedMetrics = {}
         for inputs, seed, arguments in zip(micro_batches, seeds, step_arguments, strict=True):
             loss, parts = self.engine(inputs, seed, **arguments)
             self.engine.backward(loss * self.loss_scale.value)
@@ -171,7 +171,7 @@ class Engine:
             if is_own_tensor and parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
-    def _to_channels_last(self, inputs: Inputs) -> Inputs:
+    def _to_channels_last(self, inputs: TaskInputs) -> TaskInputs:
         if not self.config.channels_last:
             return inputs
         return {n: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for n, x in inputs.items()}

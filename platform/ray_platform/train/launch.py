@@ -37,41 +37,18 @@ from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.tracking.run_metadata import code_version
 from ray_platform.train.checkpoint_format import candidates, list_checkpoints, read_manifest
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.fault_tolerance import RestartPolicy, SaveBeforeResize, Stopped
+from ray_platform.train.fault_tolerance import RestartPolicy, SaveBeforeResize
 from ray_platform.train.hang_detector import start_hang_detector
 from ray_platform.train.heldout import HeldoutSamples, read_heldout
 from ray_platform.train.monitor import DriverMonitor
 from ray_platform.train.run_description import pretraining_metadata
-
-__all__ = ["Run", "Stopped"]
+from ray_platform.train.worker_spec import WorkerSpec
 
 logger = logging.getLogger(__name__)
 
 INSPECTED_SAMPLES = 64
 RESIZE_SECONDS = 60.0  # between checks whether an elastic run can have more workers: each change costs a restart
 CATALOG = "catalog.json"  # in output_dir: the shards with which the run started
-SUMMARY = "train_summary.json"  # in output_dir: the result of a finished run
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """Everything that a worker needs to train. Built once per launch by `Run.fit`, consumed by `worker.train_worker`."""
-
-    build_task: bytes  # the pickled function that returns the Task, which Ray Train's controller need not import
-    data: DataConfig
-    train: TrainConfig
-    catalog: Catalog
-    output_dir: str
-    launch: str  # names this launch's checkpoints
-    tracker: Tracker
-    hang_detector: Any  # handle of the HangDetector actor
-    heldout: Any  # Ray reference to HeldoutSamples, or None
-    params: dict[str, Any]  # resolved configuration
-    code_version: str
-
-    @property
-    def export_dir(self) -> str:
-        return storage.join(self.output_dir, "export")
 
 
 def run_worker(spec: WorkerSpec) -> None:

@@ -32,9 +32,9 @@ from ray_platform.train.engine import Engine
 from ray_platform.train.fault_tolerance import AcceleratorFull, Interrupted, LossHistory, LossMonitor, StepStatus
 from ray_platform.train.hang_detector import HeartbeatThread
 from ray_platform.train.heldout import generate_previews, score
-from ray_platform.train.launch import SUMMARY, WorkerSpec
 from ray_platform.train.profiler import Profiler
 from ray_platform.train.throughput import ThroughputMeter, count_flops, memory_metrics
+from ray_platform.train.worker_spec import SUMMARY, WorkerSpec
 
 logger = logging.getLogger(__name__)
 
