@@ -67,8 +67,10 @@ def batch(number: int):
     return Batch({"image": pictures(number)}, [CAPTIONS[i % 2] for i in range(number)], ["k"] * number, (), {})
 
 
-@pytest.mark.parametrize("task", ["joint", "generation", "alignment", "clip"])
-@pytest.mark.parametrize("visibility", ["joint", "one_way"])
+@pytest.mark.parametrize(
+    "task", ["joint", *(pytest.param(name, marks=pytest.mark.slow) for name in ("generation", "alignment", "clip"))]
+)
+@pytest.mark.parametrize("visibility", [pytest.param("joint", marks=pytest.mark.slow), "one_way"])
 def test_operations_and_parameters_are_those_that_a_run_reports(recipe, task, visibility):
     """The trainer counts on two samples of its own batch, over the module that it then trains."""
     config = recipe(objective={"task": task}, query_visibility=visibility)
@@ -164,7 +166,7 @@ def two_ranks():
 
 @pytest.mark.parametrize(
     ("zero_stage", "ema_decay"),
-    [(0, 0.0), pytest.param(1, 0.0, marks=pytest.mark.slow), pytest.param(2, 0.9, marks=pytest.mark.slow), (3, 0.0)],
+    [*(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, 0.0), (1, 0.0), (2, 0.9))), (3, 0.0)],
 )
 def test_states_and_checkpoints_are_as_large_as_real_ones(recipe, two_ranks, tmp_path, zero_stage, ema_decay):
     zero = {"reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": 0, "overlap_comm": False}
@@ -226,6 +228,7 @@ def test_the_bottleneck_is_the_slowest_part(predict_run):
     assert alone.issue_seconds == pytest.approx(waiting.issue_seconds / 2, rel=0.01)
 
 
+@pytest.mark.slow
 def test_network_time_and_bytes_follow_the_formulas(predict_run):
     counts, _ = predict("--num_gpus", "1")
     found = predict_run(["--train.zero_stage", "0"], 64, latency_us=0, overlap=0)
