@@ -6,20 +6,17 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint 
 EXTRAS := demo,eval,dev
 SOURCES := diffdis platform jobs tests
 
-.PHONY: demo test test-ray test-without-ray test-slow lint audit setup clean-demo
+.PHONY: demo test test-ray test-ranks test-unit test-slow lint audit setup clean-demo
 
 demo: setup
 	@$(PYTHON) jobs/run_demo.py
 
-# Two processes, one for each of two cores: one has the Ray cluster. More threads per process only slow them down.
-test: setup lint
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-ray test-without-ray
+# Side by side, because the Ray tier waits for processes most of the time. More threads per process only slow them down.
+test: setup
+	@$(MAKE) --no-print-directory --jobs 4 --keep-going --output-sync=target lint test-ray test-ranks test-unit
 
-test-ray: setup
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "ray and not slow and not gpu"
-
-test-without-ray: setup
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not ray and not slow and not gpu"
+test-ray test-ranks test-unit: setup
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "$(@:test-%=%) and not slow and not gpu"
 
 # What takes minutes: trainings that fail in every way, other tracking stores, all recipes and pages.
 test-slow: setup
