@@ -12,12 +12,12 @@ from tests.count_structure import count
 ROOT = Path(__file__).parents[1]
 # Of tests/count_structure.py, which says what each one means; lists and tables count their entries.
 LIMITS = {
-    "modules_in_cycles": 2,
+    "modules_in_cycles": 0,
     "imports_upward": 0,
     "functions_over_60_lines": 0,
     "files_over_400_lines": 1,
-    "repeated_class_names": 5,
-    "private_api_sites": 13,
+    "repeated_class_names": 0,
+    "private_api_sites": 11,
     "html_f_strings": 1,
 }
 

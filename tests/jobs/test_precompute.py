@@ -27,6 +27,7 @@ def run_script(monkeypatch, *arguments: str) -> str | None:
     return error_of("precompute", *arguments)
 
 
+@pytest.mark.slow
 def test_the_demos_encoders(ray_cluster, shards, monkeypatch, capfd):
     out = shards.parent / "out"
     command = ("--data.sources", str(shards), "--output_dir", str(out), "--cpus_per_encoder", "0.5")

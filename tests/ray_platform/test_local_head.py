@@ -149,6 +149,7 @@ with LocalHead(num_cpus=1) as head:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, -signal.SIGINT), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_signal_ends_the_head_its_children_and_nothing_else(number, code):
     with subprocess.Popen(["sleep", "600"]) as bystander:
         # A child that ignores the first request to end, as a worker in a long call does.

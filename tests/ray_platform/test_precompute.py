@@ -73,6 +73,7 @@ def test_what_was_precomputed_is_streamed(shard_folder, tmp_path):
         assert batch.tensors["length"][i] == len(batch.captions[i])
 
 
+@pytest.mark.slow
 def test_files_hold_as_much_as_they_may(shard_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_BYTES", 7 * 16 * 16 * 3)
     run(shard_folder, tmp_path / "out", encoders())
@@ -114,6 +115,7 @@ def test_a_folder_of_something_else_is_refused(shard_folder, build_tar, build_sa
         run(shard_folder, tmp_path / "out", encoders())
 
 
+@pytest.mark.slow
 def test_bad_samples_are_counted_and_too_many_end_it(build_tar, build_samples, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -130,6 +132,7 @@ def test_bad_samples_are_counted_and_too_many_end_it(build_tar, build_samples, t
         run(folder, tmp_path / "none", encoders())
 
 
+@pytest.mark.slow
 def test_a_lost_shard_is_tried_again_by_the_next_run(build_tar, build_samples, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()

@@ -254,6 +254,7 @@ class TestWithRay:
         whole = with_ray(catalog, config, reader, batch_size=30, num_batches=6)
         assert_same(whole, without_ray(catalog, config, reader, batch_size=30, num_batches=6))
 
+    @pytest.mark.slow
     def test_not_deterministic_is_still_exact(self, catalog, shard_folder):
         config = config_of(shard_folder, deterministic=False, interleave=1)
         # Eight epochs: a slow read may keep the later ones open, but a lost sample would keep its own open for good.
@@ -275,6 +276,7 @@ class TestWithRay:
         with pytest.raises(DataError, match=r"shard_empty 100\.0%"):
             with_ray(catalog, config, reader_of(catalog), batch_size=50, num_batches=1)
 
+    @pytest.mark.slow
     def test_a_stream_can_be_left_early(self, catalog, config):
         batches = stream(catalog, config, reader_of(catalog), batch_size=2, num_batches=10**9)
         assert len(next(batches).captions) == 2
@@ -287,6 +289,7 @@ class TestWithRay:
         with pytest.raises(ConfigError, match=r"each need 6 CPUs, but the cluster has 4; lower one of these"):
             stream(catalog, greedy, reader_of(catalog, 0, 2), batch_size=2, num_batches=1)
 
+    @pytest.mark.slow
     def test_two_workers_on_a_full_cluster(self, catalog, shard_folder):
         """As in training: each rank in an actor, and actors and reads together just fit."""
         import ray
