@@ -15,6 +15,8 @@ import pytest
 
 # Ray reads this at its first import, so it is set before any test module is imported. A test cluster on loopback needs no token.
 os.environ["RAY_AUTH_MODE"] = "disabled"
+# By default Ray's workers yield to all other processes, so the tiers that run at the same time would stop the Ray tier.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Tests send neither Ray's usage statistics nor requests for credentials to a cloud's metadata service.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
