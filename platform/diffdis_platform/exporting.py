@@ -28,7 +28,10 @@ def find_checkpoint(checkpoint_url: str) -> tuple[str, Manifest]:
     if not storage.exists(storage.join(url, checkpoint_format.COMPLETE)):
         checkpoints = checkpoint_format.list_checkpoints(url)
         if not checkpoints:
-            raise ConfigError(f"checkpoint: {url} is no complete checkpoint, and no run that has one")
+            raise ConfigError(
+                f"checkpoint: {url} is not a complete checkpoint or a run that has one; "
+                "give a run's output_dir or one of its step_* folders"
+            )
         url = checkpoints[0]
     return url, checkpoint_format.read_manifest(url)
 

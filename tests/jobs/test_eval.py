@@ -234,7 +234,7 @@ def test_bad_input_is_one_line_each(exported, data, tmp_path):
     assert "checkpoint: give an exported model" in refusal(["--output_dir", tmp_path])
     assert re.match(r"suite: none\.yaml|.*none\.yaml: no such file", refusal([*base, "--suite", "none.yaml"]))
     assert "suite: huge is none of paper, quick, demo, and not a .yaml file" in refusal([*base, "--suite", "huge"])
-    assert "is no complete checkpoint" in refusal(["--checkpoint", data, *base[2:], "--suite", data / "both.yaml"])
+    assert "is not a complete checkpoint" in refusal(["--checkpoint", data, *base[2:], "--suite", data / "both.yaml"])
     missing = refusal([*base, "--suite", "quick"])
     assert "vtab/cifar10: not found below" in missing
     assert "--allow_missing true" in missing

@@ -31,7 +31,7 @@ def test_bad_fields_are_one_line(command, arguments, message):
 
 
 def test_a_missing_checkpoint_is_one_line():
-    with pytest.raises(ConfigError, match="checkpoint: /none is no complete checkpoint"):
+    with pytest.raises(ConfigError, match="checkpoint: /none is not a complete checkpoint"):
         find_checkpoint("/none")
 
 
