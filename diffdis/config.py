@@ -4,6 +4,7 @@ Marks: [P] from the paper, [D] our decision where the paper is silent.
 """
 
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -66,7 +67,10 @@ class ScheduleConfig:
     beta_end: float = 0.012
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"  # of the image stream
     timestep_spacing: Literal["leading", "trailing"] = "leading"  # of image sampling
-    gamma: float = 1.0  # scale of the text query before noising [P], value [D]; measured in LOG.md
+    # Signal strength of the text query: standard deviation of its signal, relative to that of its noise, before any noise is
+    # added [D; LOG.md]. The paper's gamma is query_snr / sqrt(D); query_snr means the same for every width D.
+    query_snr: float = 2.0
+    gamma: float = 0.0  # deprecated, use query_snr; DiffDisConfig converts it
     query_prediction: Literal["x0", "epsilon"] = "x0"  # x0 [P]
 
 
@@ -92,14 +96,20 @@ class DiffDisConfig:
     trained_for: TaskName = "joint"
 
     def __post_init__(self) -> None:
-        unet = self.unet
+        unet, width = self.unet, self.text_encoder.embedding_dim
+        if gamma := self.schedule.gamma:
+            if not 0 < gamma <= 1:
+                raise ValueError(f"model.schedule.gamma: {gamma} is not in (0, 1]; use query_snr = gamma sqrt(D), about 2")
+            warnings.warn("model.schedule.gamma is deprecated; use query_snr = gamma sqrt(D)", DeprecationWarning, stacklevel=3)
+            schedule = dataclasses.replace(self.schedule, query_snr=gamma * width**0.5, gamma=0.0)
+            object.__setattr__(self, "schedule", schedule)
         if unet.sample_size % 2 ** (len(unet.block_out_channels) - 1):
             raise ValueError(
                 f"model.unet.sample_size: {unet.sample_size} is not divisible by "
                 f"{2 ** (len(unet.block_out_channels) - 1)}, as {len(unet.block_out_channels)} blocks need"
             )
-        if not 0 < self.schedule.gamma <= 1:
-            raise ValueError(f"model.schedule.gamma: {self.schedule.gamma} is not in (0, 1]; use 1 for no scaling")
+        if self.schedule.query_snr <= 0:
+            raise ValueError(f"model.schedule.query_snr: {self.schedule.query_snr:g} is not above 0; use about 2")
         if self.head.width % self.head.num_heads:
             raise ValueError(f"model.head.width: {self.head.width} is not divisible by num_heads ({self.head.num_heads})")
         if self.autoencoder.kind == "haar":
@@ -110,6 +120,11 @@ class DiffDisConfig:
                     f"model.unet: in_channels, sample_size = {unet.in_channels}, {unet.sample_size}, but "
                     f"{self.autoencoder.haar_levels} haar levels of {self.image_size} px need {expected[0]}, {expected[1]}"
                 )
+
+    @property
+    def gamma(self) -> float:
+        """The paper's scale of the text query before noise is added, query_snr / sqrt(D)."""
+        return self.schedule.query_snr / self.text_encoder.embedding_dim**0.5
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as nested dictionaries."""
@@ -193,7 +208,7 @@ def demo(**changes: Any) -> DiffDisConfig:
         autoencoder=AutoencoderConfig(kind="haar", haar_mean=_DEMO_HAAR_MEAN, haar_std=_DEMO_HAAR_STD),
         text_encoder=TextEncoderConfig(kind="mean_pool", max_length=12, token_dim=384, embedding_dim=384, cache_size=8192),
         head=HeadConfig(num_layers=2, width=128, num_heads=4),
-        schedule=ScheduleConfig(prediction_type="v_prediction", timestep_spacing="trailing", gamma=0.1),
+        schedule=ScheduleConfig(prediction_type="v_prediction", timestep_spacing="trailing", query_snr=1.96),
         query_visibility="one_way",
         image_dropout=0.0,
     )
@@ -217,7 +232,7 @@ def tiny(**changes: Any) -> DiffDisConfig:
         autoencoder=AutoencoderConfig(kind="haar"),
         text_encoder=TextEncoderConfig(kind="mean_pool", max_length=8, token_dim=32, embedding_dim=32),
         head=HeadConfig(num_layers=2, width=32, num_heads=2),
-        schedule=ScheduleConfig(prediction_type="v_prediction", timestep_spacing="trailing", gamma=0.1),
+        schedule=ScheduleConfig(prediction_type="v_prediction", timestep_spacing="trailing", query_snr=1.96),
         query_visibility="one_way",
         image_dropout=0.0,
     )

@@ -3,6 +3,7 @@
 B images, C x H x W latents, L tokens of width D_c, text queries of width D, n query noise samples per image.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,15 +30,22 @@ class ImageKVCache(NamedTuple):
 ImageCondition = ImageKVCache | tuple[torch.Tensor, torch.Tensor]
 
 
+MAX_LOG_SCALE = math.log(100.0)  # of the temperature's scale, as in CLIP
+
+
 class Temperature(nn.Module):
-    """InfoNCE's learnable scale 1 / temperature, at most 100, as in CLIP. A module, so that ZeRO 3's hooks see its use."""
+    """InfoNCE's learnable scale 1 / temperature. A module, so that ZeRO 3's hooks see its use.
+
+    Not limited here: clamping in `forward` would have no gradient above the limit, and the scale would never return. The
+    optimizer limits the parameter to `MAX_LOG_SCALE` after each update, as CLIP does.
+    """
 
     def __init__(self, temperature: float):
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor([1 / temperature]).log())  # [1]: DeepSpeed cannot save a scalar
 
     def forward(self) -> torch.Tensor:
-        return self.log_scale.exp().clamp(max=100.0).squeeze()
+        return self.log_scale.exp().squeeze()
 
 
 class DiffDis(nn.Module):
@@ -77,7 +85,7 @@ class DiffDis(nn.Module):
         e has unit norm, so sqrt(D) gives its entries the size of the noise's [D].
         """
         scaled = (e * e.shape[-1] ** 0.5).unsqueeze(1).expand_as(noise)
-        return schedule.add_noise(scaled, noise, self.alphas_cumprod[t_e], self.config.schedule.gamma)
+        return schedule.add_noise(scaled, noise, self.alphas_cumprod[t_e], self.config.gamma)
 
     def encode_condition(self, latent: torch.Tensor, null_states: torch.Tensor) -> ImageCondition:
         """Return the image condition of `predict_query` for the configured mask. latent [B, C, H, W], null_states [1, L, D_c]."""
@@ -112,7 +120,7 @@ class DiffDis(nn.Module):
             features = self._image_features(*image, joint)
             out = self.head.joint(joint.h + noised, features)
         if self.config.schedule.query_prediction == "epsilon":
-            out = schedule.x0_from_noise(e_t, out, self.alphas_cumprod[t_e], self.config.schedule.gamma)
+            out = schedule.x0_from_noise(e_t, out, self.alphas_cumprod[t_e], self.config.gamma)
         return F.normalize(out.float(), dim=-1)
 
     def clip_image_embedding(self, latent: torch.Tensor, null_states: torch.Tensor) -> torch.Tensor:

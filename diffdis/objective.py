@@ -180,9 +180,12 @@ class Objective(nn.Module):
                 surrogate = surrogate + (parameter * gradient).sum()
             mean = surrogate - surrogate.detach() + grad_cache.loss.mean()
             result = AlignmentResult(mean, grad_cache.loss, grad_cache.correct)
-        metrics = {"temperature": torch.stack([1 / scale.detach(), torch.ones_like(scale)])} | _sums(result)
+        metrics = {"temperature": torch.stack([1 / scale.detach(), torch.ones_like(scale)])}
+        # Without its image, a text can only be copied from e_t, which says nothing about the model.
+        has_image = torch.ones_like(noise.drop_image) if self.objective.task == "clip" else ~noise.drop_image
+        metrics |= _sums(result, has_image)
         if self.objective.task != "clip":
-            metrics |= _sums_by_timestep(result, noise.query_timesteps.T, self.model.config.schedule.num_timesteps)
+            metrics |= _sums_by_timestep(result, has_image, noise.query_timesteps.T, self.model.config.schedule.num_timesteps)
             if self.training:
                 metrics["alignment/retrieval_shuffled_images"] = self._retrieval_with_shuffled_images(prediction, noise, inputs)
         return result.mean, metrics
@@ -235,25 +238,28 @@ class Objective(nn.Module):
         same_caption = ids[own_text][:, None] == ids[None, :]
         same_caption[torch.arange(len(own_text)), own_text] = False
         correct = (logits.masked_fill(same_caption, float("-inf")).argmax(dim=1) == own_text).float()
-        is_other_image = (ids[own_text] != ids[own_text].roll(1)).float()
+        is_other_image = (ids[own_text] != ids[own_text].roll(1)).float() * ~noise.drop_image[part].roll(1)
         return torch.stack([(correct * is_other_image).sum(), is_other_image.sum()])
 
 
-def _sums(result: AlignmentResult) -> Metrics:
-    ones = torch.ones_like(result.loss)
+def _sums(result: AlignmentResult, has_image: torch.Tensor) -> Metrics:
+    ones, counted = torch.ones_like(result.loss), has_image.float().expand_as(result.correct)
     return {
         "loss_alignment": torch.stack([result.loss.sum(), ones.sum()]),
-        "alignment/retrieval": torch.stack([result.correct.sum(), ones.sum()]),
+        "alignment/retrieval": torch.stack([(result.correct * counted).sum(), counted.sum()]),
     }
 
 
-def _sums_by_timestep(result: AlignmentResult, timesteps: torch.Tensor, num_timesteps: int) -> Metrics:
-    """Return loss and retrieval accuracy by bins of t_e [n, B]."""
+def _sums_by_timestep(
+    result: AlignmentResult, has_image: torch.Tensor, timesteps: torch.Tensor, num_timesteps: int
+) -> Metrics:
+    """Return the loss, and the retrieval accuracy of the samples with an image [B], by bins of t_e [n, B]."""
     metrics = {}
     width = -(-num_timesteps // NUM_TIMESTEP_BINS)
     for low in range(0, num_timesteps, width):
         in_bin = ((timesteps >= low) & (timesteps < low + width)).float()
         name = f"t{low:03d}-{min(low + width, num_timesteps):03d}"
         metrics[f"alignment/loss_{name}"] = torch.stack([(result.loss * in_bin).sum(), in_bin.sum()])
-        metrics[f"alignment/retrieval_{name}"] = torch.stack([(result.correct * in_bin).sum(), in_bin.sum()])
+        counted = in_bin * has_image.float()
+        metrics[f"alignment/retrieval_{name}"] = torch.stack([(result.correct * counted).sum(), counted.sum()])
     return metrics

@@ -200,7 +200,7 @@ class DiffDisPipeline:
         self, condition: ImageCondition, masked: ImageCondition | None, e_t: torch.Tensor, num_steps: int, guidance: float
     ) -> torch.Tensor:
         """Denoise e_T [B, n, D] to unit-norm queries [B, n, D]. `masked`: the condition without an image, for guidance."""
-        gamma, length = self.config.schedule.gamma, e_t.shape[-1] ** 0.5
+        gamma, length = self.config.gamma, e_t.shape[-1] ** 0.5
         e0 = e_t
         for t, abar, abar_prev in self._steps(num_steps, spacing="trailing"):  # trailing: the first step is at t = T - 1
             timestep = torch.full((1, 1), t, device=self.device)  # the same for all

@@ -13,8 +13,11 @@ def alphas_cumprod(config: ScheduleConfig) -> torch.Tensor:
 
 
 def expand_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Append axes of size 1 until `values` broadcasts over the trailing axes of `like`."""
-    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)).to(like)
+    """Append axes of size 1 until `values` broadcasts over the trailing axes of `like`.
+
+    They stay float32: in half precision, 1 - abar_t is 0 at small t. So the results below are float32, too.
+    """
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)).to(like.device)
 
 
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, abar: torch.Tensor, gamma: float = 1.0) -> torch.Tensor:
@@ -68,7 +71,10 @@ def inference_timesteps(num_steps: int, num_timesteps: int, spacing: str) -> lis
 
 
 def previous_alphas_cumprod(abar: torch.Tensor, timesteps: list[int], spacing: str) -> list[torch.Tensor]:
-    """Return abar after each step, T // K timesteps later (as diffusers); below 0: abar_0 for `leading`, 1 for `trailing`."""
-    stride = abar.numel() // len(timesteps)
+    """Return abar after each step: that of the next timestep, and at last abar_0 for `leading` (as diffusers), 1 for `trailing`.
+
+    Equal to diffusers' DDIM where the number of steps K divides T. Where it does not, diffusers steps to t - T // K, which
+    under `trailing` is not the timestep at which the next step starts.
+    """
     final = abar[0] if spacing == "leading" else torch.ones_like(abar[0])
-    return [abar[t - stride] if t >= stride else final for t in timesteps]
+    return [*(abar[t] for t in timesteps[1:]), final]

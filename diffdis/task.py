@@ -18,7 +18,7 @@ from diffdis.encoder import PRECOMPUTED
 from diffdis.image_grid import image_grid
 from diffdis.metrics.retrieval import recall_at_k
 from diffdis.metrics.zero_shot import ZeroShotScores
-from diffdis.model import DiffDis
+from diffdis.model import MAX_LOG_SCALE, DiffDis
 from diffdis.objective import Inputs, Objective
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
@@ -40,22 +40,21 @@ class DiffDisTask:
         self._null_states: torch.Tensor | None = None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return AdamW groups: one rate for the U-Net, one for new parameters; no decay for norms, biases and the temperature."""
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        """Return AdamW groups: one rate for the U-Net, one for new parameters; no decay for norms, biases and the temperature.
+
+        The temperature has a group of its own with `max_value`, to which the optimizer limits its parameters after each update.
+        """
+        groups: dict[str, dict[str, Any]] = {}
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                part = "unet" if name.startswith("model.unet.") else "new"
-                groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
-        rates = {"unet": self.objective.lr_unet, "new": self.objective.lr_new}
-        return [
-            {
-                "name": part if decayed else f"{part}_no_decay",
-                "params": parameters,
-                "lr": rates[part],
-                "weight_decay": self.objective.weight_decay if decayed else 0.0,
-            }
-            for (part, decayed), parameters in groups.items()
-        ]
+                part, rate = ("unet", self.objective.lr_unet) if name.startswith("model.unet.") else ("new", self.objective.lr_new)
+                decay, limit = (self.objective.weight_decay if parameter.ndim > 1 else 0.0), {}
+                group = part if parameter.ndim > 1 else f"{part}_no_decay"
+                if name.startswith("model.temperature."):
+                    group, limit = "temperature", {"max_value": MAX_LOG_SCALE}
+                groups.setdefault(group, {"name": group, "params": [], "lr": rate, "weight_decay": decay} | limit)
+                groups[group]["params"].append(parameter)
+        return list(groups.values())
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""

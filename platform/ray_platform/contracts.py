@@ -103,7 +103,10 @@ class Task(Protocol):
     module: torch.nn.Module
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """AdamW groups over `module`'s trainable parameters: `params`, `lr`, `weight_decay` and a `name` for the log."""
+        """AdamW groups over `module`'s trainable parameters: `params`, `lr`, `weight_decay` and a `name` for the log.
+
+        A group may have a `max_value`, to which its parameters are limited after each update.
+        """
         ...
 
     def enable_activation_checkpointing(self) -> None:

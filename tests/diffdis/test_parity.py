@@ -54,7 +54,7 @@ def _reference_loss(module, inputs, noise, visibility):
     out = unet(a.sqrt() * z + (1 - a).sqrt() * eps, noise.timesteps, c).sample
     generation = ((out - (a.sqrt() * eps - (1 - a).sqrt() * z)) ** 2).mean()
 
-    e, width, gamma = inputs["query"], inputs["query"].shape[1], module.model.config.schedule.gamma
+    e, width, gamma = inputs["query"], inputs["query"].shape[1], module.model.config.gamma
     a = abar[noise.query_timesteps]  # [B, 1]
     e_t = gamma * a.sqrt() * width**0.5 * e + (1 - a).sqrt() * noise.query_noise[:, 0]  # [B, D]
     time = stream.time.embedding(stream.time.sinusoid(noise.query_timesteps[:, 0]))

@@ -12,7 +12,7 @@ from ray_platform.tracking import TrackingConfig
 # Hyperparameters that the method leaves open: loss weights, the noise of the text query, and guidance.
 SPACE: dict[str, dict[str, Any]] = {
     "objective.lambda_alignment": {"low": 0.02, "high": 4.0, "log": True},
-    "model.schedule.gamma": {"low": 0.03, "high": 0.5, "log": True},
+    "model.schedule.query_snr": {"low": 0.6, "high": 10.0, "log": True},
     "objective.query_timestep_min": {"low": 0, "high": 700},
     "objective.caption_dropout": {"low": 0.0, "high": 0.3},
     "objective.temperature": {"low": 0.03, "high": 0.3, "log": True},

@@ -75,6 +75,9 @@ class AdamW(torch.optim.AdamW):
         if self._skip:
             return
         super().step()
+        for group in self.param_groups:
+            for parameter in group["params"] if "max_value" in group else ():
+                parameter.clamp_(max=group["max_value"])
         updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not updated or not self.ema_decay:
             return
