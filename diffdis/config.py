@@ -181,8 +181,12 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
 
 
 def sd_v1(**changes: Any) -> DiffDisConfig:
-    """Return the paper's size: SD v1's U-Net, CLIP ViT-L/14's text encoder, a head of 6 x 768 with 12 heads [P]."""
-    return dataclasses.replace(DiffDisConfig(), **changes)
+    """Return the paper's size: SD v1's U-Net, CLIP ViT-L/14's text encoder, a head of 6 x 768 with 12 heads [P].
+
+    The mask, image dropout and query_snr are those that worked in the demo [D; LOG.md].
+    """
+    base = DiffDisConfig(schedule=ScheduleConfig(query_snr=1.5), query_visibility="one_way", image_dropout=0.0)
+    return dataclasses.replace(base, **changes)
 
 
 # Statistics of the Haar channels over the demo's training images (measured once; see LOG.md).

@@ -250,9 +250,7 @@ def _sums(result: AlignmentResult, has_image: torch.Tensor) -> Metrics:
     }
 
 
-def _sums_by_timestep(
-    result: AlignmentResult, has_image: torch.Tensor, timesteps: torch.Tensor, num_timesteps: int
-) -> Metrics:
+def _sums_by_timestep(result: AlignmentResult, has_image: torch.Tensor, timesteps: torch.Tensor, num_timesteps: int) -> Metrics:
     """Return the loss, and the retrieval accuracy of the samples with an image [B], by bins of t_e [n, B]."""
     metrics = {}
     width = -(-num_timesteps // NUM_TIMESTEP_BINS)

@@ -202,7 +202,7 @@ class DiffDisPipeline:
         """Denoise e_T [B, n, D] to unit-norm queries [B, n, D]. `masked`: the condition without an image, for guidance."""
         gamma, length = self.config.gamma, e_t.shape[-1] ** 0.5
         e0 = e_t
-        for t, abar, abar_prev in self._steps(num_steps, spacing="trailing"):  # trailing: the first step is at t = T - 1
+        for t, abar, abar_prev in schedule.query_steps(self.model.alphas_cumprod, num_steps):
             timestep = torch.full((1, 1), t, device=self.device)  # the same for all
             e0 = self.model.predict_query(condition, e_t, timestep)
             if masked is not None:

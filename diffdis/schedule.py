@@ -71,10 +71,21 @@ def inference_timesteps(num_steps: int, num_timesteps: int, spacing: str) -> lis
 
 
 def previous_alphas_cumprod(abar: torch.Tensor, timesteps: list[int], spacing: str) -> list[torch.Tensor]:
-    """Return abar after each step: that of the next timestep, and at last abar_0 for `leading` (as diffusers), 1 for `trailing`.
+    """Return abar after each step of image sampling, as in diffusers: T // K timesteps later, or the final one below 0.
 
-    Equal to diffusers' DDIM where the number of steps K divides T. Where it does not, diffusers steps to t - T // K, which
-    under `trailing` is not the timestep at which the next step starts.
+    The final one is abar_0 for `leading` and 1 for `trailing`. Under `trailing`, diffusers' step does not end at the timestep at
+    which the next one starts unless K divides T; images equal those of diffusers all the same.
     """
+    stride = abar.numel() // len(timesteps)
     final = abar[0] if spacing == "leading" else torch.ones_like(abar[0])
-    return [*(abar[t] for t in timesteps[1:]), final]
+    return [abar[t - stride] if t >= stride else final for t in timesteps]
+
+
+def query_steps(abar: torch.Tensor, num_steps: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Return (t, abar_t, abar after the step) of each denoising step of a text query [P, Algorithm 3].
+
+    From T - 1; each step ends at the timestep at which the next one starts, the last one at abar = 1, for any number of steps.
+    """
+    timesteps = inference_timesteps(num_steps, len(abar), "trailing")
+    following = [*(abar[t] for t in timesteps[1:]), torch.ones_like(abar[0])]
+    return [(t, abar[t], after) for t, after in zip(timesteps, following, strict=True)]

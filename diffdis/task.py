@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from diffdis.autoencoder import build_autoencoder, to_latents
 from diffdis.config import DiffDisConfig, ObjectiveConfig
@@ -21,6 +20,7 @@ from diffdis.metrics.zero_shot import ZeroShotScores
 from diffdis.model import MAX_LOG_SCALE, DiffDis
 from diffdis.objective import Inputs, Objective
 from diffdis.pipeline import DiffDisPipeline
+from diffdis.query_leak import describe_captions
 from diffdis.text_encoder import build_text_encoder
 from diffdis.warm_start import load_warm_start, resolve_encoder_paths
 
@@ -47,7 +47,8 @@ class DiffDisTask:
         groups: dict[str, dict[str, Any]] = {}
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                part, rate = ("unet", self.objective.lr_unet) if name.startswith("model.unet.") else ("new", self.objective.lr_new)
+                part = "unet" if name.startswith("model.unet.") else "new"
+                rate = self.objective.lr_unet if part == "unet" else self.objective.lr_new
                 decay, limit = (self.objective.weight_decay if parameter.ndim > 1 else 0.0), {}
                 group = part if parameter.ndim > 1 else f"{part}_no_decay"
                 if name.startswith("model.temperature."):
@@ -162,15 +163,18 @@ class DiffDisTask:
         """Write a folder for `DiffDisPipeline.from_pretrained`; its components open in diffusers and transformers."""
         self.pipeline(state_dict).save_pretrained(folder)
 
-    def describe(self) -> dict[str, Any]:
-        """Return the parameter counts by part, and the tensors that the warm start loaded, left new and ignored."""
+    def describe(self, captions: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the parameter counts by part, the tensors that the warm start loaded, left new and ignored, and `query_leak`
+        over `captions`."""
         parts: dict[str, dict[str, int]] = {}
         for name, parameter in self.module.model.named_parameters():
             count = parts.setdefault(name.partition(".")[0], {"trained": 0, "frozen": 0})
             # Under ZeRO 3 a parameter is empty; `ds_numel` is its full size.
             count["trained" if parameter.requires_grad else "frozen"] += getattr(parameter, "ds_numel", parameter.numel())
         described: dict[str, Any] = {"task": self.objective.task, "parameters": parts}
-        return described | ({"warm_start": self.warm_start.summary()} if self.warm_start else {})
+        if self.warm_start:
+            described["warm_start"] = self.warm_start.summary()
+        return described | describe_captions(self.config, self.objective, captions, self.text_encoder)
 
 
 def _caption_id(caption: str) -> int:

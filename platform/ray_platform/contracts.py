@@ -149,8 +149,8 @@ class Task(Protocol):
         """Write a folder from which the model can be used without this platform."""
         ...
 
-    def describe(self) -> dict[str, Any]:
-        """What was built, for the log: counts of parameters, what a warm start loaded, left new and ignored."""
+    def describe(self, captions: Sequence[str] = ()) -> dict[str, Any]:
+        """Return what was built, for the log: parameter counts, what a warm start loaded, what `captions` of the data show."""
         ...
 
 

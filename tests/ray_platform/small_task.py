@@ -88,7 +88,7 @@ class PixelTask(SmallTask):
     def save_pretrained(self, state_dict, folder):
         save_file(dict(state_dict), folder / "model.safetensors")
 
-    def describe(self):
+    def describe(self, captions=()):
         return {"parameters": sum(p.numel() for p in self.module.parameters())}
 
 

@@ -41,6 +41,7 @@ class PretrainConfig:
             ConfigError: the model and the data do not fit each other.
         """
         from diffdis.encoder import describe_encoders
+        from diffdis.query_leak import describe_captions
         from diffdis.task import DiffDisTask
         from diffdis.warm_start import resolve_encoder_paths
         from diffdis_platform.serving.package import model_package
@@ -48,7 +49,8 @@ class PretrainConfig:
         from ray_platform.redaction import redacted_values
         from ray_platform.train.launch import Run
 
-        check_model(resolve_encoder_paths(self.model), self.data)
+        model = resolve_encoder_paths(self.model)
+        check_model(model, self.data)
         with_folders = storage.with_cached_folders  # the paths may be s3:// URLs
         build_task: Callable[[], Any] = functools.partial(
             with_folders, DiffDisTask, self.model, self.objective, self.preview_captions
@@ -60,7 +62,8 @@ class PretrainConfig:
             self.tracking,
             self.output_dir,
             redacted_values({"recipe": recipe, **asdict(self)}),
-            functools.partial(with_folders, describe_encoders, resolve_encoder_paths(self.model)),
+            functools.partial(with_folders, describe_encoders, model),
+            functools.partial(with_folders, describe_captions, model, self.objective),
             model_package(self.objective.task),
             command,
         )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from diffdis_platform.recipes.comparisons import demo_compare
 from diffdis_platform.recipes.demo import demo
-from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion, sd_v1_laion_one_way
+from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion, sd_v1_laion_joint_mask, sd_v1_laion_one_way
 from diffdis_platform.recipes.sweeps import demo_sweep, sd_v1_laion_sweep
 
 RecipeConfig = TypeVar("RecipeConfig")
@@ -19,6 +19,7 @@ RecipeConfig = TypeVar("RecipeConfig")
 RECIPES: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "sd_v1_laion": sd_v1_laion,
+    "sd_v1_laion_joint_mask": sd_v1_laion_joint_mask,
     "sd_v1_laion_one_way": sd_v1_laion_one_way,
     "demo_sweep": demo_sweep,
     "sd_v1_laion_sweep": sd_v1_laion_sweep,

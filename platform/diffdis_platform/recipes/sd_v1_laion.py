@@ -1,17 +1,22 @@
 """The paper's size on LAION-style shards: Stable Diffusion v1's U-Net warm-started, CLIP ViT-L/14's text encoder."""
 
 import dataclasses
+import warnings
 
-from diffdis.config import sd_v1
+from diffdis.config import ObjectiveConfig, sd_v1
 from diffdis_platform.config.pretrain import PretrainConfig
 from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig
 
 
 def sd_v1_laion() -> PretrainConfig:
-    """The paper's model. Set data.sources, model.warm_start, model.autoencoder.path and model.text_encoder.path."""
+    """The paper's model with the one-way mask. Set data.sources, and model.warm_start to a Stable Diffusion folder.
+
+    The noise of the text query and lambda are those with which the demo does not learn the shortcut (docs/method.md).
+    """
     return PretrainConfig(
         model=sd_v1(),
+        objective=ObjectiveConfig(lambda_alignment=0.02, num_draws=4, query_timestep_min=250),
         data=DataConfig(image_size=512),
         train=TrainConfig(
             num_workers=8,
@@ -22,11 +27,22 @@ def sd_v1_laion() -> PretrainConfig:
             zero_stage=2,
             warmup_steps=1000,
             lr_schedule="constant",
+            ema_decay=0.9999,
         ),
     )
 
 
-def sd_v1_laion_one_way() -> PretrainConfig:
-    """The same with the one-way mask: the image branch runs once for any number of draws and denoising steps."""
+def sd_v1_laion_joint_mask() -> PretrainConfig:
+    """The same with the paper's mask, under which image tokens attend to the query: one draw, and K steps cost K passes."""
     base = sd_v1_laion()
-    return dataclasses.replace(base, model=dataclasses.replace(base.model, query_visibility="one_way"))
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, query_visibility="joint"),
+        objective=dataclasses.replace(base.objective, num_draws=1),
+    )
+
+
+def sd_v1_laion_one_way() -> PretrainConfig:
+    """Deprecated: the same as sd_v1_laion."""
+    warnings.warn("the recipe sd_v1_laion_one_way is deprecated; use sd_v1_laion", DeprecationWarning, stacklevel=2)
+    return sd_v1_laion()

@@ -6,7 +6,7 @@ from typing import Any
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from diffdis_platform.config.sweep import SPACE, SweepConfig
 from diffdis_platform.recipes.demo import DEMO_DATA, demo
-from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion_one_way
+from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion
 
 # For a model trained from scratch, the learning rates matter most, and lambda is small (docs/comparison.md).
 DEMO_SPACE: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def sd_v1_laion_sweep() -> SweepConfig:
 
     Set the fields of sd_v1_laion, evaluation.data_roots and evaluation.quality.
     """
-    base = sd_v1_laion_one_way()
+    base = sd_v1_laion()
     return SweepConfig(
         pretrain=base,
         evaluation=EvalConfig(gpus_per_worker=1.0, quality=QualityConfig(num_images=10_000)),

@@ -165,6 +165,7 @@ class DryRun:
     good: int
     rejected: Mapping[str, int]  # cause -> samples
     example: Sample
+    captions: tuple[str, ...]
 
 
 def inspect_first_samples(catalog: Catalog, config: DataConfig, limit: int) -> DryRun:
@@ -180,7 +181,7 @@ def inspect_first_samples(catalog: Catalog, config: DataConfig, limit: int) -> D
             f"{first.shard.url}: none of its first {len(samples)} samples can be used ({causes}); a sample is an image "
             "(.jpg, .png or .webp) and a caption (.txt, or `caption` in .json) with the same name: correct the shards"
         )
-    return DryRun(len(good), dict(rejected), good[0])
+    return DryRun(len(good), dict(rejected), good[0], tuple(sample.caption for sample in good))
 
 
 def spread_units(catalog: Catalog, limit: int) -> list[ShardRange]:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,6 +108,8 @@ class Run:
     params: dict[str, Any]  # the resolved configuration, for the tracker and the checkpoints
     # Returns what identifies the model's frozen encoders, to compare with precomputed shards; called only for those.
     describe_encoders: Callable[[], dict[str, Any]]
+    # Returns what the captions of the first samples show about the configuration; for a dry run.
+    describe_captions: Callable[[Sequence[str]], dict[str, Any]] = lambda captions: {}
     package: ModelPackage | None = None  # how the exported model is packaged for MLflow; None: stored as plain files
     command: str = ""  # command line that started it
 
@@ -176,7 +178,7 @@ class Run:
             "samples_to_train_on": max(0, train.last_step - (saved.step if saved else 0)) * global_batch,
             "starts_from": starts[0] if starts else "the beginning",
             "output_dir": self.output_dir,
-        }
+        } | self.describe_captions(samples.captions)
 
     def fit(self) -> RunRecord:
         """Train to the launch's last step, and return the record of the tracked run.

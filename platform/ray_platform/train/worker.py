@@ -7,7 +7,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -90,6 +90,7 @@ class Trainer:
             history = loaded.loss_history(spec.output_dir, spec.params)
         self.plan = BatchPlan.of(self.start.global_batch_size, self.world_size, self.config.micro_batch_size)
         self.batches = self._open_stream()
+        self.first_captions: Sequence[str] = ()
         self.meter = ThroughputMeter(self._count_flops_per_step())
         self.engine = Engine(task, spec.train, self.plan.micro_batch_size, self.plan.num_micro_batches)
         if loaded is not None:
@@ -120,7 +121,7 @@ class Trainer:
         first = next(self.batches, None)
         if first is None:
             return 0.0
-        self.batches = chain([first], self.batches)
+        self.batches, self.first_captions = chain([first], self.batches), first.captions
         device = ray.train.torch.get_device()
         self.task.module.to(device)
         few = split_batch(first, max(1, self.plan.samples // 2))[0]
@@ -221,7 +222,7 @@ class Trainer:
     def _log_run_start(self) -> None:
         plan, requested = self.plan, self.start.global_batch_size
         origin = f"from step {self.start.step} of {self.start.url}" if self.start.url else "from the beginning"
-        self.spec.tracker.log_bytes(json.dumps(self.task.describe(), indent=2).encode(), "model.json")
+        self.spec.tracker.log_bytes(json.dumps(self.task.describe(self.first_captions), indent=2).encode(), "model.json")
         logger.info(
             "training %s: %d workers, ZeRO %d, %d samples per step (%d x %d per worker)",
             *(origin, plan.world_size, self.config.zero_stage, plan.global_batch_size),
