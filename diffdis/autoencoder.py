@@ -5,7 +5,6 @@ Both have `encode_image` and `decode_latent`: images [B, 3, H, W] in [-1, 1], la
 
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
@@ -14,7 +13,8 @@ from einops import rearrange
 from torch import nn
 
 from diffdis.config import AutoencoderConfig
-from diffdis.model_folder import NO_PICKLES, check_diffusers_model
+from diffdis.model_folder import check_diffusers_model
+from diffdis.pretrained import component_folder, load_component
 
 
 class HaarAutoencoder(ModelMixin, ConfigMixin):
@@ -67,16 +67,24 @@ class KLAutoencoder(nn.Module):
     """Stable Diffusion's AutoencoderKL. The latent is the mode of the posterior, so it is deterministic [D]."""
 
     def __init__(self, vae: AutoencoderKL):
+        """Raises ValueError for an autoencoder whose latents are normalized per channel."""
         super().__init__()
+        if vae.config.latents_mean or vae.config.latents_std:
+            raise ValueError("model.autoencoder.path: latents_mean and latents_std are not supported; use a VAE of Stable Diffusion")
         self.vae = vae
+        self.scale, self.shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the scaled latent of an image in [-1, 1]."""
-        return self.vae.encode(image).latent_dist.mode() * self.vae.config.scaling_factor
+        """Return the shifted and scaled latent of an image in [-1, 1]."""
+        return (self.vae.encode(image).latent_dist.mode() - self.shift) * self.scale
 
     def decode_latent(self, latent: torch.Tensor) -> torch.Tensor:
-        """Return the image of a scaled latent."""
-        return self.vae.decode(latent / self.vae.config.scaling_factor).sample
+        """Return the image of a shifted and scaled latent."""
+        return self.vae.decode(latent / self.scale + self.shift).sample
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vae.dtype
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the AutoencoderKL in diffusers' layout."""
@@ -93,50 +101,20 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     else:
         if not config.path:
             raise ValueError("model.autoencoder.path: empty; kind kl needs a Stable Diffusion folder")
-        source = component_of(config.path, "vae")
-        check_diffusers_model(AutoencoderKL, source["pretrained_model_name_or_path"])
-        model = KLAutoencoder(AutoencoderKL.from_pretrained(**source, **NO_PICKLES))
+        folder = component_folder(config.path, "vae")
+        check_diffusers_model(AutoencoderKL, folder)
+        model = KLAutoencoder(load_component(AutoencoderKL, folder))
     return model.eval().requires_grad_(False)
 
 
-def component_of(path: str, component: str) -> dict[str, str]:
-    """Return the arguments of `from_pretrained` to open a component in a pipeline's folder, its own folder, or on the hub."""
-    if Path(path).exists() or Path(path).is_absolute():
-        return {"pretrained_model_name_or_path": component_folder(path, component)}
-    inside = _is_on_the_hub(path, f"{component}/config.json")
-    return {"pretrained_model_name_or_path": path} | ({"subfolder": component} if inside else {})
-
-
-def _is_on_the_hub(repository: str, file: str) -> bool:
-    if isinstance(huggingface_hub.try_to_load_from_cache(repository, file), str):
-        return True
-    try:
-        return huggingface_hub.file_exists(repository, file)
-    except (OSError, ValueError):  # offline, or no such repository: loading it gives a clearer error
-        return False
-
-
-def component_folder(path: str, component: str) -> str:
-    """Return `path/component` if it exists (a pipeline's folder), else `path` (the component's folder, or a hub name).
-
-    Raises FileNotFoundError for an absolute path that contains neither.
-    """
-    inside = Path(path) / component
-    if (inside / "config.json").exists():
-        return str(inside)
-    if Path(path).is_absolute() and not (Path(path) / "config.json").exists():
-        raise FileNotFoundError(f"{path}: no config.json in it or in {component}/; give a model in diffusers' layout")
-    return path
-
-
 def to_latents(autoencoder: Autoencoder, images: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    """Encode [B, H, W, 3] uint8 RGB to latents [B, C, h, w], in float32 even under autocast."""
+    """Encode [B, H, W, 3] uint8 RGB to latents [B, C, h, w] float32, in the autoencoder's dtype even under autocast."""
     pixels = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2)  # a copy: Arrow's buffers are read-only
     with torch.autocast(pixels.device.type, enabled=False):
-        return autoencoder.encode_image(pixels.float() / 127.5 - 1.0)
+        return autoencoder.encode_image((pixels.float() / 127.5 - 1.0).to(autoencoder.dtype)).float()
 
 
 def to_pixels(autoencoder: Autoencoder, latent: torch.Tensor) -> np.ndarray:
     """Decode latents [B, C, h, w] to [B, H, W, 3] uint8 RGB."""
-    image = autoencoder.decode_latent(latent).clamp(-1, 1)
+    image = autoencoder.decode_latent(latent.to(autoencoder.dtype)).float().clamp(-1, 1)
     return ((image + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

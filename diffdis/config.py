@@ -13,7 +13,10 @@ TaskName = Literal["joint", "generation", "alignment", "clip"]
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Arguments of diffusers' UNet2DConditionModel. The defaults are those of Stable Diffusion v1."""
+    """Arguments of diffusers' UNet2DConditionModel. The defaults are those of Stable Diffusion v1.
+
+    A warm start replaces them by those of its folder.
+    """
 
     in_channels: int = 4
     sample_size: int = 64  # of the latent, not of the image
@@ -21,8 +24,9 @@ class UNetConfig:
     layers_per_block: int = 2
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    attention_head_dim: int = 8  # diffusers' name; it is the *number* of heads
+    attention_head_dim: int | tuple[int, ...] = 8  # diffusers' name; it is the *number* of heads, of all levels or of each
     norm_num_groups: int = 32
+    options: dict[str, Any] = field(default_factory=dict)  # other arguments, such as use_linear_projection
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class TextEncoderConfig:
     kind: Literal["clip", "mean_pool"] = "clip"
     path: str = ""  # a folder in transformers' layout (tokenizer in it or in `tokenizer/`), or a hub name
     max_length: int = 77  # tokens; longer captions are cut
+    # Widths. If both have their default and `path` is given, they are read from there.
     token_dim: int = 768
     embedding_dim: int = 768  # D of the text query e
     cache_size: int = 0  # captions whose encoding is kept in memory: for datasets that repeat their captions
@@ -60,11 +65,16 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Noise schedule of images and text queries: scaled-linear betas, as in Stable Diffusion [D]."""
+    """Noise schedule of images and text queries: scaled-linear betas, as in Stable Diffusion [D].
+
+    A warm start replaces the fields from num_timesteps to timestep_spacing by those of its folder, unless they are set.
+    """
 
     num_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
+    beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
+    zero_terminal_snr: bool = False  # rescaled so that abar_{T-1} = 0 (Lin et al. 2024, algorithm 1); needs v_prediction
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"  # of the image stream
     timestep_spacing: Literal["leading", "trailing"] = "leading"  # of image sampling
     # Signal strength of the text query: standard deviation of its signal, relative to that of its noise, before any noise is
@@ -88,8 +98,10 @@ class DiffDisConfig:
     # branch runs once for any number of denoising steps and noise samples.
     query_visibility: Literal["joint", "one_way"] = "joint"
     image_dropout: float = 0.1  # fraction of samples whose image is masked in training, for guidance over the image [D]
-    # Weights that the training starts from: a folder in Stable Diffusion's layout, of a U-Net alone, or a model that DiffDis
-    # exported. Its autoencoder and text encoder are used unless other paths are given.
+    # dtype of the autoencoder and the text encoder on accelerators; on CPUs they compute in float32.
+    encoder_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    # Weights that the training starts from: a folder in Stable Diffusion's layout (v1 or v2), of a U-Net alone, or a model that
+    # DiffDis exported. Its autoencoder and text encoder are used unless other paths are given.
     warm_start: str = ""
     # What the model can do; training sets it to objective.task. clip: the image features are pooled and projected, and no query
     # is denoised.
@@ -107,6 +119,11 @@ class DiffDisConfig:
             raise ValueError(
                 f"model.unet.sample_size: {unet.sample_size} is not divisible by "
                 f"{2 ** (len(unet.block_out_channels) - 1)}, as {len(unet.block_out_channels)} blocks need"
+            )
+        if self.schedule.zero_terminal_snr and "epsilon" in (self.schedule.prediction_type, self.schedule.query_prediction):
+            raise ValueError(
+                "model.schedule.zero_terminal_snr: at abar = 0 the noise says nothing about the image or the text; "
+                "use prediction_type v_prediction and query_prediction x0"
             )
         if self.schedule.query_snr <= 0:
             raise ValueError(f"model.schedule.query_snr: {self.schedule.query_snr:g} is not above 0; use about 2")

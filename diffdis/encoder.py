@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffdis.autoencoder import build_autoencoder, component_folder, to_latents
+from diffdis.autoencoder import build_autoencoder, to_latents
 from diffdis.config import DiffDisConfig
-from diffdis.text_encoder import build_text_encoder
+from diffdis.pretrained import component_folder
+from diffdis.text_encoder import TEXT_PROJECTION, build_text_encoder
+from diffdis.warm_start import resolve_pretrained
 
 PRECOMPUTED = ("latent", "token_states", "query")
 
@@ -23,9 +25,9 @@ class FrozenEncoder:
     """The autoencoder and the text encoder of a configuration, on one device."""
 
     def __init__(self, config: DiffDisConfig, device: torch.device | str = "cpu"):
-        self.device = torch.device(device)
-        self.autoencoder = build_autoencoder(config.autoencoder).to(self.device)
-        self.text_encoder = build_text_encoder(config.text_encoder).to(self.device)
+        self.device, config = torch.device(device), resolve_pretrained(config)
+        self.autoencoder, self.text_encoder = build_autoencoder(config.autoencoder), build_text_encoder(config.text_encoder)
+        move_encoders(config, self.device, self.autoencoder, self.text_encoder)
 
     @torch.no_grad()
     def encode(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
@@ -35,11 +37,18 @@ class FrozenEncoder:
         return {name: value.half().cpu().numpy() for name, value in zip(PRECOMPUTED, encoded, strict=True)}
 
 
+def move_encoders(config: DiffDisConfig, device: torch.device, *encoders: torch.nn.Module) -> None:
+    """Move the frozen encoders to a device, and on an accelerator to `config.encoder_dtype`."""
+    for encoder in encoders:
+        encoder.to(device, torch.float32 if device.type == "cpu" else getattr(torch, config.encoder_dtype))
+
+
 def describe_encoders(config: DiffDisConfig) -> dict[str, Any]:
     """Return settings and digests of everything that `FrozenEncoder`'s results depend on.
 
     Equal descriptions mean equal results. A hub name has no digest and is compared by name. Raises FileNotFoundError.
     """
+    config = resolve_pretrained(config)
     described: dict[str, Any] = {"image_size": config.image_size}
     for name, component, settings in (
         ("autoencoder", "vae", asdict(config.autoencoder)),
@@ -54,8 +63,12 @@ def describe_encoders(config: DiffDisConfig) -> dict[str, Any]:
 
 def _digest(path: str, component: str) -> str:
     """Return the digest of a component's folder, or its hub name."""
-    folder = Path(component_folder(path, component))
-    return digest_of_folder(folder) if folder.is_dir() else path
+    if not (Path(path).exists() or Path(path).is_absolute()):
+        return path
+    digest, projection = digest_of_folder(component_folder(path, component)), Path(path) / TEXT_PROJECTION
+    if component == "text_encoder" and projection.is_file():
+        digest += "-" + hashlib.sha256(projection.read_bytes()).hexdigest()[:16]
+    return digest
 
 
 def digest_of_folder(folder: Path) -> str:

@@ -21,7 +21,9 @@ ModuleCall = Callable[..., torch.Tensor]  # (module, *tensors) -> module(*tensor
 
 def build_unet(config: UNetConfig, token_dim: int) -> UNet2DConditionModel:
     """Return a U-Net with new weights whose cross-attention takes token states of width `token_dim`."""
-    return UNet2DConditionModel(**dataclasses.asdict(config), out_channels=config.in_channels, cross_attention_dim=token_dim)
+    arguments = dataclasses.asdict(config)
+    options = arguments.pop("options")
+    return UNet2DConditionModel(**arguments, **options, out_channels=config.in_channels, cross_attention_dim=token_dim)
 
 
 def spatial_transformers(unet: UNet2DConditionModel) -> list[Transformer2DModel]:

@@ -52,8 +52,6 @@ class DiffDis(nn.Module):
     """The trainable network: the U-Net and, as far as `config.trained_for` needs them, the query stream, the alignment head (or
     the pooled one) and the temperature."""
 
-    alphas_cumprod: torch.Tensor  # [T]
-
     def __init__(self, config: DiffDisConfig, temperature: float = 0.07):
         super().__init__()
         self.config = config
@@ -66,7 +64,14 @@ class DiffDis(nn.Module):
             self.pooled = PooledHead(channels, width)
         if config.trained_for != "generation":
             self.temperature = Temperature(temperature)
-        self.register_buffer("alphas_cumprod", schedule.alphas_cumprod(config.schedule), persistent=False)
+        self._alphas_cumprod = schedule.alphas_cumprod(config.schedule)
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """abar [T] on the model's device; float32 always, so it is not a buffer, which `to(dtype)` and DeepSpeed would convert."""
+        if self._alphas_cumprod.device != (device := self.unet.conv_in.weight.device):
+            self._alphas_cumprod = self._alphas_cumprod.to(device)
+        return self._alphas_cumprod
 
     # --- pass A: generation, without the query. This is exactly Stable Diffusion. --------------------------------------
 
@@ -75,12 +80,13 @@ class DiffDis(nn.Module):
 
         latent [B, C, H, W], timestep [B], token_states [B, L, D_c] -> [B, C, H, W].
         """
-        return self.unet(latent, timestep, encoder_hidden_states=token_states, return_dict=False)[0].float()
+        dtype = self.unet.conv_in.weight.dtype
+        return self.unet(latent.to(dtype), timestep, token_states.to(dtype), return_dict=False)[0].float()
 
     # --- pass B: alignment. The image is clean, its text is empty (`null_states`), and the noisy query is denoised. ------
 
     def noise_query(self, e: torch.Tensor, noise: torch.Tensor, t_e: torch.Tensor) -> torch.Tensor:
-        """Return e_t = gamma sqrt(abar) sqrt(D) e + sqrt(1 - abar) eps: e [B, D], noise [B, n, D], t_e [B, n] -> [B, n, D].
+        """Return e_t = gamma sqrt(abar) sqrt(D) e + sqrt(1 - abar) eps, float32: e [B, D], noise [B, n, D], t_e [B, n] -> [B, n, D].
 
         e has unit norm, so sqrt(D) gives its entries the size of the noise's [D].
         """
@@ -110,7 +116,8 @@ class DiffDis(nn.Module):
 
         `image` is the result of `encode_condition`; e_t [B, n, D], t_e [B, n] -> [B, n, D].
         """
-        noised = e_t + self.stream.time(t_e, e_t.dtype)
+        dtype = self.unet.conv_in.weight.dtype
+        noised = e_t.to(dtype) + self.stream.time(t_e, dtype)
         if isinstance(image, ImageKVCache):
             attentions = [[b.attn1 for b in t.transformer_blocks] for t in spatial_transformers(self.unet)]
             h = self.stream.one_way(noised, attentions, image.unet)
@@ -134,5 +141,7 @@ class DiffDis(nn.Module):
     def _image_features(self, latent: torch.Tensor, null_states: torch.Tensor, self_attention: SelfAttention) -> torch.Tensor:
         """Return the features of the clean image, [B, N, C']."""
         timestep = torch.zeros(len(latent), dtype=torch.long, device=latent.device)  # t_z = 0 [D]
-        features = image_features(self.unet, latent, timestep, null_states.expand(len(latent), -1, -1), self_attention)
+        dtype = self.unet.conv_in.weight.dtype
+        token_states = null_states.to(dtype).expand(len(latent), -1, -1)
+        features = image_features(self.unet, latent.to(dtype), timestep, token_states, self_attention)
         return rearrange(features, "b c h w -> b (h w) c")

@@ -18,12 +18,11 @@ NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 _MAX_JSON, _MAX_VOCABULARY = 2**20, 2**26  # bytes
 _MAX_LAYERS = 1000  # also the maximum length of a list
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _VOCABULARIES = ("tokenizer.json", "vocab.json")
 
 
 def check_model_folder(folder: str | Path) -> None:
-    """Raise ValueError if the folder of a component contains more than tensors. A hub name, which is not a folder, passes."""
+    """Raise ValueError if the configuration of a component needs more than tensors. A path that is not a folder passes."""
     folder = Path(folder)
     if not folder.is_dir():
         return
@@ -33,10 +32,6 @@ def check_model_folder(folder: str | Path) -> None:
         values = read_json(file, _MAX_VOCABULARY if file.name in _VOCABULARIES else _MAX_JSON)
         if file.name not in _VOCABULARIES and isinstance(values, dict):
             check_values(file, values)
-    files = {file.suffix: file.name for file in folder.iterdir()}
-    pickles = [files[suffix] for suffix in _PICKLES if suffix in files]
-    if pickles and ".safetensors" not in files:
-        raise ValueError(f"{folder}: the weights are a pickle ({pickles[0]}), which can run code; save them as .safetensors")
 
 
 def read_json(file: Path, max_bytes: int = _MAX_JSON) -> Any:
@@ -70,19 +65,19 @@ def check_declared(folder: Path, build: Callable[[], nn.Module]) -> None:
     """Raise ValueError if a configuration declares more parameters than its folder has weights, before they take memory."""
     with torch.device("meta"):
         declared = sum(parameter.numel() for parameter in build().parameters())
-    stored = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    stored = sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin"))
     if declared > stored:  # the smallest floats take one byte each
-        raise ValueError(f"{folder}: declares {declared:,} parameters, but its .safetensors have {stored:,} bytes")
+        raise ValueError(f"{folder}: declares {declared:,} parameters, but its weights have {stored:,} bytes")
 
 
-def check_diffusers_model(kind: Any, folder: str) -> None:
+def check_diffusers_model(kind: Any, folder: Path) -> None:
     """Check the folder of a diffusers model of class `kind`; a hub name passes. Raises ValueError."""
     check_model_folder(folder)
-    config = Path(folder) / "config.json"
+    config = folder / "config.json"
     if config.is_file():
         values = read_json(config)
         try:
-            check_declared(Path(folder), lambda: kind.from_config(values))
+            check_declared(folder, lambda: kind.from_config(values))
         except (TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError, RuntimeError) as error:
             raise ValueError(f"{config}: does not describe a {kind.__name__} ({' '.join(str(error).split())[:200]})") from None
 

@@ -25,8 +25,9 @@ from diffdis import schedule
 from diffdis.autoencoder import Autoencoder, build_autoencoder, to_latents, to_pixels
 from diffdis.config import DiffDisConfig
 from diffdis.metrics.zero_shot import class_embeddings
-from diffdis.model import DiffDis, ImageCondition
-from diffdis.model_folder import NO_PICKLES, check_declared, check_diffusers_model, check_values, read_json
+from diffdis.model import MAX_LOG_SCALE, DiffDis, ImageCondition
+from diffdis.model_folder import check_declared, check_diffusers_model, check_values, read_json
+from diffdis.pretrained import load_component
 from diffdis.text_encoder import TextEncoder, build_text_encoder
 from diffdis.warm_start import ALIGNMENT_WEIGHTS
 
@@ -136,7 +137,7 @@ class DiffDisPipeline:
             raise ValueError(f"scheduler: diffusers has no scheduler {scheduler!r}; use one such as DPMSolverMultistepScheduler")
         if isinstance(scheduler, str):
             return kind.from_config(self._scheduler().config)
-        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr")
         return kind.from_config(scheduler.config, **{name: self._scheduler().config[name] for name in names})
 
     # --- alignment -----------------------------------------------------------------------------------------------------
@@ -284,7 +285,8 @@ class DiffDisPipeline:
             num_train_timesteps=values.num_timesteps,
             beta_start=values.beta_start,
             beta_end=values.beta_end,
-            beta_schedule="scaled_linear",
+            beta_schedule=values.beta_schedule,
+            rescale_betas_zero_snr=values.zero_terminal_snr,
             clip_sample=False,
             set_alpha_to_one=not leading,
             steps_offset=1 if leading else 0,
@@ -316,11 +318,13 @@ class DiffDisPipeline:
             text_encoder=dataclasses.replace(saved.text_encoder, path=str(folder)),
         )
         check_declared(folder, lambda: DiffDis(config))
-        check_diffusers_model(UNet2DConditionModel, str(folder / "unet"))
+        check_diffusers_model(UNet2DConditionModel, folder / "unet")
         model = DiffDis(config)
+        unet = load_component(UNet2DConditionModel, folder / "unet").state_dict()
         try:
             weights = load_file(folder / ALIGNMENT_WEIGHTS)
-            unet = UNet2DConditionModel.from_pretrained(folder / "unet", **NO_PICKLES).state_dict()
+            if "temperature.log_scale" in weights:  # larger ones were saved while `forward` limited it
+                weights["temperature.log_scale"].clamp_(max=MAX_LOG_SCALE)
             model.load_state_dict(weights | {f"unet.{name}": value for name, value in unet.items()})
         except (SafetensorError, RuntimeError, OSError) as error:
             raise ValueError(

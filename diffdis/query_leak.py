@@ -9,6 +9,7 @@ import torch
 from diffdis import schedule
 from diffdis.config import DiffDisConfig, ObjectiveConfig
 from diffdis.text_encoder import TextEncoder, build_text_encoder
+from diffdis.warm_start import resolve_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ def describe_captions(
     distinct = list(dict.fromkeys(captions))[:MAX_TEXTS]
     if objective.task in ("generation", "clip") or len(distinct) < 2:
         return {}
-    text_encoder = text_encoder or build_text_encoder(config.text_encoder)
+    if text_encoder is None:
+        config = resolve_pretrained(config)
+        text_encoder = build_text_encoder(config.text_encoder)
     device = next(text_encoder.model.parameters()).device
     return {"query_leak": query_leak(text_encoder.encode(distinct, device)[1], config, objective).summary()}

@@ -6,10 +6,18 @@ from diffdis.config import ScheduleConfig
 
 
 def alphas_cumprod(config: ScheduleConfig) -> torch.Tensor:
-    """abar_t = prod_{s <= t} (1 - beta_s), betas linear in their square root (Stable Diffusion). [T] float32."""
-    start, end = config.beta_start**0.5, config.beta_end**0.5
-    betas = torch.linspace(start, end, config.num_timesteps, dtype=torch.float32) ** 2
-    return torch.cumprod(1.0 - betas, dim=0)
+    """abar_t = prod_{s <= t} (1 - beta_s), betas linear, or linear in their square root (Stable Diffusion). [T] float32."""
+    power = 0.5 if config.beta_schedule == "scaled_linear" else 1
+    start, end = config.beta_start**power, config.beta_end**power
+    betas = torch.linspace(start, end, config.num_timesteps, dtype=torch.float32) ** (1 / power)
+    abar = torch.cumprod(1.0 - betas, dim=0)
+    return rescale_zero_terminal_snr(abar) if config.zero_terminal_snr else abar
+
+
+def rescale_zero_terminal_snr(abar: torch.Tensor) -> torch.Tensor:
+    """Shift and scale sqrt(abar) so that abar_{T-1} = 0 and abar_0 stays (Lin et al. 2024, algorithm 1)."""
+    root = abar.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
 def expand_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffdis.autoencoder import build_autoencoder, to_latents
 from diffdis.config import DiffDisConfig, ObjectiveConfig
-from diffdis.encoder import PRECOMPUTED
+from diffdis.encoder import PRECOMPUTED, move_encoders
 from diffdis.image_grid import image_grid
 from diffdis.metrics.retrieval import recall_at_k
 from diffdis.metrics.zero_shot import ZeroShotScores
@@ -22,14 +22,14 @@ from diffdis.objective import Inputs, Objective
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.query_leak import describe_captions
 from diffdis.text_encoder import build_text_encoder
-from diffdis.warm_start import load_warm_start, resolve_encoder_paths
+from diffdis.warm_start import load_warm_start, resolve_pretrained
 
 
 class DiffDisTask:
     """Implements the platform's `Task` protocol, without importing the platform."""
 
     def __init__(self, config: DiffDisConfig, objective: ObjectiveConfig, preview_captions: tuple[str, ...] = ()):
-        self.config = dataclasses.replace(resolve_encoder_paths(config), trained_for=objective.task)
+        self.config = dataclasses.replace(resolve_pretrained(config), trained_for=objective.task)
         self.objective, self.preview_captions = objective, preview_captions
         self.autoencoder = build_autoencoder(self.config.autoencoder)
         self.text_encoder = build_text_encoder(self.config.text_encoder)
@@ -68,8 +68,7 @@ class DiffDisTask:
         Returns latent [B, C, H, W], token_states [B, L, D_c], query [B, D], caption_ids [B] and null_states [1, L, D_c].
         """
         if self._null_states is None:
-            self.autoencoder.to(device)
-            self.text_encoder.to(device)
+            move_encoders(self.config, device, self.autoencoder, self.text_encoder)
             self._null_states = self.text_encoder.encode([""], device)[0]
         if "latent" in batch.tensors:
             encoded = {name: torch.from_numpy(batch.tensors[name]).to(device).float() for name in PRECOMPUTED}
@@ -145,8 +144,7 @@ class DiffDisTask:
     def _live_pipeline(self) -> DiffDisPipeline:
         """Return a pipeline on the weights in training. It sets the model to eval mode."""
         device = self.module.model.alphas_cumprod.device
-        self.autoencoder.to(device)
-        self.text_encoder.to(device)
+        move_encoders(self.config, device, self.autoencoder, self.text_encoder)
         return DiffDisPipeline(self.config, self.module.model, self.autoencoder, self.text_encoder)
 
     # --- results ---------------------------------------------------------------------------------------------------------

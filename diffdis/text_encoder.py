@@ -7,20 +7,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPTextModel
 
-from diffdis.autoencoder import component_of
 from diffdis.config import TextEncoderConfig
-from diffdis.model_folder import NO_CODE, NO_PICKLES, check_model_folder
+from diffdis.model_folder import NO_CODE, check_model_folder
+from diffdis.pretrained import component_folder, load_component, local_folder, read_config, read_tensor
+
+
+TEXT_PROJECTION = "alignment/text_projection.safetensors"  # in an export, whose text_encoder/ is the one that diffusers calls
+# Tensors of a whole CLIP that its text model does without.
+_OTHER_HALF = (r"^vision_model\.", r"^visual_projection\.", r"^text_projection\.", r"^logit_scale$")
+_ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart")
 
 
 class TextEncoder(nn.Module):
-    """A text model of transformers and its tokenizer."""
+    """A text model of transformers, its tokenizer, and CLIP's projection of the pooled state, if it has one."""
 
-    def __init__(self, config: TextEncoderConfig, model: Any, tokenizer: Any):
+    def __init__(self, config: TextEncoderConfig, model: Any, tokenizer: Any, projection: torch.Tensor | None = None):
+        """`projection` [embedding_dim, token_dim]."""
         super().__init__()
         self.config, self.model, self.tokenizer = config, model.eval().requires_grad_(False), tokenizer
+        self.register_buffer("projection", projection)
         self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
     @torch.no_grad()
@@ -57,47 +66,90 @@ class TextEncoder(nn.Module):
         ).to(device)
         mask = tokens["attention_mask"]
         if self.config.kind == "clip":
-            out = self.model(input_ids=tokens["input_ids"])
-            pooled = out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
-            return out.last_hidden_state, F.normalize(pooled, dim=-1)
+            states = self.model(input_ids=tokens["input_ids"]).last_hidden_state  # [B, L, token_dim]
+            # At the first end token; a config.json with the old eos_token_id 2 would have transformers take the largest id.
+            end = (tokens["input_ids"] == self.tokenizer.eos_token_id).int().argmax(dim=1)
+            pooled = states[torch.arange(len(states), device=states.device), end]
+            if self.projection is not None:
+                pooled = F.linear(pooled, self.projection)
+            return states.float(), F.normalize(pooled.float(), dim=-1)
         # Padding states become 0: without biases in the U-Net's to_k and to_v they add a constant key and no value.
-        states = self.model(**tokens).last_hidden_state * mask.unsqueeze(-1)  # [B, longest or L, D]
+        states = self.model(**tokens).last_hidden_state.float() * mask.unsqueeze(-1)  # [B, longest or L, D]
         pooled = states.sum(dim=1) / mask.sum(dim=1, keepdim=True)
         states = F.pad(states, (0, 0, 0, self.config.max_length - states.shape[1]))  # [B, L, D]
         return states, F.normalize(pooled, dim=-1)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write `folder/text_encoder` and `folder/tokenizer`, in diffusers' layout."""
+        """Write `folder/text_encoder` and `folder/tokenizer` in diffusers' layout, and the projection."""
         self.model.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
+        if self.projection is not None:
+            (folder / TEXT_PROJECTION).parent.mkdir(parents=True, exist_ok=True)
+            save_file({"text_projection.weight": self.projection.contiguous()}, folder / TEXT_PROJECTION)
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
-    """Load a frozen encoder. Raises ValueError for an empty path or a width that differs from the configuration."""
+    """Load a frozen encoder.
+
+    Raises:
+        FileNotFoundError: the path has no text encoder.
+        ValueError: the path is empty, or contains another kind of model or other widths than configured.
+    """
     if not config.path:
         raise ValueError("model.text_encoder.path: empty; give the folder (or hub name) of a text encoder with its tokenizer")
-    source = component_of(config.path, "text_encoder")
-    tokenizer_folder = Path(config.path) / "tokenizer"
-    if "subfolder" in source:
-        tokenizer = AutoTokenizer.from_pretrained(config.path, subfolder="tokenizer", **NO_CODE)
-    else:
-        check_model_folder(source["pretrained_model_name_or_path"])
-        check_model_folder(tokenizer_folder)
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder) if tokenizer_folder.exists() else config.path, **NO_CODE)
-    tokenizer.model_max_length = config.max_length  # diffusers reads it from an exported folder
+    folder = component_folder(config.path, "text_encoder")
+    model_type = _check_model_type(config, folder)
     if config.kind == "clip":
-        # A Stable Diffusion folder contains CLIP's text model without the projection, a CLIP folder with it.
-        architectures = AutoConfig.from_pretrained(**source, **NO_CODE).architectures or []
-        kind = CLIPTextModel if architectures == ["CLIPTextModel"] else CLIPTextModelWithProjection
-        model = kind.from_pretrained(**source, **NO_PICKLES)
-        width = model.config.hidden_size
-        embedding = width if kind is CLIPTextModel else model.config.projection_dim
+        # The text half of a whole CLIP: `text_config_dict` and other old habits are resolved by CLIPConfig.
+        settings = {"config": CLIPConfig.from_pretrained(folder, **NO_CODE).text_config} if model_type == "clip" else {}
+        model = load_component(CLIPTextModel, folder, optional=_OTHER_HALF, **settings)
+        projection = text_projection(config.path)
     else:
-        model = AutoModel.from_pretrained(**source, **NO_PICKLES, **NO_CODE)
-        width = embedding = model.config.hidden_size
+        model, projection = load_component(AutoModel, folder, optional=("pooler",), **NO_CODE), None
+    width = model.config.hidden_size
+    embedding = width if projection is None else projection.shape[0]
     if (width, embedding) != (config.token_dim, config.embedding_dim):
         raise ValueError(
             f"model.text_encoder: {config.path} has token_dim, embedding_dim = {width}, {embedding}; "
             f"set these instead of {config.token_dim}, {config.embedding_dim}"
         )
-    return TextEncoder(config, model, tokenizer)
+    tokenizer_folder = local_folder(config.path) / "tokenizer"
+    tokenizer_folder = tokenizer_folder if tokenizer_folder.is_dir() else folder
+    check_model_folder(tokenizer_folder)
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), **NO_CODE)
+    tokenizer.model_max_length = config.max_length  # diffusers reads it from an exported folder
+    return TextEncoder(config, model, tokenizer, projection)
+
+
+def text_encoder_widths(config: TextEncoderConfig) -> tuple[int, int]:
+    """Return (token_dim, embedding_dim) of a CLIP's text encoder without loading it. Raises like `build_text_encoder`."""
+    folder = component_folder(config.path, "text_encoder")
+    _check_model_type(config, folder)
+    values = read_config(folder)
+    width = int((values.get("text_config_dict") or values.get("text_config") or values).get("hidden_size", 512))
+    projection = text_projection(config.path)
+    return width, width if projection is None else projection.shape[0]
+
+
+def text_projection(path: str) -> torch.Tensor | None:
+    """Return the projection of CLIP's pooled state [D, token_dim], or None if the path has none.
+
+    Its width is that of the weights: `projection_dim` of a text_config is wrong in some published models.
+    """
+    own = local_folder(path) / TEXT_PROJECTION
+    if own.is_file():
+        return load_file(own)["text_projection.weight"].float()
+    return read_tensor(component_folder(path, "text_encoder"), "text_projection.weight")
+
+
+def _check_model_type(config: TextEncoderConfig, folder: Path) -> str:
+    """Return the model type of a folder. Raises ValueError for one that `config.kind` cannot use."""
+    check_model_folder(folder)
+    values = read_config(folder)
+    model_type = str(values.get("model_type", "clip_text_model"))
+    if config.kind == "clip" and model_type not in ("clip", "clip_text_model"):
+        remedy = "is not supported" if model_type in _ENCODER_DECODERS else "needs model.text_encoder.kind mean_pool"
+        raise ValueError(f"model.text_encoder.kind: clip, but {folder} has a {model_type}, which {remedy}; give a CLIP's folder")
+    if config.kind == "mean_pool" and (model_type in _ENCODER_DECODERS or values.get("is_encoder_decoder")):
+        raise ValueError(f"model.text_encoder.path: {folder} has a {model_type}; give an encoder such as a BERT or MiniLM")
+    return model_type
