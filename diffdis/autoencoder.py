@@ -70,7 +70,7 @@ class KLAutoencoder(nn.Module):
         """Raises ValueError for an autoencoder whose latents are normalized per channel."""
         super().__init__()
         if vae.config.latents_mean or vae.config.latents_std:
-            raise ValueError("model.autoencoder.path: latents_mean and latents_std are not supported; use a VAE of Stable Diffusion")
+            raise ValueError("model.autoencoder.path: latents_mean and latents_std are not supported; use Stable Diffusion's")
         self.vae = vae
         self.scale, self.shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
 
@@ -114,7 +114,11 @@ def to_latents(autoencoder: Autoencoder, images: np.ndarray, device: torch.devic
         return autoencoder.encode_image((pixels.float() / 127.5 - 1.0).to(autoencoder.dtype)).float()
 
 
-def to_pixels(autoencoder: Autoencoder, latent: torch.Tensor) -> np.ndarray:
-    """Decode latents [B, C, h, w] to [B, H, W, 3] uint8 RGB."""
-    image = autoencoder.decode_latent(latent.to(autoencoder.dtype)).float().clamp(-1, 1)
-    return ((image + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+def decode(autoencoder: Autoencoder, latent: torch.Tensor) -> torch.Tensor:
+    """Decode latents [B, C, h, w] to images [B, 3, H, W] float32 in [-1, 1], in the autoencoder's dtype."""
+    return autoencoder.decode_latent(latent.to(autoencoder.dtype)).float().clamp(-1, 1)
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Convert images [B, 3, H, W] in [-1, 1] to [B, H, W, 3] uint8 RGB."""
+    return ((images + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

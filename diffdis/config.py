@@ -26,7 +26,7 @@ class UNetConfig:
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     attention_head_dim: int | tuple[int, ...] = 8  # diffusers' name; it is the *number* of heads, of all levels or of each
     norm_num_groups: int = 32
-    options: dict[str, Any] = field(default_factory=dict)  # other arguments, such as use_linear_projection
+    options: dict[str, Any] = field(default_factory=dict, hash=False)  # other arguments, such as use_linear_projection
 
 
 @dataclass(frozen=True)

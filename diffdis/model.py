@@ -68,7 +68,7 @@ class DiffDis(nn.Module):
 
     @property
     def alphas_cumprod(self) -> torch.Tensor:
-        """abar [T] on the model's device; float32 always, so it is not a buffer, which `to(dtype)` and DeepSpeed would convert."""
+        """abar [T] on the model's device; always float32, so it is not a buffer, which `to(dtype)` would convert."""
         if self._alphas_cumprod.device != (device := self.unet.conv_in.weight.device):
             self._alphas_cumprod = self._alphas_cumprod.to(device)
         return self._alphas_cumprod
@@ -86,9 +86,9 @@ class DiffDis(nn.Module):
     # --- pass B: alignment. The image is clean, its text is empty (`null_states`), and the noisy query is denoised. ------
 
     def noise_query(self, e: torch.Tensor, noise: torch.Tensor, t_e: torch.Tensor) -> torch.Tensor:
-        """Return e_t = gamma sqrt(abar) sqrt(D) e + sqrt(1 - abar) eps, float32: e [B, D], noise [B, n, D], t_e [B, n] -> [B, n, D].
+        """Return e_t = gamma sqrt(abar) sqrt(D) e + sqrt(1 - abar) eps, in float32.
 
-        e has unit norm, so sqrt(D) gives its entries the size of the noise's [D].
+        e [B, D], noise [B, n, D], t_e [B, n] -> [B, n, D]. e has unit norm: sqrt(D) gives its entries the size of the noise's [D].
         """
         scaled = (e * e.shape[-1] ** 0.5).unsqueeze(1).expand_as(noise)
         return schedule.add_noise(scaled, noise, self.alphas_cumprod[t_e], self.config.gamma)

@@ -3,36 +3,33 @@
 The methods take images and a *list* of candidate texts, never a label: a score cannot leak the answer.
 """
 
-import dataclasses
 import hashlib
-import inspect
-import json
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from diffusers import ImagePipelineOutput
+from PIL import Image
+from tqdm.auto import tqdm
 
-from diffdis import schedule
-from diffdis.autoencoder import Autoencoder, build_autoencoder, to_latents, to_pixels
+from diffdis import export_folder, schedule
+from diffdis.autoencoder import Autoencoder, KLAutoencoder, decode, to_latents, to_uint8
 from diffdis.config import DiffDisConfig
+from diffdis.images import ImagesInput, as_image_list, preprocess
 from diffdis.metrics.zero_shot import class_embeddings
-from diffdis.model import MAX_LOG_SCALE, DiffDis, ImageCondition
-from diffdis.model_folder import check_declared, check_diffusers_model, check_values, read_json
-from diffdis.pretrained import load_component
-from diffdis.text_encoder import TextEncoder, build_text_encoder
-from diffdis.warm_start import ALIGNMENT_WEIGHTS
+from diffdis.model import DiffDis, ImageCondition
+from diffdis.sampling import build_scheduler, ddim_scheduler, named_generator, named_noise, sample, sample_ddim
+from diffdis.text_encoder import TextEncoder
 
-CONFIG_NAME = "diffdis.json"
-Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (latents [B, C, H, W], timesteps [B]) -> noise or v
+TextInput = str | Sequence[str]
+StepCallback = Callable[["DiffDisPipeline", int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+IMAGE_BATCH, TEXT_BATCH = 32, 256
+_CLASS_CACHE = 8  # sets of classes whose embeddings are kept
 
 
 class DiffDisPipeline:
@@ -42,126 +39,216 @@ class DiffDisPipeline:
         """Take the parts as they are, all on the device of `model`, and set the model to eval mode."""
         self.config, self.model = config, model.eval()
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
-        self.device = model.alphas_cumprod.device
+        self._ddim = self._scheduler = ddim_scheduler(config.schedule)
+        self._progress_bar: dict[str, Any] = {"disable": True}
+        self._classes: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], torch.Tensor] = OrderedDict()
 
-    def to(self, device: torch.device | str) -> "DiffDisPipeline":
-        """Move all parts to `device`, and return self."""
-        for module in (self.model, self.autoencoder, self.text_encoder):
-            module.to(device)
-        self.device = torch.device(device)
+    @property
+    def device(self) -> torch.device:
+        return self.model.alphas_cumprod.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.unet.conv_in.weight.dtype
+
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> "DiffDisPipeline":
+        """Move all parts to a device, a dtype or both, and return self. The noise schedule stays float32."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        # The Haar transform has no weights, and half precision would only cost image quality.
+        exact = () if isinstance(self.autoencoder, KLAutoencoder) else (self.autoencoder,)
+        for module in (self.model, self.text_encoder, self.autoencoder):
+            for target in (device, None if module in exact else dtype):
+                if target is not None:
+                    module.to(target)
+        self._classes.clear()
         return self
 
+    @property
+    def scheduler(self) -> Any:
+        """The sampler of images: DDIM by default, or any scheduler of diffusers, which then gets the model's noise schedule."""
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self._scheduler = build_scheduler(scheduler, self.config.schedule)
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """Set arguments of the progress bar (tqdm's), such as `disable=True`. `pipeline(...)` shows one by default."""
+        self._progress_bar = settings
+
     # --- generation ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, prompt: TextInput, **settings: Any) -> ImagePipelineOutput:
+        """Generate images with the arguments of `generate`; they are in `.images`, as in diffusers' pipelines."""
+        previous = self._progress_bar
+        self._progress_bar = {} if previous == {"disable": True} else previous
+        try:
+            return ImagePipelineOutput(images=self.generate(prompt, **settings))
+        finally:
+            self._progress_bar = previous
 
     @torch.no_grad()
     def generate(
         self,
-        captions: Sequence[str],
+        prompt: TextInput,
         *,
-        num_steps: int = 50,
+        negative_prompt: TextInput | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
+        height: int | None = None,
+        width: int | None = None,
         seed: int = 0,
+        generator: torch.Generator | None = None,
+        latents: torch.Tensor | None = None,
         indices: Sequence[int] | None = None,
-        scheduler: Any = None,
+        output_type: str = "pil",
+        batch_size: int = IMAGE_BATCH,
+        callback_on_step_end: StepCallback | None = None,
+        num_steps: int | None = None,
         places: Sequence[int] | None = None,
-    ) -> list[Image.Image]:
-        """Generate one image per caption with classifier-free guidance: eps = uncond + guidance_scale (cond - uncond).
+    ) -> Any:
+        """Generate images with classifier-free guidance: eps = uncond + guidance_scale (cond - uncond).
 
         Args:
-            captions: B texts.
-            num_steps: number of sampling steps.
+            prompt: a text or a list of N texts.
+            negative_prompt: text (or one per prompt) in the place of the empty one, from which guidance leads away.
+            num_images_per_prompt: images of each prompt, which follow each other in the result.
+            num_inference_steps: number of sampling steps.
             guidance_scale: the usual one, the paper's w plus 1.
-            seed: the noise of an image depends on the seed and its index alone, not on the batch.
-            indices: the index of each caption among all captions; 0, 1, … by default.
-            scheduler: a sampler of diffusers: a scheduler, or the name of its class, such as "DPMSolverMultistepScheduler";
-                DDIM by default.
+            height: of the images in pixels; the model's size by default.
+            width: the same.
+            seed: the initial noise of an image depends on the seed and its index alone, not on the batch.
+            generator: samples all initial noise in one tensor instead, as diffusers' pipelines do.
+            latents: the initial noise itself, [N * num_images_per_prompt, C, h, w].
+            indices: the index of each image among all images; 0, 1, ... by default.
+            output_type: "pil", "np" ([N, H, W, 3] in [0, 1]), "pt" ([N, 3, H, W] in [0, 1]) or "latent".
+            batch_size: images at a time.
+            callback_on_step_end: called with (pipeline, step, timestep, {"latents": ...}) after each step of each batch; the
+                latents that it returns are used.
+            num_steps: deprecated, use `num_inference_steps`.
             places: deprecated, use `indices`.
 
+        Returns:
+            A list of PIL images, or an array or a tensor.
+
         Raises:
-            ValueError: the model was not trained to generate, or diffusers has no such scheduler.
+            ValueError: the model was not trained to generate, or an argument does not fit.
         """
+        if num_steps is not None:
+            warnings.warn("generate: `num_steps` is deprecated; use `num_inference_steps`", DeprecationWarning, stacklevel=3)
+            num_inference_steps = num_steps
+        if places is not None:
+            warnings.warn("generate: `places` is deprecated; use `indices`", DeprecationWarning, stacklevel=3)
+            indices = places
         if self.config.trained_for in ("alignment", "clip"):
             raise ValueError(f"this model was trained for {self.config.trained_for} alone: it cannot generate images")
-        if places is not None:
-            warnings.warn("generate: `places` is deprecated; use `indices`", DeprecationWarning, stacklevel=2)
-            indices = places
-        indices = indices or range(len(captions))
-        unet = self.config.unet
-        shape = (unet.in_channels, unet.sample_size, unet.sample_size)
-        latents = torch.stack([_noise(f"generate/{seed}/{index}", shape) for index in indices]).to(self.device)  # [B, C, H, W]
-        token_states, _ = self.text_encoder.encode(captions, self.device)  # [B, L, D_c]
-        null_states, _ = self.text_encoder.encode([""], self.device)  # [1, L, D_c]
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type: {output_type!r} is unknown; use pil, np, pt or latent")
+        texts = as_texts(prompt, "prompt")
+        negative = as_texts(negative_prompt or "", "negative_prompt")
+        negative = negative * len(texts) if len(negative) == 1 else list(_checked("negative_prompt", negative, len(texts)))
+        prompts, negative = ([text for text in part for _ in range(num_images_per_prompt)] for part in (texts, negative))
+        indices = range(len(prompts)) if indices is None else _checked("indices", indices, len(prompts))
+        shape = self._latent_shape(height, width)
+        if latents is None and generator is not None:
+            latents = torch.randn((len(prompts), *shape), generator=generator, device=generator.device)
+        if latents is not None and latents.shape != (len(prompts), *shape):
+            raise ValueError(f"latents: {tuple(latents.shape)} is not {(len(prompts), *shape)}; give one per image")
+        self.warn_about_long_captions([*dict.fromkeys(prompts), *dict.fromkeys(negative)])
 
-        def predict(latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            """Return the guided noise, or v, [B, C, H, W]."""
+        parts = []
+        bars = -(-len(prompts) // batch_size) * num_inference_steps
+        with tqdm(total=bars, **self._progress_bar) as bar:
+            for start in range(0, len(prompts), batch_size):
+                rows = slice(start, start + batch_size)
+                names = [f"{seed}/{index}" for index in indices[rows]]
+                noise = latents[rows] if latents is not None else torch.stack([named_noise(f"generate/{n}", shape) for n in names])
+                generators = generator or [named_generator(f"sample/{name}") for name in names]
+
+                def on_step(index: int, t: int, x: torch.Tensor) -> torch.Tensor:
+                    bar.update()
+                    return callback_on_step_end(self, index, t, {"latents": x})["latents"] if callback_on_step_end else x
+
+                denoised = self._sample(
+                    noise.to(self.device, torch.float32), prompts[rows], negative[rows], num_inference_steps, guidance_scale,
+                    generators, on_step,
+                )  # fmt: skip
+                parts.append(denoised if output_type == "latent" else decode(self.autoencoder, denoised).cpu())
+        if output_type == "pil":
+            return [Image.fromarray(image) for part in parts for image in to_uint8(part)]
+        if output_type == "latent":
+            return torch.cat(parts)
+        images = (torch.cat(parts) + 1) / 2
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).numpy()
+
+    def _sample(
+        self,
+        latents: torch.Tensor,
+        prompts: Sequence[str],
+        negative: Sequence[str],
+        num_steps: int,
+        guidance_scale: float,
+        generators: torch.Generator | list[torch.Generator],
+        on_step: Callable[[int, int, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Denoise latents [B, C, h, w] with the pipeline's scheduler."""
+        token_states, _ = self.text_encoder.encode(prompts, self.device)  # [B, L, D_c]
+        if len(set(negative)) == 1:
+            null_states = self.text_encoder.encode(negative[:1], self.device)[0].expand_as(token_states)
+        else:
+            null_states, _ = self.text_encoder.encode(negative, self.device)
+
+        def predict(latents: torch.Tensor, timestep: int | torch.Tensor) -> torch.Tensor:
+            """Return the guided noise, or v, [B, C, h, w]."""
+            timesteps = torch.as_tensor(timestep, device=self.device).expand(len(latents))
             out = self.model.predict_image(latents, timesteps, token_states)
             if guidance_scale != 1.0:
-                uncond = self.model.predict_image(latents, timesteps, null_states.expand_as(token_states))
+                uncond = self.model.predict_image(latents, timesteps, null_states)
                 out = uncond + guidance_scale * (out - uncond)
             return out
 
-        if scheduler is None:
-            latents = self._sample_ddim(predict, latents, num_steps)
-        else:
-            generators = [_generator(f"sample/{seed}/{index}") for index in indices]
-            latents = self._sample(predict, latents, num_steps, self.build_scheduler(scheduler), generators)
-        return [Image.fromarray(image) for image in to_pixels(self.autoencoder, latents)]
+        if self._scheduler is self._ddim:
+            return sample_ddim(predict, latents, num_steps, self.config.schedule, self.model.alphas_cumprod, on_step)
+        return sample(predict, latents, num_steps, self._scheduler, generators, on_step)
 
-    def _sample_ddim(self, predict: Predict, latents: torch.Tensor, num_steps: int) -> torch.Tensor:
-        """Denoise latents [B, C, H, W] by DDIM."""
-        for t, abar, abar_prev in self._steps(num_steps):
-            out = predict(latents, torch.full((len(latents),), t, device=self.device))
-            if self.config.schedule.prediction_type == "v_prediction":
-                x0 = schedule.x0_from_v(latents, out, abar)
-            else:
-                x0 = schedule.x0_from_noise(latents, out, abar)
-            latents = schedule.ddim_step(latents, x0, abar, abar_prev)
-        return latents
-
-    def _sample(
-        self, predict: Predict, latents: torch.Tensor, num_steps: int, scheduler: Any, generators: list[torch.Generator]
-    ) -> torch.Tensor:
-        """Denoise latents [B, C, H, W] by a scheduler of diffusers; `generators`: of the noise of each image."""
-        scheduler.set_timesteps(num_steps, device=self.device)
-        settings = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        latents = latents * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            out = predict(scheduler.scale_model_input(latents, t), t.expand(len(latents)))
-            latents = scheduler.step(out, t, latents, **settings).prev_sample
-        return latents
-
-    def build_scheduler(self, scheduler: Any) -> Any:
-        """Return a scheduler of diffusers with the model's noise schedule, from a name or from a scheduler. Raises ValueError."""
-        kind: Any = getattr(diffusers, scheduler, None) if isinstance(scheduler, str) else type(scheduler)
-        if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
-            raise ValueError(f"scheduler: diffusers has no scheduler {scheduler!r}; use one such as DPMSolverMultistepScheduler")
-        if isinstance(scheduler, str):
-            return kind.from_config(self._scheduler().config)
-        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr")
-        return kind.from_config(scheduler.config, **{name: self._scheduler().config[name] for name in names})
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        unet = self.config.unet
+        factor = self.config.image_size // unet.sample_size  # pixels per latent
+        multiple = factor * 2 ** (len(unet.block_out_channels) - 1)
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (value < multiple or value % multiple):
+                raise ValueError(f"{name}: {value} is not a multiple of {multiple}, as this model needs")
+        size = self.config.image_size
+        return unet.in_channels, (height or size) // factor, (width or size) // factor
 
     # --- alignment -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def embed_image(
         self,
-        images: Sequence[Image.Image] | np.ndarray,
+        images: ImagesInput,
         *,
         keys: Sequence[str] | None = None,
         num_steps: int = 10,
         num_draws: int = 1,
         guidance: float = 0.0,
+        batch_size: int = IMAGE_BATCH,
     ) -> torch.Tensor:
         """Denoise the text query of each image from pure noise (Algorithm 3). Returns [B, D], unit norm.
 
         A model of the `clip` task embeds the image directly and ignores `num_steps`, `num_draws` and `guidance`.
 
         Args:
-            images: PIL images of any size, or uint8 [B, H, W, 3] of the model's size.
+            images: one or B images; see `diffdis.images.ImageInput`.
             keys: the noise of an image depends on its key (by default a digest of its pixels), never on its index in the batch.
             num_steps: number of denoising steps.
             num_draws: number of noise samples per image, whose queries are averaged.
             guidance: the paper's w, over the image condition; the model must be trained with image_dropout.
+            batch_size: images at a time.
 
         Raises:
             ValueError: wrong images, or guidance for a model that was trained with image_dropout = 0.
@@ -170,10 +257,15 @@ class DiffDisPipeline:
             raise ValueError(
                 f"guidance: {guidance:g}, but the model was trained with image_dropout = 0 and cannot do without an image; use 0"
             )
-        pixels = self.pixels(images)
-        keys = keys or [hashlib.sha256(p.tobytes()).hexdigest() for p in pixels]
-        latent = to_latents(self.autoencoder, pixels, self.device)
-        return self.embed_latent(latent, keys, num_steps, num_draws, guidance)
+        given = as_image_list(images)
+        keys = keys if keys is None else _checked("keys", keys, len(given))
+        queries = []
+        for start in range(0, len(given), batch_size):
+            pixels = self.preprocess(given[start : start + batch_size])
+            named = keys[start : start + batch_size] if keys else [hashlib.sha256(p.tobytes()).hexdigest() for p in pixels]
+            latent = to_latents(self.autoencoder, pixels, self.device)
+            queries.append(self.embed_latent(latent, named, num_steps, num_draws, guidance))
+        return torch.cat(queries)
 
     @torch.no_grad()
     def embed_latent(
@@ -193,7 +285,7 @@ class DiffDisPipeline:
         chunk = num_draws if self.config.query_visibility == "one_way" else 1
         for start in range(0, num_draws, chunk):
             samples = range(start, start + chunk)
-            noise = [torch.stack([_noise(f"embed/{key}/{sample}", (width,)) for sample in samples]) for key in keys]
+            noise = [torch.stack([named_noise(f"embed/{key}/{sample}", (width,)) for sample in samples]) for key in keys]
             queries.append(self._denoise_query(condition, masked, torch.stack(noise).to(self.device), num_steps, guidance))
         return F.normalize(torch.cat(queries, dim=1).mean(dim=1), dim=-1)
 
@@ -213,147 +305,121 @@ class DiffDisPipeline:
         return e0
 
     @torch.no_grad()
-    def embed_text(self, captions: Sequence[str], batch_size: int = 256) -> torch.Tensor:
-        """Return the text queries of N captions, [N, D], unit norm."""
+    def embed_text(self, captions: TextInput, batch_size: int = TEXT_BATCH) -> torch.Tensor:
+        """Return the text queries of one or N captions, [N, D], unit norm."""
+        captions = as_texts(captions, "captions")
+        self.warn_about_long_captions(captions)
         parts = [captions[i : i + batch_size] for i in range(0, len(captions), batch_size)]
         return torch.cat([self.text_encoder.encode(part, self.device)[1] for part in parts])
 
-    def embed_classes(self, class_names: Sequence[str], templates: Sequence[str] = ("{c}",)) -> torch.Tensor:
-        """Return the normalized mean over the templates of each class, [num_classes, D]; "{c}" is the class name."""
-        return class_embeddings(self.embed_text, class_names, templates)
+    def embed_classes(self, class_names: TextInput, templates: TextInput = ("{c}",)) -> torch.Tensor:
+        """Return the normalized mean over the templates of each class, [num_classes, D]; "{c}" is the class name.
+
+        The embeddings of the last sets of classes are kept, as text encoder and templates do not change between images.
+        """
+        key = tuple(as_texts(class_names, "class_names")), tuple(as_texts(templates, "templates"))
+        if key not in self._classes:
+            self._classes[key] = class_embeddings(self.embed_text, *key)
+            if len(self._classes) > _CLASS_CACHE:
+                self._classes.popitem(last=False)
+        return self._classes[key]
 
     def classify(
         self,
-        images: Sequence[Image.Image] | np.ndarray,
-        class_names: Sequence[str],
-        templates: Sequence[str] = ("{c}",),
-        **settings: Any,
+        images: ImagesInput,
+        class_names: TextInput,
+        templates: TextInput = ("{c}",),
+        *,
+        keys: Sequence[str] | None = None,
+        num_steps: int = 10,
+        num_draws: int = 1,
+        guidance: float = 0.0,
+        batch_size: int = IMAGE_BATCH,
     ) -> torch.Tensor:
-        """Return probabilities over `class_names`, [B, num_classes]. `settings`: those of `embed_image`."""
-        similarity = self.embed_image(images, **settings) @ self.embed_classes(class_names, templates).T
-        return (similarity * self.model.temperature()).softmax(dim=-1).detach()
+        """Return probabilities over `class_names`, [B, num_classes]. The other arguments are those of `embed_image`."""
+        classes = self.embed_classes(class_names, templates)
+        embedded = self.embed_image(
+            images, keys=keys, num_steps=num_steps, num_draws=num_draws, guidance=guidance, batch_size=batch_size
+        )
+        return (embedded @ classes.T * self.model.temperature().float()).softmax(dim=-1).detach()
 
-    def rank_captions(self, images: Sequence[Image.Image] | np.ndarray, captions: Sequence[str], **settings: Any) -> torch.Tensor:
-        """Return the indices of N `captions` for each image, best first, [B, N]. `settings`: those of `embed_image`."""
-        similarity = self.embed_image(images, **settings) @ self.embed_text(captions).T
-        return similarity.argsort(dim=-1, descending=True)
+    def rank_captions(
+        self,
+        images: ImagesInput,
+        captions: TextInput,
+        *,
+        keys: Sequence[str] | None = None,
+        num_steps: int = 10,
+        num_draws: int = 1,
+        guidance: float = 0.0,
+        batch_size: int = IMAGE_BATCH,
+    ) -> torch.Tensor:
+        """Return the indices of N `captions` for each image, best first, [B, N]. The arguments are those of `embed_image`."""
+        texts = self.embed_text(captions)
+        embedded = self.embed_image(
+            images, keys=keys, num_steps=num_steps, num_draws=num_draws, guidance=guidance, batch_size=batch_size
+        )
+        return (embedded @ texts.T).argsort(dim=-1, descending=True)
 
-    def rank(self, images: Sequence[Image.Image] | np.ndarray, captions: Sequence[str], **settings: Any) -> torch.Tensor:
+    def rank(self, images: ImagesInput, captions: TextInput, **settings: Any) -> torch.Tensor:
         """Deprecated: use `rank_captions`."""
         warnings.warn("DiffDisPipeline.rank is deprecated; use rank_captions", DeprecationWarning, stacklevel=2)
         return self.rank_captions(images, captions, **settings)
 
-    def pixels(self, images: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
-        """Crop and resize PIL images to the model's size, [B, H, W, 3] uint8; an array must have this size already.
+    def pixels(self, images: ImagesInput) -> np.ndarray:
+        """Deprecated: use `preprocess`."""
+        warnings.warn("DiffDisPipeline.pixels is deprecated; use preprocess", DeprecationWarning, stacklevel=2)
+        return self.preprocess(images)
 
-        Raises ValueError for an array of another shape or type.
-        """
-        size = self.config.image_size
-        if isinstance(images, np.ndarray):
-            if images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
-                raise ValueError(f"images: {images.dtype} {images.shape} is not uint8 [B, {size}, {size}, 3]; use PIL")
-            return images
-        fitted = [ImageOps.fit(i.convert("RGB"), (size, size), Image.Resampling.BICUBIC) for i in images]
-        return np.stack([np.asarray(i) for i in fitted])
+    def preprocess(self, images: ImagesInput) -> np.ndarray:
+        """Return images as the model takes them, [B, S, S, 3] uint8; see `diffdis.images.preprocess`."""
+        return preprocess(as_image_list(images), self.config.image_size)
 
-    def _steps(self, num_steps: int, spacing: str = "") -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Return (t, abar_t, abar after the step) for every sampling step."""
-        spacing, abar = spacing or self.config.schedule.timestep_spacing, self.model.alphas_cumprod
-        steps = schedule.inference_timesteps(num_steps, len(abar), spacing)
-        previous = schedule.previous_alphas_cumprod(abar, steps, spacing)
-        return [(t, abar[t], prev) for t, prev in zip(steps, previous, strict=True)]
+    def warn_about_long_captions(self, captions: Sequence[str]) -> None:
+        """Warn once for captions of more tokens than the text encoder takes; the rest of such a caption has no effect."""
+        if long := self.text_encoder.truncated(captions):
+            warnings.warn(
+                f"{len(long)} of {len(captions)} captions have more than {self.config.text_encoder.max_length} tokens and are "
+                f"cut, such as {long[0][:80]!r}",
+                stacklevel=4,
+            )
 
     # --- folders ---------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write unet/ vae/ text_encoder/ tokenizer/ scheduler/ for diffusers and transformers, alignment/ and diffdis.json."""
-        folder = Path(folder)
-        self.model.unet.save_pretrained(folder / "unet")
-        self.autoencoder.save_pretrained(folder / "vae")
-        self.text_encoder.save_pretrained(folder)
-        self._scheduler().save_pretrained(folder / "scheduler")
-        alignment = {k: v.contiguous() for k, v in self.model.state_dict().items() if not k.startswith("unet.")}
-        (folder / ALIGNMENT_WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
-        save_file(alignment, folder / ALIGNMENT_WEIGHTS)
-        if self.config.autoencoder.kind == "kl" and self.config.text_encoder.kind == "clip":
-            (folder / "model_index.json").write_text(json.dumps(_stable_diffusion_index(self.text_encoder), indent=2))
-        (folder / CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2))
-
-    def _scheduler(self) -> DDIMScheduler:
-        values, leading = self.config.schedule, self.config.schedule.timestep_spacing == "leading"
-        return DDIMScheduler(
-            num_train_timesteps=values.num_timesteps,
-            beta_start=values.beta_start,
-            beta_end=values.beta_end,
-            beta_schedule=values.beta_schedule,
-            rescale_betas_zero_snr=values.zero_terminal_snr,
-            clip_sample=False,
-            set_alpha_to_one=not leading,
-            steps_offset=1 if leading else 0,
-            prediction_type=values.prediction_type,
-            timestep_spacing=values.timestep_spacing,
-        )
+    def save_pretrained(self, folder: str | Path, training: export_folder.Training | None = None) -> None:
+        """Write unet/ vae/ text_encoder/ tokenizer/ scheduler/ for diffusers and transformers, alignment/, diffdis.json and a
+        model card. `training`: what the card reports about the training."""
+        export_folder.save(Path(folder), self.config, self.model, self.autoencoder, self.text_encoder, self._ddim, training)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "DiffDisPipeline":
-        """Open a folder that `save_pretrained` wrote.
+    def from_pretrained(
+        cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None, variant: str | None = None
+    ) -> "DiffDisPipeline":
+        """Open a folder that `save_pretrained` wrote, or a repository of the hub with its content.
+
+        Args:
+            folder: the folder.
+            torch_dtype: of all weights; float32 by default.
+            variant: of the weight files, such as fp16; by default those without one, if there are any.
 
         Raises:
             FileNotFoundError: the folder is not an exported model.
             ValueError: it is damaged, or contains more than tensors.
         """
-        folder = Path(folder)
-        if not (folder / CONFIG_NAME).exists():
-            raise FileNotFoundError(f"{folder}: no {CONFIG_NAME} in this folder; give a folder that DiffDis exported")
-        values = read_json(folder / CONFIG_NAME)
-        check_values(folder / CONFIG_NAME, values)
-        try:
-            saved = DiffDisConfig.from_dict(values)
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / CONFIG_NAME}: does not describe a model ({error}); export it again") from None
-        config = dataclasses.replace(
-            saved,
-            warm_start="",
-            autoencoder=dataclasses.replace(saved.autoencoder, path=str(folder)),
-            text_encoder=dataclasses.replace(saved.text_encoder, path=str(folder)),
-        )
-        check_declared(folder, lambda: DiffDis(config))
-        check_diffusers_model(UNet2DConditionModel, folder / "unet")
-        model = DiffDis(config)
-        unet = load_component(UNet2DConditionModel, folder / "unet").state_dict()
-        try:
-            weights = load_file(folder / ALIGNMENT_WEIGHTS)
-            if "temperature.log_scale" in weights:  # larger ones were saved while `forward` limited it
-                weights["temperature.log_scale"].clamp_(max=MAX_LOG_SCALE)
-            model.load_state_dict(weights | {f"unet.{name}": value for name, value in unet.items()})
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise ValueError(
-                f"{folder}: its weights cannot be read ({' '.join(str(error).split())[:300]}); export it again"
-            ) from None
-        return cls(config, model, build_autoencoder(config.autoencoder), build_text_encoder(config.text_encoder))
+        return cls(*export_folder.load(str(folder), variant)).to(dtype=torch_dtype)
 
 
-def _stable_diffusion_index(text_encoder: TextEncoder) -> dict[str, Any]:
-    """Return the index file with which diffusers' StableDiffusionPipeline opens the folder."""
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "safety_checker": [None, None],
-        "requires_safety_checker": False,
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", type(text_encoder.model).__name__],
-        "tokenizer": ["transformers", type(text_encoder.tokenizer).__name__],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+def as_texts(texts: TextInput, name: str) -> list[str]:
+    """Return one or many texts as a list. Raises ValueError, with the argument's name, if there is none or one is not a text."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts:
+        raise ValueError(f"{name}: empty; give at least one text")
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(f"{name}: {wrong[0]!r} is not a text")
+    return texts
 
 
-def _generator(name: str) -> torch.Generator:
-    """Return a random generator whose seed depends on `name` alone."""
-    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
-    return torch.Generator().manual_seed(seed)
-
-
-def _noise(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return standard normal noise that depends on `name` alone."""
-    return torch.randn(shape, generator=_generator(name))
+def _checked(name: str, values: Sequence[Any], expected: int) -> Sequence[Any]:
+    if len(values) != expected:
+        raise ValueError(f"{name}: {len(values)} for {expected} inputs; give one for each")
+    return values

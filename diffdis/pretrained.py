@@ -1,7 +1,8 @@
 """Opening pretrained components in the layouts in which people keep them.
 
-A component (`unet`, `vae`, `text_encoder`, ...) is a subfolder of a pipeline, a folder of its own, or a repository of the hub. Its
-weights are `.safetensors` or `.bin` files, whole or sharded with an index, in any precision and with a variant such as `fp16`.
+A component (`unet`, `vae`, `text_encoder`, ...) is a subfolder of a pipeline, a folder of its own, or a repository of the hub.
+Its weights are `.safetensors` or `.bin` files, whole or sharded with an index, in any precision, with or without a variant such
+as `fp16`.
 """
 
 import functools
@@ -19,7 +20,7 @@ from diffdis.model_folder import check_model_folder, read_json
 
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?(?:\.(?P<old_variant>\w+))?"
-    r"\.(?P<suffix>safetensors|bin)"
+    r"\.(?:safetensors|bin)"
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _COMPONENTS = ("", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "alignment")  # of a repository that are downloaded
@@ -45,7 +46,7 @@ def local_folder(path: str) -> Path:
     """Return `path` if it exists or is absolute, else the folder of the hub's repository of that name, which is downloaded."""
     if Path(path).is_file() and path.endswith(SINGLE_FILES):
         raise ValueError(
-            f"{path}: a checkpoint in a single file; convert it to a folder: python -c \"from diffusers import "
+            f'{path}: a checkpoint in a single file; convert it to a folder: python -c "from diffusers import '
             f"StableDiffusionPipeline as P; P.from_single_file('{path}').save_pretrained('{Path(path).with_suffix('')}')\""
         )
     return Path(path) if Path(path).exists() or Path(path).is_absolute() else Path(_download(path))
@@ -71,26 +72,34 @@ def _download(repository: str) -> str:
             ) from None
 
 
-def weight_files(names: list[str]) -> list[str]:
+def weight_files(names: list[str], wanted_variant: str | None = None) -> list[str]:
     """Return those names of weight files that together are the preferred weights, or an empty list.
 
-    `.safetensors` are preferred to `.bin`, and files without a variant to `fp16` and others.
+    `.safetensors` are preferred to `.bin`, and files without a variant to `fp16` and others. With `wanted_variant`, no others
+    count.
     """
     groups: dict[tuple[bool, str], list[str]] = {}
     for name in sorted(names):
-        if match := _WEIGHTS.fullmatch(name):
-            variant = match["variant"] or match["old_variant"] or ""
-            groups.setdefault((match["suffix"] == "bin", variant), []).append(name)
+        if _WEIGHTS.fullmatch(name) and wanted_variant in (None, _variant(name)):
+            groups.setdefault((name.endswith(".bin"), _variant(name)), []).append(name)
     return groups[min(groups, key=lambda key: (key[0], key[1] != "", key[1] != "fp16", key[1]))] if groups else []
 
 
-def load_component(kind: Any, folder: Path, *, optional: tuple[str, ...] = (), **settings: Any) -> Any:
+def _variant(name: str) -> str:
+    match = _WEIGHTS.fullmatch(name)
+    return (match["variant"] or match["old_variant"] or "") if match else ""
+
+
+def load_component(
+    kind: Any, folder: Path, *, optional: tuple[str, ...] = (), variant: str | None = None, **settings: Any
+) -> Any:
     """Return the model of a folder in float32, with `kind.from_pretrained`.
 
     Args:
         kind: a model class of diffusers or transformers.
         folder: the component's folder.
         optional: patterns of tensors in the files that the model may do without.
+        variant: of the weight files; by default the preferred one.
         settings: more arguments of `from_pretrained`.
 
     Raises:
@@ -98,22 +107,21 @@ def load_component(kind: Any, folder: Path, *, optional: tuple[str, ...] = (), *
         ValueError: the folder contains more than tensors, or its tensors are not exactly those of the model.
     """
     check_model_folder(folder)
-    files = weight_files([file.name for file in folder.iterdir()])
+    files = weight_files([file.name for file in folder.iterdir()], variant)
     if not files:
         others = [file.name for file in folder.iterdir() if file.suffix in _PICKLES]
         if others:
             raise ValueError(f"{folder}: the weights are in {others[0]}, which can run code; save them as .safetensors")
-        raise FileNotFoundError(f"{folder}: no weights in it (model.safetensors or another of its names); download them, too")
-    match = _WEIGHTS.fullmatch(files[0])
-    assert match
+        what = f"weights of the variant {variant}" if variant else "weights"
+        raise FileNotFoundError(f"{folder}: no {what} in it (model.safetensors or another of its names); download them, too")
     for file in files:
         check_pickle(folder / file)
     try:
         model, report = kind.from_pretrained(
             folder,
             dtype=torch.float32,
-            variant=match["variant"] or match["old_variant"],
-            use_safetensors=match["suffix"] == "safetensors",
+            variant=_variant(files[0]) or None,
+            use_safetensors=not files[0].endswith(".bin"),
             output_loading_info=True,
             **settings,
         )

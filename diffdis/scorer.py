@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from diffdis.autoencoder import KLAutoencoder
 from diffdis.pipeline import DiffDisPipeline
@@ -20,7 +19,7 @@ class DiffDisScorer:
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
         """Return [S, S, 3] of the model's size for uint8 [H, W, 3]: center-cropped to a square, resized with a bicubic filter."""
-        return self.pipeline.pixels([Image.fromarray(image)])[0]
+        return self.pipeline.preprocess([image])[0]
 
     def embed_images(
         self, images: np.ndarray, keys: Sequence[str], num_steps: int = 10, num_draws: int = 1, guidance: float = 0.0
@@ -41,5 +40,7 @@ class DiffDisScorer:
         self, captions: Sequence[str], indices: Sequence[int], num_steps: int, guidance_scale: float, seed: int
     ) -> np.ndarray:
         """Return uint8 [B, S, S, 3]; see `DiffDisPipeline.generate`."""
-        images = self.pipeline.generate(captions, num_steps=num_steps, guidance_scale=guidance_scale, seed=seed, indices=indices)
+        images = self.pipeline.generate(
+            captions, num_inference_steps=num_steps, guidance_scale=guidance_scale, seed=seed, indices=indices
+        )
         return np.stack([np.asarray(image) for image in images])

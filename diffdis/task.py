@@ -130,7 +130,7 @@ class DiffDisTask:
         # A rank without a caption generates the first one, too, so that all ranks run the U-Net equally often.
         generated = list(indices) or [0]
         captions = [self.preview_captions[index] for index in generated]
-        images = self._live_pipeline().generate(captions, num_steps=20, guidance_scale=3.0, indices=generated)
+        images = self._live_pipeline().generate(captions, num_inference_steps=20, guidance_scale=3.0, indices=generated)
         return {index: np.asarray(image) for index, image in zip(indices, images, strict=False)}
 
     def preview_page(self, images: Mapping[int, np.ndarray]) -> bytes:

@@ -15,7 +15,6 @@ from diffdis.config import TextEncoderConfig
 from diffdis.model_folder import NO_CODE, check_model_folder
 from diffdis.pretrained import component_folder, load_component, local_folder, read_config, read_tensor
 
-
 TEXT_PROJECTION = "alignment/text_projection.safetensors"  # in an export, whose text_encoder/ is the one that diffusers calls
 # Tensors of a whole CLIP that its text model does without.
 _OTHER_HALF = (r"^vision_model\.", r"^visual_projection\.", r"^text_projection\.", r"^logit_scale$")
@@ -24,6 +23,9 @@ _ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart")
 
 class TextEncoder(nn.Module):
     """A text model of transformers, its tokenizer, and CLIP's projection of the pooled state, if it has one."""
+
+    projection: torch.Tensor | None
+    model: Any
 
     def __init__(self, config: TextEncoderConfig, model: Any, tokenizer: Any, projection: torch.Tensor | None = None):
         """`projection` [embedding_dim, token_dim]."""
@@ -51,6 +53,11 @@ class TextEncoder(nn.Module):
         encoded = [fresh[c] if c in fresh else self._cache[c] for c in captions]
         self._update_cache(fresh)
         return torch.stack([s for s, _ in encoded]).to(device), torch.stack([e for _, e in encoded]).to(device)
+
+    def truncated(self, captions: Sequence[str]) -> list[str]:
+        """Return the captions with more tokens than the encoder takes, which `encode` cuts."""
+        tokens = self.tokenizer(list(captions), verbose=False)["input_ids"]
+        return [caption for caption, ids in zip(captions, tokens, strict=True) if len(ids) > self.config.max_length]
 
     def _update_cache(self, fresh: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         for caption, (states, pooled) in fresh.items() if self.config.cache_size else ():

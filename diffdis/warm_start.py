@@ -107,7 +107,7 @@ def _resolve_unet(config: DiffDisConfig, folder: Path, values: dict[str, Any]) -
             "model.image_size: %d px, latents of %d; the U-Net of %s was trained with latents of %d",
             *(config.image_size, sample_size, folder, native),
         )
-    fields = {name: given[name] for name in known & given.keys()} | {"sample_size": sample_size}
+    fields: dict[str, Any] = {name: given[name] for name in known & given.keys()} | {"sample_size": sample_size}
     for name in sorted(known & given.keys() - {"sample_size"}):
         chosen = getattr(config.unet, name)
         if chosen not in (getattr(default, name), given[name]):

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffdis.config import DiffDisConfig, ObjectiveConfig
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
-from diffdis.warm_start import resolve_encoder_paths
+from diffdis.warm_start import resolve_pretrained
 from diffdis_platform.config.export import ExportConfig
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, describe_error
@@ -76,7 +76,11 @@ def check_opens(folder: Path) -> list[str]:
 
 def build_task(config: dict[str, Any]) -> DiffDisTask:
     """Return the task that the configuration of a run describes, without the weights of a warm start."""
-    model = resolve_encoder_paths(DiffDisConfig.from_dict(config["model"]))
+    model = DiffDisConfig.from_dict(config["model"])
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in config["objective"].items()}
     objective = ObjectiveConfig(**values)
-    return storage.with_cached_folders(DiffDisTask, replace(model, warm_start=""), objective)
+
+    def build(model: DiffDisConfig) -> DiffDisTask:
+        return DiffDisTask(replace(resolve_pretrained(model), warm_start=""), objective)
+
+    return storage.with_cached_folders(build, model)

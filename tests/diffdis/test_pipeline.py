@@ -129,10 +129,10 @@ def test_a_stable_diffusion_folder_trains_exports_and_opens_in_diffusers(stable_
     assert loaded.embed_image(batch.images, num_steps=2, guidance=1.0).shape == (6, WIDTH)
 
 
-def test_a_warm_start_that_does_not_fit_names_the_tensor(stable_diffusion_task):
+def test_a_warm_start_that_does_not_fit_names_the_field(stable_diffusion_task):
     config = stable_diffusion_task.config
     wider = dataclasses.replace(config, unet=dataclasses.replace(config.unet, block_out_channels=(16, 64)))
-    with pytest.raises(ValueError, match=r"model\.warm_start: .* in .*sd, .* in the configured model"):
+    with pytest.raises(ValueError, match=r"model\.unet\.block_out_channels: \(16, 64\), but .*sd.* has \(16, 32\)"):
         DiffDisTask(wider, ObjectiveConfig())
 
 

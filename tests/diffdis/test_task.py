@@ -277,5 +277,5 @@ def test_a_model_that_was_exported_starts_another_one(make_task, batch, tmp_path
     assert clip["new"] == {"pooled": {"tensors": 4, "parameters": 2 * 32 + 32 * 32 + 32}}
     assert "temperature" in clip["loaded"]
     assert any(name.startswith("stream.") for name in clip["ignored"])
-    with pytest.raises(ValueError, match=r"model\.warm_start: .* is \(16,.*, \(24,.*in the configured model"):
+    with pytest.raises(ValueError, match=r"model\.unet\.block_out_channels: \(24, 32\), but .* has \(16, 32\)"):
         make_task(warm_start=str(tmp_path), unet=dataclasses.replace(first.config.unet, block_out_channels=(24, 32)))

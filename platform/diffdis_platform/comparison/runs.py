@@ -184,7 +184,11 @@ def _quality_digests(config: QualityConfig) -> dict[str, str]:
 def _with_new_fields(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return an identity that earlier code wrote, with the defaults of the fields that were added since."""
     defaults = _shared_fields(CompareConfig())
-    return {**identity, **{part: with_defaults(identity[part], values) for part, values in defaults.items()}}
+    filled = {**identity, **{part: with_defaults(identity[part], values) for part, values in defaults.items()}}
+    model = filled["pretrain"]["model"]
+    if gamma := model["schedule"]["gamma"]:  # its deprecated name
+        model["schedule"] |= {"gamma": 0.0, "query_snr": gamma * model["text_encoder"]["embedding_dim"] ** 0.5}
+    return filled
 
 
 def _read_summary(config: CompareConfig, identity: Mapping[str, Any]) -> tuple[dict[str, ArmFields], Results]:

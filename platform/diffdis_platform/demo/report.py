@@ -24,7 +24,7 @@ def write_report(output: Path, data: Path, captions: tuple[str, ...]) -> dict[st
     zero_shot = score(pipeline, data)
     print("drawing the grid …", flush=True)
     drawn = [*captions, *sample_captions(data, NUM_RANDOM_CAPTIONS)]
-    images = pipeline.generate(drawn, num_steps=30, guidance_scale=GUIDANCE_SCALE)
+    images = pipeline.generate(drawn, num_inference_steps=30, guidance_scale=GUIDANCE_SCALE)
     image_grid(images, drawn).save(output / "grid.png")
     random_images = images[len(captions) :]
     summary = {

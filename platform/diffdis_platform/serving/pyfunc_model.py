@@ -55,7 +55,7 @@ class DiffDisModel(mlflow.pyfunc.PythonModel):
     def _generate(self, rows: pd.DataFrame, params: dict[str, Any], first: int) -> pd.DataFrame:
         images = self.pipeline.generate(
             _column(rows, "caption", first),
-            num_steps=params.get("num_steps", 0) or 50,
+            num_inference_steps=params.get("num_steps", 0) or 50,
             guidance_scale=params.get("guidance_scale", 7.5),
             seed=params.get("seed", 0),
             indices=range(first, first + len(rows)),  # the noise of a row depends on its index, not on the batches

@@ -6,17 +6,19 @@ The real modules run on torch's fake tensors, which have shapes and no contents:
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from transformers import AutoConfig, AutoModel, CLIPTextConfig, CLIPTextModelWithProjection
 
-from diffdis.autoencoder import component_of
 from diffdis.config import AutoencoderConfig, DiffDisConfig, ObjectiveConfig, TextEncoderConfig
 from diffdis.encoder import PRECOMPUTED
 from diffdis.model import DiffDis
 from diffdis.objective import Objective
+from diffdis.pretrained import component_folder, read_config
+from diffdis.warm_start import resolve_pretrained
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.sizing.constants import HALF
 from diffdis_platform.sizing.torch_internals import LiveBytes, fake_tensors
@@ -59,7 +61,7 @@ def count(config: PretrainConfig, num_micro_batches: int = 1) -> Counts:
     try:
         with fake_tensors():
             return _count(
-                config.model,
+                resolve_pretrained(config.model) if Path(config.model.warm_start or "-").exists() else config.model,
                 config.objective,
                 train.micro_batch_size,
                 train.precision != "fp32",
@@ -161,8 +163,8 @@ def _autoencoder(config: AutoencoderConfig) -> Any:
     """Return the autoencoder, of Stable Diffusion's shape if no path is given; None for haar, which needs few operations."""
     if config.kind == "haar":
         return None
-    if config.path:
-        return AutoencoderKL.from_config(AutoencoderKL.load_config(**component_of(config.path, "vae")))
+    if Path(config.path or "-").exists():  # nothing is downloaded for a prediction
+        return AutoencoderKL.from_config(read_config(component_folder(config.path, "vae")))
     return stable_diffusion_autoencoder()
 
 
@@ -179,8 +181,8 @@ def stable_diffusion_autoencoder() -> AutoencoderKL:
 
 def _text_encoder(config: TextEncoderConfig) -> Any:
     """Return the text encoder, of CLIP ViT-L/14's shape if no path is given."""
-    if config.path:
-        config_of_path = AutoConfig.from_pretrained(**component_of(config.path, "text_encoder"))
+    if Path(config.path or "-").exists():
+        config_of_path = AutoConfig.from_pretrained(component_folder(config.path, "text_encoder"))
         if config.kind == "clip":
             return CLIPTextModelWithProjection(getattr(config_of_path, "text_config", config_of_path))
         return AutoModel.from_config(config_of_path)
