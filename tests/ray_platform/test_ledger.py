@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from ray_platform.contracts import ConsumedRange
 from ray_platform.data import source
 from ray_platform.data.catalog import Catalog, Shard, ShardRange
-from ray_platform.data.causes import RejectedSample
+from ray_platform.data.causes import RejectedSample, SkipCounter
 from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader, groups
-from ray_platform.data.skip_counter import SkipCounter
 from ray_platform.data.stream import Batcher, merged
 
 
@@ -122,7 +121,7 @@ class Run:
             planned = groups(self.catalog, reader, self.config.interleave, self.config.reads_per_rank)
             for group in planned:
                 if group.read_stream == number:
-                    yield from map(source.unpack, source.read_group(group, self.config, 3))
+                    yield from source.read_group(group, self.config, 3)
 
         rows = merged([read_stream(number) for number in range(self.config.reads_per_rank)])
         return Batcher(self.batch_size, SkipCounter(f"rank {rank}", 0.9)).batches(rows)

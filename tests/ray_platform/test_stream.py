@@ -11,11 +11,11 @@ import pytest
 from ray_platform import storage
 from ray_platform.contracts import Batch, ConfigError, DataError
 from ray_platform.data.catalog import Catalog, build_catalog
+from ray_platform.data.causes import SkipCounter
 from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader, groups
-from ray_platform.data.skip_counter import SkipCounter
-from ray_platform.data.source import read_group, unpack
+from ray_platform.data.source import BLOCK_BYTES, read_group
 from ray_platform.data.stream import Batcher, merged, stream
 
 NUM_SAMPLES = 60  # in shard_folder
@@ -30,13 +30,13 @@ def reader_of(catalog: Catalog, rank=0, world_size=1, *, seed=0, base=None, cons
     return Reader(seed, rank, world_size, base, consumed or base.copy())
 
 
-def without_ray(catalog, config, reader, *, batch_size, num_batches) -> list[Batch]:
+def without_ray(catalog, config, reader, *, batch_size, num_batches, block_bytes=BLOCK_BYTES) -> list[Batch]:
     """The same stream, from its plain parts."""
 
     def read_stream(number: int):
         for group in groups(catalog, reader, config.interleave, config.reads_per_rank):
             if group.read_stream == number:
-                yield from map(unpack, read_group(group, config, reader.seed))
+                yield from read_group(group, config, reader.seed, block_bytes)
 
     batcher = Batcher(batch_size, SkipCounter(f"rank {reader.rank}", config.max_skipped_share))
     return list(islice(batcher.batches(merged([read_stream(number) for number in range(config.reads_per_rank)])), num_batches))
@@ -141,10 +141,9 @@ def png_of(seed: int, height: int, width: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_the_stream_does_not_depend_on_where_blocks_end(catalog, config, monkeypatch):
+def test_the_stream_does_not_depend_on_where_blocks_end(catalog, config):
     whole = without_ray(catalog, config, reader_of(catalog), batch_size=9, num_batches=10)
-    monkeypatch.setattr("ray_platform.data.source.BLOCK_BYTES", 600)
-    assert_same(without_ray(catalog, config, reader_of(catalog), batch_size=9, num_batches=10), whole)
+    assert_same(without_ray(catalog, config, reader_of(catalog), batch_size=9, num_batches=10, block_bytes=600), whole)
 
 
 def test_parts_of_a_large_shard_give_the_whole_shard(write, build_samples):
