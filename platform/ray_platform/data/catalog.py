@@ -97,7 +97,7 @@ class Catalog:
         """Return the shards of a source, with the names that they have if it is the only source."""
         shards = [shard for shard, source in zip(self.shards, self.sources, strict=True) if source == number]
         shared = _shared_folder(shard.url for shard in shards)
-        return tuple(shard._replace(name=_below(shard.url, shared)) for shard in shards)
+        return tuple(Shard(shard.url, shard.size, _below(shard.url, shared), shard.num_samples) for shard in shards)
 
     def estimated_samples(self, unit: ShardRange) -> float:
         """Return the number of samples of a unit, from its shard's count if that is known, else from its size."""
