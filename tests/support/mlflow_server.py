@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.support.ports import free_ports
+from tests.support.processes import free_ports, wait_until_ready
 
 
 class MlflowServer:
@@ -31,16 +30,14 @@ class MlflowServer:
         with self._log.open("wb") as log:
             # A session of its own: it starts others, which end with it.
             self._process = subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 600
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return self
-            except OSError as error:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    self.__exit__()
-                    raise RuntimeError(f"MLflow's server did not start: {self.said}") from error
-                time.sleep(0.2)
+        try:
+            wait_until_ready(
+                self._process, self._log, lambda: urllib.request.urlopen(f"{self.url}/health", timeout=5).close(), 600
+            )
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -48,6 +45,6 @@ class MlflowServer:
                 os.killpg(self._process.pid, number)
                 self._process.wait(timeout=30)
 
-    @property
-    def said(self) -> str:
-        return self._log.read_text()[-4000:]
+    def _check_health(self) -> None:
+        with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+            pass
