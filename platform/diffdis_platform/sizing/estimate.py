@@ -101,20 +101,19 @@ def estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: Ba
     data, peak = config.data(run.model.image_size), PEAK_FLOPS[config.gpu]
 
     # A step: the GPU computes while its host issues the kernels; the network partly hides behind the backward pass.
+    task = run.objective.task
     compute = plan.samples * counts.executed_flops / (peak * c.mfu)
-    passes = plan.num_micro_batches * (2 if run.objective.task == "joint" else 1) * counts.executed_flops / counts.flops
+    passes = plan.num_micro_batches * (2 if task == "joint" else 1) * counts.executed_flops / counts.flops
     issue = passes * counts.num_tensors * 1e-6 * c.issue_us
     encode = plan.samples * counts.encoders.flops / (peak * c.encoder_mfu) if live else 0.0
-    sent = _traffic(counts, train, plan, run.objective.num_draws if run.objective.task != "generation" else 0, c)
+    sent = _traffic(counts, train, plan, 0 if task == "generation" else run.objective.num_draws, c)
     hidden = min(c.overlap * sent.backward, max(compute, issue) * 2 / 3)  # two thirds of the operations are backward
     network = sent.backward - hidden + sent.exposed
     busy = max(compute, issue) + encode
     wanted = plan.global_batch_size / (busy + network)
 
     # Inputs: decoding uses the spare cores of the GPU nodes, and CPU nodes for the rest.
-    sample_bytes = data.pair_bytes if live else counts.row_bytes + _KEY_AND_CAPTION_BYTES
-    core_seconds = 1e-9 * sample_bytes * c.s3_read_seconds_per_gb
-    core_seconds += _decode_seconds(data, run.data.image_size, c) if live else 1e-6 * sample_bytes / c.precomputed_mb_per_core
+    sample_bytes, core_seconds = _sample_cost(counts, data, live, run.data.image_size, c)
     nodes = c.num_nodes(n)
     spare = max(0.0, nodes * c.cpus_per_gpu_node - n * train.cpus_per_worker)
     cpu_nodes = -int(-max(0.0, wanted * core_seconds - spare) // c.cpus_per_cpu_node)
@@ -127,7 +126,7 @@ def estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: Ba
     seconds = config.epochs * data.num_pairs / (rate * lost.useful_fraction) if lost.useful_fraction else math.inf
     held = memory(counts, train, plan, live)
     kept = train.keep_checkpoints + bool(train.keep_best) + 1  # and the one that is being written
-    shards, checkpoints = data.num_pairs * data.pair_bytes / 1e12, kept * lost.checkpoint_bytes / 1e12
+    checkpoints, shards = kept * lost.checkpoint_bytes / 1e12, data.num_pairs * data.pair_bytes / 1e12
     precomputed = 0.0 if live else data.num_pairs * sample_bytes / 1e12
     storage = (checkpoints + (shards if live else precomputed)) * c.storage_tb_month * seconds / (30.44 * _DAY)
     return Estimate(
@@ -197,15 +196,25 @@ def _reduce_bucket_size(train: TrainConfig) -> float:
     return float(_zero_setting(train, "reduce_bucket_size", 5e8))
 
 
-def _decode_seconds(data: DatasetSize, target_px: int, c: Constants) -> float:
-    """Return the core seconds to decode a pair. The decoder's part of the measured rate scales with the pixels of the file, and
-    the rest (tar, copies) with those of the output."""
+def _sample_cost(counts: Counts, data: DatasetSize, live: bool, target_px: int, c: Constants) -> tuple[float, float]:
+    """Return the bytes of a sample on S3, and the core seconds to read and decode it.
+
+    The decoder's part of the measured rate scales with the pixels of the file, and the rest (tar, copies) with those of the
+    output.
+    """
 
     def decoder_ms(px: float) -> float:
         return c.decode_ms + c.decode_ms_per_megapixel * (px / 1000) ** 2
 
-    decoder = decoder_ms(data.shard_px) / decoder_ms(_LOADER_PX) / c.decoder_images_per_core
-    return decoder + (1 / c.stream_images_per_core - 1 / c.decoder_images_per_core) * (target_px / _LOADER_TARGET_PX) ** 2
+    if live:
+        size = data.pair_bytes
+        decoder = decoder_ms(data.shard_px) / decoder_ms(_LOADER_PX) / c.decoder_images_per_core
+        rest = (1 / c.stream_images_per_core - 1 / c.decoder_images_per_core) * (target_px / _LOADER_TARGET_PX) ** 2
+        seconds = decoder + rest
+    else:
+        size = counts.row_bytes + _KEY_AND_CAPTION_BYTES
+        seconds = 1e-6 * size / c.precomputed_mb_per_core
+    return size, seconds + 1e-9 * size * c.s3_read_seconds_per_gb
 
 
 def _gather_seconds(size: float, calls: float, num_gpus: int, c: Constants) -> float:
