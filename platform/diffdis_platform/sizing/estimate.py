@@ -98,10 +98,9 @@ def estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: Ba
     """Return the prediction for the number of GPUs and the micro-batches of `plan`."""
     n, live, c = plan.world_size, config.inputs == "live", config.all_constants()
     train = replace(run.train, num_workers=n, micro_batch_size=plan.micro_batch_size, global_batch_size=0)
-    data, peak = config.data(run.model.image_size), PEAK_FLOPS[config.gpu]
+    data, peak, task = config.data(run.model.image_size), PEAK_FLOPS[config.gpu], run.objective.task
 
     # A step: the GPU computes while its host issues the kernels; the network partly hides behind the backward pass.
-    task = run.objective.task
     compute = plan.samples * counts.executed_flops / (peak * c.mfu)
     passes = plan.num_micro_batches * (2 if task == "joint" else 1) * counts.executed_flops / counts.flops
     issue = passes * counts.num_tensors * 1e-6 * c.issue_us
