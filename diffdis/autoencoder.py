@@ -13,7 +13,6 @@ from einops import rearrange
 from torch import nn
 
 from diffdis.config import AutoencoderConfig
-from diffdis.model_folder import check_diffusers_model
 from diffdis.pretrained import component_folder, load_component
 
 
@@ -101,9 +100,7 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     else:
         if not config.path:
             raise ValueError("model.autoencoder.path: empty; kind kl needs a Stable Diffusion folder")
-        folder = component_folder(config.path, "vae")
-        check_diffusers_model(AutoencoderKL, folder)
-        model = KLAutoencoder(load_component(AutoencoderKL, folder))
+        model = KLAutoencoder(load_component(AutoencoderKL, component_folder(config.path, "vae")))
     return model.eval().requires_grad_(False)
 
 

@@ -88,7 +88,7 @@ class DiffDis(nn.Module):
     def noise_query(self, e: torch.Tensor, noise: torch.Tensor, t_e: torch.Tensor) -> torch.Tensor:
         """Return e_t = gamma sqrt(abar) sqrt(D) e + sqrt(1 - abar) eps, in float32.
 
-        e [B, D], noise [B, n, D], t_e [B, n] -> [B, n, D]. e has unit norm: sqrt(D) gives its entries the size of the noise's [D].
+        e [B, D], noise [B, n, D], t_e [B, n] -> [B, n, D]. e has unit norm: sqrt(D) gives its entries the noise's size [D].
         """
         scaled = (e * e.shape[-1] ** 0.5).unsqueeze(1).expand_as(noise)
         return schedule.add_noise(scaled, noise, self.alphas_cumprod[t_e], self.config.gamma)

@@ -51,9 +51,7 @@ class DiffDisPipeline:
     def dtype(self) -> torch.dtype:
         return self.model.unet.conv_in.weight.dtype
 
-    def to(
-        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
-    ) -> "DiffDisPipeline":
+    def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> "DiffDisPipeline":
         """Move all parts to a device, a dtype or both, and return self. The noise schedule stays float32."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -166,7 +164,9 @@ class DiffDisPipeline:
             for start in range(0, len(prompts), batch_size):
                 rows = slice(start, start + batch_size)
                 names = [f"{seed}/{index}" for index in indices[rows]]
-                noise = latents[rows] if latents is not None else torch.stack([named_noise(f"generate/{n}", shape) for n in names])
+                noise = (
+                    latents[rows] if latents is not None else torch.stack([named_noise(f"generate/{n}", shape) for n in names])
+                )
                 generators = generator or [named_generator(f"sample/{name}") for name in names]
 
                 def on_step(index: int, t: int, x: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,11 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from diffusers import ModelMixin
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
-from diffdis.model_folder import check_model_folder, read_json
+from diffdis.model_folder import check_diffusers_model, check_model_folder, read_json
 
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?(?:\.(?P<old_variant>\w+))?"
@@ -116,6 +117,8 @@ def load_component(
         raise FileNotFoundError(f"{folder}: no {what} in it (model.safetensors or another of its names); download them, too")
     for file in files:
         check_pickle(folder / file)
+    if issubclass(kind, ModelMixin):
+        check_diffusers_model(kind, folder)
     try:
         model, report = kind.from_pretrained(
             folder,

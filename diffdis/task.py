@@ -14,6 +14,7 @@ from PIL import Image
 from diffdis.autoencoder import build_autoencoder, to_latents
 from diffdis.config import DiffDisConfig, ObjectiveConfig
 from diffdis.encoder import PRECOMPUTED, move_encoders
+from diffdis.export_folder import Training, check_export
 from diffdis.image_grid import image_grid
 from diffdis.metrics.retrieval import recall_at_k
 from diffdis.metrics.zero_shot import ZeroShotScores
@@ -157,9 +158,25 @@ class DiffDisTask:
         model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
         return DiffDisPipeline(self.config, model.eval(), self.autoencoder, self.text_encoder)
 
-    def save_pretrained(self, state_dict: Mapping[str, torch.Tensor], folder: Path) -> None:
-        """Write a folder for `DiffDisPipeline.from_pretrained`; its components open in diffusers and transformers."""
-        self.pipeline(state_dict).save_pretrained(folder)
+    def save_pretrained(
+        self, state_dict: Mapping[str, torch.Tensor], folder: Path, training: Mapping[str, Any] | None = None
+    ) -> Sequence[str]:
+        """Write a folder for `DiffDisPipeline.from_pretrained`, whose components open in diffusers and transformers.
+
+        Args:
+            state_dict: weights of `module`.
+            folder: the folder.
+            training: fields of `export_folder.Training`, for the model card.
+
+        Returns:
+            What the folder was opened with as a check.
+
+        Raises:
+            ValueError: diffusers generates another image from the folder than we do.
+        """
+        pipeline = self.pipeline(state_dict)
+        pipeline.save_pretrained(folder, Training(**training) if training else None)
+        return check_export(pipeline, folder)
 
     def describe(self, captions: Sequence[str] = ()) -> dict[str, Any]:
         """Return the parameter counts by part, the tensors that the warm start loaded, left new and ignored, and `query_leak`

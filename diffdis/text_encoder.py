@@ -90,6 +90,7 @@ class TextEncoder(nn.Module):
         """Write `folder/text_encoder` and `folder/tokenizer` in diffusers' layout, and the projection."""
         self.model.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
+        (folder / TEXT_PROJECTION).unlink(missing_ok=True)  # of another model that was saved there
         if self.projection is not None:
             (folder / TEXT_PROJECTION).parent.mkdir(parents=True, exist_ok=True)
             save_file({"text_projection.weight": self.projection.contiguous()}, folder / TEXT_PROJECTION)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from diffdis.config import DiffDisConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
 from diffdis.model import DiffDis
-from diffdis.model_folder import check_diffusers_model
 from diffdis.pretrained import component_folder, load_component, local_folder, read_config
 from diffdis.text_encoder import text_encoder_widths
 
@@ -199,7 +198,6 @@ def load_warm_start(model: DiffDis, path: str) -> WarmStartReport:
     Raises ValueError with the first tensor of the U-Net that differs: a partly loaded U-Net would be a different model.
     """
     folder = component_folder(path, "unet")
-    check_diffusers_model(UNet2DConditionModel, folder)
     source = {f"unet.{name}": tensor for name, tensor in load_component(UNet2DConditionModel, folder).state_dict().items()}
     if (others := local_folder(path) / ALIGNMENT_WEIGHTS).exists():
         source |= load_file(others)

@@ -141,7 +141,7 @@ def test_an_exports_answers(old, expected):
     assert_close(pipeline.embed_image(images, **steps).tolist(), "embed_image")
     assert_close(pipeline.embed_text(CAPTIONS).tolist(), "embed_text")
     assert_close(pipeline.classify(images, CAPTIONS, ["a {c}."], **steps).tolist(), "classify")
-    assert_close(pipeline.generate(CAPTIONS[:2], num_steps=3, guidance_scale=2.0), "generate", 1.0)
+    assert_close(pipeline.generate(CAPTIONS[:2], num_inference_steps=3, guidance_scale=2.0), "generate", 1.0)
 
 
 def test_a_model_from_mlflow(old, expected):

@@ -5,10 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-
 from diffdis.config import DiffDisConfig, ObjectiveConfig
-from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
 from diffdis.warm_start import resolve_pretrained
 from diffdis_platform.config.export import ExportConfig
@@ -54,24 +51,12 @@ def export(config: ExportConfig) -> str:
     weights = dict(checkpoint_format.read_weights(url, "ema" if ema else "weights"))
     with tempfile.TemporaryDirectory(prefix="export_") as folder:
         try:
-            task.save_pretrained(weights, Path(folder))
+            opened = task.save_pretrained(weights, Path(folder), manifest.training_facts())
         except (KeyError, ValueError, RuntimeError) as error:
-            raise DataError(f"{url}: its tensors are not those of its model ({describe_error(error)}); take another") from None
-        opened = ", ".join(check_opens(Path(folder)))
+            raise DataError(f"{url}: no model can be exported from its tensors ({describe_error(error)}); take another") from None
         storage.put_folder(Path(folder), config.output_dir)
     which = "the EMA" if ema else "the weights"
-    return f"done: {which} of step {manifest.step} ({url}) in {config.output_dir}; opens as {opened}"
-
-
-def check_opens(folder: Path) -> list[str]:
-    """Open the folder with every library that reads it, and return their names."""
-    DiffDisPipeline.from_pretrained(folder)
-    UNet2DConditionModel.from_pretrained(folder / "unet")
-    opened = ["DiffDisPipeline", "diffusers' UNet2DConditionModel"]
-    if (folder / "model_index.json").exists():
-        DiffusionPipeline.from_pretrained(folder)
-        opened.append("diffusers' StableDiffusionPipeline")
-    return opened
+    return f"done: {which} of step {manifest.step} ({url}) in {config.output_dir}; opens as {', '.join(opened)}"
 
 
 def build_task(config: dict[str, Any]) -> DiffDisTask:

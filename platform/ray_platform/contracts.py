@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 from ray_platform.redaction import redacted
 
@@ -72,13 +72,13 @@ class ConsumedRange(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """What a rank's stream yields. B = micro_batch_size, always."""
+    """A batch of a rank's data stream, of B = micro_batch_size samples."""
 
-    # Either `image`, [B, H, W, 3] uint8 RGB, or what the Task's encoders made of images and captions before (precomputed).
+    # Either `image`, [B, H, W, 3] uint8 RGB, or the precomputed results of the Task's encoders.
     tensors: Mapping[str, np.ndarray]
     captions: Sequence[str]  # B
     keys: Sequence[str]  # B; "<shard name>/<key in the tar>", unique in the source
-    consumed: Sequence[ConsumedRange]  # since the batch before: this batch's samples, and those that were skipped on the way
+    consumed: Sequence[ConsumedRange]  # since the previous batch: this batch's samples, and those that were skipped
     skipped: Mapping[str, int]  # cause -> samples skipped since the stream began, on this rank
 
 
@@ -86,72 +86,77 @@ class Encoder(Protocol):
     """The frozen half of a Task, whose results can be computed before training."""
 
     def encode(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """images [B, H, W, 3] uint8 -> arrays of B rows each, in half precision."""
-        ...
+        """Encode images [B, H, W, 3] uint8 and their captions to arrays of B rows each, in half precision."""
+
+
+class TrainingFacts(TypedDict):
+    """What the model card of an export reports about the training."""
+
+    recipe: str
+    data: str  # the sources of the training data
+    data_digest: str
+    step: int
+    samples_seen: int
+    scores: dict[str, float]
 
 
 class Task(Protocol):
-    """What a trainer needs to know of a model.
+    """A model and its training objective, as the trainer sees them.
 
-    `module(inputs, seed, **more)` returns the loss to minimise and the metrics of a micro-batch, with all its randomness drawn
-    from `seed`. A metric is a [2] tensor: a weighted sum and its weight; sums and weights add up over ranks, micro-batches
-    and steps and are divided only when they are logged.
+    `module(inputs, seed, **more)` returns the loss of a micro-batch and its metrics, with all randomness derived from `seed`. A
+    metric is a [2] tensor, a weighted sum and its weight; both are added over ranks, micro-batches and steps, and divided when
+    they are logged.
 
-    Every rank calls every method that runs `module` equally often: under ZeRO 3 each call is a collective.
+    Every rank calls every method that runs `module` equally often, because each call is a collective under ZeRO 3.
     """
 
     module: torch.nn.Module
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """AdamW groups over `module`'s trainable parameters: `params`, `lr`, `weight_decay` and a `name` for the log.
+        """Return AdamW groups over `module`'s trainable parameters: `params`, `lr`, `weight_decay` and a `name` for the log.
 
         A group may have a `max_value`, to which its parameters are limited after each update.
         """
-        ...
 
     def enable_activation_checkpointing(self) -> None:
-        """From now on compute activations again in the backward pass instead of keeping them."""
-        ...
+        """Recompute activations in the backward pass instead of keeping them."""
 
     def inputs(self, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
-        """From a batch's images and captions, or from what was precomputed of them, to what `module` takes."""
-        ...
+        """Convert a batch, of images and captions or precomputed, to the inputs of `module`."""
 
     def precompute_step_loss(
         self, inputs: Sequence[dict[str, torch.Tensor]], seeds: Sequence[int]
     ) -> Sequence[Mapping[str, Any]]:
-        """What `module` takes besides for each micro-batch of one optimiser step: keyword arguments, none if empty.
+        """Return more keyword arguments of `module` for each micro-batch of an optimizer step.
 
-        Called before the first of them is run: here a loss over the whole step's samples can look at all of them.
+        Called before the first micro-batch runs, so that a loss can depend on all samples of the step.
         """
-        ...
 
     def embed_heldout(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What `score` needs of held-out samples: tensors of B rows each. Called without gradients."""
-        ...
+        """Return what `score` needs of B validation samples: tensors of B rows each. Called without gradients."""
 
     def score(self, rows: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Metrics over all ranks' rows of all held-out samples, each sample once."""
-        ...
+        """Return metrics over all ranks' rows of all validation samples, each sample once."""
 
     def preview(self, rank: int, world_size: int) -> dict[int, np.ndarray]:
-        """This rank's share of the preview images, by their place: [H, W, 3] uint8, always the same captions and noise.
+        """Generate this rank's part of the preview images, {index: [H, W, 3] uint8}, always of the same captions and noise.
 
         Called without gradients.
         """
-        ...
 
     def preview_page(self, images: Mapping[int, np.ndarray]) -> bytes:
-        """All ranks' preview images as one PNG."""
-        ...
+        """Return all ranks' preview images as one PNG."""
 
-    def save_pretrained(self, state_dict: Mapping[str, torch.Tensor], folder: Path) -> None:
-        """Write a folder from which the model can be used without this platform."""
-        ...
+    def save_pretrained(
+        self, state_dict: Mapping[str, torch.Tensor], folder: Path, training: TrainingFacts | None = None
+    ) -> Sequence[str]:
+        """Write a folder from which the model can be used without this platform, and return what it was opened with as a check.
+
+        Raises ValueError if a library does not open it or gives other results.
+        """
 
     def describe(self, captions: Sequence[str] = ()) -> dict[str, Any]:
         """Return what was built, for the log: parameter counts, what a warm start loaded, what `captions` of the data show."""
-        ...
 
 
 class Scorer(Protocol):
@@ -162,19 +167,15 @@ class Scorer(Protocol):
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
         """Return one row of the input of `embed_images` for RGB uint8 [H, W, 3] of any size. Called from several threads."""
-        ...
 
     def embed_images(self, images: np.ndarray, keys: Sequence[str], **settings: Any) -> np.ndarray:
         """Return [B, D] float32 of unit norm for [B, ...]. The noise of an image, if there is any, depends on its key."""
-        ...
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return [N, D] float32 of unit norm."""
-        ...
 
     def embed_classes(self, class_names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
         """Return [num_classes, D] float32 of unit norm: each class over all templates, whose "{c}" is its name."""
-        ...
 
 
 class Generator(Protocol):
@@ -182,7 +183,6 @@ class Generator(Protocol):
 
     def generate_images(self, captions: Sequence[str], indices: Sequence[int], **settings: Any) -> np.ndarray:
         """Return [B, H, W, 3] uint8. The noise of an image depends on its index among all prompts, not on the batch."""
-        ...
 
 
 class FeatureNetwork(Protocol):
@@ -193,4 +193,3 @@ class FeatureNetwork(Protocol):
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Return float32 [B, d] of uint8 [B, H, W, 3]."""
-        ...

@@ -12,6 +12,7 @@ from diffdis import schedule
 from diffdis.attention import image_attention
 from diffdis.config import ObjectiveConfig, ScheduleConfig
 from diffdis.image_branch import image_features
+from diffdis.sampling import named_noise
 from diffdis.task import DiffDisTask
 
 
@@ -174,9 +175,7 @@ def test_one_way_inference_from_kept_keys_equals_the_uncached_path(make_task, ba
 
     model = pipeline.model
     inputs = task.inputs(batch, torch.device("cpu"))
-    from diffdis.pipeline import _noise
-
-    e_t = torch.stack([_noise(f"embed/{key}/0", (32,)) for key in "abcdef"])[:, None]
+    e_t = torch.stack([named_noise(f"embed/{key}/0", (32,)) for key in "abcdef"])[:, None]
     uncached = torch.cat(
         [  # every image walked by itself and anew
             model.predict_query(
@@ -216,3 +215,31 @@ def test_an_untrained_query_knows_the_image_and_not_its_own_noise(tiny_model, ba
         queries = [task.module.predict_queries(inputs, seed)[0] for seed in (1, 2)]
     assert torch.equal(*queries)
     assert not torch.allclose(queries[0][0], queries[0][1])
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 7, 10, 50, 600])
+def test_any_number_of_steps_follows_the_equations_of_algorithm_3(make_task, batch, num_steps):
+    """Each step ends at the timestep at which the next one starts, and the last one without noise."""
+    task = make_task()
+    pipeline = task.pipeline(task.module.state_dict())
+    model, inputs = pipeline.model, task.inputs(batch, torch.device("cpu"))
+    clean = torch.nn.functional.normalize(torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(1)), dim=-1)
+    seen = []
+
+    def perfect(condition, e_t, timestep):
+        seen.append((int(timestep), e_t))
+        return clean.expand_as(e_t)
+
+    model.predict_query = perfect
+    e_T = named_noise("embed/a/0", (32,))
+    pipeline.embed_latent(inputs["latent"][:1], ["a"], num_steps)
+    steps = [round(1000 - i * 1000 / num_steps) - 1 for i in range(num_steps)]
+    assert [t for t, _ in seen] == steps
+    # With a perfect prediction, e_t is gamma sqrt(abar_t) sqrt(D) e + sqrt(1 - abar_t) eps of one and the same noise.
+    abar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+    signal = model.config.schedule.query_snr * clean[0, 0].double()
+    first = abar[999]
+    noise = (e_T.double() - first.sqrt() * signal) / (1 - first).sqrt()
+    for t, e_t in seen:
+        expected = abar[t].sqrt() * signal + (1 - abar[t]).sqrt() * noise
+        torch.testing.assert_close(e_t[0, 0].double(), expected, rtol=0, atol=2e-3)

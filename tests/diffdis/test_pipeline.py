@@ -1,18 +1,20 @@
 import dataclasses
+import json
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
-from diffdis.config import DiffDisConfig, HeadConfig, ObjectiveConfig, TextEncoderConfig, UNetConfig
+from diffdis.config import DiffDisConfig, HeadConfig, ObjectiveConfig, TextEncoderConfig
+from diffdis.export_folder import check_export
 from diffdis.metrics.zero_shot import ZeroShotScores, subset_accuracy
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
-from tests.support.tiny_checkpoints import WIDTH, save_clip_text_encoder, save_stable_diffusion
+from tests.support.tiny_checkpoints import SD_2, V_PREDICTION, WIDTH, save_clip, save_stable_diffusion
 
 
 @pytest.fixture
@@ -21,11 +23,16 @@ def pipeline(make_task):
     return task.pipeline(task.module.state_dict())
 
 
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"diffdis\.json"):
+        DiffDisPipeline.from_pretrained(tmp_path)
+
+
 def test_an_exported_folder_gives_the_same_results(pipeline, batch, tmp_path):
     pipeline.save_pretrained(tmp_path)
     loaded = DiffDisPipeline.from_pretrained(tmp_path)
     assert torch.equal(loaded.embed_image(batch.images), pipeline.embed_image(batch.images))
-    ours, theirs = (p.generate(["red heart"], num_steps=3)[0] for p in (pipeline, loaded))
+    ours, theirs = (p.generate(["red heart"], num_inference_steps=3)[0] for p in (pipeline, loaded))
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))
     AutoModel.from_pretrained(tmp_path / "text_encoder")
     AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
@@ -44,38 +51,128 @@ def test_old_names_of_the_pipeline_still_work(pipeline, batch):
     with pytest.warns(DeprecationWarning, match="rank_captions"):
         order = pipeline.rank(batch.images, ["cat", "tree"], num_steps=2)
     assert torch.equal(order, pipeline.rank_captions(batch.images, ["cat", "tree"], num_steps=2))
-    with pytest.warns(DeprecationWarning, match="indices"):
+    with pytest.warns(DeprecationWarning, match="indices|num_inference_steps"):
         [old] = pipeline.generate(["red heart"], num_steps=2, places=[7])
-    [new] = pipeline.generate(["red heart"], num_steps=2, indices=[7])
+    [new] = pipeline.generate(["red heart"], num_inference_steps=2, indices=[7])
     assert np.array_equal(np.asarray(old), np.asarray(new))
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"])
 def test_any_scheduler_of_diffusers_samples(pipeline, name):
     """Also a stochastic one depends on the seed and the index of an image, not on the batch."""
-    together = pipeline.generate(["red heart", "a"], num_steps=3, scheduler=name)
-    own = getattr(diffusers, name).from_config(pipeline.build_scheduler(name).config)
-    [alone] = pipeline.generate(["a"], num_steps=3, indices=[1], scheduler=own)
+    pipeline.scheduler = name
+    together = pipeline.generate(["red heart", "a"], num_inference_steps=3)
+    config = pipeline.scheduler.config
+    pipeline.scheduler = getattr(diffusers, name).from_config(config, beta_start=0.3)  # it gets the model's noise schedule
+    [alone] = pipeline.generate(["a"], num_inference_steps=3, indices=[1])
     assert np.abs(np.asarray(together[1]).astype(int) - np.asarray(alone)).max() <= 1
     with pytest.raises(ValueError, match=r"scheduler: .*NoSuchScheduler"):
-        pipeline.generate(["a"], scheduler="NoSuchScheduler")
+        pipeline.scheduler = "NoSuchScheduler"
 
 
 def test_the_ddim_scheduler_of_diffusers_gives_the_default_images(pipeline):
-    own, theirs = (pipeline.generate(["red heart"], num_steps=5, scheduler=s)[0] for s in (None, "DDIMScheduler"))
+    [own] = pipeline.generate("red heart", num_inference_steps=5)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    [theirs] = pipeline.generate("red heart", num_inference_steps=5)
     assert np.abs(np.asarray(own).astype(int) - np.asarray(theirs)).max() <= 1
 
 
-def test_images_of_any_size_and_bad_input(pipeline, tmp_path):
-    assert pipeline.embed_image([Image.new("RGBA", (50, 20), "red")], num_steps=1).shape == (1, 32)
-    with pytest.raises(ValueError, match="is not uint8"):
-        pipeline.embed_image(np.zeros((1, 8, 8, 3), dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"has no \{c\}"):
-        pipeline.embed_classes(["cat"], ["a photo"])
-    with pytest.raises(ValueError, match="image_dropout"):
-        pipeline.embed_image([Image.new("RGB", (16, 16))], guidance=1.0)
-    with pytest.raises(FileNotFoundError, match=r"diffdis\.json"):
-        DiffDisPipeline.from_pretrained(tmp_path)
+def test_one_text_is_a_list_of_one(pipeline, batch):
+    [image] = pipeline.generate("red heart", num_inference_steps=2)
+    assert np.array_equal(image, pipeline.generate(["red heart"], num_inference_steps=2)[0])
+    assert pipeline.classify(batch.images[0], "cat", "a {c}", num_steps=1).tolist() == [[1.0]]
+    assert torch.equal(pipeline.embed_text("cat"), pipeline.embed_text(["cat"]))
+    assert pipeline.rank_captions(batch.images[:1], "cat", num_steps=1).tolist() == [[0]]
+
+
+def test_the_pipeline_is_called_as_those_of_diffusers(pipeline):
+    steps = []
+
+    def on_step(called, index, timestep, values):
+        steps.append((index, timestep))
+        return {"latents": values["latents"] * 0 if index == 1 else values["latents"]}
+
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    out = pipeline(["red heart", "cat"], negative_prompt="blue", num_images_per_prompt=2, output_type="np", **settings)
+    assert out.images.shape == (4, 16, 16, 3)
+    assert 0 <= out.images.min() <= out.images.max() <= 1
+    plain = pipeline(["red heart", "cat"], num_images_per_prompt=2, output_type="np", **settings).images
+    assert not np.array_equal(out.images, plain)
+    tensor = pipeline("red heart", output_type="pt", **settings).images
+    np.testing.assert_allclose(tensor.permute(0, 2, 3, 1), plain[:1], atol=1e-4)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline("red heart", callback_on_step_end=on_step, output_type="latent", **settings).images
+    assert [index for index, _ in steps] == [0, 1]
+    assert not latents.any()
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn((2, 12, 8, 8), generator=torch.Generator().manual_seed(5))
+    by_generator, by_latents = (
+        pipeline.generate(["red heart", "cat"], output_type="np", **settings, **noise_of)
+        for noise_of in ({"generator": generator}, {"latents": noise})
+    )
+    assert np.array_equal(by_generator, by_latents)
+    assert pipeline.generate("cat", height=32, width=8, **settings)[0].size == (8, 32)
+
+
+def test_results_do_not_depend_on_the_internal_batches(pipeline, batch):
+    prompts = ["red heart", "cat", "tree"]
+    whole, parts = (
+        pipeline.generate(prompts, num_inference_steps=2, batch_size=n, output_type="pt", negative_prompt=["a", "b", "c"])
+        for n in (3, 2)
+    )
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
+    embedded = [pipeline.embed_image(batch.images, num_steps=2, batch_size=n) for n in (6, 4)]
+    torch.testing.assert_close(*embedded, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p.generate([]), "prompt: empty"),
+        (lambda p: p.generate(["a", 3]), "prompt: 3 is not a text"),
+        (lambda p: p.generate(["a", "b"], negative_prompt=["a", "b", "c"]), "negative_prompt: 3 for 2"),
+        (lambda p: p.generate(["a", "b"], indices=[1]), "indices: 1 for 2"),
+        (lambda p: p.generate("a", latents=torch.zeros(1, 4, 8, 8)), r"latents: \(1, 4, 8, 8\) is not \(1, 12, 8, 8\)"),
+        (lambda p: p.generate("a", height=15), "height: 15 is not a multiple of 4"),
+        (lambda p: p.generate("a", output_type="jpg"), "output_type: 'jpg'"),
+        (lambda p: p.generate("a", num_inference_steps=0), "num_steps: 0"),
+        (lambda p: p.embed_image([]), "images: empty"),
+        (lambda p: p.embed_image(["none.png"]), "none.png: no such file"),
+        (lambda p: p.embed_image(np.zeros((1, 8, 8, 5))), r"images: .* \(8, 8, 5\) is not an image"),
+        (lambda p: p.embed_image([Image.new("RGB", (4, 4))], keys=["a", "b"]), "keys: 2 for 1"),
+        (lambda p: p.embed_image([Image.new("RGB", (4, 4))], guidance=1.0), "image_dropout"),
+        (lambda p: p.classify([Image.new("RGB", (4, 4))], []), "class_names: empty"),
+        (lambda p: p.embed_classes(["cat"], ["a photo"]), r"has no \{c\}"),
+        (lambda p: p.embed_text([]), "captions: empty"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_argument(pipeline, call, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        call(pipeline)
+    assert "\n" not in str(raised.value)
+
+
+def test_long_captions_are_reported(pipeline):
+    with pytest.warns(UserWarning, match="1 of 2 captions have more than 8 tokens and are cut, such as 'a very"):
+        pipeline.embed_text(["a very long caption", "short"])
+
+
+def test_embeddings_of_classes_are_computed_once(pipeline, monkeypatch):
+    first = pipeline.embed_classes(["cat", "tree"], ["a {c}"])
+    monkeypatch.setattr(pipeline.text_encoder, "encode", None)
+    assert torch.equal(pipeline.embed_classes(["cat", "tree"], ["a {c}"]), first)
+
+
+def test_half_precision(pipeline, batch):
+    settings = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "pt"}
+    exact = pipeline.embed_image(batch.images, num_steps=3), pipeline.generate("red heart", **settings)
+    pipeline.to(torch.bfloat16)
+    assert pipeline.dtype == torch.bfloat16
+    assert pipeline.model.alphas_cumprod.dtype == torch.float32
+    half = pipeline.embed_image(batch.images, num_steps=3), pipeline.generate("red heart", **settings)
+    assert torch.nn.functional.cosine_similarity(half[0], exact[0]).min() > 0.98
+    torch.testing.assert_close(half[1], exact[1], rtol=0, atol=0.05)
+    assert pipeline.classify(batch.images, ["cat", "tree"], num_steps=2).dtype == torch.float32
 
 
 def test_an_untrained_model_and_shuffled_images_are_at_chance(pipeline):
@@ -92,81 +189,60 @@ def test_an_untrained_model_and_shuffled_images_are_at_chance(pipeline):
     assert perfect.with_shuffled_images().accuracy() * 400 < 14  # the control removes what a perfect model knows
 
 
-@pytest.fixture
-def stable_diffusion_task(tmp_path):
-    """A small model warm-started from a folder in Stable Diffusion's layout, end to end."""
-    folder = str(save_stable_diffusion(tmp_path / "sd"))
-    config = DiffDisConfig(
-        image_size=16,
-        unet=UNetConfig(
-            sample_size=8,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            attention_head_dim=2,
-            norm_num_groups=8,
-        ),
-        text_encoder=TextEncoderConfig(token_dim=WIDTH, embedding_dim=WIDTH),  # of the same folder, as the autoencoder
-        head=HeadConfig(num_layers=1, width=32, num_heads=2),
-        warm_start=folder,
-    )
-    return DiffDisTask(config, ObjectiveConfig())
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """make(clip) -> the task of a folder like SD v1, its export, and what opened it; with CLIP's own text encoder or SD's."""
+    folder = tmp_path_factory.mktemp("sd")
+
+    def make(clip=False, *options):
+        root = save_stable_diffusion(folder / "sd", *options)
+        path = str(save_clip(folder / "clip")) if clip else ""
+        head = HeadConfig(num_layers=1, width=32, num_heads=2)
+        text_encoder = TextEncoderConfig(path=path, token_dim=WIDTH, embedding_dim=WIDTH)
+        config = DiffDisConfig(image_size=16, head=head, text_encoder=text_encoder, warm_start=str(root), image_dropout=0.1)
+        task = DiffDisTask(config, ObjectiveConfig())
+        opened = task.save_pretrained(task.module.state_dict(), folder / "export", {"recipe": "sd_v1_laion", "step": 7})
+        return task, folder / "export", opened
+
+    return make
 
 
-def test_a_stable_diffusion_folder_trains_exports_and_opens_in_diffusers(stable_diffusion_task, batch, tmp_path):
-    task = stable_diffusion_task
-    unet = UNet2DConditionModel.from_pretrained(tmp_path / "sd" / "unet").state_dict()
-    assert torch.equal(unet["conv_in.weight"], task.module.model.unet.conv_in.weight)
+@pytest.mark.parametrize(("clip", "options"), [(False, ()), (True, ()), (False, (SD_2, V_PREDICTION))])
+def test_an_export_gives_the_same_images_in_diffusers(stable_diffusion, batch, clip, options):
+    task, export, opened = stable_diffusion(clip, *options)
+    assert "diffusers' StableDiffusionPipeline" in opened
     loss, _ = task.module(task.inputs(batch, torch.device("cpu")), 0)
     loss.backward()
-    task.save_pretrained(task.module.state_dict(), tmp_path / "export")
-    AutoencoderKL.from_pretrained(tmp_path / "export" / "vae")
-    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "export")
-    assert stock("red heart", num_inference_steps=2, height=16, width=16).images[0].size == (16, 16)
-    loaded = DiffDisPipeline.from_pretrained(tmp_path / "export")
-    assert loaded.generate(["red heart"], num_steps=2)[0].size == (16, 16)
-    assert loaded.embed_image(batch.images, num_steps=2, guidance=1.0).shape == (6, WIDTH)
+    stock, ours = StableDiffusionPipeline.from_pretrained(export), DiffDisPipeline.from_pretrained(export)
+    for scheduler in (None, diffusers.DPMSolverMultistepScheduler):
+        if scheduler:
+            stock.scheduler, ours.scheduler = (scheduler.from_config(p.scheduler.config) for p in (stock, ours))
+        settings = {"num_inference_steps": 5, "output_type": "np", "negative_prompt": ["a", "b"]}
+        theirs = stock(["red heart", "cat"], generator=torch.Generator().manual_seed(3), height=16, width=16, **settings).images
+        own = ours(["red heart", "cat"], generator=torch.Generator().manual_seed(3), **settings).images
+        np.testing.assert_allclose(own, theirs, atol=1e-4)
+    assert torch.equal(ours.embed_text("cat"), task.text_encoder.encode(["cat"])[1])
+    assert ours.embed_image(batch.images, num_steps=2, guidance=1.0).shape == (6, WIDTH)
+    card = (export / "README.md").read_text()
+    assert "license:" in card
+    assert "| Recipe | sd_v1_laion |" in card
 
 
-def test_a_warm_start_that_does_not_fit_names_the_field(stable_diffusion_task):
-    config = stable_diffusion_task.config
-    wider = dataclasses.replace(config, unet=dataclasses.replace(config.unet, block_out_channels=(16, 64)))
-    with pytest.raises(ValueError, match=r"model\.unet\.block_out_channels: \(16, 64\), but .*sd.* has \(16, 32\)"):
-        DiffDisTask(wider, ObjectiveConfig())
+def test_an_export_that_diffusers_reads_differently_is_an_error(stable_diffusion, tmp_path):
+    task, export, _ = stable_diffusion()
+    values = json.loads((export / "vae" / "config.json").read_text())
+    (export / "vae" / "config.json").write_text(json.dumps(values | {"scaling_factor": 1.0}))
+    with pytest.raises(ValueError, match="generates another image"):
+        check_export(task.pipeline(task.module.state_dict()), export)
 
 
-def test_a_bare_unet_starts_a_model_whose_encoders_come_from_elsewhere(stable_diffusion_task, tmp_path):
-    given = stable_diffusion_task.config
-    folder = tmp_path / "sd"
-    bare = dataclasses.replace(given, warm_start=str(folder / "unet"))
+def test_a_bare_unet_starts_a_model_whose_encoders_come_from_elsewhere(stable_diffusion):
+    given = stable_diffusion()[0].config
+    bare = dataclasses.replace(given, warm_start=f"{given.warm_start}/unet")
     task = DiffDisTask(bare, ObjectiveConfig())
-    expected = stable_diffusion_task.module.model.unet.state_dict()
+    expected = UNet2DConditionModel.from_pretrained(bare.warm_start).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in task.module.model.unet.state_dict().items())
     for name in ("autoencoder", "text_encoder"):
         without = dataclasses.replace(bare, **{name: dataclasses.replace(getattr(given, name), path="")})
         with pytest.raises(ValueError, match=rf"model\.{name}\.path"):
             DiffDisTask(without, ObjectiveConfig())
-
-
-@pytest.mark.parametrize("projection", [True, False])
-def test_clip_text_encoders_with_and_without_projection(tmp_path, projection):
-    from diffdis.text_encoder import build_text_encoder
-
-    save_clip_text_encoder(tmp_path / "text_encoder", tmp_path / "tokenizer", projection=projection)
-    encoder = build_text_encoder(TextEncoderConfig(path=str(tmp_path), token_dim=WIDTH, embedding_dim=WIDTH))
-    states, pooled = encoder.encode(["red heart", "a"])
-    assert states.shape == (2, 77, WIDTH)
-    torch.testing.assert_close(pooled.norm(dim=1), torch.ones(2))
-    expected = encoder.model(**encoder.tokenizer(["a"], padding="max_length", return_tensors="pt"))
-    pooled_there = expected.text_embeds if projection else expected.pooler_output
-    torch.testing.assert_close(pooled[1], torch.nn.functional.normalize(pooled_there[0], dim=0))
-
-
-def test_a_text_encoder_of_another_width_is_refused(text_encoder_folder):
-    from diffdis.text_encoder import build_text_encoder
-
-    with pytest.raises(ValueError, match=r"token_dim, embedding_dim = 32, 32"):
-        build_text_encoder(TextEncoderConfig(kind="mean_pool", path=str(text_encoder_folder)))
-    with pytest.raises(ValueError, match=r"model\.text_encoder\.path"):
-        build_text_encoder(TextEncoderConfig())

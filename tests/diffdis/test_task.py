@@ -10,8 +10,9 @@ from PIL import Image
 from torch import nn
 
 from diffdis import losses
-from diffdis.config import ObjectiveConfig
+from diffdis.config import DiffDisConfig, ObjectiveConfig, ScheduleConfig, sd_v1
 from diffdis.pipeline import DiffDisPipeline
+from diffdis.query_leak import query_leak
 from tests.support.ranks import shared_ranks
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def test_a_task_trains_all_that_it_lists_and_can_do_what_it_was_trained_for(make
         with pytest.raises(ValueError, match=f"trained for {name} alone"):
             opened.generate(["cat"])
     else:
-        assert len(opened.generate(["cat"], num_steps=2)) == 1
+        assert len(opened.generate(["cat"], num_inference_steps=2)) == 1
 
 
 def test_the_joint_loss_is_the_sum_of_its_halves(make_task, batch):
@@ -279,3 +280,64 @@ def test_a_model_that_was_exported_starts_another_one(make_task, batch, tmp_path
     assert any(name.startswith("stream.") for name in clip["ignored"])
     with pytest.raises(ValueError, match=r"model\.unet\.block_out_channels: \(24, 32\), but .* has \(16, 32\)"):
         make_task(warm_start=str(tmp_path), unet=dataclasses.replace(first.config.unet, block_out_channels=(24, 32)))
+
+
+def test_a_temperature_above_the_limit_returns(make_task):
+    """As CLIP's: ten steps of gradients that raise the scale, then fifty that lower it, with AdamW at 0.1."""
+    from ray_platform.train.optimizer import AdamW
+
+    task = make_task(ObjectiveConfig(temperature=0.02, lr_new=0.1))
+    temperature = task.module.model.temperature
+    optimizer = AdamW(task.parameter_groups(), ema_decay=0.0)
+    reference = nn.Parameter(temperature.log_scale.detach().clone())
+    clip = torch.optim.AdamW([reference], lr=0.1, weight_decay=0.0)
+    scales = []
+    for step in range(60):
+        for scale, adam in ((temperature(), optimizer), (reference.exp().squeeze(), clip)):
+            adam.zero_grad()
+            (scale if step >= 10 else -scale).backward()
+            adam.step()
+        reference.data.clamp_(max=np.log(100.0))
+        scales.append(temperature().item())
+    assert max(scales[:15]) == pytest.approx(100.0, rel=1e-5)
+    assert scales[-1] < 75
+    assert scales[-1] == pytest.approx(reference.exp().item(), rel=1e-5)
+
+
+def test_samples_without_their_image_do_not_count_as_retrieval(make_task, batch):
+    """They can only copy the query: here the network knows nothing, and the query's noise is small enough to copy."""
+    task = make_task(image_dropout=0.5)
+    inputs = task.inputs(batch, CPU)
+    noise = task.module.sample_noise(inputs, 4)
+    kept = (~noise.drop_image).sum().item()
+    assert 0 < kept < len(batch.captions)
+    _, metrics = task.module.alignment_loss(inputs, noise)
+    assert metrics["alignment/retrieval"][1] == kept
+    assert sum(value[1] for name, value in metrics.items() if name.startswith("alignment/retrieval_t")) == kept
+    assert metrics["loss_alignment"][1] == len(batch.captions)
+
+
+@pytest.mark.parametrize(("snr", "floor", "answerable"), [(27.7, 0, 0.91), (2.77, 0, 0.34), (0.83, 0, 0.11), (1.5, 250, 0.045)])
+def test_how_much_of_the_query_leaks(snr, floor, answerable, caplog):
+    """192 texts of D = 768 with a mean cosine of 0.3; the first three are gamma 1, 0.1 and 0.03."""
+    generator = torch.Generator().manual_seed(0)
+    common, own = (nn.functional.normalize(torch.randn(n, 768, generator=generator), dim=1) for n in (1, 192))
+    config = sd_v1(schedule=ScheduleConfig(query_snr=snr))
+    leak = query_leak(0.3**0.5 * common + 0.7**0.5 * own, config, ObjectiveConfig(query_timestep_min=floor))
+    assert leak.answerable == pytest.approx(answerable, abs=0.03)
+    assert leak.chance == 1 / 192
+    assert ("without the image" in caplog.text) == (leak.answerable > 0.11)
+
+
+def test_a_run_is_described_with_what_its_captions_show(make_task, batch):
+    described = make_task().describe(batch.captions)["query_leak"]
+    assert described["num_texts"] == len(set(batch.captions))
+    assert 0 <= described["answerable"] <= 1
+    assert "query_leak" not in make_task(ObjectiveConfig(task="clip")).describe(batch.captions)
+
+
+def test_an_old_gamma_is_read_as_query_snr():
+    with pytest.warns(DeprecationWarning, match="query_snr"):
+        config = DiffDisConfig.from_dict({"schedule": {"gamma": 0.1}})
+    assert config.schedule.query_snr == pytest.approx(0.1 * 768**0.5)
+    assert config.gamma == pytest.approx(0.1)

@@ -72,7 +72,7 @@ def test_a_checkpoint_exports_as_the_run_itself_did(trained_run, tmp_path):
         assert all(torch.equal(tensors[name], value) for name, value in expected.items())
     _, weights = exported(tmp_path / "weights", weights="weights")
     assert not torch.equal(weights[parts[1]]["head.query_out.weight"], ema[parts[1]]["head.query_out.weight"])
-    (image,) = DiffDisPipeline.from_pretrained(tmp_path / "ema").generate(["red heart"], num_steps=2)
+    (image,) = DiffDisPipeline.from_pretrained(tmp_path / "ema").generate(["red heart"], num_inference_steps=2)
     assert image.size == (16, 16)
 
 

@@ -129,7 +129,7 @@ def test_it_classifies_draws_and_embeds_as_the_pipeline_does(model, exported):
 
     captions = [f"caption {number}" for number in range(34)]
     drawn = model.predict(pd.DataFrame({"caption": captions}), params={"task": "generate", "num_steps": 2, "seed": 3})
-    there = pipeline.generate(captions, num_steps=2, seed=3)
+    there = pipeline.generate(captions, num_inference_steps=2, seed=3)
     pixels = [np.asarray(Image.open(io.BytesIO(content)), dtype=int) for content in drawn["image"]]
     assert max(int(np.abs(ours - np.asarray(theirs, dtype=int)).max()) for ours, theirs in zip(pixels, there, strict=True)) <= 1
 

@@ -24,6 +24,10 @@ WIDTH = 32
 TRANSFORMER = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
+SD_2 = {"use_linear_projection": True, "attention_head_dim": (2, 4), "upcast_attention": True}
+V_PREDICTION = {"prediction_type": "v_prediction"}
+
+
 def draw_query_weights(model) -> None:
     """What a DiffDis model starts with as zeros, drawn: so that its queries differ by their noise, as a trained model's do."""
     for layer in [*(block.fc_in for block in model.stream.blocks), model.head.query_in]:
@@ -84,16 +88,20 @@ def save_clip_text_encoder(model_folder: Path, tokenizer_folder: Path, *, projec
     model(save_clip_tokenizer(tokenizer_folder)).save_pretrained(model_folder)
 
 
-def save_stable_diffusion(folder: Path) -> Path:
-    """unet/ vae/ text_encoder/ tokenizer/ scheduler/, shaped like SD v1 at a fraction of its size (16 px images)."""
+def save_stable_diffusion(folder: Path, unet_options: dict | None = None, schedule: dict | None = None) -> Path:
+    """unet/ vae/ text_encoder/ tokenizer/ scheduler/, shaped like SD v1 at a fraction of its size (16 px images).
+
+    With `SD_2` and `V_PREDICTION` as options it is shaped like SD 2.1.
+    """
     torch.manual_seed(0)
     unet = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32), "layers_per_block": 1}
     unet |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
     unet |= {"cross_attention_dim": WIDTH, "attention_head_dim": 2, "norm_num_groups": 8}
-    UNet2DConditionModel(**unet).save_pretrained(folder / "unet")
+    UNet2DConditionModel(**unet | (unet_options or {})).save_pretrained(folder / "unet")
     vae = {"sample_size": 16, "latent_channels": 4, "block_out_channels": (8, 16), "norm_num_groups": 4}
     vae |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     AutoencoderKL(**vae).save_pretrained(folder / "vae")
     save_clip_text_encoder(folder / "text_encoder", folder / "tokenizer", projection=False)
-    DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(folder / "scheduler")
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    DDIMScheduler(**betas | {"set_alpha_to_one": False} | (schedule or {})).save_pretrained(folder / "scheduler")
     return folder

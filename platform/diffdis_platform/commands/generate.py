@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from ray_platform.contracts import ConfigError, one_line
@@ -20,16 +20,21 @@ _MAX_GRID_IMAGES = 64
 class GenerateConfig:
     """The model, the captions, and the folder of the images."""
 
-    model: str = ""  # folder of an exported model; local or s3://
+    model: str = ""  # folder of an exported model, or of a run that finished; local or s3://
     output_dir: str = ""  # absolute folder or s3:// URL
     captions: tuple[str, ...] = ()
     captions_file: str = ""  # text file with one caption per line; local or s3://
+    negative_prompt: str = ""  # what guidance leads away from
+    num_images_per_prompt: int = 1
     num_steps: int = 50  # of the sampler
     scheduler: str = ""  # a sampler of diffusers, such as DPMSolverMultistepScheduler; empty: DDIM
     guidance_scale: float = 7.5
+    height: int = 0  # pixels; 0: the model's size
+    width: int = 0
     seed: int = 0
     batch_size: int = 16
     device: str = ""  # empty: an accelerator if there is one
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def check(self) -> None:
         """Raise ConfigError for a field that is missing or invalid."""
@@ -38,8 +43,8 @@ class GenerateConfig:
         check_output_dir(self.output_dir)
         if bool(self.captions) == bool(self.captions_file):
             raise ConfigError("captions: give captions or captions_file, and not both")
-        if self.num_steps < 1 or self.batch_size < 1:
-            raise ConfigError("num_steps and batch_size: must be at least 1")
+        if min(self.num_steps, self.batch_size, self.num_images_per_prompt) < 1:
+            raise ConfigError("num_steps, batch_size and num_images_per_prompt: must be at least 1")
 
     def all_captions(self) -> list[str]:
         """Return the captions. Raises ConfigError for a file without one."""
@@ -64,18 +69,19 @@ def main(argv: Sequence[str]) -> int:
 
     captions = config.all_captions()
     pipeline = _open_model(config)
-    images = []
-    for start in range(0, len(captions), config.batch_size):
-        indices = range(start, min(start + config.batch_size, len(captions)))
-        images += pipeline.generate(
-            [captions[index] for index in indices],
-            num_steps=config.num_steps,
-            guidance_scale=config.guidance_scale,
-            seed=config.seed,
-            indices=indices,
-            scheduler=config.scheduler or None,
-        )
-        print(f"{len(images)} of {len(captions)} images", flush=True)
+    pipeline.set_progress_bar_config()
+    images = pipeline.generate(
+        captions,
+        negative_prompt=config.negative_prompt,
+        num_images_per_prompt=config.num_images_per_prompt,
+        num_inference_steps=config.num_steps,
+        guidance_scale=config.guidance_scale,
+        height=config.height or None,
+        width=config.width or None,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+    captions = [caption for caption in captions for _ in range(config.num_images_per_prompt)]
     with tempfile.TemporaryDirectory(prefix="generate_") as folder:
         names = {f"{index:06d}.png": caption for index, caption in enumerate(captions)}
         for name, image in zip(names, images, strict=True):
@@ -90,11 +96,16 @@ def main(argv: Sequence[str]) -> int:
 def _open_model(config: GenerateConfig) -> "DiffDisPipeline":
     import torch
 
+    from diffdis.export_folder import CONFIG_NAME
     from diffdis.pipeline import DiffDisPipeline
     from ray_platform import storage
 
     try:
-        pipeline = DiffDisPipeline.from_pretrained(storage.cached_folder(config.model))
-        return pipeline.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        export = storage.join(config.model, "export")
+        is_run = storage.exists(storage.join(export, CONFIG_NAME))
+        pipeline = DiffDisPipeline.from_pretrained(storage.cached_folder(export if is_run else config.model))
+        if config.scheduler:
+            pipeline.scheduler = config.scheduler
+        return pipeline.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, config.dtype))
     except (FileNotFoundError, ValueError, RuntimeError) as error:
         raise ConfigError(f"model: {one_line(error)}") from error

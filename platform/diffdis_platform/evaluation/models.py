@@ -9,7 +9,7 @@ from typing import Any
 
 from diffdis.clip_scorer import ClipScorer
 from diffdis.encoder import digest_of_folder
-from diffdis.pipeline import CONFIG_NAME
+from diffdis.export_folder import CONFIG_NAME
 from diffdis.scorer import DiffDisScorer
 from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.export import ExportConfig

@@ -9,8 +9,8 @@ from datetime import datetime
 
 import numpy as np
 
+from diffdis.export_folder import CONFIG_NAME
 from diffdis.metrics.zero_shot import ZERO_SHOT_METRICS
-from diffdis.pipeline import CONFIG_NAME
 from diffdis_platform.config.evaluate import EvalConfig, suite_sets
 from diffdis_platform.evaluation.models import EvaluationModel, open_baseline, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement, network_builders

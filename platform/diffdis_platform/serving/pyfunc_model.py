@@ -87,14 +87,13 @@ def _column(rows: pd.DataFrame, name: str, first: int) -> list[Any]:
 
 
 def _images(rows: pd.DataFrame, first: int) -> list[Any]:
-    from PIL import Image, UnidentifiedImageError
+    from diffdis.images import open_image
 
     opened = []
     for number, content in enumerate(_column(rows, "image", first)):
         try:
-            image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))  # other formats start programs
-            opened.append(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+            opened.append(open_image(content))
+        except ValueError:
             raise ValueError(f"image: row {first + number} is not a JPEG, PNG or WebP") from None
     return opened
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError, one_line
+from ray_platform.contracts import ConfigError, DataError, TrainingFacts, one_line
 from ray_platform.data.ledger import Ledger
 from ray_platform.names import check_below
 
@@ -53,6 +53,17 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
+
+    def training_facts(self) -> TrainingFacts:
+        """Return what the model card of an export reports."""
+        return {
+            "recipe": str(self.config.get("recipe", "")),
+            "data": ", ".join(self.config.get("data", {}).get("sources", ())),
+            "data_digest": self.source_digest,
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "scores": {name: value for name, value in self.metrics.items() if name.startswith(("heldout/", "train/loss"))},
+        }
 
     @classmethod
     def from_bytes(cls, data: bytes, url: str) -> "Manifest":

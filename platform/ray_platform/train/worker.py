@@ -276,9 +276,8 @@ class Trainer:
 
     # --- results ---------------------------------------------------------------------------------------------------------
 
-    @collective
-    def _save_checkpoint(self) -> None:
-        manifest = Manifest(
+    def _manifest(self) -> Manifest:
+        return Manifest(
             token="",
             step=self.step,
             num_updates=self.engine.adam.num_updates,
@@ -294,8 +293,11 @@ class Trainer:
             config=self.spec.params,
             files={},
         )
+
+    @collective
+    def _save_checkpoint(self) -> None:
         with self.meter.stalled_time():
-            self.checkpoints.save(manifest, self.consumed, RankState.capture(self.skipped, self.loss_monitor.history))
+            self.checkpoints.save(self._manifest(), self.consumed, RankState.capture(self.skipped, self.loss_monitor.history))
         self.consumed, self.saved_at = [], time.monotonic()
 
     @collective
@@ -324,7 +326,7 @@ class Trainer:
         skipped = self._gather_skipped()
         if weights is not None:
             with tempfile.TemporaryDirectory(prefix="export_") as folder:
-                self.task.save_pretrained(weights, Path(folder))
+                self.task.save_pretrained(weights, Path(folder), self._manifest().training_facts())
                 storage.put_folder(Path(folder), self.spec.export_dir)
             url = storage.join(self.spec.output_dir, SUMMARY)
             content = json.dumps(self._summary(skipped), indent=2).encode()
