@@ -324,10 +324,10 @@ def test_previews_that_fail_on_some_ranks_are_left_out(ranks, page, expected):
 
 
 def test_a_trace_that_cannot_be_written_stops_nothing(tmp_path, caplog):
-    from ray_platform.train.profiler import Profiler
+    from ray_platform.train.throughput import start_profiler
 
     (tmp_path / "profile").write_text("no folder")
-    profiler = Profiler(str(tmp_path))
+    profiler = start_profiler(str(tmp_path))
     for _ in range(8):
         profiler.step()
     profiler.stop()

@@ -24,7 +24,7 @@ from ray_platform.train.fault_tolerance import (
     Stopped,
     is_final,
 )
-from ray_platform.train.monitor import progress_line
+from ray_platform.train.hang_detector import progress_line
 from ray_platform.train.optimizer import LossScale
 from ray_platform.train.worker import Trainer, build_task
 
@@ -47,7 +47,7 @@ def step(monitor, number, loss, updated=None, rescaled=False):
     flags = dict.fromkeys(("stop", "checkpoint_due", "uploading", "upload_failed"), False)
     status = monitor.sync_step_status(torch.tensor(loss), **flags)
     updated = not status.is_bad if updated is None else updated
-    monitor.record(status, updated=updated, rescaled=rescaled, step=number, rank=0, batch=BATCH)
+    monitor.record(status, SimpleNamespace(updated=updated, rescaled=rescaled), number, BATCH)
     return status
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -16,8 +16,12 @@ from ray_platform import storage
 from ray_platform.contracts import Batch, ConfigError, DataError, TrainingError
 from ray_platform.ray_internals import ControllerCallback
 from ray_platform.retry import RETRY_SECONDS
+from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.collective import collective
 from ray_platform.train.config import TrainConfig
+
+if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not need it
+    from ray_platform.train.engine import Update
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +48,6 @@ class Stopped(TrainingError):
 
 
 # --- steps ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LossHistory:
-    """Summary of a run's losses so far, as saved in checkpoints."""
-
-    usual_loss: float = 0.0  # EMA over good steps
-    num_good: int = 0
-    num_bad: int = 0
-    in_a_row: int = 0  # bad steps since the last good one
 
 
 @dataclass(frozen=True)
@@ -92,36 +86,32 @@ class LossMonitor:
         is_unusual = self.history.num_good >= _MIN_GOOD_STEPS and mean > self.max_factor * self.history.usual_loss
         return StepStatus(mean, num_nonfinite > 0 or is_unusual, local_nonfinite > 0, *(flag > 0 for flag in flag_sums))
 
-    def record(self, status: StepStatus, *, updated: bool, rescaled: bool, step: int, rank: int, batch: Batch) -> None:
-        """Count a step, and save the sample keys of a bad one.
+    def record(self, status: StepStatus, update: "Update", step: int, batch: Batch) -> None:
+        """Count a step, and save the sample keys of a bad one. One that lowered the loss scale of fp16 is neither good nor bad.
 
-        Args:
-            updated: the step changed the weights.
-            rescaled: it did not, but lowered the loss scale of fp16; such a step counts as neither good nor bad.
-
-        Raises:
-            Diverged: after `train.max_bad_steps` bad steps in a row.
+        Raises Diverged after `train.max_bad_steps` bad steps in a row.
         """
         past = self.history
-        if updated:
+        if update.updated:
             usual = past.usual_loss + (1 - _EMA_DECAY if past.num_good else 1.0) * (status.loss - past.usual_loss)
             self.history = LossHistory(usual, past.num_good + 1, past.num_bad, 0)
             return
-        if rescaled:
+        if update.rescaled:
             return
         self.history = replace(past, num_bad=past.num_bad + 1, in_a_row=past.in_a_row + 1)
-        if rank == 0:
+        if dist.get_rank() == 0:
             cause = f"loss {status.loss:g}" if status.is_bad else "a gradient is not finite"
             logger.warning("step %d: %s; the weights stay, and the sample keys are in %s", step, cause, self.folder)
         if status.local_nonfinite or not math.isnan(status.loss):
-            self._save_keys(status.loss, step, rank, batch)
+            self._save_keys(status.loss, step, batch)
         if self.history.in_a_row >= self.max_bad_steps:
             raise Diverged(
                 f"the loss or its gradient was not usable in {self.history.in_a_row} steps in a row, up to step {step}; the "
                 f"samples are in {self.folder}: lower the learning rate or inspect them, then resume with --resume auto"
             )
 
-    def _save_keys(self, loss: float, step: int, rank: int, batch: Batch) -> None:
+    def _save_keys(self, loss: float, step: int, batch: Batch) -> None:
+        rank = dist.get_rank()
         content = {"step": step, "rank": rank, "loss": repr(loss), "keys": list(batch.keys), "captions": list(batch.captions)}
         try:
             url = storage.join(self.folder, f"step_{step:08d}_rank_{rank:05d}.json")
@@ -143,10 +133,9 @@ class RestartPolicy:
         self.num_failures, self.last_checkpoint = 0, ""
 
     def record_failure(self, error: Exception, hang: str, stopping: bool) -> str:
-        """Return a log line about the failure and the checkpoint from which the workers restart.
+        """Return a log line about the failure, which Ray Train raised, and the checkpoint from which the workers restart.
 
         Args:
-            error: raised by Ray Train.
             hang: message of the hang for which the workers were killed; empty when there was none.
             stopping: the driver received SIGTERM.
 
@@ -181,9 +170,8 @@ class RestartPolicy:
 
 def is_final(cause: BaseException) -> bool:
     """Return whether a restart would fail in the same way."""
-    if isinstance(cause, storage.StorageError):
-        return cause.kind != "unavailable"
-    return isinstance(cause, ConfigError | DataError | Diverged)
+    is_transient = isinstance(cause, storage.StorageError) and cause.kind == "unavailable"
+    return isinstance(cause, ConfigError | DataError | Diverged) and not is_transient
 
 
 def find_cause(error: BaseException) -> tuple[BaseException, str]:

@@ -1,7 +1,13 @@
-"""Hang detection: every rank sends a heartbeat every few seconds, and the driver finds the rank that the others wait for."""
+"""Hang detection: every rank sends a heartbeat every few seconds, and the driver finds the rank that the others wait for.
+
+Also the driver's monitor, which acts on hangs, drained nodes and SIGTERM, and prints the progress.
+"""
 
 import contextlib
+import itertools
+import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -13,12 +19,26 @@ from typing import Any, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_platform.ray_internals import draining_nodes
+from ray_platform.tracking import Tracker
+from ray_platform.tracking.node_metrics import NodeMetrics
+from ray_platform.train.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
 HEARTBEAT_SECONDS = 2.0
+POLL_SECONDS = 1.0
+_POLLS_PER_CHECK = 5  # a check needs several calls
+_STOPPED = "stopped by SIGTERM"
+_ANSWER_TIMEOUT_SECONDS = 10.0
 _SILENT_SECONDS = 5 * HEARTBEAT_SECONDS  # after this, the process is stopped or its node is lost
 _SLOW_PHASE_FACTOR = 10  # longer timeout of phases that are slow by themselves: building, restoring, scoring, exporting
 # Files of frames that wait for other ranks, with gloo. NCCL's calls return at once and the next read of a result waits, wherever
 # it is; the trainer marks such places (`HeartbeatThread.waiting_for_ranks`).
 _COLLECTIVE_FRAMES = ("torch/distributed/", "deepspeed/comm/")
+
+
+# --- ranks ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -41,82 +61,10 @@ class Heartbeat:
     def label(self) -> str:
         return f"rank {self.rank} ({self.host}, pid {self.pid}) in step {self.step + 1}"
 
-
-class Hang(NamedTuple):
-    """A hang: one line that names the rank to blame, and the actors of all ranks."""
-
-    message: str
-    actors: list[Any]
-
-
-@dataclass
-class _Received:
-    heartbeat: Heartbeat
-    received_at: float
-    progressed_at: float  # when `_progress_key` last changed
-
-
-class HangDetector:
-    """Actor that receives the heartbeats and answers them with a request to stop. Times are those of its own clock."""
-
-    def __init__(self) -> None:
-        self._ranks: dict[int, _Received] = {}
-        self._stop_reason = ""
-
-    def record(self, heartbeat: Heartbeat) -> str:
-        """Return why the rank has to save and stop; empty when it may continue."""
-        now, last = time.monotonic(), self._ranks.get(heartbeat.rank)
-        unchanged = last is not None and _progress_key(last.heartbeat) == _progress_key(heartbeat)
-        self._ranks[heartbeat.rank] = _Received(heartbeat, now, last.progressed_at if last and unchanged else now)
-        return self._stop_reason
-
-    def request_stop(self, reason: str) -> None:
-        self._stop_reason = reason
-
-    def reset(self) -> None:
-        """Forget all ranks and the request to stop: new workers will start."""
-        self._ranks, self._stop_reason = {}, ""
-
-    def remove(self, rank: int) -> None:
-        """Forget a rank that will send no more heartbeats."""
-        self._ranks.pop(rank, None)
-
-    def num_alive(self) -> int:
-        return sum(time.monotonic() - rank.received_at < _SILENT_SECONDS for rank in self._ranks.values())
-
-    def nodes(self) -> set[str]:
-        return {rank.heartbeat.node for rank in self._ranks.values()}
-
-    def find_hang(self, seconds: float) -> Hang | None:
-        """Return a hang when no rank made progress for `seconds`, times `_SLOW_PHASE_FACTOR` in slow phases.
-
-        A slow phase gives no more time to a rank that is silent, or to the ranks that wait for it.
-        """
-        now, ranks = time.monotonic(), self._ranks.values()
-        silent = [rank.heartbeat for rank in ranks if now - rank.received_at > _SILENT_SECONDS]
-        if not ranks or any(now - r.progressed_at < seconds * _timeout_factor(r.heartbeat, silent) for r in ranks):
-            return None
-        busy = [rank.heartbeat for rank in ranks if not rank.heartbeat.waits_for_ranks]
-        return Hang(_describe_hang(silent, busy, len(ranks), seconds), [rank.heartbeat.actor for rank in ranks])
-
-
-def _progress_key(heartbeat: Heartbeat) -> tuple[Any, ...]:
-    return heartbeat.pid, heartbeat.step, heartbeat.phase, heartbeat.progress
-
-
-def _timeout_factor(heartbeat: Heartbeat, silent: list[Heartbeat]) -> int:
-    waits_in_vain = heartbeat in silent or (silent and heartbeat.waits_for_ranks)
-    return _SLOW_PHASE_FACTOR if heartbeat.is_slow_phase and not waits_in_vain else 1
-
-
-def _describe_hang(silent: list[Heartbeat], busy: list[Heartbeat], num_ranks: int, seconds: float) -> str:
-    """Blame the ranks that send no heartbeats; if there are none, those that do not wait for other ranks."""
-    blamed = sorted(silent or busy, key=lambda heartbeat: heartbeat.rank)
-    if not blamed:
-        return f"no step for {seconds:.0f} s: all {num_ranks} ranks wait for each other; check the network between their nodes"
-    names = ", ".join(heartbeat.label for heartbeat in blamed)
-    how = "sends no heartbeats" if silent else f"hangs while {blamed[0].phase}, at {blamed[0].stack_top}"
-    return f"no step for {seconds:.0f} s: {names} {how}; the other {num_ranks - len(blamed)} of {num_ranks} ranks wait"
+    @property
+    def progress_key(self) -> tuple[int, int, str, int]:
+        """What changes when the rank makes progress."""
+        return self.pid, self.step, self.phase, self.progress
 
 
 class HeartbeatThread:
@@ -130,10 +78,9 @@ class HeartbeatThread:
         self._waits_for_ranks, self._is_slow_phase = False, True
         self._training_thread = threading.get_ident()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._send_heartbeats, daemon=True, name="heartbeat")
 
     def start(self) -> None:
-        self._thread.start()
+        threading.Thread(target=self._send_heartbeats, daemon=True, name="heartbeat").start()
 
     def stop(self) -> None:
         self._done.set()
@@ -168,8 +115,7 @@ class HeartbeatThread:
         call: Any = None
         while not self._done.is_set():
             try:
-                if call is None:
-                    call = self.detector.record.remote(self.heartbeat(*process))
+                call = call or self.detector.record.remote(self.heartbeat(*process))
                 if ray.wait([call], timeout=HEARTBEAT_SECONDS)[0]:
                     self.stop_reason, call = ray.get(call), None
             except ray.exceptions.RayError:
@@ -188,7 +134,170 @@ class HeartbeatThread:
         return f"{os.path.basename(name)}:{line} {function}", is_in_collective
 
 
+# --- detector ------------------------------------------------------------------------------------------------------------
+
+
+class Hang(NamedTuple):
+    """A hang: one line that names the rank to blame, and the actors of all ranks."""
+
+    message: str
+    actors: list[Any]
+
+
+@dataclass
+class _Received:
+    heartbeat: Heartbeat
+    received_at: float
+    progressed_at: float  # when `progress_key` last changed
+
+
+class HangDetector:
+    """Actor that receives the heartbeats and answers them with a request to stop. Times are those of its own clock."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[int, _Received] = {}
+        self._stop_reason = ""
+
+    def record(self, heartbeat: Heartbeat) -> str:
+        """Return why the rank has to save and stop; empty when it may continue."""
+        now, last = time.monotonic(), self._ranks.get(heartbeat.rank)
+        unchanged = last is not None and last.heartbeat.progress_key == heartbeat.progress_key
+        self._ranks[heartbeat.rank] = _Received(heartbeat, now, last.progressed_at if last and unchanged else now)
+        return self._stop_reason
+
+    def request_stop(self, reason: str) -> None:
+        self._stop_reason = reason
+
+    def reset(self) -> None:
+        """Forget all ranks and the request to stop: new workers will start."""
+        self._ranks, self._stop_reason = {}, ""
+
+    def remove(self, rank: int) -> None:
+        """Forget a rank that will send no more heartbeats."""
+        self._ranks.pop(rank, None)
+
+    def num_alive(self) -> int:
+        return sum(time.monotonic() - rank.received_at < _SILENT_SECONDS for rank in self._ranks.values())
+
+    def nodes(self) -> set[str]:
+        return {rank.heartbeat.node for rank in self._ranks.values()}
+
+    def find_hang(self, seconds: float) -> Hang | None:
+        """Return a hang when no rank made progress for `seconds`, times `_SLOW_PHASE_FACTOR` in slow phases.
+
+        A slow phase gives no more time to a rank that is silent, or to the ranks that wait for it. The blamed ranks are those
+        that send no heartbeats; if there are none, those that do not wait for other ranks.
+        """
+        now, ranks = time.monotonic(), self._ranks.values()
+        silent = [rank.heartbeat for rank in ranks if now - rank.received_at > _SILENT_SECONDS]
+
+        def timeout(heartbeat: Heartbeat) -> float:
+            waits_in_vain = heartbeat in silent or (silent and heartbeat.waits_for_ranks)
+            return seconds * (_SLOW_PHASE_FACTOR if heartbeat.is_slow_phase and not waits_in_vain else 1)
+
+        if not ranks or any(now - rank.progressed_at < timeout(rank.heartbeat) for rank in ranks):
+            return None
+        busy = [rank.heartbeat for rank in ranks if not rank.heartbeat.waits_for_ranks]
+        blamed = sorted(silent or busy, key=lambda heartbeat: heartbeat.rank)
+        if blamed:
+            names = ", ".join(heartbeat.label for heartbeat in blamed)
+            how = "sends no heartbeats" if silent else f"hangs while {blamed[0].phase}, at {blamed[0].stack_top}"
+            cause = f"{names} {how}; the other {len(ranks) - len(blamed)} of {len(ranks)} ranks wait"
+        else:
+            cause = f"all {len(ranks)} ranks wait for each other; check the network between their nodes"
+        return Hang(f"no step for {seconds:.0f} s: {cause}", [rank.heartbeat.actor for rank in ranks])
+
+
 def start_hang_detector() -> Any:
     """Start the actor on the driver's node, so that it is not lost with a node of the workers."""
     driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0)(HangDetector).options(scheduling_strategy=driver_node).remote()
+
+
+# --- driver --------------------------------------------------------------------------------------------------------------
+
+
+class DriverMonitor:
+    """Watches the workers for the length of a `with` block. Enter it in the main thread, where it handles SIGTERM."""
+
+    def __init__(self, hang_detector: Any, tracker: Tracker, node_metrics: NodeMetrics, train: TrainConfig):
+        self.hang_detector, self.tracker, self.node_metrics, self.train = hang_detector, tracker, node_metrics, train
+        self.stopping = False  # SIGTERM was received: the workers save, and the run ends
+        self.last_hang = ""  # message about the workers killed since the last `reset_workers`
+        self._printed_step = -1
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._poll_loop, daemon=True, name="monitor")
+        self._previous_handler: Any = None
+
+    def __enter__(self) -> "DriverMonitor":
+        if threading.current_thread() is threading.main_thread():
+            self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._print_progress()
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+
+    def reset_workers(self) -> None:
+        """Forget the workers that ended; new ones will start."""
+        self.last_hang = ""
+        self.hang_detector.reset.remote()
+
+    def _on_sigterm(self, *_: object) -> None:
+        self.stopping = True
+        print("SIGTERM: saving a checkpoint", flush=True)
+        self.hang_detector.request_stop.remote(_STOPPED)
+
+    def _poll_loop(self) -> None:
+        for num_polls in itertools.count(1):
+            if self._done.wait(POLL_SECONDS):
+                return
+            self._print_progress()
+            if num_polls % _POLLS_PER_CHECK == 0:
+                try:
+                    self._check_workers()
+                except ray.exceptions.RayError as error:
+                    logger.warning("the hang detector does not answer: %s", error)
+
+    def _check_workers(self) -> None:
+        """Have the workers save and restart without a node that is being drained, and kill them all when one hangs."""
+        detector = self.hang_detector
+        if self.stopping:  # again, for workers that were being started
+            detector.request_stop.remote(_STOPPED)
+        nodes = ray.get(detector.nodes.remote(), timeout=_ANSWER_TIMEOUT_SECONDS)
+        if drained := draining_nodes() & nodes:
+            detector.request_stop.remote(f"node {min(drained)[:8]} is being drained")
+        if hang := ray.get(detector.find_hang.remote(self.train.hang_seconds), timeout=_ANSWER_TIMEOUT_SECONDS):
+            self.last_hang = hang.message
+            logger.warning("%s; restarting all workers", hang.message)
+            for actor in hang.actors:
+                ray.kill(actor)
+            detector.reset.remote()
+        self.node_metrics.poll(nodes)
+
+    def _print_progress(self) -> None:
+        """Print a line when new metrics have arrived."""
+        step, metrics = self.tracker.latest()
+        if step > self._printed_step and "train/samples_per_second" in metrics:
+            self._printed_step = step
+            print(progress_line(step, self.train.num_steps, metrics), flush=True)
+
+
+def progress_line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
+    """Format `step 120/780  loss_generation 0.412  113 samples/s  waiting for data 2 %  stalled 3 %  left 5:32`.
+
+    Stalled is the fraction of time spent on checkpoints, scores and previews, shown from 1 % on.
+    """
+    names = [name for name in sorted(metrics, reverse=True) if name.startswith("train/loss_")]
+    losses = "  ".join(f"{name.removeprefix('train/')} {metrics[name]:.3f}" for name in names)
+    minutes, seconds = divmod(int(metrics.get("train/seconds_left", 0)), 60)
+    stalled = metrics.get("train/share_stalled", 0)
+    return (
+        f"step {step}/{num_steps}  {losses}  {metrics.get('train/samples_per_second', 0):.0f} samples/s  "
+        f"waiting for data {metrics.get('data/share_waiting', 0):.0%}  "
+        f"{f'stalled {stalled:.0%}  ' if stalled >= 0.01 else ''}left {minutes}:{seconds:02d}"
+    )
