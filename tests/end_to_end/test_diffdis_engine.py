@@ -13,18 +13,12 @@ from diffdis.objective import StepNoise
 from diffdis.task import DiffDisTask
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.throughput import count_flops
-from tests.support.ranks import shared_ranks
 from tests.support.tiny_checkpoints import draw_query_weights
 
 CPU = torch.device("cpu")
 CAPTIONS = ("red heart", "blue circle", "green leaf", "yellow star", "red heart", "black cat", "white tree", "pizza")
 # Else ZeRO 3 keeps small parameters whole on every rank, and a small model is not sharded at all.
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-
-
-@pytest.fixture(scope="module")
-def two_ranks():
-    return shared_ranks(2)
 
 
 def build(config, **objective):
