@@ -6,7 +6,6 @@ Most questions are asked of one training, `trained_run`, which lost a worker and
 import dataclasses
 import functools
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
 from ray_platform.data.precompute import EncoderPool, precompute
-from tests.support.training import assert_close_losses, logged_losses, logged_metric, plain_loop, write_shards
+from tests.support.training import assert_close_losses, logged_losses, logged_metric, plain_loop
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -90,29 +89,6 @@ def test_a_run_resumes_from_any_checkpoint_in_a_new_folder(trained_run, make_run
     resumed = logged_losses(tmp_path)
     assert sorted(resumed) == [10, 11, 12]
     assert resumed == {step: values for step, values in logged_losses(trained_run.output).items() if step > 9}
-
-
-@pytest.mark.slow  # tests/ray_platform/test_engine.py shows every stage without Ray
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
-def test_every_zero_stage_follows_the_plain_loop(make_run, tmp_path, zero_stage):
-    run = make_run(tmp_path, zero_stage=zero_stage)
-    run.fit()
-    assert_close_losses(logged_losses(tmp_path), plain_loop(run)[0])
-    DiffDisPipeline.from_pretrained(tmp_path / "export")
-
-
-@pytest.mark.slow  # tests/ray_platform/test_stream.py counts them without a training
-def test_undecodable_samples_are_skipped_and_counted(make_run, tmp_path):
-    import webdataset
-
-    folder = write_shards(tmp_path / "data", num_shards=2, samples_per_shard=60)
-    with webdataset.TarWriter(str(folder / "00002.tar")) as tar:
-        tar.write({"__key__": "a", "png": b"not an image", "txt": b"red heart"})
-        tar.write({"__key__": "b", "png": b"not an image either", "txt": b"\xff\xfe"})
-    make_run(tmp_path / "out", sources=folder, num_workers=1, num_steps=35).fit()
-    skipped = json.loads(Path(tmp_path / "out" / "train_summary.json").read_text())["skipped"]
-    assert sum(skipped.values()) >= 2
-    assert "image_undecodable" in skipped
 
 
 @pytest.mark.slow  # tests/ray_platform/test_precompute.py streams them
