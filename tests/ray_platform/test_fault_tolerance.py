@@ -16,8 +16,15 @@ from ray_platform.contracts import ConfigError, DataError, TrainingError
 from ray_platform.storage import StorageError
 from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.fault_tolerance import Diverged, Interrupted, LossMonitor, RestartPolicy, Stopped, is_final
-from ray_platform.train.hang_detector import progress_line
+from ray_platform.train.fault_tolerance import (
+    Diverged,
+    Interrupted,
+    LossMonitor,
+    RestartPolicy,
+    Stopped,
+    is_final,
+    progress_line,
+)
 from ray_platform.train.optimizer import LossScale
 from ray_platform.train.worker import Trainer, build_task
 

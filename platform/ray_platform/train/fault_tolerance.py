@@ -1,8 +1,11 @@
-"""Fault tolerance: steps whose loss is unusable, failed workers that are restarted, and changes of the number of workers."""
+"""Fault tolerance: unusable losses, restarts of failed workers, changes of their number, and the driver that watches them."""
 
+import itertools
 import json
 import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,8 +17,10 @@ import torch.distributed as dist
 
 from ray_platform import storage
 from ray_platform.contracts import Batch, ConfigError, DataError, TrainingError
-from ray_platform.ray_internals import ControllerCallback
+from ray_platform.ray_internals import ControllerCallback, draining_nodes
 from ray_platform.retry import RETRY_SECONDS
+from ray_platform.tracking import Tracker
+from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.collective import collective
 from ray_platform.train.config import TrainConfig
@@ -28,6 +33,10 @@ logger = logging.getLogger(__name__)
 BAD_STEPS = "bad_steps"  # folder in output_dir
 _EMA_DECAY = 0.98  # of the usual loss
 _MIN_GOOD_STEPS = 20  # before a loss can be called unusual
+POLL_SECONDS = 1.0
+_POLLS_PER_CHECK = 5  # a check needs several calls
+_ANSWER_TIMEOUT_SECONDS = 10.0
+_STOPPED = "stopped by SIGTERM"
 _RESIZE_TIMEOUT_SECONDS = 600.0  # for a checkpoint before a resize; after that the workers restart from an older one
 
 
@@ -214,3 +223,92 @@ class SaveBeforeResize(ControllerCallback):
         while ray.get(self.hang_detector.num_alive.remote()) and time.monotonic() < deadline:
             time.sleep(0.2)
         ray.get(self.hang_detector.reset.remote())
+
+
+# --- monitoring by the driver ----------------------------------------------------------------------------------------------
+
+
+class DriverMonitor:
+    """Watches the workers for the length of a `with` block. Enter it in the main thread, where it handles SIGTERM."""
+
+    def __init__(self, hang_detector: Any, tracker: Tracker, node_metrics: NodeMetrics, train: TrainConfig):
+        self.hang_detector, self.tracker, self.node_metrics, self.train = hang_detector, tracker, node_metrics, train
+        self.stopping = False  # SIGTERM was received: the workers save, and the run ends
+        self.last_hang = ""  # message about the workers killed since the last `reset_workers`
+        self._printed_step = -1
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._poll_loop, daemon=True, name="monitor")
+        self._previous_handler: Any = None
+
+    def __enter__(self) -> "DriverMonitor":
+        if threading.current_thread() is threading.main_thread():
+            self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._print_progress()
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+
+    def reset_workers(self) -> None:
+        """Forget the workers that ended; new ones will start."""
+        self.last_hang = ""
+        self.hang_detector.reset.remote()
+
+    def _on_sigterm(self, *_: object) -> None:
+        self.stopping = True
+        print("SIGTERM: saving a checkpoint", flush=True)
+        self.hang_detector.request_stop.remote(_STOPPED)
+
+    def _poll_loop(self) -> None:
+        for num_polls in itertools.count(1):
+            if self._done.wait(POLL_SECONDS):
+                return
+            self._print_progress()
+            if num_polls % _POLLS_PER_CHECK == 0:
+                try:
+                    self._check_workers()
+                except ray.exceptions.RayError as error:
+                    logger.warning("the hang detector does not answer: %s", error)
+
+    def _check_workers(self) -> None:
+        """Have the workers save and restart without a node that is being drained, and kill them all when one hangs."""
+        detector = self.hang_detector
+        if self.stopping:  # again, for workers that were being started
+            detector.request_stop.remote(_STOPPED)
+        nodes = ray.get(detector.nodes.remote(), timeout=_ANSWER_TIMEOUT_SECONDS)
+        if drained := draining_nodes() & nodes:
+            detector.request_stop.remote(f"node {min(drained)[:8]} is being drained")
+        if hang := ray.get(detector.find_hang.remote(self.train.hang_seconds), timeout=_ANSWER_TIMEOUT_SECONDS):
+            self.last_hang = hang.message
+            logger.warning("%s; restarting all workers", hang.message)
+            for actor in hang.actors:
+                ray.kill(actor)
+            detector.reset.remote()
+        self.node_metrics.poll(nodes)
+
+    def _print_progress(self) -> None:
+        """Print a line when new metrics have arrived."""
+        step, metrics = self.tracker.latest()
+        if step > self._printed_step and "train/samples_per_second" in metrics:
+            self._printed_step = step
+            print(progress_line(step, self.train.num_steps, metrics), flush=True)
+
+
+def progress_line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
+    """Format `step 120/780  loss_generation 0.412  113 samples/s  waiting for data 2 %  stalled 3 %  left 5:32`.
+
+    Stalled is the fraction of time spent on checkpoints, scores and previews, shown from 1 % on.
+    """
+    names = [name for name in sorted(metrics, reverse=True) if name.startswith("train/loss_")]
+    losses = "  ".join(f"{name.removeprefix('train/')} {metrics[name]:.3f}" for name in names)
+    minutes, seconds = divmod(int(metrics.get("train/seconds_left", 0)), 60)
+    stalled = metrics.get("train/share_stalled", 0)
+    return (
+        f"step {step}/{num_steps}  {losses}  {metrics.get('train/samples_per_second', 0):.0f} samples/s  "
+        f"waiting for data {metrics.get('data/share_waiting', 0):.0%}  "
+        f"{f'stalled {stalled:.0%}  ' if stalled >= 0.01 else ''}left {minutes}:{seconds:02d}"
+    )

@@ -1,17 +1,12 @@
-"""Hang detection: every rank sends a heartbeat every few seconds, and the driver finds the rank that the others wait for.
-
-Also the driver's monitor, which acts on hangs, drained nodes and SIGTERM, and prints the progress.
-"""
+"""Hang detection: every rank sends a heartbeat every few seconds, and the driver finds the rank that the others wait for."""
 
 import contextlib
-import itertools
-import logging
 import os
-import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,18 +14,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_platform.ray_internals import draining_nodes
-from ray_platform.tracking import Tracker
-from ray_platform.tracking.node_metrics import NodeMetrics
-from ray_platform.train.config import TrainConfig
-
-logger = logging.getLogger(__name__)
-
 HEARTBEAT_SECONDS = 2.0
-POLL_SECONDS = 1.0
-_POLLS_PER_CHECK = 5  # a check needs several calls
-_STOPPED = "stopped by SIGTERM"
-_ANSWER_TIMEOUT_SECONDS = 10.0
 _SILENT_SECONDS = 5 * HEARTBEAT_SECONDS  # after this, the process is stopped or its node is lost
 _SLOW_PHASE_FACTOR = 10  # longer timeout of phases that are slow by themselves: building, restoring, scoring, exporting
 # Files of frames that wait for other ranks, with gloo. NCCL's calls return at once and the next read of a result waits, wherever
@@ -56,10 +40,6 @@ class Heartbeat:
     pid: int
     node: str  # Ray's hex id
     actor: Any = field(compare=False)  # handle with which the rank can be killed
-
-    @property
-    def label(self) -> str:
-        return f"rank {self.rank} ({self.host}, pid {self.pid}) in step {self.step + 1}"
 
     @property
     def progress_key(self) -> tuple[int, int, str, int]:
@@ -104,10 +84,8 @@ class HeartbeatThread:
     def heartbeat(self, host: str = "", pid: int = 0, node: str = "", actor: Any = None) -> Heartbeat:
         """Return the heartbeat of this moment."""
         stack_top, is_in_collective = self._training_stack()
-        waits = self._waits_for_ranks or is_in_collective
-        return Heartbeat(
-            self.rank, self.step, self.phase, stack_top, waits, self._is_slow_phase, self.progress, host, pid, node, actor
-        )
+        waits, is_slow = self._waits_for_ranks or is_in_collective, self._is_slow_phase
+        return Heartbeat(self.rank, self.step, self.phase, stack_top, waits, is_slow, self.progress, host, pid, node, actor)
 
     def _send_heartbeats(self) -> None:
         context = ray.get_runtime_context()
@@ -125,12 +103,11 @@ class HeartbeatThread:
 
     def _training_stack(self) -> tuple[str, bool]:
         """Return (innermost frame of the training thread outside of libraries, whether the thread is inside a collective)."""
-        frame, frames = sys._current_frames().get(self._training_thread), []
-        while frame is not None:
-            frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
-            frame = frame.f_back
+        top = sys._current_frames().get(self._training_thread)
+        stack = traceback.walk_stack(top) if top else ()
+        frames = [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in stack]
         is_in_collective = any(part in name.replace(os.sep, "/") for name, _, _ in frames for part in _COLLECTIVE_FRAMES)
-        name, line, function = next((f for f in frames if "site-packages" not in f[0]), frames[0] if frames else ("?", 0, "?"))
+        name, line, function = next((f for f in frames if "site-packages" not in f[0]), (*frames, ("?", 0, "?"))[0])
         return f"{os.path.basename(name)}:{line} {function}", is_in_collective
 
 
@@ -185,8 +162,8 @@ class HangDetector:
     def find_hang(self, seconds: float) -> Hang | None:
         """Return a hang when no rank made progress for `seconds`, times `_SLOW_PHASE_FACTOR` in slow phases.
 
-        A slow phase gives no more time to a rank that is silent, or to the ranks that wait for it. The blamed ranks are those
-        that send no heartbeats; if there are none, those that do not wait for other ranks.
+        A slow phase gives no more time to a rank that is silent, or to the ranks that wait for it. Silent ranks are blamed; if
+        there are none, those that do not wait for other ranks.
         """
         now, ranks = time.monotonic(), self._ranks.values()
         silent = [rank.heartbeat for rank in ranks if now - rank.received_at > _SILENT_SECONDS]
@@ -200,7 +177,7 @@ class HangDetector:
         busy = [rank.heartbeat for rank in ranks if not rank.heartbeat.waits_for_ranks]
         blamed = sorted(silent or busy, key=lambda heartbeat: heartbeat.rank)
         if blamed:
-            names = ", ".join(heartbeat.label for heartbeat in blamed)
+            names = ", ".join(f"rank {h.rank} ({h.host}, pid {h.pid}) in step {h.step + 1}" for h in blamed)
             how = "sends no heartbeats" if silent else f"hangs while {blamed[0].phase}, at {blamed[0].stack_top}"
             cause = f"{names} {how}; the other {len(ranks) - len(blamed)} of {len(ranks)} ranks wait"
         else:
@@ -212,92 +189,3 @@ def start_hang_detector() -> Any:
     """Start the actor on the driver's node, so that it is not lost with a node of the workers."""
     driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0)(HangDetector).options(scheduling_strategy=driver_node).remote()
-
-
-# --- driver --------------------------------------------------------------------------------------------------------------
-
-
-class DriverMonitor:
-    """Watches the workers for the length of a `with` block. Enter it in the main thread, where it handles SIGTERM."""
-
-    def __init__(self, hang_detector: Any, tracker: Tracker, node_metrics: NodeMetrics, train: TrainConfig):
-        self.hang_detector, self.tracker, self.node_metrics, self.train = hang_detector, tracker, node_metrics, train
-        self.stopping = False  # SIGTERM was received: the workers save, and the run ends
-        self.last_hang = ""  # message about the workers killed since the last `reset_workers`
-        self._printed_step = -1
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._poll_loop, daemon=True, name="monitor")
-        self._previous_handler: Any = None
-
-    def __enter__(self) -> "DriverMonitor":
-        if threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self._print_progress()
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGTERM, self._previous_handler)
-
-    def reset_workers(self) -> None:
-        """Forget the workers that ended; new ones will start."""
-        self.last_hang = ""
-        self.hang_detector.reset.remote()
-
-    def _on_sigterm(self, *_: object) -> None:
-        self.stopping = True
-        print("SIGTERM: saving a checkpoint", flush=True)
-        self.hang_detector.request_stop.remote(_STOPPED)
-
-    def _poll_loop(self) -> None:
-        for num_polls in itertools.count(1):
-            if self._done.wait(POLL_SECONDS):
-                return
-            self._print_progress()
-            if num_polls % _POLLS_PER_CHECK == 0:
-                try:
-                    self._check_workers()
-                except ray.exceptions.RayError as error:
-                    logger.warning("the hang detector does not answer: %s", error)
-
-    def _check_workers(self) -> None:
-        """Have the workers save and restart without a node that is being drained, and kill them all when one hangs."""
-        detector = self.hang_detector
-        if self.stopping:  # again, for workers that were being started
-            detector.request_stop.remote(_STOPPED)
-        nodes = ray.get(detector.nodes.remote(), timeout=_ANSWER_TIMEOUT_SECONDS)
-        if drained := draining_nodes() & nodes:
-            detector.request_stop.remote(f"node {min(drained)[:8]} is being drained")
-        if hang := ray.get(detector.find_hang.remote(self.train.hang_seconds), timeout=_ANSWER_TIMEOUT_SECONDS):
-            self.last_hang = hang.message
-            logger.warning("%s; restarting all workers", hang.message)
-            for actor in hang.actors:
-                ray.kill(actor)
-            detector.reset.remote()
-        self.node_metrics.poll(nodes)
-
-    def _print_progress(self) -> None:
-        """Print a line when new metrics have arrived."""
-        step, metrics = self.tracker.latest()
-        if step > self._printed_step and "train/samples_per_second" in metrics:
-            self._printed_step = step
-            print(progress_line(step, self.train.num_steps, metrics), flush=True)
-
-
-def progress_line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
-    """Format `step 120/780  loss_generation 0.412  113 samples/s  waiting for data 2 %  stalled 3 %  left 5:32`.
-
-    Stalled is the fraction of time spent on checkpoints, scores and previews, shown from 1 % on.
-    """
-    names = [name for name in sorted(metrics, reverse=True) if name.startswith("train/loss_")]
-    losses = "  ".join(f"{name.removeprefix('train/')} {metrics[name]:.3f}" for name in names)
-    minutes, seconds = divmod(int(metrics.get("train/seconds_left", 0)), 60)
-    stalled = metrics.get("train/share_stalled", 0)
-    return (
-        f"step {step}/{num_steps}  {losses}  {metrics.get('train/samples_per_second', 0):.0f} samples/s  "
-        f"waiting for data {metrics.get('data/share_waiting', 0):.0%}  "
-        f"{f'stalled {stalled:.0%}  ' if stalled >= 0.01 else ''}left {minutes}:{seconds:02d}"
-    )

@@ -41,8 +41,8 @@ from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.tracking.run_metadata import append_command, code_version, dated_name, run_tags
 from ray_platform.train.checkpoint_format import candidates, list_checkpoints, read_manifest
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.fault_tolerance import RestartPolicy, SaveBeforeResize
-from ray_platform.train.hang_detector import DriverMonitor, start_hang_detector
+from ray_platform.train.fault_tolerance import DriverMonitor, RestartPolicy, SaveBeforeResize
+from ray_platform.train.hang_detector import start_hang_detector
 from ray_platform.train.heldout import read_heldout
 from ray_platform.train.worker_spec import WorkerSpec
 

@@ -71,11 +71,10 @@ class AdamW(torch.optim.AdamW):
             return
         super().step()
         updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not updated or not self.ema_decay:
-            return
-        num_updates = int(self.state[updated[0]]["step"])
-        average = get_ema_multi_avg_fn(ema_decay_at(self.ema_decay, num_updates))
-        average([self.state[p][EMA] for p in updated], [p.detach() for p in updated], num_updates)
+        if updated and self.ema_decay:
+            num_updates = int(self.state[updated[0]]["step"])
+            average = get_ema_multi_avg_fn(ema_decay_at(self.ema_decay, num_updates))
+            average([self.state[p][EMA] for p in updated], [p.detach() for p in updated], num_updates)
 
 
 class LossScale:
