@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OURS = ("PYTHONPATH", "RAY_ADDRESS", "RAY_AUTH_MODE", "VIRTUAL_ENV")
-SMALL = "--recipe demo --train.num_steps 4 --train.micro_batch_size 4 --train.preview_every 0 --train.log_every 2".split()
+SMALL = [
+    "--recipe", "demo", "--train.num_steps", "4", "--train.micro_batch_size", "4", "--train.preview_every", "0",
+    "--train.log_every", "2",
+]  # fmt: skip
 SUBMIT = """
 import importlib.util, sys
 for name in ("ray_platform", "diffdis", "diffdis_platform"):
