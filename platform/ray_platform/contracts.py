@@ -94,8 +94,8 @@ class Task(Protocol):
     """What a trainer needs to know of a model.
 
     `module(inputs, seed, **more)` returns the loss and the metrics of a micro-batch, with all its randomness generated from
-    `seed`. A metric is a [2] tensor: a weighted sum and its weight; sums and weights add up over ranks, micro-batches and steps and
-    are divided only when they are logged.
+    `seed`. A metric is a [2] tensor: a weighted sum and its weight, which add up over ranks, micro-batches and steps and are
+    divided only when they are logged.
 
     Every rank calls every method that runs `module` equally often: under ZeRO 3 each call is a collective.
     """
