@@ -2,29 +2,26 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
+from ray_platform.tracking.mlflow_tracker import ui_command
 from tests.support.processes import free_ports, wait_until_ready
 
 
 class MlflowServer:
-    """`mlflow server` over a store, for the length of a `with` block."""
+    """The server that a user opens for a store, for the length of a `with` block."""
 
     def __init__(self, folder: Path, store: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         (self.port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / "mlflow_server.log"
-        self._command = [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-            "--backend-store-uri", store, *arguments,
-        ]  # fmt: skip
-        settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self._environment = {**os.environ, **settings, **(environment or {})}
+        self._command = [*shlex.split(ui_command(store, self.port)), *arguments]
+        self._environment = {**os.environ, **(environment or {})}
 
     def __enter__(self) -> "MlflowServer":
         with self._log.open("wb") as log:
