@@ -25,8 +25,8 @@ HELDOUT_ONE_IN = 10
 MAX_PAIRS_PER_SHARD = 512
 MIN_TRAIN_SHARDS = 8
 
-Sample = TypeVar("Sample")
-Manifest = dict[str, Any]  # manifest.json: versions, counts and digests
+T = TypeVar("T")
+DemoManifest = dict[str, Any]  # manifest.json: versions, counts and digests
 
 
 # Of the splits, names, captions, groups and licences that the published package gives. Pixels are not pinned: another version of
@@ -181,7 +181,7 @@ def _write_tar(path: Path, samples: Sequence[dict[str, object]]) -> None:
             tar.write(sample)
 
 
-def _shards(samples: Sequence[Sample], min_shards: int) -> list[Sequence[Sample]]:
+def _shards(samples: Sequence[T], min_shards: int) -> list[Sequence[T]]:
     """Return slices whose lengths differ by at most one, so that no reader is idle while another reads a longer shard."""
     num_shards = min(len(samples), max(min_shards, -(-len(samples) // MAX_PAIRS_PER_SHARD)))
     bounds = [len(samples) * shard // max(1, num_shards) for shard in range(num_shards + 1)]
@@ -191,7 +191,7 @@ def _shards(samples: Sequence[Sample], min_shards: int) -> list[Sequence[Sample]
 # --- What was built -------------------------------------------------------------------------------------------------------------
 
 
-def _describe(splits: Mapping[str, Sequence[Pair]]) -> Manifest:
+def _describe(splits: Mapping[str, Sequence[Pair]]) -> DemoManifest:
     entries, pixels = hashlib.sha256(), hashlib.sha256()
     for split, pairs in splits.items():
         for pair in pairs:
@@ -214,7 +214,7 @@ def _describe(splits: Mapping[str, Sequence[Pair]]) -> Manifest:
     }
 
 
-def _summary(manifest: Manifest) -> str:
+def _summary(manifest: DemoManifest) -> str:
     return ", ".join(f"{manifest['num_pairs'][split]} {split} ({manifest['num_names'][split]} names)" for split in SPLITS)
 
 
@@ -250,7 +250,7 @@ def _digests(folder: Path) -> dict[str, str]:
     }
 
 
-def _manifest_of_complete(output: Path, entries_sha256: str | None) -> Manifest | None:
+def _manifest_of_complete(output: Path, entries_sha256: str | None) -> DemoManifest | None:
     """Return the manifest in `output` if this version of the builder wrote it and no file changed, or None."""
     try:
         manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))

@@ -29,7 +29,7 @@ GUIDANCE_SCALE = 3.0
 NUM_INFERENCE_STEPS = 10
 NUM_DRAWS = 8  # averaged; one image pass serves all of them
 
-Summary = dict[str, Any]  # summary.json
+DemoSummary = dict[str, Any]  # summary.json
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ZeroShotSet:
         )
 
 
-def write_report(output: Path, data: Path, captions: tuple[str, ...]) -> Summary:
+def write_report(output: Path, data: Path, captions: tuple[str, ...]) -> DemoSummary:
     """Score the model in `output/export`, generate the grid, write `output/summary.json`, and log all of it to MLflow."""
     training = json.loads((output / "train_summary.json").read_text())
     pipeline = DiffDisPipeline.from_pretrained(output / "export")
@@ -128,7 +128,7 @@ def color_agreement(images: Sequence[Image.Image], captions: Sequence[str], real
     }
 
 
-def _track(output: Path, summary: Summary) -> None:
+def _track(output: Path, summary: DemoSummary) -> None:
     """Log scores and grid to the run that trained the model."""
     run = summary["mlflow"]
     scores = {f"zero_shot/{s}/{name}": v for s, values in summary["zero_shot"].items() for name, v in values.items()}
@@ -137,7 +137,7 @@ def _track(output: Path, summary: Summary) -> None:
         tracker.log_bytes((output / "grid.png").read_bytes(), "grid.png")
 
 
-def table(summary: Summary) -> str:
+def table(summary: DemoSummary) -> str:
     """Return the summary for the terminal."""
     rows = [["zero-shot", "acc1", "x chance", "acc5", "100-way", "shuffled", "untrained", "classes", "images"]]
     for split, s in summary["zero_shot"].items():
