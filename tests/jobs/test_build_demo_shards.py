@@ -23,7 +23,7 @@ from diffdis_platform.demo.naming import caption_of
 from diffdis_platform.demo.splits import HELDOUT_FAMILY, SPLITS, is_heldout_name
 from ray_platform.contracts import DataError
 from ray_platform.evaluate.discovery import open_evaluation_set
-from ray_platform.evaluate.samples import read_slice
+from ray_platform.evaluate.sets import read_slice
 
 # By their digests "lion" and "shield" are held out, the others are not.
 NAMES = ["lion", "shield", "snake", "spoon", "compass", "flag-france", "green-heart"]

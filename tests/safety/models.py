@@ -26,7 +26,7 @@ from ray_platform.data.precomputed import to_arrow
 from ray_platform.data.source import open_precomputed
 from ray_platform.evaluate.discovery import find_evaluation_set
 from ray_platform.evaluate.result_cache import ResultCache
-from ray_platform.evaluate.samples import read_slice
+from ray_platform.evaluate.sets import read_slice
 from tests.ray_platform.conftest import png, tar_of
 from tests.safety.cases import CANARY, Case, Evil, line_of
 from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder, save_stable_diffusion
@@ -190,7 +190,7 @@ SETS_DOOR = "`jobs/eval.py --data_roots`"
 
 def read_all(root: Path, name: str) -> str:
     def read() -> str:
-        samples = [sample for part in find_evaluation_set([str(root)], name).slices for sample in read_slice(part, 0.0)]
+        samples = [sample for part in find_evaluation_set([str(root)], name).slices for sample in read_slice(part)]
         causes = [sample.cause for sample in samples if hasattr(sample, "cause")]
         return ", ".join([f"{len(samples) - len(causes)} images", *(f"1 × {cause}" for cause in causes)])
 
