@@ -1,4 +1,4 @@
-"""Metrics of generated images: KID, CLIPScore, and the Fréchet distance, which is FID if the features are those of FID's Inception.
+"""Metrics of generated images: KID, CLIPScore, and the Fréchet distance, which is FID with the features of FID's Inception.
 
 The Fréchet distance is computed in float64 from means and centered second moments: sums of raw squares lose the digits of a
 covariance that is small against the mean.

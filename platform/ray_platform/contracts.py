@@ -87,7 +87,6 @@ class Encoder(Protocol):
 
     def encode(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """images [B, H, W, 3] uint8 -> arrays of B rows each, in half precision."""
-        ...
 
 
 class Task(Protocol):
@@ -104,15 +103,12 @@ class Task(Protocol):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """AdamW groups over `module`'s trainable parameters: `params`, `lr`, `weight_decay` and a `name` for the log."""
-        ...
 
     def enable_activation_checkpointing(self) -> None:
         """From now on compute activations again in the backward pass instead of keeping them."""
-        ...
 
     def inputs(self, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
         """From a batch's images and captions, or from what was precomputed of them, to what `module` takes."""
-        ...
 
     def precompute_step_loss(
         self, inputs: Sequence[dict[str, torch.Tensor]], seeds: Sequence[int]
@@ -121,34 +117,27 @@ class Task(Protocol):
 
         Called before the first of them is run: here a loss over the whole step's samples can look at all of them.
         """
-        ...
 
     def embed_heldout(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What `score` needs of held-out samples: tensors of B rows each. Called without gradients."""
-        ...
 
     def score(self, rows: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Metrics over all ranks' rows of all held-out samples, each sample once."""
-        ...
 
     def preview(self, rank: int, world_size: int) -> dict[int, np.ndarray]:
         """This rank's share of the preview images, by their place: [H, W, 3] uint8, always the same captions and noise.
 
         Called without gradients.
         """
-        ...
 
     def preview_page(self, images: Mapping[int, np.ndarray]) -> bytes:
         """All ranks' preview images as one PNG."""
-        ...
 
     def save_pretrained(self, state_dict: Mapping[str, torch.Tensor], folder: Path) -> None:
         """Write a folder from which the model can be used without this platform."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """What was built, for the log: counts of parameters, what a warm start loaded, left new and ignored."""
-        ...
 
 
 class Scorer(Protocol):
@@ -159,19 +148,15 @@ class Scorer(Protocol):
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
         """Return one row of the input of `embed_images` for RGB uint8 [H, W, 3] of any size. Called from several threads."""
-        ...
 
     def embed_images(self, images: np.ndarray, keys: Sequence[str], **settings: Any) -> np.ndarray:
         """Return [B, D] float32 of unit norm for [B, ...]. The noise of an image, if there is any, depends on its key."""
-        ...
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return [N, D] float32 of unit norm."""
-        ...
 
     def embed_classes(self, class_names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
         """Return [num_classes, D] float32 of unit norm: each class over all templates, whose "{c}" is its name."""
-        ...
 
 
 class Generator(Protocol):
@@ -179,7 +164,6 @@ class Generator(Protocol):
 
     def generate_images(self, captions: Sequence[str], indices: Sequence[int], **settings: Any) -> np.ndarray:
         """Return [B, H, W, 3] uint8. The noise of an image depends on its index among all prompts, not on the batch."""
-        ...
 
 
 class FeatureNetwork(Protocol):
@@ -190,4 +174,3 @@ class FeatureNetwork(Protocol):
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Return float32 [B, d] of uint8 [B, H, W, 3]."""
-        ...

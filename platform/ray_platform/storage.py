@@ -1,8 +1,7 @@
 """Files in folders and in `s3://`. This is the only module that knows fsspec, s3fs and Arrow's file systems.
 
 Credentials, region and endpoint come from the usual AWS places (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ~/.aws, roles). Every error
-is a `DataError` of one line that names the URL and never the credentials. `ray_platform.retry`
-documents which operations are retried, and when.
+is a `DataError` of one line that names the URL and never the credentials. `ray_platform.retry` documents the retries.
 """
 
 import contextlib
@@ -57,12 +56,9 @@ class StoredFile:
 def list_files(source: str) -> tuple[StoredFile, ...]:
     """Return the files that `source` names, sorted by URL.
 
-    Args:
-        source: a file, a folder (without its subfolders), a glob (`s3://bucket/part-*/*.tar`) or a brace pattern
-            (`s3://bucket/{00000..00009}.tar`).
-
-    Raises:
-        StorageError: a file, folder or bucket is missing. An empty folder, and a glob without a match, return ().
+    That is a file, a folder (without its subfolders), a glob (`s3://bucket/part-*/*.tar`) or a brace pattern
+    (`s3://bucket/{00000..00009}.tar`). Raises StorageError if a file, folder or bucket is missing; an empty folder, and a glob
+    without a match, return ().
     """
     filesystem, path = _resolve(source)
     if "{" in path:
@@ -133,16 +129,13 @@ def read_json(url: str) -> dict[str, Any]:
     return value
 
 
+@storage_operation(retried=True)
 def read_buffer(url: str) -> pa.Buffer:
     """Return the content of a file in memory of Arrow's pool, which reuses pages without zeroing them. Raises StorageError."""
-    if "://" in url:
+    filesystem, path = _resolve(url)
+    if not isinstance(filesystem, LocalFileSystem):
         return pa.py_buffer(read_bytes(url))
-    return _read_local_buffer(url)
-
-
-@storage_operation(retried=True)
-def _read_local_buffer(url: str) -> pa.Buffer:
-    with pa.OSFile(_resolve(url)[1]) as file:
+    with pa.OSFile(path) as file:
         return file.read_buffer()
 
 
@@ -172,15 +165,12 @@ def _arrow_filesystem(variables: tuple[tuple[str, str], ...], bucket: str) -> S3
 
 def read_many(urls: Sequence[str]) -> dict[str, bytes]:
     """Return the contents of many small files, which are read concurrently. Files that cannot be read are left out."""
-    return _read_many(urls[0], urls) if urls else {}
-
-
-@storage_operation(retried=False)
-def _read_many(first_url: str, urls: Sequence[str]) -> dict[str, bytes]:
-    filesystem, _ = _resolve(first_url)
-    by_path = {_resolve(url)[1]: url for url in urls}
-    contents = filesystem.cat(list(by_path), on_error="omit")
-    return {by_path[path]: content for path, content in contents.items()}
+    if not urls:
+        return {}
+    with storage_errors(urls[0]):
+        filesystem, _ = _resolve(urls[0])
+        by_path = {_resolve(url)[1]: url for url in urls}
+        return {by_path[path]: content for path, content in filesystem.cat(list(by_path), on_error="omit").items()}
 
 
 @contextmanager
@@ -253,12 +243,7 @@ def delete(url: str) -> None:
 
 
 def put_folder(folder: Path, url: str) -> None:
-    """Copy every file below the local `folder` to below `url`, with its relative name.
-
-    Raises:
-        DataError: `folder` has no files.
-        StorageError: a file cannot be written.
-    """
+    """Copy every file below the local `folder` to below `url`. Raises DataError if there is none; StorageError."""
     sources = sorted(path for path in folder.rglob("*") if path.is_file())
     if not sources:
         raise DataError(f"{folder}: there are no files in it to copy to {url}; name another folder")
@@ -273,11 +258,9 @@ def _put_files(url: str, folder: Path, sources: Sequence[Path]) -> None:
 
 @storage_operation(retried=True)
 def get_folder(url: str, folder: Path) -> None:
-    """Copy every file below `url`, or the file `url`, to below the local `folder`, with its relative name.
+    """Copy every file below `url`, or the file `url`, to below the local `folder`.
 
-    Raises:
-        StorageError: there is no such file or folder, or it cannot be read.
-        DataError: a name leads out of `folder`.
+    Raises DataError if a name leads out of `folder`; StorageError.
     """
     filesystem, path = _resolve(url)
     sources = [source for source in filesystem.find(path) if not source.endswith("/")]
@@ -366,9 +349,8 @@ def _resolve(url: str) -> tuple[Any, str]:
         raise DataError(
             f"{url}: contains credentials (before an @); leave them out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
-    client: dict[str, Any] = dict(_S3_CLIENT)
-    if custom_endpoint():
-        client["s3"] = {"addressing_style": "path"}  # such a server seldom has a DNS name per bucket
+    # A server of one's own seldom has a DNS name per bucket.
+    client = _S3_CLIENT | ({"s3": {"addressing_style": "path"}} if custom_endpoint() else {})
     # No cached listings: what other processes write must be visible.
     return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=client), rest.rstrip("/")
 

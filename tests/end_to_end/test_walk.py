@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from tests.support.documentation import ROOT, Shell, blocks_run_by, readers_environment
-from tests.support.ports import free_ports
+from tests.support.processes import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
 

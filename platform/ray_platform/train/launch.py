@@ -23,18 +23,10 @@ from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
 from ray_platform.placement import label_selector
-from ray_platform.tracking import (
-    ModelPackage,
-    RunRecord,
-    Tracker,
-    TrackingConfig,
-    read_run_record,
-    run_record,
-    start_run,
-    tracking_uri,
-)
+from ray_platform.tracking import ModelPackage, RunRecord, Tracker, TrackingConfig, read_run_record, tracking_uri
 from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.tracking.run_metadata import code_version
+from ray_platform.tracking.runs import run_record, start_run
 from ray_platform.train.checkpoint_format import candidates, list_checkpoints, read_manifest
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.fault_tolerance import RestartPolicy, SaveBeforeResize
