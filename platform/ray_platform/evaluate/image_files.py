@@ -46,7 +46,7 @@ _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _READS_AT_ONCE = 16
 _MAX_BYTES = 2**28  # no more is read of a file, so that a larger image cannot be decoded
 
-Labels = list[tuple[str, int]]  # (name below the set's folder, label) of images
+LabeledNames = list[tuple[str, int]]  # (name below the set's folder, label) of images
 
 # --- Folders of image files -----------------------------------------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ def _image_sizes(url: str, pattern: str = "**") -> dict[str, int]:
 
 
 def _build_set(
-    set_name: str, url: str, layout: str, texts: ClassTexts, samples: Labels, sizes: Mapping[str, int]
+    set_name: str, url: str, layout: str, texts: ClassTexts, samples: LabeledNames, sizes: Mapping[str, int]
 ) -> EvaluationSet:
     """Return the set of `samples`, in order; `sizes` has the files that exist. Raises DataError if a name leads out of `url`."""
     for name, _ in samples:  # an index that was downloaded may name any file of this machine
@@ -123,7 +123,7 @@ def _build_set(
     return build_set(set_name, task, url, layout, files, parts, texts, num_existing)
 
 
-def _read_files(folder: str, files: Labels, part: DatasetSlice) -> Samples:
+def _read_files(folder: str, files: LabeledNames, part: DatasetSlice) -> Samples:
     """Read the files concurrently. A file that cannot be read becomes a RejectedSample."""
 
     def read(name: str, label: int) -> RawSample | RejectedSample:
@@ -169,7 +169,7 @@ def open_torchvision(set_name: str, url: str) -> EvaluationSet | None:
 
 
 def _open_index(
-    read_index: Callable[[str], tuple[Sequence[str], Labels]], source: str, images: str, set_name: str, folder: str
+    read_index: Callable[[str], tuple[Sequence[str], LabeledNames]], source: str, images: str, set_name: str, folder: str
 ) -> EvaluationSet:
     """Return a set with an index.
 
@@ -203,26 +203,26 @@ def _mat(folder: str, name: str) -> dict:
     return scipy.io.loadmat(io.BytesIO(storage.read_small(storage.join(folder, name))), squeeze_me=True)
 
 
-def _cars(folder: str) -> tuple[Sequence[str], Labels]:
+def _cars(folder: str) -> tuple[Sequence[str], LabeledNames]:
     annotations = _mat(folder, "cars_test_annos_withlabels.mat")["annotations"]
     names = [str(name) for name in _mat(folder, "devkit/cars_meta.mat")["class_names"]]
     return names, [(f"cars_test/{one['fname']}", int(one["class"]) - 1) for one in annotations]
 
 
-def _flowers(folder: str) -> tuple[Sequence[str], Labels]:
+def _flowers(folder: str) -> tuple[Sequence[str], LabeledNames]:
     """The files have no class names; the known set's are in the order of the labels."""
     labels, numbers = _mat(folder, "imagelabels.mat")["labels"], _mat(folder, "setid.mat")["tstid"].tolist()
     samples = [(f"jpg/image_{number:05d}.jpg", int(labels[number - 1]) - 1) for number in numbers]
     return KNOWN_SETS["vtab/flowers"].classes, samples
 
 
-def _food(folder: str) -> tuple[Sequence[str], Labels]:
+def _food(folder: str) -> tuple[Sequence[str], LabeledNames]:
     names = json.loads(storage.read_small(storage.join(folder, "meta/test.json")))
     classes = sorted(names)
     return classes, [(f"images/{name}.jpg", label) for label, dish in enumerate(classes) for name in names[dish]]
 
 
-def _sun(folder: str) -> tuple[Sequence[str], Labels]:
+def _sun(folder: str) -> tuple[Sequence[str], LabeledNames]:
     """The class of `a/abbey/sun_1.jpg` is "/a/abbey" in ClassName.txt. All images belong to the test split."""
     lines = read_lines(storage.join(folder, "ClassName.txt"))
     labels = {line.strip("/"): label for label, line in enumerate(lines)}
@@ -230,20 +230,20 @@ def _sun(folder: str) -> tuple[Sequence[str], Labels]:
     return [line[3:] for line in lines], [(name, labels[posixpath.dirname(name)]) for name in names]
 
 
-def _textures(folder: str) -> tuple[Sequence[str], Labels]:
+def _textures(folder: str) -> tuple[Sequence[str], LabeledNames]:
     names = read_lines(storage.join(folder, "labels/test1.txt"))
     classes = sorted({posixpath.dirname(name) for name in names})
     return classes, [(f"images/{name}", classes.index(posixpath.dirname(name))) for name in names]
 
 
-def _aircraft(folder: str) -> tuple[Sequence[str], Labels]:
+def _aircraft(folder: str) -> tuple[Sequence[str], LabeledNames]:
     classes = read_lines(storage.join(folder, "data/variants.txt"))
     labels = {name: label for label, name in enumerate(classes)}
     lines = [line.split(" ", 1) for line in read_lines(storage.join(folder, "data/images_variant_test.txt"))]
     return classes, [(f"data/images/{number}.jpg", labels[variant]) for number, variant in lines]
 
 
-def _pets(folder: str) -> tuple[Sequence[str], Labels]:
+def _pets(folder: str) -> tuple[Sequence[str], LabeledNames]:
     """Lines are `Abyssinian_201 1 1 1`: the image, its breed counted from 1, and two fields that are not needed."""
     lines = [line.split() for line in read_lines(storage.join(folder, "annotations/test.txt")) if not line.startswith("#")]
     samples = [(f"images/{name}.jpg", int(breed) - 1) for name, breed, *_ in lines]
