@@ -17,7 +17,7 @@ from diffdis_platform.demo.builder import ENTRIES_SHA256, HELDOUT_FAMILY, SPLITS
 from diffdis_platform.demo.icons import FAMILIES, VERSION, caption_of
 from ray_platform.contracts import DataError
 from ray_platform.evaluate.discovery import open_evaluation_set
-from ray_platform.evaluate.samples import read_slice
+from ray_platform.evaluate.sets import read_slice
 
 # By their digests "lion" and "shield" are held out, the others are not.
 NAMES = ["lion", "shield", "snake", "spoon", "compass", "flag-france", "green-heart"]
