@@ -27,7 +27,7 @@ from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.recipes.demo import PREVIEW_CAPTIONS
 from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion
 from diffdis_platform.sizing.counts import Counts, clip_text_encoder, count, stable_diffusion_autoencoder
-from diffdis_platform.sizing.model import memory
+from diffdis_platform.sizing.estimate import memory
 from ray_platform.contracts import Batch, one_line
 from ray_platform.train.config import BatchPlan
 from ray_platform.train.throughput import peak_flops

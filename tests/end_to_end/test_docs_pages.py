@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from tests.support.documentation import ROOT, Shell, blocks_run_by, readers_environment
-from tests.support.ports import free_ports
+from tests.support.processes import free_ports
 from tests.support.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 from tests.support.tiny_checkpoints import WIDTH, save_stable_diffusion
 from tests.support.training import write_shards

@@ -13,9 +13,9 @@ from PIL import Image
 from tests.support.s3_server import S3Server
 
 
-def png(seed: int, size: int = 16) -> bytes:
-    """A PNG of noise, [size, size, 3], that no other seed gives."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+def png(seed: int, shape: tuple[int, int] = (16, 16)) -> bytes:
+    """A PNG of noise, [*shape, 3], that no other seed gives."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
@@ -36,7 +36,7 @@ def samples_of(first: int, count: int, size: int = 16) -> list[tuple[str, bytes]
     return [
         member
         for number in range(first, first + count)
-        for member in ((f"{number:05d}.png", png(number, size)), (f"{number:05d}.txt", f"sample {number}".encode()))
+        for member in ((f"{number:05d}.png", png(number, (size, size))), (f"{number:05d}.txt", f"sample {number}".encode()))
     ]
 
 
@@ -50,12 +50,6 @@ def build_tar():
 def build_samples():
     """build_samples(first, count, size=16) -> members of good samples, for build_tar."""
     return samples_of
-
-
-@pytest.fixture(scope="session")
-def build_png():
-    """build_png(seed, size=16) -> the bytes of a PNG."""
-    return png
 
 
 @pytest.fixture(scope="session")

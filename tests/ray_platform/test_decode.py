@@ -1,17 +1,16 @@
 import io
 import random
 import struct
-import zlib
+import warnings
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from ray_platform.data.causes import SampleError
 from ray_platform.data.config import DataConfig, FilterConfig
 from ray_platform.data.decode import crop_box, image, nearest_size, resized
 
-EXIF_ORIENTATION = 0x0112
 DAMAGED = {"image_empty", "image_undecodable", "image_too_large"}
 
 
@@ -64,14 +63,10 @@ def with_header_size(content: bytes, height: int, width: int) -> bytes:
     return content[:at] + struct.pack(">HH", height, width) + content[at + 4 :]
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size: all that a decompression bomb needs for a start."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+def exif_of(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
 
 
 # ------------------------------------------------------------------------------------------------------------ exactness
@@ -86,34 +81,31 @@ JPEGS = {
 }
 
 
-@pytest.mark.parametrize("kind", JPEGS)
-@pytest.mark.parametrize("shape", [(300, 401), (257, 255), (97, 61)])
-def test_exact_is_what_pillow_gives(kind, shape):
-    content = encode(photo(*shape), "JPEG", **JPEGS[kind])
-    for size in (64, 96, 200, min(shape)):  # 200 is more than the smallest has
-        apart = difference(decoded(content, size), by_pillow(content, size))
-        assert apart.mean() <= 0.1
-        assert apart.max() <= 3
+OTHER_FORMATS = {
+    "gray JPEG": encode(photo(150, 200)[..., 0], "JPEG"),
+    "CMYK JPEG": encode(Image.fromarray(photo(150, 200)).convert("CMYK"), "JPEG"),
+    "PNG": encode(photo(150, 200), "PNG"),
+    "gray PNG": encode(photo(150, 200)[..., 1], "PNG"),
+    "black and white PNG": encode(Image.fromarray(photo(150, 200)).convert("1"), "PNG"),
+    "palette PNG": encode(Image.fromarray(photo(150, 200)).quantize(), "PNG"),
+    "WEBP": encode(photo(150, 200), "WEBP", quality=80),
+    "lossless WEBP": encode(photo(150, 200), "WEBP", lossless=True),
+}
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        encode(photo(150, 200)[..., 0], "JPEG"),
-        encode(Image.fromarray(photo(150, 200)).convert("CMYK"), "JPEG"),
-        encode(photo(150, 200), "PNG"),
-        encode(photo(150, 200)[..., 1], "PNG"),
-        encode(Image.fromarray(photo(150, 200)).quantize(), "PNG"),
-        encode(photo(150, 200), "WEBP", quality=80),
-        encode(photo(150, 200), "WEBP", lossless=True),
+        *(encode(photo(*shape), "JPEG", **options) for options in JPEGS.values() for shape in ((300, 401), (257, 255), (97, 61))),
+        *OTHER_FORMATS.values(),
     ],
-    ids=["gray JPEG", "CMYK JPEG", "PNG", "gray PNG", "palette PNG", "WEBP", "lossless WEBP"],
+    ids=[*(f"{kind} {size}" for kind in JPEGS for size in ("large", "odd", "small")), *OTHER_FORMATS],
 )
-def test_exact_in_all_formats(content):
-    for size in (40, 150, 260):
-        apart = difference(decoded(content, size), by_pillow(content, size))
-        assert apart.mean() <= 0.1
-        assert apart.max() <= 3
+def test_exact_is_what_pillow_gives(content):
+    for size in (40, 64, 96, 200, 260):  # 200 is more than the smallest has
+        error = difference(decoded(content, size), by_pillow(content, size))
+        assert error.mean() <= 0.1
+        assert error.max() <= 3
 
 
 @pytest.mark.parametrize("kind", ["4:2:0", "4:4:4", "progressive"])
@@ -130,8 +122,7 @@ def test_fast_takes_the_means_of_blocks_first(kind, shape, factor):
 def test_fast_is_near_exact_where_there_is_little_detail(shape):
     blurred = Image.fromarray(photo(32, 40)).resize(shape[::-1], Image.Resampling.BICUBIC)
     content = encode(blurred, "JPEG", quality=90)
-    apart = difference(decoded(content, 128, decoder="fast"), decoded(content, 128))
-    assert apart.mean() < 1
+    assert difference(decoded(content, 128, decoder="fast"), decoded(content, 128)).mean() < 1
 
 
 @pytest.mark.parametrize("decoder", ["exact", "fast"])
@@ -209,9 +200,7 @@ def test_each_picture_comes_in_the_bucket_of_its_shape():
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(10))  # 0 and 9 are none
 def test_pictures_are_turned_upright(file_format, orientation):
-    exif = Image.Exif()
-    exif[EXIF_ORIENTATION] = orientation
-    content = encode(photo(40, 64), file_format, exif=exif)
+    content = encode(photo(40, 64), file_format, exif=exif_of(orientation))
     assert difference(decoded(content, 32), by_pillow(content, 32)).mean() <= 0.1
     wide = DataConfig(image_size=32, size_step=8, aspect_ratios=(0.5, 2.0))
     upright = image({"jpg": memoryview(content)}, wide, "")
@@ -219,9 +208,7 @@ def test_pictures_are_turned_upright(file_format, orientation):
 
 
 def test_the_fast_decoder_turns_too_and_finds_exif_behind_other_segments():
-    exif = Image.Exif()
-    exif[EXIF_ORIENTATION] = 6
-    plain = encode(photo(200, 300), "JPEG", exif=exif, icc_profile=b"x" * 100_000, comment=b"y" * 60_000)
+    plain = encode(photo(200, 300), "JPEG", exif=exif_of(6), icc_profile=b"x" * 100_000, comment=b"y" * 60_000)
     filled = plain[:2] + b"\xff\xff" + plain[2:]  # bytes that may stand before any marker
     for content in (plain, filled):
         assert difference(decoded(content, 64, decoder="fast"), by_pillow(content, 64)).mean() < 2
@@ -229,9 +216,7 @@ def test_the_fast_decoder_turns_too_and_finds_exif_behind_other_segments():
 
 @pytest.mark.filterwarnings("error")
 def test_garbage_for_exif_leaves_the_picture_as_it_is():
-    exif = Image.Exif()
-    exif[EXIF_ORIENTATION] = 6
-    content = encode(photo(40, 64), "JPEG", exif=exif)
+    content = encode(photo(40, 64), "JPEG", exif=exif_of(6))
     at = content.index(b"Exif\0\0") + 6
     for garbage in (b"ZZ", b"MM\0*\xff\xff\xff\xff"):
         broken = content[:at] + garbage + content[at + len(garbage) :]
@@ -246,15 +231,6 @@ def test_transparency_is_put_on_white():
     for mode in ("P", "L", "RGB", "1"):
         key = (0, 0, 0) if mode == "RGB" else 0
         assert (decoded(encode(Image.new(mode, (9, 9), 0), "PNG", transparency=key)) == 255).all()
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "RGBA", "YCbCr"])
-def test_every_mode_becomes_rgb(mode):
-    file_format = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
-    for colour, lowest, highest in (("white", 250, 255), ("black", 0, 5)):
-        pixels = decoded(encode(Image.new("RGB", (9, 9), colour).convert(mode), file_format))
-        assert pixels.shape == (8, 8, 3)
-        assert lowest <= pixels.min() <= pixels.max() <= highest
 
 
 def test_16_bits_are_not_clipped_to_white():
@@ -273,28 +249,24 @@ JPEG = encode(photo(200, 260), "JPEG", quality=85)
 PROGRESSIVE = encode(photo(200, 260), "JPEG", quality=85, progressive=True)
 PNG = encode(photo(40, 50), "PNG")
 WEBP = encode(photo(40, 50), "WEBP")
-TURNED = Image.Exif()
-TURNED[EXIF_ORIENTATION] = 6
-EXIF_JPEG = encode(photo(200, 260), "JPEG", quality=85, exif=TURNED)
+EXIF_JPEG = encode(photo(200, 260), "JPEG", quality=85, exif=exif_of(6))
+JPEG_FILES = {"JPEG": JPEG, "progressive": PROGRESSIVE, "EXIF": EXIF_JPEG}
 
 
 @pytest.mark.parametrize("decoder", ["exact", "fast"])
-@pytest.mark.parametrize("content", [JPEG, PROGRESSIVE, EXIF_JPEG, PNG, WEBP], ids=["JPEG", "progressive", "EXIF", "PNG", "WEBP"])
-def test_truncated_images_are_refused(content, decoder):
-    # libjpeg would paint the rest grey and only warn.
-    lengths = [3, 100, *(round(len(content) * share) for share in (0.3, 0.5, 0.95))]
-    if content[:2] == b"\xff\xd8":
+@pytest.mark.parametrize("kind", [*JPEG_FILES, "PNG", "WEBP"])
+def test_truncated_images_are_rejected(kind, decoder):
+    # libjpeg would paint the rest gray and only warn.
+    content = (JPEG_FILES | {"PNG": PNG, "WEBP": WEBP})[kind]
+    lengths = [3, 100, *(round(len(content) * fraction) for fraction in (0.3, 0.5, 0.95))]
+    if kind in JPEG_FILES:
         lengths += [len(content) - 13, len(content) - 2, len(content) - 1]
+        # Pillow takes half a JPEG with an end put on it: the upper half of an image, and gray.
+        half = content[: len(content) // 2] + b"\xff\xd9"
+        assert by_pillow(half, 8).shape == (8, 8, 3)
+        assert cause_of(half, decoder=decoder) == "image_undecodable"
     for length in lengths:
         assert cause_of(content[:length], decoder=decoder) == "image_undecodable"
-
-
-@pytest.mark.parametrize("content", [JPEG, PROGRESSIVE, EXIF_JPEG], ids=["JPEG", "progressive", "EXIF"])
-def test_a_truncated_jpeg_with_an_end_put_on_it_is_refused(content):
-    # Pillow takes it: the upper half of a picture, and grey.
-    half = content[: len(content) // 2] + b"\xff\xd9"
-    assert by_pillow(half, 8).shape == (8, 8, 3)
-    assert cause_of(half) == "image_undecodable"
 
 
 def test_what_follows_a_jpeg_does_not_matter():
@@ -302,28 +274,6 @@ def test_what_follows_a_jpeg_does_not_matter():
         np.testing.assert_array_equal(decoded(JPEG + behind, 32), decoded(JPEG, 32))
     padded = JPEG[:-2] + b"\0" * 7 + JPEG[-2:]
     assert difference(decoded(padded, 32), decoded(JPEG, 32)).mean() <= 0.1
-
-
-def test_of_a_jpeg_damaged_within_what_pillow_refuses_is_refused():
-    # Many a flipped byte leaves a valid stream of other pixels, which nobody can tell. Nothing is more lenient than Pillow.
-    refused = {False: 0, True: 0}
-    rng = random.Random(0)
-    for _ in range(150):
-        content = bytearray(rng.choice((JPEG, PROGRESSIVE)))
-        content[rng.randrange(2, rng.choice((700, len(content))))] = rng.randrange(256)
-        try:
-            by_pillow(bytes(content), 8)
-            pillow_refuses = False
-        except Exception:
-            pillow_refuses = True
-        try:
-            decoded(bytes(content))
-        except SampleError:
-            refused[pillow_refuses] += 1
-        else:
-            assert not pillow_refuses
-    assert refused[True] > 3
-    assert refused[False] > 10  # where libjpeg ran out of data
 
 
 @pytest.mark.parametrize(
@@ -339,8 +289,6 @@ def test_of_a_jpeg_damaged_within_what_pillow_refuses_is_refused():
         (encode(Image.new("RGB", (9, 9)), "EPS"), "image_undecodable"),  # Pillow would start Ghostscript
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image_undecodable"),
         (PNG[:60] + b"\xff" * 8 + PNG[68:], "image_undecodable"),
-        (png_header(12_000, 12_000), "image_too_large"),
-        (png_header(60_000, 60_000), "image_too_large"),
         (with_header_size(JPEG, 12_000, 12_000), "image_too_large"),
         (with_header_size(JPEG, 60_000, 60_000), "image_too_large"),
         (with_header_size(EXIF_JPEG, 60_000, 60_000), "image_too_large"),
@@ -359,12 +307,12 @@ def test_the_content_decides_not_the_name(suffix):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("seed", range(8))
-def test_any_damage_gives_a_picture_or_a_cause(seed):
+def test_any_damage_gives_an_image_that_pillow_decodes_too_or_a_cause(seed):
     rng = random.Random(seed)
     small = photo(30, 40)
     transparent = Image.fromarray(np.dstack([small, small[..., 0]]))
     whole = [
-        encode(small, "JPEG", exif=TURNED),
+        encode(small, "JPEG", exif=exif_of(6)),
         encode(small, "JPEG", progressive=True),
         encode(small, "JPEG", subsampling=0, optimize=True),
         encode(Image.fromarray(small).convert("CMYK"), "JPEG"),
@@ -396,4 +344,7 @@ def test_any_damage_gives_a_picture_or_a_cause(seed):
         else:
             assert (pixels.shape, pixels.dtype) == ((16, 16, 3), np.uint8)
             seen.add("good")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                Image.open(io.BytesIO(content)).load()  # many a flipped byte leaves a valid stream of other pixels
     assert {"good", "image_undecodable"} <= seen <= {"good"} | DAMAGED

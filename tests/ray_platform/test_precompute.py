@@ -13,16 +13,18 @@ from ray_platform.data import precompute as module
 from ray_platform.data import precomputed
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig, FilterConfig
-from ray_platform.data.ledger import Ledger
-from ray_platform.data.plan import Reader
+from ray_platform.data.plan import Group, Item
 from ray_platform.data.precompute import EncoderPool, check, precompute
+from ray_platform.data.source import read_group
 from ray_platform.data.stream import stream
+from tests.ray_platform.conftest import samples_of, tar_of
+from tests.support.streams import reader_of
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-class MeanColour:
-    """Notes its calls in a file, and fails when told to."""
+class MeanColor:
+    """Notes its calls in a file, and fails on a caption."""
 
     def __init__(self, device: str, notes: str = "", fails_at: str = ""):
         assert device == "cpu"
@@ -35,11 +37,11 @@ class MeanColour:
             with Path(self.notes).open("a") as notes:
                 notes.writelines(f"{caption}\n" for caption in captions)
         lengths = np.array([[len(caption)] for caption in captions], np.float16)
-        return {"colour": images.mean(axis=(1, 2)).astype(np.float16), "length": lengths}
+        return {"color": images.mean(axis=(1, 2)).astype(np.float16), "length": lengths}
 
 
 def encoders(notes: Path | str = "", fails_at: str = "nothing", name="mean", **fields) -> EncoderPool:
-    build = functools.partial(MeanColour, notes=str(notes), fails_at=fails_at)
+    build = functools.partial(MeanColor, notes=str(notes), fails_at=fails_at)
     return EncoderPool(build, {"name": name}, batch_size=4, cpus=0.5, **fields)
 
 
@@ -51,122 +53,121 @@ def run(folder, out, made_by, **fields) -> list[module.PrecomputeProgress]:
 def batches(source, count, size=6):
     config = DataConfig(sources=(str(source),), image_size=16, cpus_per_read=0.5)
     catalog = build_catalog(config)
-    nothing = Ledger(catalog.num_units)
-    return list(stream(catalog, config, Reader(0, 0, 1, nothing, nothing.copy()), batch_size=size, num_batches=count))
+    return list(stream(catalog, config, reader_of(catalog), batch_size=size, num_batches=count))
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write({name: members or bytes}) -> a folder of shards."""
+
+    def written(shards) -> Path:
+        folder = tmp_path / "data"
+        folder.mkdir(exist_ok=True)
+        for name, content in shards.items():
+            (folder / name).write_bytes(content if isinstance(content, bytes) else tar_of(content))
+        return folder
+
+    return written
 
 
 def test_what_was_precomputed_is_streamed(shard_folder, tmp_path):
-    progress = run(shard_folder, tmp_path / "out", encoders(count=2))
+    out = tmp_path / "out"
+    progress = run(shard_folder, out, encoders(count=2))
     assert (progress[-1].shards_done, progress[-1].samples) == (5, 60)
-    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    manifest = manifest_of(out)
     assert (manifest["complete"], manifest["samples"], manifest["rejected"]) == (True, 60, {})
-    encoded = {k: (b, i) for b in batches(tmp_path / "out", 10) for i, k in enumerate(b.keys)}
-    decoded = {k: (b, i) for b in batches(shard_folder, 10) for i, k in enumerate(b.keys)}
+    encoded = {key: (batch, i) for batch in batches(out, 10) for i, key in enumerate(batch.keys)}
+    decoded = {key: (batch, i) for batch in batches(shard_folder, 10) for i, key in enumerate(batch.keys)}
     assert len(encoded) == 60
     assert encoded.keys() == decoded.keys()
     for key, (batch, i) in encoded.items():
         original, j = decoded[key]
         assert batch.captions[i] == original.captions[j]
-        assert batch.tensors["colour"].dtype == np.float16
+        assert batch.tensors["color"].dtype == np.float16
         mean = original.tensors["image"][j].mean(axis=(0, 1))
-        np.testing.assert_array_equal(batch.tensors["colour"][i], mean.astype(np.float16))
+        np.testing.assert_array_equal(batch.tensors["color"][i], mean.astype(np.float16))
         assert batch.tensors["length"][i] == len(batch.captions[i])
+    config = DataConfig(sources=(str(out),))
+    with pytest.raises(ConfigError, match="these shards are precomputed already"):
+        check(build_catalog(config), config)
 
 
 @pytest.mark.slow
 def test_files_hold_as_much_as_they_may(shard_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_BYTES", 7 * 16 * 16 * 3)
     run(shard_folder, tmp_path / "out", encoders())
-    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    assert sorted(manifest["shards"].values()) == sorted([7, 7, 6, 5, 7, 6, 1, 7, 7, 7])
+    assert sorted(manifest_of(tmp_path / "out")["shards"].values()) == sorted([7, 7, 6, 5, 7, 6, 1, 7, 7, 7])
     assert sum(len(b.keys) for b in batches(tmp_path / "out", 10)) == 60
 
 
-def test_what_is_done_is_not_done_again(shard_folder, tmp_path):
+def test_complete_shards_are_not_encoded_again(shard_folder, tmp_path):
     """The encoder fails on one sample of the last shard; the second run encodes only what has no record."""
+    out, notes = tmp_path / "out", tmp_path / "notes"
     with pytest.raises(Exception, match="out of memory, say"):
-        run(shard_folder, tmp_path / "out", encoders(fails_at="sample 50"))
-    done = {path.stem for path in (tmp_path / "out/progress").iterdir()}
+        run(shard_folder, out, encoders(fails_at="sample 50"))
+    done = {path.stem for path in (out / "progress").iterdir()}
     assert "00004" not in done
     with pytest.raises(DataError, match="precomputing it did not finish"):
-        build_catalog(DataConfig(sources=(str(tmp_path / "out"),)))
-    notes = tmp_path / "notes"
-    run(shard_folder, tmp_path / "out", encoders(notes))
+        build_catalog(DataConfig(sources=(str(out),)))
+    run(shard_folder, out, encoders(notes))
     per_shard = {"00000": 20, "00001": 5, "00002": 13, "00003": 1, "00004": 21}
     assert len(notes.read_text().split("\n")) - 1 == sum(n for name, n in per_shard.items() if name not in done)
-    manifest = (tmp_path / "out/manifest.json").read_text()
-    assert json.loads(manifest)["samples"] == 60
-    assert run(shard_folder, tmp_path / "out", encoders(notes)) == []
-    assert (tmp_path / "out/manifest.json").read_text() == manifest
+    manifest = manifest_of(out)
+    assert manifest["samples"] == 60
+    assert run(shard_folder, out, encoders(notes)) == []
+    assert manifest_of(out) == manifest
 
 
-def test_a_folder_of_something_else_is_refused(shard_folder, build_tar, build_samples, tmp_path):
-    run(shard_folder, tmp_path / "out", encoders())
+def test_a_folder_of_something_else_is_rejected(shard_folder, write, tmp_path):
+    small, out = write({"00000.tar": samples_of(0, 3)}), tmp_path / "out"
+    run(small, out, encoders())
     with pytest.raises(DataError, match=r"out: was started with another encoders \(see its manifest.json\)"):
-        run(shard_folder, tmp_path / "out", encoders(name="other"))
+        run(small, out, encoders(name="other"))
     with pytest.raises(DataError, match="was started with another settings"):
-        run(shard_folder, tmp_path / "out", encoders(), decoder="fast")
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more/00000.tar").write_bytes(build_tar(build_samples(0, 3)))
+        run(small, out, encoders(), decoder="fast")
     with pytest.raises(DataError, match="was started with another source"):
-        run(tmp_path / "more", tmp_path / "out", encoders())
-    (tmp_path / "out/manifest.json").write_text("[]")
+        run(shard_folder, out, encoders())
+    (out / "manifest.json").write_text("[]")
     with pytest.raises(DataError, match="is not a manifest"):
-        run(shard_folder, tmp_path / "out", encoders())
+        run(small, out, encoders())
 
 
 @pytest.mark.slow
-def test_bad_samples_are_counted_and_too_many_end_it(build_tar, build_samples, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "0.tar").write_bytes(build_tar([*build_samples(0, 60), ("bad.png", b"no image"), ("bad.txt", b"x")]))
-    (folder / "1.tar").write_bytes(build_tar(build_samples(60, 60)))
+def test_bad_samples_are_counted_and_too_many_end_it(write, tmp_path):
+    bad = [("bad.png", b"no image"), ("bad.txt", b"x")]
+    folder = write({"0.tar": [*samples_of(0, 60), *bad], "1.tar": samples_of(60, 60)})
     run(folder, tmp_path / "out", encoders())
-    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    manifest = manifest_of(tmp_path / "out")
     assert (manifest["samples"], manifest["rejected"]) == (120, {"image_undecodable": 1})
     with pytest.raises(DataError, match=r"precompute had to skip .*image_undecodable"):
         run(folder, tmp_path / "other", encoders(), max_skipped_share=0.001)
-    (folder / "0.tar").write_bytes(b"garbage")
-    (folder / "1.tar").write_bytes(b"garbage")
+    write({"0.tar": b"garbage", "1.tar": b"garbage"})
     with pytest.raises(DataError, match="no sample can be used"):
         run(folder, tmp_path / "none", encoders())
 
 
 @pytest.mark.slow
-def test_a_lost_shard_is_tried_again_by_the_next_run(build_tar, build_samples, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for number in range(3):
-        (folder / f"{number}.tar").write_bytes(build_tar(build_samples(10 * number, 10)))
+def test_a_lost_shard_is_tried_again_by_the_next_run(write, tmp_path):
+    folder = write({f"{number}.tar": samples_of(10 * number, 10) for number in range(3)})
     config = DataConfig(sources=(str(folder),), image_size=16, max_skipped_share=0.5)
     catalog = build_catalog(config)
     hidden = (folder / "1.tar").rename(tmp_path / "hidden")
     list(precompute(catalog, config, encoders(), str(tmp_path / "out")))
-    assert json.loads((tmp_path / "out/manifest.json").read_text())["rejected"].keys() == {"shard_missing"}
+    assert manifest_of(tmp_path / "out")["rejected"].keys() == {"shard_missing"}
     hidden.rename(folder / "1.tar")
     list(precompute(catalog, config, encoders(), str(tmp_path / "out")))
-    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    manifest = manifest_of(tmp_path / "out")
     assert (manifest["samples"], manifest["rejected"]) == (30, {})
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"crop": "random"}, "data.crop: does not work with precomputed shards"),
-        ({"aspect_ratios": (1.0, 2.0)}, "data.aspect_ratios: does not work"),
-        ({"weights": (1.0,)}, "data.weights: does not work"),
-    ],
-)
-def test_what_cannot_be_precomputed(shard_folder, fields, message):
+@pytest.mark.parametrize("fields", [{"crop": "random"}, {"aspect_ratios": (1.0, 2.0)}, {"weights": (1.0,)}])
+def test_settings_that_precomputed_shards_cannot_have(shard_folder, fields):
     config = DataConfig(sources=(str(shard_folder),), **fields)
-    with pytest.raises(ConfigError, match=message):
-        check(build_catalog(config), config)
-
-
-def test_precomputed_shards_are_not_encoded_again(shard_folder, tmp_path):
-    run(shard_folder, tmp_path / "out", encoders())
-    config = DataConfig(sources=(str(tmp_path / "out"),))
-    with pytest.raises(ConfigError, match="these shards are precomputed already"):
+    with pytest.raises(ConfigError, match=f"data.{next(iter(fields))}: does not work with precomputed shards"):
         check(build_catalog(config), config)
 
 
@@ -196,12 +197,9 @@ def test_precomputing_in_s3(s3_url, ray_cluster, shard_folder):
     catalog = build_catalog(config)
     out = f"{s3_url}/encoded"
     unit = catalog.pools[0][0]
-    actor = module.EncodeBlock(encoders(), out, {0: module.stem(unit)}, retry_seconds=1.0)
-    from ray_platform.data.plan import Group, Item
-    from ray_platform.data.source import read_group
-
+    actor = module.EncodeBlock(encoders(), out, [module.stem(unit)], retry_seconds=1.0)
     (block,) = read_group(Group(0, 0, (Item(0, 0, 0, unit, []),)), config, 0)
-    record = json.loads(actor(block)["record"][0].as_py())
-    assert record["samples"] == 20
-    keys, _, tensors = precomputed.from_arrow(storage.read_bytes(storage.join(out, record["shard"])))
-    assert (len(keys), tensors["colour"].shape) == (20, (20, 3))
+    record = module.BlockRecord(*json.loads(actor(block)["record"][0].as_py()))
+    assert record.samples == 20
+    keys, _, tensors = precomputed.from_arrow(storage.read_bytes(storage.join(out, record.shard)))
+    assert (len(keys), tensors["color"].shape) == (20, (20, 3))

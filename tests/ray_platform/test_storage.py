@@ -4,11 +4,14 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 from botocore.exceptions import NoCredentialsError
+from pyarrow.fs import AwsStandardS3RetryStrategy
 
 from ray_platform import retry, storage
 from ray_platform.contracts import DataError
+from ray_platform.names import expand_braces
 
 
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
@@ -35,21 +38,19 @@ def test_what_was_written_is_listed_and_read(base):
     )
     assert storage.list_files(f"{base}/") == storage.list_files(base)
     assert storage.read_bytes(storage.join(base, "00001.tar")) == b"newer"
-    with storage.open_read(storage.join(base, "00000.tar")) as file:
-        file.seek(4)
-        assert file.read(3) == b"456"
     assert storage.exists(base)
     assert storage.exists(storage.join(base, "notes/a.txt"))
     assert not storage.exists(storage.join(base, "nothing"))
 
 
-@pytest.mark.parametrize(
-    ("start", "stop", "found"), [(2, 5, b"234"), (None, 3, b"012"), (8, 99, b"89"), (3, 3, b""), (10, 12, b"")]
-)
-def test_parts_of_files(base, start, stop, found):
+def test_parts_of_files(base):
     url = storage.join(base, "digits")
     storage.write_bytes(url, b"0123456789")
-    assert storage.read_bytes(url, start, stop) == found
+    for start, stop, part in ((2, 5, b"234"), (None, 3, b"012"), (8, 99, b"89"), (3, 3, b""), (10, 12, b"")):
+        assert storage.read_bytes(url, start, stop) == part
+    with storage.open_read(url) as file:
+        file.seek(4)
+        assert file.read(3) == b"456"
 
 
 @pytest.mark.s3
@@ -86,63 +87,44 @@ def test_folders_go_there_and_back(base, tmp_path):
         storage.put_folder(tmp_path / "nothing", storage.join(base, "nothing"))
 
 
-@pytest.mark.parametrize("read", [storage.list_files, storage.read_bytes])
-def test_what_is_missing_is_named(base, read):
-    with pytest.raises(DataError, match=r"nowhere: no such file or folder"):
-        read(storage.join(base, "nowhere"))
-
-
-def test_missing_folders_of_patterns_are_named(base, tmp_path):
+def test_what_is_missing_is_named(base, tmp_path):
+    nowhere = storage.join(base, "nowhere")
+    for read in (storage.list_files, storage.read_bytes, lambda url: storage.get_folder(url, tmp_path / "back")):
+        with pytest.raises(DataError, match="nowhere: no such file or folder"):
+            read(nowhere)
+    with pytest.raises(DataError, match="no such file or folder"):
+        storage.list_files(f"{nowhere}/*.tar")
     storage.write_bytes(storage.join(base, "000.tar"), b"x")
     with pytest.raises(DataError, match=r"2 of its 3 files are missing, the first is .*001\.tar"):
         storage.list_files(storage.join(base, "{000..002}.tar"))
-    with pytest.raises(DataError, match="no such file or folder"):
-        storage.get_folder(storage.join(base, "nowhere"), tmp_path / "back")
-    with pytest.raises(DataError, match="no such file or folder"):
-        storage.list_files(storage.join(base, "nowhere/*.tar"))
 
 
-@pytest.mark.parametrize(
-    ("pattern", "expanded"),
-    [
-        ("a.tar", ["a.tar"]),
-        ("{08..10}.tar", ["08.tar", "09.tar", "10.tar"]),
-        ("{0..1}/{a,b}", ["0/a", "0/b", "1/a", "1/b"]),
-    ],
-)
-def test_braces(pattern, expanded):
-    assert storage.expand_braces(pattern) == expanded
+def test_braces():
+    assert expand_braces("a.tar") == ["a.tar"]
+    assert expand_braces("{08..10}.tar") == ["08.tar", "09.tar", "10.tar"]
+    assert expand_braces("{0..1}/{a,b}") == ["0/a", "0/b", "1/a", "1/b"]
+    for pattern in ("{3..1}", "{1..", "{a}", "{a..c}", "{a,{b,c}}"):
+        with pytest.raises(DataError, match="its braces are not valid"):
+            expand_braces(pattern)
 
 
-@pytest.mark.parametrize("pattern", ["{3..1}", "{1..", "{a}", "{a..c}", "{a,{b,c}}"])
-def test_braces_that_mean_nothing(pattern):
-    with pytest.raises(DataError, match="its braces are not valid"):
-        storage.expand_braces(pattern)
-
-
-def test_a_folder_is_fetched_once_and_anew_when_it_changed(base, tmp_path, monkeypatch):
+def test_folders_and_files_are_cached_until_they_change(base, tmp_path, monkeypatch):
     monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
-    storage.write_bytes(storage.join(base, "model/unet/config.json"), b"one")
-    folder = storage.cached_folder(storage.join(base, "model"))
-    assert (Path(folder) / "unet" / "config.json").read_bytes() == b"one"
-    if not base.startswith("s3://"):
-        assert folder == storage.join(base, "model")
-        return
-    assert storage.cached_folder(storage.join(base, "model")) == folder
-    storage.write_bytes(storage.join(base, "model/unet/config.json"), b"another")
-    assert (Path(storage.cached_folder(storage.join(base, "model"))) / "unet" / "config.json").read_bytes() == b"another"
-    with pytest.raises(DataError, match="none: no such file or folder"):
-        storage.cached_folder(storage.join(base, "none"))
-
-
-def test_a_single_file_is_fetched_as_itself(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
-    url = storage.join(base, "networks/inception.pth")
-    storage.write_bytes(url, b"weights")
-    storage.write_bytes(url + ".txt", b"about them")  # has the other one's name as a prefix
-    file = Path(storage.cached_folder(url))
-    assert file.name == "inception.pth"
-    assert file.read_bytes() == b"weights"
+    folder, file = storage.join(base, "model"), storage.join(base, "model/unet/config.json")
+    storage.write_bytes(file, b"one")
+    storage.write_bytes(f"{file}.txt", b"has the other file's name as a prefix")
+    cached = Path(storage.cached_folder(folder))
+    assert (cached / "unet" / "config.json").read_bytes() == b"one"
+    single = Path(storage.cached_folder(file))
+    assert (single.name, single.read_bytes()) == ("config.json", b"one")
+    if base.startswith("s3://"):
+        assert Path(storage.cached_folder(folder)) == cached
+        storage.write_bytes(file, b"another")
+        assert (Path(storage.cached_folder(folder)) / "unet" / "config.json").read_bytes() == b"another"
+        with pytest.raises(DataError, match="none: no such file or folder"):
+            storage.cached_folder(storage.join(base, "none"))
+    else:
+        assert str(cached) == folder
 
 
 def test_what_is_removed_is_gone_and_may_have_been_gone_before(base):
@@ -160,17 +142,13 @@ def test_urls_of_no_use(url):
         storage.list_files(url)
 
 
-def test_a_path_that_goes_through_a_file(tmp_path):
+def test_a_failed_write_names_the_file_and_leaves_nothing(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataError, match="file/below"):
-        storage.write_bytes(str(tmp_path / "file" / "below"), b"")
-
-
-def test_a_failed_write_leaves_no_rubbish(tmp_path):
-    (tmp_path / "target").mkdir()
-    with pytest.raises(DataError, match="target"):
-        storage.write_bytes(str(tmp_path / "target"), b"a folder is in the way")
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    (tmp_path / "folder").mkdir()
+    for target in ("file/below", "folder"):
+        with pytest.raises(DataError, match=target):
+            storage.write_bytes(str(tmp_path / target), b"")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 @pytest.mark.s3
@@ -181,16 +159,14 @@ def test_a_missing_bucket_is_named(s3_url):
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("access", ["read_bytes", "list_files", "exists"])
-def test_wrong_credentials_are_refused_and_not_shown(s3_url, monkeypatch, forget_s3_sessions, access):
+def test_wrong_credentials_are_rejected_and_not_shown(s3_url, monkeypatch, forget_s3_sessions):
     forget_s3_sessions()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-wrong-secret")
-    with pytest.raises(DataError, match=r"s3://tests/ready: access denied \(403\)") as caught:
-        getattr(storage, access)("s3://tests/ready")
-    assert "a-wrong-secret" not in str(caught.value)
-    assert caught.value.__suppress_context__
-    with pytest.raises(DataError, match="denied"):
-        storage.write_bytes("s3://tests/x", b"x")
+    for access in (storage.read_bytes, storage.list_files, storage.exists, lambda url: storage.write_bytes(url, b"x")):
+        with pytest.raises(DataError, match=r"s3://tests/ready: access denied \(403\)") as caught:
+            access("s3://tests/ready")
+        assert "a-wrong-secret" not in str(caught.value)
+        assert caught.value.__suppress_context__
 
 
 def test_no_credentials(monkeypatch, forget_s3_sessions, tmp_path):
@@ -204,53 +180,59 @@ def test_no_credentials(monkeypatch, forget_s3_sessions, tmp_path):
         storage.list_files("s3://bucket/folder")
 
 
-def test_an_endpoint_that_is_not_there(monkeypatch, forget_s3_sessions):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
-    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.0)
-    forget_s3_sessions()
-    with pytest.raises(DataError, match=r"cannot reach the S3 endpoint \(http://127.0.0.1:9;") as caught:
-        storage.read_bytes("s3://bucket/file")
-    assert "a-secret" not in str(caught.value)
+@pytest.fixture
+def endpoint(monkeypatch, forget_s3_sessions):
+    """endpoint(url) makes it the endpoint of S3, without retries."""
+
+    def use(url: str) -> None:
+        variables = {
+            "ENDPOINT_URL": url,
+            "ACCESS_KEY_ID": "somebody",
+            "SECRET_ACCESS_KEY": "a-secret",
+            "DEFAULT_REGION": "us-east-1",
+        }
+        for name, value in variables.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setattr(retry, "RETRY_SECONDS", 0.0)
+        forget_s3_sessions()
+
+    return use
 
 
-@pytest.mark.parametrize("behaviour", ["answers 503", "never answers", "stops in the middle"])
-def test_a_server_in_trouble_is_unavailable(monkeypatch, forget_s3_sessions, behaviour):
+@pytest.mark.parametrize("behavior", ["does not exist", "answers 503", "never answers", "stops in the middle"])
+def test_a_server_in_trouble_is_unavailable(monkeypatch, endpoint, behavior):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if behaviour == "never answers":
-                time.sleep(3)
+            if behavior == "never answers":
+                time.sleep(1)
                 return
-            self.send_response(503 if behaviour == "answers 503" else 200)
+            self.send_response(503 if behavior == "answers 503" else 200)
             for name, value in (("Content-Length", "1000"), ("ETag", '"a"'), ("Last-Modified", "Tue, 24 Nov 2026 09:00:00 GMT")):
                 self.send_header(name, value)
             self.end_headers()
-            if behaviour == "stops in the middle" and self.command == "GET":
+            if behavior == "stops in the middle" and self.command == "GET":
                 self.wfile.write(b"x" * 10)
                 self.wfile.flush()
-                time.sleep(3)
+                time.sleep(1)
 
         do_HEAD = do_GET
 
         def log_message(self, *_: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 1)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
-    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.0)
-    forget_s3_sessions()
-    try:
-        with pytest.raises(storage.StorageError) as raised:
-            storage.read_bytes("s3://bucket/file")
-    finally:
-        server.shutdown()
-        thread.join()
+    one_attempt = AwsStandardS3RetryStrategy(max_attempts=1)
+    monkeypatch.setattr(storage, "AwsStandardS3RetryStrategy", lambda max_attempts: one_attempt)
+    monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "retries", 1)
+    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 1)  # Arrow's minimum
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.block_on_close = False
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        endpoint("http://127.0.0.1:9" if behavior == "does not exist" else f"http://127.0.0.1:{server.server_port}")
+        try:
+            with pytest.raises(storage.StorageError, match=r"cannot reach the S3 endpoint|file: ") as raised:
+                storage.read_bytes("s3://bucket/file")
+        finally:
+            server.shutdown()
     assert raised.value.kind == "unavailable"
     assert "a-secret" not in str(raised.value)
 

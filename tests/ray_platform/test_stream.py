@@ -5,18 +5,19 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
+import ray
 
 from ray_platform import storage
 from ray_platform.contracts import Batch, ConfigError, DataError
 from ray_platform.data.catalog import Catalog, build_catalog
 from ray_platform.data.config import DataConfig
+from ray_platform.data.filters import FilterConfig
 from ray_platform.data.ledger import Ledger
-from ray_platform.data.plan import Reader, groups
-from ray_platform.data.skip_counter import SkipCounter
-from ray_platform.data.source import read_group, unpack
-from ray_platform.data.stream import Batcher, merged, stream
+from ray_platform.data.plan import groups
+from ray_platform.data.stream import stream
+from tests.ray_platform.conftest import png, samples_of, tar_of
+from tests.support.streams import plain_stream, reader_of
 
 NUM_SAMPLES = 60  # in shard_folder
 
@@ -25,21 +26,8 @@ def config_of(folder, **fields) -> DataConfig:
     return DataConfig(**({"sources": (str(folder),), "image_size": 8, "retry_seconds": 1.0} | fields))
 
 
-def reader_of(catalog: Catalog, rank=0, world_size=1, *, seed=0, base=None, consumed=None) -> Reader:
-    base = base or Ledger(catalog.num_units)
-    return Reader(seed, rank, world_size, base, consumed or base.copy())
-
-
-def without_ray(catalog, config, reader, *, batch_size, num_batches) -> list[Batch]:
-    """The same stream, from its plain parts."""
-
-    def read_stream(number: int):
-        for group in groups(catalog, reader, config.interleave, config.reads_per_rank):
-            if group.read_stream == number:
-                yield from map(unpack, read_group(group, config, reader.seed))
-
-    batcher = Batcher(batch_size, SkipCounter(f"rank {reader.rank}", config.max_skipped_share))
-    return list(islice(batcher.batches(merged([read_stream(number) for number in range(config.reads_per_rank)])), num_batches))
+def without_ray(catalog, config, reader, *, batch_size, num_batches, **block_bytes) -> list[Batch]:
+    return list(islice(plain_stream(catalog, config, reader, batch_size, **block_bytes), num_batches))
 
 
 def with_ray(catalog, config, reader, *, batch_size, num_batches) -> list[Batch]:
@@ -48,7 +36,7 @@ def with_ray(catalog, config, reader, *, batch_size, num_batches) -> list[Batch]
 
 def after(catalog, batches) -> Ledger:
     ledger = Ledger(catalog.num_units)
-    ledger.add(mark for batch in batches for mark in batch.consumed)
+    ledger.add(consumed for batch in batches for consumed in batch.consumed)
     return ledger
 
 
@@ -74,36 +62,25 @@ def catalog(config) -> Catalog:
 
 
 @pytest.fixture
-def write(tmp_path, build_tar):
+def write(tmp_path):
     """write({name: members or bytes}, **DataConfig fields) -> (catalog, config) of shards in a folder of their own."""
 
     def written(contents, **fields):
         for name, content in contents.items():
-            (tmp_path / name).write_bytes(content if isinstance(content, bytes) else build_tar(content))
+            (tmp_path / name).write_bytes(content if isinstance(content, bytes) else tar_of(content))
         config = config_of(tmp_path, **fields)
         return build_catalog(config), config
 
     return written
 
 
-def test_epochs_follow_each_other_in_other_orders(catalog, config):
+def test_every_epoch_has_all_samples_in_another_order_that_mixes_shards(catalog, config):
     batches = without_ray(catalog, config, reader_of(catalog), batch_size=NUM_SAMPLES, num_batches=3)
-    orders = [tuple(batch.captions) for batch in batches]
-    assert len(set(orders)) == 3
-    assert all(sorted(order) == sorted(orders[0]) for order in orders)
-
-
-def test_samples_of_several_shards_are_mixed_within_the_window(catalog, config):
-    keys = without_ray(catalog, config, reader_of(catalog), batch_size=20, num_batches=1)[0].keys
-    shards = [key.partition("/")[0] for key in keys]
+    assert len({batch.captions for batch in batches}) == 3
+    assert all(sorted(batch.captions) == sorted(f"sample {n}" for n in range(NUM_SAMPLES)) for batch in batches)
+    shards = [key.partition("/")[0] for key in batches[0].keys[:20]]
     assert len(set(shards)) > 1
     assert shards != sorted(shards)
-
-
-def test_the_tail_of_an_epoch_is_in_the_next_ones_first_batch(catalog, config):
-    batches = without_ray(catalog, config, reader_of(catalog), batch_size=7, num_batches=9)
-    assert {mark.epoch for mark in batches[8].consumed} == {0, 1}
-    assert set(captions_of(batches[:8])) | set(batches[8].captions[:4]) == {f"sample {n}" for n in range(NUM_SAMPLES)}
 
 
 @pytest.mark.parametrize(
@@ -112,64 +89,27 @@ def test_the_tail_of_an_epoch_is_in_the_next_ones_first_batch(catalog, config):
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_a_stream_resumes_with_the_very_same_bytes(write, fields, batch_size):
     shapes = [(16, 16), (30, 12), (10, 24)]
-    members = [
-        (
-            (f"{n:03d}.png", png_of(n, *shapes[n % 3])) if n % 9 else (f"{n:03d}.png", b"no image"),
-            (f"{n:03d}.txt", f"sample {n}".encode()),
-        )
+    samples = [
+        [(f"{n:03d}.png", png(n, shapes[n % 3]) if n % 9 else b"no image"), (f"{n:03d}.txt", f"sample {n}".encode())]
         for n in range(60)
     ]
-    shards = {f"{s}.tar": [member for pair in members[s::4] for member in pair] for s in range(4)}
+    shards = {f"{s}.tar": [member for sample in samples[s::4] for member in sample] for s in range(4)}
     catalog, config = write(shards, max_skipped_share=0.5, **fields)
     whole = without_ray(catalog, config, reader_of(catalog), batch_size=batch_size, num_batches=25)
     for done in (1, 8, 24):
-        consumed = Ledger.from_bytes(after(catalog, whole[:done]).to_bytes())
-        reader = reader_of(catalog, consumed=consumed)
+        reader = reader_of(catalog, consumed=Ledger.from_bytes(after(catalog, whole[:done]).to_bytes()))
         assert_same(without_ray(catalog, config, reader, batch_size=batch_size, num_batches=25 - done), whole[done:])
     if fields:
         assert {batch.tensors["image"].shape[1:3] for batch in whole} == {(8, 8), (12, 4), (4, 12)}
 
 
-def png_of(seed: int, height: int, width: int) -> bytes:
-    import io
-
-    from PIL import Image
-
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def test_the_stream_does_not_depend_on_where_blocks_end(catalog, config, monkeypatch):
+def test_the_stream_does_not_depend_on_where_blocks_end(catalog, config):
     whole = without_ray(catalog, config, reader_of(catalog), batch_size=9, num_batches=10)
-    monkeypatch.setattr("ray_platform.data.source.BLOCK_BYTES", 600)
-    assert_same(without_ray(catalog, config, reader_of(catalog), batch_size=9, num_batches=10), whole)
+    assert_same(without_ray(catalog, config, reader_of(catalog), batch_size=9, num_batches=10, block_bytes=600), whole)
 
 
-def test_parts_of_a_large_shard_give_the_whole_shard(write, build_samples):
-    catalog, config = write({"a.tar": build_samples(0, 40, size=128)}, max_read_mb=1)
-    assert len(catalog.pools[0]) == 2
-    batches = without_ray(catalog, config, reader_of(catalog), batch_size=40, num_batches=2)
-    for batch in batches:
-        assert sorted(batch.captions) == sorted(f"sample {n}" for n in range(40))
-
-
-def test_sources_are_mixed_by_weight(tmp_path, build_tar, build_samples):
-    for number, name in enumerate(("many", "few")):
-        (tmp_path / name).mkdir()
-        for shard in range(3):
-            (tmp_path / name / f"{shard}.tar").write_bytes(build_tar(build_samples(1000 * number + 100 * shard, 10)))
-    config = config_of(tmp_path, sources=(str(tmp_path / "many"), str(tmp_path / "few")), weights=(3.0, 1.0))
-    catalog = build_catalog(config)
-    batches = without_ray(catalog, config, reader_of(catalog), batch_size=10, num_batches=40)
-    of_few = sum(key.startswith("few/") for batch in batches for key in batch.keys)
-    assert 80 <= of_few <= 120
-    assert after(catalog, batches).first_epoch in ([10, 3], [9, 3], [9, 4], [10, 2])
-
-
-def test_rejects_are_counted_as_of_the_batch_and_shown_by_key(write, build_samples, caplog):
-    members = build_samples(0, 40)
+def test_rejects_are_counted_as_of_the_batch_and_shown_by_key(write, caplog):
+    members = samples_of(0, 40)
     members[1] = ("00000.txt", b"")
     members[20] = ("00010.png", b"no image")
     catalog, config = write({"a.tar": members}, max_skipped_share=0.5)
@@ -179,31 +119,31 @@ def test_rejects_are_counted_as_of_the_batch_and_shown_by_key(write, build_sampl
     assert "a.tar/00010: image_undecodable; further ones are only counted" in caplog.text
     assert len(caplog.records) == 6
     assert batches[-1].skipped == {"caption_empty": 10, "image_undecodable": 10}
-    for number, batch in enumerate(batches):
-        # Every sample marked as consumed so far was either in a batch or skipped.
-        marked = sum(mark.stop - mark.start for b in batches[: number + 1] for mark in b.consumed)
-        assert marked == sum(batch.skipped.values()) + 2 * (number + 1)
+    consumed = 0
+    for number, batch in enumerate(batches, 1):
+        # Every sample that was consumed so far was either in a batch or skipped.
+        consumed += sum(part.stop - part.start for part in batch.consumed)
+        assert consumed == sum(batch.skipped.values()) + 2 * number
 
 
-def test_filtered_samples_are_counted_but_are_not_bad(write, build_samples):
-    catalog, config = write({"a.tar": [*build_samples(0, 60), *build_samples(60, 60, size=20)]}, max_skipped_share=0.0)
-    config = config_of(config.sources[0], filters=type(config.filters)(min_size=20), max_skipped_share=0.0)
+def test_filtered_samples_are_counted_but_are_not_bad(write):
+    members = [*samples_of(0, 60), *samples_of(60, 60, size=20)]
+    catalog, config = write({"a.tar": members}, filters=FilterConfig(min_size=20), max_skipped_share=0.0)
     (batch,) = without_ray(catalog, config, reader_of(catalog), batch_size=60, num_batches=1)
     assert set(batch.captions) == {f"sample {n}" for n in range(60, 120)}
     assert batch.skipped.keys() == {"filtered_size"}
 
 
-def test_too_many_rejects_stop_the_run(write, build_samples):
-    members = build_samples(0, 150)
+def test_too_many_rejects_stop_the_run(write):
+    members = samples_of(0, 150)
     for number in range(0, 300, 30):
         members[number] = (members[number][0], b"no image")
-    catalog, config = write({"a.tar": members, "b.tar": build_samples(200, 150)}, max_skipped_share=0.02)
+    catalog, strict = write({"a.tar": members, "b.tar": samples_of(200, 150)}, max_skipped_share=0.02)
     message = r"rank 0 had to skip \d+ of \d+ samples \(image_undecodable \d\.\d%\), more than data.max_skipped_share = 2"
     with pytest.raises(DataError, match=message):
-        without_ray(catalog, config, reader_of(catalog), batch_size=10, num_batches=30)
-    assert without_ray(
-        catalog, config_of(config.sources[0], max_skipped_share=0.1), reader_of(catalog), batch_size=10, num_batches=30
-    )
+        without_ray(catalog, strict, reader_of(catalog), batch_size=10, num_batches=30)
+    lenient = config_of(strict.sources[0], max_skipped_share=0.1)
+    assert without_ray(catalog, lenient, reader_of(catalog), batch_size=10, num_batches=30)
 
 
 def test_data_without_a_good_sample_ends_the_run(write):
@@ -212,9 +152,9 @@ def test_data_without_a_good_sample_ends_the_run(write):
         without_ray(catalog, config, reader_of(catalog), batch_size=1, num_batches=1)
 
 
-def test_a_lost_shard_counts_for_its_samples_and_is_consumed(write, build_samples):
-    catalog, config = write({f"{n}.tar": build_samples(100 * n, 20) for n in range(6)}, max_skipped_share=0.3)
-    last_read = next(groups(catalog, Reader(0, 0, 1, *[Ledger([6])] * 2), 6, 1)).items[-1].unit.shard
+def test_a_lost_shard_counts_for_its_samples_and_is_consumed(write):
+    catalog, config = write({f"{n}.tar": samples_of(100 * n, 20) for n in range(6)}, max_skipped_share=0.3)
+    last_read = next(groups(catalog, reader_of(catalog), 6, 1)).items[-1].unit.shard
     Path(last_read.url).unlink()
     batches = without_ray(catalog, config, reader_of(catalog), batch_size=51, num_batches=2)
     assert batches[-1].skipped == {"shard_missing": 20}
@@ -224,11 +164,14 @@ def test_a_lost_shard_counts_for_its_samples_and_is_consumed(write, build_sample
         without_ray(catalog, strict, reader_of(catalog), batch_size=50, num_batches=4)
 
 
-def test_a_shard_that_changed_under_the_run_is_named(write, build_samples, build_tar):
-    catalog, config = write({"a.tar": build_samples(0, 50)})
-    Path(catalog.shards[0].url).write_bytes(build_tar(build_samples(0, 90)))
-    with pytest.raises(DataError, match=r"a\.tar: changed since it was listed"):
-        without_ray(catalog, config, reader_of(catalog), batch_size=5, num_batches=4)
+@pytest.mark.parametrize("read", [without_ray, pytest.param(with_ray, marks=pytest.mark.ray)])
+def test_a_shard_that_changed_under_the_run_is_named(write, read, request):
+    if read is with_ray:
+        request.getfixturevalue("ray_cluster")
+    catalog, config = write({"a.tar": samples_of(0, 50)})
+    Path(catalog.shards[0].url).write_bytes(tar_of(samples_of(0, 90)))
+    with pytest.raises(DataError, match=r"a\.tar: changed since it was listed.*start over$"):
+        read(catalog, config, reader_of(catalog), batch_size=5, num_batches=4)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -237,16 +180,10 @@ class TestWithRay:
         for rank in range(2):
             reader = reader_of(catalog, rank, 2, seed=3)
             whole = with_ray(catalog, config, reader, batch_size=7, num_batches=12)
+            assert all(batch.tensors["image"].flags.writeable for batch in whole)
             assert_same(whole, without_ray(catalog, config, reader, batch_size=7, num_batches=12))
             reader = reader_of(catalog, rank, 2, seed=3, consumed=after(catalog, whole[:5]))
             assert_same(with_ray(catalog, config, reader, batch_size=7, num_batches=7), whole[5:])
-
-    def test_batches_are_exact_and_the_callers_own(self, catalog, config):
-        for batch in with_ray(catalog, config, reader_of(catalog), batch_size=64, num_batches=2):
-            images = batch.tensors["image"]
-            assert (images.shape, images.dtype) == ((64, 8, 8, 3), np.uint8)
-            assert images.flags.writeable
-            assert len(batch.captions) == len(batch.keys) == 64
 
     def test_one_dataset_after_the_other(self, catalog, config, monkeypatch):
         monkeypatch.setattr("ray_platform.data.stream.DATASET_GROUPS", 3)
@@ -264,25 +201,13 @@ class TestWithRay:
         assert len(times) == 60
         assert min(times.values()) >= 3
 
-    def test_bad_shards_between_good_ones(self, write, build_samples):
-        good = {f"{number}.tar": build_samples(number * 100, 50) for number in range(3)}
-        catalog, config = write({**good, "empty.tar": [], "garbage.tar": b"\xab" * 3000}, max_skipped_share=0.9)
-        batches = with_ray(catalog, config, reader_of(catalog), batch_size=50, num_batches=4)
-        assert set(captions_of(batches[:3])) == {f"sample {n}" for first in (0, 100, 200) for n in range(first, first + 50)}
-        assert batches[3].skipped.keys() == {"shard_empty", "tar_truncated"}
-
-    def test_no_good_sample_at_all(self, write):
-        catalog, config = write({f"{number}.tar": [] for number in range(3)})
-        with pytest.raises(DataError, match=r"shard_empty 100\.0%"):
-            with_ray(catalog, config, reader_of(catalog), batch_size=50, num_batches=1)
-
     @pytest.mark.slow
     def test_a_stream_can_be_left_early(self, catalog, config):
         batches = stream(catalog, config, reader_of(catalog), batch_size=2, num_batches=10**9)
         assert len(next(batches).captions) == 2
         batches.close()
 
-    def test_what_cannot_work_is_said_at_once(self, catalog, config, shard_folder):
+    def test_what_cannot_work_is_reported_at_once(self, catalog, config, shard_folder):
         with pytest.raises(ConfigError, match="6 workers but only 5 shards"):
             stream(catalog, config, reader_of(catalog, 0, 6), batch_size=2, num_batches=1)
         greedy = config_of(shard_folder, reads_per_rank=3, cpus_per_read=1.0)
@@ -292,17 +217,12 @@ class TestWithRay:
     @pytest.mark.slow
     def test_two_workers_on_a_full_cluster(self, catalog, shard_folder):
         """As in training: each rank in an actor, and actors and reads together just fit."""
-        import ray
-
-        def read(rank: int) -> list[str]:
-            return captions_of(with_ray(catalog, config, reader_of(catalog, rank, 2), batch_size=5, num_batches=20))
-
         config = config_of(shard_folder, cpus_per_read=0.5)
 
         @ray.remote(num_cpus=1)
         class Worker:
             def run(self, rank: int) -> list[str]:
-                return read(rank)
+                return captions_of(with_ray(catalog, config, reader_of(catalog, rank, 2), batch_size=5, num_batches=20))
 
         workers = [Worker.remote() for _ in range(2)]
         found = ray.get([worker.run.remote(rank) for rank, worker in enumerate(workers)])
@@ -313,51 +233,38 @@ class TestWithRay:
             ray.kill(worker)
 
 
+class Consumer:
+    """A stream in a worker."""
+
+    def __init__(self, catalog, config):
+        self.batches = stream(catalog, config, reader_of(catalog), batch_size=6, num_batches=10**9)
+
+    def take(self, count):
+        return list(islice(self.batches, count))
+
+
 @pytest.mark.s3
 @pytest.mark.usefixtures("ray_cluster")
 class TestFromS3:
-    """In workers whose environment holds the credentials, as a pod's does; their reads inherit them."""
-
     @pytest.fixture
-    def remote(self, s3_url, shard_folder, forget_s3_sessions):
-        """(config, run), where run(function, *arguments) calls it in such a worker."""
-        import ray
-
+    def consumer(self, s3_url, shard_folder, forget_s3_sessions):
+        """A stream in a worker whose environment holds the credentials, as a pod's does; its reads inherit them."""
         storage.put_folder(shard_folder, f"{s3_url}/stream")
         environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-        config = config_of(f"{s3_url}/stream/{{00000..00004}}.tar", retry_seconds=60.0)
-        return config, lambda function: ray.remote(num_cpus=0, runtime_env={"env_vars": environment})(function).remote
+        source = f"{s3_url}/stream/{{00000..00004}}.tar"
+        config = config_of(source, interleave=1, reads_per_rank=1, retry_seconds=60.0)
+        remote = ray.remote(num_cpus=0, runtime_env={"env_vars": environment})(Consumer)
+        actor = remote.remote(build_catalog(config), config)
+        yield actor
+        ray.kill(actor)
 
-    def test_it_is_what_a_folder_gives(self, remote, catalog):
-        import ray
-
-        config, run = remote
-        batches = ray.get(run(with_ray)(build_catalog(config), config, reader_of(catalog), batch_size=16, num_batches=8))
-        local = config_of(Path(catalog.shards[0].url).parent)
-        assert_same(batches, without_ray(catalog, local, reader_of(catalog), batch_size=16, num_batches=8))
+    def test_it_is_what_a_folder_gives(self, consumer, catalog, shard_folder):
+        config = config_of(shard_folder, interleave=1, reads_per_rank=1)
+        expected = without_ray(catalog, config, reader_of(catalog), batch_size=6, num_batches=20)
+        assert_same(ray.get(consumer.take.remote(20)), expected)
 
     @pytest.mark.slow
-    def test_a_server_that_is_killed_and_comes_back_costs_time_but_no_sample(self, remote, s3_server):
-        import ray
-
-        config, _ = remote
-        catalog = build_catalog(config)
-
-        @ray.remote(num_cpus=0)
-        class Consumer:
-            def start(self, catalog, config, reader):
-                self.batches = stream(catalog, config, reader, batch_size=6, num_batches=10**9)
-
-            def take(self, count):
-                return list(islice(self.batches, count))
-
-        environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-        consumer = Consumer.options(runtime_env={"env_vars": environment}).remote()
-        ray.get(
-            consumer.start.remote(
-                catalog, config_of(config.sources[0], interleave=1, reads_per_rank=1, retry_seconds=60.0), reader_of(catalog)
-            )
-        )
+    def test_a_server_that_is_killed_and_comes_back_costs_time_but_no_sample(self, consumer, catalog, s3_server):
         batches = ray.get(consumer.take.remote(2))
         s3_server.stop()
         try:
@@ -368,4 +275,3 @@ class TestFromS3:
         batches += ray.get(pending)
         assert batches[-1].skipped == {}
         assert after(catalog, batches).first_epoch >= [6]
-        ray.kill(consumer)

@@ -3,11 +3,8 @@
 import json
 import logging
 import math
-import shlex
 import socket
-import subprocess
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 import ray
 from mlflow import MlflowClient
 
+from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.tracking import (
     RunMetadata,
@@ -48,12 +46,12 @@ def history(output: str, run_id: str, name: str) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in client_of(output).get_metric_history(run_id, name)]
 
 
-def lines_of(output: Path | str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-
-
 def warnings_of(caplog) -> list[int]:
     return [record.levelno for record in caplog.records if record.name.startswith("ray_platform.tracking")]
+
+
+def metadata(**params: Any) -> RunMetadata:
+    return RunMetadata("demo", "a test from s3://user:secret@bucket", {"recipe": "demo"}, params)
 
 
 def test_mlflow_returns_what_was_logged(output, tmp_path):
@@ -82,43 +80,37 @@ def test_mlflow_returns_what_was_logged(output, tmp_path):
     assert "x" * 9000 in (artifacts / "config.yaml").read_text()
 
 
-def test_tags_and_description(output):
+def test_tags_description_and_datasets_of_a_run_that_is_continued(output):
+    data = [
+        TrackedData("train", "0123456789abcdef", "s3://bucket/train", "training", {"num_samples": 60}),
+        TrackedData("heldout", "fedcba9876543210", "/data/heldout", "heldout"),
+    ]
     tracker = SafeTracker(TrackingConfig(tags={"team": "vision"}), output)
     tracker.describe("trained on `s3://user:secret@bucket`", {"recipe": "demo", "long": "x" * 9000})
+    tracker.log_data(data)
     tags = client_of(output).get_run(tracker.run_id()).data.tags
     assert (tags["team"], tags["recipe"], len(tags["long"])) == ("vision", "demo", 5000)
     assert tags["mlflow.note.content"] == "trained on `s3://***@bucket`"
     client_of(output).set_tag(tracker.run_id(), "mlflow.note.content", "written by a user")
     again = SafeTracker(TrackingConfig(tags={"team": "audio"}), output, tracker.run_id())
     again.describe("trained again", {"recipe": "demo"})
-    tags = client_of(output).get_run(tracker.run_id()).data.tags
-    assert (tags["team"], tags["mlflow.note.content"]) == ("audio", "written by a user")
-
-
-def test_datasets_are_recorded_once_with_digest_and_context(output):
-    tracker = SafeTracker(TrackingConfig(), output)
-    data = [
-        TrackedData("train", "0123456789abcdef", "s3://bucket/train", "training", {"num_samples": 60}),
-        TrackedData("heldout", "fedcba9876543210", "/data/heldout", "heldout"),
-    ]
-    tracker.log_data(data)
-    tracker.log_data(data)  # as a resumed run does
-    inputs = client_of(output).get_run(tracker.run_id()).inputs.dataset_inputs
-    by_name = {part.dataset.name: part for part in inputs}
-    assert len(inputs) == 2
-    train, heldout = by_name["train"].dataset, by_name["heldout"].dataset
-    assert (train.digest, train.source_type, json.loads(train.source)) == ("0123456789abcdef", "s3", {"uri": "s3://bucket/train"})
-    assert (json.loads(train.profile), heldout.source_type) == ({"num_samples": 60}, "local")
-    assert {name: part.tags[0].value for name, part in by_name.items()} == {"train": "training", "heldout": "heldout"}
+    again.log_data(data)
+    run = client_of(output).get_run(tracker.run_id())
+    assert (run.data.tags["team"], run.data.tags["mlflow.note.content"]) == ("audio", "written by a user")
+    heldout, train = sorted(run.inputs.dataset_inputs, key=lambda part: part.dataset.name)
+    assert (train.dataset.digest, train.dataset.source_type) == ("0123456789abcdef", "s3")
+    assert json.loads(train.dataset.source) == {"uri": "s3://bucket/train"}
+    assert (json.loads(train.dataset.profile), heldout.dataset.source_type) == ({"num_samples": 60}, "local")
+    assert [part.tags[0].value for part in (heldout, train)] == ["heldout", "training"]
 
 
 def test_a_resumed_job_continues_in_the_same_run(output, caplog):
-    with pytest.raises(RuntimeError), start_run(TrackingConfig(), output, _metadata(steps=10), record=True) as first:  # noqa: PT012
+    with pytest.raises(RuntimeError), start_run(TrackingConfig(), output, metadata(steps=10), record=True) as first:  # noqa: PT012
         first.log_metrics({"loss": 2.0}, step=1)
         raise RuntimeError
     record = read_run_record(output)
     assert client_of(output).get_run(record["run_id"]).info.status == "FAILED"
-    with start_run(TrackingConfig(), output, _metadata(steps=20, added=1), run_id=record["run_id"], record=True) as second:
+    with start_run(TrackingConfig(), output, metadata(steps=20, added=1), run_id=record["run_id"], record=True) as second:
         assert client_of(output).get_run(record["run_id"]).info.status == "RUNNING"
         second.log_metrics({"loss": 1.0}, step=2)
     assert read_run_record(output) == record
@@ -129,10 +121,6 @@ def test_a_resumed_job_continues_in_the_same_run(output, caplog):
     config = Path(output) / "mlartifacts" / record["run_id"] / "artifacts" / "config.yaml"
     assert "steps: 20" in config.read_text()
     assert not caplog.records
-
-
-def _metadata(**params: Any) -> RunMetadata:
-    return RunMetadata("demo", "a test", {"recipe": "demo"}, params)
 
 
 @pytest.mark.parametrize("backend", ["mlflow", "jsonl"])
@@ -148,23 +136,36 @@ def test_a_history_is_by_step_and_has_the_later_of_two_values(output, backend, c
     assert "cannot be read" in caplog.text
 
 
-def test_json_lines_have_everything_and_no_secret(tmp_path):
-    metadata = RunMetadata("demo", "from s3://user:secret@bucket", {"recipe": "demo"}, {"api_key": "abc"})
-    with start_run(JSON_LINES, str(tmp_path), metadata, record=True) as tracker:
+@pytest.fixture(params=["folder", "s3://bucket/run"])
+def jsonl_output(request, tmp_path, monkeypatch):
+    """An output folder, and a bucket that is a dict: the tracker uploads its file as a whole."""
+    if request.param == "folder":
+        return str(tmp_path), lambda name: (tmp_path / name).read_bytes()
+    bucket: dict[str, bytes] = {}
+    monkeypatch.setattr(storage, "exists", bucket.__contains__)
+    monkeypatch.setattr(storage, "read_bytes", bucket.__getitem__)
+    monkeypatch.setattr(storage, "read_json", lambda url: json.loads(bucket[url]))
+    monkeypatch.setattr(storage, "write_bytes", bucket.__setitem__)
+    return request.param, lambda name: bucket[f"{request.param}/{name}"]
+
+
+def test_json_lines_have_everything_and_no_secret(jsonl_output):
+    output, read = jsonl_output
+    with start_run(JSON_LINES, output, metadata(api_key="abc"), record=True) as tracker:
         tracker.log_data([TrackedData("train", "01", "s3://user:secret@bucket/train", "training")])
         tracker.log_metrics({"loss": math.nan}, step=1)
         tracker.log_system({"node_0/cpu_utilization_percentage": 50.0})
         tracker.log_bytes(b"png", "previews/a.png")
-        tracker.log_folder(str(tmp_path), "model")  # not supported by this tracker
-    with start_run(JSON_LINES, str(tmp_path), run_id=read_run_record(str(tmp_path))["run_id"]) as again:
+        tracker.log_folder("model", "model")  # not supported by this tracker
+    with start_run(JSON_LINES, output, run_id=read_run_record(output)["run_id"]) as again:
         again.log_metrics({"loss": 1.0}, step=2)
-    lines = lines_of(tmp_path)
+    text = read("metrics.jsonl").decode()
+    lines = [json.loads(line) for line in text.splitlines()]
     assert {line["run_id"] for line in lines if "run_id" in line} == {tracker.run_id()}
     assert [(line["step"], line["metrics"]["loss"]) for line in lines if "metrics" in line][1:] == [(2, 1.0)]
     assert [line["status"] for line in lines if "status" in line] == ["FINISHED", "FINISHED"]
     assert all(isinstance(line["time"], float) for line in lines)
-    assert (tmp_path / "artifacts" / "previews" / "a.png").read_bytes() == b"png"
-    text = (tmp_path / "metrics.jsonl").read_text()
+    assert read("artifacts/previews/a.png") == b"png"
     assert "secret" not in text
     assert '"api_key": "***"' in text
 
@@ -173,19 +174,17 @@ def test_a_failing_tracker_leaves_the_other_one_alone(tmp_path, caplog):
     config = TrackingConfig(uri="sqlite:////proc/no/such/folder/mlflow.db", backends=("mlflow", "jsonl"))
     tracker = SafeTracker(config, str(tmp_path))
     tracker.log_metrics({"loss": 1.0}, step=1)
-    assert [line["metrics"] for line in lines_of(tmp_path) if "metrics" in line] == [{"loss": 1.0}]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["metrics"] for line in lines if "metrics" in line] == [{"loss": 1.0}]
     assert tracker.run_id()
-    assert len(warnings_of(caplog)) == 1
+    assert warnings_of(caplog) == [logging.WARNING]
 
 
-def test_a_backend_that_does_not_exist_is_named(tmp_path, caplog):
+def test_a_backend_or_store_that_cannot_be_used_is_named(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"tracking.backends.*wandb.*mlflow"):
         TrackingConfig(backends=("wandb",))
     assert SafeTracker(TrackingConfig(backends=("no.such.module:Tracker",)), str(tmp_path)).run_id() == ""
     assert "no.such.module:Tracker" in caplog.text
-
-
-def test_a_database_needs_a_local_folder_or_an_address():
     with pytest.raises(ConfigError, match=r"tracking.uri.*s3://bucket/run"):
         tracking_uri(TrackingConfig(), "s3://bucket/run")
     assert tracking_uri(JSON_LINES, "s3://bucket/run") == ""
@@ -240,35 +239,9 @@ def test_a_store_that_disappears_is_one_warning_per_kind(output, caplog):
     assert warnings_of(caplog) == [logging.WARNING]
 
 
-@pytest.mark.slow
-def test_the_ui_command_serves_the_pages(output):
-    SafeTracker(TrackingConfig(), output)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = shlex.split(ui_command(tracking_uri(TrackingConfig(), output), port))
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        assert "MLflow" in _page(f"http://127.0.0.1:{port}/", server)
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-
-
-def _page(url: str, server: subprocess.Popen) -> str:
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5) as reply:
-                return reply.read().decode()
-        except OSError:
-            assert server.poll() is None, "the server ended"
-            assert time.monotonic() < deadline, "the server did not answer"
-            time.sleep(0.2)
-
-
-def test_the_ui_of_a_server_is_its_address():
+def test_the_ui_command_of_a_server_is_its_address_and_of_a_store_a_server():
     assert ui_command("https://mlflow.example").endswith("-m webbrowser https://mlflow.example")
+    assert "--backend-store-uri sqlite:////run/mlflow.db --port 5000" in ui_command("sqlite:////run/mlflow.db")
 
 
 @ray.remote(num_cpus=0)
@@ -279,7 +252,7 @@ def log_from_a_worker(tracker: Tracker) -> None:
 
 
 def test_a_worker_writes_through_the_actor(ray_cluster, output):
-    with start_run(TrackingConfig(), output, _metadata(steps=3), in_actor=True) as tracker:
+    with start_run(TrackingConfig(), output, metadata(steps=3), in_actor=True) as tracker:
         run_id = tracker.run_id()
         ray.get(log_from_a_worker.remote(tracker))
     assert tracker.latest() == (2, {"loss": 2.0})

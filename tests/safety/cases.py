@@ -1,27 +1,28 @@
-"""Hostile inputs: built for real and passed through an entry point that users have, with the answers in docs/safety.md."""
+"""Hostile inputs are built for real and passed to the function behind a command; docs/safety.md lists them with their answers."""
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 CANARY = "canary"  # code that runs leaves this file in the case's folder
+DOCS = Path(__file__).parents[2] / "docs" / "safety.md"
+Feed = Callable[[Path], str]  # builds an input in a folder; returns the error's line or what was counted
 
 
-@dataclass(frozen=True)
-class Case:
-    """A hostile input. `feed` builds it in a folder and returns the error's line or the counts of an inspection."""
+def documented_answers() -> dict[str, str]:
+    """The last column of the tables of hostile inputs by the first; … stands for anything between."""
+    section = DOCS.read_text().partition("## Hostile inputs")[2]
+    rows = re.findall(r"^\| (.+?) \| .+? \| (.+) \|$", section, re.MULTILINE)
+    return {what: answer for what, answer in rows if what != "input"}
 
-    what: str
-    door: str
-    answer: str  # the counts, or what the error's line names; … stands for anything between
-    feed: Callable[[Path], str]
 
-    def check(self, line: str) -> None:
-        assert "\n" not in line
-        pattern = ".*".join(re.escape(part) for part in self.answer.split("…"))
-        matches = (re.search if line.startswith("error: ") else re.fullmatch)(pattern, line)
-        assert matches, f"{self.what}: {line!r} is not {self.answer!r}"
+def check_answer(documented: str, line: str) -> None:
+    """Check that an error names what the documentation says, or that the counts are exactly those."""
+    assert "\n" not in line
+    is_error = documented.startswith("an error with ")
+    pattern = ".*".join(re.escape(part) for part in documented.removeprefix("an error with ").strip("`").split("…"))
+    assert line.startswith("error: ") == is_error, line
+    assert re.search(pattern, line) if is_error else re.fullmatch(pattern, line), f"{line!r} is not {documented}"
 
 
 def line_of(call: Callable[[], object], *kinds: type[Exception]) -> str:

@@ -1,5 +1,6 @@
 """Hostile model folders, and sets to evaluate on, by what opens them."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -26,224 +27,160 @@ from ray_platform.data.precomputed import to_arrow
 from ray_platform.data.source import open_precomputed
 from ray_platform.evaluate.discovery import find_evaluation_set
 from ray_platform.evaluate.result_cache import ResultCache
-from ray_platform.evaluate.samples import read_slice
+from ray_platform.evaluate.sets import read_slice
 from tests.ray_platform.conftest import png, tar_of
-from tests.safety.cases import CANARY, Case, Evil, line_of
+from tests.safety.cases import CANARY, Evil, Feed, line_of
 from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder, save_stable_diffusion
 
-ENCODER, CLIP, START, MODEL = "`model.text_encoder.path`", "`baselines`", "`model.warm_start`", "`jobs/generate.py --model`"
+Change = Callable[[Path], object]  # of a model's folder
 
 
-def changed(save: Callable[[Path], Path], change: Callable[[Path], None], opened: Callable[[Path], object]):
+def changed(save: Callable[[Path], Path], load: Callable[[Path], object], change: Change) -> Feed:
     def feed(folder: Path) -> str:
-        made = save(folder / "model")
-        change(made)
-        return line_of(lambda: opened(made), ValueError, FileNotFoundError)
+        model = save(folder / "model")
+        change(model)
+        return line_of(lambda: load(model), ValueError, FileNotFoundError)
 
     return feed
 
 
-def encoder(folder: Path) -> object:
-    return build_text_encoder(TextEncoderConfig("mean_pool", str(folder), max_length=8, token_dim=32, embedding_dim=32))
+def text_encoder(change: Change) -> Feed:
+    config = TextEncoderConfig("mean_pool", "", max_length=8, token_dim=32, embedding_dim=32)
+    return changed(save_mean_pool_encoder, lambda f: build_text_encoder(dataclasses.replace(config, path=str(f))), change)
 
 
-def start(folder: Path) -> object:
-    return load_warm_start(DiffDis(tiny()), str(folder))
+def warm_start(change: Change) -> Feed:
+    return changed(save_stable_diffusion, lambda folder: load_warm_start(DiffDis(tiny()), str(folder)), change)
 
 
-def vae(folder: Path) -> object:
-    return build_autoencoder(AutoencoderConfig("kl", str(folder)))
+def autoencoder(change: Change) -> Feed:
+    return changed(save_stable_diffusion, lambda folder: build_autoencoder(AutoencoderConfig("kl", str(folder))), change)
 
 
-def pickled(name: str, inside: str = "") -> Callable[[Path], None]:
+def exported_model(change: Change) -> Feed:
+    return changed(save_export, DiffDisPipeline.from_pretrained, change)
+
+
+def save_export(folder: Path) -> Path:
+    encoder = save_mean_pool_encoder(folder.parent / "encoder")
+    config = dataclasses.replace(tiny(), text_encoder=dataclasses.replace(tiny().text_encoder, path=str(encoder)))
+    frozen = build_autoencoder(config.autoencoder), build_text_encoder(config.text_encoder)
+    DiffDisPipeline(config, DiffDis(config), *frozen).save_pretrained(folder)
+    return folder
+
+
+def pickled(name: str) -> Change:
     """The weights as torch saved them for years, with a command among them."""
 
     def change(folder: Path) -> None:
-        folder = folder / inside
-        for file in folder.glob("*.safetensors"):
+        for file in (folder / name).parent.glob("*.safetensors"):
             file.unlink()
-        torch.save({"x": Evil(folder.parent if not inside else folder.parent.parent)}, folder / name)
+        torch.save({"x": Evil(folder.parent)}, folder / name)
 
     return change
 
 
-def setting(name: str = "config.json", **values: Any) -> Callable[[Path], None]:
+def setting(name: str = "config.json", **values: Any) -> Change:
+    """Change fields of a JSON file; a dictionary changes the fields of the one that is there."""
+
     def change(folder: Path) -> None:
-        file = folder / name
-        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+        fields = json.loads((folder / name).read_text())
+        for field, value in values.items():
+            fields[field] = fields[field] | value if isinstance(fields.get(field), dict) else value
+        (folder / name).write_text(json.dumps(fields))
 
     return change
 
 
-def own_code(folder: Path) -> None:
+def add_code(folder: Path) -> None:
     (folder / "evil.py").write_text(f"open({str(folder.parent / CANARY)!r}, 'w')\nclass Model: pass\n")
     setting(auto_map={"AutoConfig": "evil.Model", "AutoModel": "evil.Model"}, model_type="evil")(folder)
 
 
-def export_of(folder: Path) -> Path:
-    encoder_folder = save_mean_pool_encoder(folder.parent / "encoder")
-    import dataclasses
-
-    config = dataclasses.replace(tiny(), text_encoder=dataclasses.replace(tiny().text_encoder, path=str(encoder_folder)))
-    torch.manual_seed(0)
-    DiffDisPipeline(
-        config, DiffDis(config), build_autoencoder(config.autoencoder), build_text_encoder(config.text_encoder)
-    ).save_pretrained(folder)
-    return folder
-
-
-def cut(folder: Path) -> None:
+def cut_off(folder: Path) -> None:
     file = folder / "alignment" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
 
 
-MODELS = [
-    Case(
-        "a pickle that runs a command for a text encoder's weights",
-        ENCODER,
-        "pytorch_model.bin…safetensors",
-        changed(save_mean_pool_encoder, pickled("pytorch_model.bin"), encoder),
+WIDE = {"block_out_channels": [100_000, 100_000]}
+MODELS = {
+    "a pickle that runs a command for a text encoder's weights": text_encoder(pickled("pytorch_model.bin")),
+    "the same for a CLIP's": changed(save_clip, ClipScorer, pickled("pytorch_model.bin")),
+    "the same for a U-Net's": warm_start(pickled("unet/diffusion_pytorch_model.bin")),
+    "the same for an autoencoder's": autoencoder(pickled("vae/diffusion_pytorch_model.bin")),
+    "Python code beside the weights, named by `auto_map`": text_encoder(add_code),
+    "an attention implementation that is a hub's repository of compiled kernels": text_encoder(
+        setting(_attn_implementation="evil/kernels")
     ),
-    Case(
-        "the same for a CLIP's",
-        CLIP,
-        "pytorch_model.bin…safetensors",
-        changed(save_clip, pickled("pytorch_model.bin"), ClipScorer),
-    ),
-    Case(
-        "the same for a U-Net's",
-        START,
-        "unet…diffusion_pytorch_model.bin…safetensors",
-        changed(save_stable_diffusion, pickled("diffusion_pytorch_model.bin", "unet"), start),
-    ),
-    Case(
-        "the same for an autoencoder's",
-        "`model.autoencoder.path`",
-        "vae…diffusion_pytorch_model.bin…safetensors",
-        changed(save_stable_diffusion, pickled("diffusion_pytorch_model.bin", "vae"), vae),
-    ),
-    Case(
-        "Python code beside the weights, named by `auto_map`",
-        ENCODER,
-        "config.json…auto_map",
-        changed(save_mean_pool_encoder, own_code, encoder),
-    ),
-    Case(
-        "an attention implementation that is a hub's repository of compiled kernels",
-        ENCODER,
-        "config.json…_attn_implementation…evil/kernels",
-        changed(save_mean_pool_encoder, setting(_attn_implementation="evil/kernels"), encoder),
-    ),
-    Case(
-        "an adapter that names another model to fetch",
-        ENCODER,
-        "adapter_config.json",
-        changed(save_mean_pool_encoder, lambda folder: (folder / "adapter_config.json").write_text("{}"), encoder),
-    ),
-    Case(
-        "a text encoder of a million layers",
-        ENCODER,
-        "config.json…num_hidden_layers",
-        changed(save_mean_pool_encoder, setting(num_hidden_layers=10**6), encoder),
-    ),
-    Case(
-        "a `config.json` of 100 MB",
-        ENCODER,
-        "config.json…1,048,576 bytes",
-        changed(save_mean_pool_encoder, setting(x="x" * 10**8), encoder),
-    ),
-    Case(
-        "a U-Net of 100,000 channels",
-        START,
-        "unet…parameters…bytes",
-        changed(save_stable_diffusion, lambda f: setting("unet/config.json", block_out_channels=[100_000, 100_000])(f), start),
-    ),
-    Case(
-        "an exported model that declares 100,000 channels",
-        MODEL,
-        "model…parameters…bytes",
-        changed(
-            export_of,
-            lambda f: setting(
-                "diffdis.json",
-                unet=json.loads((f / "diffdis.json").read_text())["unet"] | {"block_out_channels": [100_000, 100_000]},
-            )(f),
-            DiffDisPipeline.from_pretrained,
-        ),
-    ),
-    Case(
-        "an exported model whose tensors are cut off",
-        MODEL,
-        "model…weights",
-        changed(export_of, cut, DiffDisPipeline.from_pretrained),
-    ),
-    Case(
-        "an exported model with a field that there is not",
-        MODEL,
-        "evil",
-        changed(export_of, setting("diffdis.json", evil=1), DiffDisPipeline.from_pretrained),
-    ),
-]
-
-SETS_DOOR = "`jobs/eval.py --data_roots`"
+    "an adapter that names another model to fetch": text_encoder(lambda f: (f / "adapter_config.json").write_text("{}")),
+    "a text encoder of a million layers": text_encoder(setting(num_hidden_layers=10**6)),
+    "a `config.json` of 10 MB": text_encoder(setting(x="x" * 10**7)),
+    "a U-Net of 100,000 channels": warm_start(setting("unet/config.json", **WIDE)),
+    "an exported model that declares 100,000 channels": exported_model(setting("diffdis.json", unet=WIDE)),
+    "an exported model whose tensors are cut off": exported_model(cut_off),
+    "an exported model with a field that there is not": exported_model(setting("diffdis.json", evil=1)),
+}
 
 
-def read_all(root: Path, name: str) -> str:
-    def read() -> str:
-        samples = [sample for part in find_evaluation_set([str(root)], name).slices for sample in read_slice(part, 0.0)]
-        causes = [sample.cause for sample in samples if hasattr(sample, "cause")]
-        return ", ".join([f"{len(samples) - len(causes)} images", *(f"1 × {cause}" for cause in causes)])
+def evaluation_set(name: str, files: dict[str, bytes]) -> Feed:
+    """An evaluation on a set with these files, by path."""
 
-    return line_of(read, ConfigError, DataError)
-
-
-def cifar(content: Callable[[Path], bytes]):
     def feed(folder: Path) -> str:
-        (folder / "cifar-10-batches-py").mkdir()
-        names = {"label_names": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]}
-        (folder / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps(names, protocol=2))
-        (folder / "cifar-10-batches-py" / "test_batch").write_bytes(content(folder))
-        return read_all(folder, "vtab/cifar10")
+        for path, content in files.items():
+            file = folder / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        return line_of(
+            lambda: [read_slice(part) for part in find_evaluation_set([str(folder)], name).slices], ConfigError, DataError
+        )
 
     return feed
 
 
-def pointers(folder: Path) -> bytes:
+def cifar(batch: bytes) -> Feed:
+    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    meta = pickle.dumps({"label_names": classes}, protocol=2)
+    files = {"cifar-10-batches-py/batches.meta": meta, "cifar-10-batches-py/test_batch": batch}
+    return evaluation_set("vtab/cifar10", files)
+
+
+def pickled_cifar(folder: Path) -> str:
+    return cifar(pickle.dumps(Evil(folder)))(folder)
+
+
+def pointers() -> bytes:
     """numpy.ndarray((2,), dtype=object, buffer=…): bytes that would be followed as pointers."""
     out = b"\x80\x02cnumpy\nndarray\n(K\x02\x85cnumpy\ndtype\nX\x01\x00\x00\x00O\x85RC\x10" + b"A" * 16 + b"tR."
     return b"\x80\x02}X\x04\x00\x00\x00data" + out[2:-1] + b"s."
 
 
-def cars(folder: Path) -> str:
-    """An index that names a file of this machine as a picture."""
-    (folder / "cars" / "devkit").mkdir(parents=True)
-    (folder / "cars" / "cars_test").mkdir()
-    names = np.array([f"Car {i}" for i in range(196)], dtype=object)
-    scipy.io.savemat(folder / "cars" / "devkit" / "cars_meta.mat", {"class_names": names})
+def matlab(**values: Any) -> bytes:
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, values)
+    return buffer.getvalue()
+
+
+def cars() -> Feed:
+    """An index that names a file of this machine as an image."""
     annotations = np.array([("../../outside/secret.png", 1), ("b.jpg", 2)], dtype=[("fname", object), ("class", int)])
-    scipy.io.savemat(folder / "cars" / "cars_test_annos_withlabels.mat", {"annotations": annotations})
-    return read_all(folder, "cars")
+    files = {
+        "cars/devkit/cars_meta.mat": matlab(class_names=np.array([f"Car {i}" for i in range(196)], dtype=object)),
+        "cars/cars_test_annos_withlabels.mat": matlab(annotations=annotations),
+        "cars/cars_test/b.jpg": b"",
+    }
+    return evaluation_set("cars", files)
 
 
-def own_set(folder: Path, **texts: bytes) -> str:
-    (folder / "wds_mine" / "test").mkdir(parents=True)
-    files = {"classnames.txt": b"cat\ndog", "zeroshot_classification_templates.txt": b"{c}"} | texts
-    for name, content in files.items():
-        (folder / "wds_mine" / name).write_bytes(content)
-    (folder / "wds_mine" / "test" / "0.tar").write_bytes(tar_of([("a.png", png(1)), ("a.cls", b"1")]))
-    return read_all(folder, "mine")
+def webdataset(name: str, content: bytes) -> Feed:
+    """A set with one hostile file."""
+    files = {"classnames.txt": b"cat\ndog", "zeroshot_classification_templates.txt": b"{c}"}
+    files |= {"test/0.tar": tar_of([("a.png", png(1)), ("a.cls", b"1")]), name: content}
+    return evaluation_set("mine", {f"wds_mine/{name}": content for name, content in files.items()})
 
 
-def parquet(content: bytes):
-    def feed(folder: Path) -> str:
-        (folder / "mine").mkdir()
-        (folder / "mine" / "test.parquet").write_bytes(content)
-        return read_all(folder, "mine")
+def unit(content: bytes) -> Feed:
+    """The finished unit of an interrupted evaluation."""
 
-    return feed
-
-
-def units(content: bytes):
     def feed(folder: Path) -> str:
         (folder / f"{'a' * 32}.npz").write_bytes(content)
         return f"{len(ResultCache(str(folder)).read(['a' * 32]))} of 1 unit taken as done"
@@ -251,7 +188,7 @@ def units(content: bytes):
     return feed
 
 
-def reference(content: Callable[[Path], bytes]):
+def reference(content: Callable[[Path], bytes]) -> Feed:
     def feed(folder: Path) -> str:
         (folder / "reference.npz").write_bytes(content(folder))
         return line_of(lambda: ReferenceFeatures.read(str(folder / "reference.npz")), DataError)
@@ -259,9 +196,9 @@ def reference(content: Callable[[Path], bytes]):
     return feed
 
 
-def arrays(compressed: bool = False, **values: Any) -> bytes:
+def arrays(save: Callable[..., None] = np.savez, **values: Any) -> bytes:
     buffer = io.BytesIO()
-    (np.savez_compressed if compressed else np.savez)(buffer, allow_pickle=True, **values)
+    save(buffer, allow_pickle=True, **values)
     return buffer.getvalue()
 
 
@@ -283,56 +220,18 @@ def offsets(folder: Path) -> str:
     return f"0 used, {len(unit)} × {unit.sample(0).cause}"
 
 
-SETS = [
-    Case(
-        "a pickle that runs a command as CIFAR's batch",
-        SETS_DOOR,
-        "vtab/cifar10…test_batch…posix.system",
-        cifar(lambda folder: pickle.dumps(Evil(folder))),
+SETS = {
+    "a pickle that runs a command as CIFAR's batch": pickled_cifar,
+    "a pickle that makes numpy follow bytes as pointers": cifar(pointers()),
+    "an index that names `../../outside/secret.png`": cars(),
+    "a list of classes of 100 MB": webdataset("classnames.txt", bytes(10**8)),
+    "10^30 shards by nshards.txt": webdataset("test/nshards.txt", b"1" + b"0" * 30),
+    "a parquet file of garbage": evaluation_set("mine", {"mine/test.parquet": b"PAR1" + b"\xff" * 100 + b"PAR1"}),
+    "a finished unit that holds a pickle": unit(arrays(x=np.array([{}], dtype=object))),
+    "a finished unit that is compressed, so that it may unpack to any size": unit(arrays(np.savez_compressed, x=np.zeros(2**20))),
+    "a reference that holds a pickle with a command": reference(
+        lambda folder: arrays(features=np.array([Evil(folder)], dtype=object), protocol=np.array("{}"))
     ),
-    Case("a pickle that makes numpy follow bytes as pointers", SETS_DOOR, "vtab/cifar10…test_batch…array", cifar(pointers)),
-    Case("an index that names `../../outside/secret.png`", SETS_DOOR, "cars…outside/secret.png", cars),
-    Case(
-        "a list of classes of 100 MB",
-        SETS_DOOR,
-        "classnames.txt…bytes",
-        lambda folder: own_set(folder, **{"classnames.txt": b"a" * 10**8}),
-    ),
-    Case(
-        "10^30 shards by nshards.txt",
-        SETS_DOOR,
-        "mine…nshards.txt",
-        lambda folder: own_set(folder, **{"test/nshards.txt": b"1" + b"0" * 30}),
-    ),
-    Case("a parquet file of garbage", SETS_DOOR, "mine…test.parquet", parquet(b"PAR1" + b"\xff" * 100 + b"PAR1")),
-    Case(
-        "a finished unit that holds a pickle",
-        "`output_dir`/units",
-        "0 of 1 unit taken as done",
-        units(arrays(x=np.array([{}], dtype=object))),
-    ),
-    Case(
-        "a finished unit that unpacks to 1 GB",
-        "`output_dir`/units",
-        "0 of 1 unit taken as done",
-        units(arrays(True, x=np.zeros(2**27))),
-    ),
-    Case(
-        "a reference that holds a pickle with a command",
-        "`quality.reference`",
-        "quality.reference…reference.npz…Object arrays",
-        reference(lambda folder: arrays(features=np.array([Evil(folder)], dtype=object), protocol=np.array("{}"))),
-    ),
-    Case(
-        "a reference that claims an exabyte",
-        "`quality.reference`",
-        "quality.reference…reference.npz",
-        reference(lambda _: npy_of(f"({2**58},)")),
-    ),
-    Case(
-        "a precomputed shard whose offsets lead out of the file",
-        "`data.sources`, an .arrow shard",
-        "0 used, 1 × shard_unreadable",
-        offsets,
-    ),
-]
+    "a reference that claims an exabyte": reference(lambda folder: npy_of(f"({2**58},)")),
+    "a precomputed shard whose offsets lead out of the file": offsets,
+}

@@ -1,55 +1,45 @@
 """Every hostile input gets the answer in docs/safety.md, runs no code, writes nothing elsewhere, and needs little memory."""
 
+import json
+import re
 import resource
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.safety.cases import CANARY, Case
+from diffdis_platform.commands.inspect import inspect
+from diffdis_platform.commands.inspect import parse_arguments as parse
+from ray_platform.data.catalog import build_catalog
+from ray_platform.data.config import DataConfig
+from tests.ray_platform.conftest import samples_of, tar_of
+from tests.ray_platform.test_stream import reader_of, without_ray
+from tests.safety.cases import CANARY, check_answer, documented_answers
 from tests.safety.checkpoints import CHECKPOINTS
-from tests.safety.configs import CONFIGS, NAMES
+from tests.safety.configs import CONFIGS
 from tests.safety.models import MODELS, SETS
 from tests.safety.stores import STORES
-from tests.safety.tars import IMAGES, TARS
+from tests.safety.tars import SHARDS, shard
 
-GROUPS: dict[str, list[Case]] = {
-    "Tars": TARS,
-    "Images and captions": IMAGES,
-    "Configurations": CONFIGS,
-    "Names": [*NAMES, *STORES],
-    "Checkpoints": CHECKPOINTS,
-    "Models": MODELS,
-    "Sets to evaluate on, and what an evaluation keeps": SETS,
-}
-CASES = [case for group in GROUPS.values() for case in group]
-DOCS = Path(__file__).parents[2] / "docs" / "safety.md"
-BEGIN, END = "<!-- hostile inputs: written by tests/safety/write_table.py -->\n", "<!-- end -->"
+SHARD_FEEDS = {what: shard(build) for what, build in SHARDS.items()}
+FEEDS = {**SHARD_FEEDS, **CONFIGS, **STORES, **CHECKPOINTS, **MODELS, **SETS}
+ANSWERS = documented_answers()
 MAX_MB, MAX_CPU_SECONDS = 1536, 60
 
 
-def table() -> str:
-    """The tables of docs/safety.md."""
-    lines = []
-    for title, cases in GROUPS.items():
-        lines += [f"**{title}**", "", "| input | where it enters | answer |", "|---|---|---|"]
-        lines += [f"| {case.what} | {case.door} | {_cell(case)} |" for case in cases] + [""]
-    return "\n".join(lines)
+def test_the_documentation_lists_exactly_these_inputs():
+    assert ANSWERS.keys() == FEEDS.keys()
 
 
-def _cell(case: Case) -> str:
-    counted = " × " in case.answer or case.answer.endswith((" used", " done")) or case.answer.startswith("accepted")
-    return f"`{case.answer}`" if counted else f"an error with `{case.answer}`"
-
-
-@pytest.mark.parametrize("case", CASES, ids=[case.what.replace(" ", "-")[:60] for case in CASES])
-def test_a_hostile_input_gets_its_answer(case, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", FEEDS, ids=lambda what: what.replace(" ", "-")[:60])
+def test_a_hostile_input_gets_its_answer(what, tmp_path):
     folder, outside = tmp_path / "folder" / "inner", tmp_path / "folder" / "outside"
     folder.mkdir(parents=True)
     outside.mkdir()
     (outside / "secret.png").write_bytes(b"secret")
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    case.check(case.feed(folder))
+    check_answer(ANSWERS[what], FEEDS[what](folder))
     assert time.process_time() - start < MAX_CPU_SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_MB * 1024
     assert not list(tmp_path.rglob(CANARY)), "code ran"
@@ -59,7 +49,40 @@ def test_a_hostile_input_gets_its_answer(case, tmp_path, monkeypatch):
     assert not Path("/tmp/escaped").exists()
 
 
-def test_the_tables_in_the_docs_are_current():
-    text = DOCS.read_text()
-    assert text.count(BEGIN) == text.count(END) == 1
-    assert text.partition(BEGIN)[2].partition(END)[0] == table(), "run python -m tests.safety.write_table"
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """All hostile shards next to a good one."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "good.tar").write_bytes(tar_of(samples_of(100, 40)))
+    for number, build in enumerate(SHARDS.values()):
+        (folder / f"{number:05d}.tar").write_bytes(build())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected() -> Counter[str]:
+    """The counts of all answers together."""
+    counts: Counter[str] = Counter({"used": 40})
+    for what in SHARDS:
+        counts.update({cause: int(number) for number, cause in re.findall(r"(\d+)(?: ×)? (\w+)", ANSWERS[what])})
+    return counts
+
+
+def test_a_stream_continues_past_all_hostile_shards(shards, expected):
+    config = DataConfig(sources=(str(shards),), image_size=16, max_skipped_share=0.9)
+    catalog = build_catalog(config)
+    batches = without_ray(catalog, config, reader_of(catalog), batch_size=1, num_batches=expected["used"])
+    assert {batch.tensors["image"].shape for batch in batches} == {(1, 16, 16, 3)}
+    assert all(len(batch.captions[0].encode()) < 2**16 and "\n" not in batch.keys[0] for batch in batches)
+    assert len({batch.keys[0] for batch in batches}) == len(batches)
+    skipped = Counter(batches[-1].skipped)
+    assert skipped <= expected - Counter({"used": expected["used"]})  # the last ones may come behind the last good sample
+    assert skipped.total() > 10
+
+
+def test_an_inspection_counts_all_hostile_shards(ray_cluster, shards, expected, tmp_path):
+    arguments = ["--data.sources", str(shards), "--output_dir", str(tmp_path), "--data.image_size", "16"]
+    summary = inspect(parse([*arguments, "--max_shards", "0"]).config).as_dict()
+    counted = {cause: reject["samples"] for cause, reject in summary["rejects"].items() if reject["samples"]}
+    assert Counter(counted) + Counter(used=summary["samples"]["used"]) == expected
+    assert json.loads((tmp_path / "inspection.json").read_text()) == summary

@@ -2,45 +2,39 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.support.ports import free_ports
+from ray_platform.tracking.mlflow_tracker import ui_command
+from tests.support.processes import free_ports, wait_until_ready
 
 
 class MlflowServer:
-    """`mlflow server` over a store, for the length of a `with` block."""
+    """The server that a user opens for a store, for the length of a `with` block."""
 
     def __init__(self, folder: Path, store: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         (self.port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / "mlflow_server.log"
-        self._command = [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-            "--backend-store-uri", store, *arguments,
-        ]  # fmt: skip
-        settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self._environment = {**os.environ, **settings, **(environment or {})}
+        self._command = [*shlex.split(ui_command(store, self.port)), *arguments]
+        self._environment = {**os.environ, **(environment or {})}
 
     def __enter__(self) -> "MlflowServer":
         with self._log.open("wb") as log:
             # A session of its own: it starts others, which end with it.
             self._process = subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 600
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return self
-            except OSError as error:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    self.__exit__()
-                    raise RuntimeError(f"MLflow's server did not start: {self.said}") from error
-                time.sleep(0.2)
+        try:
+            wait_until_ready(
+                self._process, self._log, lambda: urllib.request.urlopen(f"{self.url}/health", timeout=5).close(), 600
+            )
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -48,6 +42,6 @@ class MlflowServer:
                 os.killpg(self._process.pid, number)
                 self._process.wait(timeout=30)
 
-    @property
-    def said(self) -> str:
-        return self._log.read_text()[-4000:]
+    def _check_health(self) -> None:
+        with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+            pass

@@ -4,13 +4,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import fsspec
 
-from tests.support.ports import free_ports
+from tests.support.processes import free_ports, wait_until_ready
 
 ACCESS_KEY, SECRET_KEY = "diffdis-tests", "the-secret-of-the-tests"
 
@@ -22,10 +21,9 @@ class S3Server:
         """`prefix` comes before its command, to run it where that `address` is and `folder` is the working directory."""
         self.folder, self.address, self.prefix = folder, address, prefix
         (folder / "data").mkdir(parents=True, exist_ok=True)
-        credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
-        actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        identities = [{"name": "tests", "credentials": credentials, "actions": actions}]
-        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+        identity = {"name": "tests", "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]}
+        identity["actions"] = ["Admin", "Read", "Write", "List", "Tagging"]
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         self.ports = free_ports(8)
         self.endpoint = f"http://{address}:{self.ports[3]}"
         self.process: subprocess.Popen | None = None
@@ -44,7 +42,7 @@ class S3Server:
         ]  # fmt: skip
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
-        self._wait_until_it_stores()
+        wait_until_ready(self.process, self.folder / "log", self._write)
 
     def stop(self) -> None:
         """At once: it takes its time to stop politely, and keeps what was written even so."""
@@ -56,27 +54,15 @@ class S3Server:
     @property
     def environment(self) -> dict[str, str]:
         """What a client's environment needs."""
-        return {
-            "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+        credentials = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+        return credentials | {"AWS_ENDPOINT_URL": self.endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
 
-    def _wait_until_it_stores(self) -> None:
-        """Its S3 port answers seconds before the first write succeeds, so that is what counts."""
+    def _write(self) -> None:
+        """Its S3 port answers seconds before the first write succeeds."""
         filesystem = fsspec.filesystem(
             "s3", key=ACCESS_KEY, secret=SECRET_KEY, endpoint_url=self.endpoint, skip_instance_cache=True,
             config_kwargs={"retries": {"total_max_attempts": 1}, "s3": {"addressing_style": "path"}},
             client_kwargs={"region_name": "us-east-1"},
         )  # fmt: skip
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                filesystem.mkdirs("tests", exist_ok=True)
-                filesystem.pipe_file("tests/ready", b"yes")
-                return
-            except Exception as error:
-                if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"seaweedfs did not start: {(self.folder / 'log').read_text()[-2000:]}") from error
-                time.sleep(0.1)
+        filesystem.mkdirs("tests", exist_ok=True)
+        filesystem.pipe_file("tests/ready", b"yes")

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 WIDTH = 32
+TRANSFORMER = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def draw_query_weights(model) -> None:
@@ -44,15 +45,7 @@ def save_tokenizer(folder: Path) -> int:
 
 def save_mean_pool_encoder(folder: Path) -> Path:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=save_tokenizer(folder),
-        hidden_size=WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    BertModel(config).save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=save_tokenizer(folder), max_position_embeddings=64, **TRANSFORMER)).save_pretrained(folder)
     return folder
 
 
@@ -64,33 +57,17 @@ def save_clip_tokenizer(folder: Path) -> CLIPTextConfig:
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder, model_max_length=77)
-    return CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        projection_dim=WIDTH,
-        bos_token_id=len(tokens) - 2,
-        eos_token_id=len(tokens) - 1,
-    )
+    special = {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1}
+    return CLIPTextConfig(vocab_size=len(tokens), projection_dim=WIDTH, **special, **TRANSFORMER)
 
 
 def save_clip(folder: Path, image_size: int = 32, patch_size: int = 8) -> Path:
     """A whole CLIP whose images are `image_size` pixels wide. Its weights are large enough for embeddings to differ."""
     torch.manual_seed(0)
     text = save_clip_tokenizer(folder)
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=image_size,
-        patch_size=patch_size,
-        projection_dim=WIDTH,
-    )
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH)
-    model = CLIPModel(config)
+    sizes = TRANSFORMER | {"num_hidden_layers": 2, "image_size": image_size, "patch_size": patch_size}
+    vision = CLIPVisionConfig(projection_dim=WIDTH, **sizes)
+    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -103,34 +80,20 @@ def save_clip(folder: Path, image_size: int = 32, patch_size: int = 8) -> Path:
 
 def save_clip_text_encoder(model_folder: Path, tokenizer_folder: Path, *, projection: bool) -> None:
     torch.manual_seed(0)
-    config = save_clip_tokenizer(tokenizer_folder)
-    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
-    kind(config).save_pretrained(model_folder)
+    model = CLIPTextModelWithProjection if projection else CLIPTextModel
+    model(save_clip_tokenizer(tokenizer_folder)).save_pretrained(model_folder)
 
 
 def save_stable_diffusion(folder: Path) -> Path:
     """unet/ vae/ text_encoder/ tokenizer/ scheduler/, shaped like SD v1 at a fraction of its size (16 px images)."""
     torch.manual_seed(0)
-    UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=WIDTH,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    ).save_pretrained(folder / "unet")
-    AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    ).save_pretrained(folder / "vae")
+    unet = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32), "layers_per_block": 1}
+    unet |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    unet |= {"cross_attention_dim": WIDTH, "attention_head_dim": 2, "norm_num_groups": 8}
+    UNet2DConditionModel(**unet).save_pretrained(folder / "unet")
+    vae = {"sample_size": 16, "latent_channels": 4, "block_out_channels": (8, 16), "norm_num_groups": 4}
+    vae |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    AutoencoderKL(**vae).save_pretrained(folder / "vae")
     save_clip_text_encoder(folder / "text_encoder", folder / "tokenizer", projection=False)
     DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(folder / "scheduler")
     return folder

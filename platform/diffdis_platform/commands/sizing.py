@@ -3,20 +3,42 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.sizing.config import SizingConfig
+from ray_platform.contracts import ConfigError
+
+if TYPE_CHECKING:
+    from diffdis_platform.sizing.counts import Counts
+    from diffdis_platform.sizing.estimate import Estimate
 
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[SizingConfig]:
     return parse(SizingConfig, argv, command="sizing", description="Predict throughput, memory, storage and cost of a run.")
 
 
+def predict(config: SizingConfig) -> "tuple[Counts, list[Estimate]]":
+    """Return the counts of the model, and a prediction for each number of GPUs. Raises ConfigError."""
+    from diffdis_platform.sizing.counts import count
+    from diffdis_platform.sizing.estimate import estimate
+    from ray_platform.train.config import BatchPlan
+    from ray_platform.train.throughput import PEAK_FLOPS
+
+    if config.gpu not in PEAK_FLOPS:
+        raise ConfigError(f"gpu: {config.gpu} is unknown; choose one of {', '.join(PEAK_FLOPS)}")
+    run = config.run()
+    size = run.train.micro_batch_size
+    plans = [BatchPlan.of(run.train.global_batch_size or n * size, n, size) for n in config.num_gpus]
+    counts = count(run, max(plan.num_micro_batches for plan in plans))
+    return counts, [estimate(config, run, counts, plan) for plan in plans]
+
+
 def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv).config
-    from diffdis_platform.sizing.estimate import as_json, estimate, report
+    from diffdis_platform.sizing.estimate import as_json, report
 
-    counts, estimates = estimate(config)
+    counts, estimates = predict(config)
     print(report(config, counts, estimates))
     if config.json:
         Path(config.json).write_text(json.dumps(as_json(config, counts, estimates), indent=2) + "\n")

@@ -1,15 +1,21 @@
 """Operations, parameters and bytes of a run, counted without running it.
 
 The real modules run on torch's fake tensors, which have shapes and no contents: Stable Diffusion takes seconds and no memory.
+Fake tensors and dispatch modes are private or experimental APIs of torch; only this module uses them.
 """
 
 import functools
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, CLIPTextConfig, CLIPTextModelWithProjection
 
 from diffdis.autoencoder import component_of
@@ -18,10 +24,10 @@ from diffdis.encoder import PRECOMPUTED
 from diffdis.model import DiffDis
 from diffdis.objective import Objective
 from diffdis_platform.config.pretrain import PretrainConfig
-from diffdis_platform.sizing.constants import HALF
-from diffdis_platform.sizing.torch_internals import LiveBytes, fake_tensors
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.train.throughput import count_flops, operation_counter
+
+HALF = 2  # bytes of a number
 
 
 @dataclass(frozen=True)
@@ -56,16 +62,10 @@ class Counts:
 def count(config: PretrainConfig, num_micro_batches: int = 1) -> Counts:
     """Return the counts of a run with `num_micro_batches` per step. Raises ConfigError for a model that cannot be built."""
     train = config.train
+    half, again = train.precision != "fp32", train.activation_checkpointing
     try:
-        with fake_tensors():
-            return _count(
-                config.model,
-                config.objective,
-                train.micro_batch_size,
-                train.precision != "fp32",
-                train.activation_checkpointing,
-                num_micro_batches > 1,
-            )
+        with FakeTensorMode(shape_env=ShapeEnv()):  # sizes that depend on data become symbols
+            return _count(config.model, config.objective, train.micro_batch_size, half, again, num_micro_batches > 1)
     except (ValueError, OSError) as error:
         raise ConfigError(one_line(error)) from error
 
@@ -79,7 +79,7 @@ def _count(model: DiffDisConfig, objective: ObjectiveConfig, size: int, half: bo
     flops = count_flops(module, _inputs(model, 2), seed=0) / 2  # two samples, as the trainer counts
     if again:
         module.enable_activation_checkpointing()
-    executed, peak = _step(module, _inputs(model, size), half)
+    executed, peak = measure_step(module, _inputs(model, size), half)
     if objective.negatives == "step" and objective.task != "generation" and accumulating:
         with operation_counter() as counter, torch.no_grad():
             module.predict_queries(_inputs(model, size), 0)
@@ -110,7 +110,7 @@ def _inputs(config: DiffDisConfig, size: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _step(module: Objective, inputs: dict[str, torch.Tensor], half: bool) -> tuple[int, int]:
+def measure_step(module: Objective, inputs: dict[str, torch.Tensor], half: bool) -> tuple[int, int]:
     """Return the operations and the peak bytes of the forward and backward pass of one micro-batch, in training mode.
 
     The gradients of weights are dropped immediately, because they are counted with the optimizer states.
@@ -119,42 +119,25 @@ def _step(module: Objective, inputs: dict[str, torch.Tensor], half: bool) -> tup
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
-    def once() -> None:
+    def step() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             loss, _ = module(inputs, 0)
         loss.backward()
 
-    with operation_counter() as counter:
-        once()
-    # In a second pass: the counter's hooks on modules keep tensors alive that activation checkpointing frees.
-    with LiveBytes([*module.parameters(), *module.buffers(), *inputs.values()]) as live:
-        once()
-    return counter.get_total_flops(), live.peak
+    return _measure(module, inputs.values(), step)
 
 
 def _encoders(config: DiffDisConfig, size: int) -> Encoders:
     autoencoder, text_encoder = _autoencoder(config.autoencoder), _text_encoder(config.text_encoder)
     pixels = torch.randn(size, 3, config.image_size, config.image_size)
     ids = torch.zeros(size, config.text_encoder.max_length, dtype=torch.long)
-    image_flops, image_bytes, image_parameters = 0.0, 0, 0
-    if autoencoder is not None:
-        image_flops, image_bytes = _forward(autoencoder, lambda: autoencoder.encode(pixels).latent_dist.mode())
-        image_parameters = sum(p.numel() for p in autoencoder.parameters())
-    text_flops, text_bytes = _forward(text_encoder, lambda: text_encoder(input_ids=ids))
-    return Encoders(
-        parameters=image_parameters + sum(p.numel() for p in text_encoder.parameters()),
-        autoencoder_flops=image_flops / size,
-        text_encoder_flops=text_flops / size,
-        peak_bytes=max(image_bytes, text_bytes) + pixels.nbytes,
-    )
-
-
-def _forward(module: torch.nn.Module, run: Callable[[], Any]) -> tuple[float, int]:
-    """Return the operations and the peak bytes of a forward pass."""
-    module.eval()
-    with torch.no_grad(), operation_counter() as counter, LiveBytes([*module.parameters(), *module.buffers()]) as live:
-        run()
-    return float(counter.get_total_flops()), live.peak
+    image_flops, image_bytes, parameters = 0, 0, sum(p.numel() for p in text_encoder.parameters())
+    with torch.no_grad():
+        if autoencoder is not None:
+            image_flops, image_bytes = _measure(autoencoder.eval(), (), lambda: autoencoder.encode(pixels).latent_dist.mode())
+            parameters += sum(p.numel() for p in autoencoder.parameters())
+        text_flops, text_bytes = _measure(text_encoder.eval(), (), lambda: text_encoder(input_ids=ids))
+    return Encoders(parameters, image_flops / size, text_flops / size, max(image_bytes, text_bytes) + pixels.nbytes)
 
 
 def _autoencoder(config: AutoencoderConfig) -> Any:
@@ -202,3 +185,53 @@ def clip_text_encoder(config: TextEncoderConfig, **special_tokens: int) -> CLIPT
             **special_tokens,
         )
     )
+
+
+def _measure(module: torch.nn.Module, inputs: Iterable[torch.Tensor], run: Callable[[], Any]) -> tuple[int, int]:
+    """Return the operations of `run`, and the peak bytes of the tensors that it creates."""
+    with operation_counter() as counter:
+        run()
+    # In a second pass: the counter's hooks on modules keep tensors alive that activation checkpointing frees.
+    gc.collect()
+    was_collecting = gc.isenabled()
+    gc.disable()  # its time differs between runs
+    try:
+        with LiveBytes([*module.parameters(), *module.buffers(), *inputs]) as live:
+            run()
+    finally:
+        if was_collecting:
+            gc.enable()
+    return counter.get_total_flops(), live.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counter of the bytes of all storages that are created inside the context, without those of the `known` tensors.
+
+    torch's tracker (torch.distributed._tools.mem_tracker) fails for sizes that depend on data, such as InfoNCE's diagonal under
+    fake tensors; such storages, which are indices, are not counted.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor]):
+        super().__init__()
+        self.now, self.peak = 0, 0  # bytes that are alive
+        self._seen: dict[int, Any] = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in known)}
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(value, torch.Tensor):
+                self._add(value.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._seen or not isinstance(size, int):
+            return
+
+        def subtract(_: Any) -> None:
+            self.now -= size
+            del self._seen[key]
+
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self._seen[key] = weakref.ref(storage, subtract)

@@ -1,22 +1,66 @@
-"""Prediction for a run on a number of GPUs: throughput and its bottleneck, memory, failures, storage and cost."""
+"""Prediction for a run on a number of GPUs: throughput and its bottleneck, memory, failures, storage and cost.
 
+A collective over n ranks on S bytes takes, when bandwidth bounds it, 2 (n - 1) / n S / B for an all-reduce, and half of that for
+an all-gather or reduce-scatter (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009; B is nccl-tests' bus bandwidth),
+plus 2, or 1, times log2(n) latencies, as in a tree. ZeRO 1 and 2 move twice the bytes of the gradients per step, ZeRO 3 three
+times (Rajbhandari et al., arXiv 1910.02054, sections 5 and 7). Weights, gradients and optimizer are float32 at every precision.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from diffdis_platform.config.pretrain import PretrainConfig
-from diffdis_platform.sizing.config import SizingConfig
-from diffdis_platform.sizing.constants import DAY, Constants, DatasetSize
-from diffdis_platform.sizing.counts import Counts, count
-from diffdis_platform.sizing.model import Faults, Memory, Traffic, faults, memory, traffic
-from ray_platform.contracts import ConfigError
+from diffdis_platform.sizing.config import Constants, DatasetSize, SizingConfig
+from diffdis_platform.sizing.counts import Counts
 from ray_platform.terminal import render_table
-from ray_platform.train.config import BatchPlan
+from ray_platform.train.config import BatchPlan, TrainConfig
 from ray_platform.train.throughput import PEAK_FLOPS
 
+FULL = 4  # bytes of a number
+_DAY = 86_400.0  # seconds
 _KEY_AND_CAPTION_BYTES = 100.0  # of a precomputed row, in addition to its tensors; approximate
-_SECONDS_PER_MONTH = 30.44 * DAY
 _LOADER_PX, _LOADER_TARGET_PX = 448, 256  # of the files and the outputs in tests/benchmarks/loader.py
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    states: float  # weights, gradients, optimizer, EMA, and the weights that ZeRO 3 gathers
+    buffers: float  # of collectives
+    activations: float  # or the peak of the encoders, if that is larger
+    encoders: float  # weights; also for precomputed inputs, because previews and scores need them
+
+    @property
+    def total(self) -> float:
+        return self.states + self.buffers + self.activations + self.encoders
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Communication of one rank in one step."""
+
+    backward: float  # seconds that the backward pass may hide
+    exposed: float  # seconds that nothing hides
+    contrastive: float  # seconds of the gathers of InfoNCE, which are exposed
+    bytes_sent: float  # of gradients and weights
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Time that checkpoints and failures take from a run."""
+
+    checkpoint_bytes: float
+    stall_seconds: float  # training pauses while the state is gathered and copied
+    upload_seconds: float  # in parallel with training
+    interval_seconds: float  # between checkpoints
+    best_interval_seconds: float
+    hours_between_failures: float  # of the whole job
+    recovery_seconds: float
+    useful_fraction: float  # of the time, that advances the run
+    best_useful_fraction: float  # with best_interval_seconds
 
 
 @dataclass(frozen=True)
@@ -50,57 +94,47 @@ class Estimate:
     checkpoints_tb: float
 
 
-def estimate(config: SizingConfig) -> tuple[Counts, list[Estimate]]:
-    """Return the counts of the model, and a prediction for each number of GPUs. Raises ConfigError."""
-    if config.gpu not in PEAK_FLOPS:
-        raise ConfigError(f"gpu: {config.gpu} is unknown; choose one of {', '.join(PEAK_FLOPS)}")
-    run = config.run()
-    size = run.train.micro_batch_size
-    plans = [BatchPlan.of(run.train.global_batch_size or n * size, n, size) for n in config.num_gpus]
-    counts = count(run, max(plan.num_micro_batches for plan in plans))
-    return counts, [_estimate(config, run, counts, plan) for plan in plans]
-
-
-def _estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: BatchPlan) -> Estimate:
-    n, live, c = plan.world_size, config.inputs == "live", Constants().with_values(config.constants)
+def estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: BatchPlan) -> Estimate:
+    """Return the prediction for the number of GPUs and the micro-batches of `plan`."""
+    n, live, c = plan.world_size, config.inputs == "live", config.all_constants()
     train = replace(run.train, num_workers=n, micro_batch_size=plan.micro_batch_size, global_batch_size=0)
-    data, peak = config.data(run.model.image_size), PEAK_FLOPS[config.gpu]
+    data, peak, task = config.data(run.model.image_size), PEAK_FLOPS[config.gpu], run.objective.task
 
     # A step: the GPU computes while its host issues the kernels; the network partly hides behind the backward pass.
     compute = plan.samples * counts.executed_flops / (peak * c.mfu)
-    passes = plan.num_micro_batches * (2 if run.objective.task == "joint" else 1) * counts.executed_flops / counts.flops
+    passes = plan.num_micro_batches * (2 if task == "joint" else 1) * counts.executed_flops / counts.flops
     issue = passes * counts.num_tensors * 1e-6 * c.issue_us
     encode = plan.samples * counts.encoders.flops / (peak * c.encoder_mfu) if live else 0.0
-    sent = traffic(counts, train, plan, run.objective.task != "generation", run.objective.num_draws, c)
+    sent = _traffic(counts, train, plan, 0 if task == "generation" else run.objective.num_draws, c)
     hidden = min(c.overlap * sent.backward, max(compute, issue) * 2 / 3)  # two thirds of the operations are backward
     network = sent.backward - hidden + sent.exposed
     busy = max(compute, issue) + encode
     wanted = plan.global_batch_size / (busy + network)
 
     # Inputs: decoding uses the spare cores of the GPU nodes, and CPU nodes for the rest.
-    sample_bytes = data.pair_bytes if live else counts.row_bytes + _KEY_AND_CAPTION_BYTES
-    core_seconds = live_core_seconds(data, run.data.image_size, c) if live else precomputed_core_seconds(sample_bytes, c)
+    sample_bytes, core_seconds = _sample_cost(counts, data, live, run.data.image_size, c)
     nodes = c.num_nodes(n)
     spare = max(0.0, nodes * c.cpus_per_gpu_node - n * train.cpus_per_worker)
     cpu_nodes = -int(-max(0.0, wanted * core_seconds - spare) // c.cpus_per_cpu_node)
     s3_rate = (nodes + cpu_nodes) * 1e9 * c.s3_gb_per_second / sample_bytes
     rate = min(wanted, s3_rate)
-    input_rates = {"decoding" if live else "reading": spare / core_seconds, "S3": s3_rate}
+    input_rate, slowest_input = min((spare / core_seconds, "decoding" if live else "reading"), (s3_rate, "S3"))
+    slowest_part = "network" if network > busy else "host" if issue > compute + encode else "compute"
 
-    lost = faults(counts, train, n, plan.global_batch_size / rate, c)
-    seconds = config.epochs * data.num_pairs / (rate * lost.useful_fraction) if lost.useful_fraction else float("inf")
+    lost = _faults(counts, train, n, plan.global_batch_size / rate, c)
+    seconds = config.epochs * data.num_pairs / (rate * lost.useful_fraction) if lost.useful_fraction else math.inf
     held = memory(counts, train, plan, live)
     kept = train.keep_checkpoints + bool(train.keep_best) + 1  # and the one that is being written
-    shards, checkpoints = data.num_pairs * data.pair_bytes / 1e12, kept * lost.checkpoint_bytes / 1e12
+    checkpoints, shards = kept * lost.checkpoint_bytes / 1e12, data.num_pairs * data.pair_bytes / 1e12
     precomputed = 0.0 if live else data.num_pairs * sample_bytes / 1e12
-    storage = (checkpoints + (shards if live else precomputed)) * c.storage_tb_month * seconds / _SECONDS_PER_MONTH
+    storage = (checkpoints + (shards if live else precomputed)) * c.storage_tb_month * seconds / (30.44 * _DAY)
     return Estimate(
         num_gpus=n,
         global_batch_size=plan.global_batch_size,
         samples_per_second=rate,
         scaling=rate * busy / plan.global_batch_size,
-        bound=_bottleneck(input_rates, wanted, network > busy, issue > compute + encode),
-        days=seconds / DAY,
+        bound=slowest_input if input_rate < wanted else slowest_part,
+        days=seconds / _DAY,
         cost=(n * c.gpu_hour + cpu_nodes * c.cpu_node_hour) * seconds / 3600 + storage,
         gpu_hours=n * seconds / 3600,
         precompute_gpu_hours=0.0 if live else data.num_pairs * counts.encoders.flops / (peak * c.encoder_mfu) / 3600,
@@ -123,48 +157,148 @@ def _estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: B
     )
 
 
-def _bottleneck(input_rates: dict[str, float], wanted: float, network_is_slower: bool, host_is_slower: bool) -> str:
-    slowest = min(input_rates, key=lambda name: input_rates[name])
-    if input_rates[slowest] < wanted:
-        return slowest
-    return "network" if network_is_slower else "host" if host_is_slower else "compute"
+def memory(counts: Counts, train: TrainConfig, plan: BatchPlan, live: bool) -> Memory:
+    """Return the bytes on one GPU.
+
+    With W = 4 bytes per trained parameter, n ranks, and k = 2 moments (3 with an EMA), the states are: stage 0: W weights
+    + W gradients + k W; 1 and 2: W + (W gradients + W master weights + k W) / n, and 1 takes W more when gradients are
+    accumulated over micro-batches; 3: (W + W gradients + W master weights + k W) / n, and up to `stage3_max_live_parameters`
+    of other ranks' weights. Offloading moves master weights and moments to the host. The buffers are DeepSpeed's buckets:
+    two if stages 1 and 2 overlap; stage 0 copies gradients by buckets.
+    """
+    n, stage = plan.world_size, train.zero_stage
+    trained, frozen, bucket = FULL * counts.trained, FULL * counts.frozen, FULL * _reduce_bucket_size(train)
+    optimizer = (2 + bool(train.ema_decay)) * trained
+    sharded = 0 if train.offload_optimizer else (trained + optimizer) / n
+    gathered, buffers = 0.0, bucket
+    if stage == 0:
+        states: float = 2 * trained + optimizer + frozen
+        buffers = min(bucket, trained) if n > 1 else 0.0
+    elif stage < 3:
+        accumulated = trained if stage == 1 and plan.num_micro_batches > 1 else 0
+        states = trained + accumulated + trained / n + sharded + frozen
+        buffers = (2 if _zero_setting(train, "overlap_comm", True) else 1) * bucket
+    else:
+        states = 2 * trained / n + sharded + frozen / n
+        live_parameters = _zero_setting(train, "stage3_max_live_parameters", 1e9)
+        gathered = FULL * min(counts.trained + counts.frozen, live_parameters) * (n - 1) / n
+    activations = max(counts.activation_bytes, counts.encoders.peak_bytes if live else 0)
+    return Memory(states + gathered, buffers, activations, FULL * counts.encoders.parameters)
 
 
-def live_core_seconds(data: DatasetSize, target_px: int, c: Constants) -> float:
-    """Return the core seconds to read a pair from S3 and decode it. The decoder's part of the measured rate scales with the
-    pixels of the file, and the rest (tar, copies) with those of the output."""
+def _zero_setting(train: TrainConfig, name: str, default: Any) -> Any:
+    """Return a setting of ZeRO, or DeepSpeed's default."""
+    return train.deepspeed.get("zero_optimization", {}).get(name, default)
+
+
+def _reduce_bucket_size(train: TrainConfig) -> float:
+    return float(_zero_setting(train, "reduce_bucket_size", 5e8))
+
+
+def _sample_cost(counts: Counts, data: DatasetSize, live: bool, target_px: int, c: Constants) -> tuple[float, float]:
+    """Return the bytes of a sample on S3, and the core seconds to read and decode it.
+
+    The decoder's part of the measured rate scales with the pixels of the file, and the rest (tar, copies) with those of the
+    output.
+    """
 
     def decoder_ms(px: float) -> float:
         return c.decode_ms + c.decode_ms_per_megapixel * (px / 1000) ** 2
 
-    decoder = decoder_ms(data.shard_px) / decoder_ms(_LOADER_PX) / c.decoder_images_per_core
-    rest = (1 / c.stream_images_per_core - 1 / c.decoder_images_per_core) * (target_px / _LOADER_TARGET_PX) ** 2
-    return decoder + rest + 1e-9 * data.pair_bytes * c.s3_read_seconds_per_gb
+    if live:
+        size = data.pair_bytes
+        decoder = decoder_ms(data.shard_px) / decoder_ms(_LOADER_PX) / c.decoder_images_per_core
+        rest = (1 / c.stream_images_per_core - 1 / c.decoder_images_per_core) * (target_px / _LOADER_TARGET_PX) ** 2
+        seconds = decoder + rest
+    else:
+        size = counts.row_bytes + _KEY_AND_CAPTION_BYTES
+        seconds = 1e-6 * size / c.precomputed_mb_per_core
+    return size, seconds + 1e-9 * size * c.s3_read_seconds_per_gb
 
 
-def precomputed_core_seconds(row_bytes: float, c: Constants) -> float:
-    """Return the core seconds to read a precomputed sample from S3."""
-    return row_bytes * (1e-6 / c.precomputed_mb_per_core + 1e-9 * c.s3_read_seconds_per_gb)
+def _gather_seconds(size: float, calls: float, num_gpus: int, c: Constants) -> float:
+    """Return the seconds of an all-gather, or a reduce-scatter, of `size` bytes in total; an all-reduce takes twice as long."""
+    if num_gpus == 1:
+        return 0.0
+    return (num_gpus - 1) / num_gpus * size / c.bandwidth(num_gpus) + calls * math.log2(num_gpus) * c.latency_us * 1e-6
+
+
+def _traffic(counts: Counts, train: TrainConfig, plan: BatchPlan, num_draws: int, c: Constants) -> Traffic:
+    """Return the communication of a step; without `num_draws`, no InfoNCE is computed.
+
+    InfoNCE gathers queries and caption ids twice per micro-batch, and all-reduces two [draws, B].
+    """
+    n, size, k = plan.world_size, FULL * counts.trained, plan.num_micro_batches
+    batch = plan.micro_batch_size * n
+    rows = _gather_seconds(2 * batch * (FULL * counts.embedding_dim + 8), 4, n, c)
+    info = k * (rows + 2 * _gather_seconds(2 * FULL * num_draws * batch, 2, n, c)) if num_draws else 0.0
+    sent = (n - 1) / n * size
+    half = _gather_seconds(size, math.ceil(counts.trained / _reduce_bucket_size(train)), n, c)
+    if train.zero_stage == 0:  # after the backward pass
+        return Traffic(0.0, 2 * half + info, info, 2 * sent)
+    if train.zero_stage == 1:  # gradients once per step, in the last micro-batch's backward pass; then the weights
+        return Traffic(half, half + info, info, 2 * sent)
+    if train.zero_stage == 2:  # gradients at every micro-batch
+        return Traffic(k * half, half + info, info, (k + 1) * sent)
+    # Weights for both passes, fetched ahead; a call for nearly every tensor.
+    weights = _gather_seconds(size, counts.num_tensors / 2, n, c)
+    return Traffic(k * (2 * weights + half), info, info, 3 * k * sent)
+
+
+def checkpoint_bytes(counts: Counts, train: TrainConfig) -> float:
+    """Return the bytes of trained weights, two moments and the EMA, and of frozen weights; float32."""
+    return FULL * ((3 + bool(train.ema_decay)) * counts.trained + counts.frozen)
+
+
+def _faults(counts: Counts, train: TrainConfig, num_gpus: int, step_seconds: float, c: Constants) -> Faults:
+    size, nodes = checkpoint_bytes(counts, train), c.num_nodes(num_gpus)
+    gathering = 2 * _gather_seconds(size, (3 + bool(train.ema_decay)) * counts.num_tensors, num_gpus, c)
+    stall = (gathering if train.zero_stage else 0.0) + size / num_gpus / (1e9 * c.host_copy_gb_per_second)
+    upload = max(size / nodes / (1e9 * c.s3_gb_per_second), size / num_gpus / (1e6 * c.upload_mb_per_second))
+    between = _DAY / (nodes * c.failures_per_node_day) if c.failures_per_node_day else math.inf
+    # The rank that read a tensor sends it to all others.
+    recovery = c.recovery_seconds + 60 * c.minutes_to_replace_node + upload + 0.5 * gathering
+    interval = train.checkpoint_every * step_seconds
+    best = max(best_interval(stall, between), upload)  # the next checkpoint waits for the upload of the previous one
+    useful, best_useful = (useful_fraction(every, stall, upload, recovery, between) for every in (interval, best))
+    return Faults(size, stall, upload, interval, best, between / 3600, recovery, useful, best_useful)
+
+
+def best_interval(stall: float, between_failures: float) -> float:
+    """Return the seconds of training between checkpoints that lose the least: Daly's (Future Generation Computer Systems 22,
+    2006), whose first term is Young's (Communications of the ACM 17, 1974), sqrt(2 C M)."""
+    if stall >= 2 * between_failures or math.isinf(between_failures):
+        return between_failures
+    x = stall / (2 * between_failures)
+    return math.sqrt(2 * stall * between_failures) * (1 + math.sqrt(x) / 3 + x / 9) - stall
+
+
+def useful_fraction(interval: float, stall: float, upload: float, recovery: float, between_failures: float) -> float:
+    """Return the fraction of the time that advances the run, to first order: each interval has a stall (and a wait if the upload
+    takes longer), and a failure costs half an interval, the training during the last upload, and the recovery."""
+    if math.isinf(interval):
+        return 1.0
+    training = interval / (max(interval, upload) + stall)
+    return max(0.0, training * (1 - (interval / 2 + upload + stall + recovery) / between_failures))
 
 
 def as_json(config: SizingConfig, counts: Counts, estimates: Sequence[Estimate]) -> dict[str, Any]:
     """Return all figures, and the configuration and the constants that they follow from."""
-    constants = asdict(Constants().with_values(config.constants))
     return {
-        "config": asdict(config), "constants": constants, "counts": asdict(counts), "estimates": [asdict(e) for e in estimates],
+        "config": asdict(config), "constants": asdict(config.all_constants()), "counts": asdict(counts),
+        "estimates": [asdict(e) for e in estimates],
     }  # fmt: skip
 
 
 def report(config: SizingConfig, counts: Counts, estimates: Sequence[Estimate]) -> str:
     """Return the summary for the terminal, with a column for each number of GPUs."""
-    train, c, gb = config.run().train, Constants().with_values(config.constants), 1e9
-    pairs = config.num_pairs or config.data(0).num_pairs
+    train, c, gb = config.run().train, config.all_constants(), 1e9
     head = [
         f"model: {counts.trained / 1e6:,.1f} M parameters trained, {counts.frozen / 1e6:,.1f} M frozen, encoders "
         f"{counts.encoders.parameters / 1e6:,.1f} M; {counts.flops / 1e12:.3g} TFLOP per sample "
         f"({counts.executed_flops / 1e12:.3g} executed), encoders {counts.encoders.flops / 1e12:.3g}",
-        f"run: {config.epochs:g} epochs of {pairs:,.0f} pairs, {config.inputs} inputs; ZeRO {train.zero_stage}, "
-        f"{train.micro_batch_size} samples per GPU, {train.precision}",
+        f"run: {config.epochs:g} epochs of {config.data(0).num_pairs:,.0f} pairs, {config.inputs} inputs; "
+        f"ZeRO {train.zero_stage}, {train.micro_batch_size} samples per GPU, {train.precision}",
         f"assumed: {config.gpu} at {c.mfu:.1%} of {PEAK_FLOPS[config.gpu] / 1e12:,.0f} TFLOP/s, "
         f"{c.network_gb_per_second:g} GB/s per node",
     ]
@@ -200,6 +334,6 @@ def report(config: SizingConfig, counts: Counts, estimates: Sequence[Estimate]) 
 
 def _number(value: float) -> str:
     """Return three significant digits."""
-    if value == 0 or value == float("inf"):
+    if value == 0 or value == math.inf:
         return "0" if not value else "∞"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

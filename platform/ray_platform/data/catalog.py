@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import json
+import operator
 import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,7 +96,7 @@ class Catalog:
     def of_source(self, number: int) -> tuple[Shard, ...]:
         """Return the shards of a source, with the names that they have if it is the only source."""
         shards = [shard for shard, source in zip(self.shards, self.sources, strict=True) if source == number]
-        shared = posixpath.commonpath({shard.url.rpartition("/")[0] for shard in shards}) if shards else ""
+        shared = _shared_folder(shard.url for shard in shards)
         return tuple(Shard(shard.url, shard.size, _below(shard.url, shared), shard.num_samples) for shard in shards)
 
     def estimated_samples(self, unit: ShardRange) -> float:
@@ -120,10 +122,10 @@ def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
     sidecars: set[str] = set()
     for number, source in enumerate(config.sources):
         files = storage.list_files(source)
-        shards = [file for file in files if file.url.endswith(SUFFIXES)]
-        if not any(file.size for file in shards):
+        found = [file for file in files if file.url.endswith(SUFFIXES)]
+        if not any(file.size for file in found):
             raise DataError(f"{source}: no .tar shards in it; {_describe_files(files)}; correct the source")
-        for file in shards:
+        for file in found:
             if config.weights and source_of.get(file.url, number) != number:
                 raise DataError(f"{file.url}: is in two of the data.sources; with data.weights, name it in one of them")
             source_of.setdefault(file.url, number)
@@ -135,22 +137,20 @@ def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
             f"data.sources: contain both .tar shards ({kinds['.tar']}) and precomputed .arrow shards ({kinds['.arrow']}); "
             "name one kind, by a pattern such as *.tar where they share a folder"
         )
-    parents = {url.rpartition("/")[0] for url in listed}
-    manifests = _manifests(sorted(parents)) if ".arrow" in kinds else {}
-    counts = _manifest_counts(list(listed), manifests) if manifests else _counts(list(listed.values()), sidecars, cached)
-    shared = posixpath.commonpath(parents) if len({"://" in url for url in listed}) == 1 else ""
-    named = {url: Shard(url, file.size, _below(url, shared), counts.get(url, -1)) for url, file in listed.items()}
+    manifest, counts = _read_manifests(list(listed)) if ".arrow" in kinds else (None, _counts(listed, sidecars, cached))
+    shared = _shared_folder(listed)
+    shards = [Shard(url, file.size, _below(url, shared), counts.get(url, -1)) for url, file in listed.items()]
+    shards.sort(key=lambda shard: shard.name)
     pools: list[list[ShardRange]] = [[] for _ in (config.weights or (1.0,))]
-    ordered = sorted(named.values(), key=lambda shard: shard.name)
-    for shard in ordered:
+    for shard in shards:
         pools[source_of[shard.url] if config.weights else 0].extend(_units(shard, config.max_read_mb * 2**20))
     total = sum(config.weights) or 1.0
     return Catalog(
-        tuple(ordered),
-        tuple(tuple(pool) for pool in pools),
+        tuple(shards),
+        tuple(map(tuple, pools)),
         tuple(weight / total for weight in config.weights or (1.0,)),
-        next(iter(manifests.values()), None),
-        tuple(source_of[shard.url] for shard in ordered),
+        manifest,
+        tuple(source_of[shard.url] for shard in shards),
     )
 
 
@@ -181,36 +181,40 @@ def _units(shard: Shard, max_bytes: int) -> list[ShardRange]:
     """Split a large tar at multiples of its block size. Arrow files cannot be split."""
     if shard.size <= max_bytes or not shard.url.endswith(".tar"):
         return [ShardRange(shard, 0, shard.size)]
-    starts = range(0, shard.size, max_bytes)
-    return [ShardRange(shard, start, min(start + max_bytes, shard.size)) for start in starts]
+    return [ShardRange(shard, start, min(start + max_bytes, shard.size)) for start in range(0, shard.size, max_bytes)]
 
 
-def _counts(files: Sequence[storage.StoredFile], sidecars: set[str], cached: bytes | None) -> dict[str, int]:
+def _counts(listed: Mapping[str, storage.StoredFile], sidecars: set[str], cached: bytes | None) -> dict[str, int]:
     """Return URL -> samples from img2dataset's sidecars. Each is a small request, so a run reads them only once."""
-    known, sizes = {}, {file.url: file.size for file in files}
+    known = {}
     if cached:
-        known = {url: count for url, size, _, count in json.loads(cached)["shards"] if sizes.get(url) == size and count >= 0}
-    wanted = {f"{file.url[:-4]}_stats.json": file.url for file in files if file.url not in known}
+        for url, size, _, count in json.loads(cached)["shards"]:
+            if url in listed and listed[url].size == size and count >= 0:
+                known[url] = count
+    wanted = {f"{url[:-4]}_stats.json": url for url in listed if url not in known}
     for sidecar, content in storage.read_many(sorted(wanted.keys() & sidecars)).items():
-        try:
+        with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):  # counts are optional
             count = int(json.loads(content)["successes"])
-            if 0 <= count * _MIN_SAMPLE_BYTES <= sizes[wanted[sidecar]]:
+            if 0 <= count * _MIN_SAMPLE_BYTES <= listed[wanted[sidecar]].size:
                 known[wanted[sidecar]] = count
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue  # counts are optional
     return known
 
 
-def _manifests(folders: Sequence[str]) -> dict[str, PrecomputedManifest]:
-    """Return folder -> manifest of its precomputed shards. Raises DataError if one is missing, or they differ."""
-    manifests: dict[str, PrecomputedManifest] = {}
+def _read_manifests(urls: Sequence[str]) -> tuple[PrecomputedManifest, dict[str, int]]:
+    """Return the manifest of precomputed shards, and URL -> samples.
+
+    Raises DataError if a folder has no complete manifest, the folders' manifests differ, or one does not name a shard.
+    """
+    folders = sorted({url.rpartition("/")[0] for url in urls})
+    manifests: list[PrecomputedManifest] = []
+    counts: dict[str, int] = {}
     for folder in folders:
         url = storage.join(folder, MANIFEST)
         try:
-            manifest = manifests[folder] = json.loads(storage.read_small(url, storage.LISTING_BYTES))
-            complete, origin = manifest["complete"], (manifest["encoders"], manifest["settings"])
-            if complete and not all(isinstance(count, int) for count in manifest["shards"].values()):
-                raise ValueError
+            manifest: PrecomputedManifest = json.loads(storage.read_small(url, storage.LISTING_BYTES))
+            origin = (manifest["encoders"], manifest["settings"])
+            if manifest["complete"]:
+                counts |= {storage.join(folder, name): operator.index(count) for name, count in manifest["shards"].items()}
         except storage.StorageError as error:
             if error.kind != "missing":
                 raise
@@ -220,25 +224,25 @@ def _manifests(folders: Sequence[str]) -> dict[str, PrecomputedManifest]:
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DataError(f"{url}: is not a manifest of precomputed shards; run jobs/precompute.py again") from None
-        if not complete:
+        if not manifest["complete"]:
             raise DataError(f"{folder}: precomputing it did not finish ({MANIFEST}); run jobs/precompute.py again to resume it")
-        first = manifests[folders[0]]
-        if origin != (first["encoders"], first["settings"]):
+        manifests.append(manifest)
+        if origin != (manifests[0]["encoders"], manifests[0]["settings"]):
             raise DataError(
                 f"data.sources: {folders[0]} and {folder} were precomputed with different encoders or settings; use one of them"
             )
-    return manifests
-
-
-def _manifest_counts(urls: Sequence[str], manifests: dict[str, PrecomputedManifest]) -> dict[str, int]:
-    """Return URL -> samples. Raises DataError for a shard that is not in its manifest."""
-    counts = {storage.join(folder, name): n for folder, manifest in manifests.items() for name, n in manifest["shards"].items()}
     for url in urls:
         if url not in counts:
             raise DataError(
                 f"{url}: is not in the {MANIFEST} of its folder; remove it, or run jobs/precompute.py in a new folder"
             )
-    return {url: counts[url] for url in urls}
+    return manifests[0], counts
+
+
+def _shared_folder(urls: Iterable[str]) -> str:
+    """Return the deepest folder above all shards; empty for shards both in S3 and in folders."""
+    parents = {url.rpartition("/")[0] for url in urls}
+    return posixpath.commonpath(parents) if len({"://" in parent for parent in parents}) == 1 else ""
 
 
 def _below(url: str, folder: str) -> str:

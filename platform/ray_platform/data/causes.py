@@ -1,6 +1,17 @@
-"""Why samples are not used: each cause with its meaning and what to do about it. Filters add theirs, see `filters`."""
+"""Why samples are not used: each cause with its meaning and what to do about it, and how skipped samples are counted.
 
-from dataclasses import dataclass
+Filters add causes of their own, see `filters`.
+"""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import NamedTuple
+
+from ray_platform.contracts import DataError
+
+logger = logging.getLogger(__name__)
 
 SHARD_CHANGED = "shard_changed"
 SHARD_CRASHES = "shard_crashes"
@@ -33,6 +44,8 @@ BAD_DATA: dict[str, str] = {
 # The cause for each kind of `storage.StorageError`.
 LOST = {"missing": "shard_missing", "forbidden": "shard_forbidden", "unavailable": "shard_unavailable"}
 _FILTERED = "filtered_"
+_SHOWN_REJECTS = 3  # warnings per cause
+_ENOUGH_SAMPLES = 100  # before the skipped fraction can stop a run
 
 
 @dataclass(frozen=True)
@@ -72,3 +85,64 @@ def samples_lost(cause: str, known: int, read: int) -> int:
     if cause.startswith("shard_"):
         return max(0, known)
     return max(1, known - (read - 1)) if cause == "tar_truncated" else 1
+
+
+class UnitCounts(NamedTuple):
+    """A unit that is read in an epoch, and the number of its samples."""
+
+    pool: int
+    epoch: int
+    unit: int
+    total: int  # samples and rejections that were found
+    known: int  # by its shard's count; -1: not known
+    nominal: int  # an estimate by its size
+
+
+@dataclass
+class SkipCounter:
+    """Counts good and rejected samples and stops the run when too many are bad. Filtered samples count as neither."""
+
+    reader: str  # for messages, such as "rank 3"
+    max_skipped_share: float
+    seen: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    _totals: dict[tuple[int, ...], int] = field(default_factory=dict)  # unit -> its samples
+
+    @property
+    def bad(self) -> Counter[str]:
+        return Counter({cause: count for cause, count in self.skipped.items() if not is_filtered(cause)})
+
+    def count_good(self, unit: UnitCounts, number: int = 1) -> None:
+        """Count `number` good samples of a unit. Raises DataError when too many samples are bad."""
+        self._totals[unit[:3]] = unit.total
+        self.seen += number
+        if self.seen - number < _ENOUGH_SAMPLES:
+            self._check_share()
+
+    def count_reject(self, key: str, cause: str, unit: UnitCounts) -> int:
+        """Count a rejection and return how many samples it stands for. Raises DataError when too many samples are bad."""
+        if not cause.startswith("shard_"):
+            self._totals[unit[:3]] = unit.total
+        lost = samples_lost(cause, unit.known, unit.total)
+        if not lost:
+            lost = round(fmean(self._totals.values())) if self._totals else unit.nominal
+        before = self.skipped[cause]
+        self.skipped[cause] += lost
+        if not is_filtered(cause):
+            if before < _SHOWN_REJECTS:
+                more = "; further ones are only counted" if self.skipped[cause] >= _SHOWN_REJECTS else ""
+                logger.warning("%s skips %s: %s%s", self.reader, key, cause, more)
+            self.seen += lost
+            self._check_share()
+        return lost
+
+    def _check_share(self) -> None:
+        bad = self.bad
+        if self.seen < _ENOUGH_SAMPLES or bad.total() <= self.max_skipped_share * self.seen:
+            return
+        causes = ", ".join(f"{cause} {count / self.seen:.1%}" for cause, count in bad.most_common())
+        raise DataError(
+            f"{self.reader} had to skip {bad.total()} of {self.seen} samples ({causes}), more than "
+            f"data.max_skipped_share = {self.max_skipped_share:.1%}; correct the shards (the warnings name samples) "
+            "or raise data.max_skipped_share"
+        )

@@ -12,7 +12,7 @@ import io
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import simplejpeg
@@ -28,8 +28,8 @@ from ray_platform.data.tar import IMAGE_SUFFIXES
 THUMBNAIL_SIZE = 96
 _JPEG = b"\xff\xd8\xff"
 _JPEG_PIXELS = 0xDA  # the marker before them
-# A progressive JPEG may repeat all pixels any number of times, for a few bytes each time; up to 10 times are usual.
-_MAX_SCANNED = 20  # times Image.MAX_IMAGE_PIXELS, over all its scans
+_MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 0  # Pillow's limit for an image that is not a decompression bomb
+_MAX_SCANNED = 20 * _MAX_PIXELS  # over all scans of a progressive JPEG, of which each costs a few bytes; up to 10 are usual
 FORMATS = ("JPEG", "PNG", "WEBP")  # some of Pillow's other readers start programs
 _PUBLISHED_FORMATS = (*FORMATS, "GIF", "BMP")  # the true formats of some files of published sets
 
@@ -44,11 +44,7 @@ def image(members: Mapping[str, memoryview], config: DataConfig, seed: str) -> n
         raise SampleError("image_missing")
     if not content:
         raise SampleError("image_empty")
-    decoded = _jpeg(content, config) if content[:3] == _JPEG else None
-    if decoded is None:
-        pixels = _by_pillow(content)
-        decoded = pixels, pixels.shape[:2]
-    pixels, (height, width) = decoded
+    pixels, (height, width) = (_jpeg(content, config) if content[:3] == _JPEG else None) or _by_pillow(content)
     filters.check(filters.Candidate(members=members, width=width, height=height), config.filters, reads_image=True)
     target = nearest_size(width / height, config.target_sizes)
     return resized(pixels, target, random.Random(seed) if config.crop == "random" else None)
@@ -79,14 +75,40 @@ def resized(pixels: np.ndarray, target: tuple[int, int], rng: random.Random | No
     return F.interpolate(part.permute(0, 3, 1, 2), target, mode="bicubic", antialias=True).permute(0, 2, 3, 1)[0].numpy()
 
 
+def rgb(content: bytes | memoryview) -> np.ndarray:
+    """Return an encoded image as [H, W, 3], equal to Pillow's `Image.open(…).convert("RGB")`.
+
+    Published scores were measured on such pixels: without EXIF's rotation, transparency dropped, 16 bits clipped at 255.
+    Thread-safe. Raises SampleError, and no other error, if the image cannot be decoded.
+    """
+    view = memoryview(content)
+    if not view:
+        raise SampleError("image_empty")
+    if view[:3] == _JPEG:
+        with suppress(ValueError):
+            size = _jpeg_size(view)
+            if size and size[0] * size[1] <= _MAX_PIXELS:
+                return np.asarray(simplejpeg.decode_jpeg(view))
+    try:
+        # Without `_opened`, because catching warnings is not thread-safe.
+        with Image.open(io.BytesIO(view), formats=_PUBLISHED_FORMATS) as opened:
+            _check_scans(opened, view)
+            return np.array(opened.convert("RGB"))
+    except Image.DecompressionBombError:
+        raise SampleError("image_too_large") from None
+    except Exception:
+        raise SampleError("image_undecodable") from None
+
+
 def _jpeg(content: memoryview, config: DataConfig) -> tuple[np.ndarray, tuple[int, int]] | None:
     """Return the pixels, possibly downscaled, and the true (height, width); None if Pillow should decode the file."""
     try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
-        if height * width > (Image.MAX_IMAGE_PIXELS or height * width) or _scans_too_much(content, height * width):
+        size = _jpeg_size(content)
+        if size is None:
+            return None
+        height, width = size
+        if height * width > _MAX_PIXELS:
             raise SampleError("image_too_large")
-        if colors in ("CMYK", "YCCK"):
-            return None  # libjpeg rounds differently in the conversion to RGB
         orientation = _orientation(content)
         scaling: dict[str, int] = {}
         if config.decoder == "fast":
@@ -105,51 +127,24 @@ def _jpeg(content: memoryview, config: DataConfig) -> tuple[np.ndarray, tuple[in
     return turned(pixels, orientation), (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
-def rgb(content: bytes | memoryview) -> np.ndarray:
-    """Return an encoded image as [H, W, 3], equal to Pillow's `Image.open(…).convert("RGB")`.
+def _jpeg_size(content: memoryview) -> tuple[int, int] | None:
+    """Return the (height, width) of a JPEG; None for CMYK, which libjpeg converts to RGB with another rounding than Pillow.
 
-    Published scores were measured on such pixels: without EXIF's rotation, transparency dropped, 16 bits clipped at 255.
-    Thread-safe. Raises SampleError, and no other error, if the image cannot be decoded.
+    Raises SampleError for a JPEG with too many scans, and ValueError for a damaged one.
     """
-    view = memoryview(content)
-    if not view:
-        raise SampleError("image_empty")
-    pixels = _whole_jpeg(view) if view[:3] == _JPEG else None
-    if pixels is not None:
-        return pixels
-    try:
-        # Without `_opened`, because catching warnings is not thread-safe.
-        with Image.open(io.BytesIO(view), formats=_PUBLISHED_FORMATS) as opened:
-            _check_scans(opened, view)
-            return np.array(opened.convert("RGB"))
-    except Image.DecompressionBombError:
-        raise SampleError("image_too_large") from None
-    except Exception:
-        raise SampleError("image_undecodable") from None
+    height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
+    if _num_scans(content) * height * width > _MAX_SCANNED:
+        raise SampleError("image_too_large")
+    return None if colors in ("CMYK", "YCCK") else (height, width)
 
 
-def _whole_jpeg(content: memoryview) -> np.ndarray | None:
-    """Return all pixels of a JPEG, or None if Pillow should decode the file."""
-    try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
-        if _scans_too_much(content, height * width):
-            raise SampleError("image_too_large")
-        if height * width > (Image.MAX_IMAGE_PIXELS or height * width) or colors in ("CMYK", "YCCK"):
-            return None
-        return np.asarray(simplejpeg.decode_jpeg(content))
-    except ValueError:
-        return None
-
-
-def _scans_too_much(content: bytes | memoryview, pixels: int) -> bool:
-    """Return whether a JPEG has so many scans that decoding it would take minutes. No other bytes look like that marker."""
-    scans = bytes(content).count(bytes((0xFF, _JPEG_PIXELS)))
-    return scans * pixels > _MAX_SCANNED * (Image.MAX_IMAGE_PIXELS or scans * pixels)
+def _num_scans(content: bytes | memoryview) -> int:
+    return bytes(content).count(bytes((0xFF, _JPEG_PIXELS)))  # no other bytes look like that marker
 
 
 def _check_scans(opened: Image.Image, content: bytes | memoryview) -> None:
     """Raise DecompressionBombError for a JPEG with too many scans, before Pillow decodes it."""
-    if opened.format in ("JPEG", "MPO") and _scans_too_much(content, opened.width * opened.height):
+    if opened.format in ("JPEG", "MPO") and _num_scans(content) * opened.width * opened.height > _MAX_SCANNED:
         raise Image.DecompressionBombError
 
 
@@ -187,10 +182,20 @@ def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _by_pillow(content: memoryview) -> np.ndarray:
+def _by_pillow(content: memoryview) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the pixels, rotated as the EXIF data says and with transparency on white, and their (height, width)."""
     try:
         with _opened(content, FORMATS) as opened:
-            return _upright_rgb(opened)
+            opened.load()
+            orientation, image = _exif_orientation(opened), opened
+            if image.mode.startswith("I;16"):
+                # Pillow's own conversion would clip 16 bits at 255, which gives a white image.
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            pixels = turned(np.array(image.convert("RGB")), orientation)
+            return pixels, pixels.shape[:2]
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise SampleError("image_too_large") from None
     except Exception:
@@ -206,19 +211,6 @@ def _opened(content: memoryview | bytes, formats: tuple[str, ...]) -> Iterator[I
         with Image.open(io.BytesIO(content), formats=formats) as opened:
             _check_scans(opened, content)
             yield opened
-
-
-def _upright_rgb(opened: Image.Image) -> np.ndarray:
-    """Return a Pillow image as [H, W, 3] uint8 RGB, rotated as its EXIF data says, transparency on white."""
-    opened.load()
-    orientation, rgb = _exif_orientation(opened), opened
-    if rgb.mode.startswith("I;16"):
-        # Pillow's own conversion would clip 16 bits at 255, which gives a white image.
-        rgb = Image.fromarray((np.asarray(rgb) >> 8).astype(np.uint8))
-    if rgb.has_transparency_data:
-        rgb = rgb.convert("RGBA")
-        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb)
-    return turned(np.array(rgb.convert("RGB")), orientation)
 
 
 def thumbnail_jpeg(pixels: np.ndarray) -> bytes:

@@ -24,7 +24,7 @@ from ray_platform.data.causes import SHARD_CHANGED, SHARD_CRASHES, RejectedSampl
 from ray_platform.data.config import DataConfig
 from ray_platform.data.decode import FORMATS, thumbnail_jpeg
 from ray_platform.data.plan import Item
-from ray_platform.data.source import Sample, TarSamples, open_samples
+from ray_platform.data.source import Sample, open_samples
 from ray_platform.data.tar import IMAGE_SUFFIXES, Record
 from ray_platform.placement import label_selector, total_resources
 
@@ -210,7 +210,7 @@ def inspect_unit(unit: ShardRange, config: DataConfig) -> Statistics:
         started = time.thread_time()  # CPU time: other processes may use this CPU, too
         sample = shard.sample(place)
         statistics.decode_seconds += time.thread_time() - started
-        size = _count_image(statistics, shard.records[place]) if isinstance(shard, TarSamples) else None
+        size = _count_image(statistics, shard.records[place])
         if isinstance(sample, Sample):
             statistics.count_used(sample, size)
         else:
@@ -227,9 +227,9 @@ def _lost_unit(unit: ShardRange, cause: str) -> Statistics:
     return statistics
 
 
-def _count_image(statistics: Statistics, record: Record | RejectedSample) -> tuple[int, int] | None:
+def _count_image(statistics: Statistics, record: Record | Sample | RejectedSample) -> tuple[int, int] | None:
     """Count the image by its header; return its (width, height) after EXIF's rotation."""
-    members = {} if isinstance(record, RejectedSample) else record.members
+    members = record.members if isinstance(record, Record) else {}
     content = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), b"")
     try:
         with warnings.catch_warnings():

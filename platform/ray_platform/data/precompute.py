@@ -8,26 +8,24 @@ complete units are not computed again. The manifest is written last: without it,
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TypedDict, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-import ray
 import ray.data
 import torch
-from ray.exceptions import RayTaskError
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, Encoder
 from ray_platform.data import precomputed
 from ray_platform.data.catalog import MANIFEST, Catalog, ShardRange
-from ray_platform.data.causes import LOST
+from ray_platform.data.causes import LOST, SkipCounter, UnitCounts
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Group, Item
-from ray_platform.data.skip_counter import SkipCounter
-from ray_platform.data.source import ShardSource, data_context, unpack
+from ray_platform.data.source import ShardSource, data_context, data_errors, unpack
+from ray_platform.json_values import JsonObject
 from ray_platform.placement import Labels, can_autoscale, describe_nodes, label_selector, total_resources
 
 # Decoded bytes per file, at most 512 images: with 256 px and Stable Diffusion's sizes a file has 64 MB, a good size to read.
@@ -40,22 +38,18 @@ class EncoderPool:
     """How many actors encode, on which nodes, and with which encoder."""
 
     build: Callable[[str], Encoder]  # torch device -> encoder; importable, because it is sent to the actors
-    description: precomputed.Description  # equal descriptions give equal results
+    description: JsonObject  # equal descriptions give equal results
     count: int = 1
     gpus: float = 0.0  # per actor
     cpus: float = 1.0  # per actor
     batch_size: int = 64  # images per call of an encoder
     placement: Labels = field(default_factory=dict)  # labels of their nodes
 
-    @property
-    def device(self) -> str:
-        return "cuda" if self.gpus else "cpu"
 
-
-class BlockRecord(TypedDict):
+class BlockRecord(NamedTuple):
     """What an actor reports of one block."""
 
-    item: tuple[int, ...]  # the unit's entry in the header of the block
+    unit: UnitCounts
     rows: int  # samples and rejections
     shard: str  # file
     samples: int
@@ -66,15 +60,22 @@ class BlockRecord(TypedDict):
 class UnitProgress:
     """What was computed of one unit."""
 
-    total: int = 0  # samples and rejections, known from its first block on
-    rows: int = 0
+    rows: int = 0  # samples and rejections
     shards: dict[str, int] = field(default_factory=dict)  # file -> samples
     rejected: Counter[str] = field(default_factory=Counter)
+    is_complete: bool = False
     is_lost: bool = False  # storage did not return it: the next run tries again
 
-    @property
-    def is_complete(self) -> bool:
-        return self.rows == self.total
+    def add(self, record: BlockRecord, skips: SkipCounter) -> None:
+        """Count a block, also in `skips`."""
+        self.rows += record.rows
+        self.is_complete = self.rows == record.unit.total
+        if record.samples:
+            self.shards[record.shard] = record.samples
+            skips.count_good(record.unit, record.samples)
+        for key, cause in record.rejects:
+            self.rejected[cause] += skips.count_reject(key, cause, record.unit)
+            self.is_lost |= cause in LOST.values()
 
 
 @dataclass(frozen=True)
@@ -110,39 +111,35 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: EncoderPool, outp
     """
     check_cluster(encoders, config.placement)
     manifest = _manifest(catalog, config, encoders)
-    units = dict(enumerate(catalog.pools[0]))
-    _check_stems(units.values())
-    progress = _resume(output_dir, manifest, units)
+    units, stems = catalog.pools[0], [stem(unit) for unit in catalog.pools[0]]
+    if len(set(stems)) < len(stems):  # as for `a/b.tar` and `a--b.tar`
+        name = Counter(stems).most_common(1)[0][0]
+        one, other, *_ = (unit.shard.url for unit in units if stem(unit) == name)
+        raise DataError(f"{other}: its precomputed files would have the same names as those of {one}; rename one")
+    progress = _resume(output_dir, manifest, stems)
     skips, started = SkipCounter("precompute", config.max_skipped_share), time.perf_counter()
-    for record in _records({n: unit for n, unit in units.items() if n not in progress}, config, encoders, output_dir):
-        number = record["item"][2]
-        unit = _count_block(record, progress, skips)
-        if not unit.is_complete:
-            continue
-        if not unit.is_lost:
-            content = json.dumps({"shards": unit.shards, "rejected": unit.rejected}).encode()
-            storage.write_bytes(storage.join(output_dir, PROGRESS, f"{stem(units[number])}.json"), content)
-        yield PrecomputeProgress(
-            shards_done=sum(unit.is_complete for unit in progress.values()),
-            shards=len(units),
-            samples=skips.seen - skips.bad.total(),
-            samples_per_second=skips.seen / (time.perf_counter() - started),
-        )
+    left = {number: unit for number, unit in enumerate(units) if number not in progress}
+    for record in _records(left, stems, config, encoders, output_dir):
+        number = record.unit.unit
+        unit = progress.setdefault(number, UnitProgress())
+        unit.add(record, skips)
+        if unit.is_complete:
+            if not unit.is_lost:
+                content = json.dumps({"shards": unit.shards, "rejected": unit.rejected}).encode()
+                storage.write_bytes(storage.join(output_dir, PROGRESS, f"{stems[number]}.json"), content)
+            yield PrecomputeProgress(
+                shards_done=sum(unit.is_complete for unit in progress.values()),
+                shards=len(units),
+                samples=skips.seen - skips.bad.total(),
+                samples_per_second=skips.seen / (time.perf_counter() - started),
+            )
     _write_manifest(output_dir, manifest, progress)
 
 
 def stem(unit: ShardRange) -> str:
-    """Return the first part of the names of a unit's files. It is unique in the catalog."""
+    """Return the first part of the names of a unit's files."""
     name = unit.shard.name.removesuffix(".tar").replace("/", "--")
     return name if unit.whole else f"{name}-at-{unit.start}"
-
-
-def _check_stems(units: Iterable[ShardRange]) -> None:
-    """Raise DataError if the files of two units would have the same name, as for `a/b.tar` and `a--b.tar`."""
-    names: dict[str, str] = {}
-    for unit in units:
-        if (other := names.setdefault(stem(unit), unit.shard.url)) != unit.shard.url:
-            raise DataError(f"{unit.shard.url}: its precomputed files would have the same names as those of {other}; rename one")
 
 
 def check_cluster(encoders: EncoderPool, readers: Labels) -> None:
@@ -172,7 +169,7 @@ def _manifest(catalog: Catalog, config: DataConfig, encoders: EncoderPool) -> pr
     return cast(precomputed.PrecomputedManifest, json.loads(json.dumps(content)))  # tuples become lists, as they are in the file
 
 
-def _resume(output_dir: str, manifest: precomputed.PrecomputedManifest, units: dict[int, ShardRange]) -> dict[int, UnitProgress]:
+def _resume(output_dir: str, manifest: precomputed.PrecomputedManifest, stems: list[str]) -> dict[int, UnitProgress]:
     """Return the complete units; start the folder if it does not exist."""
     url = storage.join(output_dir, MANIFEST)
     if not storage.exists(url):
@@ -187,16 +184,20 @@ def _resume(output_dir: str, manifest: precomputed.PrecomputedManifest, units: d
         raise DataError(
             f"{output_dir}: was started with another {' and '.join(differing)} (see its {MANIFEST}); name another output_dir"
         )
-    by_url = {storage.join(output_dir, PROGRESS, f"{stem(unit)}.json"): number for number, unit in units.items()}
     folder = storage.join(output_dir, PROGRESS)
     written = {file.url for file in storage.list_files(folder)} if storage.exists(folder) else set()
-    contents = storage.read_many([url for url in by_url if url in written])
-    records = {by_url[url]: json.loads(content) for url, content in contents.items()}
-    return {number: UnitProgress(shards=r["shards"], rejected=Counter(r["rejected"])) for number, r in records.items()}
+    number_of = {storage.join(folder, f"{name}.json"): number for number, name in enumerate(stems)}
+    records = storage.read_many([url for url in number_of if url in written])
+    return {
+        number_of[url]: UnitProgress(shards=record["shards"], rejected=Counter(record["rejected"]), is_complete=True)
+        for url, record in ((url, json.loads(content)) for url, content in records.items())
+    }
 
 
-def _records(units: dict[int, ShardRange], config: DataConfig, encoders: EncoderPool, output_dir: str) -> Iterator[BlockRecord]:
-    """Yield the record of each block that was encoded (see `EncodeBlock`), in any order."""
+def _records(
+    units: dict[int, ShardRange], stems: list[str], config: DataConfig, encoders: EncoderPool, output_dir: str
+) -> Iterator[BlockRecord]:
+    """Encode units and yield the record of each block, in any order."""
     if not units:
         return
     tasks = [[Group(0, 0, (Item(0, 0, number, unit, []),))] for number, unit in units.items()]
@@ -209,7 +210,7 @@ def _records(units: dict[int, ShardRange], config: DataConfig, encoders: Encoder
         )
         records = blocks.map_batches(
             EncodeBlock,
-            fn_constructor_args=(encoders, output_dir, {n: stem(unit) for n, unit in units.items()}, config.retry_seconds),
+            fn_constructor_args=(encoders, output_dir, stems, config.retry_seconds),
             compute=ray.data.ActorPoolStrategy(size=encoders.count),
             num_cpus=encoders.cpus,
             num_gpus=encoders.gpus,
@@ -217,61 +218,36 @@ def _records(units: dict[int, ShardRange], config: DataConfig, encoders: Encoder
             batch_size=None,
             batch_format="pyarrow",
         )
-    try:
+    with data_errors():
         for batch in records.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from map(json.loads, batch["record"].to_pylist())
-    except RayTaskError as error:
-        if isinstance(error.cause, DataError):
-            raise DataError(str(error.cause).splitlines()[0]) from None
-        raise
+            for unit, *record in map(json.loads, batch["record"].to_pylist()):
+                yield BlockRecord(UnitCounts(*unit), *record)
 
 
 class EncodeBlock:
     """Actor that encodes the images and captions of blocks and writes each result as one shard."""
 
-    def __init__(self, encoders: EncoderPool, output_dir: str, stems: dict[int, str], retry_seconds: float):
+    def __init__(self, encoders: EncoderPool, output_dir: str, stems: list[str], retry_seconds: float):
         torch.set_num_threads(max(1, int(encoders.cpus)))
-        self.encode = encoders.build(encoders.device).encode
+        self.encode = encoders.build("cuda" if encoders.gpus else "cpu").encode
         self.batch_size, self.output_dir, self.stems, self.retry_seconds = encoders.batch_size, output_dir, stems, retry_seconds
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return one row: a BlockRecord as JSON."""
-        block = unpack(table)
-        header = block.header
-        item = header["items"][0]
-        name = f"{self.stems[item[2]]}-{min(header['order']):07d}.arrow"
-        good = [row for row, cause in enumerate(header["cause"]) if not cause]
+        samples = unpack(table)
+        unit = samples[0].unit
+        name = f"{self.stems[unit.unit]}-{min(sample.order for sample in samples):07d}.arrow"
+        good = [sample for sample in samples if not sample.cause]
         if good:
-            self._write(name, [header["key"][r] for r in good], [header["caption"][r] for r in good], block.stacks[0]["image"])
-        record: BlockRecord = {
-            "item": item,
-            "rows": len(header["key"]),
-            "shard": name,
-            "samples": len(good),
-            "rejects": [(key, cause) for key, cause in zip(header["key"], header["cause"], strict=True) if cause],
-        }
-        return pa.table({"record": [json.dumps(record)]})
-
-    def _write(self, name: str, keys: Sequence[str], captions: Sequence[str], images: np.ndarray) -> None:
-        starts = range(0, len(keys), self.batch_size)
-        parts = [self.encode(images[at : at + self.batch_size], captions[at : at + self.batch_size]) for at in starts]
-        encoded = {tensor: np.concatenate([part[tensor] for part in parts]) for tensor in parts[0]}
-        with storage.retrying_for(self.retry_seconds):
-            storage.write_bytes(storage.join(self.output_dir, name), precomputed.to_arrow(keys, captions, encoded))
-
-
-def _count_block(record: BlockRecord, progress: dict[int, UnitProgress], skips: SkipCounter) -> UnitProgress:
-    """Add a block to the progress of its unit, and return that."""
-    number, total = record["item"][2:4]
-    unit = progress.setdefault(number, UnitProgress(total))
-    unit.rows += record["rows"]
-    if record["samples"]:
-        unit.shards[record["shard"]] = record["samples"]
-        skips.count_good(record["item"], record["samples"])
-    for key, cause in record["rejects"]:
-        unit.rejected[cause] += skips.count_reject(key, cause, record["item"])
-        unit.is_lost |= cause in LOST.values()
-    return unit
+            keys, captions = [sample.key for sample in good], [sample.caption for sample in good]
+            images = [sample.tensors["image"] for sample in good]
+            parts = [slice(start, start + self.batch_size) for start in range(0, len(good), self.batch_size)]
+            encoded = [self.encode(np.stack(images[part]), captions[part]) for part in parts]
+            tensors = {tensor: np.concatenate([part[tensor] for part in encoded]) for tensor in encoded[0]}
+            with storage.retrying_for(self.retry_seconds):
+                storage.write_bytes(storage.join(self.output_dir, name), precomputed.to_arrow(keys, captions, tensors))
+        rejects = [(sample.key, sample.cause) for sample in samples if sample.cause]
+        return pa.table({"record": [json.dumps(BlockRecord(unit, len(samples), name, len(good), rejects))]})
 
 
 def _write_manifest(output_dir: str, manifest: precomputed.PrecomputedManifest, progress: dict[int, UnitProgress]) -> None:

@@ -8,24 +8,23 @@ to resume. Only `_blocks`, `_context` and `check_cpus` know Ray.
 import heapq
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from itertools import islice
+from itertools import chain, islice
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from ray.exceptions import RayTaskError
 
-from ray_platform.contracts import Batch, ConfigError, ConsumedRange, DataError
+from ray_platform.contracts import Batch, ConfigError, ConsumedRange
 from ray_platform.data.catalog import Catalog
+from ray_platform.data.causes import SkipCounter
 from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import merge_ranges
 from ray_platform.data.plan import Group, Reader, check_world_size, groups
-from ray_platform.data.skip_counter import SkipCounter
-from ray_platform.data.source import Block, ShardSource, data_context, unpack
-from ray_platform.placement import can_autoscale, describe_nodes, is_on_this_node, label_selector, total_resources
+from ray_platform.data.source import ReadSample, ShardSource, data_context, data_errors, stack_arrays, unpack
+from ray_platform.placement import can_autoscale, describe_nodes, label_selector, total_resources
 from ray_platform.ray_internals import set_generator_buffer
 
 DATASET_GROUPS = 1024  # per Ray dataset, over however many epochs: the next dataset starts without prefetched blocks
@@ -49,22 +48,17 @@ def stream(catalog: Catalog, config: DataConfig, reader: Reader, *, batch_size: 
         max_groups = min(DATASET_GROUPS, num_batches * batch_size)
         with ExitStack() as stack:
             streams = [stack.enter_context(closing(blocks)) for blocks in _read_streams(catalog, config, reader, max_groups)]
-            yield from islice(batcher.batches(merged([map(unpack, blocks) for blocks in streams])), num_batches)
+            yield from islice(batcher.batches(merged(streams)), num_batches)
 
     return run()
 
 
-def merged(read_streams: Sequence[Iterable[Block]]) -> Iterator[tuple[Block, int]]:
-    """Yield the rows of all read streams, window after window, by their sort keys. Holds one block per read stream."""
-
-    def rows(blocks: Iterable[Block]) -> Iterator[tuple[int, float, Block, int]]:
-        for block in blocks:
-            for row, sort_key in enumerate(block.header["sort_key"]):
-                yield block.header["window"], sort_key, block, row
-
-    if len(read_streams) == 1:  # already in order, or no order was asked for
-        return ((block, row) for _, _, block, row in rows(read_streams[0]))
-    return ((block, row) for _, _, block, row in heapq.merge(*map(rows, read_streams), key=lambda row: row[:2]))
+def merged(read_streams: Sequence[Iterable[pa.Table]]) -> Iterator[ReadSample]:
+    """Yield the samples of all read streams, window after window, by their sort keys. Holds one block per read stream."""
+    samples = [chain.from_iterable(map(unpack, blocks)) for blocks in read_streams]
+    if len(samples) == 1:  # already in order, or no order was asked for
+        return samples[0]
+    return heapq.merge(*samples, key=lambda sample: (sample.window, sample.sort_key))
 
 
 class Batcher:
@@ -75,46 +69,31 @@ class Batcher:
 
     def __init__(self, batch_size: int, skips: SkipCounter):
         self.batch_size, self.skips = batch_size, skips
-        self.waiting: dict[str, list[tuple[Block, int]]] = {}  # shape -> samples
-        self.passed: list[tuple[Block, int]] = []  # skipped since the last batch
 
-    def batches(self, rows: Iterable[tuple[Block, int]]) -> Iterator[Batch]:
-        for block, row in rows:
-            header = block.header
-            key, cause, item = header["key"][row], header["cause"][row], header["items"][header["item"][row]]
-            if cause:
-                self.skips.count_reject(key, cause, item)
-                self.passed.append((block, row))
+    def batches(self, samples: Iterable[ReadSample]) -> Iterator[Batch]:
+        waiting: dict[str, list[ReadSample]] = defaultdict(list)  # shape -> samples
+        passed: list[ReadSample] = []  # skipped since the last batch
+        for sample in samples:
+            if sample.cause:
+                self.skips.count_reject(sample.key, sample.cause, sample.unit)
+                passed.append(sample)
                 continue
-            self.skips.count_good(item)
-            waiting = self.waiting.setdefault(block.shapes[block.place[row][0]], [])
-            waiting.append((block, row))
-            if len(waiting) == self.batch_size:
-                yield self._batch(waiting)
-                waiting.clear()
-                self.passed = []
-
-    def _batch(self, rows: list[tuple[Block, int]]) -> Batch:
-        places = [(block, *block.place[row]) for block, row in rows]
-        tensors = {}
-        for name in places[0][0].stacks[places[0][1]]:
-            samples = [block.stacks[stack][name][index] for block, stack, index in places]
-            # A copy, so that a batch is writable and does not pin Ray's shared memory; in memory of Arrow's pool (see `source`).
-            buffer = pa.allocate_buffer(len(samples) * samples[0].nbytes)
-            tensors[name] = np.frombuffer(buffer, samples[0].dtype).reshape(len(samples), *samples[0].shape)
-            np.stack(samples, out=tensors[name])
-        return Batch(
-            tensors,
-            tuple(block.header["caption"][row] for block, row in rows),
-            tuple(block.header["key"][row] for block, row in rows),
-            _consumed_ranges([*self.passed, *rows]),
-            dict(self.skips.skipped),
-        )
-
-
-def _consumed_ranges(rows: Iterable[tuple[Block, int]]) -> tuple[ConsumedRange, ...]:
-    samples = sorted((*block.header["items"][block.header["item"][row]][:4], block.header["order"][row]) for block, row in rows)
-    return merge_ranges(ConsumedRange(pool, epoch, unit, order, order + 1, total) for pool, epoch, unit, total, order in samples)
+            self.skips.count_good(sample.unit)
+            waiting[sample.shape].append(sample)
+            if len(waiting[sample.shape]) == self.batch_size:
+                batch = waiting.pop(sample.shape)
+                yield Batch(
+                    # A copy, so that a batch is writable and does not pin Ray's shared memory.
+                    {name: stack_arrays([sample.tensors[name] for sample in batch]) for name in sample.tensors},
+                    tuple(sample.caption for sample in batch),
+                    tuple(sample.key for sample in batch),
+                    merge_ranges(
+                        ConsumedRange(*sample.unit[:3], sample.order, sample.order + 1, sample.unit.total)
+                        for sample in [*passed, *batch]
+                    ),
+                    dict(self.skips.skipped),
+                )
+                passed.clear()
 
 
 def _read_streams(catalog: Catalog, config: DataConfig, reader: Reader, max_groups: int) -> list[Generator[pa.Table, None, None]]:
@@ -145,15 +124,10 @@ def _blocks(planned: Iterator[Group], config: DataConfig, reader: Reader, max_gr
                 label_selector=label_selector(config.placement),
                 compute=ray.data.TaskPoolStrategy(size=1 if config.deterministic else min(config.reads_per_rank, len(tasks))),
             )
-        try:
+        with data_errors():
             blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
             while (block := _next(blocks)) is not None:
                 yield block
-        except RayTaskError as error:
-            if isinstance(error.cause, DataError):
-                # Ray appends lines of its own to the message.
-                raise DataError(str(error.cause).splitlines()[0]) from None
-            raise
 
 
 def _tasks(planned: Iterable[Group], min_samples: int) -> Iterator[list[Group]]:
@@ -187,18 +161,14 @@ class SchedulerThrottle:
 
     rank_waits = threading.Event()
 
-    def before_execution_starts(self, executor: object) -> None:
-        pass
-
     def on_execution_step(self, executor: object) -> None:
         time.sleep(WAITING_PAUSE_SECONDS)
         self.rank_waits.wait(PAUSE_SECONDS - WAITING_PAUSE_SECONDS)
 
-    def after_execution_succeeds(self, executor: object) -> None:
+    def _do_nothing(self, *arguments: object) -> None:
         pass
 
-    def after_execution_fails(self, executor: object, error: Exception) -> None:
-        pass
+    before_execution_starts = after_execution_succeeds = after_execution_fails = _do_nothing
 
 
 def _context(config: DataConfig, world_size: int) -> ray.data.DataContext:
@@ -221,7 +191,7 @@ def check_cpus(config: DataConfig, world_size: int) -> None:
     no CPUs, both wait forever.
     """
     runtime = ray.get_runtime_context()
-    shares_nodes = runtime.get_actor_id() and is_on_this_node(config.placement)
+    shares_nodes = runtime.get_actor_id() and config.placement.items() <= runtime.get_node_labels().items()
     worker_cpus = runtime.get_assigned_resources().get("CPU", 0.0) if shares_nodes else 0.0
     needed = world_size * (worker_cpus + config.reads_per_rank * config.cpus_per_read)
     total = total_resources(config.placement).get("CPU", 0.0)

@@ -1,7 +1,7 @@
 """Tracking of runs: parameters, metrics, previews, datasets and models, written to MLflow, to JSON lines, or to your own tracker.
 
-`start_run` opens a run. Nothing else in the platform imports MLflow. What needs Ray is imported on first use: every configuration
-imports `TrackingConfig`, and `--help` must not wait for Ray.
+`start_run` opens a run. Nothing else in the platform imports MLflow. `runs` is imported on first use: every configuration imports
+`TrackingConfig`, and `--help` must not wait for Ray and the storage libraries.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,24 +12,12 @@ from ray_platform.tracking.tracker import ModelPackage, RunMetadata, TrackedData
 if TYPE_CHECKING:
     from ray_platform.tracking.runs import metric_history, run_record, start_run
 
-__all__ = [
-    "RUN_RECORD",
-    "ModelPackage",
-    "RunMetadata",
-    "RunRecord",
-    "TrackedData",
-    "Tracker",
-    "TrackingConfig",
-    "metric_history",
-    "read_run_record",
-    "run_record",
-    "start_run",
-    "tracking_uri",
-]
+__all__ = ["RUN_RECORD", "ModelPackage", "RunMetadata", "RunRecord", "TrackedData", "Tracker", "TrackingConfig"]
+__all__ += ["metric_history", "read_run_record", "run_record", "start_run", "tracking_uri"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("metric_history", "run_record", "start_run"):
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ray_platform.tracking import runs
 

@@ -1,18 +1,16 @@
 """Configuration of tracking, and the record of where a run is tracked."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
 from ray_platform.contracts import ConfigError
-from ray_platform.redaction import redacted_values
 
 RUN_RECORD = "mlflow.json"  # in output_dir: a `RunRecord`, from which a resumed job continues in the same run
 # Import paths, so that only the process that writes a run imports MLflow (a second).
 TRACKERS = {
     "mlflow": "ray_platform.tracking.mlflow_tracker:MlflowTracker",
-    "jsonl": "ray_platform.tracking.json_lines:JsonLinesTracker",
+    "jsonl": "ray_platform.tracking.runs:JsonLinesTracker",
 }
 
 
@@ -81,15 +79,4 @@ def read_run_record(output_dir: str) -> RunRecord | None:
     from ray_platform import storage  # late: every configuration imports this module, and pyarrow and fsspec take long
 
     url = storage.join(output_dir, RUN_RECORD)
-    if not storage.exists(url):
-        return None
-    values = storage.read_json(url)
-    return RunRecord(tracking_uri=values["tracking_uri"], experiment=values["experiment"], run_id=values["run_id"])
-
-
-def write_run_record(output_dir: str, record: RunRecord) -> None:
-    """Record a run in `output_dir`, without the secrets of its URI. Raises DataError."""
-    from ray_platform import storage
-
-    content = json.dumps(redacted_values(record), indent=2)
-    storage.write_bytes(storage.join(output_dir, RUN_RECORD), content.encode())
+    return RunRecord(**storage.read_json(url)) if storage.exists(url) else None  # type: ignore[typeddict-item]

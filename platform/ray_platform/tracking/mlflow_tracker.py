@@ -1,5 +1,7 @@
-"""MLflow: the tracker that writes to it, and what can be read there. Only `mlflow_*.py` and `node_metrics.py` import it."""
+"""MLflow: the tracker that writes to it, and what can be read there. Only this module and `node_metrics` import it."""
 
+import contextlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -11,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ray_platform import storage
 from ray_platform.redaction import redacted
 from ray_platform.tracking.config import TrackingConfig, tracking_uri
-from ray_platform.tracking.mlflow_model import log_model, register_model
-from ray_platform.tracking.tracker import ModelPackage, RunStatus, TrackedData, Tracker
+from ray_platform.tracking.tracker import Columns, ModelPackage, NestedValues, RunStatus, TrackedData, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,10 @@ _MAX_PARAMS_PER_CALL = 100
 _MAX_TAG_LENGTH = 5000
 _PARENT_TAG, _NOTE_TAG, _CONTEXT_TAG = "mlflow.parentRunId", "mlflow.note.content", "mlflow.data.context"
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow then shows the pages of trainings, not those of chats
+_SETTINGS = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+_SETTINGS |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+_UPLOAD_TIMEOUT = "600"  # seconds for a server to store a large file; the timeout for metrics is shorter
+_TYPES = {str: "string", int: "long", float: "double", bool: "boolean"}
 
 
 class MlflowTracker(Tracker):
@@ -51,7 +57,7 @@ class MlflowTracker(Tracker):
 
     def _start_run(self, uri: str) -> str:
         config = self._config
-        experiment = open_experiment(self._client, config.experiment, uri)
+        experiment = _open_experiment(self._client, config.experiment, uri)
         tags = dict(config.tags) | ({_PARENT_TAG: config.parent_run_id} if config.parent_run_id else {})
         return self._client.create_run(experiment, run_name=config.run_name or None, tags=tags).info.run_id
 
@@ -74,7 +80,7 @@ class MlflowTracker(Tracker):
             inputs.append(DatasetInput(dataset, [InputTag(_CONTEXT_TAG, part.context)]))
         self._client.log_inputs(self._run_id, inputs)
 
-    def log_params(self, config: Mapping[str, Any]) -> None:
+    def log_params(self, config: NestedValues) -> None:
         """Record the leaves as params (`train.lr`) and all of it as the artifact `config.yaml`.
 
         MLflow's params never change: a resumed run keeps the first values, and `config.yaml` has the latest.
@@ -101,25 +107,54 @@ class MlflowTracker(Tracker):
 
     def log_bytes(self, data: bytes, path: str) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch) / Path(path).name
+            file = Path(scratch) / path
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
-            folder = str(Path(path).parent)
-            self._client.log_artifact(self._run_id, str(file), None if folder == "." else folder)
+            self._client.log_artifacts(self._run_id, scratch)
 
     def log_folder(self, folder: str, path: str) -> None:
         self._client.log_artifacts(self._run_id, folder, path)
 
     def log_model(self, folder: str, package: ModelPackage) -> None:
-        """Store an MLflow model named `model` with the run's latest metrics."""
-        model_id = log_model(self._client, self._run_id, "model", folder, package, self._step)
-        self._log_batch(self._metrics, self._step, model_id)
+        """Store an MLflow model named `model` with the run's latest metrics: a signature, an input example and no pickle.
+
+        Only through the client: MLflow's `log_model` works on the current store and run of the process.
+        """
+        from mlflow.entities import LoggedModelOutput
+
+        run = self._client.get_run(self._run_id)
+        model = self._client.create_logged_model(run.info.experiment_id, "model", source_run_id=self._run_id, model_type="pyfunc")
+        status = "FAILED"
+        try:
+            with tempfile.TemporaryDirectory(prefix="model_") as scratch:
+                _save_model(f"{scratch}/saved", folder, package, model, self._run_id)
+                with _environment("MLFLOW_HTTP_REQUEST_TIMEOUT", _UPLOAD_TIMEOUT):
+                    self._client.log_model_artifacts(model.model_id, f"{scratch}/saved")
+            status = "READY"
+        finally:
+            self._client.finalize_logged_model(model.model_id, status)
+        self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, self._step)])
+        self._log_batch(self._metrics, self._step, model.model_id)
         if self._config.registered_model:
-            tags = self._client.get_run(self._run_id).data.tags
-            own_tags = {name: value for name, value in tags.items() if not name.startswith("mlflow.")}
+            own_tags = {name: value for name, value in run.data.tags.items() if not name.startswith("mlflow.")}
             self.register_model(self._config.registered_model, "", self._run_id, own_tags)
 
     def register_model(self, name: str, source: str, run_id: str, tags: Mapping[str, str]) -> None:
-        register_model(self._client, name, source, run_id, tags)
+        client = self._client
+        outputs = client.get_run(run_id).outputs
+        models = [client.get_logged_model(output.model_id) for output in outputs.model_outputs] if outputs else []
+        newest = max(models, key=lambda model: model.creation_timestamp, default=None)
+        source = f"models:/{newest.model_id}" if newest else source
+        if name not in [model.name for model in client.search_registered_models()]:
+            client.create_registered_model(name)
+        versions = client.search_model_versions(f"name='{name}'")
+        version = next((v.version for v in versions if v.run_id == run_id and v.source == source), None)
+        if version is None:
+            with _environment("MLFLOW_TRACKING_URI", client.tracking_uri):  # where MLflow resolves models:/
+                client.create_model_version(name, source, run_id, tags=dict(tags), model_id=newest.model_id if newest else None)
+            return
+        for key, value in tags.items():
+            client.set_model_version_tag(name, version, key, value)
 
     def end(self, status: RunStatus) -> None:
         self._client.set_terminated(self._run_id, status)
@@ -139,7 +174,7 @@ class MlflowTracker(Tracker):
         self._client.log_batch(self._run_id, metrics=batch)
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(config: NestedValues, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
@@ -147,18 +182,63 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def read_history(uri: str, run_id: str, prefix: str) -> dict[int, dict[str, float]]:
-    """Return the metrics of a run whose names start with `prefix`, by step.
+def _save_model(path: str, export: str, package: ModelPackage, model: Any, run_id: str) -> None:
+    """Save the exported model in `export` (local or s3://) as the MLflow model `model` in the local folder `path`."""
+    import mlflow.pyfunc
+    import pandas as pd
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec
 
-    Of a metric that was logged twice at a step (a resumed run does that), the later value counts.
-    """
-    history: dict[int, dict[str, float]] = {}
+    params = [
+        ParamSpec(name, "string", default, shape=(-1,))
+        if isinstance(default, list)
+        else ParamSpec(name, _TYPES[type(default)], default)
+        for name, default in package.params.items()
+    ]
+    with tempfile.TemporaryDirectory(prefix="export_") as scratch:
+        if "://" in export:
+            storage.get_folder(export, Path(scratch))
+            export = scratch
+        mlflow.pyfunc.save_model(
+            path,
+            python_model=package.entry,  # a file: an object would be pickled
+            code_paths=list(package.code),
+            artifacts={"model": export},
+            signature=ModelSignature(_schema(package.columns), _schema(package.results), ParamSchema(params)),
+            input_example=(pd.DataFrame(package.example), dict(package.example_params)) if package.example else None,
+            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in package.requirements],
+            mlflow_model=Model(
+                artifact_path=model.artifact_location, run_id=run_id, model_uuid=model.model_id, model_id=model.model_id
+            ),
+        )
+
+
+def _schema(columns: Columns) -> Any:
+    from mlflow.types.schema import Array, ColSpec, DataType, Schema
+
+    types = {name: Array(DataType[of[0]]) if isinstance(of, list) else DataType[of] for name, of in columns.items()}
+    return Schema([ColSpec(of, name, required=False) for name, of in types.items()])
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable within the block; MLflow reads its settings at every use."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def read_history(uri: str, run_id: str, prefix: str) -> list[tuple[int, str, float]]:
+    """Return the step, name and value of all metrics of a run whose names start with `prefix`, in the order of their writing."""
     client = open_client(uri)
-    for name in client.get_run(run_id).data.metrics:
-        if name.startswith(prefix):
-            for metric in sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.timestamp):
-                history.setdefault(metric.step, {})[name] = metric.value
-    return dict(sorted(history.items()))
+    names = [name for name in client.get_run(run_id).data.metrics if name.startswith(prefix)]
+    metrics = [metric for name in names for metric in client.get_metric_history(run_id, name)]
+    return [(metric.step, metric.key, metric.value) for metric in sorted(metrics, key=lambda metric: metric.timestamp)]
 
 
 def ui_command(uri: str, port: int = 5000) -> str:
@@ -173,10 +253,8 @@ def ui_command(uri: str, port: int = 5000) -> str:
 
 def open_client(uri: str) -> Any:
     """Return an MLflow client that logs little, gives up in seconds and sends no telemetry."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient  # after the settings, which MLflow reads when it is imported
 
     for name in ("mlflow", "alembic"):
@@ -184,11 +262,8 @@ def open_client(uri: str) -> Any:
     return MlflowClient(uri)
 
 
-def open_experiment(client: Any, name: str, uri: str) -> str:
-    """Return the id of an experiment, and create it if it is missing.
-
-    Artifacts go next to an SQLite file, or where the server puts them.
-    """
+def _open_experiment(client: Any, name: str, uri: str) -> str:
+    """Return the id of an experiment, created if need be. Artifacts go next to an SQLite file, or where the server puts them."""
     if (experiment := client.get_experiment_by_name(name)) is not None:
         return experiment.experiment_id
     artifacts = None

@@ -1,13 +1,13 @@
 """Load of the nodes of a run: CPUs, memory, disks, network and GPUs, measured by MLflow's monitors.
 
-MLflow's own `SystemMetricsMonitor` does not fit: it writes to the store from every node, which the default SQLite file allows on
-one node only, and it reads the run back before every sample. Here only the run's one tracker writes.
+MLflow's own `SystemMetricsMonitor` writes to the store from every node, which the default SQLite file allows on one node only.
 """
 
 import logging
 import socket
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -48,7 +48,14 @@ class NodeMonitor:
         return socket.gethostname(), metrics
 
 
-_NodeMonitorActor: Any = ray.remote(num_cpus=0)(NodeMonitor)
+@dataclass
+class MeasuredNode:
+    """A node of a run with the actor that measures it."""
+
+    name: str  # node_0, node_1, …
+    actor: Any = None
+    sample: Any = None  # a call without an answer yet
+    has_tag: bool = False
 
 
 class NodeMetrics:
@@ -61,10 +68,7 @@ class NodeMetrics:
     def __init__(self, tracker: Tracker, seconds: float) -> None:
         """`seconds`: interval between two samples of a node; 0: take none."""
         self._tracker, self._seconds = tracker, seconds
-        self._numbers: dict[str, int] = {}  # by Ray's node id; a number is never reused
-        self._actors: dict[str, Any] = {}
-        self._pending: dict[str, Any] = {}  # calls without an answer yet
-        self._tagged: set[str] = set()  # nodes whose host is a tag
+        self._nodes: dict[str, MeasuredNode] = {}  # by Ray's node id
         self._last_request = time.monotonic()  # rates need an interval
 
     def poll(self, nodes: Iterable[str]) -> None:
@@ -72,34 +76,35 @@ class NodeMetrics:
         if not self._seconds:
             return
         try:
-            for node in list(self._pending):
-                self._log_sample(node)
+            for node in self._nodes.values():
+                if node.sample is not None and ray.wait([node.sample], timeout=0)[0]:
+                    self._log_sample(node)
             if time.monotonic() - self._last_request >= self._seconds:
                 self._last_request = time.monotonic()
-                self._request_samples(sorted(nodes))
+                for node_id in sorted(nodes):
+                    self._request_sample(node_id)
         except Exception as error:
             logger.warning("tracking: system metrics stopped; the run continues: %s", error)
             self._seconds = 0.0
 
-    def _log_sample(self, node: str) -> None:
-        if not ray.wait([self._pending[node]], timeout=0)[0]:
-            return
-        name = f"node_{self._numbers[node]}"
+    def _log_sample(self, node: MeasuredNode) -> None:
+        call, node.sample = node.sample, None
         try:
-            host, metrics = ray.get(self._pending.pop(node))
+            host, metrics = ray.get(call)
         except ray.exceptions.RayError:  # the node or the actor is gone; if the node is seen again, it gets a new actor
-            del self._actors[node]
+            node.actor = None
             return
-        self._tracker.log_system({f"{name}/{metric}": value for metric, value in metrics.items()})
-        if node not in self._tagged:
-            self._tagged.add(node)
-            self._tracker.describe("", {name: host})
+        self._tracker.log_system({f"{node.name}/{metric}": value for metric, value in metrics.items()})
+        if not node.has_tag:
+            node.has_tag = True
+            self._tracker.describe("", {node.name: host})
 
-    def _request_samples(self, nodes: list[str]) -> None:
-        for node in nodes:
-            number = self._numbers.setdefault(node, len(self._numbers))
-            if node in self._actors and node not in self._pending:
-                self._pending[node] = self._actors[node].sample.remote()
-            elif node not in self._actors and number < _MAX_NODES:
-                on_node = NodeAffinitySchedulingStrategy(node, soft=False)
-                self._actors[node] = _NodeMonitorActor.options(scheduling_strategy=on_node).remote()
+    def _request_sample(self, node_id: str) -> None:
+        if node_id not in self._nodes and len(self._nodes) == _MAX_NODES:
+            return
+        node = self._nodes.setdefault(node_id, MeasuredNode(f"node_{len(self._nodes)}"))
+        if node.actor is None:
+            on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            node.actor = ray.remote(num_cpus=0)(NodeMonitor).options(scheduling_strategy=on_node).remote()
+        elif node.sample is None:
+            node.sample = node.actor.sample.remote()

@@ -17,13 +17,8 @@ def dated_name(recipe: str) -> str:
 
 def run_tags(recipe: str, output_dir: str, code_version: str) -> dict[str, str]:
     """Return the tags by which runs are searched and grouped. MLflow's pages show `mlflow.source.*` as a run's source."""
-    tags = {
-        "recipe": recipe,
-        "code_version": code_version,
-        "output_dir": output_dir,
-        "mlflow.source.name": f"recipe {recipe}",
-        "mlflow.source.type": "JOB",
-    }
+    tags = {"recipe": recipe, "code_version": code_version, "output_dir": output_dir}
+    tags |= {"mlflow.source.name": f"recipe {recipe}", "mlflow.source.type": "JOB"}
     if code_version.startswith("git-"):
         tags["mlflow.source.git.commit"] = code_version.removeprefix("git-")
     return tags
@@ -35,11 +30,8 @@ def append_command(description: str, command: str) -> str:
 
 
 def code_version() -> str:
-    """Return the version of this code.
-
-    `git-<commit>` for a checkout without changes, `files-<digest of the sources>` for other checkouts (a submitted job has no
-    .git folder), and `version-<number>` for an installed wheel.
-    """
+    """Return `git-<commit>` for a checkout without changes, `files-<digest of the sources>` for other checkouts (a submitted job
+    has no .git folder), and `version-<number>` for an installed wheel."""
     root = checkout_root()
     if root is None:
         return f"version-{importlib.metadata.version('diffdis-platform')}"

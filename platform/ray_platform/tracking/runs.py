@@ -1,25 +1,34 @@
 """Open a tracked run: `start_run` is the one way, for a training, an evaluation, a sweep or a comparison."""
 
 import contextlib
+import importlib
+import json
 import logging
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_platform import storage
+from ray_platform.contracts import ConfigError
 from ray_platform.redaction import redacted, redacted_values
-from ray_platform.tracking import json_lines
-from ray_platform.tracking.config import RunRecord, TrackingConfig, tracking_uri, write_run_record
-from ray_platform.tracking.tracker import ModelPackage, RunMetadata, RunStatus, TrackedData, Tracker, load_tracker_class
+from ray_platform.tracking.config import RUN_RECORD, TRACKERS, RunRecord, TrackingConfig, tracking_uri
+from ray_platform.tracking.tracker import ModelPackage, NestedValues, RunMetadata, RunStatus, TrackedData, Tracker
 
 logger = logging.getLogger(__name__)
 
 _MAX_PENDING_CALLS = 1000  # further calls are dropped: a server that hangs must not fill the memory with waiting ones
 _LATEST_TIMEOUT_S = 2.0
 _ANSWER_TIMEOUT_S = 120.0
-_UPLOAD_TIMEOUT_S = 3600.0  # for a whole model; MLflow gives up on a server that does not answer sooner
+_MODEL_TIMEOUT_S = 3600.0  # to upload a whole model; MLflow gives up on a server that does not answer sooner
+_FILE, _ARTIFACTS = "metrics.jsonl", "artifacts"
+_UPLOAD_SECONDS = 60.0  # between two uploads of the JSON lines to object storage, which cannot append
 
 
 @contextlib.contextmanager
@@ -56,7 +65,8 @@ def start_run(
             tracker.describe(metadata.description, metadata.tags)
             tracker.log_data(metadata.data)
         if record:
-            write_run_record(output_dir, run_record(config, output_dir, tracker))
+            content = json.dumps(redacted_values(run_record(config, output_dir, tracker)), indent=2)
+            storage.write_bytes(storage.join(output_dir, RUN_RECORD), content.encode())
         yield tracker
         status = "FINISHED"
     finally:
@@ -71,24 +81,41 @@ def run_record(config: TrackingConfig, output_dir: str, tracker: Tracker) -> Run
 def metric_history(uri: str, run_id: str, prefix: str, output_dir: str = "") -> dict[int, dict[str, float]]:
     """Return the metrics of a run whose names start with `prefix`, by step; empty if they cannot be read.
 
-    They are read from the JSON lines in `output_dir` if `uri` is empty, and else from MLflow's store at `uri`.
+    They are read from the JSON lines in `output_dir` if `uri` is empty, and else from MLflow's store at `uri`. Of a metric that
+    was logged twice at a step (a resumed run does that), the later value counts.
     """
     try:
-        if not uri:
-            return json_lines.read_history(output_dir, prefix)
-        from ray_platform.tracking import mlflow_tracker  # its import takes a second
+        if uri:
+            from ray_platform.tracking.mlflow_tracker import read_history  # its import takes a second
 
-        return mlflow_tracker.read_history(uri, run_id, prefix)
+            entries = read_history(uri, run_id, prefix)
+        else:
+            lines = map(json.loads, storage.read_bytes(storage.join(output_dir, _FILE)).decode().splitlines())
+            entries = [(line["step"], name, value) for line in lines for name, value in line.get("metrics", {}).items()]
     except Exception as error:
         logger.warning("tracking: the metrics of run %s cannot be read: %s", run_id, redacted(str(error)))
         return {}
+    history: dict[int, dict[str, float]] = {}
+    for step, name, value in sorted(entries, key=lambda entry: entry[0]):
+        if name.startswith(prefix):
+            history.setdefault(step, {})[name] = value
+    return history
+
+
+@contextlib.contextmanager
+def _tolerate(warned: set[str], kind: str = "") -> Iterator[None]:
+    """Turn a failure into a warning, logged once per kind of call (or of error): it must not stop a training."""
+    try:
+        yield
+    except Exception as error:
+        kind = kind or f"a call of the tracker's process ({type(error).__name__})"
+        if kind not in warned:
+            warned.add(kind)
+            logger.warning("tracking: %s failed (logged once); the run continues: %s", kind, redacted(str(error)))
 
 
 class SafeTracker(Tracker):
-    """Writes to all trackers of `config.backends`. No method raises, and no argument reaches a tracker with a secret in it.
-
-    A failure is a warning, logged once for each kind of call: it must not stop a training.
-    """
+    """Writes to all trackers of `config.backends`. No method raises, and no argument reaches a tracker with a secret in it."""
 
     def __init__(self, config: TrackingConfig, output_dir: str, run_id: str = "") -> None:
         """Start a run, or continue `run_id`."""
@@ -97,7 +124,7 @@ class SafeTracker(Tracker):
         self._latest: tuple[int, dict[str, float]] = (-1, {})
         config = replace(config, tags=_redacted_tags(config.tags))
         for backend in config.backends:
-            with self._tolerate(f"start of {backend}"):
+            with _tolerate(self._warned, f"start of {backend}"):
                 self._trackers.append(load_tracker_class(backend)(config, output_dir, run_id))
 
     def run_id(self) -> str:
@@ -106,14 +133,14 @@ class SafeTracker(Tracker):
     def describe(self, description: str, tags: Mapping[str, str]) -> None:
         self._call("tags", lambda tracker: tracker.describe(redacted(description), _redacted_tags(tags)))
 
-    def log_params(self, config: Mapping[str, Any]) -> None:
+    def log_params(self, config: NestedValues) -> None:
         self._call("params", lambda tracker: tracker.log_params(redacted_values(config)))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Values that are not numbers are left out."""
         numbers: dict[str, float] = {}
         for name, value in metrics.items():
-            with self._tolerate(f"metric {name}"):
+            with _tolerate(self._warned, f"metric {name}"):
                 numbers[name] = float(value)
         self._latest = (step, self._latest[1] | numbers if step == self._latest[0] else numbers)
         self._call("metrics", lambda tracker: tracker.log_metrics(numbers, step))
@@ -145,112 +172,78 @@ class SafeTracker(Tracker):
 
     def _call(self, kind: str, call: Callable[[Tracker], None]) -> None:
         for tracker in self._trackers:
-            with self._tolerate(kind if len(self._trackers) == 1 else f"{kind} ({type(tracker).__name__})"):
+            with _tolerate(self._warned, kind if len(self._trackers) == 1 else f"{kind} ({type(tracker).__name__})"):
                 call(tracker)
 
-    @contextlib.contextmanager
-    def _tolerate(self, kind: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if kind not in self._warned:
-                self._warned.add(kind)
-                logger.warning("tracking: %s failed (logged once); the run continues: %s", kind, redacted(str(error)))
+
+def load_tracker_class(backend: str) -> Callable[[TrackingConfig, str, str], Tracker]:
+    """Return the class of an entry of `tracking.backends`. Raises ConfigError if it does not exist."""
+    module, _, name = TRACKERS.get(backend, backend).partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError, TypeError):
+        raise ConfigError(
+            f"tracking.backends: no tracker {backend!r}; use {', '.join(TRACKERS)}, or the import path module:Class of your own"
+        ) from None
 
 
 def _redacted_tags(tags: Mapping[str, str]) -> dict[str, str]:
     return {name: redacted(str(value)) for name, value in tags.items()}
 
 
-# In a process of its own, so that a slow store does not delay training steps.
-_TrackerActor: Any = ray.remote(num_cpus=0)(SafeTracker)
-
-
 class TrackerHandle(Tracker):
     """Handle of the driver and of rank 0 to a `SafeTracker` in an actor. No method raises.
 
-    The `log_` methods do not wait for the store, except for `log_model`.
+    Methods do not wait for the store, except for `run_id`, `log_model` (until the model is stored) and `end` (until everything
+    that this process sent is written).
     """
 
     def __init__(self, actor: Any) -> None:
-        """`actor`: the actor, or None for a tracker that does nothing."""
         self._actor = actor
         self._last_call: Any = None
         self._warned: set[str] = set()
         self._latest: tuple[int, dict[str, float]] = (-1, {})
 
     def run_id(self) -> str:
-        """Wait until the run is started and return its id."""
         return self._ask("run_id") or ""
 
-    def describe(self, description: str, tags: Mapping[str, str]) -> None:
-        self._send("describe", description, tags)
-
-    def log_params(self, config: Mapping[str, Any]) -> None:
-        self._send("log_params", config)
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        self._send("log_metrics", metrics, step)
-
-    def log_system(self, metrics: Mapping[str, float]) -> None:
-        self._send("log_system", metrics)
-
-    def log_data(self, data: Sequence[TrackedData]) -> None:
-        self._send("log_data", data)
-
-    def log_bytes(self, data: bytes, path: str) -> None:
-        self._send("log_bytes", data, path)
-
-    def log_folder(self, folder: str, path: str) -> None:
-        """`folder` is on the driver's node and must exist until `end`."""
-        self._send("log_folder", folder, path)
-
     def log_model(self, folder: str, package: ModelPackage) -> None:
-        """Wait until the model is stored."""
-        self._ask("log_model", folder, package, timeout=_UPLOAD_TIMEOUT_S)
-
-    def register_model(self, name: str, source: str, run_id: str, tags: Mapping[str, str]) -> None:
-        self._send("register_model", name, source, run_id, tags)
+        self._ask("log_model", folder, package, timeout=_MODEL_TIMEOUT_S)
 
     def latest(self) -> tuple[int, dict[str, float]]:
         """While the store is slow, return the previous answer."""
-        with self._tolerate():
-            if self._actor is not None:
-                call = self._actor.latest.remote()
-                if ray.wait([call], timeout=_LATEST_TIMEOUT_S)[0]:
-                    self._latest = ray.get(call)
+        with _tolerate(self._warned):
+            call = self._actor.latest.remote()
+            if ray.wait([call], timeout=_LATEST_TIMEOUT_S)[0]:
+                self._latest = ray.get(call)
         return self._latest
 
     def end(self, status: RunStatus) -> None:
-        """Mark the run as ended, once everything that this process sent is written."""
         self._ask("end", status)
 
     def _send(self, method: str, *arguments: Any) -> None:
         # Look at the previous call without waiting for it: that is how a dead actor is noticed.
-        with self._tolerate():
+        with _tolerate(self._warned):
             if self._last_call is not None and ray.wait([self._last_call], timeout=0)[0]:
                 ray.get(self._last_call)
-        with self._tolerate():
-            if self._actor is not None:
-                self._last_call = getattr(self._actor, method).remote(*arguments)
+        with _tolerate(self._warned):
+            self._last_call = getattr(self._actor, method).remote(*arguments)
+
+    describe: Any = partialmethod(_send, "describe")
+    log_params: Any = partialmethod(_send, "log_params")
+    log_metrics: Any = partialmethod(_send, "log_metrics")
+    log_system: Any = partialmethod(_send, "log_system")
+    log_data: Any = partialmethod(_send, "log_data")
+    log_bytes: Any = partialmethod(_send, "log_bytes")
+    log_folder: Any = partialmethod(_send, "log_folder")
+    register_model: Any = partialmethod(_send, "register_model")
 
     def _ask(self, method: str, *arguments: Any, timeout: float = _ANSWER_TIMEOUT_S) -> Any:
-        with self._tolerate():
-            if self._actor is not None:
-                return ray.get(getattr(self._actor, method).remote(*arguments), timeout=timeout)
+        with _tolerate(self._warned):
+            return ray.get(getattr(self._actor, method).remote(*arguments), timeout=timeout)
         return None
 
-    @contextlib.contextmanager
-    def _tolerate(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            kind = type(error).__name__
-            if kind not in self._warned:
-                self._warned.add(kind)
-                logger.warning("tracking: the tracker does not answer (logged once); the run continues: %s", redacted(str(error)))
-
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> object:
         """A reference to a call belongs to the process that made it."""
         return self.__dict__ | {"_last_call": None}
 
@@ -258,9 +251,60 @@ class TrackerHandle(Tracker):
 def start_tracker_actor(config: TrackingConfig, output_dir: str, run_id: str = "") -> TrackerHandle:
     """Start the run's only writer in an actor on this node, where its files are. To be called by the driver."""
     this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    try:
-        options = _TrackerActor.options(scheduling_strategy=this_node, max_pending_calls=_MAX_PENDING_CALLS)
-        return TrackerHandle(options.remote(config, output_dir, run_id))
-    except Exception as error:
-        logger.warning("tracking: the tracker could not be started; the run continues without it: %s", redacted(str(error)))
-        return TrackerHandle(None)
+    actor: Any = ray.remote(num_cpus=0, max_pending_calls=_MAX_PENDING_CALLS, scheduling_strategy=this_node)(SafeTracker)
+    return TrackerHandle(actor.remote(config, output_dir, run_id))
+
+
+class JsonLinesTracker(Tracker):
+    """Appends to a file of JSON lines in the run's output folder. It needs neither a server nor a database.
+
+    Each call writes one object: its `time` (seconds since 1970) and `step` and `metrics`, or `params`, `tags`, …. A resumed run
+    appends to the file of its output folder.
+    """
+
+    def __init__(self, config: TrackingConfig, output_dir: str, run_id: str) -> None:
+        self._run_id = run_id or uuid.uuid4().hex
+        self._output_dir, self._url = output_dir, storage.join(output_dir, _FILE)
+        self._is_local = "://" not in output_dir
+        self._lines = ""  # of object storage: the whole file
+        self._next_upload = time.monotonic() + _UPLOAD_SECONDS
+        if not self._is_local and storage.exists(self._url):
+            self._lines = storage.read_bytes(self._url).decode()
+        self._write(run_id=self._run_id, run_name=config.run_name, parent_run_id=config.parent_run_id, tags=config.tags)
+
+    def run_id(self) -> str:
+        return self._run_id
+
+    def describe(self, description: str, tags: Mapping[str, str]) -> None:
+        self._write(description=description, tags=tags)
+
+    def log_params(self, config: NestedValues) -> None:
+        self._write(params=config)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self._write(step=step, metrics=metrics)
+
+    def log_system(self, metrics: Mapping[str, float]) -> None:
+        self._write(system=metrics)
+
+    def log_data(self, data: Sequence[TrackedData]) -> None:
+        self._write(data=[asdict(part) for part in data])
+
+    def log_bytes(self, data: bytes, path: str) -> None:
+        storage.write_bytes(storage.join(self._output_dir, _ARTIFACTS, path), data)
+
+    def end(self, status: RunStatus) -> None:
+        self._next_upload = 0.0
+        self._write(status=status)
+
+    def _write(self, **values: Any) -> None:
+        line = json.dumps({"time": time.time()} | {name: v for name, v in values.items() if v != ""}, default=str) + "\n"
+        if self._is_local:
+            Path(self._output_dir).mkdir(parents=True, exist_ok=True)
+            with open(self._url, "a") as file:
+                file.write(line)
+            return
+        self._lines += line
+        if time.monotonic() > self._next_upload:
+            self._next_upload = time.monotonic() + _UPLOAD_SECONDS
+            storage.write_bytes(self._url, self._lines.encode())

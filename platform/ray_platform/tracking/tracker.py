@@ -1,14 +1,12 @@
 """The interface of trackers, and the records that a run passes to them. docs/extending.md shows how to add a tracker."""
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from ray_platform.contracts import ConfigError
-from ray_platform.tracking.config import TRACKERS, TrackingConfig
-
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+NestedValues = Mapping[str, Any]  # a configuration: numbers, texts, lists and further mappings by field
+Columns = Mapping[str, str | list[str]]  # one of MLflow's types (`string`, `binary`, `double`) per column; in a list: an array
 
 
 @dataclass(frozen=True)
@@ -24,19 +22,16 @@ class TrackedData:
 
 @dataclass(frozen=True)
 class ModelPackage:
-    """How an exported model becomes a model that MLflow loads where this project is not installed.
-
-    The type of a column or result is one of MLflow's names (`string`, `binary`, `double`), in a list for an array.
-    """
+    """How an exported model becomes a model that MLflow loads where this project is not installed."""
 
     entry: str  # a Python file that calls mlflow.models.set_model with a PythonModel; its artifact `model` is the exported folder
     code: tuple[str, ...]  # folders of packages to store with the model
     requirements: tuple[str, ...]  # PyPI names of the packages to install
-    columns: Mapping[str, Any]  # of the input; each is optional
-    results: Mapping[str, Any]  # of the output
-    params: Mapping[str, Any]  # name -> default; lists contain strings
+    columns: Columns  # of the input; each is optional
+    results: Columns  # of the output
+    params: NestedValues  # name -> default; lists contain strings
     example: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # an input, by column
-    example_params: Mapping[str, Any] = field(default_factory=dict)
+    example_params: NestedValues = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,12 +41,12 @@ class RunMetadata:
     name: str  # used if `tracking.run_name` is empty
     description: str  # Markdown
     tags: Mapping[str, str]
-    params: Mapping[str, Any]  # the resolved configuration
+    params: NestedValues  # the resolved configuration
     data: Sequence[TrackedData] = ()
 
 
 class Tracker(Protocol):
-    """Writer of one run.
+    """Writer of one run. A class that is called with (config, output_dir, run_id) opens the run.
 
     A class that inherits from it implements only the methods that its service supports; the others do nothing. Methods may raise:
     `SafeTracker` turns errors into warnings and removes secrets from the arguments beforehand.
@@ -64,7 +59,7 @@ class Tracker(Protocol):
     def describe(self, description: str, tags: Mapping[str, str]) -> None:
         """Set tags, and the description (Markdown) unless the run already has one: a user may have written a better one."""
 
-    def log_params(self, config: Mapping[str, Any]) -> None:
+    def log_params(self, config: NestedValues) -> None:
         """Record a nested configuration."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -97,17 +92,3 @@ class Tracker(Protocol):
 
     def end(self, status: RunStatus) -> None:
         """Mark the run as ended. It can be continued later."""
-
-
-def load_tracker_class(backend: str) -> Callable[[TrackingConfig, str, str], Tracker]:
-    """Return the class of an entry of `tracking.backends`. Called with (config, output_dir, run_id), it opens the run.
-
-    Raises ConfigError for an entry that is neither in `TRACKERS` nor the import path of a class.
-    """
-    module, _, name = TRACKERS.get(backend, backend).partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError, TypeError):
-        raise ConfigError(
-            f"tracking.backends: no tracker {backend!r}; use {', '.join(TRACKERS)}, or the import path module:Class of your own"
-        ) from None

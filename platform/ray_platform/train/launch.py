@@ -33,12 +33,11 @@ from ray_platform.tracking import (
     Tracker,
     TrackingConfig,
     read_run_record,
-    run_record,
-    start_run,
     tracking_uri,
 )
 from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.tracking.run_metadata import append_command, code_version, dated_name, run_tags
+from ray_platform.tracking.runs import run_record, start_run
 from ray_platform.train.checkpoint_format import candidates, list_checkpoints, read_manifest
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.fault_tolerance import DriverMonitor, RestartPolicy, SaveBeforeResize

@@ -1,0 +1,31 @@
+"""Servers that tests start: free ports of loopback, and waiting until a server answers."""
+
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for opened in sockets:
+            opened.bind(("127.0.0.1", 0))
+        return [opened.getsockname()[1] for opened in sockets]
+    finally:
+        for opened in sockets:
+            opened.close()
+
+
+def wait_until_ready(process: subprocess.Popen, log: Path, use: Callable[[], object], seconds: float = 120) -> None:
+    """Call `use` until it raises nothing. Raises RuntimeError with the end of the log if the process ends or takes longer."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            use()
+            return
+        except Exception as error:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{process.args} did not start: {log.read_text()[-4000:]}") from error
+            time.sleep(0.1)

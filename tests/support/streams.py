@@ -1,0 +1,32 @@
+"""A rank's stream from its plain parts, without Ray."""
+
+from collections.abc import Iterator
+
+from ray_platform.contracts import Batch
+from ray_platform.data.catalog import Catalog
+from ray_platform.data.causes import SkipCounter
+from ray_platform.data.config import DataConfig
+from ray_platform.data.ledger import Ledger
+from ray_platform.data.plan import Reader, groups
+from ray_platform.data.source import BLOCK_BYTES, read_group
+from ray_platform.data.stream import Batcher, merged
+
+
+def reader_of(catalog: Catalog, rank: int = 0, world_size: int = 1, *, seed: int = 0, consumed: Ledger | None = None) -> Reader:
+    """A reader of everything that was not consumed, in a plan that starts with everything."""
+    base = Ledger(catalog.num_units)
+    return Reader(seed, rank, world_size, base, consumed or base.copy())
+
+
+def plain_stream(
+    catalog: Catalog, config: DataConfig, reader: Reader, batch_size: int, block_bytes: int = BLOCK_BYTES
+) -> Iterator[Batch]:
+    """The batches that `stream` yields, without end."""
+
+    def read_stream(number: int):
+        for group in groups(catalog, reader, config.interleave, config.reads_per_rank):
+            if group.read_stream == number:
+                yield from read_group(group, config, reader.seed, block_bytes)
+
+    batcher = Batcher(batch_size, SkipCounter(f"rank {reader.rank}", config.max_skipped_share))
+    return batcher.batches(merged([read_stream(number) for number in range(config.reads_per_rank)]))
