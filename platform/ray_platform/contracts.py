@@ -1,6 +1,6 @@
-"""The types that the rooms of the platform hand to each other, and the shape of the Task that they train.
+"""The types that the packages of the platform exchange, and the protocols of what they train and evaluate.
 
-A Task comes from outside (`diffdis.task`, say) and satisfies `Task` by shape alone: neither library imports the other.
+A Task comes from outside, as `diffdis.task`, and satisfies `Task` by its shape alone: neither library imports the other.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
+from ray_platform.json_values import JsonObject
 from ray_platform.redaction import redacted
 
 if TYPE_CHECKING:  # every read worker imports this file, and torch would double its start and its memory
@@ -155,7 +156,7 @@ class Task(Protocol):
         Raises ValueError if a library does not open it or gives other results.
         """
 
-    def describe(self, captions: Sequence[str] = ()) -> dict[str, Any]:
+    def describe(self, captions: Sequence[str] = ()) -> JsonObject:
         """Return what was built, for the log: parameter counts, what a warm start loaded, what `captions` of the data show."""
 
 
@@ -189,7 +190,7 @@ class FeatureNetwork(Protocol):
     """A network whose features of real and generated images the Fréchet distance compares."""
 
     figure: str  # the name of a distance between its features: "fid" or "fd_<network>"
-    protocol: Mapping[str, Any]  # everything that the features depend on: equal protocols make features comparable
+    protocol: JsonObject  # everything that the features depend on: equal protocols make features comparable
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Return float32 [B, d] of uint8 [B, H, W, 3]."""

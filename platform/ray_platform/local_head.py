@@ -93,15 +93,6 @@ class LocalHead:
         """End all processes of the head and remove its files."""
         self._clean_up()
 
-    def processes(self) -> list[psutil.Process]:
-        """Return the running processes that have this head's marker."""
-        marked = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARKER) == self._marker:
-                    marked.append(process)
-        return marked
-
     def _environment(self) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
         no_proxy = ",".join(filter(None, (env.get("no_proxy") or env.get("NO_PROXY"), _HOST, "localhost")))
@@ -189,11 +180,21 @@ class LocalHead:
     def _end_processes(self) -> None:
         # Several rounds: a process may have started another one meanwhile.
         for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
-            processes = self.processes()
+            processes = marked_processes(self._marker)
             for process in processes:
                 with contextlib.suppress(psutil.Error):
                     end(process)
             psutil.wait_procs(processes, timeout=_GRACE_S)
+
+
+def marked_processes(marker: str) -> list[psutil.Process]:
+    """Return the running processes of the head with this marker."""
+    marked = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARKER) == marker:
+                marked.append(process)
+    return marked
 
 
 def ensure_cluster() -> None:

@@ -100,7 +100,7 @@ def test_scores_are_those_of_a_plain_loop_over_the_images(exported, whole):
     right = 0
     for i in range(150):
         if i != 7:
-            query = pipeline.embed_image(np.stack([pipeline.pixels([_image(i)])[0]]), keys=[f"mine/{_key(i)}"])
+            query = pipeline.embed_image(np.stack([pipeline.preprocess([_image(i)])[0]]), keys=[f"mine/{_key(i)}"])
             right += int((query @ classes.T).argmax()) == i % 7
     (entry,) = whole[1]["zero_shot"]
     assert entry["metrics"]["acc1"] == right / 150, "the image that cannot be read counts as wrong"
