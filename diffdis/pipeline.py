@@ -8,7 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 import torch
@@ -27,9 +27,38 @@ from diffdis.sampling import build_scheduler, ddim_scheduler, named_generator, n
 from diffdis.text_encoder import TextEncoder
 
 TextInput = str | Sequence[str]
+OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["DiffDisPipeline", int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 IMAGE_BATCH, TEXT_BATCH = 32, 256
 _CLASS_CACHE = 8  # sets of classes whose embeddings are kept
+
+
+class GenerateSettings(TypedDict, total=False):
+    """Arguments of `DiffDisPipeline.generate` after the prompt."""
+
+    negative_prompt: TextInput | None
+    num_images_per_prompt: int
+    num_inference_steps: int
+    guidance_scale: float
+    height: int | None
+    width: int | None
+    seed: int
+    generator: torch.Generator | None
+    latents: torch.Tensor | None
+    indices: Sequence[int] | None
+    output_type: OutputType
+    batch_size: int
+    callback_on_step_end: "StepCallback | None"
+
+
+class EmbedSettings(TypedDict, total=False):
+    """Arguments of `DiffDisPipeline.embed_image` after the images."""
+
+    keys: Sequence[str] | None
+    num_steps: int
+    num_draws: int
+    guidance: float
+    batch_size: int
 
 
 class DiffDisPipeline:
@@ -79,7 +108,7 @@ class DiffDisPipeline:
 
     # --- generation ----------------------------------------------------------------------------------------------------
 
-    def __call__(self, prompt: TextInput, **settings: Any) -> ImagePipelineOutput:
+    def __call__(self, prompt: TextInput, **settings: Unpack[GenerateSettings]) -> ImagePipelineOutput:
         """Generate images with the arguments of `generate`; they are in `.images`, as in diffusers' pipelines."""
         previous = self._progress_bar
         self._progress_bar = {} if previous == {"disable": True} else previous
@@ -103,7 +132,7 @@ class DiffDisPipeline:
         generator: torch.Generator | None = None,
         latents: torch.Tensor | None = None,
         indices: Sequence[int] | None = None,
-        output_type: str = "pil",
+        output_type: OutputType = "pil",
         batch_size: int = IMAGE_BATCH,
         callback_on_step_end: StepCallback | None = None,
         num_steps: int | None = None,
@@ -144,8 +173,8 @@ class DiffDisPipeline:
             indices = places
         if self.config.trained_for in ("alignment", "clip"):
             raise ValueError(f"this model was trained for {self.config.trained_for} alone: it cannot generate images")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type: {output_type!r} is unknown; use pil, np, pt or latent")
+        if output_type not in get_args(OutputType):
+            raise ValueError(f"output_type: {output_type!r} is unknown; use {', '.join(get_args(OutputType))}")
         texts = as_texts(prompt, "prompt")
         negative = as_texts(negative_prompt or "", "negative_prompt")
         negative = negative * len(texts) if len(negative) == 1 else list(_checked("negative_prompt", negative, len(texts)))
@@ -329,39 +358,19 @@ class DiffDisPipeline:
         images: ImagesInput,
         class_names: TextInput,
         templates: TextInput = ("{c}",),
-        *,
-        keys: Sequence[str] | None = None,
-        num_steps: int = 10,
-        num_draws: int = 1,
-        guidance: float = 0.0,
-        batch_size: int = IMAGE_BATCH,
+        **settings: Unpack[EmbedSettings],
     ) -> torch.Tensor:
-        """Return probabilities over `class_names`, [B, num_classes]. The other arguments are those of `embed_image`."""
+        """Return probabilities over `class_names`, [B, num_classes]. `settings`: arguments of `embed_image`."""
         classes = self.embed_classes(class_names, templates)
-        embedded = self.embed_image(
-            images, keys=keys, num_steps=num_steps, num_draws=num_draws, guidance=guidance, batch_size=batch_size
-        )
+        embedded = self.embed_image(images, **settings)
         return (embedded @ classes.T * self.model.temperature().float()).softmax(dim=-1).detach()
 
-    def rank_captions(
-        self,
-        images: ImagesInput,
-        captions: TextInput,
-        *,
-        keys: Sequence[str] | None = None,
-        num_steps: int = 10,
-        num_draws: int = 1,
-        guidance: float = 0.0,
-        batch_size: int = IMAGE_BATCH,
-    ) -> torch.Tensor:
-        """Return the indices of N `captions` for each image, best first, [B, N]. The arguments are those of `embed_image`."""
+    def rank_captions(self, images: ImagesInput, captions: TextInput, **settings: Unpack[EmbedSettings]) -> torch.Tensor:
+        """Return the indices of N `captions` for each image, best first, [B, N]. `settings`: arguments of `embed_image`."""
         texts = self.embed_text(captions)
-        embedded = self.embed_image(
-            images, keys=keys, num_steps=num_steps, num_draws=num_draws, guidance=guidance, batch_size=batch_size
-        )
-        return (embedded @ texts.T).argsort(dim=-1, descending=True)
+        return (self.embed_image(images, **settings) @ texts.T).argsort(dim=-1, descending=True)
 
-    def rank(self, images: ImagesInput, captions: TextInput, **settings: Any) -> torch.Tensor:
+    def rank(self, images: ImagesInput, captions: TextInput, **settings: Unpack[EmbedSettings]) -> torch.Tensor:
         """Deprecated: use `rank_captions`."""
         warnings.warn("DiffDisPipeline.rank is deprecated; use rank_captions", DeprecationWarning, stacklevel=2)
         return self.rank_captions(images, captions, **settings)

@@ -119,6 +119,7 @@ def load_component(
         check_pickle(folder / file)
     if issubclass(kind, ModelMixin):
         check_diffusers_model(kind, folder)
+        settings["low_cpu_mem_usage"] = False  # needs accelerate, and logs a paragraph without it
     try:
         model, report = kind.from_pretrained(
             folder,

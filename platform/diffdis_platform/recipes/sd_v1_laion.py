@@ -15,7 +15,7 @@ def sd_v1_laion() -> PretrainConfig:
     The noise of the text query and lambda are those with which the demo does not learn the shortcut (docs/method.md).
     """
     return PretrainConfig(
-        model=sd_v1(),
+        model=sd_v1(encoder_dtype="float16"),
         objective=ObjectiveConfig(lambda_alignment=0.02, num_draws=4, query_timestep_min=250),
         data=DataConfig(image_size=512),
         train=TrainConfig(

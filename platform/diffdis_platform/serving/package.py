@@ -17,6 +17,7 @@ _PARAMS: dict[str, Any] = {
     "num_steps": 0,
     "num_draws": 1,
     "guidance_scale": 7.5,
+    "negative_prompt": "",
     "seed": 0,
 }
 

@@ -57,6 +57,7 @@ class DiffDisModel(mlflow.pyfunc.PythonModel):
             _column(rows, "caption", first),
             num_inference_steps=params.get("num_steps", 0) or 50,
             guidance_scale=params.get("guidance_scale", 7.5),
+            negative_prompt=params.get("negative_prompt", ""),
             seed=params.get("seed", 0),
             indices=range(first, first + len(rows)),  # the noise of a row depends on its index, not on the batches
         )
