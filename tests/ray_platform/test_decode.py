@@ -75,6 +75,7 @@ JPEGS = {
 }
 
 
+SHAPES = ((300, 401), (257, 255), (97, 61))
 OTHER_FORMATS = {
     "gray JPEG": encoded(photo(150, 200)[..., 0], "JPEG"),
     "CMYK JPEG": encoded(Image.fromarray(photo(150, 200)).convert("CMYK"), "JPEG"),
