@@ -29,7 +29,8 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem, resolve_s3_region
 
-from ray_platform.contracts import DataError
+from ray_platform.contracts import DataError, one_line
+from ray_platform.json_values import JsonObject
 from ray_platform.names import check_below, expand_braces
 from ray_platform.retry import StorageError, custom_endpoint, retrying_for, storage_errors, storage_operation
 
@@ -42,6 +43,7 @@ _READ_AHEAD_BYTES = 2**20  # of a file that is opened on S3
 # s3fs attempts each call five times by itself; botocore's own retries would multiply that.
 _S3_CLIENT = {"connect_timeout": 5, "read_timeout": READ_TIMEOUT_S, "retries": {"total_max_attempts": 1}}
 T = TypeVar("T")
+Entry = dict[str, Any]  # what fsspec knows of a file: its name, type and size
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,7 @@ def list_files(source: str) -> tuple[StoredFile, ...]:
     return tuple(sorted((file for file in files if not file.url.endswith("/")), key=lambda file: file.url))
 
 
-def _resolve_links(
-    filesystem: Any, entries: Iterable[dict[str, Any]], deep: bool, seen: frozenset[str] = frozenset()
-) -> Iterator[dict[str, Any]]:
+def _resolve_links(filesystem: Any, entries: Iterable[Entry], deep: bool, seen: frozenset[str] = frozenset()) -> Iterator[Entry]:
     """Replace links by what they point to (Hugging Face's cache consists of links); with `deep`, by the files of a folder."""
     for entry in entries:
         if not entry.get("islink"):
@@ -117,15 +117,14 @@ def read_small(url: str, max_bytes: int = SMALL_BYTES) -> bytes:
     return content
 
 
-def read_json(url: str) -> dict[str, Any]:
+def read_json(url: str) -> JsonObject:
     """Return the object in a small JSON file. Raises DataError if it is not one; StorageError."""
     try:
         value = json.loads(read_small(url))
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__}")
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise DataError(f"{url}: is not a JSON object ({reason}); write it again, or remove it") from None
+        raise DataError(f"{url}: is not a JSON object ({one_line(error)}); write it again, or remove it") from None
     return value
 
 
@@ -298,7 +297,7 @@ def cached_folder(url: str) -> str:
 
 
 @storage_operation(retried=True)
-def _find(url: str) -> tuple[str, dict[str, Any]]:
+def _find(url: str) -> tuple[str, dict[str, Entry]]:
     """Return the path of `url` and all files below it."""
     filesystem, path = _resolve(url)
     entries = filesystem.find(path, detail=True)
@@ -355,7 +354,7 @@ def _resolve(url: str) -> tuple[Any, str]:
     return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=client), rest.rstrip("/")
 
 
-def _stored_file(filesystem: Any, entry: dict[str, Any]) -> StoredFile:
+def _stored_file(filesystem: Any, entry: Entry) -> StoredFile:
     name = entry["name"]
     return StoredFile(name if isinstance(filesystem, LocalFileSystem) else f"s3://{name}", int(entry["size"]))
 

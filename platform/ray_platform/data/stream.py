@@ -161,18 +161,14 @@ class SchedulerThrottle:
 
     rank_waits = threading.Event()
 
-    def before_execution_starts(self, executor: object) -> None:
-        pass
-
     def on_execution_step(self, executor: object) -> None:
         time.sleep(WAITING_PAUSE_SECONDS)
         self.rank_waits.wait(PAUSE_SECONDS - WAITING_PAUSE_SECONDS)
 
-    def after_execution_succeeds(self, executor: object) -> None:
+    def _do_nothing(self, *arguments: object) -> None:
         pass
 
-    def after_execution_fails(self, executor: object, error: Exception) -> None:
-        pass
+    before_execution_starts = after_execution_succeeds = after_execution_fails = _do_nothing
 
 
 def _context(config: DataConfig, world_size: int) -> ray.data.DataContext:
