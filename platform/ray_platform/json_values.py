@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+JsonObject = Mapping[str, Any]  # values by field: numbers, texts, lists and further objects
+
 
 def to_json(value: Any) -> bytes:
     """Return strict JSON: NaN and infinities, which only Python reads, become null."""

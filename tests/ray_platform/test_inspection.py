@@ -23,9 +23,8 @@ from ray_platform.data.inspection import (
     inspect_units,
     spread_units,
 )
-from ray_platform.data.inspection_summary import InspectionSummary, summarize
 from ray_platform.data.precomputed import to_arrow
-from ray_platform.report.inspection import inspection_page
+from ray_platform.report.inspection import InspectionSummary, inspection_page, summarize
 from tests.ray_platform.conftest import png, samples_of, tar_of
 
 CONFIG = DataConfig(image_size=16, retry_seconds=0, filters=FilterConfig(min_size=10))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
+from ray_platform.json_values import JsonObject
 from ray_platform.metric_registry import Direction
 
 MetricValues = Mapping[str, float | None]  # by the names that the metric registry declares
@@ -32,7 +33,7 @@ class EvaluatedModel(TypedDict):
     pretrained: str  # folder or URL of the checkpoint
     task: str
     step: int | None
-    settings: Mapping[str, Any]
+    settings: JsonObject
 
 
 class UnreadableSample(TypedDict):
@@ -48,7 +49,7 @@ class DatasetResult(TypedDict):
     set: str
     model: str
     url: NotRequired[str]  # folder of the dataset
-    settings: NotRequired[Mapping[str, Any]]  # of the model
+    settings: NotRequired[JsonObject]  # of the model
     metrics: MetricValues
     seconds: float
     unreadable: Sequence[UnreadableSample]  # the first ones
@@ -134,7 +135,7 @@ class QualityPoint(TypedDict):
     guidance_scale: float
     metrics: MetricValues
     alignment_by: NotRequired[str]  # the model that measured `alignment`
-    protocol: Mapping[str, Any]
+    protocol: JsonObject
     n: int  # images
     num_reference: NotRequired[Mapping[str, int]]  # feature network -> real images
     seconds: float
@@ -190,7 +191,7 @@ class TrialRecord(TypedDict):
     state: Literal["finished", "stopped", "failed"]
     default: bool  # trained with the recipe's values
     error: str
-    values: Mapping[str, Any]  # field -> value
+    values: JsonObject  # field -> value
     history: Sequence[HistoryEntry]
     metrics: MetricValues  # of the last milestone
     run_id: str
@@ -227,7 +228,7 @@ class SweepDetails(RunHeader):
 class ArmResult(TypedDict):
     """The runs of one arm."""
 
-    seeds: Mapping[str, Mapping[str, Any]]  # seed -> metrics and costs of the run; `environment` is text
+    seeds: Mapping[str, JsonObject]  # seed -> metrics and costs of the run; `environment` is text
     mean: MetricValues
     std: MetricValues  # None with one seed
 
@@ -265,7 +266,7 @@ class ComparisonDetails(RunHeader):
     """`summary.json` of a comparison, with its header, images and learning curves."""
 
     command: str
-    config: NotRequired[Mapping[str, Any]]
+    config: NotRequired[JsonObject]
     config_digest: NotRequired[str]
     environment: NotRequired[str]
     arms: Mapping[str, ArmResult]
