@@ -2,13 +2,14 @@
 
 Every test has one tier: `unit` (this process alone), `ranks` (other processes: gloo ranks, a server, a command), `ray` (a Ray
 cluster or a training) or `slow`. A fixture that starts processes gives a test its tier; a test that starts them itself is marked.
-A unit test that starts a process fails.
+A unit test fails if it or one of its fixtures starts a process.
 """
 
 import dataclasses
-import multiprocessing.process
 import os
+import shutil
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -42,31 +43,62 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: TIERS.index(item.tier))  # stable
 
 
-def _refuse_processes(event, arguments):
-    if _unit_test_running and event == "subprocess.Popen" and os.path.basename(str(arguments[0])) not in HARMLESS_COMMANDS:
-        raise AssertionError(f"a unit test started {arguments[0]}: mark it `ranks`, `ray` or `slow`")
+def _refuse_in_unit_tests(program):
+    if _unit_test_running and program not in HARMLESS_COMMANDS:
+        raise AssertionError(f"a unit test or its fixture started {program}: mark it `ranks`, `ray` or `slow`")
 
 
-sys.addaudithook(_refuse_processes)
+def _watch_commands(event, arguments):
+    if event == "subprocess.Popen":
+        _refuse_in_unit_tests(os.path.basename(str(arguments[0])))
 
 
-@pytest.fixture(autouse=True)
-def _no_processes_in_unit_tests(request, monkeypatch):
+def _start(process, start=BaseProcess.start):
+    _refuse_in_unit_tests(str(process))
+    start(process)
+
+
+sys.addaudithook(_watch_commands)
+BaseProcess.start = _start
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
     global _unit_test_running
-    _unit_test_running = request.node.tier == "unit" and not request.node.get_closest_marker("slow")
-    if _unit_test_running:
-
-        def refuse(process):
-            raise AssertionError(f"a unit test started {process}: mark it `ranks`, `ray` or `slow`")
-
-        monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
-    yield
-    _unit_test_running = False
+    _unit_test_running = item.tier == "unit" and not item.get_closest_marker("slow")
+    try:
+        return (yield)
+    finally:
+        _unit_test_running = False
 
 
 def pytest_sessionfinish():
     if ranks := sys.modules.get("tests.support.ranks"):
         ranks.stop_shared_ranks()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _copied_mlflow_stores(tmp_path_factory):
+    """MLflow takes more than a second to create a SQLite store, so every store is a copy of the first one."""
+    if "mlflow" not in sys.modules:  # no test of this run imports it
+        yield
+        return
+    import mlflow.store.db.utils as stores
+
+    first, create = tmp_path_factory.mktemp("mlflow") / "mlflow.db", stores._initialize_tables
+
+    def copy_or_create(engine):
+        if first.exists() and engine.dialect.name == "sqlite":
+            engine.dispose()
+            shutil.copyfile(first, engine.url.database)
+            return
+        create(engine)
+        if engine.dialect.name == "sqlite":
+            shutil.copyfile(engine.url.database, first)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "_initialize_tables", copy_or_create)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +118,14 @@ def ray_cluster():
     )
     yield context
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Two gloo ranks without Ray, which all tests share."""
+    from tests.support.ranks import shared_ranks
+
+    return shared_ranks(2)
 
 
 @pytest.fixture(scope="session")

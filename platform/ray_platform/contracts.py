@@ -1,6 +1,6 @@
-"""The types that the rooms of the platform hand to each other, and the shape of the Task that they train.
+"""The types that the packages of the platform exchange, and the protocols of what they train and evaluate.
 
-A Task comes from outside (`diffdis.task`, say) and satisfies `Task` by shape alone: neither library imports the other.
+A Task comes from outside, as `diffdis.task`, and satisfies `Task` by its shape alone: neither library imports the other.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ray_platform.json_values import JsonObject
 from ray_platform.redaction import redacted
 
 if TYPE_CHECKING:  # every read worker imports this file, and torch would double its start and its memory
@@ -87,15 +88,14 @@ class Encoder(Protocol):
 
     def encode(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """images [B, H, W, 3] uint8 -> arrays of B rows each, in half precision."""
-        ...
 
 
 class Task(Protocol):
     """What a trainer needs to know of a model.
 
-    `module(inputs, seed, **more)` returns the loss to minimise and the metrics of a micro-batch, with all its randomness drawn
-    from `seed`. A metric is a [2] tensor: a weighted sum and its weight; sums and weights add up over ranks, micro-batches
-    and steps and are divided only when they are logged.
+    `module(inputs, seed, **more)` returns the loss and the metrics of a micro-batch, with all its randomness generated from
+    `seed`. A metric is a [2] tensor: a weighted sum and its weight, which add up over ranks, micro-batches and steps and are
+    divided only when they are logged.
 
     Every rank calls every method that runs `module` equally often: under ZeRO 3 each call is a collective.
     """
@@ -104,51 +104,41 @@ class Task(Protocol):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """AdamW groups over `module`'s trainable parameters: `params`, `lr`, `weight_decay` and a `name` for the log."""
-        ...
 
     def enable_activation_checkpointing(self) -> None:
         """From now on compute activations again in the backward pass instead of keeping them."""
-        ...
 
     def inputs(self, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
-        """From a batch's images and captions, or from what was precomputed of them, to what `module` takes."""
-        ...
+        """Return what `module` takes, from a batch's images and captions or from their precomputed tensors."""
 
     def precompute_step_loss(
         self, inputs: Sequence[dict[str, torch.Tensor]], seeds: Sequence[int]
     ) -> Sequence[Mapping[str, Any]]:
-        """What `module` takes besides for each micro-batch of one optimiser step: keyword arguments, none if empty.
+        """Return keyword arguments of `module` for each micro-batch of an optimizer step; none if empty.
 
-        Called before the first of them is run: here a loss over the whole step's samples can look at all of them.
+        Called before the first micro-batch is run, so that a loss can depend on all samples of the step.
         """
-        ...
 
     def embed_heldout(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What `score` needs of held-out samples: tensors of B rows each. Called without gradients."""
-        ...
+        """Return what `score` needs of held-out samples: tensors of B rows each. Called without gradients."""
 
     def score(self, rows: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Metrics over all ranks' rows of all held-out samples, each sample once."""
-        ...
+        """Return metrics over all ranks' rows of all held-out samples, each sample once."""
 
     def preview(self, rank: int, world_size: int) -> dict[int, np.ndarray]:
-        """This rank's share of the preview images, by their place: [H, W, 3] uint8, always the same captions and noise.
+        """Return this rank's part of the preview images by their place, [H, W, 3] uint8, always of the same captions and noise.
 
         Called without gradients.
         """
-        ...
 
     def preview_page(self, images: Mapping[int, np.ndarray]) -> bytes:
-        """All ranks' preview images as one PNG."""
-        ...
+        """Return all ranks' preview images as one PNG."""
 
     def save_pretrained(self, state_dict: Mapping[str, torch.Tensor], folder: Path) -> None:
         """Write a folder from which the model can be used without this platform."""
-        ...
 
-    def describe(self) -> dict[str, Any]:
-        """What was built, for the log: counts of parameters, what a warm start loaded, left new and ignored."""
-        ...
+    def describe(self) -> JsonObject:
+        """Describe the model for the log: counts of parameters, what a warm start loaded, left new and ignored."""
 
 
 class Scorer(Protocol):
@@ -159,19 +149,15 @@ class Scorer(Protocol):
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
         """Return one row of the input of `embed_images` for RGB uint8 [H, W, 3] of any size. Called from several threads."""
-        ...
 
     def embed_images(self, images: np.ndarray, keys: Sequence[str], **settings: Any) -> np.ndarray:
         """Return [B, D] float32 of unit norm for [B, ...]. The noise of an image, if there is any, depends on its key."""
-        ...
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return [N, D] float32 of unit norm."""
-        ...
 
     def embed_classes(self, class_names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
         """Return [num_classes, D] float32 of unit norm: each class over all templates, whose "{c}" is its name."""
-        ...
 
 
 class Generator(Protocol):
@@ -179,15 +165,13 @@ class Generator(Protocol):
 
     def generate_images(self, captions: Sequence[str], indices: Sequence[int], **settings: Any) -> np.ndarray:
         """Return [B, H, W, 3] uint8. The noise of an image depends on its index among all prompts, not on the batch."""
-        ...
 
 
 class FeatureNetwork(Protocol):
     """A network whose features of real and generated images the Fréchet distance compares."""
 
     figure: str  # the name of a distance between its features: "fid" or "fd_<network>"
-    protocol: Mapping[str, Any]  # everything that the features depend on: equal protocols make features comparable
+    protocol: JsonObject  # everything that the features depend on: equal protocols make features comparable
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Return float32 [B, d] of uint8 [B, H, W, 3]."""
-        ...

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-JsonObject = Mapping[str, Any]  # values by field: numbers, texts, lists and further objects
+JsonObject = dict[str, Any]  # of JSON values
 
 
 def to_json(value: Any) -> bytes:
@@ -35,14 +35,12 @@ def first_difference(a: Any, b: Any, field: str = "") -> tuple[str, str, str] | 
     return None if a == b else (field, _shorten(a), _shorten(b))
 
 
-def with_defaults(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(saved: JsonObject, defaults: JsonObject) -> JsonObject:
     """Return a configuration that was saved earlier, with the default of every field that the code has gained since then."""
-    filled = dict(saved)
-    for name, default in defaults.items():
-        if name not in saved:
-            filled[name] = default
-        elif isinstance(saved[name], dict) and isinstance(default, dict):
-            filled[name] = with_defaults(saved[name], default)
+    filled = saved | {name: default for name, default in defaults.items() if name not in saved}
+    for name in defaults.keys() & saved.keys():
+        if isinstance(saved[name], dict) and isinstance(defaults[name], dict):
+            filled[name] = with_defaults(saved[name], defaults[name])
     return filled
 
 

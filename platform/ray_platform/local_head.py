@@ -44,6 +44,11 @@ if sys.platform == "linux":
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 _RAY = ("-m", "ray.scripts.scripts")
+_PORT_OPTIONS = (
+    *("port", "dashboard-port", "ray-client-server-port", "node-manager-port", "object-manager-port", "metrics-export-port"),
+    *("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port"),
+)
+_PORT_VARIABLES = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")  # these have no command-line options
 
 
 class HeadError(UserError):
@@ -60,10 +65,11 @@ class LocalHead:
     """
 
     def __init__(self, num_cpus: int | None = None) -> None:
-        """`num_cpus`: CPUs that the head offers; all of the machine's by default. The head starts with the block."""
+        """`num_cpus`: CPUs that the head offers; all of the machine's by default."""
         self._num_cpus = num_cpus
         self._marker = uuid.uuid4().hex
-        self._ports = dict(zip(_PORT_NAMES, _free_ports(len(_PORT_NAMES)), strict=True))
+        names = _PORT_OPTIONS + _PORT_VARIABLES
+        self._ports = dict(zip(names, _free_ports(len(names)), strict=True))
         self._folder: Path
         self._handler: Any = signal.SIG_DFL
         self.address = f"http://{_HOST}:{self._ports['dashboard-port']}"
@@ -87,23 +93,12 @@ class LocalHead:
         """End all processes of the head and remove its files."""
         self._clean_up()
 
-    def processes(self) -> list[psutil.Process]:
-        """Return the running processes that have this head's marker."""
-        marked = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARKER) == self._marker:
-                    marked.append(process)
-        return marked
-
     def _environment(self) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
         no_proxy = ",".join(filter(None, (env.get("no_proxy") or env.get("NO_PROXY"), _HOST, "localhost")))
         return env | {
             MARKER: self._marker,
-            "PATH": os.pathsep.join(
-                (str(Path(sys.executable).parent), env.get("PATH", ""))
-            ),  # so that `python` is this interpreter
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}",  # so that `python` is this interpreter
             "no_proxy": no_proxy,
             "NO_PROXY": no_proxy,
             "RAY_API_SERVER_ADDRESS": self.address,  # for `ray job …`
@@ -118,23 +113,20 @@ class LocalHead:
         }
 
     def _command(self) -> list[str]:
-        command = [sys.executable, "-S", "-c", _DIE_WITH_PARENT, *_RAY, "start", "--head", "--block"]
-        command += [f"--{name}={port}" for name, port in self._ports.items() if name in _PORT_OPTIONS]
-        command += [
+        return [
+            *(sys.executable, "-S", "-c", _DIE_WITH_PARENT, *_RAY, "start", "--head", "--block"),
+            *(f"--{name}={self._ports[name]}" for name in _PORT_OPTIONS),
             f"--node-ip-address={_HOST}",
             f"--dashboard-host={_HOST}",
-            "--min-worker-port=0",  # 0: the kernel chooses
-            "--max-worker-port=0",
+            *("--min-worker-port=0", "--max-worker-port=0"),  # the kernel chooses
             f"--temp-dir={self._folder}",
             f"--object-store-memory={_OBJECT_STORE_BYTES}",
             "--disable-usage-stats",
+            *([] if self._num_cpus is None else [f"--num-cpus={self._num_cpus}"]),
         ]
-        if self._num_cpus is not None:
-            command.append(f"--num-cpus={self._num_cpus}")
-        return command
 
     def _start(self) -> None:
-        # The head must not see a RAY_ADDRESS; two metrics ports have no command-line options.
+        # The head must not see a RAY_ADDRESS.
         env = {name: value for name, value in self.env.items() if name not in _FOREIGN}
         env |= {name: str(self._ports[name]) for name in _PORT_VARIABLES}
         log = self._folder / "start.log"
@@ -149,10 +141,13 @@ class LocalHead:
             )
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._ready():
-            if head.poll() is not None:
-                raise HeadError(f"the Ray head exited with code {head.returncode} at its start:\n{_tail(log)}")
-            if time.monotonic() > deadline:
-                raise HeadError(f"the Ray head was not ready after {_START_TIMEOUT_S:.0f} s:\n{_tail(log)}")
+            code = head.poll()
+            if code is not None or time.monotonic() > deadline:
+                problem = (
+                    f"was not ready after {_START_TIMEOUT_S:.0f} s" if code is None else f"exited with code {code} at its start"
+                )
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
+                raise HeadError(f"the Ray head {problem}:\n{tail}")
             time.sleep(0.05)
 
     def _ready(self) -> bool:
@@ -185,11 +180,21 @@ class LocalHead:
     def _end_processes(self) -> None:
         # Several rounds: a process may have started another one meanwhile.
         for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
-            processes = self.processes()
+            processes = marked_processes(self._marker)
             for process in processes:
                 with contextlib.suppress(psutil.Error):
                     end(process)
             psutil.wait_procs(processes, timeout=_GRACE_S)
+
+
+def marked_processes(marker: str) -> list[psutil.Process]:
+    """Return the running processes of the head with this marker."""
+    marked = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARKER) == marker:
+                marked.append(process)
+    return marked
 
 
 def ensure_cluster() -> None:
@@ -205,16 +210,13 @@ def ensure_cluster() -> None:
 
 
 def submit(head: LocalHead, entrypoint: Sequence[str], working_dir: Path, env_vars: Mapping[str, str]) -> int:
-    """Run a job on `head` with its output in this terminal, and wait for it. An interrupt stops the job.
+    """Run a job on `head` with its output in this terminal; return 0 if it succeeded. An interrupt stops the job.
 
     Args:
         head: a started head.
         entrypoint: the command, as `["python", "jobs/pretrain.py"]`; `python` is this interpreter.
         working_dir: the folder in which the command runs; Ray copies it, except for what its `.gitignore` lists.
         env_vars: added to the environment of the driver and the workers.
-
-    Returns:
-        The exit status of `ray job submit`: 0 if the job succeeded.
     """
     job = f"diffdis-{uuid.uuid4().hex[:12]}"
     client = subprocess.Popen(
@@ -240,21 +242,6 @@ def submit(head: LocalHead, entrypoint: Sequence[str], working_dir: Path, env_va
         raise
 
 
-_PORT_OPTIONS = (
-    "port",
-    "dashboard-port",
-    "ray-client-server-port",
-    "node-manager-port",
-    "object-manager-port",
-    "dashboard-agent-listen-port",
-    "dashboard-agent-grpc-port",
-    "runtime-env-agent-port",
-    "metrics-export-port",
-)
-_PORT_VARIABLES = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
-_PORT_NAMES = _PORT_OPTIONS + _PORT_VARIABLES
-
-
 def _free_ports(count: int) -> list[int]:
     free: list[int] = []
     for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
@@ -264,10 +251,6 @@ def _free_ports(count: int) -> list[int]:
         if len(free) == count:
             return free
     raise HeadError(f"fewer than {count} free ports from {_PORTS.start} to {_PORTS.stop}; close other servers")
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
 
 
 def _in_main_thread() -> bool:

@@ -4,7 +4,7 @@ Ray is imported where it is called: every configuration imports this module, and
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ray_platform.contracts import ConfigError
@@ -27,11 +27,6 @@ class ResourceRequest:
         available = total_resources(self.labels)
         needed = {kind: amount for kind, amount in self.amounts.items() if amount}
         return min((int(available.get(kind, 0) / amount + 1e-6) for kind, amount in needed.items()), default=_UNLIMITED)
-
-
-def most_restrictive(requests: Sequence[ResourceRequest]) -> ResourceRequest:
-    """Return the request with the smallest capacity."""
-    return min(requests, key=ResourceRequest.capacity)
 
 
 def check_labels(field: str, labels: Labels) -> None:
@@ -59,13 +54,6 @@ def total_resources(labels: Labels) -> dict[str, float]:
             for kind, amount in node["Resources"].items():
                 total[kind] = total.get(kind, 0.0) + amount
     return total
-
-
-def is_on_this_node(labels: Labels) -> bool:
-    """Return whether the node of this process has these labels."""
-    import ray
-
-    return labels.items() <= ray.get_runtime_context().get_node_labels().items()
 
 
 def can_autoscale() -> bool:

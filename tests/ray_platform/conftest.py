@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.ranks import Ranks
 from tests.support.s3_server import S3Server
 
 
@@ -88,11 +87,3 @@ def forget_s3_sessions():
     forget = fsspec.get_filesystem_class("s3").clear_instance_cache
     yield forget
     forget()
-
-
-@pytest.fixture(scope="session")
-def two_ranks():
-    """Two gloo ranks without Ray."""
-    group = Ranks(2)
-    yield group
-    group.stop()

@@ -1,13 +1,15 @@
+"""Captions, and the filters that read a sample's other fields."""
+
 import json
 
 import pytest
 
 from ray_platform.data.captions import caption, clean
-from ray_platform.data.causes import SampleError
+from ray_platform.data.causes import SampleError, is_filtered
 from ray_platform.data.config import DataConfig
+from ray_platform.data.filters import Candidate, FilterConfig, check, meanings
 
-PLAIN = DataConfig()
-BY_FIELD = DataConfig(caption_field="alt")
+PLAIN, CLEAN, BY_FIELD = DataConfig(), DataConfig(clean_captions=True), DataConfig(caption_field="alt")
 DEEP = b"[" * 100_000
 
 
@@ -17,12 +19,6 @@ def members(**contents) -> dict[str, memoryview]:
 
 def of_json(**fields) -> dict[str, memoryview]:
     return members(json=json.dumps(fields).encode())
-
-
-def cause_of(call, *args) -> str:
-    with pytest.raises(SampleError) as raised:
-        call(*args)
-    return raised.value.cause
 
 
 @pytest.mark.parametrize(
@@ -36,7 +32,7 @@ def cause_of(call, *args) -> str:
         (members(json=b'\xef\xbb\xbf{"caption": "marked"}'), PLAIN, "marked"),
         (members(txt=b"from txt", json=b'{"alt": " from a field "}'), BY_FIELD, "from a field"),
         (members(txt=b"a  &amp; b"), PLAIN, "a  &amp; b"),
-        (members(txt=b"a  &amp; b"), DataConfig(clean_captions=True), "a & b"),
+        (members(txt=b"a  &amp; b"), CLEAN, "a & b"),
     ],
 )
 def test_the_caption_of_a_sample(sample, config, text):
@@ -44,34 +40,31 @@ def test_the_caption_of_a_sample(sample, config, text):
 
 
 @pytest.mark.parametrize(
-    ("sample", "config", "cause"),
+    ("cause", "sample", "config"),
     [
-        (members(jpg=b"x"), PLAIN, "caption_missing"),
-        (of_json(url="x"), PLAIN, "caption_missing"),
-        (of_json(caption=None), PLAIN, "caption_missing"),
-        (members(txt=b"not asked"), BY_FIELD, "caption_missing"),
-        (members(txt=b"not asked", json=b'{"caption": "nor this"}'), BY_FIELD, "caption_missing"),
-        (members(txt=b""), PLAIN, "caption_empty"),
-        (members(txt=b" \n\t", json=b'{"caption": "not asked"}'), PLAIN, "caption_empty"),
-        (members(txt=b"\xef\xbb\xbf"), PLAIN, "caption_empty"),
-        (of_json(caption=""), PLAIN, "caption_empty"),
-        (members(txt=b"<br>&nbsp;"), DataConfig(clean_captions=True), "caption_empty"),
-        (members(txt="größe".encode("latin-1")), PLAIN, "caption_not_utf8"),
-        (members(txt="größe".encode("utf-16")), PLAIN, "caption_not_utf8"),
-        (members(txt=b"\xed\xa0\x80"), PLAIN, "caption_not_utf8"),
-        (members(json=b'{"caption": "\xff"}'), PLAIN, "caption_not_utf8"),
-        (members(json=b'{"caption": "\\ud800"}'), PLAIN, "caption_not_utf8"),
-        (members(json=b"{"), PLAIN, "json_invalid"),
-        (members(json=b""), PLAIN, "json_invalid"),
-        (members(json=DEEP), PLAIN, "json_invalid"),
-        (members(json=b'["a caption"]'), PLAIN, "json_invalid"),
-        (members(json=b"9" * 5000), PLAIN, "json_invalid"),
-        (of_json(caption=3), PLAIN, "json_invalid"),
-        (of_json(alt=["a"]), BY_FIELD, "json_invalid"),
+        ("caption_missing", members(jpg=b"x"), PLAIN),
+        ("caption_missing", of_json(url="x"), PLAIN),
+        ("caption_missing", of_json(caption=None), PLAIN),
+        ("caption_missing", members(txt=b"not used"), BY_FIELD),
+        ("caption_missing", members(txt=b"not used", json=b'{"caption": "nor this"}'), BY_FIELD),
+        ("caption_empty", members(txt=b""), PLAIN),
+        ("caption_empty", members(txt=b" \n\t", json=b'{"caption": "not used"}'), PLAIN),
+        ("caption_empty", members(txt=b"\xef\xbb\xbf"), PLAIN),
+        ("caption_empty", of_json(caption=""), PLAIN),
+        ("caption_empty", members(txt=b"<br>&nbsp;"), CLEAN),
+        ("caption_not_utf8", members(txt="größe".encode("latin-1")), PLAIN),
+        ("caption_not_utf8", members(txt="größe".encode("utf-16")), PLAIN),
+        ("caption_not_utf8", members(txt=b"\xed\xa0\x80"), PLAIN),
+        ("caption_not_utf8", members(json=b'{"caption": "\xff"}'), PLAIN),
+        ("caption_not_utf8", members(json=b'{"caption": "\\ud800"}'), PLAIN),
+        *(("json_invalid", members(json=content), PLAIN) for content in (b"{", b"", DEEP, b'["a caption"]', b"9" * 5000)),
+        ("json_invalid", of_json(caption=3), PLAIN),
+        ("json_invalid", of_json(alt=["a"]), BY_FIELD),
     ],
 )
-def test_captions_that_cannot_be_used(sample, config, cause):
-    assert cause_of(caption, sample, config) == cause
+def test_captions_that_cannot_be_used(cause, sample, config):
+    with pytest.raises(SampleError, match=f"^{cause}$"):
+        caption(sample, config)
 
 
 @pytest.mark.parametrize(
@@ -91,3 +84,47 @@ def test_captions_that_cannot_be_used(sample, config, cause):
 def test_cleaning(text, cleaned):
     assert clean(text) == cleaned
     assert clean(cleaned) == cleaned
+
+
+def filter_cause_of(sample: dict[str, memoryview], **limits) -> str:
+    """The cause for which the sample is rejected; empty if it passes."""
+    try:
+        check(Candidate(members=sample), FilterConfig(**limits), reads_image=False)
+    except SampleError as error:
+        return error.cause
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "name", "good", "bad"),
+    [
+        ("min_similarity", 0.3, "similarity", 0.3, 0.29),
+        ("min_similarity", 0.3, "SIMILARITY", 0.31, -1),
+        ("min_similarity", 0.3, "clip_similarity_vitb32", 1, 0),
+        ("max_unsafe", 0.5, "punsafe", 0.5, 0.51),
+        ("max_unsafe", 0.5, "unsafe", 0, 1),
+        ("max_unsafe", 0.4, "NSFW", "UNLIKELY", "UNSURE"),
+        ("max_unsafe", 0.5, "nsfw", "unsure", "NSFW"),
+        ("max_watermark", 0.8, "pwatermark", "0.7", "0.9"),
+        ("max_watermark", 0.8, "watermark", 0.8, 0.81),
+        ("min_aesthetic", 5, "AESTHETIC_SCORE", 5, 4.9),
+        ("min_aesthetic", 5, "aesthetic_score", 6, 4),
+        ("min_aesthetic", 5, "aesthetic", 6, 4),
+        ("min_aesthetic", 5, "aesthetic_score_laion_v2", 6, 4),
+    ],
+)
+def test_each_score_under_each_of_its_names(limit, value, name, good, bad):
+    cause = f"filtered_{limit[4:]}"
+    assert filter_cause_of(of_json(**{name: good}), **{limit: value}) == ""
+    assert filter_cause_of(of_json(**{name: bad}), **{limit: value}) == cause
+    assert is_filtered(cause)
+    assert limit in meanings()[cause]
+
+
+def test_a_score_that_a_filter_needs_must_exist():
+    for content in (b"{}", b'{"punsafe": NaN}', b'{"punsafe": "?"}', b'{"punsafe": [1]}', b'{"punsafe": ' + b"9" * 400 + b"}"):
+        assert filter_cause_of(members(json=content), max_unsafe=0.5) == "score_missing"
+    assert filter_cause_of({}, max_unsafe=0.5) == "score_missing"
+    assert filter_cause_of(members(json=DEEP), max_unsafe=0.5) == "json_invalid"
+    assert filter_cause_of(of_json(punsafe=None, NSFW="NSFW"), max_unsafe=0.5) == "filtered_unsafe"  # the next name counts
+    assert filter_cause_of(members(json=DEEP), min_size=100) == ""  # not read without a filter on a score

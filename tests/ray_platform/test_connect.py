@@ -1,4 +1,4 @@
-"""Which cluster a driver attaches to, and what it says when there is none. The attaching itself: test_local_head.py."""
+"""Which cluster a driver connects to, and its errors. The connection itself: test_local_head.py."""
 
 import json
 import os
@@ -34,51 +34,44 @@ def listening():
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_the_environments_address_comes_first(attached, listening, monkeypatch):
+def test_the_workers_of_a_driver_get_absolute_paths_and_the_environments_address(attached, listening, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", listening)
     connect("127.0.0.1:1")
     assert attached[0]["address"] == listening
-
-
-def test_a_direct_drivers_workers_get_absolute_paths(attached, listening):
-    connect(listening)
     paths = attached[0]["runtime_env"]["env_vars"]["PYTHONPATH"].split(os.pathsep)
     assert paths == [str(ROOT), str(ROOT / "platform")]
 
 
-def test_a_submitted_jobs_workers_get_the_path_in_their_copy(attached, listening, monkeypatch):
+def test_the_workers_of_a_submitted_job_get_the_path_in_their_copy(attached, listening, monkeypatch):
     job = {"runtime_env": {"working_dir": "gcs://package.zip", "env_vars": {}}, "metadata": {}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     connect(listening)
     assert attached[0]["runtime_env"] == {"env_vars": {"PYTHONPATH": "platform", "RAY_ADDRESS": listening}}
 
 
-def test_no_address_is_an_error(attached):
-    with pytest.raises(ClusterError, match="ray job submit"):
-        connect()
-
-
-@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "auto", "127.0.0.1", ":6379"])
-def test_what_is_no_host_and_port_is_an_error(attached, address):
-    with pytest.raises(ClusterError, match="host:port"):
-        connect(address)
-
-
-def test_no_cluster_at_the_address_is_one_line_at_once(attached, listening):
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("", "ray job submit"),
+        *((address, "host:port") for address in ("http://127.0.0.1:8265", "ray://127.0.0.1:10001", "auto", "127.0.0.1", ":6379")),
+        ("unused", "no Ray cluster answers at"),
+    ],
+)
+def test_an_address_without_a_cluster_is_an_error_of_one_line(attached, address, message):
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound, so nobody else listens there
-        address = f"127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(ClusterError, match=f"no Ray cluster answers at {address}") as caught:
+        unused.bind(("127.0.0.1", 0))  # bound, so that no process listens there
+        address = f"127.0.0.1:{unused.getsockname()[1]}" if address == "unused" else address
+        with pytest.raises(ClusterError, match=message) as caught:
             connect(address)
     assert "\n" not in str(caught.value)
     assert not attached
 
 
-def test_rays_refusal_becomes_one_line(attached, listening, monkeypatch):
-    def refuse(**_options):
+def test_a_rejection_by_ray_becomes_one_line(attached, listening, monkeypatch):
+    def reject(**_options):
         raise ConnectionError("Failed to connect\nand much more")
 
-    monkeypatch.setattr(module.ray, "init", refuse)
+    monkeypatch.setattr(module.ray, "init", reject)
     with pytest.raises(ClusterError, match=r"rejected this driver: Failed to connect$"):
         connect(listening)
 

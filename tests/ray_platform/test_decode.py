@@ -1,6 +1,7 @@
 import io
 import random
 import struct
+import warnings
 
 import numpy as np
 import pytest
@@ -275,27 +276,6 @@ def test_what_follows_a_jpeg_does_not_matter():
     assert difference(decoded(padded, 32), decoded(JPEG, 32)).mean() <= 0.1
 
 
-def test_nothing_is_more_lenient_than_pillow():
-    # Many a flipped byte leaves a valid stream of other pixels, which nobody can tell.
-    rejected = {False: 0, True: 0}  # whether Pillow rejects it too
-    rng = random.Random(0)
-    for _ in range(150):
-        content = bytearray(rng.choice((JPEG, PROGRESSIVE)))
-        content[rng.randrange(2, rng.choice((700, len(content))))] = rng.randrange(256)
-        try:
-            by_pillow(bytes(content), 8)
-            pillow_rejects = False
-        except Exception:
-            pillow_rejects = True
-        try:
-            decoded(bytes(content))
-            assert not pillow_rejects
-        except SampleError:
-            rejected[pillow_rejects] += 1
-    assert rejected[True] > 3
-    assert rejected[False] > 10  # where libjpeg ran out of data
-
-
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
@@ -327,7 +307,7 @@ def test_the_content_decides_not_the_name(suffix):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("seed", range(8))
-def test_any_damage_gives_a_picture_or_a_cause(seed):
+def test_any_damage_gives_an_image_that_pillow_decodes_too_or_a_cause(seed):
     rng = random.Random(seed)
     small = photo(30, 40)
     transparent = Image.fromarray(np.dstack([small, small[..., 0]]))
@@ -364,4 +344,7 @@ def test_any_damage_gives_a_picture_or_a_cause(seed):
         else:
             assert (pixels.shape, pixels.dtype) == ((16, 16, 3), np.uint8)
             seen.add("good")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                Image.open(io.BytesIO(content)).load()  # many a flipped byte leaves a valid stream of other pixels
     assert {"good", "image_undecodable"} <= seen <= {"good"} | DAMAGED

@@ -1,4 +1,4 @@
-"""Shards of the real img2dataset, from a web server on loopback, with links that are dead and files that are no images."""
+"""Shards of the real img2dataset, from a web server on loopback, with dead links and files that are not images."""
 
 import csv
 import functools
@@ -16,10 +16,9 @@ from PIL import Image
 
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig, FilterConfig
-from ray_platform.data.inspection import Statistics, inspect_unit
-from ray_platform.data.ledger import Ledger
-from ray_platform.data.plan import Reader
+from ray_platform.data.inspection import inspect_unit
 from ray_platform.data.stream import stream
+from tests.support.streams import reader_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -40,7 +39,7 @@ def img2dataset() -> Path:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The URL of a folder of pictures."""
+    """The URL of a folder of images."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for number in range(GOOD):
@@ -49,21 +48,16 @@ def served(tmp_path_factory):
         Image.fromarray(low).resize((int(width), int(height)), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff no image")
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.fixture(scope="module")
 def shards(img2dataset, served, tmp_path_factory) -> Path:
-    """50 pictures, a link that is dead and one that is no picture, in shards of 20."""
+    """50 images, a dead link and one to a file that is not an image, in shards of 20."""
     folder = tmp_path_factory.mktemp("img2dataset")
     with (folder / "urls.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -82,36 +76,19 @@ def shards(img2dataset, served, tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def captions(config: DataConfig) -> set[str]:
+def test_the_catalog_has_its_counts_and_every_sample_is_good(shards):
+    config = DataConfig(sources=(str(shards),), image_size=32)
     catalog = build_catalog(config)
-    nothing = Ledger(catalog.num_units)
-    batches = stream(catalog, config, Reader(0, 0, 1, nothing, nothing.copy()), batch_size=10, num_batches=5)
-    return {caption for batch in batches for caption in batch.captions}
-
-
-def test_the_catalog_has_img2datasets_counts(shards):
-    catalog = build_catalog(DataConfig(sources=(str(shards),)))
-    assert len(catalog.shards) == 3
-    assert catalog.num_samples == GOOD
     stats = [json.loads(path.read_text())["successes"] for path in sorted(shards.glob("*_stats.json"))]
     assert [shard.num_samples for shard in catalog.shards] == stats
+    assert (len(catalog.shards), catalog.num_samples) == (3, GOOD)
+    inspected = [inspect_unit(unit, config) for unit in catalog.pools[0]]
+    assert sum(statistics.used for statistics in inspected) == sum(statistics.looked_at for statistics in inspected) == GOOD
 
 
-def test_inspection_finds_every_sample_good(shards):
-    config = DataConfig(sources=(str(shards),), image_size=32)
-    found = Statistics()
-    for unit in build_catalog(config).pools[0]:
-        found.merge(inspect_unit(unit, config))
-    assert (found.used, found.looked_at) == (GOOD, GOOD)
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_an_epoch_has_every_picture_once(shards):
-    config = DataConfig(sources=(str(shards),), image_size=32)
-    assert captions(config) == {f"picture {number}, with a comma" for number in range(GOOD)}
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_filters_read_its_json(shards):
-    config = DataConfig(sources=(str(shards),), image_size=32, filters=FilterConfig(min_similarity=0.4))
-    assert captions(config) == {f"picture {number}, with a comma" for number in range(20, GOOD)}
+@pytest.mark.parametrize(("min_similarity", "first"), [(None, 0), (0.4, 20)])
+def test_an_epoch_has_every_image_that_passes_the_filter_once(ray_cluster, shards, min_similarity, first):
+    config = DataConfig(sources=(str(shards),), image_size=32, filters=FilterConfig(min_similarity=min_similarity))
+    catalog = build_catalog(config)
+    (batch,) = stream(catalog, config, reader_of(catalog), batch_size=GOOD - first, num_batches=1)
+    assert set(batch.captions) == {f"picture {number}, with a comma" for number in range(first, GOOD)}

@@ -1,6 +1,7 @@
 """The ledger alone, and the whole data plane's exactness over random crashes and world sizes, without Ray."""
 
 from collections import Counter
+from itertools import pairwise
 from unittest import mock
 
 import numpy as np
@@ -17,52 +18,44 @@ from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader
 from tests.support.streams import plain_stream
 
-
-def consumed(unit: int, start: int, stop: int, epoch: int = 0, pool: int = 0) -> ConsumedRange:
-    return ConsumedRange(pool, epoch, unit, start, stop, total=10)
+NUM_UNITS, TOTALS = (10, 1), (5, 1, 4, 1, 1, 1, 1, 1, 1, 2)  # units per pool; samples per unit
 
 
-def test_ranges_join_until_a_unit_is_complete():
-    ledger = Ledger([2])
-    ledger.add([consumed(0, 4, 6), consumed(0, 0, 2)])
-    assert ledger.ranges(0, 0, 0) == [(0, 2), (4, 6)]
-    ledger.add([consumed(0, 2, 4)])
-    assert ledger.ranges(0, 0, 0) == [(0, 6)]
-    assert not ledger.is_complete(0, 0, 0)
-    ledger.add([consumed(0, 6, 10)])
-    assert ledger.is_complete(0, 0, 0)
-    assert ledger.remaining(0, 0).tolist() == [1]
+@st.composite
+def ranges(draw) -> ConsumedRange:
+    pool = draw(st.integers(0, 1))
+    unit = draw(st.integers(0, NUM_UNITS[pool] - 1))
+    start = draw(st.integers(0, TOTALS[unit] - 1))
+    return ConsumedRange(pool, draw(st.integers(0, 2)), unit, start, draw(st.integers(start + 1, TOTALS[unit])), TOTALS[unit])
 
 
-def test_epochs_close_in_their_order_and_each_pool_by_itself():
-    ledger = Ledger([1, 1])
-    ledger.add([consumed(0, 0, 10, epoch=1)])
-    assert ledger.first_epoch == [0, 0]
-    ledger.add([consumed(0, 0, 10, epoch=0)])
-    assert ledger.first_epoch == [2, 0]
-    assert ledger.is_complete(0, 1, 0)
-    assert ledger.remaining(0, 1).size == 0
-    assert ledger.remaining(1, 0).tolist() == [0]
-
-
-@pytest.mark.parametrize("again", [consumed(0, 3, 4), consumed(0, 0, 10), consumed(0, 4, 6), consumed(1, 9, 10)])
-def test_consuming_a_sample_twice_is_an_error(again):
-    ledger = Ledger([3])
-    ledger.add([consumed(0, 2, 5), consumed(1, 0, 10)])
-    with pytest.raises(ValueError, match="consumed twice"):
-        ledger.add([again])
-
-
-def test_bytes_hold_all_of_it():
-    ledger = Ledger([70, 3])
-    ledger.add([consumed(unit, 0, 10) for unit in range(0, 70, 3)])
-    ledger.add([consumed(1, 3, 5), consumed(1, 7, 8), consumed(2, 0, 10, pool=1), consumed(1, 0, 1, pool=1, epoch=4)])
-    again = Ledger.from_bytes(ledger.to_bytes())
-    assert again.to_bytes() == ledger.to_bytes()
-    assert again.ranges(0, 0, 1) == [(3, 5), (7, 8)]
-    assert again.remaining(0, 0).tolist() == ledger.remaining(0, 0).tolist()
-    again.add([consumed(1, 5, 7)])
-    assert ledger.ranges(0, 0, 1) == [(3, 5), (7, 8)]
+@settings(max_examples=200, deadline=None)
+@given(st.lists(ranges(), max_size=60))
+def test_a_ledger_is_the_set_of_the_consumed_samples(consumed):
+    ledger, model = Ledger(NUM_UNITS), set()
+    for part in consumed:
+        samples = {(*part[:3], sample) for sample in range(part.start, part.stop)}
+        if model & samples:
+            with pytest.raises(ValueError, match="consumed twice"):
+                ledger.add([part])
+        else:
+            kept, before = ledger.copy(), ledger.to_bytes()
+            ledger.add([part])
+            model |= samples
+            assert kept.to_bytes() == before
+        ledger = Ledger.from_bytes(ledger.to_bytes())
+    for pool, num_units in enumerate(NUM_UNITS):
+        done = [[all((pool, e, u, s) in model for s in range(TOTALS[u])) for u in range(num_units)] for e in range(3)]
+        assert ledger.first_epoch[pool] == next((epoch for epoch in range(3) if not all(done[epoch])), 3)
+        for epoch in range(3):
+            assert ledger.remaining(pool, epoch).tolist() == [unit for unit in range(num_units) if not done[epoch][unit]]
+            for unit in range(num_units):
+                assert ledger.is_complete(pool, epoch, unit) == done[epoch][unit]
+                if not done[epoch][unit]:
+                    parts = ledger.ranges(pool, epoch, unit)
+                    expected = {sample for *unit_, sample in model if unit_ == [pool, epoch, unit]}
+                    assert [sample for start, stop in parts for sample in range(start, stop)] == sorted(expected)
+                    assert all(stop < start for (_, stop), (start, _) in pairwise(parts))  # adjacent ranges are merged
 
 
 class FakeUnit:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from ray_platform import local_head
-from ray_platform.local_head import MARKER, HeadError, LocalHead, submit
+from ray_platform.local_head import MARKER, HeadError, LocalHead, marked_processes, submit
 
 ROOT = Path(__file__).parents[2]
 PLATFORM = str(ROOT / "platform")
@@ -39,17 +39,6 @@ sys.exit(int(sys.argv[1]))
 pytestmark = pytest.mark.ray
 
 
-def marked(value: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARKER) == value:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 @pytest.fixture(scope="module")
 def head():
     with LocalHead(num_cpus=2) as head:
@@ -59,15 +48,18 @@ def head():
 @pytest.fixture
 def project(tmp_path):
     """A small project of the repository's shape, with a folder that must not be uploaded."""
+    files = {
+        "jobs/_bootstrap.py": (ROOT / "jobs" / "_bootstrap.py").read_text(),
+        "jobs/look.py": JOB,
+        "outside.py": "",
+        "data/big.bin": "0" * 1000,
+        ".gitignore": "/data/\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
     (tmp_path / "platform").mkdir()
     (tmp_path / "platform" / "ray_platform").symlink_to(ROOT / "platform" / "ray_platform")
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs" / "_bootstrap.py").write_text((ROOT / "jobs" / "_bootstrap.py").read_text())
-    (tmp_path / "jobs" / "look.py").write_text(JOB)
-    (tmp_path / "outside.py").write_text("")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "big.bin").write_bytes(b"0" * 1000)
-    (tmp_path / ".gitignore").write_text("/data/\n")
     return tmp_path
 
 
@@ -84,47 +76,36 @@ def test_a_job_that_fails_has_its_exit_code(head, project):
 @pytest.mark.slow
 def test_a_driver_beside_the_head_finds_it_by_its_environment(head):
     driver = "from ray_platform.connect import connect; connect(); import ray; print(ray.cluster_resources()['CPU'])"
-    run = subprocess.run(
-        [sys.executable, "-c", driver], env=head.env | {"PYTHONPATH": PLATFORM}, capture_output=True, text=True, check=True
-    )
-    assert run.stdout.split() == ["2.0"]
+    printed = subprocess.check_output([sys.executable, "-c", driver], env=head.env | {"PYTHONPATH": PLATFORM}, text=True)
+    assert printed.split() == ["2.0"]
 
 
-@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer " + "0" * 64}])
-def test_nobody_gets_in_without_the_token(head, headers):
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(urllib.request.Request(f"{head.address}/api/jobs/", headers=headers), timeout=10)
-    assert refused.value.code in (401, 403)
+def test_the_head_is_reachable_from_this_machine_alone_and_with_its_token_alone(head):
+    for headers in ({}, {"Authorization": "Bearer " + "0" * 64}):
+        with pytest.raises(urllib.error.HTTPError) as rejected:
+            urllib.request.urlopen(urllib.request.Request(f"{head.address}/api/jobs/", headers=headers), timeout=10)
+        assert rejected.value.code in (401, 403)
+    connections = (c for process in marked_processes(head.env[MARKER]) for c in process.net_connections("inet"))
+    assert {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
 
 
-def test_the_head_listens_on_loopback_alone(head):
-    listening = {
-        connection.laddr.ip.removeprefix("::ffff:")
-        for process in head.processes()
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert listening == {"127.0.0.1"}
-
-
-def test_a_start_that_fails_shows_the_log_and_leaves_nothing(monkeypatch):
-    failing = [sys.executable, "-c", "print('no room for a head'); raise SystemExit(3)"]
-    monkeypatch.setattr(LocalHead, "_command", lambda self: failing)
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("print('no room for a head'); raise SystemExit(3)", r"exited with code 3(.|\n)*no room for a head"),
+        ("import time; time.sleep(600)", "not ready"),
+    ],
+)
+def test_a_start_that_fails_shows_the_log_and_leaves_nothing(monkeypatch, program, message):
+    monkeypatch.setattr(LocalHead, "_command", lambda self: [sys.executable, "-c", program])
+    monkeypatch.setattr(local_head, "_START_TIMEOUT_S", 1.5)
     head = LocalHead()
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(HeadError, match=r"exited with code 3(.|\n)*no room for a head"), head:
+    with pytest.raises(HeadError, match=message), head:
         pass
+    assert not marked_processes(head.env[MARKER])
     assert not head._folder.exists()
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_start_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr(LocalHead, "_command", lambda self: [sys.executable, "-c", "import time; time.sleep(600)"])
-    monkeypatch.setattr(local_head, "_START_TIMEOUT_S", 0.5)
-    head = LocalHead()
-    with pytest.raises(HeadError, match="not ready"), head:
-        pass
-    assert not head.processes()
 
 
 def start_and_wait(program: str) -> tuple[subprocess.Popen, str, Path]:
@@ -146,9 +127,7 @@ with LocalHead(num_cpus=1) as head:
     return parent, marker, Path(folder)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, -signal.SIGINT), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
 @pytest.mark.slow
 def test_a_signal_ends_the_head_its_children_and_nothing_else(number, code):
     with subprocess.Popen(["sleep", "600"]) as bystander:
@@ -157,10 +136,10 @@ def test_a_signal_ends_the_head_its_children_and_nothing_else(number, code):
         parent, marker, folder = start_and_wait(
             f"subprocess.Popen([sys.executable, '-c', {stubborn!r}], env=head.env); time.sleep(600)"
         )
-        assert len(marked(marker)) > 5
+        assert len(marked_processes(marker)) > 5
         parent.send_signal(number)
         assert parent.wait(timeout=30) == code
-        assert not marked(marker)
+        assert not marked_processes(marker)
         assert not folder.exists()
         assert bystander.poll() is None
         bystander.kill()
@@ -169,20 +148,18 @@ def test_a_signal_ends_the_head_its_children_and_nothing_else(number, code):
 @pytest.mark.slow
 def test_an_interrupt_stops_the_job(tmp_path):
     started, stopped = tmp_path / "started", tmp_path / "stopped"
-    job = f"""
+    (tmp_path / "job.py").write_text(f"""
 import pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(stopped)!r}).touch(), sys.exit(1)))
 pathlib.Path({str(started)!r}).touch()
 time.sleep(600)
-"""
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "job.py").write_text(job)
-    parent, marker, _ = start_and_wait(f"submit(head, ['python', 'job.py'], Path({str(tmp_path / 'work')!r}), {{}})")
+""")
+    parent, marker, _ = start_and_wait(f"submit(head, ['python', 'job.py'], Path({str(tmp_path)!r}), {{}})")
     wait_until(started.exists)
     parent.send_signal(signal.SIGINT)
     parent.communicate(timeout=60)
     assert stopped.exists(), "the job was asked to stop, not killed"
-    assert not marked(marker)
+    assert not marked_processes(marker)
 
 
 @pytest.mark.slow
@@ -191,7 +168,7 @@ def test_the_head_goes_when_its_parent_is_killed():
     parent, marker, folder = start_and_wait("time.sleep(600)")
     parent.kill()
     parent.wait()
-    wait_until(lambda: not marked(marker))
+    wait_until(lambda: not marked_processes(marker))
     shutil.rmtree(folder)  # nobody was left to remove it
 
 

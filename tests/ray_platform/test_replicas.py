@@ -14,7 +14,7 @@ from tests.ray_platform.replica_work import Fail, KillReplica, Square, no_replic
 
 
 def unit(work, group="squares", cost=1.0, runs_first=False):
-    return WorkUnit(f"unit {work}", group, cache_key({"work": repr(work)}), cost, work, runs_first)
+    return WorkUnit(f"unit {work}", group, cache_key(work=repr(work)), cost, work, runs_first)
 
 
 def squares(numbers, **fields):

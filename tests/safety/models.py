@@ -27,7 +27,7 @@ from ray_platform.data.precomputed import to_arrow
 from ray_platform.data.source import open_precomputed
 from ray_platform.evaluate.discovery import find_evaluation_set
 from ray_platform.evaluate.result_cache import ResultCache
-from ray_platform.evaluate.samples import read_slice
+from ray_platform.evaluate.sets import read_slice
 from tests.ray_platform.conftest import png, tar_of
 from tests.safety.cases import CANARY, Evil, Feed, line_of
 from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder, save_stable_diffusion

@@ -6,15 +6,16 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-SHELL = ("", "bash", "sh", "shell", "console")  # a block that says nothing is one
-_MARK = re.compile(r"<!-- (.*) -->")
-_FENCE = re.compile(r"(\s*)```(\w*)")
+SHELL = ("", "bash", "sh", "shell", "console")  # a block without a language is a shell's
+_FENCED = re.compile(
+    r"(?:^ *<!-- (?P<mark>[^\n]*) -->\n)?^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Block:
         return self.language in SHELL
 
     def commands(self) -> list[list[str]]:
-        """Each command's words. Raises ValueError for what is no shell."""
+        """Each command's words. Raises ValueError if the block is not shell code."""
         commands: list[list[str]] = []
         for line in self.text.replace("\\\n", " ").splitlines():
             lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
@@ -49,25 +50,19 @@ class Block:
         return [command for command in commands if command]
 
 
+def text_of(page: Path) -> str:
+    """A page without its blocks."""
+    return _FENCED.sub("", page.read_text())
+
+
 def blocks(page: str) -> list[Block]:
-    """All of them, in order. `page` is relative to the root."""
-    return list(_read(page, (ROOT / page).read_text().splitlines()))
-
-
-def _read(page: str, lines: list[str]) -> Iterator[Block]:
-    begun, language, mark = -1, "", ""
-    for number, line in enumerate(lines):
-        if not line.lstrip().startswith("```"):
-            continue
-        if begun >= 0:
-            yield Block(page, begun + 1, language, mark, "\n".join(lines[begun + 1 : number]) + "\n")
-            begun = -1
-            continue
-        fence = _FENCE.fullmatch(line)
-        assert fence, f"{page}:{number + 1}: {line!r} is no fence that the tests can read"
-        above = _MARK.fullmatch(lines[number - 1].strip()) if number else None
-        begun, language, mark = number, fence[2], above[1] if above else ""
-    assert begun < 0, f"{page}:{begun + 1}: the block does not end"
+    """The blocks of a page, whose path is relative to the root, in order."""
+    text = (ROOT / page).read_text()
+    assert "```" not in text_of(ROOT / page), f"{page}: a fence does not begin or end a block"
+    return [
+        Block(page, text.count("\n", 0, fenced.start("indent")) + 1, fenced["language"], fenced["mark"] or "", fenced["text"])
+        for fenced in _FENCED.finditer(text)
+    ]
 
 
 def all_blocks() -> list[Block]:
@@ -75,11 +70,11 @@ def all_blocks() -> list[Block]:
 
 
 def blocks_run_by(file: str, page: str) -> list[Block]:
-    """Those of a page that say that the test `file` runs them: it has to run them all, in this order."""
+    """The blocks of a page that are marked as run by the test `file`, which has to run them all, in this order."""
     mark = f"run by {Path(file).relative_to(ROOT).as_posix()}"
-    found = [block for block in blocks(page) if block.mark == mark]
-    assert found, f"{page} has no block that is {mark}"
-    return found
+    marked = [block for block in blocks(page) if block.mark == mark]
+    assert marked, f"{page} has no block that is {mark}"
+    return marked
 
 
 class Shell:
@@ -95,18 +90,18 @@ class Shell:
         """What the block prints. It stops at the first command that fails, which is an AssertionError."""
         process = self.start(block)
         try:
-            said, _ = process.communicate()
-        except BaseException:  # the test's time is up, say
+            output, _ = process.communicate()
+        except BaseException:  # the test's time is up, for example
             os.killpg(process.pid, signal.SIGTERM)
             raise
-        assert process.returncode == 0, f"{block} ended with {process.returncode}:\n{said[-6000:]}"
-        return said
+        assert process.returncode == 0, f"{block} ended with {process.returncode}:\n{output[-6000:]}"
+        return output
 
     def start(self, block: Block) -> subprocess.Popen[str]:
-        """A block that does not end by itself; in a process group of its own."""
+        """Start a block that does not end by itself, in a process group of its own."""
         text = block.text
-        for word, own in self.words.items():
-            text = text.replace(word, own)
+        for word, replacement in self.words.items():
+            text = text.replace(word, replacement)
         if block.language == "python":
             text = f"python - <<'END_OF_THE_BLOCK'\n{text}END_OF_THE_BLOCK\n"
         keep = f"{{ export -p; printf 'cd %q\\n' \"$PWD\"; }} > {shlex.quote(str(self._state))}"
@@ -118,12 +113,9 @@ class Shell:
 
 
 def readers_environment() -> dict[str, str]:
-    """Without what this test run has set up for itself."""
-    ours = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ours and not k.startswith(("RAY_", "AWS_", "MLFLOW_", "PYTEST_"))
-    }
-    own = str(Path(sys.executable).parent)
-    path = [folder for folder in environment["PATH"].split(os.pathsep) if folder != own]
-    # Nobody is asked for credentials that this machine does not have.
+    """The environment without what this test run has set up for itself."""
+    prefixes = ("RAY_", "AWS_", "MLFLOW_", "PYTEST_", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+    path = [folder for folder in environment["PATH"].split(os.pathsep) if folder != str(Path(sys.executable).parent)]
+    # No cloud's metadata service is asked for credentials that this machine does not have.
     return environment | {"PATH": os.pathsep.join(path), "AWS_EC2_METADATA_DISABLED": "true"}

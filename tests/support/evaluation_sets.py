@@ -12,8 +12,7 @@ from PIL import Image
 from ray_platform.contracts import UserError
 from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.discovery import open_evaluation_set
-from ray_platform.evaluate.samples import RawSample, read_slice
-from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS, EvaluationSet
+from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS, EvaluationSet, RawSample, read_slice
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SUFFIXES = {b"\x89PN": "png", b"\xff\xd8\xff": "jpg", b"RIF": "webp"}

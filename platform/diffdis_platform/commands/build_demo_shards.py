@@ -25,7 +25,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     options = parse_arguments(argv)
-    from diffdis_platform.demo.builder import PINS, build
+    from diffdis_platform.demo.builder import ENTRIES_SHA256, build
 
-    print(build(options.output, options.icons_package, options.jobs, PINS))
+    print(build(options.output, options.icons_package, options.jobs, ENTRIES_SHA256))
     return 0

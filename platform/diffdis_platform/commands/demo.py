@@ -16,12 +16,12 @@ INTERRUPTED = "stopped; the same command resumes from the last checkpoint"
 
 def main(argv: Sequence[str]) -> int:
     """Arguments are passed on to `diffdis pretrain`."""
-    from diffdis_platform.demo.builder import PINS, build
+    from diffdis_platform.demo.builder import ENTRIES_SHA256, build
     from diffdis_platform.demo.report import SUMMARY, table, write_report
     from ray_platform.tracking.mlflow_tracker import ui_command
 
     output = (checkout_root() or Path.cwd()) / "outputs" / "demo"
-    print(build(DEMO_DATA, None, os.cpu_count() or 1, PINS), flush=True)
+    print(build(DEMO_DATA, None, os.cpu_count() or 1, ENTRIES_SHA256), flush=True)
     if (output / SUMMARY).exists():
         print(f"{output} holds a finished run; delete the folder to train again")
         summary = json.loads((output / SUMMARY).read_text())

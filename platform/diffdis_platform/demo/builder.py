@@ -1,176 +1,265 @@
-"""Build of the demo data, which is skipped if the data exist."""
+"""Build of the demo data, which is skipped if the data exist: pairs in three splits, as shards and as evaluation sets."""
 
 import collections
-import contextlib
 import hashlib
+import itertools
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from diffdis_platform.demo.icons import FAMILIES, SIZE, draw_all, read_icons, read_json, read_sets
-from diffdis_platform.demo.naming import Names, captions_of, groups_of
-from diffdis_platform.demo.package import NAME, VERSION, find_package
-from diffdis_platform.demo.shards import MIN_TRAIN_SHARDS, write_pairs, write_retrieval, write_zero_shot
-from diffdis_platform.demo.splits import HELDOUT_FAMILY, SPLITS, Pair, split_pairs
+import webdataset
+
+from diffdis_platform.demo.icons import FAMILIES, NAME, SIZE, VERSION, Pair, find_package, read_json, read_pairs
 from ray_platform.contracts import DataError
 
 # Increase this number when a build writes other data: older data are then built again instead of being reused.
 BUILDER_VERSION = 2
 CACHE = ".cache"
+SPLITS = ("train", "heldout_style", "heldout_names")
 RETRIEVAL = "wds_heldout_pairs"
+HELDOUT_FAMILY = "twemoji"
+HELDOUT_ONE_IN = 10
+MAX_PAIRS_PER_SHARD = 512
+MIN_TRAIN_SHARDS = 8
+
+T = TypeVar("T")
+DemoManifest = dict[str, Any]  # manifest.json: versions, counts and digests
 
 
-@dataclass(frozen=True)
-class Pins:
-    """Expected counts and digest of keys and captions.
-
-    Pixels are recorded in the manifest but not pinned: another version of the renderer may round an edge differently,
-    which does not matter. If it makes two images equal, one held-out image is dropped and the counts differ.
-    """
-
-    num_pairs: dict[str, int]
-    num_names: dict[str, int]
-    entries_sha256: str
-    resvg: str
+# Of the splits, names, captions, groups and licences that the published package gives. Pixels are not pinned: another version of
+# the renderer may round an edge differently, which does not matter.
+ENTRIES_SHA256 = "951ef7cf97d35c5792e15732f8e3b1d6e15c99771d5bebd1e3ce167f3c26e330"
 
 
-PINS = Pins(
-    num_pairs={"train": 10500, "heldout_style": 1732, "heldout_names": 1235},
-    num_names={"train": 2254, "heldout_style": 1732, "heldout_names": 233},
-    entries_sha256="951ef7cf97d35c5792e15732f8e3b1d6e15c99771d5bebd1e3ce167f3c26e330",
-    resvg="0.5.0",
-)
-
-
-def build(output: Path, source: Path | None, num_processes: int, pins: Pins | None) -> str:
+def build(output: Path, source: Path | None, num_processes: int, entries_sha256: str | None) -> str:
     """Build the demo data in `output` unless they exist, and return one line for the user.
 
     Args:
         output: folder of the data.
         source: unpacked package or its .tgz; None: npm downloads it.
         num_processes: processes that draw icons.
-        pins: expected content; None for a package that is not the published one.
+        entries_sha256: expected digest of the content; None for a package that is not the published one.
 
     Raises:
-        DataError: the package or `output` cannot be used, or the content differs from `pins`.
+        DataError: the package or `output` cannot be used, or the content is not the expected one.
     """
     output = output.absolute()
-    manifest = _manifest_of_complete(output, pins)
+    manifest = _manifest_of_complete(output, entries_sha256)
     if manifest is not None:
         return f"{output} is complete; nothing to do: {_summary(manifest)}"
     _check_replaceable(output)
     package = find_package(source, output / CACHE)
-    splits = split_pairs(_read_pairs(package, num_processes))
+    splits = split_pairs(read_pairs(package, num_processes))
     manifest = _describe(splits)
-    if pins is not None:
-        _check(manifest, pins)
-    with _staged(output) as stage:
-        _write(stage, splits, manifest, package)
+    if entries_sha256 not in (None, manifest["entries_sha256"]):
+        raise DataError(
+            f"entries_sha256: {manifest['entries_sha256'][:16]} instead of {ENTRIES_SHA256[:16]}, with {_summary(manifest)}; "
+            f"the files of {NAME} {VERSION} were changed, or resvg-py is {manifest['resvg']} instead of 0.5.0"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        stage = Path(folder) / output.name
+        for split, pairs in splits.items():
+            _write_pairs(stage / split, pairs, MIN_TRAIN_SHARDS if split == "train" else 1)
+            if split != "train":
+                _write_zero_shot(stage / f"wds_{split}", pairs)
+        _write_retrieval(stage / RETRIEVAL, splits["heldout_style"])  # in which every caption has one image
+        (stage / "NOTICE").write_text(_notice(package), encoding="utf-8")
+        manifest["files"] = _digests(stage)
+        (stage / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        if (output / CACHE).exists():
+            (output / CACHE).rename(stage / CACHE)
+        if output.exists():
+            output.rename(Path(folder) / "former")
+        stage.rename(output)
     return f"built {output}: {_summary(manifest)}"
 
 
-def _read_pairs(package: Path, num_processes: int) -> list[Pair]:
-    sets = read_sets(package)
-    names = Names(sets)
-    concepts = {icon: name for icon in read_icons(sets) if (name := names.concept(icon))}
-    captions = captions_of(set(concepts.values()))
-    groups = groups_of(concepts)
-    images = draw_all(list(concepts), num_processes)
-    return [
-        Pair(icon, name, captions[name], groups[name], image)
-        for (icon, name), image in zip(concepts.items(), images, strict=True)
-    ]
+# --- Splits ---------------------------------------------------------------------------------------------------------------------
 
 
-def _describe(splits: dict[str, list[Pair]]) -> dict[str, Any]:
+def split_pairs(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
+    """Return the pairs of each split, shuffled.
+
+    train: all families but the held-out one, without the held-out names; equal images of one name are kept once.
+    heldout_style: the held-out family's images of names that occur in train.
+    heldout_names: every family's images of the held-out names.
+    The held-out family's images of names that are neither in train nor held out are in no split, and neither are held-out
+    images with the same pixels as one in train.
+    """
+    train: dict[tuple[str, str], Pair] = {}
+    style, unseen = [], []
+    for pair in pairs:
+        if is_heldout_name(pair.name):
+            unseen.append(pair)
+        elif pair.icon.family == HELDOUT_FAMILY:
+            style.append(pair)
+        else:
+            train.setdefault((pair.name, pair.pixels_sha256), pair)
+    train_names, train_images = {name for name, _ in train}, {pixels for _, pixels in train}
+    known_style = [pair for pair in style if pair.name in train_names]
+    return {
+        "train": _shuffled(train.values()),
+        "heldout_style": _shuffled(_without_copies(known_style, train_images)),
+        "heldout_names": _shuffled(_without_copies(unseen, train_images)),
+    }
+
+
+def is_heldout_name(name: str) -> bool:
+    """Return whether a name is held out, which depends on the name alone, so that it holds for every family."""
+    return int(_digest(f"heldout:{name}"), 16) % HELDOUT_ONE_IN == 0
+
+
+def _shuffled(pairs: Iterable[Pair]) -> list[Pair]:
+    # A digest as sort key shuffles independently of the version of a random generator.
+    return sorted(pairs, key=lambda pair: _digest(f"order:{pair.icon.family}:{pair.icon.icon}"))
+
+
+def _without_copies(pairs: Sequence[Pair], taken: set[str]) -> list[Pair]:
+    """Return the pairs without images in `taken`, and with one pair per image: an image of two classes has no right answer.
+
+    The name with the fewest words stays: "flag of spain", not "flag of ceuta and melilla", whose flag is the same.
+    """
+    first: dict[str, Pair] = {}
+    for pair in sorted(pairs, key=lambda pair: (pair.name.count("-"), pair.name, pair.icon.family, pair.icon.icon)):
+        first.setdefault(pair.pixels_sha256, pair)
+    return [pair for pixels, pair in first.items() if pixels not in taken]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- Shards as img2dataset writes them, and evaluation sets in CLIP_benchmark's layout ------------------------------------------
+
+
+def _write_pairs(folder: Path, pairs: Sequence[Pair], min_shards: int) -> None:
+    """Write `folder/00000.tar ...` with key.json, key.png and key.txt, keyed by shard and index."""
+    folder.mkdir(parents=True)
+    for shard, part in enumerate(_shards(pairs, min_shards)):
+        samples: list[dict[str, object]] = []
+        for index, pair in enumerate(part):
+            key, icon = f"{shard:05d}{index:04d}", pair.icon
+            info = {
+                "key": key, "caption": pair.caption, "name": pair.name, "group": pair.group, "family": icon.family,
+                "icon": icon.icon, "licence": icon.licence, "width": SIZE, "height": SIZE,
+            }  # fmt: skip
+            samples.append({"__key__": key, "json": info, "png": pair.png, "txt": pair.caption})
+        _write_tar(folder / f"{shard:05d}.tar", samples)
+
+
+def _write_zero_shot(folder: Path, pairs: Sequence[Pair]) -> None:
+    """Write a zero-shot classification set; the labels are the places of the captions in alphabetical order."""
+    classes = sorted({pair.caption for pair in pairs})
+    _write_test_split(folder, [{"cls": classes.index(pair.caption), "png": pair.png} for pair in pairs])
+    (folder / "classnames.txt").write_text("\n".join(classes), encoding="utf-8")
+    (folder / "zeroshot_classification_templates.txt").write_text("{c}", encoding="utf-8")
+
+
+def _write_retrieval(folder: Path, pairs: Sequence[Pair]) -> None:
+    """Write a retrieval set with one caption per image."""
+    _write_test_split(folder, [{"png": pair.png, "txt": pair.caption} for pair in pairs])
+    (folder / "dataset_type.txt").write_text("retrieval", encoding="utf-8")
+
+
+def _write_test_split(folder: Path, samples: Sequence[Mapping[str, object]]) -> None:
+    """Write `folder/test/0.tar ...` and the number of shards."""
+    (folder / "test").mkdir(parents=True)
+    shards = _shards([{"__key__": f"s{index:07d}"} | dict(sample) for index, sample in enumerate(samples)], 1)
+    for number, shard in enumerate(shards):
+        _write_tar(folder / "test" / f"{number}.tar", shard)
+    (folder / "test" / "nshards.txt").write_text(str(len(shards)), encoding="utf-8")
+
+
+def _write_tar(path: Path, samples: Sequence[dict[str, object]]) -> None:
+    # The same bytes on every machine and at any time: no name of a user, and no time.
+    with webdataset.TarWriter(str(path), user="", group="", mtime=0) as tar:
+        for sample in samples:
+            tar.write(sample)
+
+
+def _shards(samples: Sequence[T], min_shards: int) -> list[Sequence[T]]:
+    """Return slices whose lengths differ by at most one, so that no reader is idle while another reads a longer shard."""
+    num_shards = min(len(samples), max(min_shards, -(-len(samples) // MAX_PAIRS_PER_SHARD)))
+    bounds = [len(samples) * shard // max(1, num_shards) for shard in range(num_shards + 1)]
+    return [samples[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+
+# --- What was built -------------------------------------------------------------------------------------------------------------
+
+
+def _describe(splits: Mapping[str, Sequence[Pair]]) -> DemoManifest:
     entries, pixels = hashlib.sha256(), hashlib.sha256()
-    for split in SPLITS:
-        for pair in splits[split]:
+    for split, pairs in splits.items():
+        for pair in pairs:
             fields = (split, pair.icon.family, pair.icon.icon, pair.name, pair.caption, pair.group, pair.icon.licence)
             entries.update("\t".join(fields).encode() + b"\n")
-            pixels.update(pair.image.pixels_sha256.encode())
-    by_family = {split: collections.Counter(pair.icon.family for pair in splits[split]) for split in SPLITS}
+            pixels.update(pair.pixels_sha256.encode())
     return {
         "builder": BUILDER_VERSION,
         "package": f"{NAME}@{VERSION}",
         "resvg": metadata.version("resvg-py"),
         "size": SIZE,
         "heldout_family": HELDOUT_FAMILY,
-        "num_pairs": {split: len(splits[split]) for split in SPLITS},
-        "num_names": {split: len({pair.name for pair in splits[split]}) for split in SPLITS},
-        "num_pairs_by_family": {split: dict(sorted(by_family[split].items())) for split in SPLITS},
+        "num_pairs": {split: len(pairs) for split, pairs in splits.items()},
+        "num_names": {split: len({pair.name for pair in pairs}) for split, pairs in splits.items()},
+        "num_pairs_by_family": {
+            split: collections.Counter(pair.icon.family for pair in pairs) for split, pairs in splits.items()
+        },
         "entries_sha256": entries.hexdigest(),
         "pixels_sha256": pixels.hexdigest(),
     }
 
 
-def _check(manifest: dict[str, Any], pins: Pins) -> None:
-    for field in ("num_pairs", "num_names", "entries_sha256"):
-        if manifest[field] != getattr(pins, field):
-            raise DataError(
-                f"{field}: {manifest[field]} instead of {getattr(pins, field)} from {NAME} {VERSION} and resvg-py {pins.resvg}; "
-                f"the files of the package were changed, or resvg-py is {manifest['resvg']}"
-            )
-
-
-def _write(stage: Path, splits: dict[str, list[Pair]], manifest: dict[str, Any], package: Path) -> None:
-    for split in SPLITS:
-        write_pairs(stage / split, splits[split], MIN_TRAIN_SHARDS if split == "train" else 1)
-        if split != "train":
-            write_zero_shot(stage / f"wds_{split}", splits[split])
-    write_retrieval(stage / RETRIEVAL, splits["heldout_style"])  # in which every caption has one image
-    (stage / "NOTICE").write_text(_notice(package), encoding="utf-8")
-    manifest["files"] = _digests(stage)
-    (stage / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+def _summary(manifest: DemoManifest) -> str:
+    return ", ".join(f"{manifest['num_pairs'][split]} {split} ({manifest['num_names'][split]} names)" for split in SPLITS)
 
 
 def _notice(package: Path) -> str:
-    collections_of = read_json(package / "collections.json")
+    families = read_json(package / "collections.json")
     lines = [
         f"The images are emoji drawings from the npm package {NAME} {VERSION}, each family under its own licence.",
         f"They were changed: drawn as {SIZE}x{SIZE} pixel PNGs on white, without skin-tone variants, and captioned",
         "with names that are the same for all families. The .json next to each image names its family and licence.",
     ]
     for family in FAMILIES:
-        if family not in collections_of:
+        if family not in families:
             raise DataError(f"{package}/collections.json lacks {family!r}; unpack the package again")
-        info = collections_of[family]
-        author, licence = info["author"], info["license"]
+        author, licence = families[family]["author"], families[family]["license"]
         lines += [
             "",
-            f"{family}: {info['name']}",
+            f"{family}: {families[family]['name']}",
             f"  by {author['name']} ({author.get('url', '')})",
             f"  licence: {licence['title']} ({licence.get('url', '')})",
         ]
     return "\n".join(lines) + "\n"
 
 
+# --- The folder -----------------------------------------------------------------------------------------------------------------
+
+
 def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json")
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
-        if path.name != "manifest.json" and CACHE not in path.relative_to(folder).parts
+        if CACHE not in path.relative_to(folder).parts
     }
 
 
-def _manifest_of_complete(output: Path, pins: Pins | None) -> dict[str, Any] | None:
+def _manifest_of_complete(output: Path, entries_sha256: str | None) -> DemoManifest | None:
     """Return the manifest in `output` if this version of the builder wrote it and no file changed, or None."""
     try:
         manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    is_current = isinstance(manifest, dict) and manifest.get("builder") == BUILDER_VERSION
-    if not is_current or manifest.get("package") != f"{NAME}@{VERSION}":
-        return None
-    if pins is not None and manifest.get("entries_sha256") != pins.entries_sha256:
-        return None
-    return manifest if manifest.get("files") == _digests(output) else None
+    expected = {"builder": BUILDER_VERSION, "package": f"{NAME}@{VERSION}"}
+    expected |= {"entries_sha256": entries_sha256} if entries_sha256 else {}
+    is_current = isinstance(manifest, dict) and expected.items() <= manifest.items()
+    return manifest if is_current and manifest.get("files") == _digests(output) else None
 
 
 def _check_replaceable(output: Path) -> None:
@@ -178,31 +267,6 @@ def _check_replaceable(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise DataError(f"{output}: is not a folder; choose another --output")
     known = {*SPLITS, "wds_heldout_style", "wds_heldout_names", RETRIEVAL, "NOTICE", "manifest.json", CACHE}
-    foreign = sorted(path.name for path in output.iterdir() if path.name not in known) if output.exists() else []
+    foreign = sorted({path.name for path in output.iterdir()} - known) if output.exists() else []
     if foreign:
         raise DataError(f"{output}: holds {foreign[0]!r}, which is not demo data; choose an empty or new folder as --output")
-
-
-@contextlib.contextmanager
-def _staged(output: Path) -> Iterator[Path]:
-    """Yield a folder that replaces `output` at the end, and is removed after an error."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    stage = output.with_name(f".{output.name}.building-{os.getpid()}")
-    former = output.with_name(f".{output.name}.former-{os.getpid()}")
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir()
-    try:
-        yield stage
-        if (output / CACHE).exists():
-            (output / CACHE).rename(stage / CACHE)
-        if output.exists():
-            output.rename(former)
-        stage.rename(output)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        shutil.rmtree(former, ignore_errors=True)
-
-
-def _summary(manifest: dict[str, Any]) -> str:
-    parts = [f"{manifest['num_pairs'][split]} {split} ({manifest['num_names'][split]} names)" for split in SPLITS]
-    return ", ".join(parts)

@@ -1,42 +1,84 @@
-"""The summary, the grid and the table at the end of `make demo`."""
+"""The end of `diffdis demo`: zero-shot accuracy on the held-out splits, a grid of generated images, and their colors.
+
+Every figure is shown next to its control: other images, an untrained model, another caption.
+"""
 
 import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+
 from diffdis.image_grid import image_grid
+from diffdis.metrics.zero_shot import ZeroShotScores, subset_accuracy
+from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
-from diffdis_platform.demo.scores import SPLITS, colour_agreement, sample_captions, score
 from ray_platform.terminal import render_table
 from ray_platform.tracking import TrackingConfig, start_run
 
+SUMMARY = "summary.json"
+SPLITS = ("heldout_style", "heldout_names")
 NUM_RANDOM_CAPTIONS = 48
 GUIDANCE_SCALE = 3.0
-SUMMARY = "summary.json"
+NUM_INFERENCE_STEPS = 10
+NUM_DRAWS = 8  # averaged; one image pass serves all of them
+
+DemoSummary = dict[str, Any]  # summary.json
 
 
-def write_report(output: Path, data: Path, captions: tuple[str, ...]) -> dict[str, Any]:
-    """Score the model in `output/export`, draw the grid, and write `output/summary.json`; all of it goes to MLflow too."""
+@dataclass(frozen=True)
+class ZeroShotSet:
+    """A `wds_*` folder of CLIP_benchmark's layout in memory."""
+
+    images: list[Image.Image]
+    labels: torch.Tensor  # [N]
+    class_names: list[str]
+    templates: list[str]
+
+    @classmethod
+    def read(cls, folder: Path) -> "ZeroShotSet":
+        shards = sorted(str(path) for path in (folder / "test").glob("*.tar"))
+        samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pilrgb").to_tuple("png", "cls"))
+        return cls(
+            [image for image, _ in samples],
+            torch.tensor([int(label) for _, label in samples]),
+            (folder / "classnames.txt").read_text().splitlines(),
+            (folder / "zeroshot_classification_templates.txt").read_text().splitlines(),
+        )
+
+
+def write_report(output: Path, data: Path, captions: tuple[str, ...]) -> DemoSummary:
+    """Score the model in `output/export`, generate the grid, write `output/summary.json`, and log all of it to MLflow."""
     training = json.loads((output / "train_summary.json").read_text())
-    tracked = json.loads((output / "mlflow.json").read_text())
     pipeline = DiffDisPipeline.from_pretrained(output / "export")
     print("scoring zero-shot from pure noise …", flush=True)
-    zero_shot = score(pipeline, data)
-    print("drawing the grid …", flush=True)
-    drawn = [*captions, *sample_captions(data, NUM_RANDOM_CAPTIONS)]
-    images = pipeline.generate(drawn, num_steps=30, guidance_scale=GUIDANCE_SCALE)
-    image_grid(images, drawn).save(output / "grid.png")
-    random_images = images[len(captions) :]
+    sets = {split: ZeroShotSet.read(data / f"wds_{split}") for split in SPLITS}
+    torch.manual_seed(0)
+    untrained = DiffDisPipeline(pipeline.config, DiffDis(pipeline.config), pipeline.autoencoder, pipeline.text_encoder)
+    scores = {
+        split: zero_shot(pipeline, part) | {"acc1_untrained": zero_shot(untrained, part)["acc1"]} for split, part in sets.items()
+    }
+    print("generating the grid …", flush=True)
+    # A fixed random choice of names of which the held-out style has an image.
+    random_captions = random.Random(0).sample(sets["heldout_style"].class_names, NUM_RANDOM_CAPTIONS)
+    all_captions = [*captions, *random_captions]
+    images = pipeline.generate(all_captions, num_steps=30, guidance_scale=GUIDANCE_SCALE)
+    image_grid(images, all_captions).save(output / "grid.png")
     summary = {
         "recipe": "demo",
-        **{key: training[key] for key in ("num_workers", "zero_stage", "num_steps", "num_samples_seen")},
-        "samples_per_second": training["samples_per_second"],
+        **{key: training[key] for key in ("num_workers", "zero_stage", "num_steps", "num_samples_seen", "samples_per_second")},
         "seconds_training": training["seconds"],
         **{name: {end: training[end][name] for end in ("first", "last")} for name in ("loss_generation", "loss_alignment")},
         "skipped": training["skipped"],
-        "zero_shot": zero_shot,
-        "colour": colour_agreement(random_images, drawn[len(captions) :], data),
-        "mlflow": tracked,
+        "zero_shot": scores,
+        "colour": color_agreement(images[len(captions) :], random_captions, sets["heldout_style"]),
+        "mlflow": json.loads((output / "mlflow.json").read_text()),
         "export_dir": training["export_dir"],
         "grid": str(output / "grid.png"),
     }
@@ -45,40 +87,76 @@ def write_report(output: Path, data: Path, captions: tuple[str, ...]) -> dict[st
     return summary
 
 
-def _track(output: Path, summary: dict[str, Any]) -> None:
-    """Scores and grid on the run that made the model."""
+def zero_shot(pipeline: DiffDisPipeline, data: ZeroShotSet, batch_size: int = 128) -> dict[str, float]:
+    """Return accuracies from pure noise, and that of the same queries with the images permuted."""
+    parts = [data.images[i : i + batch_size] for i in range(0, len(data.images), batch_size)]
+    queries = torch.cat([pipeline.embed_image(part, num_steps=NUM_INFERENCE_STEPS, num_draws=NUM_DRAWS) for part in parts])
+    classes = pipeline.embed_classes(data.class_names, data.templates)
+    images, texts, labels = (tensor.cpu().numpy() for tensor in (queries, classes, data.labels))
+    scores = ZeroShotScores.from_embeddings(images, texts, labels)
+    return {
+        "acc1": scores.accuracy(),
+        "acc5": scores.accuracy(5),
+        "acc1_100way": subset_accuracy(images, texts, labels),
+        "acc1_shuffled_images": scores.with_shuffled_images().accuracy(),
+        "num_classes": len(data.class_names),
+        "num_images": len(data.images),
+        "chance": 1 / len(data.class_names),
+        "num_inference_steps": NUM_INFERENCE_STEPS,
+        "num_draws": NUM_DRAWS,
+    }
+
+
+def color_agreement(images: Sequence[Image.Image], captions: Sequence[str], real: ZeroShotSet) -> dict[str, float]:
+    """Compare the mean colors of generated images with those of real, held-out ones: of the own caption, and of the others.
+
+    Distances are Euclidean in RGB, 0 to 255 each.
+    """
+    first = {real.class_names[int(label)]: image for image, label in zip(real.images, real.labels, strict=True)}
+
+    def mean_colors(pixels: Sequence[Image.Image]) -> np.ndarray:
+        return np.stack([np.asarray(p.convert("RGB"), dtype=np.float64).mean(axis=(0, 1)) for p in pixels])  # [N, 3]
+
+    generated, expected = mean_colors(images), mean_colors([first[caption] for caption in captions])
+    distance = np.linalg.norm(generated[:, None] - expected[None], axis=2)  # [N, N]
+    own, others = distance.diagonal(), distance[~np.eye(len(distance), dtype=bool)].reshape(len(distance), -1)
+    return {
+        "distance_to_own_caption": float(own.mean()),
+        "distance_to_random_caption": float(others.mean()),
+        "share_nearer_to_own": float((own[:, None] < others).mean()),
+        "num_captions": len(captions),
+    }
+
+
+def _track(output: Path, summary: DemoSummary) -> None:
+    """Log scores and grid to the run that trained the model."""
     run = summary["mlflow"]
-    tracking = TrackingConfig(run["tracking_uri"], run["experiment"])
     scores = {f"zero_shot/{s}/{name}": v for s, values in summary["zero_shot"].items() for name, v in values.items()}
-    with start_run(tracking, str(output), run_id=run["run_id"]) as tracker:
+    with start_run(TrackingConfig(run["tracking_uri"], run["experiment"]), str(output), run_id=run["run_id"]) as tracker:
         tracker.log_metrics(scores | {f"colour/{n}": v for n, v in summary["colour"].items()}, summary["num_steps"])
         tracker.log_bytes((output / "grid.png").read_bytes(), "grid.png")
 
 
-def table(summary: dict[str, Any]) -> str:
-    """For the terminal."""
-    lines = [
-        f"{summary['num_samples_seen']} samples in {summary['seconds_training']:.0f} s "
-        f"({summary['samples_per_second']:.0f} samples/s, {summary['num_workers']} workers, ZeRO {summary['zero_stage']})",
-        *(
-            f"{name:<18}{summary[name]['first']:>8.3f} -> {summary[name]['last']:.3f}"
-            for name in ("loss_generation", "loss_alignment")
-        ),
-        "",
-    ]
+def table(summary: DemoSummary) -> str:
+    """Return the summary for the terminal."""
     rows = [["zero-shot", "acc1", "x chance", "acc5", "100-way", "shuffled", "untrained", "classes", "images"]]
-    for split in SPLITS:
-        s = summary["zero_shot"][split]
-        shares = [f"{s['acc1_100way']:.3f}", f"{s['acc1_shuffled_images']:.2%}", f"{s['acc1_untrained']:.2%}"]
-        times = f"{s['acc1'] / s['chance']:.1f}"
-        rows.append([split, f"{s['acc1']:.2%}", times, f"{s['acc5']:.2%}", *shares, str(s["num_classes"]), str(s["num_images"])])
-    lines.append(render_table(rows))
-    c = summary["colour"]
-    lines += [
-        "",
-        f"mean colour: {c['distance_to_own_caption']:.1f} from the caption's own drawing, "
-        f"{c['distance_to_random_caption']:.1f} from another caption's",
-        f"grid of generated images: {summary['grid']}",
-        f"exported model: {summary['export_dir']}",
-    ]
-    return "\n".join(lines)
+    for split, s in summary["zero_shot"].items():
+        controls = [f"{s['acc1_100way']:.3f}", f"{s['acc1_shuffled_images']:.2%}", f"{s['acc1_untrained']:.2%}"]
+        counts = [str(s["num_classes"]), str(s["num_images"])]
+        rows.append([split, f"{s['acc1']:.2%}", f"{s['acc1'] / s['chance']:.1f}", f"{s['acc5']:.2%}", *controls, *counts])
+    losses = [(name, summary[name]) for name in ("loss_generation", "loss_alignment")]
+    color = summary["colour"]
+    return "\n".join(
+        [
+            f"{summary['num_samples_seen']} samples in {summary['seconds_training']:.0f} s "
+            f"({summary['samples_per_second']:.0f} samples/s, {summary['num_workers']} workers, ZeRO {summary['zero_stage']})",
+            *(f"{name:<18}{loss['first']:>8.3f} -> {loss['last']:.3f}" for name, loss in losses),
+            "",
+            render_table(rows),
+            "",
+            f"mean colour: {color['distance_to_own_caption']:.1f} from the caption's own drawing, "
+            f"{color['distance_to_random_caption']:.1f} from another caption's",
+            f"grid of generated images: {summary['grid']}",
+            f"exported model: {summary['export_dir']}",
+        ]
+    )

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,9 @@ class EvaluationModel:
     digest: str  # of its files
     build: Callable[[str], Any]  # torch device -> Scorer; called on a replica
     task: str = "clip"
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of embed_images
+    settings: Mapping[str, float] = field(default_factory=dict)  # of embed_images
     step: int | None = None
     run_record: Mapping[str, str] | None = None  # the tracked run that trained it
-
-    def with_settings(self, **settings: Any) -> "EvaluationModel":
-        return replace(self, settings=settings)
 
     @property
     def can_generate(self) -> bool:
@@ -59,7 +56,10 @@ def open_model(config: EvalConfig) -> EvaluationModel:
     else:
         url, step, run_folder = _export_checkpoint(config)
         folders = [run_folder]
-    run_record, summary = (_read_first(folders, name) for name in (RUN_RECORD, SUMMARY))
+    run_record, summary = (
+        next((storage.read_json(file) for folder in folders if storage.exists(file := storage.join(folder, name))), None)
+        for name in (RUN_RECORD, SUMMARY)
+    )
     task = storage.read_json(storage.join(url, CONFIG_NAME)).get("trained_for", "joint")
     scoring = config.scoring
     settings = {"num_steps": scoring.num_steps, "num_draws": scoring.num_draws, "guidance": scoring.guidance}
@@ -101,12 +101,6 @@ def _export_checkpoint(config: EvalConfig) -> tuple[str, int, str]:
         export(export_config)
         storage.write_bytes(record_url, json.dumps(record).encode())
     return export_config.output_dir, manifest.step, _parent(_parent(_parent(url)))
-
-
-def _read_first(folders: list[str], name: str) -> Any:
-    """Return the JSON object of that name in the first folder that has it, or None."""
-    urls = [url for folder in folders if storage.exists(url := storage.join(folder, name))]
-    return storage.read_json(urls[0]) if urls else None
 
 
 def _parent(url: str) -> str:

@@ -7,23 +7,27 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from diffdis.feature_networks import PooledFeatures, build_feature_network
-from diffdis.metrics.clip_score import clip_score
-from diffdis.metrics.frechet import NUM_SUBSETS, Moments, extrapolated_distance, frechet_distance_of_features
-from diffdis.metrics.kid import kernel_distance
+from diffdis.metrics.image_quality import (
+    EXTRAPOLATED_SUBSETS,
+    Moments,
+    clip_score,
+    extrapolated_distance,
+    frechet_distance_of_features,
+    kernel_distance,
+)  # fmt: skip
 from diffdis_platform.config.evaluate import QualityConfig
+from diffdis_platform.evaluation.measurements import build_unit
 from diffdis_platform.evaluation.models import EvaluationModel
-from diffdis_platform.evaluation.units import build_unit
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, Rows, one_line
 from ray_platform.evaluate.discovery import open_evaluation_set, open_image_set
 from ray_platform.evaluate.result_cache import read_arrays
 from ray_platform.evaluate.results import check_same_protocol
-from ray_platform.evaluate.samples import RawSample, read_slice
+from ray_platform.evaluate.sets import RawSample, read_slice
 from ray_platform.evaluate.unit_work import GenerateImages, MeasureImages, image_name
 from ray_platform.metric_registry import check_declared
 from ray_platform.replicas import WorkUnit, join_rows
@@ -44,7 +48,7 @@ def frechet_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dic
     """Return the Fréchet distance and its extrapolation to infinitely many generated images."""
     reference = Moments.of(real)
     metrics = {figure: frechet_distance_of_features(generated, reference)}
-    if len(generated) >= 2 * NUM_SUBSETS:  # fewer images do not determine the line that is extrapolated
+    if len(generated) >= 2 * EXTRAPOLATED_SUBSETS:  # fewer images do not determine the line that is extrapolated
         metrics[f"{figure}_infinity"] = extrapolated_distance(generated, reference)
     return metrics
 
@@ -81,14 +85,6 @@ def network_builders(config: QualityConfig) -> dict[str, Callable[[str], PooledF
     }
 
 
-def _build_network(build: Callable[[str], PooledFeatures]) -> PooledFeatures:
-    """Build a network on the driver, so that errors in its name or file are reported before anything is generated."""
-    try:
-        return build("cpu")
-    except ValueError as error:
-        raise ConfigError(f"quality.networks: {one_line(error)}") from error
-
-
 def read_prompts(config: QualityConfig) -> list[str]:
     """Return the first `num_images` lines of a text file or first captions of a retrieval set.
 
@@ -112,7 +108,7 @@ class ReferenceFeatures:
     """Features of real images and how they were measured."""
 
     features: np.ndarray  # [n, d]
-    protocol: Mapping[str, Any]
+    protocol: Mapping[str, str | int]
 
     @property
     def digest(self) -> str:
@@ -148,7 +144,10 @@ class QualityMeasurement:
         # What measures how well an image fits its prompt: nothing, if there is no CLIP and the model can only generate.
         self.aligner = config.clip or ("the evaluated model itself" if model.can_score else "")
         self.prompts = read_prompts(config)
-        networks = {name: _build_network(build) for name, build in network_builders(config).items()}
+        try:  # on the driver, so that errors in a name or file are reported before anything is generated
+            networks = {name: build("cpu") for name, build in network_builders(config).items()}
+        except ValueError as error:
+            raise ConfigError(f"quality.networks: {one_line(error)}") from error
         self.figures = {name: network.figure for name, network in networks.items()}
         self.protocols = {name: dict(network.protocol) | {"image_size": image_size} for name, network in networks.items()}
         self.references: dict[str, ReferenceFeatures] = {}
@@ -174,10 +173,13 @@ class QualityMeasurement:
             if expected > 1.25 * config.num_images:  # with a margin, since numbers of images are estimates
                 break
             expected += part.estimated_images
-            identity = {"data": data.digest, "slice": part.name, "networks": [self.protocols[n] for n in config.networks]}
-            work = MeasureImages(part, config.networks, self.image_size)
-            units.append(build_unit(self.group, f"reference {part.name}", part.estimated_images, work, identity))
-            self._destinations[units[-1].key] = (self._real, part.place)
+            unit = build_unit(
+                self.group, f"reference {part.name}", part.estimated_images,
+                MeasureImages(part, config.networks, self.image_size),
+                data=data.digest, slice=part.name, networks=list(self.protocols.values()),
+            )  # fmt: skip
+            units.append(unit)
+            self._destinations[unit.key] = (self._real, part.place)
         return units
 
     def _generation_units(self) -> list[WorkUnit]:
@@ -187,17 +189,16 @@ class QualityMeasurement:
         for scale in config.guidance_scales:
             settings = {"num_steps": config.num_steps, "guidance_scale": scale, "seed": config.seed}
             for first in range(0, len(self.prompts), IMAGES_PER_UNIT):
-                prompts = tuple(self.prompts[first : first + IMAGES_PER_UNIT])
-                images_dir = self.images_dir(scale)
-                work = GenerateImages(self.model.name, prompts, first, settings, config.networks, aligner, images_dir, num_kept)
-                identity = {
-                    "model": self.model.digest, "settings": settings, "prompts": prompts, "first": first, "kept": num_kept,
-                    "networks": [self.protocols[name] for name in config.networks], "aligner": config.clip or aligner,
-                    "images_dir": images_dir if first < num_kept else "",
-                }  # fmt: skip
-                cost = _STEP_COST * config.num_steps * len(prompts)
-                units.append(build_unit(self.group, f"images {first}… at guidance {scale:g}", cost, work, identity))
-                self._destinations[units[-1].key] = (self._generated[scale], first)
+                prompts, images_dir = tuple(self.prompts[first : first + IMAGES_PER_UNIT]), self.images_dir(scale)
+                unit = build_unit(
+                    self.group, f"images {first}… at guidance {scale:g}", _STEP_COST * config.num_steps * len(prompts),
+                    GenerateImages(self.model.name, prompts, first, settings, config.networks, aligner, images_dir, num_kept),
+                    model=self.model.digest, settings=settings, prompts=prompts, first=first, kept=num_kept,
+                    networks=list(self.protocols.values()), aligner=config.clip or aligner,
+                    images_dir=images_dir if first < num_kept else "",
+                )  # fmt: skip
+                units.append(unit)
+                self._destinations[unit.key] = (self._generated[scale], first)
         return units
 
     def images_dir(self, scale: float) -> str:
@@ -229,41 +230,29 @@ class QualityMeasurement:
             "guidance_scale": scale,
             "metrics": metrics,
             "alignment_by": "CLIP" if self.config.clip else self.aligner,
-            "protocol": self._protocol(scale),
+            "protocol": {
+                "networks": self.protocols,
+                "image_size": self.image_size,
+                "num_images": len(self.prompts),
+                "prompts": self.config.prompts,
+                "prompts_digest": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
+                "sampler": "ddim",
+                "num_steps": self.config.num_steps,
+                "guidance_scale": scale,
+                "seed": self.config.seed,
+                "reference": self.config.reference,
+                "reference_digests": {name: reference.digest for name, reference in self.references.items()},
+                "alignment_by": self.aligner,
+            },
             "n": len(self.prompts),
             "num_reference": {name: len(reference.features) for name, reference in self.references.items()},
             "seconds": round(float(rows["seconds"].sum()), 1),
-            "samples": self._samples(scale),
+            "samples": _stored_samples(self.prompts[:NUM_SHOWN], self.images_dir(scale)),
         }
 
-    def _protocol(self, scale: float) -> dict[str, Any]:
-        config = self.config
-        return {
-            "networks": self.protocols,
-            "image_size": self.image_size,
-            "num_images": len(self.prompts),
-            "prompts": config.prompts,
-            "prompts_digest": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
-            "sampler": "ddim",
-            "num_steps": config.num_steps,
-            "guidance_scale": scale,
-            "seed": config.seed,
-            "reference": config.reference,
-            "reference_digests": {name: reference.digest for name, reference in self.references.items()},
-            "alignment_by": self.aligner,
-        }
 
-    def _samples(self, scale: float) -> list[GeneratedSample]:
-        """Return the first generated images with their prompts."""
-        return stored_samples(self.prompts[:NUM_SHOWN], self.images_dir(scale))
-
-
-def stored_samples(prompts: list[str], images_dir: str) -> list[GeneratedSample]:
+def _stored_samples(prompts: list[str], images_dir: str) -> list[GeneratedSample]:
     """Return the stored images of the first prompts; images that are missing are left out."""
-    urls = [storage.join(images_dir, image_name(index)) for index in range(len(prompts))]
-    images = storage.read_many(urls)
-    return [
-        {"caption": prompt, "png": base64.b64encode(images[url]).decode()}
-        for prompt, url in zip(prompts, urls, strict=True)
-        if url in images
-    ]
+    urls = {storage.join(images_dir, image_name(index)): prompt for index, prompt in enumerate(prompts)}
+    images = storage.read_many(list(urls))
+    return [{"caption": urls[url], "png": base64.b64encode(images[url]).decode()} for url in urls if url in images]

@@ -4,7 +4,7 @@ import base64
 import functools
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 
 import numpy as np
@@ -12,13 +12,11 @@ import numpy as np
 from diffdis.metrics.zero_shot import ZERO_SHOT_METRICS
 from diffdis.pipeline import CONFIG_NAME
 from diffdis_platform.config.evaluate import EvalConfig, suite_sets
+from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement, build_unit
 from diffdis_platform.evaluation.models import EvaluationModel, open_baseline, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement, network_builders
-from diffdis_platform.evaluation.retrieval import RetrievalMeasurement
-from diffdis_platform.evaluation.units import build_unit
-from diffdis_platform.evaluation.zero_shot import ZeroShotMeasurement
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError, Rows
+from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.discovery import SetNotFoundError, find_evaluation_set, open_evaluation_set
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.results import metrics_for_tracking, write_results
@@ -107,12 +105,14 @@ def _plan_curve(config: EvalConfig, plan: EvaluationPlan) -> list[ZeroShotMeasur
         raise ConfigError(
             f"curve_set: {config.curve_set} is not a zero-shot set of this evaluation; use one of {', '.join(plan.sets)}"
         )
-    models = [
-        plan.model.with_settings(num_steps=steps, num_draws=draws, guidance=config.scoring.guidance)
+    return [
+        ZeroShotMeasurement(
+            replace(plan.model, settings={"num_steps": steps, "num_draws": draws, "guidance": config.scoring.guidance}),
+            data, config.allow_short, num_examples=0,
+        )
         for draws in config.curve_draws
         for steps in config.curve_steps
-    ]
-    return [ZeroShotMeasurement(model, data, config.allow_short, num_examples=0) for model in models]
+    ]  # fmt: skip
 
 
 def evaluate(config: EvalConfig, plan: EvaluationPlan) -> EvaluationDetails:
@@ -165,7 +165,17 @@ def _details(plan: EvaluationPlan) -> EvaluationDetails:
             elif isinstance(measurement, RetrievalMeasurement):
                 retrieval.append(measurement.result())
             elif measurement in plan.curve:
-                curve.append(_curve_point(measurement))
+                settings = measurement.model.settings
+                curve.append(
+                    {
+                        "set": measurement.data.name,
+                        "model": measurement.model.name,
+                        "num_steps": int(settings["num_steps"]),
+                        "num_draws": int(settings["num_draws"]),
+                        "acc1": measurement.scores().accuracy(),
+                        "seconds": round(measurement.seconds, 1),
+                    }
+                )
             else:
                 zero_shot.append(measurement.result())
         except DataError as error:
@@ -188,18 +198,6 @@ def _details(plan: EvaluationPlan) -> EvaluationDetails:
     }
 
 
-def _curve_point(measurement: ZeroShotMeasurement) -> CurvePoint:
-    settings, scores = measurement.model.settings, measurement.scores()
-    return {
-        "set": measurement.data.name,
-        "model": measurement.model.name,
-        "seconds": round(measurement.seconds, 1),
-        "num_steps": settings["num_steps"],
-        "num_draws": settings["num_draws"],
-        "acc1": scores.accuracy(),
-    }
-
-
 def _mean(name: str, results: Iterable[ZeroShotResult]) -> float | None:
     """Return the mean of the main metrics of the 12 sets; None if one is missing."""
     main = {result["set"]: result["metrics"][result["main_metric"]] for result in results if result["model"] == name}
@@ -210,32 +208,26 @@ def _add_example_images(pool: ReplicaPool, plan: EvaluationPlan, details: Evalua
     """Have the replicas read the images that the report shows, and add them to `details`."""
     examples: dict[tuple[str, str], list[ExampleImage]] = {}
     for result in details.get("zero_shot", ()):
-        for confusion in result["confusions"]:
-            for example in confusion["examples"]:
-                examples.setdefault((result["set"], example["key"]), []).append(example)
+        for example in (example for confusion in result["confusions"] for example in confusion["examples"]):
+            examples.setdefault((result["set"], example["key"]), []).append(example)
     for retrieved in details.get("retrieval", ()):
-        images = [image for query in retrieved["examples"] for image in query["images"]]
-        for example in [*images, *retrieved["image_examples"]]:
+        images = (image for query in retrieved["examples"] for image in query["images"])
+        for example in (*images, *retrieved["image_examples"]):
             examples.setdefault((retrieved["set"], example["key"]), []).append(example)
     units: dict[str, tuple[str, WorkUnit]] = {}
     for measurement in [*plan.zero_shot, *plan.retrieval]:
         data = measurement.data
         for part, keys in measurement.slices_with({key for name, key in examples if name == data.name}).items():
-            identity = {"data": data.digest, "slice": part.name, "keys": keys}
-            unit = build_unit(f"images of {data.name}", f"images of {part.name}", 1.0, Thumbnails(part, keys), identity)
+            group, name, work = f"images of {data.name}", f"images of {part.name}", Thumbnails(part, keys)
+            unit = build_unit(group, name, 1.0, work, data=data.digest, slice=part.name, keys=keys)
             units[unit.key] = (data.name, unit)
     for unit_result in pool.run([unit for _, unit in units.values()]):
-        if unit_result.rows is not None:
+        if (rows := unit_result.rows) is not None:
             name, _ = units[unit_result.unit.key]
-            for key, jpeg in _decode_thumbnails(unit_result.rows):
-                for example in examples.get((name, key), []):
-                    example["jpeg"] = jpeg
-
-
-def _decode_thumbnails(rows: Rows) -> Iterable[tuple[str, str]]:
-    ends = np.cumsum(rows["sizes"])
-    for key, size, end in zip(rows["keys"], rows["sizes"], ends, strict=True):
-        yield str(key), base64.b64encode(rows["jpegs"][end - size : end].tobytes()).decode()
+            jpegs = np.split(rows["jpegs"], np.cumsum(rows["sizes"]))
+            for key, jpeg in zip(rows["keys"], jpegs, strict=False):  # behind the last one is an empty part
+                for example in examples.get((name, str(key)), []):
+                    example["jpeg"] = base64.b64encode(jpeg.tobytes()).decode()
 
 
 def _track(config: EvalConfig, model: EvaluationModel, sets: Iterable[EvaluationSet], details: EvaluationDetails) -> None:
@@ -257,16 +249,19 @@ def _track(config: EvalConfig, model: EvaluationModel, sets: Iterable[Evaluation
         tags = run_tags("evaluation", config.output_dir, details["code_version"])
         metadata = RunMetadata(dated_name("evaluation"), text, tags, {"evaluation": asdict(config)})
     with start_run(tracking, config.output_dir, metadata, run_id=run_id) as tracker:
-        tracker.log_data([_tracked_data(data) for data in sets])
+        tracker.log_data(
+            [
+                TrackedData(
+                    data.name, data.digest, data.url, "evaluation",
+                    {"num_classes": len(data.classes), "num_files": data.num_files, "num_bytes": data.num_bytes}
+                    | ({} if data.known_images is None else {"num_samples": data.known_images}),
+                )
+                for data in sets
+            ]
+        )  # fmt: skip
         tracker.log_metrics(metrics_for_tracking(details), model.step or 0)
         tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, REPORT)), f"evaluation/{REPORT}")
         tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, "results.csv")), "evaluation/results.csv")
-
-
-def _tracked_data(data: EvaluationSet) -> TrackedData:
-    images = {} if data.known_images is None else {"num_samples": data.known_images}
-    counts = {"num_classes": len(data.classes), "num_files": data.num_files, "num_bytes": data.num_bytes, **images}
-    return TrackedData(data.name, data.digest, data.url, "evaluation", counts)
 
 
 def render_results(details: EvaluationDetails) -> str:
@@ -279,13 +274,12 @@ def render_results(details: EvaluationDetails) -> str:
         for retrieved in details.get("retrieval", ()):
             metric = retrieved["metrics"][f"{way}_retrieval_recall@1"]
             values.setdefault(f"{retrieved['set']} {way} R@1", {})[retrieved["model"]] = metric
-    rows = [[row, *(_percent(metrics.get(name)) for name in names)] for row, metrics in values.items()]
+    rows = [
+        [row, *("-" if (value := metrics.get(name)) is None else f"{value:.2%}" for name in names)]
+        for row, metrics in values.items()
+    ]
     lines = [render_table([["", *names], *rows])]
     for point in details.get("quality", ()):
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in point["metrics"].items())
         lines.append(f"guidance {point['guidance_scale']:g}: {metrics}")
     return "\n".join(lines)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2%}"

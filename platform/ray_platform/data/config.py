@@ -29,9 +29,7 @@ class DataConfig:
     reads_per_rank: int = 2
     interleave: int = 2
     cpus_per_read: float = 0.25  # CPUs that a read task requests from Ray
-    placement: dict[str, str] = field(
-        default_factory=dict
-    )  # labels of the nodes that read and decode, as {pool: cpu}; empty: any
+    placement: dict[str, str] = field(default_factory=dict)  # labels of the nodes that read, as {pool: cpu}; empty: any
     max_read_mb: int = 256  # larger shards are read in parts of this size
     retry_seconds: float = 120.0  # how long reading a shard is retried while storage does not answer
     deterministic: bool = True  # batches depend on the seed alone; false: the samples of faster reads come first
@@ -69,10 +67,9 @@ class DataConfig:
         """The shapes (height, width) of training images."""
         if not self.aspect_ratios:
             return ((self.image_size, self.image_size),)
-        step = self.size_step
 
         def side(length: float) -> int:
-            return max(1, round(length / step)) * step
+            return max(1, round(length / self.size_step)) * self.size_step
 
         size = self.image_size
         return tuple(dict.fromkeys((side(size / ratio**0.5), side(size * ratio**0.5)) for ratio in self.aspect_ratios))

@@ -6,11 +6,14 @@ check, and the count of the filtered samples under `filtered_<quantity>` follow 
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from contextlib import suppress
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
 
 from ray_platform.data.causes import SampleError, filter_cause
+from ray_platform.json_values import JsonObject
 
 _MAX_JSON_BYTES = 2**20  # img2dataset writes some thousand, including the EXIF data
 _NSFW_WORDS = {"unlikely": 0.0, "unsure": 0.5, "nsfw": 1.0}  # LAION-400M has words instead of numbers
@@ -26,7 +29,7 @@ class Candidate:
     height: int = 0
 
     @functools.cached_property
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> JsonObject:
         """The sample's .json."""
         return json_fields(self.members)
 
@@ -48,8 +51,8 @@ def score(*names: str) -> Callable[[Candidate], float]:
         try:
             number = float(stored)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
-            raise SampleError("score_missing") from None
-        if number != number:
+            number = math.nan
+        if math.isnan(number):
             raise SampleError("score_missing")
         return number
 
@@ -76,20 +79,10 @@ class FilterConfig:
     )
 
 
-class _Limit(NamedTuple):
-    value: Callable[[Candidate], float]
-    limit: float
-    is_minimum: bool
-    cause: str
-
-
 @functools.lru_cache(maxsize=16)
-def _limits(config: FilterConfig, reads_image: bool) -> tuple[_Limit, ...]:
-    return tuple(
-        _Limit(filter_.metadata["value"], limit, filter_.name.startswith("min_"), filter_cause(filter_.name))
-        for filter_ in fields(config)
-        if (limit := getattr(config, filter_.name)) is not None and filter_.metadata["reads_image"] == reads_image
-    )
+def _limits(config: FilterConfig, reads_image: bool) -> list[tuple[Field, float]]:
+    limits = [(filter_, getattr(config, filter_.name)) for filter_ in fields(config)]
+    return [(f, limit) for f, limit in limits if limit is not None and f.metadata["reads_image"] == reads_image]
 
 
 def check(candidate: Candidate, config: FilterConfig, *, reads_image: bool) -> None:
@@ -97,10 +90,10 @@ def check(candidate: Candidate, config: FilterConfig, *, reads_image: bool) -> N
 
     Only the filters that do or do not read the image are applied: those that do not come first, because they cost nothing.
     """
-    for value, limit, is_minimum, cause in _limits(config, reads_image):
-        measured = value(candidate)
-        if measured < limit if is_minimum else measured > limit:
-            raise SampleError(cause)
+    for filter_, limit in _limits(config, reads_image):
+        measured = filter_.metadata["value"](candidate)
+        if measured < limit if filter_.name.startswith("min_") else measured > limit:
+            raise SampleError(filter_cause(filter_.name))
 
 
 def meanings(config_class: type[FilterConfig] = FilterConfig) -> dict[str, str]:
@@ -111,16 +104,15 @@ def meanings(config_class: type[FilterConfig] = FilterConfig) -> dict[str, str]:
     }
 
 
-def json_fields(members: Mapping[str, memoryview]) -> dict[str, Any]:
+def json_fields(members: Mapping[str, memoryview]) -> JsonObject:
     """Return the .json of a sample, or {} if it has none. Raises SampleError."""
     if "json" not in members:
         return {}
     if len(members["json"]) > _MAX_JSON_BYTES:
         raise SampleError("json_too_large")
-    try:
+    value = None
+    with suppress(ValueError, RecursionError):
         value = json.loads(text(members["json"]))
-    except (ValueError, RecursionError):
-        raise SampleError("json_invalid") from None
     if not isinstance(value, dict):
         raise SampleError("json_invalid")
     return value

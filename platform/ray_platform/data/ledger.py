@@ -6,6 +6,7 @@ samples, rejected ones included, in the order in which that epoch reads the unit
 """
 
 import base64
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,17 @@ class Ledger:
     def add(self, ranges: Iterable[ConsumedRange]) -> None:
         """Record consumed samples. Raises ValueError for a sample that was consumed before."""
         for consumed in ranges:
-            self._add(consumed)
+            pool, epoch, unit = consumed[:3]
+            if consumed.start >= consumed.stop:
+                raise ValueError(f"an empty range: {consumed}")
+            if self.is_complete(pool, epoch, unit):
+                raise ValueError(f"consumed twice: {consumed} of a complete unit")
+            state = self._epochs.setdefault((pool, epoch), _Epoch(np.zeros(self.num_units[pool], dtype=bool)))
+            state.started[unit] = _insert(state.started.get(unit, []), consumed)
+            if state.started[unit] == [(0, consumed.total)]:
+                del state.started[unit]
+                state.complete[unit] = True
+                self._drop_complete_epochs(pool)
 
     def is_complete(self, pool: int, epoch: int, unit: int) -> bool:
         """Return whether all samples of a unit were consumed."""
@@ -56,28 +67,7 @@ class Ledger:
         return np.arange(self.num_units[pool]) if state is None else np.flatnonzero(~state.complete)
 
     def copy(self) -> "Ledger":
-        other = Ledger(self.num_units)
-        other.first_epoch = list(self.first_epoch)
-        other._epochs = {
-            key: _Epoch(epoch.complete.copy(), {unit: list(ranges) for unit, ranges in epoch.started.items()})
-            for key, epoch in self._epochs.items()
-        }
-        return other
-
-    def _add(self, consumed: ConsumedRange) -> None:
-        pool, epoch, unit = consumed.pool, consumed.epoch, consumed.unit
-        if consumed.start >= consumed.stop:
-            raise ValueError(f"an empty range: {consumed}")
-        if self.is_complete(pool, epoch, unit):
-            raise ValueError(f"consumed twice: {consumed} of a complete unit")
-        state = self._epochs.setdefault((pool, epoch), _Epoch(np.zeros(self.num_units[pool], dtype=bool)))
-        ranges = _insert(state.started.get(unit, []), consumed)
-        if ranges == [(0, consumed.total)]:
-            state.started.pop(unit, None)
-            state.complete[unit] = True
-            self._drop_complete_epochs(pool)
-        else:
-            state.started[unit] = ranges
+        return copy.deepcopy(self)
 
     def _drop_complete_epochs(self, pool: int) -> None:
         while (state := self._epochs.get((pool, self.first_epoch[pool]))) and state.complete.all():

@@ -25,6 +25,7 @@ from ray_platform.data.causes import LOST, SkipCounter, UnitCounts
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Group, Item
 from ray_platform.data.source import ShardSource, data_context, data_errors, unpack
+from ray_platform.json_values import JsonObject
 from ray_platform.placement import Labels, can_autoscale, describe_nodes, label_selector, total_resources
 
 # Decoded bytes per file, at most 512 images: with 256 px and Stable Diffusion's sizes a file has 64 MB, a good size to read.
@@ -37,7 +38,7 @@ class EncoderPool:
     """How many actors encode, on which nodes, and with which encoder."""
 
     build: Callable[[str], Encoder]  # torch device -> encoder; importable, because it is sent to the actors
-    description: precomputed.Description  # equal descriptions give equal results
+    description: JsonObject  # equal descriptions give equal results
     count: int = 1
     gpus: float = 0.0  # per actor
     cpus: float = 1.0  # per actor

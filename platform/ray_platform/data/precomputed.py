@@ -3,22 +3,21 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
 
 from ray_platform.contracts import DataError
 from ray_platform.data.config import DataConfig
-
-Description = dict[str, Any]  # of encoders, or settings, as JSON values
+from ray_platform.json_values import JsonObject
 
 
 class PrecomputedManifest(TypedDict, total=False):
     """manifest.json of a folder of precomputed shards. The last three fields are written when it is complete."""
 
-    encoders: Description
-    settings: Description
+    encoders: JsonObject
+    settings: JsonObject
     source: str  # the catalog's digest
     complete: bool
     samples: int
@@ -61,7 +60,7 @@ def from_arrow(data: bytes | pa.Buffer) -> tuple[list[str], list[str], dict[str,
     return table["key"].to_pylist(), table["caption"].to_pylist(), tensors
 
 
-def check_encoders(manifest: PrecomputedManifest, encoders: Description) -> None:
+def check_encoders(manifest: PrecomputedManifest, encoders: JsonObject) -> None:
     """Raise DataError if the shards were written with other encoders than the model's."""
     stored = manifest["encoders"]
     for name in sorted(stored.keys() | encoders.keys()):

@@ -109,30 +109,24 @@ def open_precomputed(data: pa.Buffer, rejected_key: str) -> Sequence[Sample | Re
     return samples or [RejectedSample(rejected_key, "shard_empty")]
 
 
-def reading_order(group: Group, units: Sequence[ShardSamples], seed: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Return the order in which a group's samples are read.
+def reading_order(group: Group, units: Sequence[ShardSamples], seed: int) -> list[tuple[float, int, int, int]]:
+    """Return (sort key, unit in the group, order in the unit, place in the unit) of what was not consumed, in reading order.
 
     Every sample has a random sort key that depends on (seed, epoch, unit). A unit is read in the order of its sort keys, and the
     units of a group, as the groups of a window, are merged by them. So the rest keeps its order when some of it is left out.
-
-    Returns:
-        The sort keys [N], ascending; [N, 2] (unit in the group, order in the unit), both without the consumed samples; and for
-        each unit an array order -> place.
     """
-    sort_keys, rows, places = [], [], []
+    left: list[tuple[float, int, int, int]] = []
     for index, (item, unit) in enumerate(zip(group.items, units, strict=True)):
         digest = hashlib.sha256(f"{seed}/{item.epoch}/{item.unit.shard.name}/{item.unit.start}".encode()).digest()
-        keys = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).random(len(unit))
-        order = np.argsort(keys, kind="stable")
+        sort_keys = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).random(len(unit))
+        places = np.argsort(sort_keys, kind="stable")
         is_left = np.ones(len(unit), dtype=bool)
         for start, stop in item.consumed:
             is_left[start:stop] = False
-        left = np.flatnonzero(is_left)
-        sort_keys.append(keys[order][left])
-        rows.append(np.stack([np.full(len(left), index), left], axis=1))
-        places.append(order)
-    merged = np.argsort(np.concatenate(sort_keys), kind="stable")
-    return np.concatenate(sort_keys)[merged], np.concatenate(rows)[merged], places
+        orders = np.flatnonzero(is_left)
+        places = places[orders]
+        left += zip(sort_keys[places].tolist(), [index] * len(orders), orders.tolist(), places.tolist(), strict=True)
+    return sorted(left)
 
 
 def read_group(group: Group, config: DataConfig, seed: int, block_bytes: int = BLOCK_BYTES) -> Iterator[pa.Table]:
@@ -143,12 +137,11 @@ def read_group(group: Group, config: DataConfig, seed: int, block_bytes: int = B
         UnitCounts(item.pool, item.epoch, item.number, len(unit), item.unit.known_samples, item.unit.nominal_samples)
         for item, unit in zip(group.items, units, strict=True)
     ]
-    sort_keys, reading_places, places = reading_order(group, units, seed)
     rows: list[Row] = []
     tensors: list[dict[str, np.ndarray]] = []  # of each row; empty for a rejected sample
     num_bytes = 0
-    for sort_key, (index, order) in zip(sort_keys.tolist(), reading_places.tolist(), strict=True):
-        sample = units[index].sample(int(places[index][order]))
+    for sort_key, index, order, place in reading_order(group, units, seed):
+        sample = units[index].sample(place)
         if isinstance(sample, Sample):
             rows.append((group.window, sort_key, index, order, sample.key, sample.caption, ""))
             tensors.append(sample.tensors)

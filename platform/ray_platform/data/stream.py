@@ -24,7 +24,7 @@ from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import merge_ranges
 from ray_platform.data.plan import Group, Reader, check_world_size, groups
 from ray_platform.data.source import ReadSample, ShardSource, data_context, data_errors, stack_arrays, unpack
-from ray_platform.placement import can_autoscale, describe_nodes, is_on_this_node, label_selector, total_resources
+from ray_platform.placement import can_autoscale, describe_nodes, label_selector, total_resources
 from ray_platform.ray_internals import set_generator_buffer
 
 DATASET_GROUPS = 1024  # per Ray dataset, over however many epochs: the next dataset starts without prefetched blocks
@@ -161,18 +161,14 @@ class SchedulerThrottle:
 
     rank_waits = threading.Event()
 
-    def before_execution_starts(self, executor: object) -> None:
-        pass
-
     def on_execution_step(self, executor: object) -> None:
         time.sleep(WAITING_PAUSE_SECONDS)
         self.rank_waits.wait(PAUSE_SECONDS - WAITING_PAUSE_SECONDS)
 
-    def after_execution_succeeds(self, executor: object) -> None:
+    def _do_nothing(self, *arguments: object) -> None:
         pass
 
-    def after_execution_fails(self, executor: object, error: Exception) -> None:
-        pass
+    before_execution_starts = after_execution_succeeds = after_execution_fails = _do_nothing
 
 
 def _context(config: DataConfig, world_size: int) -> ray.data.DataContext:
@@ -195,7 +191,7 @@ def check_cpus(config: DataConfig, world_size: int) -> None:
     no CPUs, both wait forever.
     """
     runtime = ray.get_runtime_context()
-    shares_nodes = runtime.get_actor_id() and is_on_this_node(config.placement)
+    shares_nodes = runtime.get_actor_id() and config.placement.items() <= runtime.get_node_labels().items()
     worker_cpus = runtime.get_assigned_resources().get("CPU", 0.0) if shares_nodes else 0.0
     needed = world_size * (worker_cpus + config.reads_per_rank * config.cpus_per_read)
     total = total_resources(config.placement).get("CPU", 0.0)

@@ -17,8 +17,7 @@ from ray_platform.contracts import DataError
 from ray_platform.data.causes import RejectedSample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-TEXT_SUFFIXES = ("txt", "json")
-_SUFFIXES = IMAGE_SUFFIXES + TEXT_SUFFIXES
+_SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json")
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_HEADER_BYTES = 2**16  # including the long names and dates that may precede it
 _MAX_NAME_LENGTH = 1024  # characters
@@ -26,6 +25,9 @@ _MAX_GLOBAL_FIELDS = 100  # PAX fields that a header sets for all members; each 
 _READ_AHEAD_BYTES = 2**20  # read past the end of a slice, for its last sample
 _MAX_SAMPLE_BYTES = 2**29  # a sample that continues further past the end of its slice is cut off
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # could forge or overwrite lines of a log
+
+Member = tuple[str, memoryview, int]  # name, content, offset in the data of the header directly before it
+Ending = Literal["whole", "cut", "garbage"]  # a valid end of a tar; the end of the data; something else
 
 
 @dataclass
@@ -93,21 +95,14 @@ def read_tar(data: bytes, shard_name: str, suffixes: Sequence[str] = _SUFFIXES) 
 def read_part(
     data: bytes, shard_name: str, length: int, *, first: bool, last: bool, suffixes: Sequence[str] = _SUFFIXES
 ) -> list[Record | RejectedSample] | None:
-    """Return the samples that begin in the first `length` bytes of `data`, a part of a tar.
+    """Return the samples that begin in the first `length` bytes of `data`, which begins at a part of a tar.
 
     A sample begins at the first member whose key differs from the key of the first member at or after a border, so both
     neighbors of a border agree on it. The members of a key must be adjacent, and no member may be a tar itself: its headers
     would be taken for the shard's.
 
-    Args:
-        data: begins at the part and may continue past its end.
-        length: bytes of the part.
-        first: the part begins at the start of the tar.
-        last: `data` extends to the end of the tar.
-
-    Returns:
-        None if `data` ends before the last sample of the part does: call again with more data. A part in which no sample
-        begins, such as one within a very large member, gives `shard_empty`.
+    `first` and `last` say whether `data` begins at the start of the tar, and extends to its end. Returns None if `data` ends
+    before the last sample of the part does: call again with more data.
     """
     begin = 0 if first else _first_header(data, length)
     if begin is None:
@@ -119,10 +114,6 @@ def read_part(
     stop = following[0][2] if following else len(data)
     in_part = members if first else _members_after(data, members, 0)
     return _grouped([member for member in in_part if member[2] < stop], not following and ending != "whole", shard_name, suffixes)
-
-
-Member = tuple[str, memoryview, int]  # name, content, offset in the data of the header directly before it
-Ending = Literal["whole", "cut", "garbage"]  # a valid end of a tar; the end of the data; something else
 
 
 def _members_after(data: bytes, members: list[Member], border: int) -> list[Member]:
@@ -143,9 +134,9 @@ def _grouped(members: list[Member], truncated: bool, shard_name: str, suffixes: 
         if suffix not in suffixes:
             continue
         if len(name) > _MAX_NAME_LENGTH:
-            rejected.append(RejectedSample(f"{shard_name}/{printable(name[:50])}…", "name_too_long"))
+            rejected.append(RejectedSample(f"{shard_name}/{_printable(name[:50])}…", "name_too_long"))
             continue
-        key = printable(posixpath.join(shard_name, _key(name)))
+        key = _printable(posixpath.join(shard_name, _key(name)))
         record = records.setdefault(key, Record(key))
         record.repeated |= suffix in record.members
         record.members[suffix] = content
@@ -154,11 +145,8 @@ def _grouped(members: list[Member], truncated: bool, shard_name: str, suffixes: 
     return [*records.values(), *rejected] or [RejectedSample(f"{shard_name}/", "shard_empty")]
 
 
-def printable(name: str) -> str:
-    """Return a file name as one line that Arrow accepts, without lone surrogates and control characters.
-
-    The result is only a label: no file is opened by a name that comes from a tar.
-    """
+def _printable(name: str) -> str:
+    """Return a file name as one line that Arrow accepts, without lone surrogates and control characters, for use as a label."""
     name = _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", name)
     return name.encode("utf-8", "backslashreplace").decode()
 
@@ -198,8 +186,7 @@ def _members(data: bytes, begin: int) -> tuple[list[Member], Ending]:
                     return members, "cut"
                 if member.isreg() and not member.issparse():
                     members.append((member.name, view[member.offset_data : end], member.offset_data - _BLOCK))
-            # tarfile also stops at a broken header and at a hole in the file. A valid end is at least one block of zeros and
-            # nothing else.
+            # tarfile also stops at a broken header and at a hole in the file. A valid end is one block of zeros or more.
             left = len(data) - tar.offset
             if left < _BLOCK:
                 return members, "cut"

@@ -7,18 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.evaluate.layouts.files import open_image_files, open_image_folder
-from ray_platform.evaluate.layouts.parquet import open_parquet
-from ray_platform.evaluate.layouts.tars import SPLIT, build_tar_set, open_wds
-from ray_platform.evaluate.layouts.torchvision import open_torchvision
-from ray_platform.evaluate.samples import SampleSchema
-from ray_platform.evaluate.sets import KNOWN_SETS, ClassTexts, EvaluationSet
+from ray_platform.evaluate.image_files import open_image_files, open_image_folder, open_torchvision
+from ray_platform.evaluate.sets import KNOWN_SETS, EvaluationSet
+from ray_platform.evaluate.shards import SPLIT, open_parquet, open_tars, open_wds
 from ray_platform.terminal import render_table
 from ray_platform.units import size_text
 
 _REQUESTS_AT_ONCE = 16
-
-OpenLayout = Callable[[str, str], EvaluationSet | None]  # (name, folder) -> the set; None when the folder has another layout
 
 
 class SetNotFoundError(ConfigError):
@@ -44,9 +39,7 @@ def find_evaluation_set(roots: Sequence[str], name: str) -> EvaluationSet:
                 return data
         except ConfigError as error:
             without_split = error
-    if without_split:
-        raise without_split
-    raise SetNotFoundError(
+    raise without_split or SetNotFoundError(
         f"{name}: not found below {', '.join(roots)}; looked for {', '.join(_folder_names(name))}; correct data_roots, or leave "
         "the set out"
     )
@@ -74,10 +67,9 @@ def open_image_set(url: str) -> EvaluationSet:
     url = _absolute(url)
     name = posixpath.basename(url)
     for folder in (url, storage.join(url, SPLIT)):
-        if not _is_pattern(folder) and not storage.exists(folder):
-            continue
-        if tars := [file for file in storage.list_files(folder) if file.url.endswith(".tar")]:
-            return build_tar_set(SampleSchema(name, "images"), url, "tars", ClassTexts(), tars)
+        files = storage.list_files(folder) if _is_pattern(folder) or storage.exists(folder) else ()
+        if tars := [file for file in files if file.url.endswith(".tar")]:
+            return open_tars(name, "images", url, "tars", tars)
     data = None if _is_pattern(url) or not storage.exists(url) else open_image_files(name, url)
     if data is None:
         raise ConfigError(f"{url}: has no images ({_describe_content(url)}); give a folder with tars or image files")
@@ -89,25 +81,24 @@ def render_listing(roots: Sequence[str]) -> str:
     rows = [("set", "where", "layout", "files", "size", "classes", "images", "metric")]
     notes = []
     for name, known in KNOWN_SETS.items():
-        where, layout, files, size = "not found", "", "", ""
+        found = ("not found", "", "", "")
         try:
             data = find_evaluation_set(roots, name)
-            where, layout, files, size = data.url, data.layout, f"{data.num_files:,}", size_text(data.num_bytes)
+            found = (data.url, data.layout, f"{data.num_files:,}", size_text(data.num_bytes))
         except SetNotFoundError:
             pass
         except (ConfigError, DataError) as error:
-            where = "rejected"
+            found = ("rejected", "", "", "")
             notes.append(f"rejected: {error}")
-        counts = str(known.num_classes or ""), f"{known.num_images:,}"
-        rows.append((name, where, layout, files, size, *counts, known.main_metric))
+        rows.append((name, *found, str(known.num_classes or ""), f"{known.num_images:,}", known.main_metric))
     return "\n".join([render_table(rows), *notes])
 
 
 def _folder_names(name: str) -> tuple[str, ...]:
     """Return the folders below a root in which a set may be, the most likely first."""
     dashed = name.replace("/", "-")
-    exported = (f"wds_{dashed}", f"wds_{dashed}_test")
-    return (*exported, *(KNOWN_SETS[name].folders if name in KNOWN_SETS else dict.fromkeys((name, dashed))))
+    others = KNOWN_SETS[name].folders if name in KNOWN_SETS else dict.fromkeys((name, dashed))
+    return (f"wds_{dashed}", f"wds_{dashed}_test", *others)
 
 
 def _existing_folders(roots: Sequence[str], name: str) -> list[str]:
@@ -121,15 +112,15 @@ def _existing_folders(roots: Sequence[str], name: str) -> list[str]:
         return [url for url, exists in zip(urls, pool.map(storage.exists, urls), strict=True) if exists]
 
 
-def _layouts(name: str, *, is_named_by_user: bool) -> tuple[OpenLayout, ...]:
-    """Return the layouts that a set may have, in a folder that the user named for it or in one below a root."""
+def _open_any_layout(name: str, url: str, *, is_named_by_user: bool) -> EvaluationSet | None:
+    """Return the set in a folder that the user named for it, or in one below a root; None if it has no layout of the set."""
     known = KNOWN_SETS.get(name)
-    if known and known.task == "zeroshot_retrieval":
-        return (open_wds,)
-    layouts: tuple[OpenLayout, ...] = (open_wds, open_torchvision, open_parquet)  # no other folder looks like one of these
-    if known and known.class_folders:
-        layouts = (*layouts, _open_validation_folder)
-    return (*layouts, open_image_folder) if is_named_by_user or known is None else layouts
+    layouts: list[Callable[[str, str], EvaluationSet | None]] = [open_wds]
+    if known is None or known.task != "zeroshot_retrieval":
+        layouts += [open_torchvision, open_parquet]  # no other folder looks like one of these
+        layouts += [_open_validation_folder] * bool(known and known.class_folders)
+        layouts += [open_image_folder] * (is_named_by_user or known is None)
+    return next((data for open_layout in layouts if (data := open_layout(name, url)) is not None), None)
 
 
 def _open_validation_folder(name: str, url: str) -> EvaluationSet | None:
@@ -139,11 +130,6 @@ def _open_validation_folder(name: str, url: str) -> EvaluationSet | None:
         if storage.exists(storage.join(folder, KNOWN_SETS[name].class_folders[0])):
             return open_image_folder(name, folder)
     return None
-
-
-def _open_any_layout(name: str, url: str, *, is_named_by_user: bool) -> EvaluationSet | None:
-    layouts = _layouts(name, is_named_by_user=is_named_by_user)
-    return next((data for open_layout in layouts if (data := open_layout(name, url)) is not None), None)
 
 
 def _absolute(url: str) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from ray_platform.contracts import Rows, one_line
 _READS_AT_ONCE = 64
 
 
-def cache_key(identity: Mapping[str, Any]) -> str:
+def cache_key(**identity: Any) -> str:
     """Return 32 hex digits; equal identities stand for equal results."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -1,20 +1,35 @@
-"""The published evaluation sets (`KNOWN_SETS`, from sets.json), their published results, and a set whose data was found.
+"""Evaluation sets: the published ones (`KNOWN_SETS`, from sets.json), and sets whose data was found, with slices and samples.
 
-Add a zero-shot dataset by adding one entry below "sets" in sets.json.
+Add a zero-shot dataset by adding one entry below "sets" in sets.json. Plain Python: no Ray.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from ray_platform import storage
 from ray_platform.contracts import DataError
-from ray_platform.evaluate.samples import DatasetSlice, EvaluationTask, SampleSchema
+from ray_platform.data.causes import LOST, RejectedSample
 
-_DATA = json.loads(Path(__file__).with_name("sets.json").read_text(encoding="utf-8"))
+# About so many, whatever the number of replicas: small enough for 64 replicas to end together on the twelve sets.
+IMAGES_PER_SLICE = 128
+CLASSES_FILE = "classnames.txt"
+TEMPLATES_FILE = "zeroshot_classification_templates.txt"
+DEFAULT_TEMPLATES = ("a photo of a {c}.",)
+_SETS_WITH_JOINED_NAMES = ("food101", "sun397")  # their class names have "_" and "/" in the place of spaces
+# The fraction of classes that must share a word with the published name. Two orders of one list share 0.1 (shifted by one) to
+# 0.34 (Caltech-101).
+_SAME_ORDER = 0.6
+
+EvaluationTask = Literal["zeroshot_classification", "zeroshot_retrieval", "images"]
+
+# --- Published sets -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -32,11 +47,186 @@ class KnownSet:
     folders: tuple[str, ...] = ()  # where to look for the data below a root, in addition to `wds_<name>`
 
 
-class ClassTexts(NamedTuple):
-    """The class names of a set, in label order, and its templates."""
+def _known_set(name: str, **fields: Any) -> KnownSet:
+    lists: Any = {field: tuple(value) for field, value in fields.items() if isinstance(value, list)}
+    return KnownSet(name, **fields | lists)
 
-    classes: Sequence[str] = ()
-    templates: Sequence[str] = ()
+
+_DATA = json.loads(Path(__file__).with_name("sets.json").read_text(encoding="utf-8"))
+KNOWN_SETS: Mapping[str, KnownSet] = MappingProxyType({name: _known_set(name, **entry) for name, entry in _DATA["sets"].items()})
+# The twelve sets whose mean is reported, in this order.
+PAPER_SETS: tuple[str, ...] = tuple(_DATA["paper"])
+# Model -> set -> main metric as a fraction, and the "mean" over PAPER_SETS.
+PUBLISHED: Mapping[str, Mapping[str, float]] = _DATA["published"]
+# Model -> set -> metric -> fraction.
+PUBLISHED_RETRIEVAL: Mapping[str, Mapping[str, Mapping[str, float]]] = _DATA["published_retrieval"]
+
+
+# --- Samples and slices ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as it is stored; `ray_platform.data.decode.rgb` decodes its image."""
+
+    key: str  # unique in the set and independent of where the set is stored
+    image: bytes | memoryview
+    label: int = -1  # -1: the set has no labels
+    captions: tuple[str, ...] = ()
+
+
+Samples = list[RawSample | RejectedSample]
+
+
+@dataclass(frozen=True)
+class SampleSchema:
+    """What every sample of a set must have."""
+
+    set_name: str
+    task: EvaluationTask
+    num_classes: int
+    classes_source: str  # the file with the class names, for messages
+
+    def check(self, sample: RawSample) -> None:
+        """Raise DataError for a label without a class, and for an image without captions in a retrieval set."""
+        if self.task == "zeroshot_classification" and not 0 <= sample.label < self.num_classes:
+            raise DataError(
+                f"{self.set_name}: sample {sample.key} has label {sample.label}, but {self.classes_source} names "
+                f"{self.num_classes} classes (0 to {self.num_classes - 1}); correct the class list, or download the set again"
+            )
+        if self.task == "zeroshot_retrieval" and not sample.captions:
+            raise DataError(
+                f"{self.set_name}: sample {sample.key} has no caption, and retrieval needs one for every image; "
+                "write its .txt with one caption per line, or download the set again"
+            )
+
+
+class SlicePart(NamedTuple):
+    """A slice before it belongs to a set."""
+
+    name: str
+    estimated_images: float
+    read: Callable[["DatasetSlice"], Samples]  # a partial of a module's function, so that it can be sent to a replica
+
+
+@dataclass(frozen=True)
+class DatasetSlice:
+    """What one unit of work reads. The slices of a set, ordered by `place`, contain each of its samples once."""
+
+    schema: SampleSchema
+    place: int
+    name: str  # unique in the set; part of the key of cached results
+    estimated_images: float
+    read: Callable[["DatasetSlice"], Samples]  # see `read_slice`; raises StorageError when nothing of the slice can be read
+
+
+def read_slice(part: DatasetSlice) -> Samples:
+    """Return the samples of a slice in order; an empty list for a slice of a tar in which no sample begins.
+
+    A sample that cannot be used becomes a RejectedSample, as does a whole slice that storage does not return.
+
+    Raises:
+        DataError: The set cannot be used: see `SampleSchema.check`, or a shard has no samples.
+    """
+    try:
+        samples = part.read(part)
+    except storage.StorageError as error:
+        return [RejectedSample(f"{part.name}/", LOST[error.kind])]
+    for sample in samples:
+        if isinstance(sample, RawSample):
+            part.schema.check(sample)
+    return samples
+
+
+# --- Class names and templates: from the text files next to the data, or the published ones -------------------------------------
+
+
+class ClassTexts(NamedTuple):
+    """The class names of a set, in label order, and its templates; empty unless the set is for classification."""
+
+    classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    source: str = ""  # the file with the class names
+
+
+def list_sidecars(url: str) -> dict[str, str]:
+    """Return the URLs of the files directly in a folder, by their names."""
+    return {posixpath.basename(file.url): file.url for file in storage.list_files(url)}
+
+
+def read_lines(url: str) -> tuple[str, ...]:
+    """Return the lines of a text file, stripped, without empty ones at the end. Raises DataError if it is not UTF-8."""
+    try:
+        lines = [line.strip() for line in storage.read_small(url).decode("utf-8-sig").split("\n")]
+    except UnicodeDecodeError:
+        raise DataError(f"{url}: is not UTF-8; convert it to UTF-8") from None
+    while lines and not lines[-1]:
+        lines.pop()
+    return tuple(lines)
+
+
+def class_texts(
+    set_name: str, classes: Sequence[str], source: str, sidecars: Mapping[str, str], templates: tuple[str, ...] = ()
+) -> ClassTexts:
+    """Return the classes, which come from the file `source`, with the templates.
+
+    Templates are those of the file next to the data, else of the known set, else `templates`.
+
+    Raises:
+        DataError: The list is empty, lacks a name, or has another length than the known set; or there are no templates, or one
+            lacks "{c}".
+    """
+    known = KNOWN_SETS.get(set_name)
+    if not classes:
+        raise DataError(f"{set_name}: {source} has no class names; write one class per line, in label order")
+    if "" in classes:
+        raise DataError(f"{set_name}: {source} has an empty name for class {classes.index('')}; write its name")
+    if known and len(classes) != known.num_classes:
+        raise DataError(
+            f"{set_name}: {source} names {len(classes)} classes, but the set has {known.num_classes}; "
+            "correct the list, or download the set again"
+        )
+    if url := sidecars.get(TEMPLATES_FILE):
+        templates = read_lines(url)
+        if not templates:
+            raise DataError(f'{set_name}: {url} has no templates; write one per line, such as "a photo of a {{c}}."')
+        if incomplete := [template for template in templates if "{c}" not in template]:
+            raise DataError(f'{set_name}: {url} has a template without "{{c}}", the class ({incomplete[0]!r}); add it')
+    elif known:
+        templates = known.templates
+    elif not templates:
+        raise DataError(
+            f"{set_name}: no {TEMPLATES_FILE} next to its {CLASSES_FILE}, and the set is not a known one; "
+            'write the file, such as "a photo of a {c}."'
+        )
+    return ClassTexts(tuple(classes), templates, source)
+
+
+def to_published_names(set_name: str, classes: Sequence[str], source: str) -> tuple[str, ...]:
+    """Return the class names with which published scores were measured, for data whose `classes` are in label order.
+
+    Raises:
+        DataError: The two lists are in different orders, so that labels would stand for other classes.
+    """
+    known = KNOWN_SETS.get(set_name)
+    if known is None or not known.classes or len(classes) != len(known.classes):
+        return tuple(re.sub("[_/]", " ", name) if set_name in _SETS_WITH_JOINED_NAMES else name for name in classes)
+    pairs = zip(classes, known.classes, strict=True)
+    differing = [(name, published) for name, published in pairs if not _words(name) & _words(published)]
+    if len(differing) > (1 - _SAME_ORDER) * len(classes):
+        name, published = differing[0]
+        raise DataError(
+            f"{set_name}: {source} has its classes in another order than the published set, such as {name!r} for "
+            f"{published!r}, and {len(differing)} in all; use CLIP_benchmark's copy of the set"
+        )
+    return known.classes
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall("[a-z]{2,}", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower()))
+
+
+# --- A set whose data was found -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -57,53 +247,40 @@ class EvaluationSet:
     digest: str  # 16 hex digits over classes, templates, names and sizes of the files; independent of the place of the set
 
 
-def _known_set(name: str, entry: Mapping[str, Any]) -> KnownSet:
-    fields: dict[str, Any] = {field: tuple(value) if isinstance(value, list) else value for field, value in entry.items()}
-    return KnownSet(name, **fields)
-
-
-KNOWN_SETS: Mapping[str, KnownSet] = MappingProxyType({name: _known_set(name, fields) for name, fields in _DATA["sets"].items()})
-
-# The twelve sets whose mean is reported, in this order.
-PAPER_SETS: tuple[str, ...] = tuple(_DATA["paper"])
-
-# Model -> set -> main metric as a fraction, and the "mean" over PAPER_SETS.
-PUBLISHED: Mapping[str, Mapping[str, float]] = _DATA["published"]
-# Model -> set -> metric -> fraction.
-PUBLISHED_RETRIEVAL: Mapping[str, Mapping[str, Mapping[str, float]]] = _DATA["published_retrieval"]
-
-
 def build_set(
-    schema: SampleSchema,
+    set_name: str,
+    task: EvaluationTask,
     url: str,
     layout: str,
-    texts: ClassTexts,
     files: Sequence[tuple[str, int]],
-    slices: Sequence[DatasetSlice],
-    known_images: int | None,
+    parts: Iterable[SlicePart],
+    texts: ClassTexts = ClassTexts(),  # noqa: B008  (immutable)
+    known_images: int | None = None,
 ) -> EvaluationSet:
-    """Return the set of `slices`.
+    """Return the set of these slices, in order.
 
     Args:
-        schema: What the samples must have; it names the set.
+        set_name: The name of the set.
+        task: What it is for.
         url: The folder of the set.
         layout: The name of its layout, for people.
-        texts: Its class names and templates; empty unless it is for classification.
         files: Names in the set and sizes in bytes of all files; a negative size stands for a missing file.
-        slices: The slices, in order.
+        parts: The slices.
+        texts: Its class names and templates.
         known_images: The number of images, if it is known before reading.
 
     Raises:
         DataError: The set has no slices.
     """
+    schema = SampleSchema(set_name, task, len(texts.classes), texts.source)
+    slices = tuple(DatasetSlice(schema, place, *part) for place, part in enumerate(parts))
     if not slices:
-        raise DataError(f"{schema.set_name}: {url} has no images; download the set again")
-    classes, templates = tuple(texts.classes), tuple(texts.templates)
-    listing = json.dumps([schema.task, classes, templates, sorted(files)])
-    known = KNOWN_SETS.get(schema.set_name)
+        raise DataError(f"{set_name}: {url} has no images; download the set again")
+    listing = json.dumps([task, texts.classes, texts.templates, sorted(files)])
+    known = KNOWN_SETS.get(set_name)
     return EvaluationSet(
-        name=schema.set_name, task=schema.task, url=url, layout=layout, classes=classes, templates=templates,
-        known=known if known and known.task == schema.task else None, slices=tuple(slices), num_files=len(files),
+        set_name, task, url, layout, texts.classes, texts.templates,
+        known=known if known and known.task == task else None, slices=slices, num_files=len(files),
         num_bytes=sum(max(0, size) for _, size in files), known_images=known_images,
         digest=hashlib.sha256(listing.encode()).hexdigest()[:16],
     )  # fmt: skip
@@ -119,13 +296,8 @@ def check_counts(data: EvaluationSet, num_read: int, num_rejected: int, allow_sh
         return
     expected = data.known.num_images
     rejected = f" and {num_rejected:,} could not be used" if num_rejected else ""
+    counts = f"{data.name}: {num_read:,} images were read{rejected}, but the set has {expected:,}: {data.url} is"
     if num_read + num_rejected > expected:
-        raise DataError(
-            f"{data.name}: {num_read:,} images were read{rejected}, but the set has {expected:,}: {data.url} is another "
-            "split, or has images twice; download the set again"
-        )
+        raise DataError(f"{counts} another split, or has images twice; download the set again")
     if not allow_short:
-        raise DataError(
-            f"{data.name}: {num_read:,} images were read{rejected}, but the set has {expected:,}: {data.url} is incomplete; "
-            "download it again, or set allow_short"
-        )
+        raise DataError(f"{counts} incomplete; download it again, or set allow_short")

@@ -17,7 +17,7 @@ from ray_platform import storage
 from ray_platform.contracts import FeatureNetwork, Generator, Rows, Scorer
 from ray_platform.data.causes import RejectedSample, SampleError
 from ray_platform.data.decode import resized, rgb, thumbnail_jpeg
-from ray_platform.evaluate.samples import DatasetSlice, RawSample, read_slice
+from ray_platform.evaluate.sets import DatasetSlice, RawSample, read_slice
 
 # Images per model call, and per call for the remainder of a unit; the last batch is filled up. Results of other batch shapes
 # differ in their last bits, so a unit always has the same batches, whichever replica runs it.
@@ -44,15 +44,14 @@ class WorkerModels:
 
     def in_batches(self, call: Callable[..., np.ndarray], *columns: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Return the results of `call` on batches of the columns' rows (at least one), concatenated."""
-        results, num_rows = [], len(columns[0])
-        full = num_rows - num_rows % BATCH_SIZE
-        batches = [(start, BATCH_SIZE) for start in range(0, full, BATCH_SIZE)]
-        batches += [(start, REMAINDER_SIZE) for start in range(full, num_rows, REMAINDER_SIZE)]
-        for start, size in batches:
+        results, num_rows, start = [], len(columns[0]), 0
+        while start < num_rows:
+            size = BATCH_SIZE if num_rows - start >= BATCH_SIZE else REMAINDER_SIZE
             # The last batch is filled up with the first rows.
             batch = [[column[row % num_rows] for row in range(start, start + size)] for column in columns]
             with self.lock:
                 results.append(call(*batch))
+            start += size
         return np.concatenate(results)[:num_rows]
 
     def extract_features(self, networks: Sequence[str], images: Sequence[np.ndarray] | np.ndarray) -> Rows:
@@ -89,6 +88,16 @@ class EmbedClasses:
             return {"embeddings": scorer.embed_classes(self.class_names, self.templates)}
 
 
+def _prepare(sample: RawSample | RejectedSample, preprocess: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | str:
+    """Return the preprocessed image, or the cause for which it cannot be used."""
+    if isinstance(sample, RejectedSample):
+        return sample.cause
+    try:
+        return preprocess(rgb(sample.image))
+    except SampleError as error:
+        return error.cause
+
+
 @dataclass(frozen=True)
 class Thumbnails:
     """Small images of some samples of a slice, for the report."""
@@ -98,22 +107,18 @@ class Thumbnails:
 
     def run(self, models: WorkerModels) -> Rows:
         """Return keys [n], sizes [n] in bytes and jpegs [sum of sizes] uint8 of the images that can be read."""
-        requested = set(self.keys)
-        samples = [s for s in read_slice(self.slice) if isinstance(s, RawSample) and s.key in requested]
-        encoded = zip((sample.key for sample in samples), models.pool.map(_thumbnail, samples), strict=True)
-        jpegs = {key: jpeg for key, jpeg in encoded if jpeg}
+        samples = [sample for sample in read_slice(self.slice) if sample.key in self.keys]
+        thumbnails = models.pool.map(lambda sample: _prepare(sample, _thumbnail), samples)
+        jpegs = {sample.key: jpeg for sample, jpeg in zip(samples, thumbnails, strict=True) if isinstance(jpeg, np.ndarray)}
         return {
             "keys": np.array(list(jpegs), dtype=np.str_),
             "sizes": np.array([len(jpeg) for jpeg in jpegs.values()], dtype=np.int64),
-            "jpegs": np.frombuffer(b"".join(jpegs.values()), dtype=np.uint8),
+            "jpegs": np.concatenate([np.empty(0, dtype=np.uint8), *jpegs.values()]),
         }
 
 
-def _thumbnail(sample: RawSample) -> bytes:
-    try:
-        return thumbnail_jpeg(rgb(sample.image))
-    except SampleError:
-        return b""
+def _thumbnail(image: np.ndarray) -> np.ndarray:
+    return np.frombuffer(thumbnail_jpeg(image), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class EmbedImages:
     scorer: str
     set_name: str
     slice: DatasetSlice
-    settings: Mapping[str, Any]
+    settings: Mapping[str, float]
 
     def run(self, models: WorkerModels) -> Rows:
         """Return the rows of n samples, r of which could be read.
@@ -157,16 +162,6 @@ class EmbedImages:
         return rows
 
 
-def _prepare(sample: RawSample | RejectedSample, preprocess: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | str:
-    """Return the preprocessed image, or the cause for which it cannot be used."""
-    if isinstance(sample, RejectedSample):
-        return sample.cause
-    try:
-        return preprocess(rgb(sample.image))
-    except SampleError as error:
-        return error.cause
-
-
 @dataclass(frozen=True)
 class MeasureImages:
     """Extracts features of real images, with which generated ones are compared."""
@@ -177,14 +172,13 @@ class MeasureImages:
 
     def run(self, models: WorkerModels) -> Rows:
         """Return keys [n] and `features/<network>` [n, d] of the n images that can be read, and causes [m] of the others."""
-        samples = read_slice(self.slice)
-        size = (self.image_size, self.image_size)
+        samples, size = read_slice(self.slice), (self.image_size, self.image_size)
         prepared = list(models.pool.map(lambda sample: _prepare(sample, lambda image: resized(image, size)), samples))
         keys = [sample.key for sample, image in zip(samples, prepared, strict=True) if not isinstance(image, str)]
         images = [image for image in prepared if not isinstance(image, str)]
         causes = np.array([image for image in prepared if isinstance(image, str)], dtype=np.str_)
-        rows: Rows = {"keys": np.array(keys), "causes": causes}
-        return rows | (models.extract_features(self.networks, images) if images else {})
+        features = models.extract_features(self.networks, images) if images else {}
+        return {"keys": np.array(keys), "causes": causes, **features}
 
 
 @dataclass(frozen=True)
@@ -194,7 +188,7 @@ class GenerateImages:
     generator: str
     prompts: tuple[str, ...]
     first: int  # index of the first prompt among all prompts
-    settings: Mapping[str, Any]
+    settings: Mapping[str, float]
     networks: tuple[str, ...]
     aligner: str  # the Scorer that measures how well an image fits its prompt; empty: nothing measures it
     images_dir: str  # where images with an index below `num_kept` are stored
@@ -204,28 +198,23 @@ class GenerateImages:
         """Return `features/<network>` [n, d], and with an aligner alignment [n]: the cosine of image and prompt."""
         generator: Generator = models[self.generator]
         indices = range(self.first, self.first + len(self.prompts))
-        images = models.in_batches(lambda *batch: generator.generate_images(*batch, **self.settings), self.prompts, indices)
+        images = models.in_batches(
+            lambda prompts, indices: generator.generate_images(prompts, indices, **self.settings), self.prompts, indices
+        )
         for index, image in zip(indices, images, strict=True):
             if index < self.num_kept:
-                self._store(index, image)
+                buffer = io.BytesIO()
+                Image.fromarray(image).save(buffer, "PNG")
+                storage.write_bytes(storage.join(self.images_dir, image_name(index)), buffer.getvalue())
         rows = models.extract_features(self.networks, images)
         if self.aligner:
-            rows["alignment"] = self._measure_alignment(models, images)
+            aligner: Scorer = models[self.aligner]
+            preprocessed = list(models.pool.map(aligner.preprocess, images))
+            keys = [f"generated/{index}" for index in indices]
+            embedded = models.in_batches(lambda batch, keys: aligner.embed_images(np.stack(batch), keys), preprocessed, keys)
+            with models.lock:
+                rows["alignment"] = (embedded * aligner.embed_texts(self.prompts)).sum(axis=1)
         return rows
-
-    def _measure_alignment(self, models: WorkerModels, images: np.ndarray) -> np.ndarray:
-        aligner: Scorer = models[self.aligner]
-        preprocessed = list(models.pool.map(aligner.preprocess, images))
-        noise_keys = [f"generated/{self.first + index}" for index in range(len(images))]
-        embedded = models.in_batches(lambda batch, keys: aligner.embed_images(np.stack(batch), keys), preprocessed, noise_keys)
-        with models.lock:
-            texts = aligner.embed_texts(self.prompts)
-        return (embedded * texts).sum(axis=1)
-
-    def _store(self, index: int, image: np.ndarray) -> None:
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG")
-        storage.write_bytes(storage.join(self.images_dir, image_name(index)), buffer.getvalue())
 
 
 def image_name(index: int) -> str:

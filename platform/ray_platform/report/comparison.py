@@ -4,10 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from ray_platform.json_values import JsonObject
 from ray_platform.metric_registry import Metric, describe_metric
 from ray_platform.report.figures import Chart, Line, Point, line_chart, round_ticks, tick_text
-from ray_platform.report.records import Claim, ComparisonDetails, ImageGrid
+from ray_platform.report.records import Claim, ComparisonDetails, ImageGrid, NestedFields
 from ray_platform.report.render import color_class, render
 from ray_platform.units import is_number
 
@@ -104,7 +103,7 @@ def _verdict(details: ComparisonDetails, claim: Claim, claimed: Sequence[Differe
     return "null", claim.not_shown if complete and "single" not in outcomes else claim.undecided, why
 
 
-def _fields_of(config: JsonObject, arm: str) -> JsonObject:
+def _fields_of(config: NestedFields, arm: str) -> NestedFields:
     """Return the fields that an arm sets, after the ones that all arms have."""
     pretrain = config.get("pretrain", {})
     base = {"objective.task": pretrain.get("objective", {}).get("task", "")}
@@ -112,7 +111,7 @@ def _fields_of(config: JsonObject, arm: str) -> JsonObject:
     return {"all": base | config.get("arms", {}).get(arm, {}), "own": config.get("arms", {}).get(arm, {})}
 
 
-def _arms_with_both_masks(fields: Mapping[str, JsonObject]) -> list[str]:
+def _arms_with_both_masks(fields: Mapping[str, NestedFields]) -> list[str]:
     """Return the arms of the first task that was trained with both masks."""
     by_task: dict[str, list[str]] = {}
     for name, values in fields.items():

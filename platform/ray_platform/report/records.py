@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
-from ray_platform.json_values import JsonObject
 from ray_platform.metric_registry import Direction
 
+NestedFields = Mapping[str, Any]  # values by field; a value may be a mapping again
 MetricValues = Mapping[str, float | None]  # by the names that the metric registry declares
 
 
@@ -33,7 +33,7 @@ class EvaluatedModel(TypedDict):
     pretrained: str  # folder or URL of the checkpoint
     task: str
     step: int | None
-    settings: JsonObject
+    settings: NestedFields
 
 
 class UnreadableSample(TypedDict):
@@ -49,7 +49,7 @@ class DatasetResult(TypedDict):
     set: str
     model: str
     url: NotRequired[str]  # folder of the dataset
-    settings: NotRequired[JsonObject]  # of the model
+    settings: NotRequired[NestedFields]  # of the model
     metrics: MetricValues
     seconds: float
     unreadable: Sequence[UnreadableSample]  # the first ones
@@ -135,7 +135,7 @@ class QualityPoint(TypedDict):
     guidance_scale: float
     metrics: MetricValues
     alignment_by: NotRequired[str]  # the model that measured `alignment`
-    protocol: JsonObject
+    protocol: NestedFields
     n: int  # images
     num_reference: NotRequired[Mapping[str, int]]  # feature network -> real images
     seconds: float
@@ -191,7 +191,7 @@ class TrialRecord(TypedDict):
     state: Literal["finished", "stopped", "failed"]
     default: bool  # trained with the recipe's values
     error: str
-    values: JsonObject  # field -> value
+    values: NestedFields  # field -> value
     history: Sequence[HistoryEntry]
     metrics: MetricValues  # of the last milestone
     run_id: str
@@ -228,7 +228,7 @@ class SweepDetails(RunHeader):
 class ArmResult(TypedDict):
     """The runs of one arm."""
 
-    seeds: Mapping[str, JsonObject]  # seed -> metrics and costs of the run; `environment` is text
+    seeds: Mapping[str, NestedFields]  # seed -> metrics and costs of the run; `environment` is text
     mean: MetricValues
     std: MetricValues  # None with one seed
 
@@ -266,7 +266,7 @@ class ComparisonDetails(RunHeader):
     """`summary.json` of a comparison, with its header, images and learning curves."""
 
     command: str
-    config: NotRequired[JsonObject]
+    config: NotRequired[NestedFields]
     config_digest: NotRequired[str]
     environment: NotRequired[str]
     arms: Mapping[str, ArmResult]

@@ -15,7 +15,7 @@ from ray.tune.logger import JsonLoggerCallback
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.placement import ResourceRequest, can_autoscale, describe_nodes, most_restrictive, total_resources
+from ray_platform.placement import ResourceRequest, can_autoscale, describe_nodes, total_resources
 from ray_platform.sweep.config import SearchConfig
 from ray_platform.sweep.schedulers import HISTORY, build_scheduler, is_baseline, trial_name
 from ray_platform.sweep.search import TRIAL, MultiObjectiveSearch, trial_config, trial_points
@@ -61,7 +61,7 @@ class Sweep:
 
     def concurrency(self) -> int:
         """Return the number of concurrent trials. Raises ConfigError if the cluster has too few resources for them."""
-        requested, largest = self.config.max_concurrent, most_restrictive(self.needs)
+        requested, largest = self.config.max_concurrent, min(self.needs, key=ResourceRequest.capacity)
         capacity = largest.capacity()
         if capacity < max(1, requested) and not can_autoscale():
             needed = {kind: amount for kind, amount in largest.amounts.items() if amount}

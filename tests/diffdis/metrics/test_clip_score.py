@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from diffdis.metrics.clip_score import clip_score
+from diffdis.metrics.image_quality import clip_score
 
 
 def test_the_scale_and_that_no_pair_counts_below_0():

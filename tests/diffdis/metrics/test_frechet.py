@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffdis.metrics import frechet
-from diffdis.metrics.frechet import Moments, extrapolated_distance, frechet_distance, frechet_distance_of_features
+from diffdis.metrics import image_quality
+from diffdis.metrics.image_quality import Moments, extrapolated_distance, frechet_distance, frechet_distance_of_features
 from tests.diffdis.metrics.peers import functions_of
 
 WIDTH = 48
@@ -52,7 +52,7 @@ def test_moments_do_not_depend_on_order_or_sharding(monkeypatch):
         np.testing.assert_allclose(total.mean, whole.mean, rtol=1e-14)
         np.testing.assert_allclose(total.second, whole.second, rtol=1e-11, atol=1e-13)
         assert frechet_distance(total, whole) < 1e-12 * np.trace(whole.covariance)
-    monkeypatch.setattr(frechet, "MAX_ROWS", 100)
+    monkeypatch.setattr(image_quality, "MAX_ROWS", 100)
     np.testing.assert_allclose(Moments.of(x).second, whole.second, rtol=1e-11, atol=1e-13)
 
 
@@ -150,7 +150,7 @@ def test_the_extrapolated_distance_has_no_bias_of_few_images():
 
 def test_the_points_of_the_extrapolation_are_distances_of_growing_subsets():
     x, reference = features(2 * WIDTH), Moments.of(features(500, seed=3))  # below and above the number of dimensions
-    for inverse, distance in frechet._growing(x, reference):
+    for inverse, distance in image_quality._growing(x, reference):
         expected = frechet_distance(Moments.of(x[: round(1 / inverse)]), reference)
         assert distance == pytest.approx(expected, rel=1e-9)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffdis.metrics import kid
-from diffdis.metrics.kid import kernel_distance, squared_discrepancy
+from diffdis.metrics import image_quality
+from diffdis.metrics.image_quality import kernel_distance, squared_discrepancy
 from tests.diffdis.metrics.peers import functions_of
 
 
@@ -28,7 +28,7 @@ def test_a_subset_equals_torchmetrics_and_torch_fidelity():
 
 
 def test_the_whole_metric_agrees_with_torch_fidelity_up_to_its_draw_of_subsets(monkeypatch):
-    monkeypatch.setattr(kid, "SUBSET_SIZE", 100)
+    monkeypatch.setattr(image_quality, "KID_SUBSET_SIZE", 100)
     x, y = features(400), features(300, seed=1, shift=0.3)
     found = kernel_distance(x, y)
     names = ("kid_features_to_metric", "kernel_mmd", "kernel_poly", "kernel_rbf", "mmd2")

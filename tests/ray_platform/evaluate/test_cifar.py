@@ -11,8 +11,8 @@ from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data.causes import RejectedSample
 from ray_platform.data.decode import rgb
+from ray_platform.evaluate import image_files
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set
-from ray_platform.evaluate.layouts import cifar
 from ray_platform.evaluate.sets import KNOWN_SETS
 from tests.support.evaluation_sets import CIFAR10, class_names, error_of_set, picture, read
 
@@ -84,7 +84,7 @@ def write_cifar(root: Path, name: str, count: int = 30) -> list[int]:
 @pytest.mark.parametrize("images_per_slice", [256, 7])
 def test_cifars_original_files(tmp_path, monkeypatch, name, images_per_slice):
     labels = write_cifar(tmp_path, name)
-    monkeypatch.setattr(cifar, "IMAGES_PER_SLICE", images_per_slice)
+    monkeypatch.setattr(image_files, "IMAGES_PER_SLICE", images_per_slice)
     data = find_evaluation_set([str(tmp_path)], name)
     assert (data.classes, data.templates) == (class_names(name), KNOWN_SETS[name].templates)
     assert (data.known_images, data.layout, len(data.slices)) == (30, "torchvision", -(-30 // images_per_slice))
@@ -145,12 +145,12 @@ def test_cifar_files_without_cifars_images(tmp_path, values):
 
 @pytest.mark.s3
 def test_cifar_in_s3(s3_url, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar, "IMAGES_PER_SLICE", 7)
+    monkeypatch.setattr(image_files, "IMAGES_PER_SLICE", 7)
     write_cifar(tmp_path, "vtab/cifar10")
     storage.put_folder(tmp_path, f"{s3_url}/cifar")
     local, remote = find_evaluation_set([str(tmp_path)], "vtab/cifar10"), find_evaluation_set([f"{s3_url}/cifar"], "vtab/cifar10")
     assert (remote.digest, remote.url) == (local.digest, f"{s3_url}/cifar/cifar-10-batches-py")
     assert read(remote) == read(local)
-    cifar._load_images.cache_clear()
+    image_files._load_cifar_images.cache_clear()
     storage.delete(f"{s3_url}/cifar/cifar-10-batches-py/test_batch")
     assert read(remote)[0] == RejectedSample("test_batch[0:7]/", "shard_missing")

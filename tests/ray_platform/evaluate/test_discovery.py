@@ -5,8 +5,7 @@ import pytest
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set, open_image_set, render_listing
-from ray_platform.evaluate.samples import read_slice
-from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS
+from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS, read_slice
 from tests.support.evaluation_sets import (
     CIFAR10,
     error_of,
@@ -93,7 +92,7 @@ def test_paths_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for data in (open_evaluation_set("vtab/cifar10", "wds_vtab-cifar10/"), find_evaluation_set(["."], "vtab/cifar10")):
         assert data.url == str(folder)
-        assert data.slices[0].url == f"{folder}/test/0.tar"
+        assert data.slices[0].read.args[0].url == f"{folder}/test/0.tar"
     assert find_evaluation_set([f"file://{tmp_path}"], "vtab/cifar10").url == str(folder)
 
 

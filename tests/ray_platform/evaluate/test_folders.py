@@ -7,8 +7,8 @@ import pytest
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.data.causes import RejectedSample
+from ray_platform.evaluate import image_files
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set, open_image_set
-from ray_platform.evaluate.layouts import files
 from ray_platform.evaluate.sets import KNOWN_SETS
 from tests.support.evaluation_sets import error_of, error_of_set, read, write_image
 
@@ -75,7 +75,7 @@ def test_imagenet_folders_that_are_not_the_thousand(tmp_path):
 def test_slices_have_each_file_once_and_in_order(tmp_path, monkeypatch, images_per_slice):
     root = write_classes(tmp_path / "mine", ["a", "b", "c"], 4)
     whole = read(open_evaluation_set("mine", str(root)))
-    monkeypatch.setattr(files, "IMAGES_PER_SLICE", images_per_slice)
+    monkeypatch.setattr(image_files, "IMAGES_PER_SLICE", images_per_slice)
     data = open_evaluation_set("mine", str(root))
     assert read(data) == whole
     assert len(data.slices) == -(-12 // images_per_slice)

@@ -11,10 +11,9 @@ import pytest
 from ray_platform import storage
 from ray_platform.data.causes import RejectedSample
 from ray_platform.data.decode import rgb
+from ray_platform.evaluate import shards
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set
-from ray_platform.evaluate.layouts import parquet
-from ray_platform.evaluate.samples import read_slice
-from ray_platform.evaluate.sets import KNOWN_SETS
+from ray_platform.evaluate.sets import KNOWN_SETS, read_slice
 from tests.support.evaluation_sets import CIFAR10, class_names, contents, encoded, error_of_set, picture, read
 
 CAT_DOG = {"label": ("cat", "dog")}
@@ -74,7 +73,7 @@ def test_a_known_set(tmp_path, inside):
 def test_slices_have_each_row_once_and_in_order(tmp_path, monkeypatch, images_per_slice, rows_per_group):
     folder = str(write_own(tmp_path / "mine", 20, rows_per_group=rows_per_group))
     whole = contents(open_evaluation_set("mine", folder))
-    monkeypatch.setattr(parquet, "IMAGES_PER_SLICE", images_per_slice)
+    monkeypatch.setattr(shards, "IMAGES_PER_SLICE", images_per_slice)
     data = open_evaluation_set("mine", folder)
     assert contents(data) == whole
     assert [len(read_slice(part)) for part in data.slices] == [part.estimated_images for part in data.slices]
@@ -169,7 +168,7 @@ def test_files_that_cannot_be_used(tmp_path):
 
 @pytest.mark.s3
 def test_parquet_in_s3(s3_url, tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "IMAGES_PER_SLICE", 5)
+    monkeypatch.setattr(shards, "IMAGES_PER_SLICE", 5)
     write_own(tmp_path / "mine" / "data", 20, rows_per_group=5)
     storage.put_folder(tmp_path, f"{s3_url}/parquet")
     local, remote = open_evaluation_set("mine", str(tmp_path / "mine")), find_evaluation_set([f"{s3_url}/parquet"], "mine")

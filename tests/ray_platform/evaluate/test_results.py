@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.evaluate.results import check_same_protocol, metrics_for_tracking, model_folders, write_results
+from ray_platform.evaluate.results import check_same_protocol, metrics_for_tracking, write_results
 from ray_platform.tracking import TrackingConfig, tracking_uri
 from ray_platform.tracking.runs import SafeTracker
 from tests.support.evaluation_details import OWN, SETS, evaluation
@@ -112,10 +112,6 @@ def test_models_whose_folder_is_the_same_are_refused(details, tmp_path):
     with pytest.raises(ConfigError, match="results/DiffDis-step-40000; give them distinct names"):
         write_results(clash, str(tmp_path))
     assert not list(tmp_path.iterdir())
-    assert model_folders({"models": [{"name": "../.."}, {"name": "openai/clip"}]}) == {
-        "../..": "model",
-        "openai/clip": "openai-clip",
-    }
 
 
 def test_without_a_result_the_table_is_empty(tmp_path):

@@ -8,9 +8,16 @@ from statistics import mean
 import pytest
 
 from ray_platform.contracts import DataError
-from ray_platform.evaluate.classes import classification_schema, to_published_names
 from ray_platform.evaluate.discovery import open_evaluation_set
-from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS, PUBLISHED, PUBLISHED_RETRIEVAL, check_counts
+from ray_platform.evaluate.sets import (
+    KNOWN_SETS,
+    PAPER_SETS,
+    PUBLISHED,
+    PUBLISHED_RETRIEVAL,
+    check_counts,
+    class_texts,
+    to_published_names,
+)
 from tests.support.evaluation_sets import CIFAR10, error_of, picture, write_one, write_retrieval, write_wds
 
 CLIP_BENCHMARK = Path(find_spec("clip_benchmark").origin).parent / "datasets"
@@ -138,7 +145,7 @@ def test_names_that_come_with_the_data_are_written_as_clip_benchmark_writes_them
     ],
 )
 def test_class_lists_that_cannot_be_the_sets(name, classes, message):
-    assert message in error_of(classification_schema, name, classes, "f.txt", kind=DataError)
+    assert message in error_of(class_texts, name, classes, "f.txt", {}, kind=DataError)
 
 
 # --------------------------------------------------------------------------------------------------------------- counts

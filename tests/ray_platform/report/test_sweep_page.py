@@ -144,8 +144,7 @@ def test_values_are_in_their_places_on_parallel_axes(details):
     ]  # fmt: skip
     del trials[3]["values"]["linear"]
     drawn = {
-        tuple(path)[0]: path
-        for _, path, _ in groups(details | {"trials": trials, "front": []}, "parallel_coordinates.svg", "trial")
+        path[0]: path for _, path, _ in groups(details | {"trials": trials, "front": []}, "parallel_coordinates.svg", "trial")
     }
     assert len(drawn) == 4
     zero, low, middle, high = (path for _, path in sorted(drawn.items(), reverse=True))

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ray_platform.local_head import LocalHead
+from ray_platform.local_head import MARKER, LocalHead, marked_processes
 from tests.ray_platform.sweep.curves import read_notes
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def result(driver):
 
 def trial_processes(head):
     running = []
-    for process in head.processes():
+    for process in marked_processes(head.env[MARKER]):
         with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
             if "ImplicitFunc" in " ".join(process.cmdline()):
                 running.append(process)

@@ -1,18 +1,22 @@
-"""The Fréchet distance of two sets of features, which is FID if they are the features of FID's Inception.
+"""Metrics of generated images: KID, CLIPScore, and the Fréchet distance, which is FID with the features of FID's Inception.
 
-It is computed in float64 from means and centered second moments: sums of raw squares lose the digits of a covariance that is
-small against the mean.
+The Fréchet distance is computed in float64 from means and centered second moments: sums of raw squares lose the digits of a
+covariance that is small against the mean.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 MAX_ROWS = 4096  # feature vectors that are in memory in float64 at a time
-NUM_SUBSETS = 15  # of the extrapolation
+EXTRAPOLATED_SUBSETS = 15
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+_ONE_IMAGE = "the covariance of one image is not defined: at least two are needed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +33,7 @@ class Moments:
         if features.ndim != 2 or not len(features):
             raise ValueError(f"features of shape {features.shape}: [n, d] with at least one row is needed")
         parts = (_moments(features[i : i + MAX_ROWS]) for i in range(0, len(features), MAX_ROWS))
-        total = next(parts)
-        for part in parts:
-            total = total.merge(part)
+        total = functools.reduce(Moments.merge, parts)
         if not np.isfinite(total.mean).all():
             row = int((~np.isfinite(features).all(axis=1)).argmax())
             raise ValueError(f"features of image {row} are not finite: the feature network or the image is broken")
@@ -51,7 +53,7 @@ class Moments:
     def covariance(self) -> np.ndarray:
         """The covariance [d, d] with n - 1 in the denominator. Raises ValueError for a single feature vector."""
         if self.n < 2:
-            raise ValueError("the covariance of one image is not defined: at least two are needed")
+            raise ValueError(_ONE_IMAGE)
         return self.second / (self.n - 1)
 
 
@@ -63,7 +65,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     Raises:
         ValueError: The features have different widths.
     """
-    _check_width(len(a.mean), b)
+    _check_width(len(a.mean), len(b.mean))
     # Take the root of the one with fewer samples, which is narrower if there are fewer samples than dimensions.
     fewer, more = sorted((a, b), key=lambda moments: moments.n)
     root = _root(torch.from_numpy(fewer.covariance))
@@ -78,11 +80,11 @@ def frechet_distance_of_features(features: np.ndarray, reference: Moments) -> fl
     In that case the deviations from the mean are themselves a root of the covariance.
     """
     n, width = features.shape
-    _check_width(width, reference)
+    _check_width(width, len(reference.mean))
     if n >= width:
         return frechet_distance(Moments.of(features), reference)
     if n < 2:
-        raise ValueError("the covariance of one image is not defined: at least two are needed")
+        raise ValueError(_ONE_IMAGE)
     mean = features.mean(axis=0, dtype=np.float64)
     root = torch.from_numpy((features - mean) / np.sqrt(n - 1))  # [n, d]
     inner = root @ torch.from_numpy(reference.covariance) @ root.T
@@ -100,8 +102,8 @@ def extrapolated_distance(features: np.ndarray, reference: Moments) -> float:
     Raises:
         ValueError: There are fewer than 30 features.
     """
-    if len(features) < 2 * NUM_SUBSETS:
-        raise ValueError(f"extrapolation from {len(features)} images: at least {2 * NUM_SUBSETS} are needed")
+    if len(features) < 2 * EXTRAPOLATED_SUBSETS:
+        raise ValueError(f"extrapolation from {len(features)} images: at least {2 * EXTRAPOLATED_SUBSETS} are needed")
     order = np.random.default_rng(0).permutation(len(features))
     points = list(_growing(features[order], reference))
     inverse, distances = (np.array(values) for values in zip(*points, strict=True))
@@ -111,7 +113,7 @@ def extrapolated_distance(features: np.ndarray, reference: Moments) -> float:
 def _growing(features: np.ndarray, reference: Moments) -> Iterator[tuple[float, float]]:
     """Yield (1/n, distance) of the first n features for growing n."""
     # Start at one half: smaller subsets lie further from the line and would bend it more than they stabilize it.
-    sizes = np.linspace(len(features) // 2, len(features), NUM_SUBSETS).astype(int).tolist()
+    sizes = np.linspace(len(features) // 2, len(features), EXTRAPOLATED_SUBSETS).astype(int).tolist()
     width, total = features.shape[1], None
     for start, stop in pairwise([0, *sizes]):
         if stop < width:
@@ -150,6 +152,74 @@ def _distance(shift: np.ndarray, traces: float, inner: torch.Tensor, rank: int) 
     return max(0.0, float(shift @ shift) + traces - 2.0 * root_trace)
 
 
-def _check_width(width: int, reference: Moments) -> None:
-    if width != len(reference.mean):
-        raise ValueError(f"features of {width} and {len(reference.mean)} dimensions cannot be compared: use one feature network")
+def _check_width(first: int, second: int) -> None:
+    if first != second:
+        raise ValueError(f"features of {first} and {second} dimensions cannot be compared: use one feature network")
+
+
+class KID(NamedTuple):
+    mean: float
+    std: float  # over the subsets, with their number in the denominator, as in torchmetrics and torch-fidelity
+
+
+def kernel_distance(x: np.ndarray, y: np.ndarray) -> KID:
+    """Return KID with the kernel (x·y / d + 1)^3 over 100 subsets of 1000: Bińkowski et al. (2018), "Demystifying MMD GANs".
+
+    Subsets are sampled without replacement and with a fixed seed; they have min(n, m) features if that is fewer than 1000. The
+    estimate can be negative.
+
+    Args:
+        x: Features [n, d].
+        y: Features [m, d].
+
+    Raises:
+        ValueError: There are fewer than two features, or their widths differ.
+    """
+    _check_width(x.shape[1], y.shape[1])
+    size = min(KID_SUBSET_SIZE, len(x), len(y))
+    if size < 2:
+        raise ValueError(f"KID of {len(x)} and {len(y)} features: at least two of each are needed")
+    random = np.random.default_rng(0)
+    # If a subset contains everything, all subsets are equal.
+    num_subsets = 1 if size == len(x) == len(y) else KID_SUBSETS
+    distances = []
+    for _ in range(num_subsets):
+        subsets = (features[random.choice(len(features), size, replace=False)] for features in (x, y))
+        distances.append(squared_discrepancy(*subsets))
+    return KID(float(np.mean(distances)), float(np.std(distances)))
+
+
+def squared_discrepancy(x: np.ndarray, y: np.ndarray) -> float:
+    """Return the unbiased estimate of MMD^2 from equally many features: x and y [m, d], m > 1.
+
+    Products are computed in the features' precision, sums in float64, because nearly equal sums are subtracted.
+    """
+    first, second = torch.from_numpy(x), torch.from_numpy(y)
+    m = len(first)
+    within = _off_diagonal_sum(_kernel(first, first)) + _off_diagonal_sum(_kernel(second, second))
+    return within / (m * (m - 1)) - 2.0 * _kernel(first, second).mean().item()
+
+
+def _kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    base = (a @ b.T).double().div_(a.shape[1]).add_(1.0)
+    return base.square().mul_(base)
+
+
+def _off_diagonal_sum(kernel: torch.Tensor) -> float:
+    return (kernel.sum() - kernel.diagonal().sum()).item()
+
+
+def clip_score(cosines: np.ndarray) -> float:
+    """Return the mean of max(100 cos, 0) over pairs, 0 to 100, on the scale of torchmetrics.
+
+    Hessel et al. (2021), "CLIPScore", define 2.5 max(cos, 0): divide by 40 for theirs.
+
+    Args:
+        cosines: [N] similarities of each image with its caption.
+
+    Raises:
+        ValueError: There are none, or one is not finite.
+    """
+    if not len(cosines) or not np.isfinite(cosines).all():
+        raise ValueError(f"CLIPScore of {len(cosines)} cosines: at least one is needed, and all must be finite")
+    return float(np.maximum(100.0 * np.asarray(cosines, dtype=np.float64), 0.0).mean())

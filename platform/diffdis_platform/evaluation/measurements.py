@@ -1,0 +1,244 @@
+"""Zero-shot accuracy and retrieval of one model on one dataset: units of work, and the results that are made of their rows."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+
+from diffdis.metrics.retrieval import most_similar, retrieval_recalls
+from diffdis.metrics.zero_shot import NO_CLASS, NUM_PREDICTIONS, ZeroShotScores, predict_classes
+from diffdis_platform.evaluation.models import EvaluationModel
+from ray_platform.contracts import DataError, Rows
+from ray_platform.evaluate.result_cache import cache_key
+from ray_platform.evaluate.sets import DatasetSlice, EvaluationSet, check_counts
+from ray_platform.evaluate.unit_work import EmbedClasses, EmbedImages
+from ray_platform.replicas import UnitWork, WorkUnit, join_rows
+from ray_platform.report.records import (
+    CaptionQuery,
+    ClassRecall,
+    Confusion,
+    DatasetResult,
+    ImageQuery,
+    RetrievalResult,
+    UnreadableSample,
+    ZeroShotResult,
+)
+
+CLASSES_PER_UNIT = 64
+_TEXT_COST = 0.05  # cost of embedding a text, relative to an image
+_MAX_UNREADABLE = 20  # unreadable samples that are listed in a result
+_MAX_CONFUSIONS, _MAX_EXAMPLES = 10, 3  # confusions shown per set, and images shown per confusion
+_NUM_QUERIES, _NUM_RETRIEVED = 4, 5  # queries of each kind in the report, and what is shown for each
+
+
+def build_unit(group: str, name: str, cost: float, work: UnitWork, *, runs_first: bool = False, **identity: Any) -> WorkUnit:
+    """Return a unit; `identity` is everything that its rows depend on, besides the kind of work and the code."""
+    # Renaming a class of work would lose the rows that earlier releases stored.
+    return WorkUnit(name, group, cache_key(work=type(work).__name__, **identity), cost, work, runs_first)
+
+
+class SetMeasurement(ABC):
+    """A model measured on one dataset. It receives the rows of its units in any order."""
+
+    def __init__(self, model: EvaluationModel, data: EvaluationSet, allow_short: bool = False):
+        """`allow_short` accepts a known set that lacks images."""
+        self.model, self.data, self.allow_short = model, data, allow_short
+        settings = "".join(f" {name}={value}" for name, value in model.settings.items())
+        self.group = f"{model.name}/{data.name}{settings}"
+        self._slices: dict[str, DatasetSlice] = {}  # key of the unit that embeds it -> slice
+        self._rows: dict[int, Rows] = {}  # place of a slice -> rows
+        self.units = [self._image_unit(part) for part in data.slices]
+        self.seconds = 0.0  # of replicas
+
+    def _image_unit(self, part: DatasetSlice) -> WorkUnit:
+        model, data = self.model, self.data
+        work = EmbedImages(model.name, data.name, part, model.settings)
+        unit = build_unit(
+            self.group, f"{data.name} {part.name}", part.estimated_images, work,
+            model=model.digest, settings=dict(model.settings), set=data.name, data=data.digest, slice=part.name,
+        )  # fmt: skip
+        self._slices[unit.key] = part
+        return unit
+
+    def add(self, unit: WorkUnit, rows: Rows) -> None:
+        """Receive the rows of one unit."""
+        self.seconds += float(rows["seconds"].sum())
+        self._rows[self._slices[unit.key].place] = rows
+
+    @abstractmethod
+    def result(self) -> DatasetResult:
+        """Return the dataset's entry in the report. Raises DataError if the dataset cannot be scored."""
+        ...
+
+    def slices_with(self, keys: set[str]) -> dict[DatasetSlice, tuple[str, ...]]:
+        """Return the slices that contain samples of `keys`, with those samples' keys."""
+        keys_of_slice = {
+            part: tuple(str(key) for key in self._rows[part.place]["keys"] if str(key) in keys)
+            for part in self._slices.values()
+            if part.place in self._rows
+        }
+        return {part: inside for part, inside in keys_of_slice.items() if inside}
+
+    def _joined_rows(self) -> Rows:
+        """Return the rows of all slices in order. Raises DataError if a sample was read twice."""
+        rows = join_rows(self._rows)
+        keys, counts = np.unique(rows["keys"], return_counts=True)
+        if len(keys) < len(rows["keys"]):
+            raise DataError(f"{self.data.name}: {self.data.url} has sample {keys[counts > 1][0]} twice; download the set again")
+        return rows
+
+    def _common_result(self, rows: Rows, metrics: dict[str, float]) -> DatasetResult:
+        """Return the fields that the results of all tasks have."""
+        causes = zip(rows["keys"], rows["causes"], strict=True)
+        unreadable: list[UnreadableSample] = [{"key": str(key), "cause": str(cause)} for key, cause in causes if cause]
+        return {
+            "set": self.data.name,
+            "model": self.model.name,
+            "url": self.data.url,
+            "settings": dict(self.model.settings),
+            "metrics": metrics,
+            "num_unreadable": len(unreadable),
+            "unreadable": unreadable[:_MAX_UNREADABLE],
+            "seconds": round(self.seconds, 1),
+        }
+
+
+class ZeroShotMeasurement(SetMeasurement):
+    """Embeds the classes first, and predicts the classes of each slice's images as soon as both embeddings are available."""
+
+    def __init__(self, model: EvaluationModel, data: EvaluationSet, allow_short: bool = False, num_examples: int = _MAX_EXAMPLES):
+        super().__init__(model, data, allow_short)
+        self.num_examples = num_examples
+        self._class_embeddings: dict[int, np.ndarray] = {}  # first class of a unit -> embeddings
+        self._waiting: list[tuple[WorkUnit, Rows]] = []  # images that were embedded before all classes were
+        class_units = {first: self._class_unit(first) for first in range(0, len(data.classes), CLASSES_PER_UNIT)}
+        self._first_class = {unit.key: first for first, unit in class_units.items()}
+        self.units = [*class_units.values(), *self.units]
+
+    def _class_unit(self, first: int) -> WorkUnit:
+        templates, names = self.data.templates, self.data.classes[first : first + CLASSES_PER_UNIT]
+        return build_unit(
+            self.group, f"classes of {self.data.name}", _TEXT_COST * len(names) * len(templates),
+            EmbedClasses(self.model.name, names, templates), runs_first=True,
+            model=self.model.digest, classes=names, templates=templates,
+        )  # fmt: skip
+
+    def add(self, unit: WorkUnit, rows: Rows) -> None:
+        if unit.key in self._first_class:
+            self.seconds += float(rows["seconds"].sum())
+            self._class_embeddings[self._first_class[unit.key]] = rows["embeddings"]
+        else:
+            self._waiting.append((unit, rows))
+        if len(self._class_embeddings) == len(self._first_class):
+            classes = np.concatenate([self._class_embeddings[first] for first in sorted(self._class_embeddings)])  # [C, D]
+            for image_unit, image_rows in self._waiting:
+                super().add(image_unit, self._predict(image_rows, classes))
+            self._waiting = []
+
+    def _predict(self, rows: Rows, classes: np.ndarray) -> Rows:
+        """Replace the embeddings, which are large, by predicted classes."""
+        is_readable = rows["causes"] == ""
+        predictions = np.full((len(is_readable), NUM_PREDICTIONS), NO_CLASS)
+        if is_readable.any():
+            predictions[is_readable] = predict_classes(rows["embeddings"], classes)
+        return {name: rows[name] for name in ("keys", "labels", "causes", "seconds")} | {"predictions": predictions}
+
+    def scores(self) -> ZeroShotScores:
+        """Return the scores over all samples that have a label. Raises DataError if there are none."""
+        rows = self._joined_rows()
+        is_labeled = rows["labels"] >= 0  # samples without a label could not be read at all
+        check_counts(self.data, int(is_labeled.sum()), int((~is_labeled).sum()), self.allow_short)
+        if not is_labeled.any():
+            raise DataError(f"{self.data.name}: no sample of {self.data.url} has a label; download the set again")
+        return ZeroShotScores(rows["labels"][is_labeled], rows["predictions"][is_labeled], len(self.data.classes))
+
+    def result(self) -> ZeroShotResult:
+        rows, data, scores = self._joined_rows(), self.data, self.scores()
+        recalls = zip(data.classes, scores.confusion.sum(axis=1), scores.class_recalls, strict=True)
+        per_class: list[ClassRecall] = [
+            {"class": name, "count": int(count), "recall": float(recall) if count else None} for name, count, recall in recalls
+        ]
+        return {
+            **self._common_result(rows, scores.metrics),
+            "main_metric": data.known.main_metric if data.known else "acc1",
+            "n": len(scores.labels),
+            "chance": 1 / len(data.classes),
+            "per_class": per_class,
+            "confusions": self._confusions(scores, rows["keys"][rows["labels"] >= 0]),
+        }
+
+    def _confusions(self, scores: ZeroShotScores, keys: np.ndarray) -> list[Confusion]:
+        """Return the most frequent confusions, with the keys of some examples."""
+        classes, wrong = self.data.classes, scores.confusion[:, :-1].copy()
+        np.fill_diagonal(wrong, 0)
+        confusions: list[Confusion] = []
+        for cell in np.argsort(-wrong, axis=None, kind="stable")[:_MAX_CONFUSIONS]:
+            true, other = divmod(int(cell), len(classes))
+            if not (count := int(wrong[true, other])):
+                break
+            examples = keys[(scores.labels == true) & (scores.predictions[:, 0] == other)][: self.num_examples]
+            confusions.append(
+                {
+                    "true": classes[true],
+                    "predicted": classes[other],
+                    "count": count,
+                    "share": count / int(scores.confusion[true].sum()),
+                    "examples": [{"key": str(key)} for key in examples],
+                }
+            )
+        return confusions
+
+
+class RetrievalMeasurement(SetMeasurement):
+    """Image and text retrieval on a dataset of images with several captions each."""
+
+    def result(self) -> RetrievalResult:
+        rows, data = self._joined_rows(), self.data
+        if "embeddings" not in rows or "texts" not in rows:
+            raise DataError(f"{data.name}: no image of {data.url} can be read; see jobs/inspect_data.py")
+        is_sample = rows["num_texts"] > 0  # the other rows are slices or samples that could not be read at all
+        check_counts(data, int(is_sample.sum()), int((~is_sample).sum()), self.allow_short)
+        is_readable = rows["causes"][is_sample] == ""
+        images = np.zeros((len(is_readable), rows["embeddings"].shape[1]), dtype=np.float32)  # [N, D]
+        images[is_readable] = rows["embeddings"]
+        owners = np.repeat(np.arange(len(images)), rows["num_texts"][is_sample])  # the image of each text
+        embeddings, texts = rows["text_embeddings"], [str(text) for text in rows["texts"]]
+        keys = [str(key) for key in rows["keys"][is_sample]]
+
+        queries = _spread(len(texts))
+        found = zip(queries, *most_similar(embeddings[queries], images, _NUM_RETRIEVED, is_readable), strict=True)
+        examples: list[CaptionQuery] = [
+            {
+                "caption": texts[text],
+                "images": [
+                    {"key": keys[image], "similarity": float(cosine), "right": bool(image == owners[text])}
+                    for image, cosine in zip(retrieved, cosines, strict=True)
+                ],
+            }
+            for text, retrieved, cosines in found
+        ]
+        queries = _spread(len(images))
+        found = zip(queries, *most_similar(images[queries], embeddings, _NUM_RETRIEVED), strict=True)
+        image_examples: list[ImageQuery] = [
+            {
+                "key": keys[image],
+                "captions": [
+                    {"text": texts[text], "similarity": float(cosine), "right": bool(owners[text] == image)}
+                    for text, cosine in zip(retrieved, cosines, strict=True)
+                ],
+            }
+            for image, retrieved, cosines in found
+        ]
+        return {
+            **self._common_result(rows, retrieval_recalls(images, embeddings, owners, is_readable=is_readable)),
+            "n": len(images),
+            "num_images": len(images),
+            "num_texts": len(texts),
+            "examples": examples,
+            "image_examples": image_examples,
+        }
+
+
+def _spread(count: int) -> np.ndarray:
+    """Return the indices of a few queries, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, _NUM_QUERIES).astype(int))
