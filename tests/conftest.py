@@ -121,6 +121,14 @@ def ray_cluster():
 
 
 @pytest.fixture(scope="session")
+def two_ranks():
+    """Two gloo ranks without Ray, which all tests share."""
+    from tests.support.ranks import shared_ranks
+
+    return shared_ranks(2)
+
+
+@pytest.fixture(scope="session")
 def text_encoder_folder(tmp_path_factory):
     from tests.support.tiny_checkpoints import save_mean_pool_encoder
 

@@ -106,7 +106,7 @@ def test_a_checkpoints_manifest_and_ledgers(old_checkpoint, expected):
         assert [int(end) for end in np.ravel(list(consumed.ranges(0, 1, int(unit))))] == ranges
     for rank, state in exact["checkpoint/rank states"].items():
         found = checkpoint_format.read_rank_state(url, manifest, int(rank))
-        assert (found["skipped"], as_json(found["history"])) == (state["skipped"], state["history"])
+        assert (found.skipped, as_json(found.history)) == (state["skipped"], state["history"])
 
 
 def test_a_checkpoints_tensors(old_checkpoint, expected):

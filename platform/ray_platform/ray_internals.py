@@ -3,8 +3,8 @@
 from typing import Any
 
 import ray
-import ray._private.state
 import ray.data
+from ray._private.state import state as cluster_state
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
@@ -14,7 +14,7 @@ _GENERATOR_BUFFER = "_max_num_blocks_in_streaming_gen_buffer"  # of ray.data.Dat
 
 def draining_nodes() -> set[str]:
     """Return the hex ids of the nodes that are being drained, by the cluster's cloud or by `ray drain-node`."""
-    return set(ray._private.state.state.get_draining_nodes())
+    return set(cluster_state.get_draining_nodes())
 
 
 def autoscaler_is_running() -> bool:

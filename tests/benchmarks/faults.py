@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tests.benchmarks import own_ray  # isort: skip (before ray)
 
+import pandas as pd
 import psutil
 import ray
 from ray.cluster_utils import Cluster
@@ -40,92 +41,80 @@ NODE = {"num_cpus": 2, "object_store_memory": 300 * 2**20}
 @dataclass
 class Fault:
     kind: str  # worker or node
-    in_upload: bool  # a checkpoint was incomplete when it came
-    step: int  # that had been begun
+    in_upload: bool  # a checkpoint was incomplete
+    step: int  # the highest step that had started
     when: float
     seconds_lost: float = float("nan")
 
 
-class Nodes:
-    """A head that takes no work, and two nodes that can be lost."""
+class Killer:
+    """A cluster of a head without work and two nodes, whose workers and nodes are killed while a training runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, output: Path, records: Records, seed: int):
+        self.output, self.records, self.rng = output, records, random.Random(seed)
+        self.faults: list[Fault] = []
         self.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0})
         for _ in range(2):
             self.cluster.add_node(**NODE)
         ray.init(address=self.cluster.address, **own_ray.OPTIONS)
 
     def workers(self) -> list[psutil.Process]:
-        """The training's, on whatever node of this cluster."""
-        own = {process.process.pid for node in self.cluster.list_all_nodes() for process in raylets(node)}
+        """The training's workers, on any node of this cluster."""
+        own = {pid for node in self.cluster.list_all_nodes() for pid in raylets(node)}
         return [
             process
             for process in psutil.process_iter(["cmdline", "ppid"])
             if process.info["ppid"] in own and "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
         ]
 
-    def kill_a_worker(self, rng: random.Random) -> None:
-        while not (workers := self.workers()):  # they are being started again
+    def kill(self, kind: str) -> None:
+        """Kill a worker, or a node that trains, which another one replaces at once, as an autoscaler would see to."""
+        while kind == "worker":
+            if workers := self.workers():  # none while they restart
+                self.rng.choice(workers).send_signal(signal.SIGKILL)
+                return
             time.sleep(0.1)
-        rng.choice(workers).send_signal(signal.SIGKILL)
-
-    def kill_a_node(self, rng: random.Random) -> None:
-        """One that trains; another joins at once, as an autoscaler would see to."""
         parents = {worker.ppid() for worker in self.workers()}
-        nodes = [node for node in self.cluster.worker_nodes if {p.process.pid for p in raylets(node)} & parents]
-        self.cluster.remove_node(rng.choice(nodes or list(self.cluster.worker_nodes)), allow_graceful=False)
+        nodes = [node for node in self.cluster.worker_nodes if set(raylets(node)) & parents]
+        self.cluster.remove_node(self.rng.choice(nodes or list(self.cluster.worker_nodes)), allow_graceful=False)
         self.cluster.add_node(**NODE)
+
+    def run(self, training: threading.Thread, number: int) -> None:
+        """Cause the faults, each at a random moment after the run has got past the one before."""
+        kinds = ["node" if i % 3 == 2 else "worker" for i in range(number)]
+        self.rng.shuffle(kinds)
+        self.wait_until_past(2, training)
+        for index, kind in enumerate(kinds):
+            time.sleep(self.rng.uniform(0.5, 4.0))
+            deadline = time.monotonic() + 15
+            while index % 2 and not self.is_uploading() and time.monotonic() < deadline:
+                time.sleep(0.0005)
+            fault = Fault(kind, self.is_uploading(), self.records.last()[0], time.time())
+            self.kill(kind)
+            self.faults.append(fault)
+            print(f"fault {index + 1}: {kind} killed at step {fault.step}{', in an upload' * fault.in_upload}", flush=True)
+            fault.seconds_lost = self.wait_until_past(fault.step, training) - fault.when
+
+    def wait_until_past(self, step: int, training: threading.Thread) -> float:
+        """Return when the run was past a step."""
+        while training.is_alive():
+            reached, when = self.records.last()
+            if reached > step:
+                return when
+            time.sleep(0.1)
+        raise SystemExit(f"the run ended after {len(self.faults)} faults")
+
+    def is_uploading(self) -> bool:
+        folders = list(self.output.glob("checkpoints/*/step_*"))
+        return any(not (folder / "complete.json").exists() for folder in folders)
 
     def stop(self) -> None:
         ray.shutdown()
         self.cluster.shutdown()
 
 
-def raylets(node) -> list:
-    return node.all_processes["raylet"]
-
-
-class Killer:
-    """Causes the faults, each a random moment after the run has got past the one before, or until the run is over."""
-
-    def __init__(self, nodes: Nodes, output: Path, records: Records, number: int, seed: int):
-        self.nodes, self.output, self.records, self.number = nodes, output, records, number
-        self.rng = random.Random(seed)
-        self.faults: list[Fault] = []
-
-    def work(self, training: threading.Thread) -> None:
-        self.training = training
-        kinds = ["node" if i % 3 == 2 else "worker" for i in range(self.number)]
-        self.rng.shuffle(kinds)
-        for number, kind in enumerate(kinds):
-            self.wait_until_past(self.faults[-1].step if self.faults else 2)
-            time.sleep(self.rng.uniform(0.5, 4.0))
-            if number % 2:
-                self.wait_for_upload()
-            fault = Fault(kind, self.incomplete(), self.records.last()[0], time.time())
-            (self.nodes.kill_a_worker if kind == "worker" else self.nodes.kill_a_node)(self.rng)
-            self.faults.append(fault)
-            print(f"fault {number + 1}: {kind} killed at step {fault.step}{', in an upload' * fault.in_upload}", flush=True)
-        self.wait_until_past(self.faults[-1].step)
-
-    def wait_until_past(self, step: int) -> None:
-        while self.training.is_alive():
-            reached, when = self.records.last()
-            if reached > step:
-                if self.faults:
-                    self.faults[-1].seconds_lost = when - self.faults[-1].when
-                return
-            time.sleep(0.1)
-        raise SystemExit(f"the run ended after {len(self.faults)} of {self.number} faults")
-
-    def incomplete(self) -> bool:
-        folders = list(self.output.glob("checkpoints/*/step_*"))
-        return any(not (folder / "complete.json").exists() for folder in folders)
-
-    def wait_for_upload(self) -> None:
-        deadline = time.monotonic() + 15
-        while not self.incomplete() and time.monotonic() < deadline:
-            time.sleep(0.0005)
+def raylets(node) -> list[int]:
+    return [raylet.process.pid for raylet in node.all_processes["raylet"]]
 
 
 def make_run(folder: Path, name: str, num_steps: int) -> tuple[Run, Records]:
@@ -135,14 +124,6 @@ def make_run(folder: Path, name: str, num_steps: int) -> tuple[Run, Records]:
     records = folder / name / "records"
     build_task = functools.partial(recording, str(records), run.build_task)
     return replace(run, build_task=build_task), Records(records, num_steps=num_steps)
-
-
-def table(faults: list[Fault]) -> str:
-    lines = ["fault  kind    in upload  at step  seconds lost"]
-    for number, fault in enumerate(faults, 1):
-        upload = "yes" if fault.in_upload else "no"
-        lines.append(f"{number:5d}  {fault.kind:6s}  {upload:9s}  {fault.step:7d}  {fault.seconds_lost:12.1f}")
-    return "\n".join(lines)
 
 
 def compare(disturbed: Records, alone: Records, curves: tuple[dict, dict], faults: list[Fault], finished: bool) -> dict:
@@ -170,22 +151,22 @@ def main() -> None:
         folder = Path(temporary)
         save_mean_pool_encoder(folder / "text_encoder")
         write_shards(folder / "shards", num_shards=12, samples_per_shard=80)
-        nodes = Nodes()
+        num_steps = STEPS_A_FAULT * arguments.faults
+        run, records = make_run(folder, "disturbed", num_steps)
+        killer = Killer(folder / "disturbed", records, arguments.seed)
         try:
-            run, records = make_run(folder, "disturbed", STEPS_A_FAULT * arguments.faults)
-            killer = Killer(nodes, folder / "disturbed", records, arguments.faults, arguments.seed)
             # Ray's Cluster wants the main thread for itself.
             training = threading.Thread(target=run.fit, daemon=True)
             training.start()
-            killer.work(training)
+            killer.run(training, arguments.faults)
             training.join()
-            alone, alone_records = make_run(folder, "alone", STEPS_A_FAULT * arguments.faults)
+            alone, alone_records = make_run(folder, "alone", num_steps)
             alone.fit()
         finally:
-            nodes.stop()
+            killer.stop()
         finished = (folder / "disturbed" / "export" / "diffdis.json").exists()
         curves = tuple(dict(logged_metric(folder / name, "train/loss")) for name in ("disturbed", "alone"))
-        print(table(killer.faults))
+        print(pd.DataFrame(killer.faults).round(1).drop(columns="when").to_string())
         print(json.dumps(compare(records, alone_records, curves, killer.faults, finished)))
 
 

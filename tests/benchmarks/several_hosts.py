@@ -26,6 +26,7 @@ from tests.support import hosts  # isort: skip
 if __name__ == "__main__":
     hosts.continue_in_sandbox()  # before the imports that take long
 
+import pandas as pd
 from mlflow import MlflowClient
 
 from diffdis.config import tiny
@@ -41,7 +42,6 @@ from tests.support.training import write_shards
 NUM_SHARDS, SAMPLES_A_SHARD, SAMPLES_A_STEP = 8, 15, 8
 STEPS_AN_EPOCH = NUM_SHARDS * SAMPLES_A_SHARD // SAMPLES_A_STEP
 CHECKPOINT_EVERY = 10
-STEPS_A_CUT = 2 * STEPS_AN_EPOCH
 OUTPUT = "s3://tests/run"
 OBJECT_STORE = 150 * 2**20
 NO_STEP_S = 900.0  # then the run is taken to have failed
@@ -70,13 +70,15 @@ class RayHosts:
         }
 
     def start(self) -> None:
+        """Start Ray, and wait until the head takes jobs."""
         self._ray(self.head, "--head", "--port=6379", f"--dashboard-host={self.head.address}", "--num-cpus=0")
         for worker in self.workers:
             self._ray(worker, f"--address={self.head.address}:6379", "--num-cpus=2")
-
-    def _ray(self, host: Host, *options: str) -> None:
-        more = [f"--node-ip-address={host.address}", f"--object-store-memory={OBJECT_STORE}", "--block"]
-        host.start(["bash", "-c", SERVICE, "service", "ray", "start", *options, *more], self.env | self.server.environment)
+        deadline = time.monotonic() + 300
+        while subprocess.run(self.client("list"), env=self.client_env, capture_output=True).returncode:
+            if time.monotonic() > deadline:
+                sys.exit(f"the Ray head did not start: {(self.head.files / 'log').read_text()[-2000:]}")
+            time.sleep(1)
 
     def client(self, *arguments: str) -> list[str]:
         """`ray job …` as a user types it."""
@@ -86,13 +88,9 @@ class RayHosts:
     def client_env(self) -> dict[str, str]:
         return self.env | {"RAY_AUTH_TOKEN_PATH": str(self.head.files / "token")}
 
-    def wait(self) -> None:
-        """Until the head takes jobs."""
-        deadline = time.monotonic() + 300
-        while subprocess.run(self.client("list"), env=self.client_env, capture_output=True).returncode:
-            if time.monotonic() > deadline:
-                sys.exit(f"the Ray head did not start: {(self.head.files / 'log').read_text()[-2000:]}")
-            time.sleep(1)
+    def _ray(self, host: Host, *options: str) -> None:
+        more = [f"--node-ip-address={host.address}", f"--object-store-memory={OBJECT_STORE}", "--block"]
+        host.start(["bash", "-c", SERVICE, "service", "ray", "start", *options, *more], self.env | self.server.environment)
 
 
 @dataclass
@@ -184,15 +182,6 @@ class Training:
             cut.noticed = "; ".join(lines)
 
 
-def table(cuts: list[Cut]) -> str:
-    lines = ["what was cut             for       at second  at step  seconds to recover  the driver said"]
-    for cut in cuts:
-        duration = f"{cut.seconds:.0f} s" if cut.seconds else "good"
-        figures = f"{cut.when:9.0f}  {cut.step:7d}  {cut.seconds_to_recover:18.1f}"
-        lines.append(f"{cut.what:23s}  {duration:8s}  {figures}  {cut.noticed or 'nothing'}")
-    return "\n".join(lines)
-
-
 def epochs_in_ledger() -> int:
     """How often the last checkpoint says that all samples were consumed; -1 where it is in the middle of an epoch."""
     newest = checkpoint_format.list_checkpoints(OUTPUT)[0]
@@ -222,12 +211,6 @@ def outcome(training: Training, cuts: list[Cut]) -> dict:
     }
 
 
-def num_steps(cuts: list[Cut]) -> int:
-    """Whole epochs, enough for all, also where a cut does not stop the run."""
-    seconds = sum(cut.seconds for cut in cuts)
-    return STEPS_A_CUT * (len(cuts) + 1) + -(-int(seconds / SECONDS_A_STEP) // STEPS_AN_EPOCH) * STEPS_AN_EPOCH
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cuts", nargs="*", choices=CUTS, default=list(CUTS))
@@ -239,15 +222,16 @@ def main() -> None:
         storage.put_folder(write_shards(folder / "shards", NUM_SHARDS, SAMPLES_A_SHARD), "s3://tests/shards")
         storage.put_folder(save_mean_pool_encoder(folder / "text_encoder"), "s3://tests/text_encoder")
         cluster.start()
-        cluster.wait()
-        training = Training(cluster, folder / "hosts", num_steps(cuts))
+        # Whole epochs, enough for all cuts, also where a cut does not stop the run.
+        num_epochs = 2 * (len(cuts) + 1) + -(-int(sum(cut.seconds for cut in cuts) / SECONDS_A_STEP) // STEPS_AN_EPOCH)
+        training = Training(cluster, folder / "hosts", num_epochs * STEPS_AN_EPOCH)
         begun = training.wait_until_past(-1)
         for cut in cuts:
             training.wait_until_past(training.records.last()[0] + STEPS_AN_EPOCH)
             training.suffer(cut, begun)
             print(f"{cut.what}: {cut.seconds_to_recover:.1f} s", flush=True)
         code = training.process.wait()
-        print(table(cuts))
+        print(pd.DataFrame(cuts).round(1).to_string())
         print(json.dumps(outcome(training, cuts) | {"exit_code": code}))
 
 

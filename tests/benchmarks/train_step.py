@@ -9,7 +9,6 @@ have. The last line is one JSON object.
 """
 
 import argparse
-import functools
 import io
 import json
 import os
@@ -30,8 +29,11 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image
+from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from diffdis.config import AutoencoderConfig
+from diffdis.losses import InfoNCE
 from diffdis.task import DiffDisTask
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.recipes.demo import demo
@@ -39,8 +41,8 @@ from ray_platform.contracts import Batch
 from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train.launch import Run
-from tests.benchmarks.contrastive_memory import LOCAL, WIDTH
 from tests.benchmarks.measuring import in_turns, medians, ratio
+from tests.diffdis.plain_losses import plain_alignment_loss
 from tests.support.ranks import Ranks
 from tests.support.recording import Records, recording
 
@@ -48,6 +50,7 @@ WARM_UP, TIMED = 4, 24  # steps
 FILLING = 60  # more untimed steps of (a), in which the reads fill their buffers
 NUM_SHARDS, SAMPLES_A_SHARD, SIZE = 16, 64, 256
 MICRO_BATCH = 8
+LOCAL, WIDTH = 512, 768  # samples per rank and size of the embeddings in `contrastive_memory`
 WORDS = ("red", "green", "blue", "heart", "circle", "star", "cat", "tree", "car", "apple")
 
 
@@ -79,41 +82,26 @@ def write_source(folder: Path) -> tuple[np.ndarray, list[str]]:
     return np.stack(images), captions
 
 
-class Clock:
-    """Steps a second, without the first ones."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def tick(self) -> None:
-        self.times.append(time.perf_counter())
-
-    @property
-    def rate(self) -> float:
-        return (len(self.times) - 1 - WARM_UP) / (self.times[-1] - self.times[WARM_UP])
+def rate(times: list[float]) -> float:
+    """Steps/s without the first ones, from the time at which each step started."""
+    return (len(times) - 1 - WARM_UP) / (times[-1] - times[WARM_UP])
 
 
 def ours(config: PretrainConfig, sources: Path, num_workers: int) -> float:
-    """Steps/s of (a), by when each step was begun."""
-    first, steps = FILLING + WARM_UP, FILLING + WARM_UP + TIMED
-    with tempfile.TemporaryDirectory() as output:
-        run = Run(
-            functools.partial(recording, f"{output}/records", DiffDisTask, config.model, config.objective),
-            replace(config.data, sources=(str(sources),)),
-            replace(config.train, num_workers=num_workers, num_steps=steps),
-            TrackingConfig(),
-            output,
-            {"train": {}},
-            dict,
-        )
-        run.fit()
-        records = Records(f"{output}/records", num_steps=steps, world_size=num_workers)
-        begun = {}
-        for seed, when, *_ in records.entries():
-            step, rank = records.places[seed]
-            if rank == 0:
-                begun[step] = when
-        return (steps - 1 - first) / (begun[steps - 1] - begun[first])
+    """Steps/s of (a), by when rank 0 started each step."""
+    num_steps = FILLING + WARM_UP + TIMED
+    own_ray.start(num_cpus=2)
+    try:
+        with tempfile.TemporaryDirectory() as output:
+            build_task = partial(recording, f"{output}/records", DiffDisTask, config.model, config.objective)
+            data = replace(config.data, sources=(str(sources),))
+            train = replace(config.train, num_workers=num_workers, num_steps=num_steps)
+            Run(build_task, data, train, TrackingConfig(), output, {"train": {}}, dict).fit()
+            records = Records(f"{output}/records", num_steps=num_steps, world_size=num_workers)
+            times = {records.places[seed]: when for seed, when, *_ in records.entries()}
+            return rate([times[step, 0] for step in range(FILLING, num_steps)])
+    finally:
+        own_ray.stop()
 
 
 def batches(images: np.ndarray, captions: list[str], rank: int, steps: int) -> list[Batch]:
@@ -128,12 +116,12 @@ def bare(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[s
 
     task = DiffDisTask(config.model, config.objective)
     engine = Engine(task, config.train, MICRO_BATCH, 1)
-    clock = Clock()
+    times = []
     for step, batch in enumerate(batches(images, captions, rank, WARM_UP + TIMED)):
-        clock.tick()
+        times.append(time.perf_counter())
         engine.backward([task.inputs(batch, engine.device)], [step * 2 + rank])
         engine.update(step)
-    return clock.rate
+    return rate(times)
 
 
 def ddp(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[str]) -> float:
@@ -141,15 +129,15 @@ def ddp(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[st
     task = DiffDisTask(config.model, config.objective)
     module = torch.nn.parallel.DistributedDataParallel(task.module)
     optimizer = torch.optim.AdamW(task.parameter_groups(), fused=True)
-    clock = Clock()
+    times = []
     for step, batch in enumerate(batches(images, captions, rank, WARM_UP + TIMED)):
-        clock.tick()
+        times.append(time.perf_counter())
         loss, _ = module(task.inputs(batch, torch.device("cpu")), step * 2 + rank)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
-    return clock.rate
+    return rate(times)
 
 
 def tasks(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[str], steps: int) -> dict[str, float]:
@@ -172,11 +160,38 @@ def tasks(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[
 
 
 def memory(which: str, global_batch: int) -> float:
-    """GB that a process needs at most for one loss and its gradient, beyond its inputs."""
-    command = [sys.executable, "-m", "tests.benchmarks.contrastive_memory", which, str(global_batch)]
-    env = os.environ | {"PYTHONPATH": own_ray.PATHS}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    """GB that a process needs at most for InfoNCE and its gradient, beyond its inputs: `contrastive_memory` in a new process."""
+    code = f"from tests.benchmarks.train_step import contrastive_memory; contrastive_memory({which!r}, {global_batch})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": own_ray.PATHS}, capture_output=True, text=True, check=True
+    )
     return float(done.stdout.split()[-1])
+
+
+def contrastive_memory(which: str, global_batch: int) -> None:
+    """Print the memory of one rank of as many as make up the global batch with LOCAL samples each.
+
+    What the others would send is not sent (torch's fake process group), which changes neither the sizes nor the order of the
+    computations.
+    """
+
+    def gb(name: str) -> float:  # VmRSS (now) or VmHWM (the most so far) of this process
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) * 1024 / 1e9
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=global_batch // LOCAL, store=FakeStore())
+    scale = torch.tensor(14.0, requires_grad=True)
+    num = LOCAL if which == "chunked" else global_batch
+    predicted = F.normalize(torch.randn(num, 1, WIDTH), dim=-1).requires_grad_()
+    query, ids = F.normalize(torch.randn(num, WIDTH), dim=-1), torch.arange(num)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = gb("VmRSS")
+    if which == "chunked":
+        loss = InfoNCE()(predicted, query, ids, scale).mean
+    else:
+        loss = plain_alignment_loss(predicted, query, ids, scale).loss.mean()
+    loss.backward()
+    print(round(gb("VmHWM") - before, 3))
 
 
 def on_ranks(function: Callable, num_workers: int, *arguments: Any) -> float:
@@ -188,18 +203,10 @@ def on_ranks(function: Callable, num_workers: int, *arguments: Any) -> float:
         group.stop()
 
 
-def under_ray(config: PretrainConfig, sources: Path, num_workers: int) -> float:
-    own_ray.start(num_cpus=2)
-    try:
-        return ours(config, sources, num_workers)
-    finally:
-        own_ray.stop()
-
-
 def rates(config: PretrainConfig, sources: Path, images: tuple, num_workers: int, rounds: int, suffix: str) -> dict[str, float]:
     """Samples/s of every contender, and the ratios to the others."""
     contenders = {
-        "ours": partial(under_ray, config, sources, num_workers),
+        "ours": partial(ours, config, sources, num_workers),
         "bare": partial(on_ranks, bare, num_workers, config, *images),
         "ddp": partial(on_ranks, ddp, num_workers, config, *images),
     }

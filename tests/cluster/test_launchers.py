@@ -5,6 +5,7 @@ import shlex
 import boto3
 import pytest
 import yaml
+from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
@@ -41,8 +42,6 @@ def test_amazon_has_the_fields_of_a_machine():
     """Parameters checked as boto3 does before it sends anything; the launcher adds the number and the network."""
     client = boto3.client("ec2", region_name=aws()["provider"]["region"], aws_access_key_id="a", aws_secret_access_key="b")
     shape = client.meta.service_model.operation_model("RunInstances").input_shape
-    from botocore.validate import ParamValidator
-
     for node_type in aws()["available_node_types"].values():
         report = ParamValidator().validate({"MinCount": 1, "MaxCount": 1, **node_type["node_config"]}, shape)
         assert not report.has_errors(), report.generate_report()
@@ -50,27 +49,23 @@ def test_amazon_has_the_fields_of_a_machine():
     assert "InstanceTyp" in wrong.generate_report()
 
 
-def test_no_machine_has_a_public_address_and_the_token_is_on_all():
+def test_machines_are_private_and_drivers_are_on_demand():
     config = aws()
     assert config["provider"]["use_internal_ips"]
     for rule in config["provider"]["security_group"]["IpPermissions"]:
         assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
         assert [entry["CidrIp"] for entry in rule["IpRanges"]] == ["10.0.0.0/8"]
-    assert list(config["file_mounts"]) == ["/home/ray/.ray/auth_token"]
+    assert list(config["file_mounts"]) == ["/home/ray/.ray/auth_token"], "the token is on all of them"
     assert "useradd --create-home" in (CLUSTER / "Dockerfile").read_text()
     for key, address in (("head_start_ray_commands", None), ("worker_start_ray_commands", "$RAY_HEAD_IP:6379")):
         (command,) = config[key]
         options = start.make_context("ray start", shlex.split(command)[2:]).params
         assert options["address"] == address
         assert options["dashboard_host"] in ("localhost", "127.0.0.1")
-
-
-def test_on_demand_where_drivers_are_and_spot_where_a_run_goes_on():
-    types = aws()["available_node_types"]
-    assert "InstanceMarketOptions" not in types["head"]["node_config"]
-    assert types["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    for node_type in types.values():
-        assert node_type["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
+    nodes = {name: node_type["node_config"] for name, node_type in config["available_node_types"].items()}
+    assert "InstanceMarketOptions" not in nodes["head"]
+    assert nodes["gpu"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert {node["MetadataOptions"]["HttpTokens"] for node in nodes.values()} == {"required"}
 
 
 def test_containers_on_one_machine():

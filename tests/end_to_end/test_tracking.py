@@ -86,7 +86,7 @@ def check_model(uri, version, folder):
 
 
 def test_a_finished_run_in_sqlite(trained_run, training_shards):
-    check_run(trained_run.tracked, training_shards, previews=(6, 10, 12))  # 10 is where the first launch stops
+    check_run(trained_run.tracked, training_shards, previews=(6, 12))
 
 
 def test_the_runs_note_has_its_command_without_the_password(trained_run):

@@ -1,12 +1,11 @@
 """Training through Ray Data, Ray Train and DeepSpeed against one plain torch loop, and against itself after a resume.
 
-Most questions are asked of one training, `trained_run`, which lost a worker and was stopped and resumed.
+Most questions are asked of one training, `trained_run`, which lost a worker and was resumed.
 """
 
 import dataclasses
 import functools
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
 from ray_platform.data.precompute import EncoderPool, precompute
-from tests.support.training import assert_close_losses, logged_losses, logged_metric, plain_loop, write_shards
+from tests.support.training import assert_close_losses, logged_losses, logged_metric, plain_loop
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -31,7 +30,7 @@ def expected(trained_run):
     return plain_loop(trained_run.plain)
 
 
-def test_losses_follow_the_plain_loop_through_a_kill_a_stop_and_a_resume(trained_run, expected):
+def test_losses_follow_the_plain_loop_through_a_kill_and_a_resume(trained_run, expected):
     """Two workers under ZeRO 3."""
     assert_close_losses(logged_losses(trained_run.output), expected[0])
 
@@ -39,6 +38,7 @@ def test_losses_follow_the_plain_loop_through_a_kill_a_stop_and_a_resume(trained
 def test_every_sample_is_trained_on_exactly_once_per_epoch(trained_run, expected):
     assert trained_run.records.trained_on() == expected[1]
     assert (trained_run.output / "killed").exists()
+    assert trained_run.failure.startswith("worker 1 died")
     assert trained_run.records.count() > len(expected[1]), "the killed worker's steps since the last checkpoint are done again"
 
 
@@ -46,11 +46,6 @@ def test_steps_that_are_done_again_have_the_same_losses_to_the_last_bit(trained_
     losses = logged_metric(trained_run.output, "train/loss_generation")
     assert len(losses) > 12
     assert len(set(losses)) == 12
-
-
-def test_the_first_launch_stops_at_its_step_with_a_summary(trained_run):
-    assert trained_run.stopped["num_steps"] == 10
-    assert json.loads((trained_run.output / "train_summary.json").read_text())["num_steps"] == 12
 
 
 def test_an_existing_run_is_not_overwritten(make_run, trained_run):
@@ -78,7 +73,11 @@ def test_a_checkpoint_exports_as_the_run_itself_did(trained_run, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_was_never_disturbed_has_the_same_losses_to_the_last_bit(trained_run, tmp_path):
-    dataclasses.replace(trained_run.plain, output_dir=str(tmp_path)).fit()
+    """In two launches, the first of which stops at a step."""
+    run = dataclasses.replace(trained_run.plain, output_dir=str(tmp_path))
+    for last_step in (10, 12):
+        dataclasses.replace(run, train=dataclasses.replace(run.train, stop_at_step=last_step)).fit()
+        assert json.loads((tmp_path / "train_summary.json").read_text())["num_steps"] == last_step
     assert logged_losses(tmp_path) == logged_losses(trained_run.output)
 
 
@@ -90,29 +89,6 @@ def test_a_run_resumes_from_any_checkpoint_in_a_new_folder(trained_run, make_run
     resumed = logged_losses(tmp_path)
     assert sorted(resumed) == [10, 11, 12]
     assert resumed == {step: values for step, values in logged_losses(trained_run.output).items() if step > 9}
-
-
-@pytest.mark.slow  # tests/ray_platform/test_engine.py shows every stage without Ray
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
-def test_every_zero_stage_follows_the_plain_loop(make_run, tmp_path, zero_stage):
-    run = make_run(tmp_path, zero_stage=zero_stage)
-    run.fit()
-    assert_close_losses(logged_losses(tmp_path), plain_loop(run)[0])
-    DiffDisPipeline.from_pretrained(tmp_path / "export")
-
-
-@pytest.mark.slow  # tests/ray_platform/test_stream.py counts them without a training
-def test_undecodable_samples_are_skipped_and_counted(make_run, tmp_path):
-    import webdataset
-
-    folder = write_shards(tmp_path / "data", num_shards=2, samples_per_shard=60)
-    with webdataset.TarWriter(str(folder / "00002.tar")) as tar:
-        tar.write({"__key__": "a", "png": b"not an image", "txt": b"red heart"})
-        tar.write({"__key__": "b", "png": b"not an image either", "txt": b"\xff\xfe"})
-    make_run(tmp_path / "out", sources=folder, num_workers=1, num_steps=35).fit()
-    skipped = json.loads(Path(tmp_path / "out" / "train_summary.json").read_text())["skipped"]
-    assert sum(skipped.values()) >= 2
-    assert "image_undecodable" in skipped
 
 
 @pytest.mark.slow  # tests/ray_platform/test_precompute.py streams them

@@ -1,19 +1,15 @@
 """The command line: overrides, saved configurations, and one clear line for bad input."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from diffdis_platform.cli import main
 from diffdis_platform.commands.pretrain import parse_arguments as parse
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.recipes import recipes_of
 from ray_platform.contracts import ConfigError, DataError
 from tests.support.training import write_shards
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("recipe", recipes_of(PretrainConfig))
@@ -119,9 +115,6 @@ def test_what_cannot_run_is_one_line(tmp_path, arguments, error, message):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.ranks
-def test_the_script_exits_with_the_line_and_a_status():
-    command = [sys.executable, "jobs/pretrain.py", "--recipe", "demo", "--data.sources", "/none", "--output_dir", "/tmp/none"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: /none: no such file or folder")
+def test_a_run_that_cannot_start_ends_with_the_line_and_a_status(capsys):
+    assert main(["pretrain", "--recipe", "demo", "--data.sources", "/none", "--output_dir", "/tmp/none"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: /none: no such file or folder")

@@ -25,8 +25,8 @@ def use_every_attribute(rank, zero_stage):
         part = deepspeed_internals.local_part(weight, torch.arange(40 * 24.0), rank, 2)
         assert part.tolist() == list(range(rank * 480, rank * 480 + 480))
     else:
-        assert hasattr(optimizer, "_lazy_init_hp_params_optimizer_state")
-        assert hasattr(optimizer, "update_lp_params")
+        deepspeed_internals.link_optimizer_state(optimizer)
+        deepspeed_internals.refresh_model_weights(optimizer)
     assert hasattr(optimizer, "clip_grad")
     before = {name: tensor.clone() for name, tensor in engine.state(("weights",))}
     batch = samples(0, 4)

@@ -14,24 +14,25 @@ from ray.train import ControllerError
 
 from ray_platform.contracts import ConfigError, DataError, TrainingError
 from ray_platform.storage import StorageError
+from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.fault_tolerance import (
     Diverged,
     Interrupted,
-    LossHistory,
     LossMonitor,
     RestartPolicy,
     Stopped,
     is_final,
+    progress_line,
 )
-from ray_platform.train.monitor import progress_line
 from ray_platform.train.optimizer import LossScale
 from ray_platform.train.worker import Trainer, build_task
 
 BATCH = SimpleNamespace(keys=("shard/1", "shard/2"), captions=("a cat", "a dog"))
+FLAGS = {"stop": False, "checkpoint_due": True, "uploading": False, "upload_failed": False}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="module")
 def one_rank(tmp_path_factory):
     file = tmp_path_factory.mktemp("group") / "init"
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
@@ -44,15 +45,17 @@ def loss_monitor(tmp_path, history=None, **fields):
 
 
 def step(monitor, number, loss, updated=None, rescaled=False):
-    flags = dict.fromkeys(("stop", "checkpoint_due", "uploading", "upload_failed"), False)
-    status = monitor.sync_step_status(torch.tensor(loss), **flags)
+    status = monitor.sync_step_status(torch.tensor(loss), **FLAGS)
     updated = not status.is_bad if updated is None else updated
-    monitor.record(status, updated=updated, rescaled=rescaled, step=number, rank=0, batch=BATCH)
+    monitor.record(status, SimpleNamespace(updated=updated, rescaled=rescaled), number, BATCH)
     return status
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 25.0])
-def test_a_loss_that_cannot_be_used_is_counted_and_its_keys_are_saved(tmp_path, one_rank, loss):
+def test_an_unusable_loss_is_counted_and_its_keys_are_saved(tmp_path, loss):
+    monitor = loss_monitor(tmp_path)
+    assert not step(monitor, 0, 1.0).is_bad
+    assert not step(monitor, 1, 100.0).is_bad, "a loss is not unusual before it is known what is usual"
     monitor = loss_monitor(tmp_path)
     for number in range(30):
         assert not step(monitor, number, 2.0).is_bad
@@ -63,23 +66,16 @@ def test_a_loss_that_cannot_be_used_is_counted_and_its_keys_are_saved(tmp_path, 
     assert (saved["keys"], saved["captions"]) == (["shard/1", "shard/2"], ["a cat", "a dog"])
 
 
-def test_checkpoints_by_the_clock_are_due_on_rank_0_and_agreed_on(tmp_path, one_rank):
+def test_checkpoints_by_the_clock_are_due_on_rank_0_and_agreed_on(tmp_path):
     trainer = SimpleNamespace(config=TrainConfig(checkpoint_minutes=1.0), rank=0, saved_at=time.monotonic() - 61)
     assert Trainer._is_checkpoint_due(trainer)
     for change in ({"rank": 1}, {"saved_at": time.monotonic()}, {"config": TrainConfig()}):
         assert not Trainer._is_checkpoint_due(SimpleNamespace(**(vars(trainer) | change)))
-    flags = {"stop": False, "checkpoint_due": True, "uploading": False, "upload_failed": False}
-    status = loss_monitor(tmp_path).sync_step_status(torch.tensor(1.0), **flags)
+    status = loss_monitor(tmp_path).sync_step_status(torch.tensor(1.0), **FLAGS)
     assert (status.checkpoint_due, status.stop, status.any_uploading, status.any_upload_failed) == (True, False, False, False)
 
 
-def test_a_loss_is_not_called_unusual_before_it_is_known_what_is_usual(tmp_path, one_rank):
-    monitor = loss_monitor(tmp_path)
-    assert not step(monitor, 0, 1.0).is_bad
-    assert not step(monitor, 1, 100.0).is_bad
-
-
-def test_too_many_in_a_row_end_the_run(tmp_path, one_rank):
+def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path):
     monitor = loss_monitor(tmp_path, max_bad_steps=3)
     for _ in range(2):  # not in a row
         step(monitor, 1, math.nan)
@@ -87,50 +83,37 @@ def test_too_many_in_a_row_end_the_run(tmp_path, one_rank):
         step(monitor, 3, 1.0)
     step(monitor, 4, math.nan)
     step(monitor, 5, 1.0, updated=False)  # a gradient that is not finite
-    with pytest.raises(Diverged, match=r"3 steps in a row, up to step 6; .*bad_steps"):
-        step(monitor, 6, math.nan)
+    resumed = loss_monitor(tmp_path, LossHistory(**asdict(monitor.history)), max_bad_steps=3)
+    for each in (monitor, resumed):  # a run that is killed over and over must not get more of them
+        with pytest.raises(Diverged, match=r"3 steps in a row, up to step 6; .*bad_steps"):
+            step(each, 6, math.nan)
 
 
-def test_a_guard_goes_on_where_another_one_was(tmp_path, one_rank):
-    """Also in the midst of bad steps: a run that is killed over and over must not get more of them."""
-    monitor = loss_monitor(tmp_path, max_bad_steps=3)
-    for number in range(30):
-        step(monitor, number, 2.0)
-    step(monitor, 30, 25.0)
-    step(monitor, 31, 25.0)
-    again = loss_monitor(tmp_path, LossHistory(**asdict(monitor.history)), max_bad_steps=3)
-    assert again.history == LossHistory(monitor.history.usual_loss, 30, 2, 2)
-    with pytest.raises(Diverged, match="3 steps in a row"):
-        step(again, 32, 25.0)
-
-
-def test_a_loss_scale_has_a_floor_and_then_the_steps_count(tmp_path, one_rank):
-    """A gradient that is never finite, in half precision: first the scale is at fault, and then something else."""
+def test_steps_count_as_bad_once_the_loss_scale_is_at_its_floor(tmp_path):
+    """A gradient that is never finite in fp16: first the scale is the cause, and then something else."""
     scale, monitor = LossScale(8.0), loss_monitor(tmp_path, max_bad_steps=2)
-    shrunk = []
+    halved = []
 
     def overflow(number):
-        shrunk.append(scale.update(finite=False))
-        step(monitor, number, 1.0, updated=False, rescaled=shrunk[-1])
+        halved.append(scale.update(finite=False))
+        step(monitor, number, 1.0, updated=False, rescaled=halved[-1])
 
     for number in range(4):
         overflow(number)
     with pytest.raises(Diverged, match="2 steps in a row, up to step 4"):
         overflow(4)
-    assert shrunk == [True, True, True, False, False]
-    assert scale.value == 1.0
+    assert (halved, scale.value) == ([True, True, True, False, False], 1.0)
 
 
-def test_a_loss_scale_goes_on_but_not_from_another_precision():
+def test_a_loss_scale_is_resumed_but_not_from_another_precision():
     scale, again, other = LossScale(), LossScale(), LossScale(1.0, is_dynamic=False)
     for finite in (False, True, True):
         scale.update(finite)
     again.load(scale.state())
     assert (again.value, again.good_steps) == (2.0**15, 2)
     again.load(other.state())
-    assert again.value == 2.0**15
     other.load(scale.state())
-    assert other.value == 1.0
+    assert (again.value, other.value) == (2.0**15, 1.0)
 
 
 class Failed(Exception):
@@ -142,61 +125,56 @@ class Failed(Exception):
 
 
 DIED = Failed(r0=ConnectionError("peer closed the connection"), r1=ActorDiedError())
+FROM_START = "resuming from where this launch started"
 
 
-def restarting(newest="", max_failures=1):
-    found = SimpleNamespace(newest=newest)
-    return RestartPolicy(max_failures, lambda: found.newest), found
+def restart_policy(newest="", max_failures=1):
+    storage = SimpleNamespace(newest=newest)
+    return RestartPolicy(max_failures, lambda: storage.newest), storage
 
 
-def test_workers_that_died_start_again_until_nothing_new_comes_of_it():
-    again, found = restarting()
-    assert again.record_failure(DIED, "", False) == "worker 1 died; resuming from where this launch started"
-    found.newest = "run/step_20"
+def test_dead_workers_restart_as_long_as_they_make_progress():
+    policy, storage = restart_policy()
+    assert policy.record_failure(DIED, "", False) == f"worker 1 died; {FROM_START}"
+    storage.newest = "run/step_20"
     for _ in range(5):  # each time it got further
-        found.newest += "0"
-        assert again.record_failure(DIED, "", False) == f"worker 1 died; resuming from {found.newest}"
+        storage.newest += "0"
+        assert policy.record_failure(DIED, "", False) == f"worker 1 died; resuming from {storage.newest}"
     drained = Failed(r0=Interrupted("node a1b2 is being drained; saved at step 7"))
-    assert again.record_failure(drained, "", False).startswith("node a1b2")
+    assert policy.record_failure(drained, "", False).startswith("node a1b2")
     with pytest.raises(TrainingError, match=r"^worker 1 died \(failure 2 without a new checkpoint; train.max_failures\)$"):
-        again.record_failure(DIED, "", False)
+        policy.record_failure(DIED, "", False)
+    no_workers = ControllerError(RuntimeError("Gloo connectFullMesh failed:\nConnection refused"))
+    line = f"the workers' controller: RuntimeError: Gloo connectFullMesh failed:; {FROM_START}"
+    assert restart_policy()[0].record_failure(no_workers, "", False) == line
 
 
-def test_what_failed_before_the_ranks_began_is_named():
-    refused = ControllerError(RuntimeError("Gloo connectFullMesh failed:\nConnection refused"))
-    line = "the workers' controller: RuntimeError: Gloo connectFullMesh failed:; resuming from where this launch started"
-    assert restarting()[0].record_failure(refused, "", False) == line
-
-
-FINAL = [ConfigError("train.seed: wrong"), DataError("a.tar: gone"), StorageError("s3: no", "forbidden")]
-
-
-@pytest.mark.parametrize("error", FINAL)
-def test_what_would_only_happen_again_ends_the_run(error):
+@pytest.mark.parametrize(
+    "error", [ConfigError("train.seed: wrong"), DataError("a.tar: gone"), StorageError("s3: no", "forbidden")]
+)
+def test_an_error_that_a_restart_would_repeat_ends_the_run(error):
     for stopping in (False, True):
         with pytest.raises(TrainingError, match=f"^{error}$"):
-            restarting()[0].record_failure(Failed(r0=error), "", stopping)
+            restart_policy()[0].record_failure(Failed(r0=error), "", stopping)
 
 
-def test_a_run_that_was_stopped_says_what_there_is_and_does_not_start_again():
-    again, found = restarting("run/step_20")
-    with pytest.raises(Stopped, match=r"^stopped by SIGTERM; saved at step 20; resume from run/step_20 with --resume auto$"):
-        again.record_failure(Failed(r0=Interrupted("stopped by SIGTERM; saved at step 20")), "", True)
-    with pytest.raises(Stopped, match=r"could not save at once: worker 1 died; resume from run/step_20 with"):
-        again.record_failure(DIED, "", True)
-    with pytest.raises(Stopped, match=r"could not save at once: rank 1 hangs; resume from run/step_20 with"):
-        again.record_failure(DIED, "rank 1 hangs", True)
-    found.newest = ""
-    with pytest.raises(TrainingError, match=r"worker 1 died; this launch has saved no checkpoint$"):
-        again.record_failure(DIED, "", True)
+def test_a_stopped_run_says_from_where_it_can_be_resumed():
+    saved = Failed(r0=Interrupted("stopped by SIGTERM; saved at step 20"))
+    for error, hang, reason in (
+        (saved, "", "stopped by SIGTERM; saved at step 20"),
+        (DIED, "", "stopped by SIGTERM, and could not save at once: worker 1 died"),
+        (DIED, "rank 1 hangs", "stopped by SIGTERM, and could not save at once: rank 1 hangs"),
+    ):
+        with pytest.raises(Stopped, match=f"^{reason}; resume from run/step_20 with --resume auto$"):
+            restart_policy("run/step_20")[0].record_failure(error, hang, True)
+    with pytest.raises(Stopped, match=r"worker 1 died; this launch has saved no checkpoint$"):
+        restart_policy()[0].record_failure(DIED, "", True)
 
-
-def test_storage_that_is_away_does_not_keep_a_run_from_ending():
-    def away():
+    def unavailable():
         raise StorageError("s3://bucket: cannot reach", "unavailable")
 
-    with pytest.raises(TrainingError, match=r"worker 1 died; its checkpoints cannot be listed \(s3://bucket: cannot reach\)"):
-        RestartPolicy(1, away).record_failure(DIED, "", True)
+    with pytest.raises(Stopped, match=r"worker 1 died; its checkpoints cannot be listed \(s3://bucket: cannot reach\)"):
+        RestartPolicy(1, unavailable).record_failure(DIED, "", True)
 
 
 @pytest.mark.parametrize("error", [ValueError("objective.freeze:\n no such"), FileNotFoundError("objective.freeze: no such")])
@@ -204,12 +182,12 @@ def test_a_task_that_cannot_be_built_is_not_tried_again(error):
     def build():
         raise error
 
-    with pytest.raises(ConfigError, match=r"^objective\.freeze: no such$") as found:
+    with pytest.raises(ConfigError, match=r"^objective\.freeze: no such$") as raised:
         build_task(SimpleNamespace(train=SimpleNamespace(seed=0), build_task=cloudpickle.dumps(build)))
-    assert is_final(found.value)
+    assert is_final(raised.value)
 
 
-def test_the_progress_line_says_what_stalls():
+def test_the_progress_line_shows_what_stalls():
     metrics = {"train/loss": 1.0, "train/loss_alignment": 2.5, "train/samples_per_second": 113.4, "data/share_waiting": 0.02}
     line = progress_line(3, 9, metrics | {"train/share_stalled": 0.034, "train/seconds_left": 61.0})
     assert line == "step 3/9  loss_alignment 2.500  113 samples/s  waiting for data 2%  stalled 3%  left 1:01"

@@ -7,7 +7,7 @@ from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
 from ray_platform.tracking.run_metadata import dated_name, run_tags
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.run_description import description, tracked_data
+from ray_platform.train.launch import describe_run, tracked_data
 
 
 def datasets(sources, weights=(), max_read_mb=256, **train):
@@ -37,12 +37,12 @@ def test_samples_are_counted_if_every_shard_has_a_count(shard_folder, tmp_path):
     [counted], [matched] = datasets([folder]), datasets([folder / "0000[0-9].tar"])
     assert (counted.name, counted.counts["num_samples"], counted.url) == ("train", 10, str(folder))
     assert (matched.name, matched.digest, "num_samples" in matched.counts) == ("train", counted.digest, False)
-    text = description("demo", "", TrainConfig(num_steps=1000), [counted], "/data/run")
+    text = describe_run("demo", "", TrainConfig(num_steps=1000), [counted], "/data/run")
     assert f"training data: 10 samples, 5 shards, {counted.counts['num_bytes'] / 1e6:.1f} MB in `{folder}`" in text
 
 
 def test_description_name_and_tags():
-    text = description("demo", "python jobs/pretrain.py", TrainConfig(num_workers=(2, 8), zero_stage=3), [], "s3://b/run")
+    text = describe_run("demo", "python jobs/pretrain.py", TrainConfig(num_workers=(2, 8), zero_stage=3), [], "s3://b/run")
     assert text.startswith("Pretraining by the recipe `demo`, seed 0: 100,000 steps on 2 to 8 workers, ZeRO 3.")
     assert text.endswith("```\npython jobs/pretrain.py\n```")
     assert re.fullmatch(r"demo-\d{4}-\d{4}", dated_name("demo"))

@@ -4,6 +4,7 @@ import os
 import pickle  # by itself: torch would put tensors into shared memory, whose manager is slow under load
 import tempfile
 import traceback
+from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
@@ -42,6 +43,7 @@ class Ranks:
         context = mp.get_context("spawn")
         self.asked, self.answered = [context.Queue() for _ in range(self.world_size)], context.Queue()
         self.folder = tempfile.TemporaryDirectory()
+        self.extensions = Path(self.folder.name) / "extensions"  # where DeepSpeed would compile its kernels
         for rank, asked in enumerate(self.asked):
             arguments = (rank, self.world_size, self.folder.name, asked, self.answered)
             self.processes.append(context.Process(target=_serve, args=arguments, daemon=True))
@@ -63,7 +65,9 @@ def stop_shared_ranks() -> None:
 
 def _serve(rank, world_size, folder, asked, answered):
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), TORCH_EXTENSIONS_DIR=f"{folder}/extensions"
+    )
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
     while True:
         function, arguments = pickle.loads(asked.get())

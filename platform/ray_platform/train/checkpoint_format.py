@@ -6,6 +6,7 @@ ledgers, and the manifest `complete.json`, written last, which lists the other f
 it is not a checkpoint. Nothing depends on the number of ranks or the ZeRO stage, so any other number and stage can load it.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -72,6 +73,46 @@ class Manifest:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class LossHistory:
+    """Summary of a run's losses so far (see `fault_tolerance.LossMonitor`)."""
+
+    usual_loss: float = 0.0  # EMA over good steps
+    num_good: int = 0
+    num_bad: int = 0
+    in_a_row: int = 0  # bad steps since the last good one
+
+
+@dataclass(frozen=True)
+class RankState:
+    """State of one rank that is neither in the engine nor in the ledgers."""
+
+    skipped: dict[str, int]  # samples skipped by this rank, by cause
+    history: LossHistory
+    rng: str  # torch's generator on the CPU, base64
+
+    @classmethod
+    def capture(cls, skipped: dict[str, int], history: LossHistory) -> "RankState":
+        return cls(skipped, history, base64.b64encode(bytes(torch.get_rng_state().tolist())).decode())
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "RankState":
+        """Parse what `to_bytes` wrote; `data` may be anything. Raises ValueError, TypeError, KeyError, AttributeError."""
+        values = json.loads(data)
+        state = cls(dict(values["skipped"]), LossHistory(**values["history"]), values["rng"])
+        if not all(isinstance(count, int) for count in state.skipped.values()):
+            raise ValueError(f"skipped is {str(state.skipped)[:50]!r}")
+        if state.rng_tensor().shape != torch.get_rng_state().shape:
+            raise ValueError("rng is not the state of torch's generator")
+        return state
+
+    def rng_tensor(self) -> torch.Tensor:
+        return torch.frombuffer(bytearray(base64.b64decode(self.rng)), dtype=torch.uint8)
+
+
 def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
@@ -100,8 +141,7 @@ def contiguous_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 def read_manifest(url: str) -> Manifest:
     with _corruption_named(url, COMPLETE):
-        data = storage.read_small(storage.join(url, COMPLETE))
-        return Manifest.from_bytes(data, url)
+        return Manifest.from_bytes(storage.read_small(storage.join(url, COMPLETE)), url)
 
 
 def read_file(url: str, manifest: Manifest, name: str) -> bytes:
@@ -134,11 +174,10 @@ def read_ledgers(url: str, manifest: Manifest) -> tuple[Ledger, Ledger]:
         return base, consumed
 
 
-def read_rank_state(url: str, manifest: Manifest, rank: int) -> dict[str, Any]:
-    """Return the JSON that `rank` saved, unchecked (see `checkpointing.RankState`)."""
+def read_rank_state(url: str, manifest: Manifest, rank: int) -> RankState:
     name = json_name(rank_name(rank), manifest.token)
     with _corruption_named(url, name):
-        return json.loads(read_file(url, manifest, name))
+        return RankState.from_bytes(read_file(url, manifest, name))
 
 
 def read_weights(url: str, state: str) -> Iterator[tuple[str, torch.Tensor]]:

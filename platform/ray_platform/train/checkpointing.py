@@ -3,18 +3,17 @@
 The format on storage, its readers, and which checkpoints a run may resume from are in `checkpoint_format.py`.
 """
 
-import base64
 import contextlib
 import enum
 import hashlib
 import json
 import logging
 import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
@@ -31,7 +30,9 @@ from ray_platform.train.checkpoint_format import (
     CONSUMED,
     TENSORS,
     CorruptCheckpoint,
+    LossHistory,
     Manifest,
+    RankState,
     RetentionPolicy,
     candidates,
     checkpoint_name,
@@ -45,9 +46,8 @@ from ray_platform.train.checkpoint_format import (
     read_tensors,
     tensor_files,
 )
-from ray_platform.train.collective import collective
+from ray_platform.train.collective import collective, gather_objects
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.fault_tolerance import LossHistory
 from ray_platform.train.hang_detector import HeartbeatThread
 
 if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not need it
@@ -59,37 +59,6 @@ FILE_BYTES = 2**30  # maximum size of a tensor file with several tensors; this m
 
 
 # --- restoring -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RankState:
-    """State of one rank that is neither in the engine nor in the ledgers."""
-
-    skipped: dict[str, int]  # samples skipped by this rank, by cause
-    history: LossHistory
-    rng: str  # torch's generator on the CPU, base64
-
-    @classmethod
-    def capture(cls, skipped: dict[str, int], history: LossHistory) -> "RankState":
-        return cls(skipped, history, base64.b64encode(bytes(torch.get_rng_state().tolist())).decode())
-
-    @classmethod
-    def parse(cls, url: str, rank: int, content: Any) -> "RankState":
-        """Parse the JSON of `asdict`. Raises CorruptCheckpoint for anything else."""
-        try:
-            state = cls(dict(content["skipped"]), LossHistory(**content["history"]), content["rng"])
-            valid = all(isinstance(count, int) for count in state.skipped.values())
-            valid = valid and state.rng_tensor().shape == torch.get_rng_state().shape
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-            valid = False
-        if not valid:
-            raise CorruptCheckpoint(
-                f"{url}: the state of rank {rank} is damaged; resume from another checkpoint with --resume PATH"
-            )
-        return state
-
-    def rng_tensor(self) -> torch.Tensor:
-        return torch.frombuffer(bytearray(base64.b64decode(self.rng)), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -109,17 +78,12 @@ class LoadedCheckpoint:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         manifest = read_manifest(url)
         replaced = range(rank, manifest.world_size, world_size)
-        states = {r: RankState.parse(url, r, read_rank_state(url, manifest, r)) for r in {0, *replaced}}
-        return cls(
-            url,
-            manifest,
-            read_tensors(url, manifest, tensor_files(manifest)[rank::world_size]),
-            read_ledgers(url, manifest) if manifest.source_digest == source_digest else None,
-            states[0],
-            [states[r] for r in replaced],
-        )
+        states = {r: read_rank_state(url, manifest, r) for r in {0, *replaced}}
+        tensors = read_tensors(url, manifest, tensor_files(manifest)[rank::world_size])
+        ledgers = read_ledgers(url, manifest) if manifest.source_digest == source_digest else None
+        return cls(url, manifest, tensors, ledgers, states[0], [states[r] for r in replaced])
 
-    def loss_history(self, output_dir: str, config: Mapping[str, Any]) -> LossHistory:
+    def loss_history(self, output_dir: str, config: Mapping[str, object]) -> LossHistory:
         """Return the saved history when it is of this run and this objective; otherwise an empty one, as losses would differ."""
         folder = storage.join(checkpoints_dir(output_dir), "")
         current, saved = (json.dumps(c.get("objective"), sort_keys=True) for c in (config, self.manifest.config))
@@ -130,28 +94,26 @@ class LoadedCheckpoint:
 def find_checkpoint(resume: str, output_dir: str, launch: str, source_digest: str) -> LoadedCheckpoint | None:
     """Load the best of `candidates` that no rank finds damaged; None when there is no candidate.
 
-    Raises:
-        CorruptCheckpoint: on all ranks, when every candidate is damaged.
+    Raises CorruptCheckpoint on all ranks when every candidate is damaged.
     """
-    urls: list[Any] = [None]
+    urls: list[str] = []
+    damage = ""
     if dist.get_rank() == 0:
         with storage.retrying_for(RETRY_SECONDS):
-            urls = [candidates(resume, output_dir, launch)]
-    dist.broadcast_object_list(urls)
-    damages: list[Any] = [""] * dist.get_world_size()
-    for url in urls[0]:
-        loaded, damage = None, ""
+            urls = candidates(resume, output_dir, launch)
+    for url in gather_objects(urls)[0]:
+        loaded, local_damage = None, ""
         try:
             loaded = LoadedCheckpoint.read(url, source_digest)
         except CorruptCheckpoint as error:
-            damage = str(error)
-        dist.all_gather_object(damages, damage)
-        if not any(damages):
+            local_damage = str(error)
+        damage = next(filter(None, gather_objects(local_damage)), "")
+        if not damage:
             return loaded
         if dist.get_rank() == 0:
-            logger.warning("%s", next(filter(None, damages)))
-    if any(damages):
-        raise CorruptCheckpoint(next(filter(None, damages)))
+            logger.warning("%s", damage)
+    if damage:
+        raise CorruptCheckpoint(damage)
     return None
 
 
@@ -179,28 +141,21 @@ class TrainState:
         The same number of ranks continues its plan, sample by sample. Another number plans the remaining samples anew. Other
         shards (of a run that starts from another run's checkpoint) are read from their beginning.
 
-        Raises:
-            ConfigError: the seed differs; the ledger counts a shard's samples in the order that the seed determines.
+        Raises ConfigError for another seed, as the ledger counts a shard's samples in the order that the seed determines.
         """
-        url, manifest, initial = loaded.url, loaded.manifest, cls.initial(catalog, train)
+        url, manifest = loaded.url, loaded.manifest
         if manifest.seed != train.seed:
             raise ConfigError(
                 f"train.seed: {train.seed}, but the checkpoint {url} was written with {manifest.seed}; resume with that seed"
             )
-        base, consumed = loaded.ledgers or (initial.base, initial.consumed)
+        base, consumed = loaded.ledgers or (Ledger(catalog.num_units), Ledger(catalog.num_units))
         if loaded.ledgers is None and dist.get_rank() == 0:
             logger.warning("%s was trained on other shards: the data are read from their beginning", url)
-        if loaded.ledgers is not None and manifest.world_size != dist.get_world_size():
+        if manifest.world_size != dist.get_world_size():
             base = consumed.copy()
-        return cls(
-            manifest.step,
-            manifest.samples_seen,
-            train.global_batch_size or manifest.global_batch_size,
-            base,
-            consumed,
-            add_counts(*(state.skipped for state in loaded.rank_states)),
-            url,
-        )
+        skipped = add_counts(*(state.skipped for state in loaded.rank_states))
+        batch_size = train.global_batch_size or manifest.global_batch_size
+        return cls(manifest.step, manifest.samples_seen, batch_size, base, consumed, skipped, url)
 
 
 def add_counts(*counts: Mapping[str, int]) -> dict[str, int]:
@@ -213,59 +168,37 @@ def add_counts(*counts: Mapping[str, int]) -> dict[str, int]:
 def restore(loaded: LoadedCheckpoint, engine: "Engine") -> None:
     """Load weights, moments, EMA and loss scale into an engine of any number of ranks and any ZeRO stage.
 
-    torch's generator on the CPU is restored, too, when the number of ranks is the same.
+    torch's generator on the CPU is restored, too, when the number of ranks is the same. Raises ConfigError for another model.
     """
-    engine.loss_scale.load(loaded.manifest.loss_scale)
-    missing = engine.load_state(loaded.manifest.num_updates, broadcast_reader(loaded.tensors, engine.device))
-    if missing and dist.get_rank() == 0:
-        logger.warning("%s lacks %d tensors, which stay as built, such as %s", loaded.url, len(missing), missing[0])
-    if loaded.manifest.world_size == dist.get_world_size():
-        torch.set_rng_state(loaded.rank_states[0].rng_tensor())
-
-
-@collective
-def broadcast_reader(
-    tensors: Mapping[str, torch.Tensor], device: torch.device
-) -> Callable[[str, torch.Size], torch.Tensor | None]:
-    """Return `get(name, shape)` for `Engine.load_state`, which broadcasts a tensor from the rank that holds it.
-
-    Every rank must call `get` with the same names in the same order. It raises ConfigError for a tensor of another shape.
-    """
-    rank = dist.get_rank()
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
+    rank, tensors = dist.get_rank(), loaded.tensors
+    parts = gather_objects({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
     owners = {name: owner for owner, part in enumerate(parts) for name in part}
 
-    def get(name: str, shape: torch.Size) -> torch.Tensor | None:
+    def broadcast(name: str, shape: torch.Size) -> torch.Tensor | None:
+        """Return a tensor of the checkpoint on every rank, sent by the one that read it."""
         if name not in owners:
             return None
-        saved_shape, dtype = parts[owners[name]][name]
+        owner = owners[name]
+        saved_shape, dtype = parts[owner][name]
         if tuple(shape) != saved_shape:
             raise ConfigError(
                 f"model: {name.partition('/')[2]} is {tuple(shape)}, but {saved_shape} in the checkpoint; "
                 "use the model that it was trained with"
             )
-        is_owner = owners[name] == rank
-        tensor = tensors[name].to(device) if is_owner else torch.empty(saved_shape, dtype=dtype, device=device)
-        dist.broadcast(tensor, src=owners[name])
+        device = engine.device
+        tensor = tensors[name].to(device) if owner == rank else torch.empty(saved_shape, dtype=dtype, device=device)
+        dist.broadcast(tensor, src=owner)
         return tensor
 
-    return get
+    engine.loss_scale.load(loaded.manifest.loss_scale)
+    missing = engine.load_state(loaded.manifest.num_updates, broadcast)
+    if missing and rank == 0:
+        logger.warning("%s lacks %d tensors, which stay as built, such as %s", loaded.url, len(missing), missing[0])
+    if loaded.manifest.world_size == dist.get_world_size():
+        torch.set_rng_state(loaded.rank_states[0].rng_tensor())
 
 
 # --- saving --------------------------------------------------------------------------------------------------------------
-
-
-class TensorAssignment:
-    """Assigns every tensor to the rank that writes it: the one with the fewest bytes so far."""
-
-    def __init__(self, world_size: int):
-        self.num_bytes = [0] * world_size
-
-    def owner(self, tensor: torch.Tensor) -> int:
-        rank = self.num_bytes.index(min(self.num_bytes))
-        self.num_bytes[rank] += tensor.nbytes
-        return rank
 
 
 class Phase(enum.Enum):
@@ -289,11 +222,10 @@ class CheckpointManager:
     ):
         """`launch_dir`: folder of this launch's checkpoints. `state.consumed` is updated by every `save`."""
         self.engine, self.state, self.retention, self.heartbeat = engine, state, retention, heartbeat
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        token = [secrets.token_hex(4)]
-        dist.broadcast_object_list(token)
+        self.rank = dist.get_rank()
         self.phase = Phase.IDLE
-        self.uploader = AsyncUploader(launch_dir, self.rank, token[0], heartbeat.count_progress)
+        token = gather_objects(secrets.token_hex(4))[0]
+        self.uploader = AsyncUploader(launch_dir, self.rank, token, heartbeat.count_progress)
         self._manifest: Manifest
         self._warned_of_metric = False
 
@@ -303,31 +235,29 @@ class CheckpointManager:
 
         Args:
             manifest: the checkpoint's content; token and files are filled in here.
-            consumed: what this rank consumed since the last call.
-            rank_state: state that only this rank has.
+            consumed: by this rank since the last call.
+            rank_state: of this rank.
         """
         self.wait()  # for the checkpoint before
         self.phase = Phase.SNAPSHOT
         self.heartbeat.set_phase("saving a checkpoint")
         self._warn_of_missing_metric(manifest)
         self._manifest = replace(manifest, token=self.uploader.token)
-        assignment, tensors = TensorAssignment(self.world_size), {}
+        assignment, tensors, ledgers = TensorAssignment(dist.get_world_size()), {}, {}
         with self.heartbeat.waiting_for_ranks():
-            self._gather_consumed(consumed)
+            self.state.consumed.add(chain.from_iterable(gather_objects(merge_ranges(consumed))))
             for name, tensor in self.engine.state():
                 if assignment.owner(tensor) == self.rank:
                     tensors[name] = contiguous_on_cpu(tensor)
-        ledgers = {}
         if self.rank == 0:
             ledgers = {BASE: self.state.base.to_bytes(), CONSUMED: self.state.consumed.to_bytes()}
         self.phase = Phase.UPLOADING
         self.uploader.upload(manifest.step, tensors, ledgers, rank_state)
 
     def finalize_checkpoint(self, any_uploading: bool, any_failed: bool) -> None:
-        """Once no rank uploads any more: complete the checkpoint, or remove its files when the upload of any rank failed.
+        """Complete the checkpoint once no rank uploads any more, or remove its files if the upload of any rank failed.
 
-        Args:
-            any_uploading, any_failed: about the uploads of all ranks; every rank passes the same values.
+        Every rank passes the same values, which are about all ranks.
         """
         if self.phase is not Phase.UPLOADING or any_uploading:
             return
@@ -340,27 +270,16 @@ class CheckpointManager:
         """Wait until the current checkpoint, if any, is finalized. Return the reason why it failed, or an empty string."""
         if self.phase is Phase.UPLOADING:
             self.heartbeat.set_phase("waiting for a checkpoint's upload", is_slow=True)
-        while self.phase is Phase.UPLOADING:
-            uploading = self.uploader.is_uploading
-            flags = torch.tensor([uploading, bool(self.uploader.failure)], dtype=torch.int32, device=self.engine.device)
-            with contextlib.nullcontext() if uploading else self.heartbeat.waiting_for_ranks():
-                dist.all_reduce(flags)
-                any_uploading, any_failed = (flag > 0 for flag in flags.tolist())
-                time.sleep(0.05 if any_uploading else 0)
-            self.finalize_checkpoint(any_uploading, any_failed)
+            self.uploader.wait()
+            self.finalize_checkpoint(any_uploading=False, any_failed=bool(self._any_failure()))
         self.uploader.wait()
         self.phase = Phase.IDLE
-        failures: list[Any] = [None] * self.world_size
-        with self.heartbeat.waiting_for_ranks():
-            dist.all_gather_object(failures, self.uploader.failure)
-        return next(filter(None, failures), "")
+        return self._any_failure()
 
-    def _gather_consumed(self, consumed: Sequence[ConsumedRange]) -> None:
-        """Add what all ranks consumed to every rank's ledger."""
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, merge_ranges(consumed))
-        for part in parts:
-            self.state.consumed.add(part)
+    @collective
+    def _any_failure(self) -> str:
+        with self.heartbeat.waiting_for_ranks():
+            return next(filter(None, gather_objects(self.uploader.failure)), "")
 
     def _warn_of_missing_metric(self, manifest: Manifest) -> None:
         metric = self.retention.best_metric
@@ -371,6 +290,18 @@ class CheckpointManager:
                 "logged every train.log_every, scores every train.heldout_every steps, checkpoints every train.checkpoint_every",
                 *(metric, manifest.step),
             )
+
+
+class TensorAssignment:
+    """Assigns every tensor to the rank that writes it: the one with the fewest bytes so far."""
+
+    def __init__(self, world_size: int):
+        self.num_bytes = [0] * world_size
+
+    def owner(self, tensor: torch.Tensor) -> int:
+        rank = self.num_bytes.index(min(self.num_bytes))
+        self.num_bytes[rank] += tensor.nbytes
+        return rank
 
 
 class AsyncUploader:
@@ -389,30 +320,25 @@ class AsyncUploader:
         self.url = ""  # of the current checkpoint
         self.failure = ""  # why the current checkpoint failed on this rank
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._tasks: list[Future[None]] = []
+        self._last: Future[None] | None = None  # the executor ends its tasks in the order of their submission
 
     @property
     def is_uploading(self) -> bool:
-        return any(not task.done() for task in self._tasks)
+        return self._last is not None and not self._last.done()
 
     def upload(self, step: int, tensors: Mapping[str, torch.Tensor], ledgers: Mapping[str, bytes], rank_state: RankState) -> None:
         """Start to upload this rank's tensors (on the CPU; they must not change), its state, and on rank 0 the ledgers."""
         self.url, self.failure = storage.join(self.launch_dir, checkpoint_name(step)), ""
-        self._tasks = [self._executor.submit(self._upload, self.url, dict(tensors), dict(ledgers), rank_state)]
+        self._last = self._executor.submit(self._upload, self.url, dict(tensors), dict(ledgers), rank_state)
 
     def finalize(self, manifest: Manifest | None, retention: RetentionPolicy) -> None:
         """Start to write the manifest and to prune older checkpoints, on rank 0. None: remove a failed checkpoint's files."""
-        if manifest is None:
-            self._tasks.append(self._executor.submit(self._remove_files, self.url))
-        else:
-            self._tasks.append(self._executor.submit(self._complete, self.url, manifest, retention))
+        task = (self._remove_files, self.url) if manifest is None else (self._complete, self.url, manifest, retention)
+        self._last = self._executor.submit(*task)
 
     def wait(self) -> None:
-        for task in self._tasks:
-            task.result()
-
-    def close(self) -> None:
-        self._executor.shutdown(wait=True)
+        if self._last is not None:
+            self._last.result()
 
     def _upload(self, url: str, tensors: dict[str, torch.Tensor], ledgers: dict[str, bytes], rank_state: RankState) -> None:
         try:
@@ -420,7 +346,7 @@ class AsyncUploader:
             for number, keys in enumerate(list(_group_by_size(tensors))):
                 file = f"{name}_{number:03d}.{self.token}{TENSORS}"
                 files[file] = self._write(url, file, safetensors.torch.save({key: tensors.pop(key) for key in keys}))
-            for plain, data in (*ledgers.items(), (name, json.dumps(asdict(rank_state)).encode())):
+            for plain, data in (*ledgers.items(), (name, rank_state.to_bytes())):
                 files[json_name(plain, self.token)] = self._write(url, json_name(plain, self.token), data)
             self._write(url, json_name(f"{name}_files", self.token), json.dumps(files).encode())
         except Exception as error:
@@ -434,11 +360,11 @@ class AsyncUploader:
 
     def _complete(self, url: str, manifest: Manifest, retention: RetentionPolicy) -> None:
         try:
-            names = [json_name(f"{rank_name(rank)}_files", self.token) for rank in range(manifest.world_size)]
-            lists = [storage.read_bytes(storage.join(url, name)) for name in names]
-            files: dict[str, tuple[int, str]] = {name: entry for content in lists for name, entry in json.loads(content).items()}
-            data = replace(manifest, files=files).to_bytes()
-            storage.write_bytes(storage.join(url, COMPLETE), data)
+            files: dict[str, tuple[int, str]] = {}
+            for rank in range(manifest.world_size):
+                name = json_name(f"{rank_name(rank)}_files", self.token)
+                files |= json.loads(storage.read_bytes(storage.join(url, name)))
+            storage.write_bytes(storage.join(url, COMPLETE), replace(manifest, files=files).to_bytes())
             logger.info("checkpoint %s is complete", url)
         except Exception as error:
             self.failure = one_line(error)

@@ -62,26 +62,22 @@ class TrainConfig:
         for name in ("num_steps", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is below 1")
-        if self.checkpoint_minutes < 0:
-            raise ConfigError(f"train.checkpoint_minutes: {self.checkpoint_minutes} is negative; use 0 to save by steps only")
-        if not 0 <= self.stop_at_step <= self.num_steps:
-            raise ConfigError(f"train.stop_at_step: {self.stop_at_step} is not from 0 to train.num_steps, {self.num_steps}")
-        if not 1 <= self.min_workers <= self.max_workers:
-            raise ConfigError(f"train.num_workers: {self.num_workers} is neither a number from 1 nor (min, max)")
-        if self.global_batch_size and self.global_batch_size < self.max_workers:
-            raise ConfigError(
-                f"train.global_batch_size: {self.global_batch_size} gives {self.max_workers} workers less than one sample each"
-            )
-        if self.precision == "fp16" and not self.gpus_per_worker:
-            raise ConfigError("train.precision: fp16 needs an accelerator; use fp32 or bf16")
-        if self.offload_optimizer and not self.zero_stage:
-            raise ConfigError("train.offload_optimizer: needs train.zero_stage 1, 2 or 3")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"train.ema_decay: {self.ema_decay} is not in [0, 1)")
-        if self.max_loss_factor <= 1:
-            raise ConfigError(f"train.max_loss_factor: {self.max_loss_factor} is not above 1")
-        if self.heldout_sources and self.heldout_every < 1:
-            raise ConfigError(f"train.heldout_every: {self.heldout_every} is below 1; use at least 1, or no heldout_sources")
+        has_workers = 1 <= self.min_workers <= self.max_workers
+        enough_samples = not self.global_batch_size or self.global_batch_size >= self.max_workers
+        checks = (
+            ("checkpoint_minutes", self.checkpoint_minutes >= 0, "is negative; use 0 to save by steps only"),
+            ("stop_at_step", 0 <= self.stop_at_step <= self.num_steps, f"is not from 0 to train.num_steps, {self.num_steps}"),
+            ("num_workers", has_workers, "is neither a number from 1 nor (min, max)"),
+            ("global_batch_size", enough_samples, f"gives {self.max_workers} workers less than one sample each"),
+            ("precision", self.precision != "fp16" or self.gpus_per_worker, "needs an accelerator; use fp32 or bf16"),
+            ("offload_optimizer", not self.offload_optimizer or self.zero_stage, "needs train.zero_stage 1, 2 or 3"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "is not in [0, 1)"),
+            ("max_loss_factor", self.max_loss_factor > 1, "is not above 1"),
+            ("heldout_every", not self.heldout_sources or self.heldout_every >= 1, "is below 1; or use no heldout_sources"),
+        )
+        for name, is_valid, problem in checks:
+            if not is_valid:
+                raise ConfigError(f"train.{name}: {getattr(self, name)} {problem}")
         check_labels("train.placement", self.placement)
 
     @property

@@ -6,6 +6,7 @@ The tests are in test_deepspeed_internals.py. `optimizer` is the wrapper that `d
 from typing import Any
 
 import torch
+from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
 
 def disable_inference_kernels(deepspeed: Any) -> None:
@@ -18,8 +19,8 @@ def disable_inference_kernels(deepspeed: Any) -> None:
 
 def link_optimizer_state(optimizer: Any) -> None:
     """Link the state of the wrapped optimizer to the parameters now (ZeRO 1 and 2), instead of in the first step."""
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        optimizer._lazy_init_hp_params_optimizer_state()
+    for parameters, shard in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        lazy_init_hp_params_optimizer_state(parameters, shard, optimizer.state)
 
 
 def flat_shards(optimizer: Any) -> list[torch.Tensor]:
@@ -39,8 +40,7 @@ def has_overflowed(optimizer: Any) -> bool:
 
 def refresh_model_weights(optimizer: Any) -> None:
     """Copy changed float32 weights to the tensors that the module computes with (ZeRO 1 and 2)."""
-    if hasattr(optimizer, "update_lp_params"):
-        optimizer.update_lp_params()
+    optimizer.update_lp_params()
 
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:

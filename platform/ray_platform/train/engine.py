@@ -64,10 +64,11 @@ class Engine:
             config=deepspeed_config(config, micro_batch_size, num_micro_batches),
             dist_init_required=False,
         )
-        if config.channels_last:
+        if config.channels_last:  # only now: DeepSpeed broadcasts rank 0's weights, which must be contiguous for that
             self._convert_weights_to_channels_last()
         self.adam.init_state(self._shards())
-        deepspeed_internals.link_optimizer_state(self.optimizer)
+        if config.zero_stage in (1, 2):
+            deepspeed_internals.link_optimizer_state(self.optimizer)
         self.device = torch.device(self.engine.device)
         self.loss_scale = LossScale() if config.precision == "fp16" else LossScale(1.0, is_dynamic=False)
         task.module.forward = self._with_autocast(task.module.forward)
@@ -76,14 +77,9 @@ class Engine:
 
     @collective
     def backward(self, micro_batches: Sequence[TaskInputs], seeds: Sequence[int]) -> tuple[torch.Tensor, WeightedMetrics]:
-        """Run forward and backward of all micro-batches of a step.
+        """Run forward and backward of all micro-batches of a step, each with the seed of all its randomness.
 
-        Args:
-            micro_batches: inputs of the Task's module, one per micro-batch.
-            seeds: seed of all randomness in each micro-batch.
-
-        Returns:
-            This rank's mean loss (scalar), and its metrics summed over the micro-batches.
+        Returns this rank's mean loss (scalar), and its metrics summed over the micro-batches.
         """
         micro_batches = [self._to_channels_last(inputs) for inputs in micro_batches]
         step_arguments = self.task.precompute_step_loss(micro_batches, seeds)
@@ -105,17 +101,18 @@ class Engine:
 
         The weights stay as they are with `skip`, or when a gradient is not finite on any rank.
         """
-        scale, max_norm = self.loss_scale.value, self.config.gradient_clipping * self.loss_scale.value
+        scale = self.loss_scale.value
+        max_norm = self.config.gradient_clipping * scale
         for group, rate in zip(self.adam.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * learning_rate_factor(self.config, step)
         # On the device of the shards, which may be offloaded: a copy from the accelerator would not be waited for.
         grad_scale = torch.tensor(scale, device=self._shards()[0].device) if scale != 1 else None
         if self.config.zero_stage == 0:
-            gradients = [p for p in self.engine.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in gradients])
+            parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
             finite = bool(torch.isfinite(norm))
             if self.config.gradient_clipping:
-                torch.nn.utils.clip_grads_with_norm_(gradients, max_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
             with self.adam.step_options(skip=skip or not finite, grad_scale=grad_scale):
                 self.engine.step()
         else:  # ZeRO clips, and skips the step when a gradient is not finite
@@ -145,10 +142,10 @@ class Engine:
         """Compile the module with torch.compile at its next call."""
         self.engine.compile()
 
-    def _autocast(self) -> Any:
-        """Return a new autocast context. Parameters stay float32, so norms, losses and schedules keep their precision.
+    def _autocast(self) -> torch.autocast:
+        """Return a new autocast context: one that is entered within itself would stay on afterwards.
 
-        It must be new for each use: a context that is entered within itself stays on afterwards.
+        Parameters stay float32, so norms, losses and schedules keep their precision.
         """
         dtype = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.config.precision != "fp32")
@@ -162,10 +159,7 @@ class Engine:
         return run
 
     def _convert_weights_to_channels_last(self) -> None:
-        """Convert convolution weights, except those that ZeRO holds in flat memory, which convolutions convert at each use.
-
-        Call it after DeepSpeed has broadcast rank 0's weights, which must be contiguous for that.
-        """
+        """Convert convolution weights, except those that ZeRO holds in flat memory, which convolutions convert at each use."""
         for parameter in self.engine.module.parameters():
             is_own_tensor = self.config.zero_stage == 0 or (self.config.zero_stage < 3 and not parameter.requires_grad)
             if is_own_tensor and parameter.ndim == 4:
@@ -204,11 +198,10 @@ class Engine:
 
     @collective
     def load_state(self, num_updates: int, get: Callable[[str, torch.Size], torch.Tensor | None]) -> list[str]:
-        """Load what `state` yielded. Return the names that were missing, which stay as they are.
+        """Load what `state` yielded after `num_updates` changes of the weights. Return the names that were missing.
 
-        Args:
-            num_updates: steps that changed the weights so far.
-            get: returns the tensor of a name and shape on every rank, or None. A missing EMA is initialized with the weights.
+        `get` returns the tensor of a name and shape on every rank, or None; that tensor stays as it is, except for a missing EMA,
+        which is initialized with the weights.
         """
         missing = []
         self.adam.num_updates = num_updates
@@ -225,7 +218,8 @@ class Engine:
                     missing.append(f"{name}/{parameter_name}")
                     continue
                 self._set(parameter, name, weights if value is None else value)
-        deepspeed_internals.refresh_model_weights(self.optimizer)
+        if self.config.zero_stage in (1, 2):
+            deepspeed_internals.refresh_model_weights(self.optimizer)
         for name, buffer in self._buffers():
             if (value := get(f"{WEIGHTS}/{name}", buffer.shape)) is not None:
                 buffer.copy_(value)
@@ -273,16 +267,15 @@ class Engine:
                 parameter.copy_(value)
 
 
-def deepspeed_config(config: TrainConfig, micro_batch_size: int, num_micro_batches: int) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, micro_batch_size: int, num_micro_batches: int) -> Mapping[str, Any]:
     """Return DeepSpeed's configuration, generated from `config` and extended by `train.deepspeed`."""
-    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()}
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    has_gpu = torch.cuda.is_available()
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": has_gpu}} if config.offload_optimizer else {}
     generated = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
-        "zero_optimization": zero,
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": has_gpu, **offload},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW has a CPU kernel, too
         "steps_per_print": 10**9,  # DriverMonitor prints the progress
@@ -290,9 +283,8 @@ def deepspeed_config(config: TrainConfig, micro_batch_size: int, num_micro_batch
     return _merged(generated, config.deepspeed)
 
 
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = _merged(merged[name], value) if both else value
-    return merged
+def _merged(base: Any, changes: Any) -> Any:
+    """Return `changes` on top of `base`, merging mappings at every level."""
+    if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
+        return changes
+    return {**base, **{name: _merged(base.get(name), value) for name, value in changes.items()}}

@@ -1,12 +1,15 @@
-"""Fault tolerance: steps whose loss is unusable, failed workers that are restarted, and changes of the number of workers."""
+"""Fault tolerance: unusable losses, restarts of failed workers, changes of their number, and the driver that watches them."""
 
+import itertools
 import json
 import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -14,16 +17,26 @@ import torch.distributed as dist
 
 from ray_platform import storage
 from ray_platform.contracts import Batch, ConfigError, DataError, TrainingError
-from ray_platform.ray_internals import ControllerCallback
+from ray_platform.ray_internals import ControllerCallback, draining_nodes
 from ray_platform.retry import RETRY_SECONDS
+from ray_platform.tracking import Tracker
+from ray_platform.tracking.node_metrics import NodeMetrics
+from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.collective import collective
 from ray_platform.train.config import TrainConfig
+
+if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not need it
+    from ray_platform.train.engine import Update
 
 logger = logging.getLogger(__name__)
 
 BAD_STEPS = "bad_steps"  # folder in output_dir
 _EMA_DECAY = 0.98  # of the usual loss
 _MIN_GOOD_STEPS = 20  # before a loss can be called unusual
+POLL_SECONDS = 1.0
+_POLLS_PER_CHECK = 5  # a check needs several calls
+_ANSWER_TIMEOUT_SECONDS = 10.0
+_STOPPED = "stopped by SIGTERM"
 _RESIZE_TIMEOUT_SECONDS = 600.0  # for a checkpoint before a resize; after that the workers restart from an older one
 
 
@@ -44,16 +57,6 @@ class Stopped(TrainingError):
 
 
 # --- steps ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LossHistory:
-    """Summary of a run's losses so far, as saved in checkpoints."""
-
-    usual_loss: float = 0.0  # EMA over good steps
-    num_good: int = 0
-    num_bad: int = 0
-    in_a_row: int = 0  # bad steps since the last good one
 
 
 @dataclass(frozen=True)
@@ -92,36 +95,32 @@ class LossMonitor:
         is_unusual = self.history.num_good >= _MIN_GOOD_STEPS and mean > self.max_factor * self.history.usual_loss
         return StepStatus(mean, num_nonfinite > 0 or is_unusual, local_nonfinite > 0, *(flag > 0 for flag in flag_sums))
 
-    def record(self, status: StepStatus, *, updated: bool, rescaled: bool, step: int, rank: int, batch: Batch) -> None:
-        """Count a step, and save the sample keys of a bad one.
+    def record(self, status: StepStatus, update: "Update", step: int, batch: Batch) -> None:
+        """Count a step, and save the sample keys of a bad one. One that lowered the loss scale of fp16 is neither good nor bad.
 
-        Args:
-            updated: the step changed the weights.
-            rescaled: it did not, but lowered the loss scale of fp16; such a step counts as neither good nor bad.
-
-        Raises:
-            Diverged: after `train.max_bad_steps` bad steps in a row.
+        Raises Diverged after `train.max_bad_steps` bad steps in a row.
         """
         past = self.history
-        if updated:
+        if update.updated:
             usual = past.usual_loss + (1 - _EMA_DECAY if past.num_good else 1.0) * (status.loss - past.usual_loss)
             self.history = LossHistory(usual, past.num_good + 1, past.num_bad, 0)
             return
-        if rescaled:
+        if update.rescaled:
             return
         self.history = replace(past, num_bad=past.num_bad + 1, in_a_row=past.in_a_row + 1)
-        if rank == 0:
+        if dist.get_rank() == 0:
             cause = f"loss {status.loss:g}" if status.is_bad else "a gradient is not finite"
             logger.warning("step %d: %s; the weights stay, and the sample keys are in %s", step, cause, self.folder)
         if status.local_nonfinite or not math.isnan(status.loss):
-            self._save_keys(status.loss, step, rank, batch)
+            self._save_keys(status.loss, step, batch)
         if self.history.in_a_row >= self.max_bad_steps:
             raise Diverged(
                 f"the loss or its gradient was not usable in {self.history.in_a_row} steps in a row, up to step {step}; the "
                 f"samples are in {self.folder}: lower the learning rate or inspect them, then resume with --resume auto"
             )
 
-    def _save_keys(self, loss: float, step: int, rank: int, batch: Batch) -> None:
+    def _save_keys(self, loss: float, step: int, batch: Batch) -> None:
+        rank = dist.get_rank()
         content = {"step": step, "rank": rank, "loss": repr(loss), "keys": list(batch.keys), "captions": list(batch.captions)}
         try:
             url = storage.join(self.folder, f"step_{step:08d}_rank_{rank:05d}.json")
@@ -143,10 +142,9 @@ class RestartPolicy:
         self.num_failures, self.last_checkpoint = 0, ""
 
     def record_failure(self, error: Exception, hang: str, stopping: bool) -> str:
-        """Return a log line about the failure and the checkpoint from which the workers restart.
+        """Return a log line about the failure, which Ray Train raised, and the checkpoint from which the workers restart.
 
         Args:
-            error: raised by Ray Train.
             hang: message of the hang for which the workers were killed; empty when there was none.
             stopping: the driver received SIGTERM.
 
@@ -181,9 +179,8 @@ class RestartPolicy:
 
 def is_final(cause: BaseException) -> bool:
     """Return whether a restart would fail in the same way."""
-    if isinstance(cause, storage.StorageError):
-        return cause.kind != "unavailable"
-    return isinstance(cause, ConfigError | DataError | Diverged)
+    is_transient = isinstance(cause, storage.StorageError) and cause.kind == "unavailable"
+    return isinstance(cause, ConfigError | DataError | Diverged) and not is_transient
 
 
 def find_cause(error: BaseException) -> tuple[BaseException, str]:
@@ -226,3 +223,92 @@ class SaveBeforeResize(ControllerCallback):
         while ray.get(self.hang_detector.num_alive.remote()) and time.monotonic() < deadline:
             time.sleep(0.2)
         ray.get(self.hang_detector.reset.remote())
+
+
+# --- monitoring by the driver ----------------------------------------------------------------------------------------------
+
+
+class DriverMonitor:
+    """Watches the workers for the length of a `with` block. Enter it in the main thread, where it handles SIGTERM."""
+
+    def __init__(self, hang_detector: Any, tracker: Tracker, node_metrics: NodeMetrics, train: TrainConfig):
+        self.hang_detector, self.tracker, self.node_metrics, self.train = hang_detector, tracker, node_metrics, train
+        self.stopping = False  # SIGTERM was received: the workers save, and the run ends
+        self.last_hang = ""  # message about the workers killed since the last `reset_workers`
+        self._printed_step = -1
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._poll_loop, daemon=True, name="monitor")
+        self._previous_handler: Any = None
+
+    def __enter__(self) -> "DriverMonitor":
+        if threading.current_thread() is threading.main_thread():
+            self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._print_progress()
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+
+    def reset_workers(self) -> None:
+        """Forget the workers that ended; new ones will start."""
+        self.last_hang = ""
+        self.hang_detector.reset.remote()
+
+    def _on_sigterm(self, *_: object) -> None:
+        self.stopping = True
+        print("SIGTERM: saving a checkpoint", flush=True)
+        self.hang_detector.request_stop.remote(_STOPPED)
+
+    def _poll_loop(self) -> None:
+        for num_polls in itertools.count(1):
+            if self._done.wait(POLL_SECONDS):
+                return
+            self._print_progress()
+            if num_polls % _POLLS_PER_CHECK == 0:
+                try:
+                    self._check_workers()
+                except ray.exceptions.RayError as error:
+                    logger.warning("the hang detector does not answer: %s", error)
+
+    def _check_workers(self) -> None:
+        """Have the workers save and restart without a node that is being drained, and kill them all when one hangs."""
+        detector = self.hang_detector
+        if self.stopping:  # again, for workers that were being started
+            detector.request_stop.remote(_STOPPED)
+        nodes = ray.get(detector.nodes.remote(), timeout=_ANSWER_TIMEOUT_SECONDS)
+        if drained := draining_nodes() & nodes:
+            detector.request_stop.remote(f"node {min(drained)[:8]} is being drained")
+        if hang := ray.get(detector.find_hang.remote(self.train.hang_seconds), timeout=_ANSWER_TIMEOUT_SECONDS):
+            self.last_hang = hang.message
+            logger.warning("%s; restarting all workers", hang.message)
+            for actor in hang.actors:
+                ray.kill(actor)
+            detector.reset.remote()
+        self.node_metrics.poll(nodes)
+
+    def _print_progress(self) -> None:
+        """Print a line when new metrics have arrived."""
+        step, metrics = self.tracker.latest()
+        if step > self._printed_step and "train/samples_per_second" in metrics:
+            self._printed_step = step
+            print(progress_line(step, self.train.num_steps, metrics), flush=True)
+
+
+def progress_line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
+    """Format `step 120/780  loss_generation 0.412  113 samples/s  waiting for data 2 %  stalled 3 %  left 5:32`.
+
+    Stalled is the fraction of time spent on checkpoints, scores and previews, shown from 1 % on.
+    """
+    names = [name for name in sorted(metrics, reverse=True) if name.startswith("train/loss_")]
+    losses = "  ".join(f"{name.removeprefix('train/')} {metrics[name]:.3f}" for name in names)
+    minutes, seconds = divmod(int(metrics.get("train/seconds_left", 0)), 60)
+    stalled = metrics.get("train/share_stalled", 0)
+    return (
+        f"step {step}/{num_steps}  {losses}  {metrics.get('train/samples_per_second', 0):.0f} samples/s  "
+        f"waiting for data {metrics.get('data/share_waiting', 0):.0%}  "
+        f"{f'stalled {stalled:.0%}  ' if stalled >= 0.01 else ''}left {minutes}:{seconds:02d}"
+    )

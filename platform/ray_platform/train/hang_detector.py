@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ _SLOW_PHASE_FACTOR = 10  # longer timeout of phases that are slow by themselves:
 # Files of frames that wait for other ranks, with gloo. NCCL's calls return at once and the next read of a result waits, wherever
 # it is; the trainer marks such places (`HeartbeatThread.waiting_for_ranks`).
 _COLLECTIVE_FRAMES = ("torch/distributed/", "deepspeed/comm/")
+
+
+# --- ranks ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -38,85 +42,9 @@ class Heartbeat:
     actor: Any = field(compare=False)  # handle with which the rank can be killed
 
     @property
-    def label(self) -> str:
-        return f"rank {self.rank} ({self.host}, pid {self.pid}) in step {self.step + 1}"
-
-
-class Hang(NamedTuple):
-    """A hang: one line that names the rank to blame, and the actors of all ranks."""
-
-    message: str
-    actors: list[Any]
-
-
-@dataclass
-class _Received:
-    heartbeat: Heartbeat
-    received_at: float
-    progressed_at: float  # when `_progress_key` last changed
-
-
-class HangDetector:
-    """Actor that receives the heartbeats and answers them with a request to stop. Times are those of its own clock."""
-
-    def __init__(self) -> None:
-        self._ranks: dict[int, _Received] = {}
-        self._stop_reason = ""
-
-    def record(self, heartbeat: Heartbeat) -> str:
-        """Return why the rank has to save and stop; empty when it may continue."""
-        now, last = time.monotonic(), self._ranks.get(heartbeat.rank)
-        unchanged = last is not None and _progress_key(last.heartbeat) == _progress_key(heartbeat)
-        self._ranks[heartbeat.rank] = _Received(heartbeat, now, last.progressed_at if last and unchanged else now)
-        return self._stop_reason
-
-    def request_stop(self, reason: str) -> None:
-        self._stop_reason = reason
-
-    def reset(self) -> None:
-        """Forget all ranks and the request to stop: new workers will start."""
-        self._ranks, self._stop_reason = {}, ""
-
-    def remove(self, rank: int) -> None:
-        """Forget a rank that will send no more heartbeats."""
-        self._ranks.pop(rank, None)
-
-    def num_alive(self) -> int:
-        return sum(time.monotonic() - rank.received_at < _SILENT_SECONDS for rank in self._ranks.values())
-
-    def nodes(self) -> set[str]:
-        return {rank.heartbeat.node for rank in self._ranks.values()}
-
-    def find_hang(self, seconds: float) -> Hang | None:
-        """Return a hang when no rank made progress for `seconds`, times `_SLOW_PHASE_FACTOR` in slow phases.
-
-        A slow phase gives no more time to a rank that is silent, or to the ranks that wait for it.
-        """
-        now, ranks = time.monotonic(), self._ranks.values()
-        silent = [rank.heartbeat for rank in ranks if now - rank.received_at > _SILENT_SECONDS]
-        if not ranks or any(now - r.progressed_at < seconds * _timeout_factor(r.heartbeat, silent) for r in ranks):
-            return None
-        busy = [rank.heartbeat for rank in ranks if not rank.heartbeat.waits_for_ranks]
-        return Hang(_describe_hang(silent, busy, len(ranks), seconds), [rank.heartbeat.actor for rank in ranks])
-
-
-def _progress_key(heartbeat: Heartbeat) -> tuple[Any, ...]:
-    return heartbeat.pid, heartbeat.step, heartbeat.phase, heartbeat.progress
-
-
-def _timeout_factor(heartbeat: Heartbeat, silent: list[Heartbeat]) -> int:
-    waits_in_vain = heartbeat in silent or (silent and heartbeat.waits_for_ranks)
-    return _SLOW_PHASE_FACTOR if heartbeat.is_slow_phase and not waits_in_vain else 1
-
-
-def _describe_hang(silent: list[Heartbeat], busy: list[Heartbeat], num_ranks: int, seconds: float) -> str:
-    """Blame the ranks that send no heartbeats; if there are none, those that do not wait for other ranks."""
-    blamed = sorted(silent or busy, key=lambda heartbeat: heartbeat.rank)
-    if not blamed:
-        return f"no step for {seconds:.0f} s: all {num_ranks} ranks wait for each other; check the network between their nodes"
-    names = ", ".join(heartbeat.label for heartbeat in blamed)
-    how = "sends no heartbeats" if silent else f"hangs while {blamed[0].phase}, at {blamed[0].stack_top}"
-    return f"no step for {seconds:.0f} s: {names} {how}; the other {num_ranks - len(blamed)} of {num_ranks} ranks wait"
+    def progress_key(self) -> tuple[int, int, str, int]:
+        """What changes when the rank makes progress."""
+        return self.pid, self.step, self.phase, self.progress
 
 
 class HeartbeatThread:
@@ -130,10 +58,9 @@ class HeartbeatThread:
         self._waits_for_ranks, self._is_slow_phase = False, True
         self._training_thread = threading.get_ident()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._send_heartbeats, daemon=True, name="heartbeat")
 
     def start(self) -> None:
-        self._thread.start()
+        threading.Thread(target=self._send_heartbeats, daemon=True, name="heartbeat").start()
 
     def stop(self) -> None:
         self._done.set()
@@ -157,10 +84,8 @@ class HeartbeatThread:
     def heartbeat(self, host: str = "", pid: int = 0, node: str = "", actor: Any = None) -> Heartbeat:
         """Return the heartbeat of this moment."""
         stack_top, is_in_collective = self._training_stack()
-        waits = self._waits_for_ranks or is_in_collective
-        return Heartbeat(
-            self.rank, self.step, self.phase, stack_top, waits, self._is_slow_phase, self.progress, host, pid, node, actor
-        )
+        waits, is_slow = self._waits_for_ranks or is_in_collective, self._is_slow_phase
+        return Heartbeat(self.rank, self.step, self.phase, stack_top, waits, is_slow, self.progress, host, pid, node, actor)
 
     def _send_heartbeats(self) -> None:
         context = ray.get_runtime_context()
@@ -168,8 +93,7 @@ class HeartbeatThread:
         call: Any = None
         while not self._done.is_set():
             try:
-                if call is None:
-                    call = self.detector.record.remote(self.heartbeat(*process))
+                call = call or self.detector.record.remote(self.heartbeat(*process))
                 if ray.wait([call], timeout=HEARTBEAT_SECONDS)[0]:
                     self.stop_reason, call = ray.get(call), None
             except ray.exceptions.RayError:
@@ -179,13 +103,86 @@ class HeartbeatThread:
 
     def _training_stack(self) -> tuple[str, bool]:
         """Return (innermost frame of the training thread outside of libraries, whether the thread is inside a collective)."""
-        frame, frames = sys._current_frames().get(self._training_thread), []
-        while frame is not None:
-            frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
-            frame = frame.f_back
+        top = sys._current_frames().get(self._training_thread)
+        stack = traceback.walk_stack(top) if top else ()
+        frames = [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in stack]
         is_in_collective = any(part in name.replace(os.sep, "/") for name, _, _ in frames for part in _COLLECTIVE_FRAMES)
-        name, line, function = next((f for f in frames if "site-packages" not in f[0]), frames[0] if frames else ("?", 0, "?"))
+        name, line, function = next((f for f in frames if "site-packages" not in f[0]), (*frames, ("?", 0, "?"))[0])
         return f"{os.path.basename(name)}:{line} {function}", is_in_collective
+
+
+# --- detector ------------------------------------------------------------------------------------------------------------
+
+
+class Hang(NamedTuple):
+    """A hang: one line that names the rank to blame, and the actors of all ranks."""
+
+    message: str
+    actors: list[Any]
+
+
+@dataclass
+class _Received:
+    heartbeat: Heartbeat
+    received_at: float
+    progressed_at: float  # when `progress_key` last changed
+
+
+class HangDetector:
+    """Actor that receives the heartbeats and answers them with a request to stop. Times are those of its own clock."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[int, _Received] = {}
+        self._stop_reason = ""
+
+    def record(self, heartbeat: Heartbeat) -> str:
+        """Return why the rank has to save and stop; empty when it may continue."""
+        now, last = time.monotonic(), self._ranks.get(heartbeat.rank)
+        unchanged = last is not None and last.heartbeat.progress_key == heartbeat.progress_key
+        self._ranks[heartbeat.rank] = _Received(heartbeat, now, last.progressed_at if last and unchanged else now)
+        return self._stop_reason
+
+    def request_stop(self, reason: str) -> None:
+        self._stop_reason = reason
+
+    def reset(self) -> None:
+        """Forget all ranks and the request to stop: new workers will start."""
+        self._ranks, self._stop_reason = {}, ""
+
+    def remove(self, rank: int) -> None:
+        """Forget a rank that will send no more heartbeats."""
+        self._ranks.pop(rank, None)
+
+    def num_alive(self) -> int:
+        return sum(time.monotonic() - rank.received_at < _SILENT_SECONDS for rank in self._ranks.values())
+
+    def nodes(self) -> set[str]:
+        return {rank.heartbeat.node for rank in self._ranks.values()}
+
+    def find_hang(self, seconds: float) -> Hang | None:
+        """Return a hang when no rank made progress for `seconds`, times `_SLOW_PHASE_FACTOR` in slow phases.
+
+        A slow phase gives no more time to a rank that is silent, or to the ranks that wait for it. Silent ranks are blamed; if
+        there are none, those that do not wait for other ranks.
+        """
+        now, ranks = time.monotonic(), self._ranks.values()
+        silent = [rank.heartbeat for rank in ranks if now - rank.received_at > _SILENT_SECONDS]
+
+        def timeout(heartbeat: Heartbeat) -> float:
+            waits_in_vain = heartbeat in silent or (silent and heartbeat.waits_for_ranks)
+            return seconds * (_SLOW_PHASE_FACTOR if heartbeat.is_slow_phase and not waits_in_vain else 1)
+
+        if not ranks or any(now - rank.progressed_at < timeout(rank.heartbeat) for rank in ranks):
+            return None
+        busy = [rank.heartbeat for rank in ranks if not rank.heartbeat.waits_for_ranks]
+        blamed = sorted(silent or busy, key=lambda heartbeat: heartbeat.rank)
+        if blamed:
+            names = ", ".join(f"rank {h.rank} ({h.host}, pid {h.pid}) in step {h.step + 1}" for h in blamed)
+            how = "sends no heartbeats" if silent else f"hangs while {blamed[0].phase}, at {blamed[0].stack_top}"
+            cause = f"{names} {how}; the other {len(ranks) - len(blamed)} of {len(ranks)} ranks wait"
+        else:
+            cause = f"all {len(ranks)} ranks wait for each other; check the network between their nodes"
+        return Hang(f"no step for {seconds:.0f} s: {cause}", [rank.heartbeat.actor for rank in ranks])
 
 
 def start_hang_detector() -> Any:

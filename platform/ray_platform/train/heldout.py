@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig, FilterConfig
 from ray_platform.data.plan import Item
 from ray_platform.data.source import Sample, open_samples
-from ray_platform.train.collective import collective
+from ray_platform.train.collective import collective, gather_objects
 
 if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not need it
     from ray_platform.train.engine import Engine
@@ -22,24 +22,16 @@ if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class HeldoutSamples:
-    """Validation samples of one shape, always the same ones."""
-
-    tensors: dict[str, np.ndarray]  # [N, ...]
-    captions: tuple[str, ...]
-    keys: tuple[str, ...]
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        tensors = {name: tensor[list(indices)] for name, tensor in self.tensors.items()}
-        return Batch(tensors, [self.captions[i] for i in indices], [self.keys[i] for i in indices], (), {})
+def select_samples(batch: Batch, indices: Sequence[int]) -> Batch:
+    """Return the samples of a batch at `indices`."""
+    tensors = {name: tensor[list(indices)] for name, tensor in batch.tensors.items()}
+    return replace(batch, tensors=tensors, captions=[batch.captions[i] for i in indices], keys=[batch.keys[i] for i in indices])
 
 
-def read_heldout(config: DataConfig, sources: tuple[str, ...], limit: int) -> HeldoutSamples:
+def read_heldout(config: DataConfig, sources: tuple[str, ...], limit: int) -> Batch:
     """Read the first `limit` usable samples of `sources` with the settings of `config`, but square and unfiltered.
 
-    Raises:
-        DataError: no sample can be used.
+    Raises DataError if no sample can be used.
     """
     config = replace(config, sources=sources, weights=(), aspect_ratios=(), filters=FilterConfig(), crop="centre")
     samples: list[Sample] = []
@@ -51,20 +43,13 @@ def read_heldout(config: DataConfig, sources: tuple[str, ...], limit: int) -> He
             break
     if not samples:
         raise DataError(f"train.heldout_sources: no sample of {', '.join(sources)} can be used; see jobs/inspect_data.py")
-    names = samples[0].tensors.keys()
-    return HeldoutSamples(
-        {name: np.stack([sample.tensors[name] for sample in samples]) for name in names},
-        tuple(sample.caption for sample in samples),
-        tuple(sample.key for sample in samples),
-    )
+    tensors = {name: np.stack([sample.tensors[name] for sample in samples]) for name in samples[0].tensors}
+    return Batch(tensors, [sample.caption for sample in samples], [sample.key for sample in samples], (), {})
 
 
 @collective
-def score(engine: "Engine", heldout: HeldoutSamples, micro_batch_size: int, on_progress: Callable[[], None]) -> dict[str, float]:
-    """Return the Task's metrics over all of `heldout`. Every rank embeds a part of the samples.
-
-    `on_progress` is called after every micro-batch.
-    """
+def score(engine: "Engine", heldout: Batch, micro_batch_size: int, on_progress: Callable[[], None]) -> dict[str, float]:
+    """Return the Task's metrics over all of `heldout`. Every rank embeds a part, and calls `on_progress` per micro-batch."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     indices = list(range(rank, len(heldout.captions), world_size))
     # All ranks must run the module equally often, as it is collective under ZeRO 3: some embed a sample again and drop it.
@@ -72,13 +57,12 @@ def score(engine: "Engine", heldout: HeldoutSamples, micro_batch_size: int, on_p
     parts = []
     with engine.inference():
         for start in range(0, len(padded), micro_batch_size):
-            batch = heldout.batch(padded[start : start + micro_batch_size])
+            batch = select_samples(heldout, padded[start : start + micro_batch_size])
             rows = engine.task.embed_heldout(engine.task.inputs(batch, engine.device))
             parts.append({name: (v.float() if v.is_floating_point() else v).cpu() for name, v in rows.items()})
             on_progress()
     local = {name: torch.cat([part[name] for part in parts])[: len(indices)] for name in parts[0]}
-    gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, local)
+    gathered = gather_objects(local)
     return engine.task.score({name: torch.cat([part[name] for part in gathered]) for name in local})
 
 
@@ -98,8 +82,7 @@ def generate_previews(engine: "Engine", step: int) -> bytes | None:
     except Exception as error:
         failure = f"rank {rank}: {describe_error(error)}"
         logger.debug("the preview failed", exc_info=True)
-    parts: list[Any] = [None] * world_size
-    dist.all_gather_object(parts, (images, failure))
+    parts = gather_objects((images, failure))
     if rank != 0:
         return None
     failure = next(filter(None, (failed for _, failed in parts)), "")

@@ -1,10 +1,12 @@
 """Launch of a training run by its driver: check the configuration, start the workers, restart them when they fail."""
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,24 +18,31 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_platform import storage
 from ray_platform.connect import connect
-from ray_platform.contracts import ConfigError, DataError, Task
+from ray_platform.contracts import Batch, ConfigError, DataError, Task
 from ray_platform.data import precomputed
 from ray_platform.data.catalog import Catalog, build_catalog, difference, to_json
 from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
 from ray_platform.placement import label_selector
-from ray_platform.tracking import ModelPackage, RunRecord, Tracker, TrackingConfig, read_run_record, tracking_uri
+from ray_platform.tracking import (
+    ModelPackage,
+    RunMetadata,
+    RunRecord,
+    TrackedData,
+    Tracker,
+    TrackingConfig,
+    read_run_record,
+    tracking_uri,
+)
 from ray_platform.tracking.node_metrics import NodeMetrics
-from ray_platform.tracking.run_metadata import code_version
+from ray_platform.tracking.run_metadata import append_command, code_version, dated_name, run_tags
 from ray_platform.tracking.runs import run_record, start_run
 from ray_platform.train.checkpoint_format import candidates, list_checkpoints, read_manifest
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.fault_tolerance import RestartPolicy, SaveBeforeResize
+from ray_platform.train.fault_tolerance import DriverMonitor, RestartPolicy, SaveBeforeResize
 from ray_platform.train.hang_detector import start_hang_detector
-from ray_platform.train.heldout import HeldoutSamples, read_heldout
-from ray_platform.train.monitor import DriverMonitor
-from ray_platform.train.run_description import pretraining_metadata
+from ray_platform.train.heldout import read_heldout
 from ray_platform.train.worker_spec import WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -144,14 +153,12 @@ class Run:
 
     def dry_run(self) -> dict[str, Any]:
         """Return a description of what would run, after reading the first samples. Raises the errors of `check`."""
-        catalog = self.check()
-        train = self.train
+        catalog, train = self.check(), self.train
         samples = inspect_first_samples(catalog, self.data, INSPECTED_SAMPLES)
         starts = candidates(train.resume, self.output_dir, "none yet")
         saved = read_manifest(starts[0]) if starts else None
-        global_batch = train.global_batch_size or (
-            saved.global_batch_size if saved else train.max_workers * train.micro_batch_size
-        )
+        default_batch = saved.global_batch_size if saved else train.max_workers * train.micro_batch_size
+        global_batch = train.global_batch_size or default_batch
         return {
             "shards": len(catalog.shards),
             "bytes": catalog.num_bytes,
@@ -177,21 +184,17 @@ class Run:
             ConfigError, DataError: before anything starts.
             TrainingError: the run failed, or was stopped by SIGTERM after saving a checkpoint.
         """
-        catalog = self.check()
-        heldout = None
+        catalog, heldout, run_id = self.check(), None, ""
         if self.train.heldout_sources:
             heldout = read_heldout(self.data, self.train.heldout_sources, self.train.heldout_samples)
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor per run for what DriverMonitor does
         connect()
         storage.write_bytes(storage.join(self.output_dir, CATALOG), to_json(catalog))
         version = code_version()
-        known = read_run_record(self.output_dir) if self.train.resume != "none" else None
-        metadata = pretraining_metadata(
-            self.params, catalog, self.data, self.train, self.output_dir, command=self.command, code_version=version
-        )
-        with start_run(
-            self.tracking, self.output_dir, metadata, run_id=known["run_id"] if known else "", record=True, in_actor=True
-        ) as tracker:
+        if self.train.resume != "none" and (known := read_run_record(self.output_dir)):
+            run_id = known["run_id"]
+        metadata = self._metadata(catalog, version)
+        with start_run(self.tracking, self.output_dir, metadata, run_id=run_id, record=True, in_actor=True) as tracker:
             try:
                 self._train(catalog, heldout, tracker, version)
             finally:
@@ -199,11 +202,27 @@ class Run:
                     storage.delete(self._ray_dir)
             return run_record(self.tracking, self.output_dir, tracker)
 
-    def _train(self, catalog: Catalog, heldout: HeldoutSamples | None, tracker: Tracker, version: str) -> None:
+    def _metadata(self, catalog: Catalog, version: str) -> RunMetadata:
+        """Describe the run in the tracker. Raises DataError if a held-out source is missing."""
+        recipe, sources = str(self.params.get("recipe", "run")), ", ".join(self.data.sources)
+        datasets = tracked_data(catalog, self.data, self.train)
+        return RunMetadata(
+            f"{dated_name(recipe)}-seed{self.train.seed}",
+            describe_run(recipe, self.command, self.train, datasets, self.output_dir),
+            run_tags(recipe, self.output_dir, version) | {"data.sources": sources},
+            self.params,
+            datasets,
+        )
+
+    def _train(self, catalog: Catalog, heldout: Batch | None, tracker: Tracker, version: str) -> None:
         """Run the workers to the last step, and store the exported model in the tracker."""
+        data = self.data
+        if self.train.elastic and not data.placement:
+            # The workers reserve the CPUs of their reads themselves, so that Ray counts how many workers fit.
+            data = replace(data, cpus_per_read=0.0)
         spec = WorkerSpec(
             build_task=cloudpickle.dumps(self.build_task),
-            data=self._worker_data(),
+            data=data,
             train=self.train,
             catalog=catalog,
             output_dir=self.output_dir,
@@ -229,15 +248,6 @@ class Run:
         """Folder that Ray Train requires for its own checkpoints, of which there are none."""
         return storage.join(self.output_dir, "ray_train")
 
-    def _worker_data(self) -> DataConfig:
-        """Return the data config of the workers, which reserve the CPUs of their reads themselves in an elastic run.
-
-        Ray then counts how many workers fit. Reads that are placed on other nodes still reserve theirs there.
-        """
-        if not self.train.elastic or self.data.placement:
-            return self.data
-        return replace(self.data, cpus_per_read=0.0)
-
     def _run_workers(self, spec: WorkerSpec, monitor: DriverMonitor) -> None:
         """Start the workers, and restart them from the newest checkpoint as long as `RestartPolicy` allows."""
         restarts = RestartPolicy(self.train.max_failures, lambda: next(iter(list_checkpoints(self.output_dir, spec.launch)), ""))
@@ -252,20 +262,18 @@ class Run:
     def _trainer(self, spec: WorkerSpec) -> TorchTrainer:
         train = self.train
         resources = {"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})
-        workers: dict[str, Any] = {"num_workers": train.max_workers}
-        if train.elastic:
-            if not self.data.placement:
-                resources["CPU"] += self.data.reads_per_rank * self.data.cpus_per_read
-            workers = {"num_workers": train.num_workers, "elastic_resize_monitor_interval_s": RESIZE_SECONDS}
+        if train.elastic and not self.data.placement:
+            resources["CPU"] += self.data.reads_per_rank * self.data.cpus_per_read
         return TorchTrainer(
             run_worker,
             train_loop_config=spec,
             torch_config=ProcessGroupConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
+                num_workers=train.num_workers,
+                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
                 use_gpu=bool(train.gpus_per_worker),
                 resources_per_worker=resources,
                 label_selector=label_selector(train.placement),
-                **workers,
             ),
             run_config=ray.train.RunConfig(
                 name=f"{spec.launch}-{time.monotonic_ns()}",  # unique: Ray would resume a known name
@@ -275,3 +283,51 @@ class Run:
                 callbacks=[SaveBeforeResize(spec.hang_detector)] if train.elastic else [],
             ),
         )
+
+
+# --- description in the tracker ------------------------------------------------------------------------------------------
+
+
+def describe_run(recipe: str, command: str, train: TrainConfig, datasets: Iterable[TrackedData], output_dir: str) -> str:
+    """Describe a pretraining in Markdown."""
+    workers = f"{train.min_workers} to {train.max_workers} workers" if train.elastic else f"{train.max_workers} workers"
+    if train.max_workers == 1:
+        workers = "one worker"
+    lines = [
+        f"Pretraining by the recipe `{recipe}`, seed {train.seed}: {train.num_steps:,} steps on {workers}, "
+        f"ZeRO {train.zero_stage}.",
+        "",
+        *(f"- {part.context} data: {_format_counts(part.counts)} in `{part.url}` (digest `{part.digest}`)" for part in datasets),
+        f"- output: `{output_dir}` (checkpoints, `export/`, `config.yaml`)",
+    ]
+    return append_command("\n".join(lines), command)
+
+
+def _format_counts(counts: Mapping[str, int]) -> str:
+    samples = f"{counts['num_samples']:,} samples, " if "num_samples" in counts else ""
+    return f"{samples}{counts['num_shards']:,} shards, {counts['num_bytes'] / 1e6:,.1f} MB"
+
+
+def tracked_data(catalog: Catalog, config: DataConfig, train: TrainConfig) -> list[TrackedData]:
+    """Return the training sources, one by one, and the held-out ones. Raises DataError if a held-out source is missing."""
+    datasets = _of_sources(catalog, config.sources, "training")
+    if train.heldout_sources:
+        heldout = build_catalog(replace(config, sources=train.heldout_sources, weights=()))
+        datasets += _of_sources(heldout, train.heldout_sources, "heldout")
+    return datasets
+
+
+def _of_sources(catalog: Catalog, sources: Sequence[str], context: str) -> list[TrackedData]:
+    datasets = []
+    for number, source in enumerate(sources):
+        if shards := catalog.of_source(number):  # empty if earlier sources already contain all of its shards
+            # Unlike the catalog's digest, the same in every mixture and however the shards are read.
+            digest = hashlib.sha256(json.dumps([(shard.name, shard.size) for shard in shards]).encode()).hexdigest()[:16]
+            counts = {"num_shards": len(shards), "num_bytes": sum(shard.size for shard in shards)}
+            if min(shard.num_samples for shard in shards) >= 0:
+                counts["num_samples"] = sum(shard.num_samples for shard in shards)
+            # The last part of the path that is not a pattern: `train` for s3://bucket/train/part-*.tar.
+            parts = source.rpartition("://")[2].strip("/").split("/")
+            name = next((part for part in reversed(parts) if not set(part) & set("*?[{")), source)
+            datasets.append(TrackedData(name, digest, source, context, counts))
+    return datasets

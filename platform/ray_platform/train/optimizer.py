@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.optim.optimizer import ParamsT
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ray_platform.train.config import TrainConfig
@@ -26,14 +27,13 @@ class AdamW(torch.optim.AdamW):
     Under ZeRO its parameters are float32 shards, so the EMA is sharded, offloaded and float32, like the moments.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], ema_decay: float):
+    def __init__(self, groups: ParamsT, ema_decay: float):
         """`ema_decay` 0: no EMA."""
         super().__init__(groups, betas=(0.9, 0.999), fused=True)
         self.ema_decay = ema_decay
-        self.grad_scale: torch.Tensor | None = (
-            None  # torch's fused kernels divide the gradients by it, as for torch.amp.GradScaler
-        )
         self._skip = False
+        # torch's fused kernels divide the gradients by it, as for torch.amp.GradScaler.
+        self.grad_scale: torch.Tensor | None = None
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -58,12 +58,7 @@ class AdamW(torch.optim.AdamW):
 
     @contextlib.contextmanager
     def step_options(self, *, skip: bool, grad_scale: torch.Tensor | None) -> Iterator[None]:
-        """Set the options of the `step` that DeepSpeed calls inside this block.
-
-        Args:
-            skip: change nothing.
-            grad_scale: scalar by which the gradients are divided.
-        """
+        """Have the `step` that DeepSpeed calls inside this block change nothing, or divide the gradients by a scalar."""
         self._skip, self.grad_scale = skip, grad_scale
         try:
             yield
@@ -76,11 +71,10 @@ class AdamW(torch.optim.AdamW):
             return
         super().step()
         updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not updated or not self.ema_decay:
-            return
-        num_updates = int(self.state[updated[0]]["step"])
-        average = get_ema_multi_avg_fn(ema_decay_at(self.ema_decay, num_updates))
-        average([self.state[p][EMA] for p in updated], [p.detach() for p in updated], num_updates)
+        if updated and self.ema_decay:
+            num_updates = int(self.state[updated[0]]["step"])
+            average = get_ema_multi_avg_fn(ema_decay_at(self.ema_decay, num_updates))
+            average([self.state[p][EMA] for p in updated], [p.detach() for p in updated], num_updates)
 
 
 class LossScale:

@@ -1,16 +1,23 @@
-"""Throughput of a run (samples/s, FLOP/s, MFU, time waiting for data), its averaged metrics and its memory."""
+"""Throughput of a run (samples/s, FLOP/s, MFU, time waiting for data), its averaged metrics, its memory, and profiler traces."""
 
 import contextlib
+import logging
+import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ray_platform.train.collective import collective
+from ray_platform import storage
+from ray_platform.contracts import one_line
+from ray_platform.train.collective import collective, gather_objects
+
+logger = logging.getLogger(__name__)
 
 # Dense 16-bit peak in FLOP/s of accelerators whose name contains the key (the first that matches), from the vendor's data sheets.
 PEAK_FLOPS = {
@@ -37,8 +44,7 @@ class ThroughputMeter:
     """Sums of metrics, samples and seconds between two log lines."""
 
     def __init__(self, flops_per_step: float) -> None:
-        """`flops_per_step`: of one rank."""
-        self.flops_per_step = flops_per_step
+        self.flops_per_step = flops_per_step  # of one rank
         self.total_samples, self.total_seconds = 0, 0.0
         self._reset()
 
@@ -129,9 +135,29 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
     local = {"memory/process_gb": psutil.Process().memory_info().rss / 1e9}
     if device.type == "cuda":
         local["memory/accelerator_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, local)
+    parts = gather_objects(local)
     metrics = {f"{name}_max": max(part[name] for part in parts) for name in local}
     for rank, part in enumerate(parts[:_MAX_RANKS_SHOWN] if len(parts) > 1 else []):
         metrics |= {f"{name}_rank_{rank}": value for name, value in part.items()}
     return metrics
+
+
+def start_profiler(output_dir: str) -> profile:
+    """Start torch's profiler, whose `step` must be called after every step.
+
+    It records three steps of this rank after the first ones, which are not typical, for Perfetto or chrome://tracing.
+    """
+
+    def write(finished: profile) -> None:
+        try:
+            with tempfile.TemporaryDirectory(prefix="profile_") as folder:
+                finished.export_chrome_trace(str(Path(folder) / "rank_00000.json.gz"))
+                storage.put_folder(Path(folder), storage.join(output_dir, "profile"))
+        except Exception as error:
+            logger.warning("the profiler's trace could not be written; training continues: %s", one_line(error))
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    steps = schedule(wait=3, warmup=1, active=3, repeat=1)
+    profiler = profile(activities=activities, schedule=steps, on_trace_ready=write, record_shapes=True)
+    profiler.start()
+    return profiler

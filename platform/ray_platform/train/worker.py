@@ -8,10 +8,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train.torch
@@ -24,16 +22,15 @@ from ray_platform.contracts import Batch, ConfigError, ConsumedRange, DataError,
 from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
 from ray_platform.ray_internals import spilled_bytes
-from ray_platform.train.checkpoint_format import Manifest, RetentionPolicy, checkpoints_dir
-from ray_platform.train.checkpointing import CheckpointManager, RankState, TrainState, add_counts, find_checkpoint, restore
-from ray_platform.train.collective import collective
+from ray_platform.train.checkpoint_format import LossHistory, Manifest, RankState, RetentionPolicy, checkpoints_dir
+from ray_platform.train.checkpointing import CheckpointManager, TrainState, add_counts, find_checkpoint, restore
+from ray_platform.train.collective import collective, gather_objects
 from ray_platform.train.config import BatchPlan
 from ray_platform.train.engine import Engine
-from ray_platform.train.fault_tolerance import AcceleratorFull, Interrupted, LossHistory, LossMonitor, StepStatus
+from ray_platform.train.fault_tolerance import AcceleratorFull, Interrupted, LossMonitor, StepStatus
 from ray_platform.train.hang_detector import HeartbeatThread
-from ray_platform.train.heldout import generate_previews, score
-from ray_platform.train.profiler import Profiler
-from ray_platform.train.throughput import ThroughputMeter, count_flops, memory_metrics
+from ray_platform.train.heldout import generate_previews, score, select_samples
+from ray_platform.train.throughput import ThroughputMeter, count_flops, memory_metrics, start_profiler
 from ray_platform.train.worker_spec import SUMMARY, WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -80,40 +77,35 @@ class Trainer:
     """Training of one rank: its engine, data stream, metrics and checkpoints."""
 
     def __init__(self, spec: WorkerSpec, task: Task, heartbeat: HeartbeatThread):
-        self.spec, self.config, self.task, self.heartbeat = spec, spec.train, task, heartbeat
+        config = spec.train
+        self.spec, self.config, self.task, self.heartbeat = spec, config, task, heartbeat
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        loaded = find_checkpoint(spec.train.resume, spec.output_dir, spec.launch, spec.catalog.digest)
+        loaded = find_checkpoint(config.resume, spec.output_dir, spec.launch, spec.catalog.digest)
         if loaded is None:
-            self.start, history = TrainState.initial(spec.catalog, spec.train), LossHistory()
+            self.start, history = TrainState.initial(spec.catalog, config), LossHistory()
         else:
-            self.start = TrainState.from_checkpoint(loaded, spec.catalog, spec.train)
+            self.start = TrainState.from_checkpoint(loaded, spec.catalog, config)
             history = loaded.loss_history(spec.output_dir, spec.params)
-        self.plan = BatchPlan.of(self.start.global_batch_size, self.world_size, self.config.micro_batch_size)
-        self.batches = self._open_stream()
+        self.plan = BatchPlan.of(self.start.global_batch_size, self.world_size, config.micro_batch_size)
+        reader = Reader(config.seed, self.rank, self.world_size, self.start.base, self.start.consumed.copy())
+        num_batches = max(0, config.last_step - self.start.step)
+        self.batches = stream(spec.catalog, spec.data, reader, batch_size=self.plan.samples, num_batches=num_batches)
         self.meter = ThroughputMeter(self._count_flops_per_step())
-        self.engine = Engine(task, spec.train, self.plan.micro_batch_size, self.plan.num_micro_batches)
+        self.engine = Engine(task, config, self.plan.micro_batch_size, self.plan.num_micro_batches)
         if loaded is not None:
             restore(loaded, self.engine)
-        self.loss_monitor = LossMonitor(spec.train, history, spec.output_dir)
-        retention = RetentionPolicy(spec.output_dir, spec.train.keep_checkpoints, spec.train.keep_best, spec.train.keep_best_mode)
+        self.loss_monitor = LossMonitor(config, history, spec.output_dir)
+        retention = RetentionPolicy(spec.output_dir, config.keep_checkpoints, config.keep_best, config.keep_best_mode)
         launch_dir = storage.join(checkpoints_dir(spec.output_dir), spec.launch)
         self.checkpoints = CheckpointManager(launch_dir, self.engine, self.start, retention, heartbeat)
-        self.profiler = Profiler(spec.output_dir) if spec.train.profile and self.rank == 0 else None
+        self.profiler = start_profiler(spec.output_dir) if config.profile and self.rank == 0 else None
         self.step = self.start.step
         self.consumed: list[ConsumedRange] = []  # by this rank since the last checkpoint
         self.skipped = dict(self.start.skipped)  # samples skipped by this rank, by cause
         self.first_metrics: dict[str, float] = {}  # of the first log line, for the summary
         self.last_metrics: dict[str, float] = {}  # newest value of every metric, for the summary
         self.step_metrics: dict[str, float] = {}  # logged at the current step, for the checkpoint's manifest
-        self.grad_norm = float("nan")  # of the last step, before clipping
-        self.seconds = 0.0
         self.saved_at = time.monotonic()
-
-    def _open_stream(self) -> Iterator[Batch]:
-        """Return the batches of the remaining steps. Reading starts when the first one is requested."""
-        reader = Reader(self.config.seed, self.rank, self.world_size, self.start.base, self.start.consumed.copy())
-        num_batches = max(0, self.config.last_step - self.start.step)
-        return stream(self.spec.catalog, self.spec.data, reader, batch_size=self.plan.samples, num_batches=num_batches)
 
     def _count_flops_per_step(self) -> float:
         """Count this rank's FLOPs per step on two samples of its first batch, before the engine takes the module."""
@@ -123,7 +115,7 @@ class Trainer:
         self.batches = chain([first], self.batches)
         device = ray.train.torch.get_device()
         self.task.module.to(device)
-        few = split_batch(first, max(1, self.plan.samples // 2))[0]
+        few = select_samples(first, range(min(2, self.plan.samples)))
         return count_flops(self.task.module, self.task.inputs(few, device), seed=0) / len(few.captions) * self.plan.samples
 
     def run(self) -> None:
@@ -138,17 +130,15 @@ class Trainer:
             requested = time.perf_counter()
             self.heartbeat.step = self.step
             self.heartbeat.set_phase("waiting for data")
-        self.seconds = time.perf_counter() - started
-        self._finish()
-
-    # --- a step ----------------------------------------------------------------------------------------------------------
+        self._finish(seconds=time.perf_counter() - started)
 
     @collective
     def train_step(self, batch: Batch, seconds_waited: float) -> StepStatus:
         """Train on this rank's batch: all its micro-batches, then one optimizer step that all ranks take or skip together."""
-        started = time.perf_counter()
-        seeds = [step_seed(self.config.seed, self.step, self.rank, i) for i in range(self.plan.num_micro_batches)]
-        micro_batches = [self.task.inputs(part, self.engine.device) for part in split_batch(batch, self.plan.num_micro_batches)]
+        started, num_micro, size = time.perf_counter(), self.plan.num_micro_batches, self.plan.micro_batch_size
+        seeds = [step_seed(self.config.seed, self.step, self.rank, i) for i in range(num_micro)]
+        parts = [select_samples(batch, range(i * size, (i + 1) * size)) for i in range(num_micro)]
+        micro_batches = [self.task.inputs(part, self.engine.device) for part in parts]
 
         loss, metrics = self.engine.backward(micro_batches, seeds)
 
@@ -166,6 +156,7 @@ class Trainer:
 
         self.step += 1
         self.step_metrics = {}
+        self.grad_norm = update.grad_norm
         self.consumed.extend(batch.consumed)
         self.skipped = add_counts(self.start.skipped, batch.skipped)
         if update.updated:
@@ -173,11 +164,8 @@ class Trainer:
             metrics["data/caption_words"] = torch.tensor([num_words, float(len(batch.captions))], device=self.engine.device)
             seconds = time.perf_counter() - started
             self.meter.add(metrics, samples=len(batch.captions), waited=seconds_waited, worked=seconds)
-        self.loss_monitor.record(
-            status, updated=update.updated, rescaled=update.rescaled, step=self.step, rank=self.rank, batch=batch
-        )
+        self.loss_monitor.record(status, update, self.step, batch)
         self.checkpoints.finalize_checkpoint(status.any_uploading, status.any_upload_failed)
-        self.grad_norm = update.grad_norm
         if self.config.compile and self.step == self.start.step + 1:
             self.engine.compile()
         if self.profiler:
@@ -223,37 +211,33 @@ class Trainer:
         origin = f"from step {self.start.step} of {self.start.url}" if self.start.url else "from the beginning"
         self.spec.tracker.log_bytes(json.dumps(self.task.describe(), indent=2).encode(), "model.json")
         logger.info(
-            "training %s: %d workers, ZeRO %d, %d samples per step (%d x %d per worker)",
-            *(origin, plan.world_size, self.config.zero_stage, plan.global_batch_size),
-            *(plan.num_micro_batches, plan.micro_batch_size),
+            f"training {origin}: {plan.world_size} workers, ZeRO {self.config.zero_stage}, {plan.global_batch_size} samples per "
+            f"step ({plan.num_micro_batches} x {plan.micro_batch_size} per worker)"
         )
         if plan.global_batch_size != requested:
             logger.warning(
-                "train.global_batch_size: %d samples per step instead of %d, which %d workers with micro-batches of at most %d "
-                "samples cannot divide evenly",
-                *(plan.global_batch_size, requested, plan.world_size, self.config.micro_batch_size),
+                f"train.global_batch_size: {plan.global_batch_size} samples per step instead of {requested}, which "
+                f"{plan.world_size} workers with micro-batches of at most {self.config.micro_batch_size} samples cannot divide "
+                "evenly"
             )
 
     @collective
     def _log(self) -> None:
-        with self.heartbeat.waiting_for_ranks():
-            metrics = self._reduce_metrics() if self.meter.sums else {}  # empty when all steps since the last line were bad
-        metrics["train/bad_steps"] = float(self.loss_monitor.history.num_bad)
-        self._log_metrics(metrics)
-
-    @collective
-    def _reduce_metrics(self) -> dict[str, float]:
-        metrics = self.meter.reduce(self.engine.device)
-        metrics["train/grad_norm"] = self.grad_norm
-        metrics |= {f"train/lr_{name}": rate for name, rate in self.engine.learning_rates().items()}
-        metrics |= {f"data/skipped_{cause}": float(count) for cause, count in self._gather_skipped().items()}
-        metrics |= memory_metrics(self.engine.device)
-        if self.rank == 0:
-            metrics["data/spilled_bytes"] = spilled_bytes()
-            metrics["data/epochs_complete"] = float(min(self.start.consumed.first_epoch))
-        metrics["train/samples_seen"] = float(self._samples_seen())
-        metrics["train/seconds_left"] = metrics["train/seconds_a_step"] * (self.config.last_step - self.step)
-        return metrics
+        """Log the means since the last log line, if any of the steps since then changed the weights."""
+        metrics: dict[str, float] = {}
+        if self.meter.sums:
+            with self.heartbeat.waiting_for_ranks():
+                metrics = self.meter.reduce(self.engine.device)
+                metrics["train/grad_norm"] = self.grad_norm
+                metrics |= {f"train/lr_{name}": rate for name, rate in self.engine.learning_rates().items()}
+                metrics |= {f"data/skipped_{cause}": float(count) for cause, count in self._gather_skipped().items()}
+                metrics |= memory_metrics(self.engine.device)
+            if self.rank == 0:
+                metrics["data/spilled_bytes"] = spilled_bytes()
+                metrics["data/epochs_complete"] = float(min(self.start.consumed.first_epoch))
+            metrics["train/samples_seen"] = float(self.samples_seen)
+            metrics["train/seconds_left"] = metrics["train/seconds_a_step"] * (self.config.last_step - self.step)
+        self._log_metrics(metrics | {"train/bad_steps": float(self.loss_monitor.history.num_bad)})
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         self.first_metrics = self.first_metrics or metrics
@@ -263,15 +247,14 @@ class Trainer:
         if self.rank == 0 and grouped:
             self.spec.tracker.log_metrics(grouped, self.step)
 
-    def _samples_seen(self) -> int:
+    @property
+    def samples_seen(self) -> int:
         return self.start.samples_seen + (self.step - self.start.step) * self.plan.global_batch_size
 
     @collective
     def _gather_skipped(self) -> dict[str, int]:
         """Return the skipped samples of all ranks, by cause."""
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, self.skipped)
-        return add_counts(*parts)
+        return add_counts(*gather_objects(self.skipped))
 
     # --- results ---------------------------------------------------------------------------------------------------------
 
@@ -281,7 +264,7 @@ class Trainer:
             token="",
             step=self.step,
             num_updates=self.engine.adam.num_updates,
-            samples_seen=self._samples_seen(),
+            samples_seen=self.samples_seen,
             loss_scale=self.engine.loss_scale.state(),
             world_size=self.world_size,
             zero_stage=self.config.zero_stage,
@@ -302,21 +285,17 @@ class Trainer:
         """Save a checkpoint, and raise Interrupted on every rank."""
         self._save_checkpoint()
         failure = self.checkpoints.wait()
-        reasons: list[Any] = [None] * self.world_size
-        dist.all_gather_object(reasons, self.heartbeat.stop_reason)
-        saved = (
-            f"the checkpoint of step {self.step} could not be written ({failure})" if failure else f"saved at step {self.step}"
-        )
-        raise Interrupted(f"{next(filter(None, reasons), 'stop requested')}; {saved}")
+        reason = next(filter(None, gather_objects(self.heartbeat.stop_reason)), "stop requested")
+        if failure:
+            raise Interrupted(f"{reason}; the checkpoint of step {self.step} could not be written ({failure})")
+        raise Interrupted(f"{reason}; saved at step {self.step}")
 
     @collective
-    def _finish(self) -> None:
+    def _finish(self, seconds: float) -> None:
         """Wait for the last checkpoint, then export the model and write the summary on rank 0."""
         if self.profiler:
             self.profiler.stop()
-        failure = self.checkpoints.wait()
-        self.checkpoints.uploader.close()
-        if failure:
+        if failure := self.checkpoints.wait():
             raise DataError(f"the last checkpoint could not be written: {failure}")
         self.heartbeat.set_phase("exporting the model", is_slow=True)
         weights = self.engine.weights()
@@ -325,44 +304,25 @@ class Trainer:
             with tempfile.TemporaryDirectory(prefix="export_") as folder:
                 self.task.save_pretrained(weights, Path(folder))
                 storage.put_folder(Path(folder), self.spec.export_dir)
-            url = storage.join(self.spec.output_dir, SUMMARY)
-            content = json.dumps(self._summary(skipped), indent=2).encode()
-            storage.write_bytes(url, content)
+            summary = {
+                "num_workers": self.world_size,
+                "zero_stage": self.config.zero_stage,
+                "num_steps": self.step,
+                "num_samples_seen": self.samples_seen,
+                "samples_per_second": self.last_metrics.get("train/samples_per_second_mean"),
+                "seconds": round(seconds, 1),
+                "bad_steps": self.loss_monitor.history.num_bad,
+                "first": self.first_metrics,
+                "last": self.last_metrics,
+                "skipped": skipped,
+                "export_dir": self.spec.export_dir,
+            }
+            storage.write_bytes(storage.join(self.spec.output_dir, SUMMARY), json.dumps(summary, indent=2).encode())
         with self.heartbeat.waiting_for_ranks():
             dist.barrier()
-
-    def _summary(self, skipped: dict[str, int]) -> dict[str, Any]:
-        return {
-            "num_workers": self.world_size,
-            "zero_stage": self.config.zero_stage,
-            "num_steps": self.step,
-            "num_samples_seen": self._samples_seen(),
-            "samples_per_second": self.last_metrics.get("train/samples_per_second_mean"),
-            "seconds": round(self.seconds, 1),
-            "bad_steps": self.loss_monitor.history.num_bad,
-            "first": self.first_metrics,
-            "last": self.last_metrics,
-            "skipped": skipped,
-            "export_dir": self.spec.export_dir,
-        }
 
 
 def step_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
     """Return the seed of all randomness in one micro-batch, which is the same in a resumed run."""
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}/{micro_batch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def split_batch(batch: Batch, num_parts: int) -> list[Batch]:
-    """Split a step's samples into micro-batches of equal size, in order."""
-    size = len(batch.captions) // num_parts
-    slices = [slice(start, start + size) for start in range(0, num_parts * size, size)]
-    return [
-        replace(
-            batch,
-            tensors={name: tensor[part] for name, tensor in batch.tensors.items()},
-            captions=batch.captions[part],
-            keys=batch.keys[part],
-        )
-        for part in slices
-    ]

@@ -94,11 +94,12 @@ def test_failures_and_lost_images_come_first(page, details, small):
     assert "Everything that was requested was measured" in Page(evaluation_page(clean)).text
 
 
-def test_markup_stays_text(small):
+def test_markup_stays_text(details):
     spared = {"created", "jpeg", "png", "main_metric", "models"}
-    evil = poisoned(copy.deepcopy(small), spared, {"published_retrieval", "means"})
+    few = details | {"zero_shot": [r for r in details["zero_shot"] if r["set"] in ("vtab/cifar10", "food101")]}
+    evil = poisoned(few, spared, {"published_retrieval", "means"})
     evil["published"] = {model + EVIL: {name if name == "mean" else name + EVIL: value for name, value in values.items()}
-                         for model, values in small["published"].items()}  # fmt: skip
+                         for model, values in few["published"].items()}  # fmt: skip
     page = check_poison_is_text(evaluation_page(evil), 300)
     for each in (CAPTIONS[0], "vtab/cifar10", OWN, "0.tar/s0000000", "truck"):
         assert f"{each}{EVIL}" in "".join(page.texts)
