@@ -40,7 +40,7 @@ _LONGEST_TICK, _LONGEST_NAME = 12, 21  # characters
 _BELOW_LOG = 0.1  # fraction of a logarithmic axis below its smallest value, for values that have no logarithm
 
 
-class Objective:
+class ScoredObjective:
     """An objective of a sweep."""
 
     def __init__(self, record: ObjectiveRecord) -> None:
@@ -112,11 +112,11 @@ def _space_text(space: SearchDimension) -> str:
     return f"{choice_text(space['low'])} to {choice_text(space['high'])}" + ", logarithmic" * space.get("log", False)
 
 
-def _objectives(details: SweepDetails) -> list[Objective]:
-    return [Objective(record) for record in details["objectives"]]
+def _objectives(details: SweepDetails) -> list[ScoredObjective]:
+    return [ScoredObjective(record) for record in details["objectives"]]
 
 
-def _summary(details: SweepDetails, objective: Objective) -> ObjectiveSummary:
+def _summary(details: SweepDetails, objective: ScoredObjective) -> ObjectiveSummary:
     metric = objective.metric.name
     best = next((trial for trial in details["trials"] if trial["name"] == details["best"].get(metric)), None)
     finished = [trial for trial in details["trials"] if trial["default"] and trial["state"] == "finished"]
@@ -162,7 +162,7 @@ def _tooltip(details: SweepDetails, trial: TrialRecord) -> str:
     return "\n".join([f"{_short_name(trial)}, {trial['state']}", *scores, *values])
 
 
-def _pareto_chart(details: SweepDetails, x: Objective, y: Objective) -> Chart | None:
+def _pareto_chart(details: SweepDetails, x: ScoredObjective, y: ScoredObjective) -> Chart | None:
     """Draw two objectives against each other, with a staircase through the trials of the front that no other one dominates.
 
     A front of more objectives has trials that are dominated in two of them. Returns None if no trial has both metrics.
@@ -190,7 +190,7 @@ def _pareto_chart(details: SweepDetails, x: Objective, y: Objective) -> Chart | 
     return line_chart(lines, x.metric.axis_label, y.metric.axis_label) if lines else None
 
 
-def _learning_curves(details: SweepDetails, objective: Objective) -> Chart | None:
+def _learning_curves(details: SweepDetails, objective: ScoredObjective) -> Chart | None:
     """Draw a line per trial over the samples that it was trained on. Returns None if no trial has the metric."""
     metric, lines = objective.metric, []
     for trial, color in _colored(details):
