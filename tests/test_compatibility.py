@@ -17,9 +17,9 @@ from diffdis.pipeline import DiffDisPipeline
 from diffdis_platform.commands.compare import parse_arguments as parse_compare
 from diffdis_platform.commands.eval import parse_arguments as parse_eval
 from diffdis_platform.commands.pretrain import parse_arguments as parse_pretrain
-from diffdis_platform.comparison.runs import plan_comparison
+from diffdis_platform.comparison.run import plan_comparison
 from diffdis_platform.exporting import build_task
-from diffdis_platform.sweeping.run import rebuild_report
+from diffdis_platform.sweeping import rebuild_report
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data import inspection_summary as inspection
 from ray_platform.data import precomputed

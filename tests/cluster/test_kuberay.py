@@ -195,7 +195,7 @@ def test_jobs_fit_the_pools_that_they_ask_for():
         config["eval"].num_workers * config["eval"].gpus_per_worker,
     ):
         assert num_gpus <= sizes["gpu"]["GPU"]
-    from diffdis_platform.sweeping.trial import trial_resources
+    from diffdis_platform.sweeping import trial_resources
 
     for need in trial_resources(config["sweep"]):
         for kind, amount in need.amounts.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffdis_platform.comparison.claim import CLAIM
+from diffdis_platform.comparison.summary import CLAIM
 from ray_platform.metric_registry import find_metric
 from ray_platform.report.comparison import DotPlot, DotRow, comparison_page
 from tests.support.html_page import EVIL, Page, check_poison_is_text, poisoned, saved_details
