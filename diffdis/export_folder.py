@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -19,12 +17,8 @@ from diffdis.pretrained import load_component, local_folder
 from diffdis.text_encoder import TextEncoder, build_text_encoder
 from diffdis.warm_start import ALIGNMENT_WEIGHTS
 
-if TYPE_CHECKING:
-    from diffdis.pipeline import DiffDisPipeline
-
 CONFIG_NAME = "diffdis.json"
 CARD_NAME = "README.md"
-MAX_DIFFERENCE = 0.02  # of pixels in [0, 1] between two libraries; 0.002 is usual in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,35 +86,6 @@ def load(path: str, variant: str | None) -> tuple[DiffDisConfig, DiffDis, Autoen
             f"{folder}: its weights cannot be read ({' '.join(str(error).split())[:300]}); export it again"
         ) from None
     return config, model, build_autoencoder(config.autoencoder), build_text_encoder(config.text_encoder)
-
-
-def check_export(pipeline: "DiffDisPipeline", folder: Path) -> list[str]:
-    """Open an exported folder with every library that reads it, and return their names.
-
-    diffusers' pipeline, which may open and then fail when it is called, generates a small image in one step.
-
-    Raises ValueError if its image differs from that of `pipeline`.
-    """
-    load(str(folder), None)
-    if not opens_in_diffusers(pipeline.config):
-        UNet2DConditionModel.from_pretrained(folder / "unet")
-        return ["DiffDisPipeline", "diffusers' UNet2DConditionModel"]
-    stock = StableDiffusionPipeline.from_pretrained(folder)
-    stock.set_progress_bar_config(disable=True)
-    unet = pipeline.config.unet
-    factor = pipeline.config.image_size // unet.sample_size  # pixels per latent
-    pixels = math.lcm(factor * 2 ** (len(unet.block_out_channels) - 1), 8)  # the smallest image that both take
-    side = pixels // factor
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn((1, unet.in_channels, side, side), generator=generator)
-    settings: dict[str, Any] = {"num_inference_steps": 1, "height": pixels, "width": pixels, "output_type": "np"}
-    ours = pipeline.generate("a red heart", latents=latents, **settings)
-    theirs = stock("a red heart", latents=latents, **settings).images
-    if (difference := float(abs(ours - theirs).max())) > MAX_DIFFERENCE:
-        raise ValueError(
-            f"{folder}: diffusers' StableDiffusionPipeline generates another image (they differ by {difference:.2g})"
-        )
-    return ["DiffDisPipeline", "diffusers' StableDiffusionPipeline"]
 
 
 def opens_in_diffusers(config: DiffDisConfig) -> bool:

@@ -3,12 +3,13 @@
 The methods take images and a *list* of candidate texts, never a label: a score cannot leak the answer.
 """
 
+import functools
 import hashlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, Unpack, get_args
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffdis import export_folder, schedule
+from diffdis.arguments import EmbedSettings, GenerateSettings, OutputType, StepCallback, TextInput, as_texts, check_length
 from diffdis.autoencoder import Autoencoder, KLAutoencoder, decode, to_latents, to_uint8
 from diffdis.config import DiffDisConfig
 from diffdis.images import ImagesInput, as_image_list, preprocess
@@ -26,39 +28,8 @@ from diffdis.model import DiffDis, ImageCondition
 from diffdis.sampling import build_scheduler, ddim_scheduler, named_generator, named_noise, sample, sample_ddim
 from diffdis.text_encoder import TextEncoder
 
-TextInput = str | Sequence[str]
-OutputType = Literal["pil", "np", "pt", "latent"]
-StepCallback = Callable[["DiffDisPipeline", int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 IMAGE_BATCH, TEXT_BATCH = 32, 256
 _CLASS_CACHE = 8  # sets of classes whose embeddings are kept
-
-
-class GenerateSettings(TypedDict, total=False):
-    """Arguments of `DiffDisPipeline.generate` after the prompt."""
-
-    negative_prompt: TextInput | None
-    num_images_per_prompt: int
-    num_inference_steps: int
-    guidance_scale: float
-    height: int | None
-    width: int | None
-    seed: int
-    generator: torch.Generator | None
-    latents: torch.Tensor | None
-    indices: Sequence[int] | None
-    output_type: OutputType
-    batch_size: int
-    callback_on_step_end: "StepCallback | None"
-
-
-class EmbedSettings(TypedDict, total=False):
-    """Arguments of `DiffDisPipeline.embed_image` after the images."""
-
-    keys: Sequence[str] | None
-    num_steps: int
-    num_draws: int
-    guidance: float
-    batch_size: int
 
 
 class DiffDisPipeline:
@@ -69,7 +40,7 @@ class DiffDisPipeline:
         self.config, self.model = config, model.eval()
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
         self._ddim = self._scheduler = ddim_scheduler(config.schedule)
-        self._progress_bar: dict[str, Any] = {"disable": True}
+        self._progress_bar: dict[str, Any] = {}
         self._classes: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], torch.Tensor] = OrderedDict()
 
     @property
@@ -103,22 +74,13 @@ class DiffDisPipeline:
         self._scheduler = build_scheduler(scheduler, self.config.schedule)
 
     def set_progress_bar_config(self, **settings: Any) -> None:
-        """Set arguments of the progress bar (tqdm's), such as `disable=True`. `pipeline(...)` shows one by default."""
+        """Set arguments of the progress bar of `pipeline(...)`, tqdm's, such as `disable=True`."""
         self._progress_bar = settings
 
     # --- generation ----------------------------------------------------------------------------------------------------
 
-    def __call__(self, prompt: TextInput, **settings: Unpack[GenerateSettings]) -> ImagePipelineOutput:
-        """Generate images with the arguments of `generate`; they are in `.images`, as in diffusers' pipelines."""
-        previous = self._progress_bar
-        self._progress_bar = {} if previous == {"disable": True} else previous
-        try:
-            return ImagePipelineOutput(images=self.generate(prompt, **settings))
-        finally:
-            self._progress_bar = previous
-
     @torch.no_grad()
-    def generate(
+    def __call__(
         self,
         prompt: TextInput,
         *,
@@ -135,9 +97,7 @@ class DiffDisPipeline:
         output_type: OutputType = "pil",
         batch_size: int = IMAGE_BATCH,
         callback_on_step_end: StepCallback | None = None,
-        num_steps: int | None = None,
-        places: Sequence[int] | None = None,
-    ) -> Any:
+    ) -> ImagePipelineOutput:
         """Generate images with classifier-free guidance: eps = uncond + guidance_scale (cond - uncond).
 
         Args:
@@ -146,72 +106,76 @@ class DiffDisPipeline:
             num_images_per_prompt: images of each prompt, which follow each other in the result.
             num_inference_steps: number of sampling steps.
             guidance_scale: the usual one, the paper's w plus 1.
-            height: of the images in pixels; the model's size by default.
-            width: the same.
+            height, width: of the images in pixels; the model's size by default.
             seed: the initial noise of an image depends on the seed and its index alone, not on the batch.
             generator: samples all initial noise in one tensor instead, as diffusers' pipelines do.
             latents: the initial noise itself, [N * num_images_per_prompt, C, h, w].
             indices: the index of each image among all images; 0, 1, ... by default.
             output_type: "pil", "np" ([N, H, W, 3] in [0, 1]), "pt" ([N, 3, H, W] in [0, 1]) or "latent".
             batch_size: images at a time.
-            callback_on_step_end: called with (pipeline, step, timestep, {"latents": ...}) after each step of each batch; the
-                latents that it returns are used.
-            num_steps: deprecated, use `num_inference_steps`.
-            places: deprecated, use `indices`.
+            callback_on_step_end: called after each step of each batch; the latents that it returns are used.
 
         Returns:
-            A list of PIL images, or an array or a tensor.
+            A record whose `images` are a list of PIL images, or an array or a tensor.
 
         Raises:
             ValueError: the model was not trained to generate, or an argument does not fit.
         """
-        if num_steps is not None:
-            warnings.warn("generate: `num_steps` is deprecated; use `num_inference_steps`", DeprecationWarning, stacklevel=3)
-            num_inference_steps = num_steps
-        if places is not None:
-            warnings.warn("generate: `places` is deprecated; use `indices`", DeprecationWarning, stacklevel=3)
-            indices = places
-        if self.config.trained_for in ("alignment", "clip"):
-            raise ValueError(f"this model was trained for {self.config.trained_for} alone: it cannot generate images")
-        if output_type not in get_args(OutputType):
-            raise ValueError(f"output_type: {output_type!r} is unknown; use {', '.join(get_args(OutputType))}")
-        texts = as_texts(prompt, "prompt")
-        negative = as_texts(negative_prompt or "", "negative_prompt")
-        negative = negative * len(texts) if len(negative) == 1 else list(_checked("negative_prompt", negative, len(texts)))
-        prompts, negative = ([text for text in part for _ in range(num_images_per_prompt)] for part in (texts, negative))
-        indices = range(len(prompts)) if indices is None else _checked("indices", indices, len(prompts))
+        self._check_generates(output_type)
+        prompts, negative = self._paired_prompts(prompt, negative_prompt, num_images_per_prompt)
+        indices = range(len(prompts)) if indices is None else check_length("indices", indices, len(prompts))
         shape = self._latent_shape(height, width)
         if latents is None and generator is not None:
             latents = torch.randn((len(prompts), *shape), generator=generator, device=generator.device)
         if latents is not None and latents.shape != (len(prompts), *shape):
             raise ValueError(f"latents: {tuple(latents.shape)} is not {(len(prompts), *shape)}; give one per image")
-        self.warn_about_long_captions([*dict.fromkeys(prompts), *dict.fromkeys(negative)])
-
         parts = []
-        bars = -(-len(prompts) // batch_size) * num_inference_steps
-        with tqdm(total=bars, **self._progress_bar) as bar:
+        with tqdm(total=-(-len(prompts) // batch_size) * num_inference_steps, **self._progress_bar) as bar:
+            on_step = functools.partial(self._on_step, bar, callback_on_step_end)
             for start in range(0, len(prompts), batch_size):
                 rows = slice(start, start + batch_size)
                 names = [f"{seed}/{index}" for index in indices[rows]]
-                noise = (
-                    latents[rows] if latents is not None else torch.stack([named_noise(f"generate/{n}", shape) for n in names])
-                )
-                generators = generator or [named_generator(f"sample/{name}") for name in names]
+                noise = torch.stack([named_noise(f"generate/{n}", shape) for n in names]) if latents is None else latents[rows]
+                steps = (num_inference_steps, generator or [named_generator(f"sample/{name}") for name in names], on_step)
+                parts.append(self._sample(noise, prompts[rows], negative[rows], guidance_scale, *steps))
+        return ImagePipelineOutput(images=self._output(parts, output_type))
 
-                def on_step(index: int, t: int, x: torch.Tensor) -> torch.Tensor:
-                    bar.update()
-                    return callback_on_step_end(self, index, t, {"latents": x})["latents"] if callback_on_step_end else x
+    def generate(self, prompt: TextInput, **settings: Unpack[GenerateSettings]) -> Any:
+        """Return the images of `pipeline(prompt, ...)`, which has the same arguments."""
+        for old, new in (("num_steps", "num_inference_steps"), ("places", "indices")):
+            if old in settings:
+                warnings.warn(f"generate: `{old}` is deprecated; use `{new}`", DeprecationWarning, stacklevel=2)
+                settings[new] = settings.pop(old)  # type: ignore[literal-required, misc]
+        return self(prompt, **settings).images  # type: ignore[misc]
 
-                denoised = self._sample(
-                    noise.to(self.device, torch.float32), prompts[rows], negative[rows], num_inference_steps, guidance_scale,
-                    generators, on_step,
-                )  # fmt: skip
-                parts.append(denoised if output_type == "latent" else decode(self.autoencoder, denoised).cpu())
-        if output_type == "pil":
-            return [Image.fromarray(image) for part in parts for image in to_uint8(part)]
+    def _check_generates(self, output_type: str) -> None:
+        if self.config.trained_for in ("alignment", "clip"):
+            raise ValueError(f"this model was trained for {self.config.trained_for} alone: it cannot generate images")
+        if output_type not in get_args(OutputType):
+            raise ValueError(f"output_type: {output_type!r} is unknown; use {', '.join(get_args(OutputType))}")
+
+    def _paired_prompts(
+        self, prompt: TextInput, negative_prompt: TextInput | None, num_images_per_prompt: int
+    ) -> tuple[list[str], list[str]]:
+        """Return the prompt and the negative prompt of each image."""
+        texts, negative = as_texts(prompt, "prompt"), as_texts(negative_prompt or "", "negative_prompt")
+        negative = negative * len(texts) if len(negative) == 1 else check_length("negative_prompt", negative, len(texts))
+        self.warn_about_long_captions([*dict.fromkeys(texts), *dict.fromkeys(negative)])
+        prompts, negative = ([text for text in part for _ in range(num_images_per_prompt)] for part in (texts, negative))
+        return prompts, negative
+
+    def _on_step(self, bar: Any, callback: StepCallback | None, index: int, t: int, latents: torch.Tensor) -> torch.Tensor:
+        bar.update()
+        return callback(self, index, t, {"latents": latents})["latents"] if callback else latents
+
+    def _output(self, parts: list[torch.Tensor], output_type: OutputType) -> Any:
+        """Return batches of latents as what was asked for. Batches are decoded one by one."""
         if output_type == "latent":
             return torch.cat(parts)
-        images = (torch.cat(parts) + 1) / 2
+        decoded = [decode(self.autoencoder, part).cpu() for part in parts]
+        if output_type == "pil":
+            return [Image.fromarray(image) for part in decoded for image in to_uint8(part)]
+        images = (torch.cat(decoded) + 1) / 2
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).numpy()
 
     def _sample(
@@ -219,12 +183,13 @@ class DiffDisPipeline:
         latents: torch.Tensor,
         prompts: Sequence[str],
         negative: Sequence[str],
-        num_steps: int,
         guidance_scale: float,
+        num_steps: int,
         generators: torch.Generator | list[torch.Generator],
         on_step: Callable[[int, int, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """Denoise latents [B, C, h, w] with the pipeline's scheduler."""
+        latents = latents.to(self.device, torch.float32)
         token_states, _ = self.text_encoder.encode(prompts, self.device)  # [B, L, D_c]
         if len(set(negative)) == 1:
             null_states = self.text_encoder.encode(negative[:1], self.device)[0].expand_as(token_states)
@@ -287,7 +252,7 @@ class DiffDisPipeline:
                 f"guidance: {guidance:g}, but the model was trained with image_dropout = 0 and cannot do without an image; use 0"
             )
         given = as_image_list(images)
-        keys = keys if keys is None else _checked("keys", keys, len(given))
+        keys = keys if keys is None else check_length("keys", keys, len(given))
         queries = []
         for start in range(0, len(given), batch_size):
             pixels = self.preprocess(given[start : start + batch_size])
@@ -416,19 +381,3 @@ class DiffDisPipeline:
             ValueError: it is damaged, or contains more than tensors.
         """
         return cls(*export_folder.load(str(folder), variant)).to(dtype=torch_dtype)
-
-
-def as_texts(texts: TextInput, name: str) -> list[str]:
-    """Return one or many texts as a list. Raises ValueError, with the argument's name, if there is none or one is not a text."""
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    if not texts:
-        raise ValueError(f"{name}: empty; give at least one text")
-    if wrong := [text for text in texts if not isinstance(text, str)]:
-        raise ValueError(f"{name}: {wrong[0]!r} is not a text")
-    return texts
-
-
-def _checked(name: str, values: Sequence[Any], expected: int) -> Sequence[Any]:
-    if len(values) != expected:
-        raise ValueError(f"{name}: {len(values)} for {expected} inputs; give one for each")
-    return values

@@ -13,6 +13,7 @@ class DiffDisScorer:
 
     def __init__(self, folder: str, device: str):
         self.pipeline = DiffDisPipeline.from_pretrained(folder).to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
         if isinstance(self.pipeline.autoencoder, KLAutoencoder):
             # One image at a time: at 512 px its activations are larger than the U-Net's for the whole batch.
             self.pipeline.autoencoder.vae.enable_slicing()

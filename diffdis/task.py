@@ -3,18 +3,20 @@
 import dataclasses
 import hashlib
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from diffdis.autoencoder import build_autoencoder, to_latents
 from diffdis.config import DiffDisConfig, ObjectiveConfig
 from diffdis.encoder import PRECOMPUTED, move_encoders
-from diffdis.export_folder import Training, check_export
+from diffdis.export_folder import Training, opens_in_diffusers
 from diffdis.image_grid import image_grid
 from diffdis.metrics.retrieval import recall_at_k
 from diffdis.metrics.zero_shot import ZeroShotScores
@@ -24,6 +26,8 @@ from diffdis.pipeline import DiffDisPipeline
 from diffdis.query_leak import describe_captions
 from diffdis.text_encoder import build_text_encoder
 from diffdis.warm_start import load_warm_start, resolve_pretrained
+
+MAX_DIFFERENCE = 0.02  # of pixels in [0, 1] between two libraries; 0.002 is usual in float32
 
 
 class DiffDisTask:
@@ -146,7 +150,7 @@ class DiffDisTask:
         """Return a pipeline on the weights in training. It sets the model to eval mode."""
         device = self.module.model.alphas_cumprod.device
         move_encoders(self.config, device, self.autoencoder, self.text_encoder)
-        return DiffDisPipeline(self.config, self.module.model, self.autoencoder, self.text_encoder)
+        return _quiet(DiffDisPipeline(self.config, self.module.model, self.autoencoder, self.text_encoder))
 
     # --- results ---------------------------------------------------------------------------------------------------------
 
@@ -156,7 +160,7 @@ class DiffDisTask:
         # Parameters of the alignment loss itself are not part of the model.
         weights = {name: value for name, value in state_dict.items() if name.startswith("model.")}
         model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
-        return DiffDisPipeline(self.config, model.eval(), self.autoencoder, self.text_encoder)
+        return _quiet(DiffDisPipeline(self.config, model.eval(), self.autoencoder, self.text_encoder))
 
     def save_pretrained(
         self, state_dict: Mapping[str, torch.Tensor], folder: Path, training: Mapping[str, Any] | None = None
@@ -190,6 +194,40 @@ class DiffDisTask:
         if self.warm_start:
             described["warm_start"] = self.warm_start.summary()
         return described | describe_captions(self.config, self.objective, captions, self.text_encoder)
+
+
+def check_export(pipeline: DiffDisPipeline, folder: Path) -> list[str]:
+    """Open an exported folder with every library that reads it, and return their names.
+
+    diffusers' pipeline, which may open and then fail when it is called, generates a small image in one step.
+
+    Raises ValueError if its image differs from that of `pipeline`.
+    """
+    DiffDisPipeline.from_pretrained(folder)
+    if not opens_in_diffusers(pipeline.config):
+        UNet2DConditionModel.from_pretrained(folder / "unet")
+        return ["DiffDisPipeline", "diffusers' UNet2DConditionModel"]
+    stock = StableDiffusionPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    unet = pipeline.config.unet
+    factor = pipeline.config.image_size // unet.sample_size  # pixels per latent
+    pixels = math.lcm(factor * 2 ** (len(unet.block_out_channels) - 1), 8)  # the smallest image that both take
+    side = pixels // factor
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn((1, unet.in_channels, side, side), generator=generator)
+    settings: dict[str, Any] = {"num_inference_steps": 1, "height": pixels, "width": pixels, "output_type": "np"}
+    ours = pipeline.generate("a red heart", latents=latents, **settings)
+    theirs = stock("a red heart", latents=latents, **settings).images
+    if (difference := float(abs(ours - theirs).max())) > MAX_DIFFERENCE:
+        raise ValueError(
+            f"{folder}: diffusers' StableDiffusionPipeline generates another image (they differ by {difference:.2g})"
+        )
+    return ["DiffDisPipeline", "diffusers' StableDiffusionPipeline"]
+
+
+def _quiet(pipeline: DiffDisPipeline) -> DiffDisPipeline:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _caption_id(caption: str) -> int:

@@ -10,10 +10,9 @@ from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
 from diffdis.config import DiffDisConfig, HeadConfig, ObjectiveConfig, TextEncoderConfig
-from diffdis.export_folder import check_export
 from diffdis.metrics.zero_shot import ZeroShotScores, subset_accuracy
 from diffdis.pipeline import DiffDisPipeline
-from diffdis.task import DiffDisTask
+from diffdis.task import DiffDisTask, check_export
 from tests.support.tiny_checkpoints import SD_2, V_PREDICTION, WIDTH, save_clip, save_stable_diffusion
 
 

@@ -69,7 +69,6 @@ def main(argv: Sequence[str]) -> int:
 
     captions = config.all_captions()
     pipeline = _open_model(config)
-    pipeline.set_progress_bar_config()
     images = pipeline.generate(
         captions,
         negative_prompt=config.negative_prompt,

@@ -19,6 +19,7 @@ class DiffDisModel(mlflow.pyfunc.PythonModel):
         from diffdis.pipeline import DiffDisPipeline
 
         pipeline = DiffDisPipeline.from_pretrained(context.artifacts["model"])
+        pipeline.set_progress_bar_config(disable=True)
         self.pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
