@@ -20,7 +20,7 @@ def test_scaled_haar_gives_back_every_pixel():
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     mean, std = tuple(np.linspace(-1, 1, 12)), tuple(np.linspace(0.1, 2, 12))
     haar = HaarAutoencoder(1, mean, std)
-    assert np.array_equal(to_uint8(decode(haar, to_latents(haar, images, "cpu")), images))
+    assert np.array_equal(to_uint8(decode(haar, to_latents(haar, images, "cpu"))), images)
 
 
 def test_wrong_number_of_scales_is_named():

@@ -24,7 +24,7 @@ from ray_platform.contracts import ConfigError
 from tests.support.documentation import PAGES, ROOT, Block, all_blocks, text_of
 
 BLOCKS = all_blocks()
-NEEDS = ("a cloud", "a GPU", "a registered model", "root")
+NEEDS = ("a cloud", "a GPU", "a registered model", "root", "the hub")
 PREFIXES = ("export", "cd", "source")  # commands that only prepare another one
 SCRIPTS = {"jobs/inspect_data.py": "inspect", "jobs/run_demo.py": "demo"}  # the others have the names of their commands
 CONFIGS = (
