@@ -21,7 +21,7 @@ Format = Literal["fraction", "number", "duration", "count", "quantity"]
 class Metric:
     """How a metric is called, written and compared.
 
-    A name with placeholders (`fd_{network}`) declares a family of metrics; its label may use the same placeholders.
+    A name with placeholders (`fd_{network}`) declares a family; its label may use the same placeholders.
     """
 
     name: str

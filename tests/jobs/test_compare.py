@@ -11,9 +11,8 @@ from scipy import stats
 
 from diffdis.config import ObjectiveConfig
 from diffdis_platform.commands.compare import parse_arguments as parse
-from diffdis_platform.comparison import runs
-from diffdis_platform.comparison.run import compare
-from diffdis_platform.comparison.runs import plan_comparison
+from diffdis_platform.comparison import run as runs
+from diffdis_platform.comparison.run import compare, plan_comparison
 from diffdis_platform.comparison.summary import check_claim, confidence_interval, format_summary, paired_differences
 from diffdis_platform.config.compare import ARMS, CompareConfig
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringConfig

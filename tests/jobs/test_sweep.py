@@ -18,14 +18,22 @@ from diffdis_platform.commands.sweep import parse_arguments as parse
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.config.sweep import SweepConfig
-from diffdis_platform.sweeping.fields import configure, open_space
-from diffdis_platform.sweeping.run import _VERSION, _settings, format_trials, plan_sweep, rebuild_report, run_sweep
-from diffdis_platform.sweeping.trial import TrialRunner, training_steps, trial_resources
+from diffdis_platform.sweeping import (
+    TrialRunner,
+    configure,
+    format_trials,
+    open_space,
+    plan_sweep,
+    rebuild_report,
+    run_sweep,
+    settings,
+    training_steps,
+    trial_resources,
+)
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
-from ray_platform.json_values import to_json
 from ray_platform.placement import ResourceRequest
-from ray_platform.sweep.trial import TrialSegment
+from ray_platform.sweep.sweep import TrialSegment
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train import checkpoint_format
 from ray_platform.train.config import TrainConfig
@@ -133,9 +141,9 @@ def test_a_grid_with_asha_from_its_config_to_mlflow(ray_cluster, make, tmp_path,
 def write_settings(config, **fields):
     folder = Path(config.output_dir)
     folder.mkdir(exist_ok=True)
-    settings = json.loads(to_json(_VERSION | _settings(config))) | fields
-    (folder / "sweep.json").write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
-    return settings
+    saved = json.loads(settings(config)) | fields
+    (folder / "sweep.json").write_text(json.dumps({name: value for name, value in saved.items() if value is not None}))
+    return saved
 
 
 def test_a_sweep_is_resumed_by_code_with_new_fields(make):

@@ -7,7 +7,8 @@ of their writing from turning the text around them. A page is one file that load
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ray_platform.metric_registry import describe_metric
-from ray_platform.units import NO_VALUE, duration_text, is_number, number_text, percent_text, size_text
+from ray_platform.units import NO_VALUE, duration_text, number_text, percent_text, size_text
 
 _LONGEST_TEXT = 600  # characters of a text that are displayed
 NUM_COLORS = 6  # of models and arms: the stylesheet's classes m0 to m5
@@ -58,6 +59,14 @@ def flat_fields(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[st
             yield f"{above}{field}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def grouped(records: Iterable[Any], *fields: str) -> dict[Any, list[Any]]:
+    """Return the records by one field, or by a tuple of several, in the order in which they come."""
+    groups: dict[Any, list[Any]] = {}
+    for record in records:
+        groups.setdefault(itemgetter(*fields)(record), []).append(record)
+    return groups
+
+
 def color_class(names: Sequence[str], name: str) -> str:
     """Return the CSS class that sets the color `--c` of a model or an arm by its place; unknown names come after all others."""
     return f"m{(names.index(name) if name in names else len(names)) % NUM_COLORS}"
@@ -81,13 +90,14 @@ def _environment() -> Environment:
         "duration": duration_text,
         "size": size_text,
         "plural": plural,
-        "commas": lambda value: f"{value:,}",
+        "commas": lambda value: f"{value:,.0f}",
         "fixed": lambda value, decimals=2: f"{value:.{decimals}f}",
         "g": lambda value: f"{value:g}",
         "flat": flat_fields,
         "ceil": math.ceil,
+        "grouped": grouped,
     }
-    environment.tests["defined_number"] = is_number
+    environment.tests["number_value"] = lambda value: isinstance(value, int | float) and math.isfinite(value)
     environment.globals |= {
         "stylesheet": Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),  # noqa: S704
         "metric": describe_metric,

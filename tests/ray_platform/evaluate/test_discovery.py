@@ -5,14 +5,14 @@ import pytest
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set, open_image_set, render_listing
-from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS, read_slice
+from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS
 from tests.support.evaluation_sets import (
     CIFAR10,
+    class_names,
     error_of,
     error_of_set,
     picture,
     read,
-    write_all_twelve,
     write_image,
     write_one,
     write_retrieval,
@@ -23,20 +23,20 @@ from tests.support.evaluation_sets import (
 DATACOMP = {name: f"wds_{name.replace('/', '-')}_test" for name in PAPER_SETS} | {"vtab/cifar10": "wds_cifar10_test"}
 
 
-@pytest.fixture(scope="module")
-def twelve(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sets")
-    return root, write_all_twelve(root)
-
-
-def test_all_twelve_are_found_by_either_name(twelve, tmp_path):
-    root, folders = twelve
-    for name, folder in folders.items():
-        data = find_evaluation_set([str(root)], name)
-        assert data.url == str(folder)
-        assert sum(len(read_slice(part)) for part in data.slices) == KNOWN_SETS[name].num_classes
-        (tmp_path / DATACOMP[name]).symlink_to(folder)
-        assert find_evaluation_set([str(tmp_path)], name).url == str(tmp_path / DATACOMP[name])
+@pytest.mark.parametrize("name", PAPER_SETS)
+def test_each_of_the_twelve_is_found_by_either_name(tmp_path, name):
+    known = KNOWN_SETS[name]
+    folder = write_wds(tmp_path / "a", name, [picture(0)], labels=[1], classes=class_names(name))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / DATACOMP[name]).symlink_to(folder)
+    for root, url in (("a", folder), ("b", tmp_path / "b" / DATACOMP[name])):
+        data = find_evaluation_set([str(tmp_path / root)], name)
+        assert (data.url, data.layout, data.task, data.known) == (str(url), "wds", "zeroshot_classification", known)
+        assert (data.classes, data.templates, [sample.label for sample in read(data)]) == (
+            class_names(name),
+            known.templates,
+            [1],
+        )
 
 
 def test_other_sets_of_the_same_short_name_are_ignored(tmp_path):
@@ -92,25 +92,19 @@ def test_paths_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for data in (open_evaluation_set("vtab/cifar10", "wds_vtab-cifar10/"), find_evaluation_set(["."], "vtab/cifar10")):
         assert data.url == str(folder)
-        assert data.slices[0].read.args[0].url == f"{folder}/test/0.tar"
+        assert len(read(data)) == 10
     assert find_evaluation_set([f"file://{tmp_path}"], "vtab/cifar10").url == str(folder)
 
 
-def test_an_export_in_hugging_faces_cache_of_links(tmp_path):
-    real = write_one(tmp_path / "real", "vtab/cifar10", samples_per_shard=4)
-    cache = tmp_path / "datasets--clip-benchmark--wds_vtab-cifar10"
+def test_links_to_tars_as_in_hugging_faces_cache_and_to_classes_and_images(tmp_path):
+    real, snapshot = write_one(tmp_path / "real", "vtab/cifar10", samples_per_shard=4), tmp_path / "snapshots" / "main"
+    (snapshot / "test").mkdir(parents=True)
     for number, path in enumerate(sorted(path for path in real.rglob("*") if path.is_file())):
-        blob, link = cache / "blobs" / f"{number:040x}", cache / "snapshots" / "main" / path.relative_to(real)
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(blob)
-        link.symlink_to(blob)
-    data = open_evaluation_set("vtab/cifar10", str(cache / "snapshots" / "main"))
+        blob = path.rename(tmp_path / f"{number:040x}")
+        (snapshot / path.relative_to(real)).symlink_to(blob)
+    data = open_evaluation_set("vtab/cifar10", str(snapshot))
     assert data.num_files == 3
     assert [sample.key for sample in read(data)] == [f"{i // 4}.tar/s{i:07d}" for i in range(10)]
-
-
-def test_links_to_classes_and_images(tmp_path):
     (tmp_path / "mine").mkdir()
     for seed, name in enumerate(("a", "b")):
         write_image(tmp_path / "there" / name / "0.jpg", seed)
@@ -145,6 +139,5 @@ def test_sets_in_s3(s3_url, tmp_path):
     assert (data.url, data.classes) == (f"{s3_url}/found/sets/wds_vtab-cifar10", CIFAR10)
     assert data.digest == find_evaluation_set([str(tmp_path)], "vtab/cifar10").digest
     table = render_listing([f"{s3_url}/found/sets", str(tmp_path)])
-    assert table.count(f"{s3_url}/found/sets/wds_") == 2
-    assert table.count("not found") == 12
+    assert (table.count(f"{s3_url}/found/sets/wds_"), table.count("not found")) == (2, 12)
     assert f"{s3_url}/found/other: no such folder" in error_of(find_evaluation_set, [f"{s3_url}/found/other"], "vtab/cifar10")

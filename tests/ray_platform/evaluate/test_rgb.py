@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,11 +29,6 @@ def turned(orientation: int) -> bytes:
     return encoded(photo(), "JPEG", exif=exif)
 
 
-def palette(transparent: bool) -> bytes:
-    image = photo().quantize(40)
-    return encoded(image, "PNG", **({"transparency": bytes(range(40))} if transparent else {"optimize": True}))
-
-
 def with_alpha(mode: str) -> Image.Image:
     image = photo().convert(mode)
     image.putalpha(photo(120, 97).convert("L").transpose(Image.Transpose.FLIP_LEFT_RIGHT))
@@ -59,8 +53,8 @@ IMAGES = {
     "16 bit PNG": encoded(Image.fromarray((np.arange(2000).reshape(40, 50) * 30).astype(np.uint16)), "PNG"),
     "PNG with alpha": encoded(with_alpha("RGB"), "PNG"),
     "gray PNG with alpha": encoded(with_alpha("L"), "PNG"),
-    "palette PNG": palette(False),
-    "transparent palette PNG": palette(True),
+    "palette PNG": encoded(photo().quantize(40), "PNG", optimize=True),
+    "transparent palette PNG": encoded(photo().quantize(40), "PNG", transparency=bytes(range(40))),
     "WebP": encoded(photo(), "WEBP", quality=80),
     "lossless WebP": encoded(photo(), "WEBP", lossless=True),
     "WebP with alpha": encoded(with_alpha("RGB"), "WEBP", lossless=True),
@@ -92,29 +86,17 @@ def test_the_kinds_that_need_care_are_among_them():
     assert np.array_equal(rgb(IMAGES["turned JPEG"]), upright)  # and not as its EXIF says
 
 
-@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
-def test_real_images(path):
-    assert np.array_equal(rgb(path.read_bytes()), by_pillow(path.read_bytes()))
-
-
-def test_real_images_are_there():
+def test_real_images():
     assert len(REAL) == 100
-    assert sum(path.suffix == ".jpg" for path in REAL) == 20
-
-
-def test_many_threads():
-    wanted = [by_pillow(content) for content in IMAGES.values()]
-    with ThreadPoolExecutor(8) as pool:
-        for _ in range(5):
-            for pixels, expected in zip(pool.map(rgb, IMAGES.values()), wanted, strict=True):
-                assert np.array_equal(pixels, expected)
+    for path in REAL:
+        assert np.array_equal(rgb(path.read_bytes()), by_pillow(path.read_bytes()))
 
 
 def test_a_corrupt_jpeg_is_what_pillow_makes_of_it():
     """Pillow fills what a corrupt part lost, and such images count in published scores; what it refuses is refused."""
     content = bytearray(IMAGES["JPEG of odd size"])
     same = refused = 0
-    for at in range(200, len(content), 3):
+    for at in range(200, len(content), 9):
         broken = bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
         try:
             expected = by_pillow(broken)
@@ -125,17 +107,14 @@ def test_a_corrupt_jpeg_is_what_pillow_makes_of_it():
         else:
             same += 1
             assert np.array_equal(rgb(broken), expected)
-    assert same > 100
+    assert same > 30
 
 
 def claimed(width: int, height: int) -> bytes:
     """A PNG that claims a size."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return start + IMAGES["PNG"][33:]
 
 
 @pytest.mark.parametrize(

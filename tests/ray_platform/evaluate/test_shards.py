@@ -1,0 +1,411 @@
+"""Webdataset-style tars and Hugging Face's parquet files: what is read, slices, and what is wrong with a set."""
+
+import json
+import pickle
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ray_platform import storage
+from ray_platform.data.causes import RejectedSample
+from ray_platform.data.decode import rgb
+from ray_platform.evaluate import shards
+from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set, open_image_set
+from ray_platform.evaluate.sets import KNOWN_SETS, RawSample, read_slice
+from tests.support.evaluation_sets import (
+    CIFAR10,
+    class_names,
+    contents,
+    encoded,
+    error_of,
+    error_of_set,
+    picture,
+    read,
+    write_one,
+    write_own,
+    write_retrieval,
+    write_wds,
+)  # fmt: skip
+
+REAL = Path(find_spec("foolbox").origin).parent / "data"
+
+
+def open_own(folder: Path):
+    return open_evaluation_set("mine", str(folder))
+
+
+def keys_or_causes(data) -> list[str]:
+    return [getattr(sample, "cause", sample.key) for sample in read(data)]
+
+
+# --- Tars -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_retrieval_captions(tmp_path):
+    captions = [["a cat", "two lines\nin one caption", "größe ✓"], ["one only"], ["a", "b"]]
+    folder = write_wds(tmp_path, "flickr30k", [picture(seed) for seed in range(3)], captions=captions)
+    data = open_evaluation_set("flickr30k", str(folder))
+    assert (data.task, data.classes, data.templates) == ("zeroshot_retrieval", (), ())
+    assert [list(sample.captions) for sample in read(data)] == captions
+    assert all(sample.label == -1 for sample in read(data))
+
+
+def test_images_of_all_formats_of_the_exporter(tmp_path):
+    images = [encoded(picture(seed), kind) for seed, kind in enumerate(("PNG", "JPEG", "WEBP"))]
+    folder = write_wds(tmp_path, "mine", images, labels=[0, 1, 2], classes=["a", "b", "c"], templates=["{c}"])
+    assert [content for _, _, content in contents(open_own(folder))] == images
+
+
+def test_real_photographs_in_slices(tmp_path, monkeypatch):
+    paths = sorted(REAL.glob("imagenet_*.jpg"))
+    labels, images = [int(path.stem.rpartition("_")[2]) for path in paths], [path.read_bytes() for path in paths]
+    folder = write_wds(tmp_path, "imagenet1k", images, labels=labels, classes=class_names("imagenet1k"))
+    monkeypatch.setattr(shards, "_MIN_SAMPLE_BYTES", 1000)
+    data = open_evaluation_set("imagenet1k", str(folder))
+    assert len(data.slices) == 12  # borders lie inside images
+    assert [content for _, _, content in contents(data)] == images
+    assert [data.classes[sample.label] for sample in read(data)][:3] == ["Bullmastiff", "folding chair", "beaker"]
+
+
+@pytest.fixture(scope="module")
+def hundred(tmp_path_factory):
+    """CIFAR-100's export in five tars, and all its samples."""
+    folder = write_one(tmp_path_factory.mktemp("hundred"), "vtab/cifar100", samples_per_shard=23)
+    data = open_evaluation_set("vtab/cifar100", str(folder))
+    assert (data.num_files, data.known_images) == (5, None)
+    samples = contents(data)
+    assert [(key, label) for key, label, _ in samples] == [(f"{i // 23}.tar/s{i:07d}", i) for i in range(100)]
+    assert np.array_equal(rgb(samples[57][2]), picture(57))
+    return folder, samples
+
+
+@pytest.mark.parametrize("images_per_slice", [1, 2, 5, 22, 128])
+def test_slices_have_each_sample_once_and_in_order_in_any_folder(hundred, tmp_path, monkeypatch, images_per_slice):
+    folder, samples = hundred
+    monkeypatch.setattr(shards, "IMAGES_PER_SLICE", images_per_slice)
+    data = open_evaluation_set("vtab/cifar100", str(folder))
+    assert contents(data) == samples
+    copy = open_evaluation_set("vtab/cifar100", str(shutil.copytree(folder, tmp_path / "deeper" / "copy")))
+    assert [part.name for part in copy.slices] == [part.name for part in data.slices]
+    assert copy.digest == data.digest
+    sent = pickle.dumps(data.slices[3])
+    assert len(sent) < 1000
+    assert read_slice(pickle.loads(sent)) == read_slice(data.slices[3])
+
+
+def test_slices_have_about_as_many_images_whatever_their_size(tmp_path, monkeypatch):
+    """For a set of which the expected number of images exists."""
+    images = [encoded(picture(seed, 20, 30)) for seed in range(50)]
+    write_wds(tmp_path, "flickr30k", images * 20, captions=[[f"{i}"] for i in range(1000)], samples_per_shard=600)
+    data = open_evaluation_set("flickr30k", str(tmp_path / "wds_flickr30k"))
+    counts = [len(read_slice(part)) for part in data.slices]
+    assert sum(counts) == 1000
+    assert all(90 < count < 170 for count in counts)
+    assert [part.estimated_images for part in data.slices] == pytest.approx(counts, abs=8)
+
+
+def test_a_slice_in_which_no_sample_begins_is_empty(tmp_path, monkeypatch):
+    image = encoded(picture(0, 300, 400), "PNG")
+    folder = write_wds(tmp_path, "mine", [image], labels=[0], classes=["a"], templates=["{c}"])
+    monkeypatch.setattr(shards, "NOMINAL_BYTES", 20_000)
+    monkeypatch.setattr(shards, "IMAGES_PER_SLICE", 1)
+    counts = [len(read_slice(part)) for part in open_own(folder).slices]
+    assert len(counts) > 5
+    assert (counts[0], sum(counts)) == (1, 1)
+
+
+def test_images_of_an_export_and_of_training_shards(tmp_path, shard_folder):
+    data = open_image_set(str(write_own(tmp_path)))
+    assert (data.task, data.known, data.classes) == ("images", None, ())
+    assert [(sample.label, sample.captions) for sample in read(data)] == [(-1, ())] * 6
+    samples = read(open_image_set(str(shard_folder)))
+    assert [sample.key for sample in samples][19:22] == ["00000.tar/00019", "00001.tar/00020", "00001.tar/00021"]
+    assert len(samples) == 60
+    assert len(read(open_image_set(f"{shard_folder}/0000[01].tar"))) == 25
+    assert len(read(open_image_set(f"{shard_folder}/{{00001..00003}}.tar"))) == 19
+    for part in ("part-1", "part-0"):
+        shutil.copytree(shard_folder, tmp_path / part)
+    keys = [sample.key for sample in read(open_image_set(f"{tmp_path}/part-*/00003.tar"))]
+    assert keys == ["part-0/00003.tar/00038", "part-1/00003.tar/00038"]
+
+
+def test_samples_that_cannot_be_used_are_rejected_with_their_cause(tmp_path, build_tar):
+    folder, image = write_own(tmp_path), encoded(picture(0), "PNG")
+    members = [
+        ("good.png", image), ("good.cls", b" 2\n"),
+        ("no_image.cls", b"1"),
+        ("no_label.png", image), ("no_label.json", b"{}"),
+        ("no_number.png", image), ("no_number.cls", b"cat"),
+        ("fraction.png", image), ("fraction.cls", b"1.0"),
+        ("twice.png", image), ("twice.cls", b"1"), ("twice.cls", b"2"),
+    ]  # fmt: skip
+    (folder / "test" / "0.tar").write_bytes(build_tar(members))
+    first, *others = read(open_own(folder))
+    assert first == RawSample("0.tar/good", image, 2)
+    assert [(sample.key.removeprefix("0.tar/"), sample.cause) for sample in others] == [
+        ("no_image", "image_missing"),
+        ("no_label", "label_missing"),
+        ("no_number", "label_invalid"),
+        ("fraction", "label_invalid"),
+        ("twice", "key_repeated"),
+    ]
+    captions = write_retrieval(tmp_path, "flickr30k", 1)
+    (captions / "test" / "0.tar").write_bytes(build_tar([("0.png", image), ("0.txt", b"\xff\xfe")]))
+    assert read(open_evaluation_set("flickr30k", str(captions))) == [RejectedSample("0.tar/0", "caption_not_utf8")]
+    for text in ([], [("0.txt", b"\n \n")]):
+        (captions / "test" / "0.tar").write_bytes(build_tar([("0.png", image), *text]))
+        assert error_of_set("flickr30k", captions).startswith("flickr30k: sample 0.tar/0 has no caption")
+
+
+def test_a_tar_that_is_truncated_damaged_or_gone_loses_only_its_own_samples(tmp_path):
+    folder = write_own(tmp_path, 12, samples_per_shard=6)
+    tar, rest = folder / "test" / "0.tar", [f"1.tar/s{i:07d}" for i in range(6, 12)]
+    tar.write_bytes(tar.read_bytes()[:6000])
+    assert keys_or_causes(open_own(folder)) == ["0.tar/s0000000", "tar_truncated", *rest]
+    tar.write_bytes(b"<html>404</html>" * 100)
+    data = open_own(folder)
+    assert keys_or_causes(data) == ["tar_truncated", *rest]
+    tar.unlink()
+    assert keys_or_causes(data) == ["shard_missing", *rest]
+
+
+@pytest.mark.parametrize("label", [3, -1, 1000])
+def test_a_label_without_a_class(tmp_path, label):
+    folder = write_own(tmp_path, labels=[0, 1, 2, label, 1, 2])
+    message = error_of_set("mine", folder)
+    assert message.startswith(f"mine: sample 0.tar/s0000003 has label {label}, but {folder}/classnames.txt names 3 classes")
+
+
+def test_a_tar_without_samples_or_that_changes(tmp_path, build_tar):
+    folder = write_own(tmp_path)
+    data, tar = open_own(folder), folder / "test" / "0.tar"
+    tar.write_bytes(tar.read_bytes() + b"\0" * 512)
+    assert f"{tar}: changed since it was listed" in error_of(read, data)
+    tar.write_bytes(build_tar([("README", b"x")]))
+    assert f"mine: {tar} has no samples" in error_of_set("mine", folder)
+    tar.write_bytes(b"")
+    assert f"mine: {tar} is empty" in error_of_set("mine", folder)
+
+
+def test_missing_and_extra_shards(tmp_path):
+    folder = write_own(tmp_path, 12, samples_per_shard=1)
+    assert [part.name for part in open_own(folder).slices] == [f"{number}.tar" for number in range(12)]
+    counted = folder / "test" / "nshards.txt"
+    for number, words in ((10, "test/10.tar is missing"), (9, "test/9.tar and 1 more are missing")):
+        (folder / "test" / f"{number}.tar").unlink()
+        assert f"{counted} counts 12 shards, but {folder}/{words}" in error_of_set("mine", folder)
+    counted.write_text("11")
+    (folder / "test" / "9.tar").touch()
+    (folder / "test" / "10.tar").touch()
+    assert f"(0.tar to 10.tar), but there is also {folder}/test/11.tar" in error_of_set("mine", folder)
+    for text in ("", "many", "-1", "0", "1.5"):
+        counted.write_text(text)
+        assert f"{counted} is {text!r} instead of the number of shards" in error_of_set("mine", folder)
+    counted.unlink()
+    for number in (9, 10):
+        (folder / "test" / f"{number}.tar").unlink()
+    assert len(read(open_own(folder))) == 10
+
+
+def test_class_lists_and_templates(tmp_path):
+    folder = write_one(tmp_path, "vtab/cifar10")
+    names, templates = folder / "classnames.txt", folder / "zeroshot_classification_templates.txt"
+    names.write_bytes(b"\xef\xbb\xbf" + names.read_bytes().replace(b"\n", b"\r\n") + b"\r\n\n")  # as Windows writes it
+    templates.write_text("my {c}\n")
+    data = open_evaluation_set("vtab/cifar10", str(folder))
+    assert (data.classes, data.templates) == (class_names("vtab/cifar10"), ("my {c}",))
+    for text, words in (("my {c}\na photo\n", "has a template without"), ("", "has no templates")):
+        templates.write_text(text)
+        assert f"{templates} {words}" in error_of_set("vtab/cifar10", folder)
+    templates.unlink()
+    assert open_evaluation_set("vtab/cifar10", str(folder)).templates == KNOWN_SETS["vtab/cifar10"].templates
+    for content, words in (
+        (b"airplane\nbird\n", " names 2 classes"),
+        (b"\n", " has no class names"),
+        (b"\xff", ": is not UTF-8"),
+    ):
+        names.write_bytes(content)
+        assert f"{names}{words}" in error_of_set("vtab/cifar10", folder)
+    names.unlink()
+    assert "no classnames.txt" in error_of_set("vtab/cifar10", folder)
+    assert "no zeroshot_classification_templates.txt" in error_of_set("mine", write_own(tmp_path, templates=()))
+
+
+def test_types_of_sets(tmp_path):
+    folder = write_one(tmp_path, "vtab/cifar10")
+    kind = folder / "dataset_type.txt"
+    kind.write_text("Classification\n")
+    assert open_evaluation_set("vtab/cifar10", str(folder)).task == "zeroshot_classification"
+    for text, words in (("multilabel", f"{kind} is 'multilabel'"), ("retrieval", f"zeroshot_classification, but {kind} is")):
+        kind.write_text(f"{text}\n")
+        assert words in error_of_set("vtab/cifar10", folder)
+    captions = write_retrieval(tmp_path, "flickr30k", 2)
+    (captions / "dataset_type.txt").unlink()
+    assert "is a set for zeroshot_retrieval, but there is no dataset_type.txt" in error_of_set("flickr30k", captions)
+
+
+@pytest.mark.s3
+def test_a_set_in_s3_and_that_s3_loses_or_forbids(s3_url, tmp_path, monkeypatch, forget_s3_sessions):
+    url, folder = f"{s3_url}/lost/wds_flickr30k", write_retrieval(tmp_path, "flickr30k", 4, samples_per_shard=2)
+    storage.put_folder(folder, url)
+    local, data = open_evaluation_set("flickr30k", str(folder)), open_evaluation_set("flickr30k", f"{url}/")
+    assert (data.url, data.digest) == (url, local.digest)
+    assert [part.name for part in data.slices] == [part.name for part in local.slices]
+    assert contents(data) == contents(local)
+    storage.delete(f"{url}/test/0.tar")
+    assert keys_or_causes(data) == ["shard_missing", "1.tar/s0000002", "1.tar/s0000003"]
+    assert f"{url}/test/0.tar is missing" in error_of_set("flickr30k", url)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    forget_s3_sessions()
+    assert set(keys_or_causes(data)) == {"shard_forbidden"}
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    forget_s3_sessions()
+    monkeypatch.setattr("ray_platform.retry.RETRY_SECONDS", 0.5)
+    assert set(keys_or_causes(data)) == {"shard_unavailable"}
+
+
+# --- Parquet files as Hugging Face's `datasets` writes them ---------------------------------------------------------------------
+
+CAT_DOG = {"label": ("cat", "dog")}
+
+
+def build_table(images, labels: dict, features: dict | None, image_column: str = "image") -> pa.Table:
+    """`features`: ClassLabel column -> names; None for a schema that Hugging Face did not write."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    struct = pa.array([{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)], kind)
+    table = pa.table({image_column: struct} | {name: pa.array(values, pa.int64()) for name, values in labels.items()})
+    if features is None:
+        return table
+    info: dict = {image_column: {"_type": "Image"}}
+    info |= {name: {"names": list(names), "_type": "ClassLabel"} for name, names in features.items()}
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": info}})})
+
+
+def write(folder: Path, name: str, table: pa.Table, rows_per_group: int = 100) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, folder / name, row_group_size=rows_per_group)
+    return folder
+
+
+def images_of(count: int, first: int = 0) -> list[bytes]:
+    return [encoded(picture(seed), "PNG") for seed in range(first, first + count)]
+
+
+def write_cats_and_dogs(folder: Path, count: int = 4, **fields) -> Path:
+    table = build_table(images_of(count), {"label": [i % 2 for i in range(count)]}, CAT_DOG)
+    return write(folder, "test-00000-of-00001.parquet", table, **fields)
+
+
+@pytest.mark.parametrize("inside", ["data", "", "plain_text"])
+def test_a_known_set(tmp_path, inside):
+    labels, folder = [i * 3 % 10 for i in range(25)], tmp_path / "cifar10" / inside
+    for number, (start, stop) in enumerate(((0, 15), (15, 25))):
+        table = build_table(images_of(stop - start, start), {"label": labels[start:stop]}, {"label": CIFAR10}, "img")
+        write(folder, f"test-0000{number}-of-00002-0123456789abcdef.parquet", table, rows_per_group=4)
+    write(folder, "train-00000-of-00001.parquet", build_table(images_of(1, 900), {"label": [0]}, {"label": CIFAR10}, "img"))
+    data = find_evaluation_set([str(tmp_path)], "vtab/cifar10")
+    assert (data.layout, data.url, data.classes) == ("parquet", str(folder), CIFAR10)
+    assert (data.templates, data.known_images, data.num_files) == (KNOWN_SETS["vtab/cifar10"].templates, 25, 2)
+    samples = read(data)
+    assert [sample.label for sample in samples] == labels
+    assert samples[14].key == "test-00000-of-00002-0123456789abcdef.parquet/14"
+    assert samples[15].key == "test-00001-of-00002-0123456789abcdef.parquet/0"
+    assert all(np.array_equal(rgb(sample.image), picture(i)) for i, sample in enumerate(samples))
+
+
+@pytest.mark.parametrize("images_per_slice", [1, 4, 256])
+@pytest.mark.parametrize("rows_per_group", [1, 3, 100])
+def test_slices_have_each_row_once_and_in_order(tmp_path, monkeypatch, images_per_slice, rows_per_group):
+    folder = write_cats_and_dogs(tmp_path / "mine", 20, rows_per_group=rows_per_group)
+    samples = contents(open_own(folder))
+    monkeypatch.setattr(shards, "IMAGES_PER_SLICE", images_per_slice)
+    data = open_own(folder)
+    assert contents(data) == samples
+    assert [len(read_slice(part)) for part in data.slices] == [part.estimated_images for part in data.slices]
+    assert len(data.slices) == -(-20 // min(20, -(-images_per_slice // rows_per_group) * rows_per_group))
+
+
+def test_names_and_templates_of_the_users_own_set(tmp_path):
+    folder = write_cats_and_dogs(tmp_path / "mine")
+    data = open_own(folder)
+    assert (data.classes, data.templates) == (("cat", "dog"), ("a photo of a {c}.",))
+    (folder / "classnames.txt").write_text("a cat\na dog\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("this is {c}\n")
+    data = open_own(folder)
+    assert (data.classes, data.templates) == (("a cat", "a dog"), ("this is {c}",))
+
+
+@pytest.mark.parametrize(
+    ("name", "coarse", "fine"), [("vtab/cifar100", "coarse_label", "fine_label"), ("fgvc_aircraft", "manufacturer", "variant")]
+)
+def test_the_fine_labels_of_several_levels(tmp_path, name, coarse, fine):
+    features = {coarse: [f"group {i}" for i in range(20)], fine: class_names(name)}
+    table = build_table(images_of(2), {coarse: [1, 2], fine: [50, 99]}, features)
+    data = open_evaluation_set(name, str(write(tmp_path / "data", "test-00000-of-00001.parquet", table)))
+    assert (data.classes, [sample.label for sample in read(data)]) == (class_names(name), [50, 99])
+
+
+def test_names_and_order_of_the_published_set(tmp_path):
+    names = [f"{name}, its Latin name" for name in KNOWN_SETS["imagenet1k"].classes]
+    table = build_table(images_of(3), {"label": [0, 1, 999]}, {"label": names})
+    folder = write(tmp_path / "imagenet-1k" / "data", "validation-00000-of-00001.parquet", table)
+    unlabeled = build_table(images_of(3), {"label": [-1, -1, -1]}, {"label": names})
+    write(folder, "test-00000-of-00001.parquet", unlabeled)
+    data = find_evaluation_set([str(tmp_path)], "imagenet1k")
+    assert data.classes == KNOWN_SETS["imagenet1k"].classes
+    assert [sample.label for sample in read(data)] == [0, 1, 999]
+    # The validation split of other sets is used when there is no test split.
+    dishes = [name.replace(" ", "_") for name in class_names("food101")]
+    table = build_table(images_of(1), {"label": [5]}, {"label": dishes})
+    write(tmp_path / "food101", "validation-00000-of-00001.parquet", table)
+    assert find_evaluation_set([str(tmp_path)], "food101").classes == class_names("food101")
+    table = build_table(images_of(1), {"label": [0]}, {"label": sorted(KNOWN_SETS["vtab/flowers"].classes)})
+    assert "another order" in error_of_set("vtab/flowers", write(tmp_path / "flowers", "test.parquet", table))
+
+
+def test_a_schema_without_features(tmp_path):
+    folder = write(tmp_path / "mine", "test.parquet", build_table(images_of(2), {"id": [7, 8], "label": [0, 1]}, None))
+    assert f"write {folder}/classnames.txt" in error_of_set("mine", folder)
+    (folder / "classnames.txt").write_text("a\nb\n")
+    assert [sample.label for sample in read(open_own(folder))] == [0, 1]
+    write(folder, "test.parquet", pa.table({"picture": pa.array(images_of(2), pa.binary()), "label": [1, 0]}))
+    assert [sample[1:] for sample in contents(open_own(folder))] == [(1, images_of(2)[0]), (0, images_of(2)[1])]
+
+
+def test_rows_and_files_that_cannot_be_used(tmp_path):
+    table = build_table([*images_of(1), None, *images_of(1)], {"label": [1, 0, None]}, CAT_DOG)
+    folder = write(tmp_path / "mine", "test.parquet", table)
+    data = open_own(folder)
+    assert keys_or_causes(data) == ["test.parquet/0", "image_missing", "label_missing"]
+    (folder / "test.parquet").write_bytes(b"x" * 1000)
+    assert keys_or_causes(data) == ["shard_unreadable"]
+    assert "test.parquet is not a parquet file" in error_of_set("mine", folder)
+    (folder / "test.parquet").unlink()
+    assert read(data) == [RejectedSample("test.parquet[0:3]/", "shard_missing")]
+    for columns in ({"text": ["a"], "label": [1]}, {"image": pa.array([b"a"]), "label": ["cat"]}):
+        write(folder, "test.parquet", pa.table(columns))
+        assert f"test.parquet has the columns {', '.join(columns)}; " in error_of_set("mine", folder)
+    write(folder, "test.parquet", build_table([], {"label": []}, CAT_DOG))
+    assert f"{folder} has no images" in error_of_set("mine", folder)
+    write(folder, "test.parquet", build_table(images_of(2), {"label": [0, 2]}, CAT_DOG))
+    assert f"sample test.parquet/1 has label 2, but {folder}/test.parquet names 2" in error_of_set("mine", folder)
+    for number in (0, 2):
+        write(tmp_path / "parts", f"test-0000{number}-of-00003.parquet", build_table(images_of(1), {"label": [0]}, CAT_DOG))
+    assert "has 2 test files instead of 3" in error_of_set("mine", tmp_path / "parts")
+
+
+@pytest.mark.s3
+def test_parquet_in_s3(s3_url, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "IMAGES_PER_SLICE", 5)
+    write_cats_and_dogs(tmp_path / "mine" / "data", 20, rows_per_group=5)
+    storage.put_folder(tmp_path, f"{s3_url}/parquet")
+    local, remote = open_own(tmp_path / "mine"), find_evaluation_set([f"{s3_url}/parquet"], "mine")
+    assert (remote.digest, remote.url, len(remote.slices)) == (local.digest, f"{s3_url}/parquet/mine/data", 4)
+    assert contents(remote) == contents(local)
+    storage.delete(f"{s3_url}/parquet/mine/data/test-00000-of-00001.parquet")
+    assert set(keys_or_causes(remote)) == {"shard_missing"}
