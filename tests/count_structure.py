@@ -13,7 +13,8 @@ from pathlib import Path
 
 PRODUCT = ("diffdis", "platform", "jobs")
 LAYERS = ("diffdis", "ray_platform", "diffdis_platform", "jobs")  # a package imports only packages to its left
-DEPENDENCIES = "ray deepspeed torch jsonargparse argparse mlflow diffusers transformers optuna pyarrow".split()
+TRAINING = ("ray", "deepspeed", "torch", "diffusers", "transformers")
+DEPENDENCIES = (*TRAINING, "jsonargparse", "argparse", "mlflow", "optuna", "pyarrow")
 PRIVATE_MODULE = re.compile(r"(^|\.)_[a-z]")
 UNTYPED_RECORD = re.compile(r"\b(?:dict|Mapping)\[str, (?:Any|object)\]")
 HTML_IN_F_STRING = re.compile(r"</?(?:div|td|th|tr|table|span|b|i|li|ul|code|svg|p|a|h[1-3]|details|summary|figure)\b")
@@ -66,8 +67,9 @@ def private_sites(tree: ast.AST) -> set[int]:
             names = [prefix + alias.name for alias in node.names]
             if any(name.split(".")[0] in DEPENDENCIES and PRIVATE_MODULE.search(name) for name in names):
                 lines.add(node.lineno)
-        elif isinstance(node, ast.Attribute) and re.match(r"_[a-zA-Z]", node.attr) and node.attr not in own:
-            if not (isinstance(node.value, ast.Name) and node.value.id in ours):
+        elif isinstance(node, ast.Attribute) and re.match(r"_[a-zA-Z]", node.attr):
+            base = node.value.id if isinstance(node.value, ast.Name) else ""
+            if base not in ours and node.attr not in own:
                 lines.add(node.lineno)
     return lines
 
