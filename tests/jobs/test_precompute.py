@@ -57,7 +57,7 @@ def test_the_demos_encoders(ray_cluster, shards, monkeypatch, capfd):
         (("--output_dir", "/x", "--num_encoder", "2"), "--num_encoder: no such field; did you mean --num_encoders"),
     ],
 )
-def test_what_is_refused_in_one_line(arguments, message):
+def test_invalid_arguments_are_reported_in_one_line(arguments, message):
     with pytest.raises(ConfigError) as raised:
         parse(arguments)
     assert message in str(raised.value)

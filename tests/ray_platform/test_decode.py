@@ -155,7 +155,7 @@ def test_the_centre_is_cropped():
 def test_cropping_first_equals_resizing_the_whole_and_cropping():
     noise = photo(64, 96)
     whole = Image.fromarray(noise).resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
-    # But for the crop's own border, where the whole picture's neighbours are not seen.
+    # But for the crop's own border, where the whole image's neighbors are not seen.
     assert difference(resized(noise, (32, 32))[:, 2:-2], np.asarray(whole)[:, 2:-2]).max() <= 1
 
 
@@ -167,7 +167,7 @@ def test_a_random_crop_depends_on_its_seed_alone():
     assert [crop.tobytes() for crop in crops] == [crop.tobytes() for crop in reversed(again)]
     pixels = np.asarray(Image.open(io.BytesIO(content)))
     columns = np.lib.stride_tricks.sliding_window_view(pixels, (40, 40, 3))[0, :, 0]
-    assert all((columns == crop).all(axis=(1, 2, 3)).any() for crop in crops)  # each is a part of the picture
+    assert all((columns == crop).all(axis=(1, 2, 3)).any() for crop in crops)  # each is a part of the image
 
 
 def test_a_crop_is_inside_and_the_largest_of_its_shape():
@@ -183,7 +183,7 @@ def test_a_crop_is_inside_and_the_largest_of_its_shape():
             assert h == height or w == width
 
 
-def test_each_picture_comes_in_the_bucket_of_its_shape():
+def test_each_image_comes_in_the_bucket_of_its_shape():
     config = DataConfig(image_size=128, size_step=32, aspect_ratios=(0.5, 1.0, 2.0))
     assert config.target_sizes == ((192, 96), (128, 128), (96, 192))
     for shape, target in (((50, 50), (128, 128)), ((50, 60), (128, 128)), ((50, 90), (96, 192)), ((500, 30), (192, 96))):
@@ -199,7 +199,7 @@ def test_each_picture_comes_in_the_bucket_of_its_shape():
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(10))  # 0 and 9 are none
-def test_pictures_are_turned_upright(file_format, orientation):
+def test_images_are_turned_upright(file_format, orientation):
     content = encoded(photo(40, 64), file_format, exif=exif_of(orientation))
     assert difference(decoded(content, 32), by_pillow(content, 32)).mean() <= 0.1
     wide = DataConfig(image_size=32, size_step=8, aspect_ratios=(0.5, 2.0))
@@ -215,7 +215,7 @@ def test_the_fast_decoder_turns_too_and_finds_exif_behind_other_segments():
 
 
 @pytest.mark.filterwarnings("error")
-def test_garbage_for_exif_leaves_the_picture_as_it_is():
+def test_garbage_for_exif_leaves_the_image_as_it_is():
     content = encoded(photo(40, 64), "JPEG", exif=exif_of(6))
     at = content.index(b"Exif\0\0") + 6
     for garbage in (b"ZZ", b"MM\0*\xff\xff\xff\xff"):
@@ -269,7 +269,7 @@ def test_truncated_images_are_rejected(kind, decoder):
         assert cause_of(content[:length], decoder=decoder) == "image_undecodable"
 
 
-def test_what_follows_a_jpeg_does_not_matter():
+def test_bytes_after_a_jpeg_do_not_matter():
     for behind in (b"\0" * 100, b"\xab" * 3000, b"\r\n"):
         np.testing.assert_array_equal(decoded(JPEG + behind, 32), decoded(JPEG, 32))
     padded = JPEG[:-2] + b"\0" * 7 + JPEG[-2:]
@@ -295,7 +295,7 @@ def test_what_follows_a_jpeg_does_not_matter():
     ],
 )
 @pytest.mark.parametrize("decoder", ["exact", "fast"])
-def test_what_is_no_image(content, cause, decoder):
+def test_files_that_are_not_images(content, cause, decoder):
     assert cause_of(content, decoder=decoder) == cause
 
 

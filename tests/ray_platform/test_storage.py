@@ -50,13 +50,13 @@ def test_files_are_written_listed_read_and_deleted(base):
 
 
 @pytest.mark.s3
-def test_what_arrow_refuses_is_read_by_s3fs(s3_url, monkeypatch):
+def test_what_arrow_cannot_read_is_read_by_s3fs(s3_url, monkeypatch):
     storage.write_bytes(f"{s3_url}/fallback", b"content")
 
-    def refuse(*_):
+    def fail(*_):
         raise OSError("AWS Error ACCESS_DENIED during HeadObject operation")
 
-    monkeypatch.setattr(storage, "_read_by_arrow", refuse)
+    monkeypatch.setattr(storage, "_read_by_arrow", fail)
     assert storage.read_bytes(f"{s3_url}/fallback", 0, 4) == b"cont"
 
 
@@ -118,7 +118,7 @@ def test_folders_and_files_are_cached_until_they_change(base, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/a", "https://host/a", "s3://"])
-def test_urls_of_no_use(url):
+def test_urls_that_cannot_be_read(url):
     with pytest.raises(DataError, match=url):
         storage.list_files(url)
 
