@@ -39,6 +39,13 @@ def isolated(name: str) -> Markup:
     return Markup("<bdi>{}</bdi>").format(clipped(name))
 
 
+def choice_text(value: Any) -> str:
+    """Return the value of a field, as short as it can be."""
+    if isinstance(value, float):
+        return f"{float(f'{value:.4g}'):,.6g}".replace("-", "−")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def signed_points(difference: float) -> str:
     """Return +1.2 or −1.2 for a difference of fractions."""
     return f"{round(100 * difference, 1) + 0.0:+.1f}".replace("-", "−")
@@ -87,6 +94,7 @@ def _environment() -> Environment:
         "percent": percent_text,
         "number": number_text,
         "points": signed_points,
+        "choice_text": choice_text,
         "duration": duration_text,
         "size": size_text,
         "plural": plural,

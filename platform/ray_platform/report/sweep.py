@@ -1,6 +1,5 @@
 """The page of a sweep, and its charts: Pareto fronts, learning curves and parallel coordinates."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from ray_platform.report.figures import (
     tick_text,
 )
 from ray_platform.report.records import ObjectiveRecord, SearchDimension, SweepDetails, TrialRecord
-from ray_platform.report.render import render
+from ray_platform.report.render import choice_text, render
 from ray_platform.units import is_number
 
 _STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
@@ -57,15 +56,6 @@ class ScoredObjective:
         return -math.inf if value is None else value if self.maximize else -value
 
 
-class ObjectiveSummary(NamedTuple):
-    """The best trial by one objective against the trial with the recipe's values."""
-
-    metric: str
-    best: TrialRecord | None  # None if no trial was trained to the end
-    default: float | None  # None if the recipe's values were not trained to the end
-    gain: float  # 0 if no trial is better than the recipe's values
-
-
 class SweepChart(NamedTuple):
     """A chart with the name of its file, its title and its note."""
 
@@ -77,20 +67,16 @@ class SweepChart(NamedTuple):
 
 def sweep_page(details: SweepDetails) -> str:
     """Return the HTML page of a sweep."""
-    charts, states, objectives = _charts(details), list(_STATES), _objectives(details)
+    charts, states, first = _charts(details), list(_STATES), _objectives(details)[0]
     return render(
         "sweep.html.j2",
         details=details,
         states=_STATES,
-        summaries=[_summary(details, objective) for objective in objectives],
         charts=[chart for chart in charts if chart.file != "parallel_coordinates.svg"],
         trials_chart=next((chart for chart in charts if chart.file == "parallel_coordinates.svg"), None),
-        trials=sorted(details["trials"], key=lambda trial: (states.index(trial["state"]), -objectives[0].gain(trial))),
+        trials=sorted(details["trials"], key=lambda trial: (states.index(trial["state"]), -first.gain(trial))),
         num_samples=sum(trial["history"][-1]["samples"] for trial in details["trials"] if trial["history"]),
-        facts={name: details[name] for name in ("recipe", "search", "scheduler")}
-        | {"samples per trial": f"{details['budget_samples']:,}"}
-        | {field: _space_text(space) for field, space in details["space"].items()},
-        choice_text=choice_text,
+        by_name={trial["name"]: trial for trial in details["trials"]},
     )
 
 
@@ -99,30 +85,8 @@ def sweep_files(details: SweepDetails) -> dict[str, str]:
     return {chart.file: chart.chart.standalone(chart.title, chart.note) for chart in _charts(details)}
 
 
-def choice_text(value: Any) -> str:
-    """Return the value of a field, as short as it can be."""
-    if isinstance(value, float):
-        return tick_text(float(f"{value:.4g}"))
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _space_text(space: SearchDimension) -> str:
-    if "values" in space:
-        return ", ".join(map(choice_text, space["values"]))
-    return f"{choice_text(space['low'])} to {choice_text(space['high'])}" + ", logarithmic" * space.get("log", False)
-
-
 def _objectives(details: SweepDetails) -> list[ScoredObjective]:
     return [ScoredObjective(record) for record in details["objectives"]]
-
-
-def _summary(details: SweepDetails, objective: ScoredObjective) -> ObjectiveSummary:
-    metric = objective.metric.name
-    best = next((trial for trial in details["trials"] if trial["name"] == details["best"].get(metric)), None)
-    finished = [trial for trial in details["trials"] if trial["default"] and trial["state"] == "finished"]
-    default = objective.value(finished[0]) if finished else None
-    gain = (objective.value(best) or 0.0) - default if best and default is not None else 0.0
-    return ObjectiveSummary(metric, best, default, gain)
 
 
 def _charts(details: SweepDetails) -> list[SweepChart]:
