@@ -18,7 +18,7 @@ MODEL = ["--model", "/m", "--output_dir", "/x"]
         (generate, ["--output_dir", "/x", "--captions", "a"], "model: give the folder"),
         (generate, MODEL, "captions: give captions or captions_file"),
         (generate, [*MODEL, "--captions", "a", "--captions_file", "/y"], "not both"),
-        (generate, [*MODEL, "--captions", "a", "--num_steps", "0"], "num_steps and batch_size"),
+        (generate, [*MODEL, "--captions", "a", "--num_steps", "0"], "num_steps, batch_size"),
         (generate, [*MODEL, "--caption", "a"], r"--caption: no such field; did you mean --captions"),
     ],
 )
