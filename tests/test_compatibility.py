@@ -17,18 +17,18 @@ from diffdis.pipeline import DiffDisPipeline
 from diffdis_platform.commands.compare import parse_arguments as parse_compare
 from diffdis_platform.commands.eval import parse_arguments as parse_eval
 from diffdis_platform.commands.pretrain import parse_arguments as parse_pretrain
-from diffdis_platform.comparison.runs import plan_comparison
+from diffdis_platform.comparison.run import plan_comparison
 from diffdis_platform.exporting import build_task
-from diffdis_platform.sweeping.run import rebuild_report
+from diffdis_platform.sweeping import rebuild_report
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.data import inspection_summary as inspection
 from ray_platform.data import precomputed
 from ray_platform.data.catalog import build_catalog, difference
 from ray_platform.data.config import DataConfig
+from ray_platform.data.inspection import Histogram
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.results import metrics_for_tracking
+from ray_platform.report import inspection
 from ray_platform.report.comparison import comparison_page
-from ray_platform.report.inspection import inspection_page
 from ray_platform.train import checkpoint_format
 from tests.support.html_page import Page
 from tests.support.training import logged_losses
@@ -215,13 +215,13 @@ def test_an_inspections_report(old):
         "shards": inspection.ShardCounts(**values["shards"]),
         "samples": inspection.SampleCounts(**values["samples"]),
         "rejects": {name: inspection.CauseCounts(**count) for name, count in values["rejects"].items()},
-        "histograms": {name: inspection.HistogramSummary(**histogram) for name, histogram in values["histograms"].items()},
+        "histograms": {name: Histogram(**histogram) for name, histogram in values["histograms"].items()},
         "epoch": inspection.EpochEstimate(**values["epoch"]),
     }
     summary = inspection.InspectionSummary(**values | records)
     assert summary.as_dict() == values
     assert summary.table.startswith("2 of 2 shards inspected")
-    assert "24" in Page(inspection_page(summary, (), DataConfig(image_size=16))).text
+    assert "24" in Page(inspection.inspection_page(summary, (), DataConfig(image_size=16))).text
 
 
 @pytest.mark.slow

@@ -19,12 +19,8 @@ class ClusterError(ConfigError):
 def connect(address: str = "") -> None:
     """Connect this process, the driver, to a Ray cluster, whose workers can import the project's packages.
 
-    Args:
-        address: `host:port` of the cluster, if RAY_ADDRESS (which `ray job submit` sets) is empty. A process that is already
-            connected stays as it is.
-
-    Raises:
-        ClusterError: no cluster is named, or it does not answer.
+    RAY_ADDRESS, which `ray job submit` sets, comes before `address`, a `host:port`. A process that is connected stays as it is.
+    Raises ClusterError if no cluster is named, or it does not answer.
     """
     if ray.is_initialized():
         return
@@ -38,7 +34,10 @@ def connect(address: str = "") -> None:
     try:
         ray.init(address=address, runtime_env={"env_vars": variables}, logging_level="WARNING")
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        raise ClusterError(f"RAY_ADDRESS: the Ray cluster at {address} rejected this driver: {_reason(error)}") from error
+        reason = str(error).strip().split("\n")[0]
+        if "InvalidAuthToken" in str(error.__cause__):
+            reason = "the tokens differ; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        raise ClusterError(f"RAY_ADDRESS: the Ray cluster at {address} rejected this driver: {reason}") from error
 
 
 def describe_cluster() -> str:
@@ -50,24 +49,16 @@ def describe_cluster() -> str:
 
 
 def _worker_path() -> dict[str, str]:
-    """Return the PYTHONPATH of the workers as an environment variable; nothing for an installed wheel, which they import too.
-
-    For a submitted job it is relative: its workers run in their node's copy of the working directory, whose root is on their path
-    already. Any other driver shares its files with the workers, by one machine, image or mount.
-    """
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    """Return the PYTHONPATH of the workers as an environment variable; nothing for an installed wheel, which they import too."""
     root = checkout_root()
     if root is None:
         return {}
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     if job.get("runtime_env", {}).get("working_dir"):
+        # The workers of a submitted job run in their node's copy of the working directory, whose root is on their path already.
         return {"PYTHONPATH": "platform"}
+    # Any other driver shares its files with the workers, by one machine, image or mount.
     return {"PYTHONPATH": os.pathsep.join((str(root), str(root / "platform")))}
-
-
-def _reason(error: Exception) -> str:
-    if "InvalidAuthToken" in str(error.__cause__):
-        return "the tokens differ; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-    return str(error).strip().split("\n")[0]
 
 
 def _check_answers(address: str) -> None:

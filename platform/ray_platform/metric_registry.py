@@ -21,7 +21,7 @@ Format = Literal["fraction", "number", "duration", "count", "quantity"]
 class Metric:
     """How a metric is called, written and compared.
 
-    A name with placeholders (`fd_{network}`) declares a family of metrics; its label may use the same placeholders.
+    A name with placeholders (`fd_{network}`) declares a family; its label may use the same placeholders.
     """
 
     name: str
@@ -152,15 +152,11 @@ for _metric in METRICS:
 
 
 def find_metric(name: str) -> Metric:
-    """Return the declared metric with its full name and label.
+    """Return the declared metric with its full name and label. Raises ConfigError if the registry lacks it.
 
-    Args:
-        name: a metric's name (`acc1`, `fd_inception`, `image_retrieval_recall@1`), or the name under which a run tracks it, with
-            the dataset above it (`eval/vtab/cifar10/acc1`, `heldout/acc1`) or the guidance scale below it
-            (`eval/fid/guidance_3`). MLflow's spelling of `@` is `_at_`.
-
-    Raises:
-        ConfigError: the registry lacks the metric.
+    `name` is a metric's name (`acc1`, `fd_inception`, `image_retrieval_recall@1`), or the name under which a run tracks it, with
+    the dataset above it (`eval/vtab/cifar10/acc1`) or the guidance scale below it (`eval/fid/guidance_3`); MLflow's spelling of
+    `@` is `_at_`.
     """
     last, context = _split(name)
     metric = _declared(last) or _declared(last.replace("_at_", "@"))

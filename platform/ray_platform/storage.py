@@ -261,10 +261,8 @@ def get_folder(url: str, folder: Path) -> None:
 
     Raises DataError if a name leads out of `folder`; StorageError.
     """
-    filesystem, path = _resolve(url)
-    sources = [source for source in filesystem.find(path) if not source.endswith("/")]
-    if not sources:
-        raise FileNotFoundError(path)
+    filesystem, path, entries = _find(url)
+    sources = [source for source in entries if not source.endswith("/")]
     top = os.path.dirname(path) if sources == [path] else path
     targets = [folder / check_below(source.removeprefix(f"{top}/"), url) for source in sources]
     for target in targets:
@@ -280,7 +278,7 @@ def cached_folder(url: str) -> str:
     """
     if not url.startswith("s3://"):
         return url
-    path, entries = _find(url)
+    _, path, entries = _find(url)
     listing = [(name, entry["size"], entry.get("ETag", "")) for name, entry in sorted(entries.items())]
     name = hashlib.sha256(repr((url, listing)).encode()).hexdigest()[:24]
     cache = Path(tempfile.gettempdir()) / f"diffdis-cache-{os.getuid()}"
@@ -297,13 +295,13 @@ def cached_folder(url: str) -> str:
 
 
 @storage_operation(retried=True)
-def _find(url: str) -> tuple[str, dict[str, Entry]]:
-    """Return the path of `url` and all files below it."""
+def _find(url: str) -> tuple[Any, str, dict[str, Entry]]:
+    """Return the file system of `url`, its path in it, and all files below it, at least one."""
     filesystem, path = _resolve(url)
     entries = filesystem.find(path, detail=True)
     if not entries:
         raise FileNotFoundError(path)
-    return path, entries
+    return filesystem, path, entries
 
 
 def with_cached_folders(build: Callable[..., T], *arguments: Any) -> T:

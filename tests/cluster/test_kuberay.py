@@ -181,21 +181,21 @@ def test_jobs_exist_in_the_image_and_place_their_parts_on_pools_that_the_cluster
 @pytest.mark.ranks
 def test_jobs_fit_the_pools_that_they_ask_for():
     """At its largest; the reads of pretraining fit the CPU nodes that are always there."""
-    config = {name: found for name, _, found in configurations()}
-    sizes = {
-        name: {kind: int(group["template"]["spec"]["containers"][0]["resources"]["limits"].get(key, 0)) * group["maxReplicas"]
-               for kind, key in (("CPU", "cpu"), ("GPU", "nvidia.com/gpu"))}
-        for name, group in groups().items() if name != "head"
-    }  # fmt: skip
-    one_cpu_node = sizes["cpu"]["CPU"] // groups()["cpu"]["maxReplicas"] * groups()["cpu"]["minReplicas"]
+    config = {name: config for name, _, config in configurations()}
+    pools = {name: group for name, group in groups().items() if name != "head"}
+    limits = {name: group["template"]["spec"]["containers"][0]["resources"]["limits"] for name, group in pools.items()}
+    node = {name: {"CPU": int(limit["cpu"]), "GPU": int(limit.get("nvidia.com/gpu", 0))} for name, limit in limits.items()}
+    sizes = {name: {kind: n * pools[name]["maxReplicas"] for kind, n in node[name].items()} for name in pools}
     train, data = config["pretrain"].train, config["pretrain"].data
-    assert train.max_workers * data.reads_per_rank * data.cpus_per_read <= one_cpu_node
+    assert train.max_workers * data.reads_per_rank * data.cpus_per_read <= node["cpu"]["CPU"] * pools["cpu"]["minReplicas"]
     assert train.max_workers * train.cpus_per_worker <= sizes["gpu"]["CPU"]
-    assert train.max_workers * train.gpus_per_worker <= sizes["gpu"]["GPU"]
-    made = config["precompute"]
-    assert made.num_encoders * made.gpus_per_encoder <= sizes["gpu"]["GPU"]
-    assert config["eval"].num_workers * config["eval"].gpus_per_worker <= sizes["gpu"]["GPU"]
-    from diffdis_platform.sweeping.trial import trial_resources
+    for num_gpus in (
+        train.max_workers * train.gpus_per_worker,
+        config["precompute"].num_encoders * config["precompute"].gpus_per_encoder,
+        config["eval"].num_workers * config["eval"].gpus_per_worker,
+    ):
+        assert num_gpus <= sizes["gpu"]["GPU"]
+    from diffdis_platform.sweeping import trial_resources
 
     for need in trial_resources(config["sweep"]):
         for kind, amount in need.amounts.items():

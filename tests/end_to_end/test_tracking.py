@@ -95,13 +95,6 @@ def test_the_runs_note_has_its_command_without_the_password(trained_run):
     assert "secret" not in json.dumps(tags)
 
 
-@pytest.mark.slow  # tests/jobs/test_serving.py loads an untrained one
-def test_the_registered_model_works_where_the_project_is_not_installed(trained_run, tmp_path):
-    uri = trained_run.tracked["tracking_uri"]
-    versions = MlflowClient(uri).search_model_versions("name='tiny'")
-    check_model(uri, max(int(version.version) for version in versions), tmp_path)
-
-
 @pytest.fixture
 def bucket(tmp_path):
     """An S3 server, and the URL of a bucket of it."""

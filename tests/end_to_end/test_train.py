@@ -4,21 +4,16 @@ Most questions are asked of one training, `trained_run`, which lost a worker and
 """
 
 import dataclasses
-import functools
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffdis.encoder import FrozenEncoder, describe_encoders
 from diffdis.pipeline import DiffDisPipeline
 from diffdis_platform.config.export import ExportConfig
 from diffdis_platform.exporting import export
-from ray_platform.contracts import ConfigError, DataError
-from ray_platform.data.catalog import build_catalog
-from ray_platform.data.config import DataConfig
-from ray_platform.data.precompute import EncoderPool, precompute
+from ray_platform.contracts import ConfigError
 from tests.support.training import assert_close_losses, logged_losses, logged_metric, plain_loop
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -89,18 +84,3 @@ def test_a_run_resumes_from_any_checkpoint_in_a_new_folder(trained_run, make_run
     resumed = logged_losses(tmp_path)
     assert sorted(resumed) == [10, 11, 12]
     assert resumed == {step: values for step, values in logged_losses(trained_run.output).items() if step > 9}
-
-
-@pytest.mark.slow  # tests/ray_platform/test_precompute.py streams them
-def test_a_run_from_precomputed_shards_follows_the_plain_loop(make_run, training_shards, tiny_model, tmp_path):
-    encoded = tmp_path / "encoded"
-    config = DataConfig(sources=(str(training_shards),), image_size=tiny_model.image_size)
-    encoders = EncoderPool(functools.partial(FrozenEncoder, tiny_model), describe_encoders(tiny_model), cpus=0.5)
-    list(precompute(build_catalog(config), config, encoders, str(encoded)))
-    run = make_run(tmp_path / "out", sources=encoded, num_steps=4)
-    run.fit()
-    assert_close_losses(logged_losses(tmp_path / "out"), plain_loop(run)[0])
-    other = dataclasses.replace(tiny_model, text_encoder=dataclasses.replace(tiny_model.text_encoder, max_length=9))
-    run = dataclasses.replace(run, output_dir=str(tmp_path / "b"), describe_encoders=functools.partial(describe_encoders, other))
-    with pytest.raises(DataError, match="text_encoder"):
-        run.check()

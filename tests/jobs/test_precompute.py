@@ -1,4 +1,4 @@
-"""The job: what it writes and prints, how it goes on, and how it ends."""
+"""The job: what it writes and prints, how it resumes, and how it ends."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,9 @@ from tests.support.commands import error_of
 
 @pytest.fixture
 def shards(tmp_path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
     for number in range(3):
-        (folder / f"{number}.tar").write_bytes(tar_of(samples_of(10 * number, 5)))
-    return folder
+        (tmp_path / f"{number}.tar").write_bytes(tar_of(samples_of(10 * number, 5)))
+    return tmp_path
 
 
 def run_script(monkeypatch, *arguments: str) -> str | None:
@@ -29,7 +27,7 @@ def run_script(monkeypatch, *arguments: str) -> str | None:
 
 @pytest.mark.slow
 def test_the_demos_encoders(ray_cluster, shards, monkeypatch, capfd):
-    out = shards.parent / "out"
+    out = shards / "out"
     command = ("--data.sources", str(shards), "--output_dir", str(out), "--cpus_per_encoder", "0.5")
     assert run_script(monkeypatch, *command) is None
     printed = capfd.readouterr().out
@@ -59,17 +57,14 @@ def test_the_demos_encoders(ray_cluster, shards, monkeypatch, capfd):
         (("--output_dir", "/x", "--num_encoder", "2"), "--num_encoder: no such field; did you mean --num_encoders"),
     ],
 )
-def test_what_is_refused_in_one_line(arguments, message):
+def test_invalid_arguments_are_reported_in_one_line(arguments, message):
     with pytest.raises(ConfigError) as raised:
         parse(arguments)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_a_model_of_another_size(monkeypatch, shards):
+def test_data_that_does_not_fit(monkeypatch, shards):
+    assert str(run_script(monkeypatch, "--output_dir", "/x")).startswith("error: data.sources: empty")
     ended = run_script(monkeypatch, "--data.sources", str(shards), "--output_dir", "/x", "--data.image_size", "64")
     assert ended == "error: data.image_size: 64, but model.image_size is 32"
-
-
-def test_no_sources(monkeypatch):
-    assert str(run_script(monkeypatch, "--output_dir", "/x")).startswith("error: data.sources: empty")

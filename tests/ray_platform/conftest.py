@@ -31,6 +31,14 @@ def tar_of(members: Iterable[tuple[str, bytes]]) -> bytes:
     return buffer.getvalue()
 
 
+def write_shards(folder: Path, shards: dict[str, list[tuple[str, bytes]] | bytes]) -> Path:
+    """Write tars of these members, or files with this content, to a folder."""
+    folder.mkdir(exist_ok=True)
+    for name, content in shards.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else tar_of(content))
+    return folder
+
+
 def samples_of(first: int, count: int, size: int = 16) -> list[tuple[str, bytes]]:
     """The members of `count` good samples with keys and captions from `first` on."""
     return [
@@ -55,12 +63,9 @@ def build_samples():
 @pytest.fixture(scope="session")
 def shard_folder(tmp_path_factory) -> Path:
     """Five shards of unequal sizes, 60 good samples with the captions "sample 0" to "sample 59"."""
-    folder = tmp_path_factory.mktemp("shards")
-    first = 0
-    for number, count in enumerate((20, 5, 13, 1, 21)):
-        (folder / f"{number:05d}.tar").write_bytes(tar_of(samples_of(first, count)))
-        first += count
-    return folder
+    counts = (20, 5, 13, 1, 21)
+    shards = {f"{n:05d}.tar": samples_of(sum(counts[:n]), count) for n, count in enumerate(counts)}
+    return write_shards(tmp_path_factory.mktemp("shards"), shards)
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def img2dataset() -> Path:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The URL of a folder of images."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for number in range(GOOD):
         height, width = rng.integers(40, 120, 2)
@@ -63,7 +63,7 @@ def shards(img2dataset, served, tmp_path_factory) -> Path:
         writer = csv.writer(file)
         writer.writerow(["url", "caption", "similarity"])
         for number in range(GOOD):
-            writer.writerow([f"{served}/{number}.jpg", f"picture {number}, with a comma", number / GOOD])
+            writer.writerow([f"{served}/{number}.jpg", f"image {number}, with a comma", number / GOOD])
         writer.writerow([f"{served}/dead.jpg", "dead", 0.5])
         writer.writerow([f"{served}/broken.jpg", "broken", 0.5])
     command = [
@@ -91,4 +91,4 @@ def test_an_epoch_has_every_image_that_passes_the_filter_once(ray_cluster, shard
     config = DataConfig(sources=(str(shards),), image_size=32, filters=FilterConfig(min_similarity=min_similarity))
     catalog = build_catalog(config)
     (batch,) = stream(catalog, config, reader_of(catalog), batch_size=GOOD - first, num_batches=1)
-    assert set(batch.captions) == {f"picture {number}, with a comma" for number in range(first, GOOD)}
+    assert set(batch.captions) == {f"image {number}, with a comma" for number in range(first, GOOD)}

@@ -74,7 +74,7 @@ def test_a_job_that_fails_has_its_exit_code(head, project):
 
 
 @pytest.mark.slow
-def test_a_driver_beside_the_head_finds_it_by_its_environment(head):
+def test_a_driver_next_to_the_head_finds_it_by_its_environment(head):
     driver = "from ray_platform.connect import connect; connect(); import ray; print(ray.cluster_resources()['CPU'])"
     printed = subprocess.check_output([sys.executable, "-c", driver], env=head.env | {"PYTHONPATH": PLATFORM}, text=True)
     assert printed.split() == ["2.0"]
@@ -163,13 +163,13 @@ time.sleep(600)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells the head on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel signals the head on Linux only")
 def test_the_head_goes_when_its_parent_is_killed():
     parent, marker, folder = start_and_wait("time.sleep(600)")
     parent.kill()
     parent.wait()
     wait_until(lambda: not marked_processes(marker))
-    shutil.rmtree(folder)  # nobody was left to remove it
+    shutil.rmtree(folder)  # no process was left to remove it
 
 
 def wait_until(true) -> None:

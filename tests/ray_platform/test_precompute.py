@@ -17,7 +17,7 @@ from ray_platform.data.plan import Group, Item
 from ray_platform.data.precompute import EncoderPool, check, precompute
 from ray_platform.data.source import read_group
 from ray_platform.data.stream import stream
-from tests.ray_platform.conftest import samples_of, tar_of
+from tests.ray_platform.conftest import samples_of, write_shards
 from tests.support.streams import reader_of
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -58,20 +58,6 @@ def batches(source, count, size=6):
 
 def manifest_of(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())
-
-
-@pytest.fixture
-def write(tmp_path):
-    """write({name: members or bytes}) -> a folder of shards."""
-
-    def written(shards) -> Path:
-        folder = tmp_path / "data"
-        folder.mkdir(exist_ok=True)
-        for name, content in shards.items():
-            (folder / name).write_bytes(content if isinstance(content, bytes) else tar_of(content))
-        return folder
-
-    return written
 
 
 def test_what_was_precomputed_is_streamed(shard_folder, tmp_path):
@@ -122,8 +108,8 @@ def test_complete_shards_are_not_encoded_again(shard_folder, tmp_path):
     assert manifest_of(out) == manifest
 
 
-def test_a_folder_of_something_else_is_rejected(shard_folder, write, tmp_path):
-    small, out = write({"00000.tar": samples_of(0, 3)}), tmp_path / "out"
+def test_a_folder_of_something_else_is_rejected(shard_folder, tmp_path):
+    small, out = write_shards(tmp_path / "data", {"00000.tar": samples_of(0, 3)}), tmp_path / "out"
     run(small, out, encoders())
     with pytest.raises(DataError, match=r"out: was started with another encoders \(see its manifest.json\)"):
         run(small, out, encoders(name="other"))
@@ -137,22 +123,22 @@ def test_a_folder_of_something_else_is_rejected(shard_folder, write, tmp_path):
 
 
 @pytest.mark.slow
-def test_bad_samples_are_counted_and_too_many_end_it(write, tmp_path):
+def test_bad_samples_are_counted_and_too_many_end_it(tmp_path):
     bad = [("bad.png", b"no image"), ("bad.txt", b"x")]
-    folder = write({"0.tar": [*samples_of(0, 60), *bad], "1.tar": samples_of(60, 60)})
+    folder = write_shards(tmp_path / "data", {"0.tar": [*samples_of(0, 60), *bad], "1.tar": samples_of(60, 60)})
     run(folder, tmp_path / "out", encoders())
     manifest = manifest_of(tmp_path / "out")
     assert (manifest["samples"], manifest["rejected"]) == (120, {"image_undecodable": 1})
     with pytest.raises(DataError, match=r"precompute had to skip .*image_undecodable"):
         run(folder, tmp_path / "other", encoders(), max_skipped_share=0.001)
-    write({"0.tar": b"garbage", "1.tar": b"garbage"})
+    write_shards(folder, {"0.tar": b"garbage", "1.tar": b"garbage"})
     with pytest.raises(DataError, match="no sample can be used"):
         run(folder, tmp_path / "none", encoders())
 
 
 @pytest.mark.slow
-def test_a_lost_shard_is_tried_again_by_the_next_run(write, tmp_path):
-    folder = write({f"{number}.tar": samples_of(10 * number, 10) for number in range(3)})
+def test_a_lost_shard_is_tried_again_by_the_next_run(tmp_path):
+    folder = write_shards(tmp_path / "data", {f"{number}.tar": samples_of(10 * number, 10) for number in range(3)})
     config = DataConfig(sources=(str(folder),), image_size=16, max_skipped_share=0.5)
     catalog = build_catalog(config)
     hidden = (folder / "1.tar").rename(tmp_path / "hidden")

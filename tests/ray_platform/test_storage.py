@@ -22,81 +22,73 @@ def base(request, tmp_path) -> str:
     return storage.join(request.getfixturevalue("s3_url"), request.node.name.replace("[", "-").rstrip("]"))
 
 
-def names(files) -> list[str]:
-    return [file.url.rpartition("/")[2] for file in files]
+def fill(base: str, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        storage.write_bytes(f"{base}/{name}", content)
 
 
-def test_what_was_written_is_listed_and_read(base):
-    storage.write_bytes(storage.join(base, "00000.tar"), b"0123456789")
-    storage.write_bytes(storage.join(base, "notes", "a.txt"), b"below a subfolder")
-    storage.write_bytes(storage.join(base, "00001.tar"), b"old")
-    storage.write_bytes(storage.join(base, "00001.tar"), b"newer")
-
-    assert storage.list_files(base) == (
-        storage.StoredFile(storage.join(base, "00000.tar"), 10),
-        storage.StoredFile(storage.join(base, "00001.tar"), 5),
-    )
-    assert storage.list_files(f"{base}/") == storage.list_files(base)
-    assert storage.read_bytes(storage.join(base, "00001.tar")) == b"newer"
-    assert storage.exists(base)
-    assert storage.exists(storage.join(base, "notes/a.txt"))
-    assert not storage.exists(storage.join(base, "nothing"))
+def names(source: str) -> list[str]:
+    return ["/".join(file.url.split("/")[-2:]) for file in storage.list_files(source)]
 
 
-def test_parts_of_files(base):
-    url = storage.join(base, "digits")
-    storage.write_bytes(url, b"0123456789")
+def test_files_are_written_listed_read_and_deleted(base):
+    fill(base, {"00000.tar": b"0123456789", "notes/a.txt": b"below a subfolder", "notes/b.txt": b"", "00001.tar": b"old"})
+    fill(base, {"00001.tar": b"newer"})
+    files = (storage.StoredFile(f"{base}/00000.tar", 10), storage.StoredFile(f"{base}/00001.tar", 5))
+    assert storage.list_files(base) == storage.list_files(f"{base}/") == files
+    assert storage.read_bytes(f"{base}/00001.tar") == b"newer"
     for start, stop, part in ((2, 5, b"234"), (None, 3, b"012"), (8, 99, b"89"), (3, 3, b""), (10, 12, b"")):
-        assert storage.read_bytes(url, start, stop) == part
-    with storage.open_read(url) as file:
+        assert storage.read_bytes(f"{base}/00000.tar", start, stop) == part
+    with storage.open_read(f"{base}/00000.tar") as file:
         file.seek(4)
         assert file.read(3) == b"456"
+    existing = ("", "/notes", "/notes/a.txt", "/00001.tar")
+    assert [storage.exists(base + name) for name in (*existing, "/nothing")] == [True] * 4 + [False]
+    for name in ("00001.tar", "notes", "notes"):  # what is gone already is not an error
+        storage.delete(f"{base}/{name}")
+    assert [storage.exists(base + name) for name in existing] == [True] + [False] * 3
 
 
 @pytest.mark.s3
-def test_what_arrow_refuses_is_read_by_s3fs(s3_url, monkeypatch):
+def test_what_arrow_cannot_read_is_read_by_s3fs(s3_url, monkeypatch):
     storage.write_bytes(f"{s3_url}/fallback", b"content")
 
-    def refuse(*_):
+    def fail(*_):
         raise OSError("AWS Error ACCESS_DENIED during HeadObject operation")
 
-    monkeypatch.setattr(storage, "_read_by_arrow", refuse)
+    monkeypatch.setattr(storage, "_read_by_arrow", fail)
     assert storage.read_bytes(f"{s3_url}/fallback", 0, 4) == b"cont"
 
 
 def test_sources_are_files_globs_and_braces(base):
-    for name in ("a/000.tar", "a/001.tar", "a/000.json", "b/000.tar"):
-        storage.write_bytes(storage.join(base, name), b"x")
-    assert names(storage.list_files(storage.join(base, "a/000.tar"))) == ["000.tar"]
-    assert names(storage.list_files(storage.join(base, "*/*.tar"))) == ["000.tar", "001.tar", "000.tar"]
-    assert names(storage.list_files(storage.join(base, "a/{000..001}.tar"))) == ["000.tar", "001.tar"]
-    assert len(storage.list_files(storage.join(base, "{a,b}/000.tar"))) == 2
-    assert storage.list_files(storage.join(base, "a/*.parquet")) == ()
+    fill(base, dict.fromkeys(("a/000.tar", "a/001.tar", "a/000.json", "b/000.tar"), b"x"))
+    assert names(f"{base}/a/000.tar") == ["a/000.tar"]
+    assert names(f"{base}/*/*.tar") == ["a/000.tar", "a/001.tar", "b/000.tar"]
+    assert names(f"{base}/a/{{000..001}}.tar") == ["a/000.tar", "a/001.tar"]
+    assert names(f"{base}/{{a,b}}/000.tar") == ["a/000.tar", "b/000.tar"]
+    assert names(f"{base}/a/*.parquet") == []
 
 
-def test_folders_go_there_and_back(base, tmp_path):
-    source = tmp_path / "source"
-    (source / "unet").mkdir(parents=True)
-    (source / "config.json").write_bytes(b"{}")
-    (source / "unet" / "weights").write_bytes(b"\0" * 100_000)
-    storage.put_folder(source, storage.join(base, "model"))
-    storage.get_folder(storage.join(base, "model"), tmp_path / "back")
-    assert (tmp_path / "back/config.json").read_bytes() == b"{}"
-    assert (tmp_path / "back/unet/weights").read_bytes() == b"\0" * 100_000
+def test_folders_are_copied_both_ways(base, tmp_path):
+    files = {"config.json": b"{}", "unet/weights": b"\0" * 100_000}
+    fill(str(tmp_path / "source"), files)
+    storage.put_folder(tmp_path / "source", f"{base}/model")
+    storage.get_folder(f"{base}/model", tmp_path / "back")
+    assert {name: (tmp_path / "back" / name).read_bytes() for name in files} == files
     with pytest.raises(DataError, match="there are no files in it"):
-        storage.put_folder(tmp_path / "nothing", storage.join(base, "nothing"))
+        storage.put_folder(tmp_path / "nothing", f"{base}/nothing")
 
 
 def test_what_is_missing_is_named(base, tmp_path):
-    nowhere = storage.join(base, "nowhere")
+    nowhere = f"{base}/nowhere"
     for read in (storage.list_files, storage.read_bytes, lambda url: storage.get_folder(url, tmp_path / "back")):
         with pytest.raises(DataError, match="nowhere: no such file or folder"):
             read(nowhere)
     with pytest.raises(DataError, match="no such file or folder"):
         storage.list_files(f"{nowhere}/*.tar")
-    storage.write_bytes(storage.join(base, "000.tar"), b"x")
+    fill(base, {"000.tar": b"x"})
     with pytest.raises(DataError, match=r"2 of its 3 files are missing, the first is .*001\.tar"):
-        storage.list_files(storage.join(base, "{000..002}.tar"))
+        storage.list_files(f"{base}/{{000..002}}.tar")
 
 
 def test_braces():
@@ -110,34 +102,23 @@ def test_braces():
 
 def test_folders_and_files_are_cached_until_they_change(base, tmp_path, monkeypatch):
     monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
-    folder, file = storage.join(base, "model"), storage.join(base, "model/unet/config.json")
-    storage.write_bytes(file, b"one")
-    storage.write_bytes(f"{file}.txt", b"has the other file's name as a prefix")
-    cached = Path(storage.cached_folder(folder))
+    folder, file = f"{base}/model", f"{base}/model/unet/config.json"
+    # The second file's name has the first one as a prefix.
+    fill(base, {"model/unet/config.json": b"one", "model/unet/config.json.txt": b"other"})
+    cached, single = Path(storage.cached_folder(folder)), Path(storage.cached_folder(file))
     assert (cached / "unet" / "config.json").read_bytes() == b"one"
-    single = Path(storage.cached_folder(file))
     assert (single.name, single.read_bytes()) == ("config.json", b"one")
+    assert Path(storage.cached_folder(folder)) == cached
+    assert base.startswith("s3://") or str(cached) == folder
+    storage.write_bytes(file, b"another")
+    assert (Path(storage.cached_folder(folder)) / "unet" / "config.json").read_bytes() == b"another"
     if base.startswith("s3://"):
-        assert Path(storage.cached_folder(folder)) == cached
-        storage.write_bytes(file, b"another")
-        assert (Path(storage.cached_folder(folder)) / "unet" / "config.json").read_bytes() == b"another"
         with pytest.raises(DataError, match="none: no such file or folder"):
-            storage.cached_folder(storage.join(base, "none"))
-    else:
-        assert str(cached) == folder
-
-
-def test_what_is_removed_is_gone_and_may_have_been_gone_before(base):
-    for name in ("a", "folder/b", "folder/c"):
-        storage.write_bytes(storage.join(base, name), b"x")
-    storage.delete(storage.join(base, "a"))
-    storage.delete(storage.join(base, "folder"))
-    storage.delete(storage.join(base, "folder"))
-    assert not any(storage.exists(storage.join(base, name)) for name in ("a", "folder/b", "folder/c"))
+            storage.cached_folder(f"{base}/none")
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/a", "https://host/a", "s3://"])
-def test_urls_of_no_use(url):
+def test_urls_that_cannot_be_read(url):
     with pytest.raises(DataError, match=url):
         storage.list_files(url)
 

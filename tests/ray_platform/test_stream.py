@@ -16,7 +16,7 @@ from ray_platform.data.filters import FilterConfig
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import groups
 from ray_platform.data.stream import stream
-from tests.ray_platform.conftest import png, samples_of, tar_of
+from tests.ray_platform.conftest import png, samples_of, tar_of, write_shards
 from tests.support.streams import plain_stream, reader_of
 
 NUM_SAMPLES = 60  # in shard_folder
@@ -66,9 +66,7 @@ def write(tmp_path):
     """write({name: members or bytes}, **DataConfig fields) -> (catalog, config) of shards in a folder of their own."""
 
     def written(contents, **fields):
-        for name, content in contents.items():
-            (tmp_path / name).write_bytes(content if isinstance(content, bytes) else tar_of(content))
-        config = config_of(tmp_path, **fields)
+        config = config_of(write_shards(tmp_path, contents), **fields)
         return build_catalog(config), config
 
     return written

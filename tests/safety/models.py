@@ -217,7 +217,7 @@ def offsets(folder: Path) -> str:
     at = content.find(np.array([0, 7, 14, 21], dtype=np.int32).tobytes())
     content[at + 4 : at + 8] = (2**31 - 5).to_bytes(4, "little")
     unit = open_precomputed(pa.py_buffer(bytes(content)), "0.arrow/")
-    return f"0 used, {len(unit)} × {unit.sample(0).cause}"
+    return f"0 used, {len(unit)} × {unit[0].cause}"
 
 
 SETS = {

@@ -18,8 +18,7 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[CompareConfig]:
 
 def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
-    from diffdis_platform.comparison.run import REPORT, compare
-    from diffdis_platform.comparison.runs import SUMMARY, plan_comparison
+    from diffdis_platform.comparison.run import REPORT, SUMMARY, compare, plan_comparison
     from diffdis_platform.comparison.summary import format_summary
     from ray_platform import storage
     from ray_platform.connect import connect

@@ -12,7 +12,7 @@ from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
 
 if TYPE_CHECKING:
-    from ray_platform.data.inspection_summary import InspectionSummary
+    from ray_platform.report.inspection import InspectionSummary
 
 _PROGRESS_SECONDS = 10.0  # between two lines
 
@@ -42,8 +42,7 @@ def inspect(config: InspectConfig) -> "InspectionSummary":
     from ray_platform import storage
     from ray_platform.data.catalog import build_catalog
     from ray_platform.data.inspection import Statistics, cluster_cpus, inspect_units, spread_units
-    from ray_platform.data.inspection_summary import summarize
-    from ray_platform.report.inspection import inspection_page
+    from ray_platform.report.inspection import inspection_page, summarize
 
     catalog = build_catalog(config.data)
     units, total, printed = spread_units(catalog, config.max_shards), Statistics(), time.monotonic()

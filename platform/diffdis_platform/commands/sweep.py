@@ -18,7 +18,7 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[SweepConfig]:
 
 def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
-    from diffdis_platform.sweeping.run import REPORT, format_trials, plan_sweep, rebuild_report, run_sweep
+    from diffdis_platform.sweeping import REPORT, format_trials, plan_sweep, rebuild_report, run_sweep
     from ray_platform import storage
     from ray_platform.connect import connect
     from ray_platform.local_head import ensure_cluster

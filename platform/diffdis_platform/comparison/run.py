@@ -1,36 +1,74 @@
-"""A comparison from its plan to its summary and report."""
+"""The (arm, seed) runs of a comparison: which ones are left to do, their training and evaluation, and the report."""
 
 import base64
+import hashlib
 import io
 import json
 import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 
 from PIL import Image
 
 from diffdis.image_grid import image_grid
-from diffdis_platform.comparison.claim import CLAIM
-from diffdis_platform.comparison.runs import RESULT, SUMMARY, ComparisonPlan, measure
-from diffdis_platform.comparison.summary import ComparisonSummary, summarize, tracked_metrics
+from diffdis_platform.comparison.summary import CLAIM, ComparisonPlan, ComparisonSummary, Fields, Results, RunFigures, summarize
 from diffdis_platform.config.compare import CompareConfig
-from diffdis_platform.evaluation.quality import read_prompts
+from diffdis_platform.config.evaluate import QualityConfig
+from diffdis_platform.evaluation.headline import headline
+from diffdis_platform.evaluation.quality import ReferenceFeatures, read_prompts, stored_samples
+from diffdis_platform.evaluation.run import evaluate, open_sets, plan_evaluation
+from diffdis_platform.exporting import build_task
 from diffdis_platform.parent_run import start_parent_run
 from ray_platform import storage
-from ray_platform.contracts import UserError, describe_error
-from ray_platform.evaluate.unit_work import image_name
-from ray_platform.json_values import to_json
+from ray_platform.connect import describe_cluster
+from ray_platform.contracts import ConfigError, DataError, UserError, describe_error
+from ray_platform.evaluate.discovery import open_image_set
+from ray_platform.evaluate.results import metrics_for_tracking
+from ray_platform.json_values import first_difference, to_json, with_defaults
+from ray_platform.redaction import redacted_values, restored
 from ray_platform.report.comparison import comparison_page
-from ray_platform.report.records import ComparisonDetails, GeneratedSample, ImageGrid, TrainingPoint
-from ray_platform.tracking import Tracker
+from ray_platform.report.records import ComparisonDetails, EvaluationDetails, ImageGrid, TrainingPoint
+from ray_platform.tracking import RUN_RECORD, Tracker, TrackingConfig, metric_history
 from ray_platform.tracking.run_metadata import code_version
+from ray_platform.train import checkpoint_format
 from ray_platform.train.fault_tolerance import Stopped
+from ray_platform.train.worker_spec import SUMMARY as TRAINING_SUMMARY
 
 logger = logging.getLogger(__name__)
 
-REPORT, SAMPLES = "report.html", "samples"
 NUM_SAMPLES = 32  # images per arm in the report
+REPORT, SUMMARY, RESULT = "report.html", "summary.json", "result.json"
+# Fields that no result depends on, or that name files whose digests are in the identity instead.
+_NOT_IN_IDENTITY = (
+    "pretrain.output_dir", "pretrain.tracking", "pretrain.preview_captions", "pretrain.train.seed", "pretrain.train.resume",
+    "pretrain.train.heldout_sources", "pretrain.data.sources", "pretrain.model.text_encoder.path",
+    "pretrain.model.autoencoder.path", "evaluation.checkpoint", "evaluation.output_dir", "evaluation.tracking",
+    "evaluation.suite", "evaluation.data_roots", "evaluation.quality.prompts", "evaluation.quality.reference",
+    "evaluation.num_workers", "evaluation.cpus_per_worker", "evaluation.gpus_per_worker", "pretrain.data.placement",
+    "pretrain.train.placement", "evaluation.placement",
+)  # fmt: skip
+
+
+# --- The runs -------------------------------------------------------------------------------------------------------------------
+
+
+def plan_comparison(config: CompareConfig) -> ComparisonPlan:
+    """Check everything that needs no cluster, and find the runs that are left to do. Raises ConfigError and DataError."""
+    identity = _identity(config)
+    fields, results = _read_summary(config, identity)
+    for arm in config.arms:
+        if fields.setdefault(arm, config.fields_of(arm)) != config.fields_of(arm):
+            raise ConfigError(f"own_arms.{arm}: {config.output_dir} has one with {fields[arm]}; use another name")
+    pending = []
+    for seed in config.seeds:
+        for arm in config.arms:
+            known = results.setdefault(arm, {})
+            if seed not in known and (figures := _read_result(config, identity, arm, seed)) is not None:
+                known[seed] = figures
+            if seed not in known:
+                pending.append((arm, seed))
+    return ComparisonPlan(identity, fields, results, pending)
 
 
 def compare(config: CompareConfig, plan: ComparisonPlan, recipe: str, command: str) -> ComparisonSummary:
@@ -44,10 +82,15 @@ def compare(config: CompareConfig, plan: ComparisonPlan, recipe: str, command: s
     """
     start = time.monotonic()
     failures: list[str] = []
-    text = f"A comparison by the recipe `{recipe}`; its runs are those below this one. Report: `{config.output_dir}/{REPORT}`."
+
+    def save() -> ComparisonSummary:
+        summary = summarize(plan, failures)
+        storage.write_bytes(storage.join(config.output_dir, SUMMARY), to_json(summary))
+        return summary
+
     params = {"arms": plan.fields, "seeds": list(config.seeds), **plan.identity}
-    with start_parent_run(config.tracking, config.output_dir, recipe, text, command, params) as (tracker, tracking):
-        summary = _write_summary(config, plan, failures)  # before the first run: it identifies the comparison in this folder
+    with start_parent_run(config, "comparison", recipe, command, params) as (tracker, tracking):
+        summary = save()  # before the first run: it identifies the comparison in this folder
         for number, (arm, seed) in enumerate(plan.pending, 1):
             print(f"run {number} of {len(plan.pending)}: {arm}, seed {seed}", flush=True)
             try:
@@ -60,7 +103,7 @@ def compare(config: CompareConfig, plan: ComparisonPlan, recipe: str, command: s
                     logger.error("an unexpected error", exc_info=error)
                 failures.append(f"{arm}, seed {seed}: {describe_error(error)}")
                 print(f"failed: {failures[-1]}", flush=True)
-            summary = _write_summary(config, plan, failures)
+            summary = save()
         details: ComparisonDetails = {
             "title": f"Comparison {recipe}",
             "created": datetime.now().isoformat(timespec="seconds"),
@@ -68,17 +111,160 @@ def compare(config: CompareConfig, plan: ComparisonPlan, recipe: str, command: s
             "code_version": code_version(),
             "command": command,
             **summary,
-            "grids": _read_samples(config),
+            "grids": _read_grids(config),
             "curves": _read_curves(config),
         }
         _write_report(config, tracker, summary, details)
     return summary
 
 
-def _write_summary(config: CompareConfig, plan: ComparisonPlan, failures: list[str]) -> ComparisonSummary:
-    summary = summarize(plan, failures)
-    storage.write_bytes(storage.join(config.output_dir, SUMMARY), to_json(summary))
-    return summary
+def measure(config: CompareConfig, identity: Fields, arm: str, seed: int, recipe: str, tracking: TrackingConfig) -> RunFigures:
+    """Train an arm with a seed, or resume its training, and evaluate it. Write result.json and return the figures.
+
+    Raises:
+        ConfigError, DataError, TrainingError: the run is not possible, or it failed.
+    """
+    pretrain, url = replace(config.pretrain_of(arm, seed), tracking=tracking), config.run_dir(arm, seed)
+    training = storage.join(url, TRAINING_SUMMARY)
+    if not storage.exists(training) or storage.read_json(training)["num_steps"] != pretrain.train.num_steps:
+        pretrain.run(recipe).fit()
+    evaluation = config.evaluation_of(arm, seed)
+    details = evaluate(evaluation, plan_evaluation(evaluation))
+    if details["failures"]:
+        raise DataError("; ".join(details["failures"]))
+    newest = checkpoint_format.list_checkpoints(url)[0]
+    manifest = checkpoint_format.read_manifest(newest)
+    figures = _scores(details) | _costs(manifest, details) | {"environment": describe_cluster()}
+    tracked = storage.read_json(storage.join(url, RUN_RECORD))
+    curve = metric_history(restored(tracked["tracking_uri"], tracking.uri), tracked["run_id"], "heldout/", url)
+    result = {
+        "arm": arm,
+        "seed": seed,
+        "config": identity,
+        "fields": config.fields_of(arm),
+        "figures": figures,
+        "metrics": metrics_for_tracking(details),
+        "curve": [{"samples": step * manifest.global_batch_size, "metrics": metrics} for step, metrics in curve.items()],
+        "checkpoint": newest,
+        "run_id": tracked["run_id"],
+        "code_version": code_version(),
+    }
+    storage.write_bytes(storage.join(url, RESULT), to_json(result))
+    return figures
+
+
+def _scores(details: EvaluationDetails) -> dict[str, float]:
+    """Return the scores of an evaluation; those that the model does not have are absent.
+
+    They are the headline metrics, accuracy_<set>, and the image quality as fd, fd_infinity and kid: of the first feature network
+    at the first guidance scale.
+    """
+    model, scores = details["models"][0]["name"], headline(details)
+    if details["quality"]:
+        quality = details["quality"][0]["metrics"]
+        distance = next(iter(quality))  # fid, or fd_<network>
+        kernel = "kid" + distance.removeprefix("fid").removeprefix("fd")
+        names = {"fd": distance, "fd_infinity": f"{distance}_infinity", "kid": kernel}
+        scores = {name: value for name, value in scores.items() if name not in quality}
+        scores |= {name: value for name, metric in names.items() if (value := quality.get(metric)) is not None}
+    sets = {entry["set"]: entry["metrics"]["acc1"] for entry in details["zero_shot"] if entry["model"] == model}
+    return scores | {f"accuracy_{name}": value for name, value in sets.items() if value is not None}
+
+
+def _costs(manifest: checkpoint_format.Manifest, details: EvaluationDetails) -> dict[str, float]:
+    """Return samples, seconds, trained parameters, FLOPs, and seconds of scoring and generation, summed over workers.
+
+    The seconds of training are samples / mean throughput, so that they do not depend on interruptions.
+    """
+    metrics, parts = manifest.metrics, build_task(manifest.config).describe()["parameters"]
+    flops = metrics["train/flops_per_second"] / metrics["train/samples_per_second"]
+    costs = {
+        "samples": manifest.samples_seen,
+        "seconds": round(manifest.samples_seen / metrics["train/samples_per_second_mean"], 1),
+        "parameters": sum(part["trained"] for part in parts.values()),
+        "flops_a_sample": round(flops),
+        "flops": round(flops * manifest.samples_seen),
+    }
+    if scored := [*details["zero_shot"], *details["retrieval"]]:
+        costs["scoring_seconds"] = round(sum(entry["seconds"] for entry in scored), 1)
+    if details["quality"]:
+        costs["drawing_seconds"] = round(sum(entry["seconds"] for entry in details["quality"]), 1)
+    return costs
+
+
+# --- Earlier results, which belong to this comparison if its identity is the same -----------------------------------------------
+
+
+def _identity(config: CompareConfig) -> Fields:
+    """Return the config that all runs share, with digests in place of the files that it names."""
+    run = config.pretrain_of(config.arms[0], config.seeds[0]).run("")
+    sets, _ = open_sets(config.evaluation)
+    return redacted_values(_shared_fields(config)) | {
+        "encoders": json.loads(json.dumps(run.describe_encoders())),
+        "training_data": run.check().digest,
+        "sets": {name: data.digest for name, data in sets.items()},
+        "quality": _quality_digests(config.evaluation.quality),
+    }
+
+
+def _shared_fields(config: CompareConfig) -> dict[str, Fields]:
+    shared = json.loads(to_json({"pretrain": asdict(config.pretrain), "evaluation": asdict(config.evaluation)}))
+    for field in _NOT_IN_IDENTITY:
+        *groups, name = field.split(".")
+        inner = shared
+        for group in groups:
+            inner = inner[group]
+        inner.pop(name)
+    return shared
+
+
+def _quality_digests(config: QualityConfig) -> dict[str, str]:
+    """Return digests of the prompts and of the reference images."""
+    if not config.prompts:
+        return {}
+    prompts = hashlib.sha256("\n".join(read_prompts(config)).encode()).hexdigest()[:16]
+    real = ReferenceFeatures.read(config.reference) if config.reference.endswith(".npz") else open_image_set(config.reference)
+    return {"prompts": prompts, "reference": real.digest}
+
+
+def _with_new_fields(identity: Fields) -> Fields:
+    """Return an identity that earlier code wrote, with the defaults of the fields that were added since."""
+    return with_defaults(identity, _shared_fields(CompareConfig()))
+
+
+def _read_summary(config: CompareConfig, identity: Fields) -> tuple[dict[str, Fields], Results]:
+    """Return the arms' fields and results in an existing summary. Raises ConfigError if it is of another comparison."""
+    url = storage.join(config.output_dir, SUMMARY)
+    if not storage.exists(url):
+        return {}, {}
+    try:
+        summary = json.loads(storage.read_small(url))
+        config_of_all = dict(summary["config"])
+        fields = config_of_all.pop("arms")
+        saved = _with_new_fields(config_of_all)
+        results = {arm: {int(seed): run for seed, run in entry["seeds"].items()} for arm, entry in summary["arms"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"output_dir: {url} is not a summary of a comparison ({error}); remove it") from None
+    if difference := first_difference(saved, identity):
+        field, before, now = difference
+        raise ConfigError(
+            f"output_dir: {config.output_dir} holds another comparison ({field}: {before} there, {now} here); restore the value, "
+            "or give another output_dir"
+        )
+    return fields, results
+
+
+def _read_result(config: CompareConfig, identity: Fields, arm: str, seed: int) -> RunFigures | None:
+    """Return the figures of a run that finished with the same config."""
+    url = storage.join(config.run_dir(arm, seed), RESULT)
+    if not storage.exists(url):
+        return None
+    result = json.loads(storage.read_small(url))
+    is_same = result["fields"] == config.fields_of(arm) and _with_new_fields(result["config"]) == identity
+    return result["figures"] if is_same else None
+
+
+# --- The report -----------------------------------------------------------------------------------------------------------------
 
 
 def _write_report(config: CompareConfig, tracker: Tracker, summary: ComparisonSummary, details: ComparisonDetails) -> None:
@@ -88,31 +274,27 @@ def _write_report(config: CompareConfig, tracker: Tracker, summary: ComparisonSu
         images = [Image.open(io.BytesIO(base64.b64decode(sample["png"]))) for sample in arm["samples"]]
         buffer = io.BytesIO()
         image_grid(images, [sample["caption"] for sample in arm["samples"]]).save(buffer, format="PNG")
-        files[f"{SAMPLES}/{arm['arm']}_seed{arm['seed']}.png"] = buffer.getvalue()
+        files[f"samples/{arm['arm']}_seed{arm['seed']}.png"] = buffer.getvalue()
     for name, content in files.items():
         storage.write_bytes(storage.join(config.output_dir, name), content)
         tracker.log_bytes(content, name)
     tracker.log_bytes(to_json(summary), SUMMARY)
-    tracker.log_metrics(tracked_metrics(summary), step=0)
+    metrics = {f"mean/{arm}/{name}": value for arm, entry in summary["arms"].items() for name, value in entry["mean"].items()}
+    for name, entry in summary["paired"].items():
+        metrics |= {f"paired/{name}/{part}": entry[part] for part in ("mean", "low", "high", "n")}
+    metrics["claim/holds"] = summary["claim"]["holds"]
+    tracker.log_metrics({name: float(value) for name, value in metrics.items() if value is not None}, step=0)
 
 
-def _read_samples(config: CompareConfig) -> list[ImageGrid]:
+def _read_grids(config: CompareConfig) -> list[ImageGrid]:
     """Return the first images of each arm that generates, for equal prompts and noise."""
     quality = config.evaluation.quality
     prompts = read_prompts(quality)[:NUM_SAMPLES] if quality.prompts else []
-    names = [image_name(index) for index in range(len(prompts))]
     grids: list[ImageGrid] = []
     for arm in config.arms if prompts else ():
         for seed in config.seeds:
-            output_dir = config.evaluation_of(arm, seed).output_dir
-            folder = storage.join(output_dir, "images", f"guidance_{quality.guidance_scales[0]:g}")
-            urls = [storage.join(folder, name) for name in names]
-            files = storage.read_many(urls)
-            samples = [
-                GeneratedSample(caption=prompt, png=base64.b64encode(files[url]).decode())
-                for prompt, url in zip(prompts, urls, strict=True)
-                if url in files
-            ]
+            folder = storage.join(config.evaluation_of(arm, seed).output_dir, "images")
+            samples = stored_samples(prompts, storage.join(folder, f"guidance_{quality.guidance_scales[0]:g}"))
             if samples:
                 grids.append({"arm": arm, "seed": seed, "samples": samples})
                 break

@@ -4,23 +4,43 @@ import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from scipy import stats
 
-from diffdis_platform.comparison.claim import CLAIM
-from diffdis_platform.comparison.runs import ComparisonPlan, Results, RunFigures
 from ray_platform.metric_registry import describe_metric, find_metric
-from ray_platform.report.records import ArmResult, ClaimResult, PairedDifference
+from ray_platform.report.records import ArmResult, Claim, ClaimResult, PairedDifference
 from ray_platform.terminal import render_table
 
+CLAIM = Claim(
+    differences=(("accuracy", "joint", "alignment"), ("fd", "joint", "generation")),
+    holds="The claim holds: the joint model is better than the single-task models at both tasks",
+    opposite="The claim does not hold: the joint model is worse at one of the tasks, or at both",
+    not_shown="Null result: the claim is not shown",
+    undecided="No verdict: the claim is about two differences, each over several seeds",
+)
 CONFIDENCE = 0.95
+
+Fields = dict[str, Any]  # config field -> value
+RunFigures = Mapping[str, Any]  # scores and costs of a run by name, and its `environment`
+Results = dict[str, dict[int, RunFigures]]  # arm -> seed -> figures
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """A comparison whose config was checked."""
+
+    identity: Fields  # everything that the figures depend on, except for arm and seed
+    fields: dict[str, Fields]  # arm -> fields in which it differs
+    results: Results  # of earlier calls; `compare` adds to them
+    pending: list[tuple[str, int]]  # (arm, seed) in the order in which they run: all arms of a seed first
 
 
 class ComparisonSummary(TypedDict):
     """`summary.json` of a comparison."""
 
-    config: Mapping[str, Any]
+    config: Fields
     config_digest: str
     environment: str
     arms: Mapping[str, ArmResult]
@@ -32,11 +52,10 @@ class ComparisonSummary(TypedDict):
 def summarize(plan: ComparisonPlan, failures: Sequence[str]) -> ComparisonSummary:
     """Return the content of summary.json."""
     paired = paired_differences(plan.results)
-    digest = hashlib.sha256(json.dumps(plan.identity, sort_keys=True).encode()).hexdigest()[:16]
     environments = [figures["environment"] for runs in plan.results.values() for figures in runs.values()]
     return {
         "config": {"arms": plan.fields, **plan.identity},
-        "config_digest": digest,
+        "config_digest": hashlib.sha256(json.dumps(plan.identity, sort_keys=True).encode()).hexdigest()[:16],
         "environment": "; ".join(dict.fromkeys(environments)),  # seconds on different machines are not comparable
         "arms": {arm: _summarize_arm(runs) for arm, runs in plan.results.items()},
         "paired": paired,
@@ -57,11 +76,8 @@ def _summarize_arm(runs: Mapping[int, RunFigures]) -> ArmResult:
 def _columns(runs: Mapping[int, RunFigures]) -> dict[str, list[float]]:
     """Return the values of each number that every run of an arm has."""
     first = next(iter(runs.values()), {})
-    return {
-        name: [figures[name] for figures in runs.values()]
-        for name, value in first.items()
-        if isinstance(value, int | float) and all(name in figures for figures in runs.values())
-    }
+    names = [name for name, value in first.items() if isinstance(value, int | float)]
+    return {name: [run[name] for run in runs.values()] for name in names if all(name in run for run in runs.values())}
 
 
 def paired_differences(results: Results) -> dict[str, PairedDifference]:
@@ -107,16 +123,6 @@ def _check_difference(name: str, difference: PairedDifference, higher_is_better:
         return False, f"{text}, which includes zero"
     holds = (low > 0) == higher_is_better
     return holds, text if holds else f"{text}, of the opposite sign"
-
-
-def tracked_metrics(summary: ComparisonSummary) -> dict[str, float]:
-    """Return the metrics of the comparison's run: `mean/joint/accuracy`, `paired/accuracy_joint_minus_alignment/low`."""
-    metrics = {f"mean/{arm}/{name}": value for arm, entry in summary["arms"].items() for name, value in entry["mean"].items()}
-    for name, difference in summary["paired"].items():
-        parts = {"mean": difference["mean"], "low": difference["low"], "high": difference["high"], "n": difference["n"]}
-        metrics |= {f"paired/{name}/{part}": value for part, value in parts.items()}
-    metrics["claim/holds"] = summary["claim"]["holds"]
-    return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
 def format_summary(summary: ComparisonSummary) -> str:

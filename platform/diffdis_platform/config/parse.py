@@ -107,11 +107,18 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: an unknown field, a value of the wrong type, or one that the configuration rejects.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(type(config), default=config)
+    fields = field_types(type(config))
     arguments = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
-    built, _ = _resolve(parser, _normalize(arguments, field_types(type(config)), set()))
-    return type(config)(**{name: built[name] for name in _field_names(type(config))})
+    arguments = _normalize(arguments, fields, set())
+    parser, parts = ArgumentParser(exit_on_error=False), {name.partition(".")[0] for name in values}
+    for name in parts:  # a parser of the whole configuration would take most of the time
+        part = getattr(config, name)
+        if dataclasses.is_dataclass(part):
+            parser.add_class_arguments(type(part), name, default=part)
+        else:
+            parser.add_argument(f"--{name}", type=fields[name], default=part)
+    built, _ = _resolve(parser, arguments)
+    return type(config)(**{name: built.get(name, getattr(config, name)) for name in _field_names(type(config))})
 
 
 def field_types(config_class: type, prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,8 @@ from typing import Any
 from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.parse import check_output_dir
 from diffdis_platform.config.pretrain import PretrainConfig
-from ray_platform.sweep.config import Mode, SearchConfig
+from ray_platform.metric_registry import Direction, find_metric
+from ray_platform.sweep.config import SearchConfig
 from ray_platform.tracking import TrackingConfig
 
 # Hyperparameters that the method leaves open: loss weights, the noise of the text query, and guidance.
@@ -20,6 +21,11 @@ SPACE: dict[str, dict[str, Any]] = {
 }
 
 
+def directions(*metrics: str) -> dict[str, Direction]:
+    """Return objectives in the directions that the metric registry declares."""
+    return {metric: direction for metric in metrics if (direction := find_metric(metric).direction)}
+
+
 @dataclass(frozen=True)
 class SweepConfig(SearchConfig):
     """Search over the fields of a recipe.
@@ -28,7 +34,7 @@ class SweepConfig(SearchConfig):
     """
 
     space: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(SPACE))
-    objectives: dict[str, Mode] = field(default_factory=lambda: {"accuracy": "max", "fd_efficientnet_lite0": "min"})
+    objectives: dict[str, Direction] = field(default_factory=lambda: directions("accuracy", "fd_efficientnet_lite0"))
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)  # of all trials; the baseline trial has its values
     evaluation: EvalConfig = field(default_factory=EvalConfig)  # of a trial at each milestone
     registered_model: str = "diffdis-sweep"  # MLflow model whose versions are the best trials and the front; empty: none

@@ -247,11 +247,11 @@ class QualityMeasurement:
             "n": len(self.prompts),
             "num_reference": {name: len(reference.features) for name, reference in self.references.items()},
             "seconds": round(float(rows["seconds"].sum()), 1),
-            "samples": _stored_samples(self.prompts[:NUM_SHOWN], self.images_dir(scale)),
+            "samples": stored_samples(self.prompts[:NUM_SHOWN], self.images_dir(scale)),
         }
 
 
-def _stored_samples(prompts: list[str], images_dir: str) -> list[GeneratedSample]:
+def stored_samples(prompts: list[str], images_dir: str) -> list[GeneratedSample]:
     """Return the stored images of the first prompts; images that are missing are left out."""
     urls = {storage.join(images_dir, image_name(index)): prompt for index, prompt in enumerate(prompts)}
     images = storage.read_many(list(urls))

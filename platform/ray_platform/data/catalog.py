@@ -108,12 +108,8 @@ class Catalog:
 def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
     """List all shards that `config.sources` name (of a folder, all its *.tar or *.arrow), each of them once.
 
-    Args:
-        config: the sources, their weights, and how large a unit may be.
-        cached: the result of `to_json` of an earlier catalog, whose counts are not read again.
-
-    Raises:
-        DataError: there are no sources, or one of them is missing, or has no shards or only empty files.
+    `cached` is the result of `to_json` of an earlier catalog, whose counts are not read again. Raises DataError if there are no
+    sources, or one of them is missing, or has no shards or only empty files.
     """
     if not config.sources:
         raise DataError("data.sources: empty; name a folder, glob or brace pattern of tars, local or s3://")

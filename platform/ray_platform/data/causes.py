@@ -77,10 +77,7 @@ def is_filtered(cause: str) -> bool:
 def samples_lost(cause: str, known: int, read: int) -> int:
     """Return how many samples one rejection stands for; 0 if a whole shard is lost whose number of samples is not known.
 
-    Args:
-        cause: of the rejection.
-        known: samples that the shard should have; 0 or less: not known.
-        read: samples and rejections of the shard, this one included.
+    `known` is the number of samples that the shard should have (0 or less: not known), `read` that of its samples and rejections.
     """
     if cause.startswith("shard_"):
         return max(0, known)

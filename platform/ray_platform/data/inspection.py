@@ -8,7 +8,7 @@ import time
 import warnings
 from bisect import bisect_right, insort
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -49,12 +49,15 @@ EDGES: dict[str, tuple[float, ...]] = {
 
 @dataclass
 class Histogram:
-    """Counts in fixed bins, and the extremes."""
+    """Counts in fixed bins, the extremes and, in a summary, quantiles that are estimated from the bins."""
 
-    edges: tuple[float, ...]
+    edges: list[float]
     counts: list[int]
     least: float | None = None
     most: float | None = None
+    p10: float | None = None
+    p50: float | None = None
+    p90: float | None = None
 
     def add(self, value: float) -> None:
         self.counts[max(0, bisect_right(self.edges, value) - 1)] += 1
@@ -105,13 +108,13 @@ class Statistics:
     readable_units: int = 0
     looked_at: int = 0  # samples in the readable units, used or not
     used: int = 0
+    upscaled: int = 0  # used images that are smaller than training asks for
     rejected: Counter[str] = field(default_factory=Counter)  # cause -> samples, except those of lost_units
     lost_units: Counter[str] = field(default_factory=Counter)  # cause -> units whose number of samples is not known
-    examples: dict[str, list[str]] = field(default_factory=dict)  # cause -> its first keys, sorted
     shapes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (height, width) for training -> used images
-    upscaled: int = 0  # used images that are smaller than that
+    examples: dict[str, list[str]] = field(default_factory=dict)  # cause -> its first keys, sorted
     histograms: dict[str, Histogram] = field(
-        default_factory=lambda: {name: Histogram(edges, [0] * len(edges)) for name, edges in EDGES.items()}
+        default_factory=lambda: {name: Histogram(list(edges), [0] * len(edges)) for name, edges in EDGES.items()}
     )
     thumbnails: list[Thumbnail] = field(default_factory=list)  # sorted
     read_seconds: float = 0.0  # to read the units and find their samples
@@ -132,16 +135,20 @@ class Statistics:
             height, width = image.shape[:2]
             self.shapes[height, width] += 1
             self.upscaled += bool(size and (size[0] < width or size[1] < height))
-        caption = sample.caption[:_CAPTION_CHARACTERS] + "…" * (len(sample.caption) > _CAPTION_CHARACTERS)
-        self._offer_thumbnail(sample.key, caption, size, lambda: b"" if image is None else thumbnail_jpeg(image))
+        order = hashlib.sha256(sample.key.encode()).hexdigest()[:16]
+        if len(self.thumbnails) < THUMBNAILS or order < self.thumbnails[-1].order:
+            caption = sample.caption[:_CAPTION_CHARACTERS] + "…" * (len(sample.caption) > _CAPTION_CHARACTERS)
+            jpeg = b"" if image is None else thumbnail_jpeg(image)
+            insort(self.thumbnails, Thumbnail(order, sample.key, caption, size, jpeg))
+            del self.thumbnails[THUMBNAILS:]
 
     def merge(self, other: "Statistics") -> None:
         """Add the counts of other units."""
         for name, value in vars(self).items():
             if isinstance(value, int | float):
                 setattr(self, name, value + getattr(other, name))
-        for counter in ("rejected", "lost_units", "shapes"):
-            getattr(self, counter).update(getattr(other, counter))
+            elif isinstance(value, Counter):
+                value.update(getattr(other, name))
         for cause, keys in other.examples.items():
             self._add_examples(cause, keys)
         for name, histogram in other.histograms.items():
@@ -150,12 +157,6 @@ class Statistics:
 
     def _add_examples(self, cause: str, keys: list[str]) -> None:
         self.examples[cause] = sorted([*self.examples.get(cause, []), *keys])[:EXAMPLES]
-
-    def _offer_thumbnail(self, key: str, caption: str, size: tuple[int, int] | None, jpeg: Callable[[], bytes]) -> None:
-        order = hashlib.sha256(key.encode()).hexdigest()[:16]
-        if len(self.thumbnails) < THUMBNAILS or order < self.thumbnails[-1].order:
-            insort(self.thumbnails, Thumbnail(order, key, caption, size, jpeg()))
-            del self.thumbnails[THUMBNAILS:]
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,32 @@ def spread_units(catalog: Catalog, limit: int) -> list[ShardRange]:
         borders = [len(pool) * part // parts for part in range(parts + 1)]
         chosen += [pool[rng.randrange(start, stop)] for start, stop in pairwise(borders)]
     return chosen
+
+
+def inspect_units(units: Sequence[ShardRange], config: DataConfig) -> Iterator[Statistics]:
+    """Inspect each unit in a Ray task with one CPU and yield the statistics in any order.
+
+    A unit whose reader fails or dies counts as lost; the others continue.
+    """
+    task = ray.remote(inspect_unit).options(num_cpus=1, max_retries=1, label_selector=label_selector(config.placement))
+    waiting = list(reversed(units))
+    running: dict[ray.ObjectRef, ShardRange] = {}
+    while waiting or running:
+        while waiting and len(running) < cluster_cpus(config):
+            unit = waiting.pop()
+            running[task.remote(unit, config)] = unit
+        (done,), _ = ray.wait(list(running))
+        unit = running.pop(done)
+        try:
+            yield ray.get(done)
+        except RayError as error:
+            logger.warning("%s: its reader failed: %s", unit.shard.url, str(error).strip().splitlines()[-1])
+            yield _lost_unit(unit, SHARD_CRASHES)
+
+
+def cluster_cpus(config: DataConfig) -> int:
+    """Return the number of CPUs of the nodes that may read."""
+    return max(1, int(total_resources(config.placement).get("CPU", 1)))
 
 
 def inspect_unit(unit: ShardRange, config: DataConfig) -> Statistics:
@@ -245,29 +272,3 @@ def _count_image(statistics: Statistics, record: Record | Sample | RejectedSampl
     for name, value in values.items():
         statistics.histograms[name].add(value)
     return width, height
-
-
-def cluster_cpus(config: DataConfig) -> int:
-    """Return the number of CPUs of the nodes that may read."""
-    return max(1, int(total_resources(config.placement).get("CPU", 1)))
-
-
-def inspect_units(units: Sequence[ShardRange], config: DataConfig) -> Iterator[Statistics]:
-    """Inspect each unit in a Ray task with one CPU and yield the statistics in any order.
-
-    A unit whose reader fails or dies counts as lost; the others continue.
-    """
-    task = ray.remote(inspect_unit).options(num_cpus=1, max_retries=1, label_selector=label_selector(config.placement))
-    waiting = list(reversed(units))
-    running: dict[ray.ObjectRef, ShardRange] = {}
-    while waiting or running:
-        while waiting and len(running) < cluster_cpus(config):
-            unit = waiting.pop()
-            running[task.remote(unit, config)] = unit
-        (done,), _ = ray.wait(list(running))
-        unit = running.pop(done)
-        try:
-            yield ray.get(done)
-        except RayError as error:
-            logger.warning("%s: its reader failed: %s", unit.shard.url, str(error).strip().splitlines()[-1])
-            yield _lost_unit(unit, SHARD_CRASHES)

@@ -45,7 +45,9 @@ class Ledger:
             if state.started[unit] == [(0, consumed.total)]:
                 del state.started[unit]
                 state.complete[unit] = True
-                self._drop_complete_epochs(pool)
+                while (first := self._epochs.get((pool, self.first_epoch[pool]))) and first.complete.all():
+                    del self._epochs[pool, self.first_epoch[pool]]
+                    self.first_epoch[pool] += 1
 
     def is_complete(self, pool: int, epoch: int, unit: int) -> bool:
         """Return whether all samples of a unit were consumed."""
@@ -68,11 +70,6 @@ class Ledger:
 
     def copy(self) -> "Ledger":
         return copy.deepcopy(self)
-
-    def _drop_complete_epochs(self, pool: int) -> None:
-        while (state := self._epochs.get((pool, self.first_epoch[pool]))) and state.complete.all():
-            del self._epochs[pool, self.first_epoch[pool]]
-            self.first_epoch[pool] += 1
 
     def to_bytes(self) -> bytes:
         """Return the ledger as JSON, with bits in base64 and ranges as flat lists."""

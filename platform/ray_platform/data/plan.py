@@ -8,7 +8,7 @@ resumes with another world_size takes what was consumed as its new base and dist
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 from ray_platform.contracts import ConfigError
 from ray_platform.data.catalog import Catalog, ShardRange
@@ -56,15 +56,9 @@ def check_world_size(catalog: Catalog, world_size: int) -> None:
 
 
 def groups(catalog: Catalog, reader: Reader, size: int, num_streams: int) -> Iterator[Group]:
-    """Yield the rank's groups without end, window after window, without what was consumed.
+    """Yield the rank's groups of at most `size` items without end: per window, at most one for each read stream.
 
     Windows do not depend on what was consumed since `base`; only the items that are left in them do.
-
-    Args:
-        catalog: the shards.
-        reader: the rank, and what was consumed.
-        size: maximum number of items per group.
-        num_streams: read streams, each of which gets at most one group per window.
     """
     rank_items = islice(_sequence(catalog, reader.seed, reader.base), reader.rank, None, reader.world_size)
     for window, items in enumerate(_windows(rank_items, size * num_streams)):
@@ -95,18 +89,16 @@ def _sequence(catalog: Catalog, seed: int, base: Ledger) -> Iterator[tuple[int, 
     pools = [_pool_units(len(units), seed, pool, base) for pool, units in enumerate(catalog.pools)]
     progress = [0.0] * len(pools)
     while True:
-        pool = min(range(len(pools)), key=progress.__getitem__) if len(pools) > 1 else 0
+        pool = progress.index(min(progress))
         epoch, unit = next(pools[pool])
         progress[pool] += catalog.estimated_samples(catalog.pools[pool][unit]) / catalog.weights[pool]
         yield pool, epoch, unit
 
 
 def _pool_units(num_units: int, seed: int, pool: int, base: Ledger) -> Iterator[tuple[int, int]]:
-    epoch = base.first_epoch[pool]
-    while True:
+    for epoch in count(base.first_epoch[pool]):
         left = set(base.remaining(pool, epoch).tolist())
         yield from ((epoch, unit) for unit in shuffled(range(num_units), seed, pool, epoch) if unit in left)
-        epoch += 1
 
 
 def shuffled(values: Sequence[int], *seeds: object) -> list[int]:

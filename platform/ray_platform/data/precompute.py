@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -100,17 +100,15 @@ def check(catalog: Catalog, config: DataConfig) -> None:
 
 
 def precompute(catalog: Catalog, config: DataConfig, encoders: EncoderPool, output_dir: str) -> Iterator[PrecomputeProgress]:
-    """Encode what is not complete yet, and write the manifest at the end. Yields the progress after every unit.
+    """Encode what is not complete yet, and write the manifest at the end. Yields the progress after every unit. Needs Ray.
 
-    Needs a running Ray.
-
-    Raises:
-        ConfigError: the encoders do not fit on the cluster.
-        DataError: `output_dir` contains something else, a shard changed, or more than `max_skipped_share` of the samples were
-            skipped.
+    Raises ConfigError if the encoders do not fit on the cluster, and DataError if `output_dir` contains something else, a shard
+    changed, or more than `max_skipped_share` of the samples were skipped.
     """
     check_cluster(encoders, config.placement)
-    manifest = _manifest(catalog, config, encoders)
+    settings = {name: asdict(config)[name] for name in precomputed.SETTINGS}
+    identity = {"encoders": encoders.description, "settings": settings, "source": catalog.digest}
+    manifest: precomputed.PrecomputedManifest = json.loads(json.dumps(identity))  # tuples become lists, as they are in the file
     units, stems = catalog.pools[0], [stem(unit) for unit in catalog.pools[0]]
     if len(set(stems)) < len(stems):  # as for `a/b.tar` and `a--b.tar`
         name = Counter(stems).most_common(1)[0][0]
@@ -162,15 +160,8 @@ def check_cluster(encoders: EncoderPool, readers: Labels) -> None:
             )
 
 
-def _manifest(catalog: Catalog, config: DataConfig, encoders: EncoderPool) -> precomputed.PrecomputedManifest:
-    """Return what must be equal for the work to be resumed in the same folder."""
-    settings = {name: asdict(config)[name] for name in precomputed.SETTINGS}
-    content = {"encoders": encoders.description, "settings": settings, "source": catalog.digest}
-    return cast(precomputed.PrecomputedManifest, json.loads(json.dumps(content)))  # tuples become lists, as they are in the file
-
-
 def _resume(output_dir: str, manifest: precomputed.PrecomputedManifest, stems: list[str]) -> dict[int, UnitProgress]:
-    """Return the complete units; start the folder if it does not exist."""
+    """Return the complete units of a folder with the same manifest; start the folder if it does not exist."""
     url = storage.join(output_dir, MANIFEST)
     if not storage.exists(url):
         storage.write_bytes(url, json.dumps({**manifest, "complete": False}, indent=2).encode())

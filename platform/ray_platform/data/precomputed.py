@@ -46,8 +46,7 @@ def to_arrow(keys: Sequence[str], captions: Sequence[str], tensors: Mapping[str,
 def from_arrow(data: bytes | pa.Buffer) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
     """Return the keys, captions and tensors of a shard. The arrays are views of `data`.
 
-    Raises:
-        pa.ArrowInvalid, KeyError, ValueError: `data` is not the content of a shard.
+    Raises pa.ArrowInvalid, KeyError or ValueError if `data` is not the content of a shard.
     """
     table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
     table.validate(full=True)  # a damaged offset could point anywhere in memory

@@ -33,11 +33,10 @@ PAUSE_SECONDS, WAITING_PAUSE_SECONDS = 0.05, 0.01
 
 
 def stream(catalog: Catalog, config: DataConfig, reader: Reader, *, batch_size: int, num_batches: int) -> Iterator[Batch]:
-    """Return an iterator of the rank's next `num_batches` batches. Needs a running Ray. Exhaust or close it to stop its reads.
+    """Return an iterator of the rank's next `num_batches` batches. Needs Ray. Exhaust or close it to stop its reads.
 
-    Raises:
-        ConfigError: at once, for more ranks than shards, or for a cluster with too few CPUs for the reads.
-        DataError: while iterating, for a shard that changed, and when more than `max_skipped_share` of the samples were skipped.
+    Raises ConfigError at once, for more ranks than shards or too few CPUs for the reads; the iterator raises DataError for a
+    shard that changed, and when more than `max_skipped_share` of the samples were skipped.
     """
     check_world_size(catalog, reader.world_size)
     check_cpus(config, reader.world_size)

@@ -45,6 +45,7 @@ def read_tar_slice(
     """Read the samples that begin in bytes start..stop of a tar in storage.
 
     Consecutive slices of a tar together contain each of its samples once. A slice in which no sample begins gives `shard_empty`.
+    Raises DataError if the tar has another size than `size`; StorageError.
 
     Args:
         url: the tar.
@@ -52,10 +53,6 @@ def read_tar_slice(
         size: bytes that the tar had when it was listed.
         start, stop: the slice, in multiples of 512 bytes; (0, size) is the whole tar.
         suffixes: the file name extensions of the members to read.
-
-    Raises:
-        StorageError: storage does not return the bytes.
-        DataError: the tar has another size than `size`.
     """
     if stop - start == size:
         data = storage.read_bytes(url)

@@ -2,20 +2,53 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from ray_platform.metric_registry import Metric, describe_metric
 from ray_platform.report.figures import Chart, Line, Point, line_chart, round_ticks, tick_text
-from ray_platform.report.records import Claim, ComparisonDetails, ImageGrid, PairedDifference
-from ray_platform.report.render import color_class, plural, render
-from ray_platform.units import NO_VALUE, is_number
+from ray_platform.report.records import Claim, ComparisonDetails, ImageGrid, NestedFields
+from ray_platform.report.render import color_class, render
+from ray_platform.units import is_number
 
-_VISIBILITY = "model.query_visibility"
 _MARGIN = 3.0  # percent of a dot plot's width, so that dots at the ends stay inside
 
 
-# --- The arms and the differences between them --------------------------------------------------------------------------------
+def comparison_page(details: ComparisonDetails, claim: Claim | None = None) -> str:
+    """Return the HTML page of a comparison. Sections for which `details` has no data are left out.
+
+    Args:
+        details: `summary.json` with a header, images and learning curves.
+        claim: what the comparison is about; the page starts with its outcome.
+    """
+    arms, config = details["arms"], details.get("config", {})
+    runs = [run for arm in arms.values() for run in arm["seeds"].values()]
+    means = {
+        describe_metric(name): [mean for arm in arms.values() if is_number(mean := arm["mean"].get(name))]
+        for name in dict.fromkeys(name for run in runs for name in run)
+    }
+    scores = [metric for metric, values in means.items() if values and not metric.is_cost]
+    differences = _differences(details)
+    known = {(each.metric.name, each.first, each.second): each for each in differences}
+    claimed = [known[key] for key in claim.differences if key in known] if claim else []
+    fields = {name: _fields_of(config, name) for name in arms}
+    return render(
+        "comparison.html.j2",
+        details=details,
+        arms=arms,
+        scores=scores,
+        costs=[metric for metric, values in means.items() if values and metric.is_cost],
+        best={metric.name: metric.best(means[metric]) for metric in scores if metric.direction and len(means[metric]) > 1},
+        seeds={seed for arm in arms.values() for seed in arm["seeds"]},
+        samples=[run["samples"] for run in runs if "samples" in run],
+        claimed=claimed,
+        verdict=_verdict(details, claim, claimed) if claim else None,
+        paired=_paired_plots(details, differences),
+        runs=[(metric, _runs_plot(details, metric)) for metric in scores],
+        fields=fields,
+        both_masks=_arms_with_both_masks(fields),
+        curves=_curves(details),
+        cells=_cells,
+    )
 
 
 class Difference(NamedTuple):
@@ -45,96 +78,54 @@ class Difference(NamedTuple):
         return " to ".join(self.metric.difference_text(end, with_unit=False) for end in self.interval)
 
 
-class Arms:
-    """The arms of a comparison with their runs, means and configurations."""
-
-    def __init__(self, details: ComparisonDetails) -> None:
-        self._arms = details["arms"]
-        self._config: Mapping[str, Any] = details.get("config", {})
-        self.names = list(self._arms)
-        names = dict.fromkeys(name for arm in self._arms.values() for run in arm["seeds"].values() for name in run)
-        measured = [describe_metric(name) for name in names if any(self.mean(arm, name) is not None for arm in self.names)]
-        self.metrics = [metric for metric in measured if not metric.is_cost]
-        self.costs = [metric for metric in measured if metric.is_cost]
-        paired = details.get("paired", {}).items()
-        self.differences = [each for key, entry in paired if (each := self._difference(key, entry))]
-
-    def color(self, name: str) -> str:
-        """Return the CSS class of an arm's color; arms without a finished run come after all others."""
-        return color_class(self.names, name)
-
-    def seeds(self, name: str) -> Mapping[str, Mapping[str, Any]]:
-        """Return the runs of an arm by seed."""
-        return self._arms[name]["seeds"]
-
-    def mean(self, name: str, metric: str) -> float | None:
-        return _known(self._arms[name]["mean"].get(metric))
-
-    def std(self, name: str, metric: str) -> float | None:
-        return _known(self._arms[name]["std"].get(metric))
-
-    def is_best(self, name: str, metric: Metric) -> bool:
-        """Return whether the arm's mean is the best one of several."""
-        means = [mean for arm in self.names if (mean := self.mean(arm, metric.name)) is not None]
-        return metric.direction is not None and len(means) > 1 and self.mean(name, metric.name) == metric.best(means)
-
-    def claimed(self, claim: Claim) -> list[Difference]:
-        """Return the differences that a claim is about, as far as they were measured."""
-        known = {(each.metric.name, each.first, each.second): each for each in self.differences}
-        return [known[difference] for difference in claim.differences if difference in known]
-
-    def by_seed(self, difference: Difference) -> dict[str, float]:
-        """Return a difference seed by seed."""
-        first, second = self.seeds(difference.first), self.seeds(difference.second)
-        pairs = {seed: (first[seed].get(difference.metric.name), second[seed].get(difference.metric.name))
-                 for seed in first if seed in second}  # fmt: skip
-        return {seed: a - b for seed, (a, b) in pairs.items() if is_number(a) and is_number(b)}
-
-    def visibility(self, name: str) -> str:
-        """Return the arm's attention mask, `joint` or `one_way`."""
-        base = self._config.get("pretrain", {}).get("model", {}).get("query_visibility", "")
-        return self._fields(name).get(_VISIBILITY, base)
-
-    def fields_text(self, name: str) -> str:
-        """Return the fields that the arm sets, with their values."""
-        return ", ".join(f"{field} {value}" for field, value in self._fields(name).items()) or NO_VALUE
-
-    def with_both_masks(self) -> list[str]:
-        """Return the arms of the first task that was trained with both masks."""
-        by_task: dict[str, list[str]] = {}
-        base = self._config.get("pretrain", {}).get("objective", {}).get("task", "")
-        for name in self.names:
-            by_task.setdefault(self._fields(name).get("objective.task", base), []).append(name)
-        for names in by_task.values():
-            if {"joint", "one_way"} <= {self.visibility(name) for name in names}:
-                return names
-        return []
-
-    def _fields(self, name: str) -> Mapping[str, Any]:
-        return self._config.get("arms", {}).get(name, {})
-
-    def _difference(self, key: str, entry: PairedDifference) -> Difference | None:
-        """Return the difference of a key `<metric>_<arm>_minus_<arm>`; None if one of the arms has no run."""
+def _differences(details: ComparisonDetails) -> list[Difference]:
+    """Return the paired differences, from keys `<metric>_<arm>_minus_<arm>`, of arms that have runs."""
+    differences = []
+    for key, entry in details.get("paired", {}).items():
         left, _, second = key.rpartition("_minus_")
-        candidates: Sequence[str] = [name for name in self.names if left.endswith(f"_{name}")]
-        if not candidates or second not in self.names:
-            return None
-        first = max(candidates, key=len)
-        low, high = _known(entry["low"]), _known(entry["high"])
-        interval = None if low is None or high is None else (low, high)
-        metric = describe_metric(left.removesuffix(f"_{first}"))
-        return Difference(metric, first, second, _known(entry["mean"]), interval, entry["n"])
+        first = max((name for name in details["arms"] if left.endswith(f"_{name}")), key=len, default="")
+        if first and second in details["arms"]:
+            metric, low, high = describe_metric(left.removesuffix(f"_{first}")), entry["low"], entry["high"]
+            interval = (low, high) if is_number(low) and is_number(high) else None
+            mean = entry["mean"] if is_number(entry["mean"]) else None
+            differences.append(Difference(metric, first, second, mean, interval, entry["n"]))
+    return differences
 
 
-def _known(value: float | None) -> float | None:
-    return value if is_number(value) else None
+def _verdict(details: ComparisonDetails, claim: Claim, claimed: Sequence[Difference]) -> tuple[str, str, str]:
+    """Return the CSS class and the sentence of the claim's outcome, and what else explains it."""
+    complete, outcomes = len(claimed) == len(claim.differences), {difference.outcome for difference in claimed}
+    why = "" if complete else details["claim"]["why"]
+    if details["claim"]["holds"]:
+        return "", claim.holds, why
+    if "adverse" in outcomes:
+        return "stop", claim.opposite, why
+    return "null", claim.not_shown if complete and "single" not in outcomes else claim.undecided, why
+
+
+def _fields_of(config: NestedFields, arm: str) -> NestedFields:
+    """Return the fields that an arm sets, after the ones that all arms have."""
+    pretrain = config.get("pretrain", {})
+    base = {"objective.task": pretrain.get("objective", {}).get("task", "")}
+    base["model.query_visibility"] = pretrain.get("model", {}).get("query_visibility", "")
+    return {"all": base | config.get("arms", {}).get(arm, {}), "own": config.get("arms", {}).get(arm, {})}
+
+
+def _arms_with_both_masks(fields: Mapping[str, NestedFields]) -> list[str]:
+    """Return the arms of the first task that was trained with both masks."""
+    by_task: dict[str, list[str]] = {}
+    for name, values in fields.items():
+        by_task.setdefault(values["all"]["objective.task"], []).append(name)
+    for names in by_task.values():
+        if {"joint", "one_way"} <= {fields[name]["all"]["model.query_visibility"] for name in names}:
+            return names
+    return []
 
 
 # --- Dot plots: HTML, so that their text keeps its size on a narrow screen ----------------------------------------------------
 
 
-@dataclass(frozen=True)
-class DotRow:
+class DotRow(NamedTuple):
     """A row: what it is about, and its values on the common axis."""
 
     label: str
@@ -143,164 +134,100 @@ class DotRow:
     interval_text: str
     kind: str  # CSS class of the color
     dots: Sequence[tuple[float, str]]  # value and tooltip
-    mean: float | None
+    mean: float
     interval: tuple[float, float] | None
 
 
 class DotPlot:
-    """Rows on one axis. At least one row has a value."""
+    """Rows on one axis."""
 
     def __init__(self, rows: Sequence[DotRow], has_zero: bool = False, ends: tuple[str, str] = ("", "")) -> None:
         """Place the rows. has_zero: the axis contains 0 and marks it; ends: what is left and right of it."""
         self.rows, self.has_zero, self.ends = rows, has_zero, ends
-        values = [value for row in rows for value in (*(dot for dot, _ in row.dots), *(row.interval or ()))]
-        values += [row.mean for row in rows if row.mean is not None] + [0.0] * has_zero
-        self.ticks = round_ticks(values)
-
-    def left(self, value: float) -> str:
-        """Return the position of a value in percent of the width."""
-        return f"{_MARGIN + self._span(value - self.ticks[0]):.2f}"
-
-    def width(self, interval: tuple[float, float]) -> str:
-        """Return the width of an interval in percent of the width."""
-        return f"{self._span(interval[1] - interval[0]):.2f}"
-
-    def labels(self) -> list[tuple[float, str]]:
-        """Return the ticks that have room for a label on a narrow screen; zero is among them."""
+        values = [value for row in rows for value in (row.mean, *(dot for dot, _ in row.dots), *(row.interval or ()))]
+        self.ticks = round_ticks(values + [0.0] * has_zero)
         most = 3 if max(len(tick_text(tick)) for tick in self.ticks) > 4 else 5
         stride = math.ceil(len(self.ticks) / most)
         first = self.ticks.index(min(self.ticks, key=abs)) % stride
-        return [(tick, tick_text(tick)) for tick in self.ticks[first::stride]]
+        # Those that have room for a label on a narrow screen; zero is among them.
+        self.labels = [(tick, tick_text(tick)) for tick in self.ticks[first::stride]]
 
-    def _span(self, difference: float) -> float:
-        return (100 - 2 * _MARGIN) * difference / (self.ticks[-1] - self.ticks[0])
+    def left(self, value: float) -> str:
+        """Return the position of a value in percent of the width."""
+        return f"{_MARGIN + float(self.width(self.ticks[0], value)):.2f}"
 
-
-# --- The page -------------------------------------------------------------------------------------------------------------------
-
-
-def comparison_page(details: ComparisonDetails, claim: Claim | None = None) -> str:
-    """Return the HTML page of a comparison. Sections for which `details` has no data are left out.
-
-    Args:
-        details: `summary.json` with a header, images and learning curves.
-        claim: what the comparison is about; the page starts with its outcome.
-    """
-    arms = Arms(details)
-    claimed = arms.claimed(claim) if claim else []
-    return render(
-        "comparison.html.j2",
-        details=details,
-        arms=arms,
-        verdict=_verdict(details, claim, claimed) if claim else None,
-        tiles=_tiles(arms, claimed),
-        paired=_paired_plots(arms),
-        runs=[(metric, plot) for metric in arms.metrics if (plot := _runs_plot(arms, metric))],
-        both_masks=arms.with_both_masks(),
-        curves=_curves(details, arms),
-        grids=_grids(details),
-    )
+    def width(self, start: float, stop: float) -> str:
+        """Return the width of an interval in percent of the width."""
+        return f"{(100 - 2 * _MARGIN) * (stop - start) / (self.ticks[-1] - self.ticks[0]):.2f}"
 
 
-def _verdict(details: ComparisonDetails, claim: Claim, claimed: Sequence[Difference]) -> dict[str, Any]:
-    """Return the outcome of the claim, and whether its sentences are not enough to explain it."""
-    complete = len(claimed) == len(claim.differences)
-    if details["claim"]["holds"]:
-        kind, title = "", claim.holds
-    elif any(difference.outcome == "adverse" for difference in claimed):
-        kind, title = "stop", claim.opposite
-    elif not complete or any(difference.outcome == "single" for difference in claimed):
-        kind, title = "null", claim.undecided
-    else:
-        kind, title = "null", claim.not_shown
-    return {"kind": kind, "title": title, "differences": claimed, "why": "" if complete else details["claim"]["why"]}
-
-
-def _tiles(arms: Arms, claimed: Sequence[Difference]) -> list[tuple[str, str]]:
-    tiles = []
-    for each in claimed:
-        interval = "no interval" if each.interval is None else f"95 % interval {each.interval_text}"
-        label = f"{each.metric.label}, {each.first} minus {each.second}; {interval}, {plural(each.n, 'seed')}"
-        tiles.append((each.metric.difference_text(each.mean), label))
-    seeds = {seed for name in arms.names for seed in arms.seeds(name)}
-    tiles.append((f"{len(arms.names)} × {len(seeds)}", "arms × seeds"))
-    samples = {run["samples"] for name in arms.names for run in arms.seeds(name).values() if "samples" in run}
-    if samples:
-        tiles.append((" to ".join(f"{each:,.0f}" for each in sorted({min(samples), max(samples)})), "samples per run"))
-    return tiles
-
-
-def _paired_plots(arms: Arms) -> tuple[list[tuple[str, DotPlot]], list[tuple[str, DotPlot]]]:
-    """Return the plots of differences in points, and one for each other kind of metric (`fd` and `fd_infinity` share one)."""
+def _paired_plots(details: ComparisonDetails, differences: Sequence[Difference]) -> dict[str, DotPlot]:
+    """Return the plot of differences in points, and one for each other kind of metric (`fd` and `fd_infinity` share one)."""
     groups: dict[str, list[Difference]] = {}
-    for difference in arms.differences:
-        if difference.mean is not None:
-            metric = difference.metric
-            groups.setdefault("" if metric.is_fraction else metric.name.partition("_")[0], []).append(difference)
-    in_points: list[tuple[str, DotPlot]] = []
-    others: list[tuple[str, DotPlot]] = []
-    for name, differences in groups.items():
-        title = describe_metric(name).label if name else "Accuracy and retrieval, in points"
-        arm = differences[0].first if len({each.first for each in differences}) == 1 else "the first"
-        ends = (f"← {arm} worse", f"{arm} better →")
-        if differences[0].metric.direction == "min":
-            ends = (f"← {arm} better", f"{arm} worse →")
-        ordered = sorted(differences, key=lambda each: arms.names.index(each.second))
-        plot = DotPlot([_difference_row(each, arms) for each in ordered], has_zero=True, ends=ends)
-        (others if name else in_points).append((title, plot))
-    return in_points, others
+    for each in (difference for difference in differences if difference.mean is not None):
+        kind = "Accuracy and retrieval, in points"
+        if not each.metric.is_fraction:
+            kind = describe_metric(each.metric.name.partition("_")[0]).label
+        groups.setdefault(kind, []).append(each)
+    plots, arms = {}, list(details["arms"])
+    for title, group in groups.items():
+        arm = group[0].first if len({each.first for each in group}) == 1 else "the first"
+        left, right = ("better", "worse") if group[0].metric.direction == "min" else ("worse", "better")
+        rows = [_difference_row(details, each) for each in sorted(group, key=lambda each: arms.index(each.second))]
+        plots[title] = DotPlot(rows, has_zero=True, ends=(f"← {arm} {left}", f"{arm} {right} →"))
+    return plots
 
 
-def _difference_row(difference: Difference, arms: Arms) -> DotRow:
-    metric, interval = difference.metric, difference.interval
+def _difference_row(details: ComparisonDetails, difference: Difference) -> DotRow:
+    metric, outcome = difference.metric, difference.outcome
+    first, second = (details["arms"][name]["seeds"] for name in (difference.first, difference.second))
+    dots = []
+    for seed in first:
+        a, b = first[seed].get(metric.name), second.get(seed, {}).get(metric.name)
+        if is_number(a) and is_number(b):
+            dots.append((metric.axis_value(a - b), f"seed {seed}: {metric.difference_text(a - b)}"))
     return DotRow(
-        label=metric.label,
-        arms=(difference.first, difference.second),
-        value=metric.difference_text(difference.mean, with_unit=False),
-        interval_text=difference.interval_text,
-        kind="inconclusive" if difference.outcome == "single" else difference.outcome,
-        dots=[
-            (metric.axis_value(value), f"seed {seed}: {metric.difference_text(value)}")
-            for seed, value in arms.by_seed(difference).items()
-        ],
-        mean=None if difference.mean is None else metric.axis_value(difference.mean),
-        interval=interval and (metric.axis_value(interval[0]), metric.axis_value(interval[1])),
+        metric.label,
+        (difference.first, difference.second),
+        metric.difference_text(difference.mean, with_unit=False),
+        difference.interval_text,
+        "inconclusive" if outcome == "single" else outcome,
+        dots,
+        metric.axis_value(difference.mean or 0),
+        difference.interval and (metric.axis_value(difference.interval[0]), metric.axis_value(difference.interval[1])),
     )
 
 
-def _runs_plot(arms: Arms, metric: Metric) -> DotPlot | None:
+def _runs_plot(details: ComparisonDetails, metric: Metric) -> DotPlot:
     """Return every run as a dot, with mean and standard deviation of each arm."""
     rows = []
-    for name in arms.names:
-        mean, std = arms.mean(name, metric.name), arms.std(name, metric.name)
-        if mean is None:
-            continue
-        dots = [
-            (metric.axis_value(run[metric.name]), f"{name}, seed {seed}: {metric.text(run[metric.name])}")
-            for seed, run in arms.seeds(name).items()
-            if is_number(run.get(metric.name))
-        ]
-        interval = (metric.axis_value(mean - std), metric.axis_value(mean + std)) if std else None
-        value = metric.text(mean, with_unit=False)
-        rows.append(DotRow("", (name,), value, "", arms.color(name), dots, metric.axis_value(mean), interval))
-    return DotPlot(rows) if rows else None
+    for name, arm in details["arms"].items():
+        mean, std = arm["mean"].get(metric.name), arm["std"].get(metric.name)
+        if is_number(mean):
+            runs = [(seed, run[metric.name]) for seed, run in arm["seeds"].items() if is_number(run.get(metric.name))]
+            dots = [(metric.axis_value(value), f"{name}, seed {seed}: {metric.text(value)}") for seed, value in runs]
+            interval = (metric.axis_value(mean - std), metric.axis_value(mean + std)) if is_number(std) and std else None
+            color, value = color_class(list(details["arms"]), name), metric.text(mean, with_unit=False)
+            rows.append(DotRow("", (name,), value, "", color, dots, metric.axis_value(mean), interval))
+    return DotPlot(rows)
 
 
-def _curves(details: ComparisonDetails, arms: Arms) -> list[tuple[str, Chart]]:
+def _curves(details: ComparisonDetails) -> list[tuple[str, Chart]]:
     """Return a chart for each metric that was followed: a line per run in the color of its arm, over the samples."""
     runs = [(arm, seed, points) for arm, seeds in details.get("curves", {}).items() for seed, points in seeds.items()]
     charts = []
     for name in dict.fromkeys(name for _, _, points in runs for point in points for name in point["metrics"]):
         metric, lines, named = describe_metric(name), [], set()
         for arm, seed, points in runs:
-            line = []
-            for point in points:
-                value = point["metrics"].get(name)
-                if is_number(value):
-                    tooltip = f"{arm}, seed {seed}: {metric.text(value)} after {point['samples']:,} samples"
-                    line.append(Point(point["samples"], metric.axis_value(value), tooltip=tooltip))
+            known = [(point["samples"], value) for point in points if is_number(value := point["metrics"].get(name))]
+            line = [
+                Point(
+                    samples, metric.axis_value(value), "", f"{arm}, seed {seed}: {metric.text(value)} after {samples:,} samples"
+                )
+                for samples, value in known
+            ]
             if line:
-                color = arms.color(arm).replace("m0", "bar")
+                color = color_class(list(details["arms"]), arm).replace("m0", "bar")
                 lines.append(Line("" if arm in named else arm, line, 0.75, color))
                 named.add(arm)
         if lines:
@@ -308,21 +235,10 @@ def _curves(details: ComparisonDetails, arms: Arms) -> list[tuple[str, Chart]]:
     return charts
 
 
-def _grids(details: ComparisonDetails) -> list[dict[str, Any]]:
-    """Return, for each seed, images of the same captions from the same noise by all arms, next to each other."""
-    by_seed: dict[str, list[ImageGrid]] = {}
-    for grid in details.get("grids", ()):
-        if grid["samples"]:
-            by_seed.setdefault(str(grid["seed"]), []).append(grid)
-    grids = []
-    for seed, of_seed in by_seed.items():
-        images: list[Mapping[tuple[int, str], str]] = [
-            {(i, sample["caption"]): sample["png"] for i, sample in enumerate(grid["samples"])} for grid in of_seed
-        ]
-        names = [grid["arm"] for grid in of_seed]
-        cells = [
-            {"caption": key[1], "images": [(name, of_arm.get(key, "")) for name, of_arm in zip(names, images, strict=True)]}
-            for key in sorted({key for of_arm in images for key in of_arm})
-        ]
-        grids.append({"seed": seed, "arms": names, "cells": cells})
-    return grids
+def _cells(grids: Sequence[ImageGrid]) -> dict[tuple[int, str], dict[str, str]]:
+    """Return the images of the grids by place and caption, and by arm: the same caption from the same noise."""
+    cells: dict[tuple[int, str], dict[str, str]] = {}
+    for grid in grids:
+        for i, sample in enumerate(grid["samples"]):
+            cells.setdefault((i, sample["caption"]), {})[grid["arm"]] = sample["png"]
+    return dict(sorted(cells.items()))

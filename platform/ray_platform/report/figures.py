@@ -11,7 +11,6 @@ import re
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,8 +49,7 @@ def _light_colors() -> dict[str, str]:
 COLORS = _light_colors()
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A point of a line."""
 
     x: float

@@ -10,19 +10,15 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from ray_platform.metric_registry import Direction
 
+NestedFields = Mapping[str, Any]  # values by field; a value may be a mapping again
 MetricValues = Mapping[str, float | None]  # by the names that the metric registry declares
 
 
 class RunHeader(TypedDict):
-    """What every report starts with."""
-
     title: str
     created: str  # ISO 8601, local time
     seconds: float
     code_version: str
-
-
-# --- Evaluation -----------------------------------------------------------------------------------------------------------------
 
 
 class EvaluatedModel(TypedDict):
@@ -32,23 +28,19 @@ class EvaluatedModel(TypedDict):
     pretrained: str  # folder or URL of the checkpoint
     task: str
     step: int | None
-    settings: Mapping[str, Any]
+    settings: NestedFields
 
 
 class UnreadableSample(TypedDict):
-    """A sample of a dataset that could not be read."""
-
     key: str
     cause: str
 
 
 class DatasetResult(TypedDict):
-    """What the results of a zero-shot and of a retrieval dataset have in common."""
-
     set: str
     model: str
     url: NotRequired[str]  # folder of the dataset
-    settings: NotRequired[Mapping[str, Any]]  # of the model
+    settings: NotRequired[NestedFields]  # of the model
     metrics: MetricValues
     seconds: float
     unreadable: Sequence[UnreadableSample]  # the first ones
@@ -56,15 +48,11 @@ class DatasetResult(TypedDict):
 
 
 class ExampleImage(TypedDict):
-    """An image of a dataset."""
-
     key: str
     jpeg: NotRequired[str]  # base64; absent if the image could not be fetched
 
 
 class ClassRecall(TypedDict("ClassName", {"class": str})):
-    """Recall of one class."""
-
     count: int  # images of the class
     recall: float | None  # None without images
 
@@ -80,8 +68,6 @@ class Confusion(TypedDict):
 
 
 class ZeroShotResult(DatasetResult):
-    """A model's zero-shot classification of one dataset."""
-
     main_metric: str
     n: int  # images
     chance: float  # accuracy of guessing
@@ -101,21 +87,15 @@ class RetrievedCaption(TypedDict):
 
 
 class CaptionQuery(TypedDict):
-    """A caption and the images that were retrieved for it, best first."""
-
     caption: str
-    images: Sequence[RetrievedImage]
+    images: Sequence[RetrievedImage]  # best first
 
 
 class ImageQuery(ExampleImage):
-    """An image and the captions that were retrieved for it, best first."""
-
-    captions: Sequence[RetrievedCaption]
+    captions: Sequence[RetrievedCaption]  # best first
 
 
 class RetrievalResult(DatasetResult):
-    """A model's retrieval in both directions on one dataset."""
-
     n: NotRequired[int]  # images
     num_images: int
     num_texts: int
@@ -129,12 +109,10 @@ class GeneratedSample(TypedDict):
 
 
 class QualityPoint(TypedDict):
-    """Image quality at one guidance scale."""
-
     guidance_scale: float
     metrics: MetricValues
     alignment_by: NotRequired[str]  # the model that measured `alignment`
-    protocol: Mapping[str, Any]
+    protocol: NestedFields
     n: int  # images
     num_reference: NotRequired[Mapping[str, int]]  # feature network -> real images
     seconds: float
@@ -142,8 +120,6 @@ class QualityPoint(TypedDict):
 
 
 class CurvePoint(TypedDict):
-    """Zero-shot accuracy with one number of denoising steps and of draws."""
-
     set: str
     model: str
     num_steps: int
@@ -166,17 +142,12 @@ class EvaluationDetails(RunHeader):
     failures: NotRequired[Sequence[str]]
 
 
-# --- Sweep ----------------------------------------------------------------------------------------------------------------------
-
-
 class ObjectiveRecord(TypedDict):
     metric: str
     mode: Direction
 
 
 class HistoryEntry(TypedDict):
-    """What a trial had reached at one milestone."""
-
     step: int
     samples: int
     seconds: float
@@ -184,13 +155,11 @@ class HistoryEntry(TypedDict):
 
 
 class TrialRecord(TypedDict):
-    """One trial of a sweep."""
-
     name: str
     state: Literal["finished", "stopped", "failed"]
     default: bool  # trained with the recipe's values
     error: str
-    values: Mapping[str, Any]  # field -> value
+    values: NestedFields  # field -> value
     history: Sequence[HistoryEntry]
     metrics: MetricValues  # of the last milestone
     run_id: str
@@ -221,13 +190,8 @@ class SweepDetails(RunHeader):
     best: Mapping[str, str]  # metric -> name of the trial
 
 
-# --- Comparison -----------------------------------------------------------------------------------------------------------------
-
-
 class ArmResult(TypedDict):
-    """The runs of one arm."""
-
-    seeds: Mapping[str, Mapping[str, Any]]  # seed -> metrics and costs of the run; `environment` is text
+    seeds: Mapping[str, NestedFields]  # seed -> metrics and costs of the run; `environment` is text
     mean: MetricValues
     std: MetricValues  # None with one seed
 
@@ -247,16 +211,12 @@ class ClaimResult(TypedDict):
 
 
 class ImageGrid(TypedDict):
-    """Images that one run generated."""
-
     arm: str
     seed: int
     samples: Sequence[GeneratedSample]
 
 
 class TrainingPoint(TypedDict):
-    """Metrics while training, after so many samples."""
-
     samples: int
     metrics: MetricValues
 
@@ -265,7 +225,7 @@ class ComparisonDetails(RunHeader):
     """`summary.json` of a comparison, with its header, images and learning curves."""
 
     command: str
-    config: NotRequired[Mapping[str, Any]]
+    config: NotRequired[NestedFields]
     config_digest: NotRequired[str]
     environment: NotRequired[str]
     arms: Mapping[str, ArmResult]

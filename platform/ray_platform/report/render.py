@@ -7,7 +7,8 @@ of their writing from turning the text around them. A page is one file that load
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ray_platform.metric_registry import describe_metric
-from ray_platform.units import NO_VALUE, duration_text, is_number, number_text, percent_text, size_text
+from ray_platform.units import NO_VALUE, duration_text, number_text, percent_text, size_text
 
 _LONGEST_TEXT = 600  # characters of a text that are displayed
 NUM_COLORS = 6  # of models and arms: the stylesheet's classes m0 to m5
@@ -38,6 +39,13 @@ def isolated(name: str) -> Markup:
     return Markup("<bdi>{}</bdi>").format(clipped(name))
 
 
+def choice_text(value: Any) -> str:
+    """Return the value of a field, as short as it can be."""
+    if isinstance(value, float):
+        return f"{float(f'{value:.4g}'):,.6g}".replace("-", "−")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def signed_points(difference: float) -> str:
     """Return +1.2 or −1.2 for a difference of fractions."""
     return f"{round(100 * difference, 1) + 0.0:+.1f}".replace("-", "−")
@@ -56,6 +64,14 @@ def flat_fields(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[st
             yield from flat_fields(value, f"{above}{field}.")
         else:
             yield f"{above}{field}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def grouped(records: Iterable[Any], *fields: str) -> dict[Any, list[Any]]:
+    """Return the records by one field, or by a tuple of several, in the order in which they come."""
+    groups: dict[Any, list[Any]] = {}
+    for record in records:
+        groups.setdefault(itemgetter(*fields)(record), []).append(record)
+    return groups
 
 
 def color_class(names: Sequence[str], name: str) -> str:
@@ -78,16 +94,18 @@ def _environment() -> Environment:
         "percent": percent_text,
         "number": number_text,
         "points": signed_points,
+        "choice_text": choice_text,
         "duration": duration_text,
         "size": size_text,
         "plural": plural,
-        "commas": lambda value: f"{value:,}",
+        "commas": lambda value: f"{value:,.0f}",
         "fixed": lambda value, decimals=2: f"{value:.{decimals}f}",
         "g": lambda value: f"{value:g}",
         "flat": flat_fields,
         "ceil": math.ceil,
+        "grouped": grouped,
     }
-    environment.tests["defined_number"] = is_number
+    environment.tests["number_value"] = lambda value: isinstance(value, int | float) and math.isfinite(value)
     environment.globals |= {
         "stylesheet": Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),  # noqa: S704
         "metric": describe_metric,

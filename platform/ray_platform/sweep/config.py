@@ -1,13 +1,67 @@
 """Settings of a sweep that do not depend on what a trial trains. Parsing them imports neither Ray Tune nor Optuna."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ray_platform.contracts import ConfigError
+from ray_platform.metric_registry import Direction
 
 SearchName = Literal["grid", "random", "optuna"]
 SchedulerName = Literal["asha", "pbt", "none"]
-Mode = Literal["max", "min"]
+FieldValues = Mapping[str, Any]  # config field -> value
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A list of values of any JSON type."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """A range that includes both ends. Two ints make a range of integers."""
+
+    low: float
+    high: float
+    log: bool = False  # uniform in the logarithm
+
+    @property
+    def is_integer(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def clip(self, value: float) -> float:
+        """Return the nearest value in the range."""
+        clipped = min(max(value, self.low), self.high)
+        return round(clipped) if self.is_integer else float(clipped)
+
+
+Dimension = Choice | Range
+Space = Mapping[str, Dimension]
+
+
+def parse_dimension(field: str, spec: FieldValues) -> Dimension:
+    """Parse `{values: [...]}` or `{low, high, log}`. Raises ConfigError for anything else."""
+    keys = set(spec)
+    if keys == {"values"} and isinstance(spec["values"], list | tuple) and spec["values"]:
+        return Choice(tuple(spec["values"]))
+    if not {"low", "high"} <= keys <= {"low", "high", "log"}:
+        raise ConfigError(f"space.{field}: {dict(spec)} is neither {{values: [...]}} nor {{low: ..., high: ..., log: true}}")
+    low, high, log = spec["low"], spec["high"], spec.get("log", False)
+    if not all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high)) or not isinstance(log, bool):
+        raise ConfigError(f"space.{field}: low and high must be numbers, and log true or false")
+    if not low < high:
+        raise ConfigError(f"space.{field}: low ({low}) is not below high ({high})")
+    if log and low <= 0:
+        raise ConfigError(f"space.{field}: a logarithmic range cannot start at {low}; give a low above 0")
+    dimension = Range(low, high, log)
+    return dimension if dimension.is_integer else Range(float(low), float(high), log)
+
+
+def describe_space(space: Space) -> dict[str, Any]:
+    """Return the space in plain JSON types, as `parse_dimension` reads it."""
+    return {field: {"values": list(d.values)} if isinstance(d, Choice) else asdict(d) for field, d in space.items()}
 
 
 @dataclass(frozen=True)
@@ -23,7 +77,7 @@ class SearchConfig:
     num_trials: int = 12  # including the baseline, which has the recipe's values; of a grid: 0, or its number of points
     samples: int = 1_000_000  # budget of a complete trial; train.num_steps follows from it
     num_milestones: int = 3  # evaluations per trial; the last one is at the end of its budget
-    objectives: dict[str, Mode] = field(default_factory=dict)  # metric -> max or min; the scheduler compares the first one
+    objectives: dict[str, Direction] = field(default_factory=dict)  # metric -> max or min; the scheduler compares the first one
     seed: int = 0  # of the search; every trial trains with pretrain.train.seed
     max_concurrent: int = 0  # trials that run at the same time; 0: as many as the cluster has resources for
 

@@ -7,11 +7,12 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
-from ray_platform.sweep.config import Mode, SearchConfig
-from ray_platform.sweep.search import TRIAL, tune_domain
-from ray_platform.sweep.space import Choice, Space
+from ray_platform.metric_registry import Direction
+from ray_platform.sweep.config import Choice, SearchConfig, Space
+from ray_platform.sweep.search import TRIAL, TrialConfig, tune_domain
 
-MILESTONE, RUNG, HISTORY = "milestone", "rung", "history"  # keys of a trial's report
+MILESTONE, RUNG, HISTORY = "milestone", "rung", "history"  # keys of a trial's report, next to its metrics
+TrialReport = dict[str, Any]
 
 
 def trial_name(number: int) -> str:
@@ -37,7 +38,7 @@ def build_scheduler(config: SearchConfig, space: Space) -> TrialScheduler:
 class SuccessiveHalving(ASHAScheduler):
     """ASHA whose rungs are the milestones: a trial continues if it is in the upper 1 / reduction of those that reached it."""
 
-    def __init__(self, metric: str, mode: Mode, num_milestones: int, reduction: int) -> None:
+    def __init__(self, metric: str, mode: Direction, num_milestones: int, reduction: int) -> None:
         super().__init__(
             time_attr=RUNG,
             metric=metric,
@@ -53,7 +54,7 @@ class SuccessiveHalving(ASHAScheduler):
         for entry in trial.last_result.get(HISTORY, ()):
             super().on_trial_result(tune_controller, trial, {RUNG: entry[RUNG], **entry["metrics"]})
 
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: TrialReport) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
         return TrialScheduler.CONTINUE if is_baseline(trial) else decision
 
@@ -65,9 +66,9 @@ class Population(PopulationBasedTraining):
     clone: PBT receives its score only while it is in the upper half of the population.
     """
 
-    def __init__(self, metric: str, mode: Mode, space: Space, num_milestones: int) -> None:
+    def __init__(self, metric: str, mode: Direction, space: Space, num_milestones: int) -> None:
         self._space, self._num_milestones, self._sign = dict(space), num_milestones, 1 if mode == "max" else -1
-        self._reports: dict[Trial, dict[str, Any]] = {}
+        self._reports: dict[Trial, TrialReport] = {}
         # A list makes PBT move to the neighboring value; it would treat a `tune.choice` as a continuous range.
         mutations = {f: list(d.values) if isinstance(d, Choice) else tune_domain(d) for f, d in space.items()}
         super().__init__(
@@ -81,7 +82,7 @@ class Population(PopulationBasedTraining):
             synch=True,  # compare trials at equal budget only
         )
 
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: TrialReport) -> str:
         if result[MILESTONE] == self._num_milestones:
             return TrialScheduler.CONTINUE  # the trial ends here and keeps its values
         self._reports[trial] = result
@@ -90,7 +91,7 @@ class Population(PopulationBasedTraining):
                 super().on_trial_result(tune_controller, other, self._visible_result(other))
         return super().on_trial_result(tune_controller, trial, self._visible_result(trial))
 
-    def _visible_result(self, trial: Trial) -> dict[str, Any]:
+    def _visible_result(self, trial: Trial) -> TrialReport:
         """Return the trial's report; without a score if it is the baseline's and not in the upper half."""
         result = self._reports[trial]
         scores = [self._sign * report[self.metric] for other, report in self._reports.items() if not other.is_finished()]
@@ -98,7 +99,7 @@ class Population(PopulationBasedTraining):
             return result | {self.metric: math.nan}  # PBT ranks no trial whose score is NaN
         return result
 
-    def _clip(self, config: dict[str, Any]) -> dict[str, Any]:
+    def _clip(self, config: TrialConfig) -> TrialConfig:
         """Move perturbed values back into their range."""
         values = config[TRIAL]["values"]
         for field, dimension in self._space.items():

@@ -12,17 +12,14 @@ from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 
 from ray_platform.contracts import ConfigError
-from ray_platform.sweep.config import Mode, SearchConfig
-from ray_platform.sweep.space import Choice, Dimension, FieldValues, Range, Space
+from ray_platform.metric_registry import Direction
+from ray_platform.sweep.config import Choice, Dimension, FieldValues, Range, SearchConfig, Space
 
-TRIAL = "trial"  # the only key of a trial's config in Ray Tune
+# Ray Tune's config of a trial is `{"trial": {"number": n, "values": {field: value}}}`.
+TRIAL = "trial"
+TrialConfig = dict[str, dict[str, Any]]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-def trial_config(number: int, values: FieldValues) -> dict[str, Any]:
-    """Return Ray Tune's config of a trial: `{"trial": {"number": n, "values": {field: value}}}`."""
-    return {TRIAL: {"number": number, "values": dict(values)}}
 
 
 def trial_points(config: SearchConfig, space: Space, baseline: FieldValues) -> list[FieldValues]:
@@ -52,7 +49,10 @@ class MultiObjectiveSearch(OptunaSearch):
     """
 
     def __init__(self, config: SearchConfig, space: Space, baseline: FieldValues) -> None:
-        self.space = {field: _including(dimension, baseline[field]) for field, dimension in space.items()}
+        self.space = dict(space)
+        for field, dimension in space.items():  # a choice must have the recipe's value
+            if isinstance(dimension, Choice) and baseline[field] not in dimension.values:
+                self.space[field] = Choice((*dimension.values, baseline[field]))
         self.num_suggested = 0
         # Optuna's default of ten random trials would be all trials of a small sweep.
         num_random = min(10, max(2, config.num_trials // 3))
@@ -60,17 +60,18 @@ class MultiObjectiveSearch(OptunaSearch):
             _distributions(self.space),
             list(config.objectives),
             list(config.objectives.values()),
-            points_to_evaluate=[_to_optuna(self.space, baseline)],
+            points_to_evaluate=[
+                {f: d.values.index(baseline[f]) if isinstance(d, Choice) else baseline[f] for f, d in self.space.items()}
+            ],
             sampler=optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=num_random),
         )
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """Return the `trial_config` of the next trial."""
+    def suggest(self, trial_id: str) -> TrialConfig:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the recipe's value may lie outside the range
             sample = super().suggest(trial_id)
         self.num_suggested += 1
-        return trial_config(self.num_suggested - 1, _from_optuna(self.space, sample))
+        return {TRIAL: {"number": self.num_suggested - 1, "values": _from_optuna(self.space, sample)}}
 
 
 def tune_domain(dimension: Dimension) -> Any:
@@ -83,7 +84,7 @@ def tune_domain(dimension: Dimension) -> Any:
     return (tune.loguniform if dimension.log else tune.uniform)(low, high)
 
 
-def pareto_front(points: Mapping[str, Mapping[str, float | None]], objectives: Mapping[str, Mode]) -> list[str]:
+def pareto_front(points: Mapping[str, Mapping[str, float | None]], objectives: Mapping[str, Direction]) -> list[str]:
     """Return the names of the points that no other point dominates, the best by the first objective first.
 
     A point dominates another if it is at least as good in every objective and better in one. Points without a finite value for
@@ -99,29 +100,17 @@ def pareto_front(points: Mapping[str, Mapping[str, float | None]], objectives: M
     return [trial.user_attrs["name"] for trial in front]
 
 
-def best_point(points: Mapping[str, Mapping[str, float | None]], metric: str, mode: Mode) -> str:
+def best_point(points: Mapping[str, Mapping[str, float | None]], metric: str, mode: Direction) -> str:
     """Return the name of the point with the best value, the first of equals. Raises ValueError if no point has the metric."""
     values = {name: value for name, metrics in points.items() if (value := metrics.get(metric)) is not None}
     return (max if mode == "max" else min)(values, key=lambda name: values[name])
 
 
-def _including(dimension: Dimension, value: Any) -> Dimension:
-    """Add `value` to a choice that does not have it."""
-    if isinstance(dimension, Range) or value in dimension.values:
-        return dimension
-    return Choice((*dimension.values, value))
-
-
 def _distributions(space: Space) -> dict[str, BaseDistribution]:
-    domains = {field: tune_domain(dimension) for field, dimension in space.items()}
-    distributions = OptunaSearch.convert_search_space(domains)
+    distributions = OptunaSearch.convert_search_space({field: tune_domain(dimension) for field, dimension in space.items()})
     return {field: distributions[field] for field in space}  # samples depend on the order
 
 
-def _to_optuna(space: Space, values: FieldValues) -> FieldValues:
-    """Replace the values of choices by their indices: Optuna's categories are scalars."""
-    return {f: d.values.index(values[f]) if isinstance(d, Choice) else values[f] for f, d in space.items()}
-
-
 def _from_optuna(space: Space, sample: FieldValues) -> FieldValues:
+    """Replace the indices of choices by their values: Optuna's categories are scalars."""
     return {f: d.values[sample[f]] if isinstance(d, Choice) else sample[f] for f, d in space.items()}

@@ -1,27 +1,37 @@
-"""A sweep: concurrent trials on Ray Tune. Running it again resumes trials that were interrupted or failed."""
+"""A sweep: concurrent trials on Ray Tune. Running it again resumes trials that were interrupted or failed.
 
+A trial trains and evaluates from milestone to milestone. No training or evaluation worker runs at a milestone, so a trial that is
+stopped there leaves nothing behind. Ray Tune's checkpoint of a trial is a small file that names the training checkpoint.
+"""
+
+import hashlib
+import json
 import logging
 import math
 import os
 import random
+import tempfile
+import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypedDict
 
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.logger import JsonLoggerCallback
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError
+from ray_platform.contracts import ConfigError, describe_error
 from ray_platform.placement import ResourceRequest, can_autoscale, describe_nodes, total_resources
-from ray_platform.sweep.config import SearchConfig
-from ray_platform.sweep.schedulers import HISTORY, build_scheduler, is_baseline, trial_name
-from ray_platform.sweep.search import TRIAL, MultiObjectiveSearch, trial_config, trial_points
-from ray_platform.sweep.space import Space
-from ray_platform.sweep.trial import MilestoneEntry, RunSegment, error_url, run_trial
+from ray_platform.report.records import HistoryEntry, TrialRecord
+from ray_platform.sweep.config import FieldValues, SearchConfig, Space
+from ray_platform.sweep.schedulers import HISTORY, MILESTONE, RUNG, build_scheduler, is_baseline, trial_name
+from ray_platform.sweep.search import TRIAL, MultiObjectiveSearch, TrialConfig, trial_points
+from ray_platform.tracking import read_run_record
 
+_STATE = "state.json"
 TUNE = "tune"  # folder in output_dir with Ray Tune's state of the sweep
 _SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the driver, and with it all trials; Tune would wait for them
@@ -37,16 +47,38 @@ HEAD = "node:__internal_head__"
 
 
 @dataclass(frozen=True)
-class TrialOutcome:
-    """Result of a trial."""
+class TrialSegment:
+    """Part of a trial between two milestones."""
 
-    name: str
-    is_baseline: bool
-    state: Literal["finished", "stopped", "failed"]
-    error: str  # one line
-    values: Mapping[str, Any]
-    history: list[MilestoneEntry]
-    url: str  # folder of the trial; empty if it reported nothing
+    trial: str  # name of the trial
+    values: FieldValues
+    folder: str  # of the trial; a segment that was interrupted resumes from what is in it
+    origin: str  # checkpoint of another trial whose weights this trial started from; empty: none
+    budget_fraction: float  # of the trial's budget, used up at the end of the segment
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """State of a trial at a milestone."""
+
+    checkpoint: str
+    step: int
+    samples: int
+    metrics: Mapping[str, float]  # all metrics of the evaluation, the sweep's objectives among them
+
+
+class MilestoneEntry(TypedDict):
+    """Report of a trial at a milestone."""
+
+    milestone: int  # from 1
+    rung: int  # of ASHA
+    step: int
+    samples: int
+    seconds: float  # of all segments so far
+    metrics: Mapping[str, float]
+
+
+RunSegment = Callable[[TrialSegment], SegmentResult]  # pickled and sent to the trials
 
 
 @dataclass(frozen=True)
@@ -56,7 +88,7 @@ class Sweep:
     config: SearchConfig
     run_segment: RunSegment
     space: Space
-    baseline: Mapping[str, Any]  # the recipe's values of the fields of the space
+    baseline: FieldValues  # the recipe's values of the fields of the space
     needs: Sequence[ResourceRequest]  # resources of one trial, one request per group of nodes
 
     def concurrency(self) -> int:
@@ -73,7 +105,7 @@ class Sweep:
             )
         return requested or max(1, capacity)
 
-    def run(self) -> list[TrialOutcome]:
+    def run(self) -> list[TrialRecord]:
         """Run all trials to their end; if the sweep was run before, those that were interrupted or failed."""
         os.environ.update(_SETTINGS)
         os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # between two saves of the sweep's state
@@ -84,11 +116,14 @@ class Sweep:
             warnings.filterwarnings("ignore", message="Consider boosting PBT")  # a trial's own process does next to nothing
             self._tuner(path).fit()
         trials = sorted(tune.ExperimentAnalysis(path).trials, key=lambda trial: (len(str(trial)), str(trial)))
-        return [self._outcome(trial) for trial in trials]
+        return [self._record(trial) for trial in trials]
 
     def _tuner(self, path: str) -> tune.Tuner:
         concurrent, uses_optuna = self.concurrency(), self.config.search == "optuna"
-        trainable, points = self._trainable(concurrent), {} if uses_optuna else self._points()
+        trainable, points = self._trainable(concurrent), {}
+        if not uses_optuna:
+            values = enumerate(trial_points(self.config, self.space, self.baseline))
+            points = {TRIAL: tune.grid_search([{"number": number, "values": point} for number, point in values])}
         if _has_trials(path):
             return tune.Tuner.restore(path, trainable, resume_errored=True, param_space=points)
         storage.delete(path)  # of a sweep that was interrupted before its first trial
@@ -101,7 +136,7 @@ class Sweep:
                 num_samples=self.config.num_trials if uses_optuna else 1,
                 # Optuna proposes a trial only when it can start, with as many results as possible.
                 max_concurrent_trials=concurrent if uses_optuna else None,
-                trial_name_creator=_name_trial,
+                trial_name_creator=lambda trial: trial_name(trial.config[TRIAL]["number"]),
                 trial_dirname_creator=str,
             ),
             run_config=tune.RunConfig(
@@ -119,27 +154,29 @@ class Sweep:
     def _trainable(self, concurrent: int) -> Any:
         config, run_segment = self.config, self.run_segment
 
-        def trial(trial_config: dict[str, Any]) -> None:
+        def trial(trial_config: TrialConfig) -> None:
             run_trial(trial_config, run_segment, config)
 
         return tune.with_resources(trial, tune.PlacementGroupFactory([{HEAD: math.floor(9_900 / concurrent) / 10_000}]))
 
-    def _points(self) -> dict[str, Any]:
-        points = trial_points(self.config, self.space, self.baseline)
-        return {TRIAL: tune.grid_search([trial_config(n, point)[TRIAL] for n, point in enumerate(points)])}
-
-    def _outcome(self, trial: Trial) -> TrialOutcome:
-        history = trial.last_result.get(HISTORY, [])
-        has_failed, is_complete = trial.status == Trial.ERROR, len(history) == self.config.num_milestones
-        return TrialOutcome(
-            name=str(trial),
-            is_baseline=is_baseline(trial),
-            state="failed" if has_failed else "finished" if is_complete else "stopped",
-            error=_read_error(self.config, trial) if has_failed else "",
-            values=trial.config[TRIAL]["values"],
-            history=history,
-            url=trial.last_result.get("url", ""),
-        )
+    def _record(self, trial: Trial) -> TrialRecord:
+        report, has_failed = trial.last_result, trial.status == Trial.ERROR
+        history: list[MilestoneEntry] = report.get(HISTORY, [])
+        run = read_run_record(report["url"]) if history else None
+        return {
+            "name": str(trial),
+            "state": "failed" if has_failed else "finished" if len(history) == self.config.num_milestones else "stopped",
+            "default": is_baseline(trial),
+            "error": _read_error(self.config, trial) if has_failed else "",
+            "values": trial.config[TRIAL]["values"],
+            "history": [
+                HistoryEntry(step=one["step"], samples=one["samples"], seconds=one["seconds"], metrics=one["metrics"])
+                for one in history
+            ],
+            "metrics": history[-1]["metrics"] if history else {},
+            "run_id": run["run_id"] if run else "",
+            "url": report.get("url", ""),
+        }
 
 
 class Progress(tune.Callback):
@@ -159,10 +196,6 @@ class Progress(tune.Callback):
         print(f"{trial} failed: {_read_error(self.config, trial)}", flush=True)
 
 
-def _name_trial(trial: Trial) -> str:
-    return trial_name(trial.config[TRIAL]["number"])
-
-
 def _listed(resources: Mapping[str, float]) -> str:
     return " and ".join(f"{amount:g} {kind}s" for kind, amount in resources.items())
 
@@ -175,6 +208,69 @@ def _has_trials(path: str) -> bool:
     return bool(states) and bool(storage.read_json(states[-1].url)["trial_data"])
 
 
+def _error_url(config: SearchConfig, trial: str) -> str:
+    """Return the URL of the file with the error of a trial."""
+    return storage.join(config.output_dir, "trials", f"{trial}.error")
+
+
 def _read_error(config: SearchConfig, trial: Trial) -> str:
-    url = error_url(config.output_dir, str(trial))
+    url = _error_url(config, str(trial))
     return storage.read_bytes(url).decode() if storage.exists(url) else "its process died"
+
+
+# --- A trial, in its own process ------------------------------------------------------------------------------------------------
+
+
+def run_trial(config: TrialConfig, run_segment: RunSegment, search: SearchConfig) -> None:
+    """Run a trial and report its results at every milestone. When it fails, write the cause to `_error_url` in one line."""
+    name = tune.get_context().get_trial_name()
+    url = _error_url(search, name)
+    storage.delete(url)  # of the previous attempt
+    try:
+        _run_segments(name, config[TRIAL]["values"], run_segment, search)
+    except Exception as error:
+        storage.write_bytes(url, describe_error(error).encode())
+        raise
+
+
+def _run_segments(name: str, values: FieldValues, run_segment: RunSegment, search: SearchConfig) -> None:
+    state = _load_state(name)
+    # The folder's name depends on what its checkpoints depend on, so that no trial resumes from those of other values.
+    digest = hashlib.sha256(json.dumps([values, state.origin], sort_keys=True).encode()).hexdigest()[:6]
+    folder = storage.join(search.output_dir, "trials", f"{name}_{digest}")
+    for index, budget_fraction in list(enumerate(search.budget_fractions))[len(state.history) :]:
+        start = time.monotonic()
+        result = run_segment(TrialSegment(name, values, folder, state.origin, budget_fraction))
+        seconds = round(state.seconds + time.monotonic() - start, 1)
+        entry: MilestoneEntry = {
+            "milestone": index + 1, "rung": search.reduction**index, "step": result.step, "samples": result.samples,
+            "seconds": seconds, "metrics": dict(result.metrics),
+        }  # fmt: skip
+        state = _TrialState(name, state.origin, result.checkpoint, seconds, (*state.history, entry))
+        # The complete history each time: Ray Tune keeps only the last report of a trial.
+        progress = {MILESTONE: entry["milestone"], RUNG: entry["rung"], HISTORY: list(state.history), "url": folder}
+        with tempfile.TemporaryDirectory(prefix="trial_") as scratch:
+            (Path(scratch) / _STATE).write_text(json.dumps(asdict(state)))
+            tune.report({**entry["metrics"], **progress}, checkpoint=tune.Checkpoint.from_directory(scratch))
+
+
+@dataclass(frozen=True)
+class _TrialState:
+    """Progress of a trial, as Ray Tune's checkpoint holds it."""
+
+    trial: str
+    origin: str = ""  # as in TrialSegment
+    checkpoint: str = ""
+    seconds: float = 0.0
+    history: tuple[MilestoneEntry, ...] = ()
+
+
+def _load_state(trial: str) -> _TrialState:
+    """Return the state in Ray Tune's checkpoint. A clone has the results of the other trial, whose checkpoint is its origin."""
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None:
+        return _TrialState(trial)
+    with checkpoint.as_directory() as folder:
+        saved = json.loads((Path(folder) / _STATE).read_text())
+    origin = saved["origin"] if saved["trial"] == trial else saved["checkpoint"]
+    return _TrialState(trial, origin, saved["checkpoint"], saved["seconds"], tuple(saved["history"]))

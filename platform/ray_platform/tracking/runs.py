@@ -221,13 +221,13 @@ class TrackerHandle(Tracker):
     def end(self, status: RunStatus) -> None:
         self._ask("end", status)
 
-    def _send(self, method: str, *arguments: Any) -> None:
+    def _send(self, method: str, *arguments: Any, **named: Any) -> None:
         # Look at the previous call without waiting for it: that is how a dead actor is noticed.
         with _tolerate(self._warned):
             if self._last_call is not None and ray.wait([self._last_call], timeout=0)[0]:
                 ray.get(self._last_call)
         with _tolerate(self._warned):
-            self._last_call = getattr(self._actor, method).remote(*arguments)
+            self._last_call = getattr(self._actor, method).remote(*arguments, **named)
 
     describe: Any = partialmethod(_send, "describe")
     log_params: Any = partialmethod(_send, "log_params")

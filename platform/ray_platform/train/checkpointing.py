@@ -139,9 +139,8 @@ class TrainState:
         """Return the state in which the checkpoint was saved, for any number of ranks.
 
         The same number of ranks continues its plan, sample by sample. Another number plans the remaining samples anew. Other
-        shards (of a run that starts from another run's checkpoint) are read from their beginning.
-
-        Raises ConfigError for another seed, as the ledger counts a shard's samples in the order that the seed determines.
+        shards (of a run that starts from another run's checkpoint) are read from their beginning. Raises ConfigError for another
+        seed, as the ledger counts a shard's samples in the order that the seed determines.
         """
         url, manifest = loaded.url, loaded.manifest
         if manifest.seed != train.seed:
@@ -233,10 +232,7 @@ class CheckpointManager:
     def save(self, manifest: Manifest, consumed: Sequence[ConsumedRange], rank_state: RankState) -> None:
         """Copy this rank's part of the engine's state, and start to upload it in the background.
 
-        Args:
-            manifest: the checkpoint's content; token and files are filled in here.
-            consumed: by this rank since the last call.
-            rank_state: of this rank.
+        Token and files of the manifest are filled in here. `consumed` is what this rank consumed since the last call.
         """
         self.wait()  # for the checkpoint before
         self.phase = Phase.SNAPSHOT
@@ -308,15 +304,11 @@ class AsyncUploader:
     """Background uploads of one rank, one checkpoint at a time. A storage error fails the checkpoint, not the run."""
 
     def __init__(self, launch_dir: str, rank: int, token: str, on_progress: Callable[[], None]):
-        """
-        Args:
-            launch_dir: folder of this launch's checkpoints.
-            rank: this rank.
-            token: the same on all ranks and new for every start of the workers, so that the files of a rank that was declared
-                dead and still uploads are not part of a later checkpoint.
-            on_progress: called after every file, from the upload thread.
-        """
-        self.launch_dir, self.rank, self.token, self.on_progress = launch_dir, rank, token, on_progress
+        """`launch_dir`: folder of this launch's checkpoints. `on_progress` is called after every file, from the upload thread."""
+        self.launch_dir, self.rank, self.on_progress = launch_dir, rank, on_progress
+        # The same on all ranks and new for every start of the workers, so that the files of a rank that was declared dead and
+        # still uploads are not part of a later checkpoint.
+        self.token = token
         self.url = ""  # of the current checkpoint
         self.failure = ""  # why the current checkpoint failed on this rank
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")

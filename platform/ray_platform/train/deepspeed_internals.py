@@ -1,6 +1,6 @@
-"""All uses of DeepSpeed's undocumented attributes, each with the test that fails when a new version changes it.
+"""All uses of DeepSpeed's undocumented attributes; test_engine.py fails when a new version changes them.
 
-The tests are in test_deepspeed_internals.py. `optimizer` is the wrapper that `deepspeed.initialize` returns for ZeRO 1 to 3.
+`optimizer` is the wrapper that `deepspeed.initialize` returns for ZeRO 1 to 3.
 """
 
 from typing import Any

@@ -16,14 +16,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, at deepspeed's import
 
 import deepspeed
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 
 from ray_platform.contracts import Task
 from ray_platform.train import deepspeed_internals
@@ -237,8 +229,9 @@ class Engine:
 
     def _get(self, parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
         if self.config.zero_stage and parameter.requires_grad:
-            tensor = safe_get_full_fp32_param(parameter) if name == WEIGHTS else safe_get_full_optimizer_state(parameter, name)
-            return tensor.detach()
+            if name == WEIGHTS:
+                return deepspeed.utils.safe_get_full_fp32_param(parameter).detach()
+            return deepspeed.utils.safe_get_full_optimizer_state(parameter, name).detach()
         if name != WEIGHTS:
             return self.adam.state[parameter][name]
         with deepspeed.zero.GatheredParameters([parameter], enabled=self.config.zero_stage == 3):
@@ -251,14 +244,14 @@ class Engine:
             rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
             part = deepspeed_internals.local_part(parameter, value, rank, world_size)
             if name == WEIGHTS:
-                safe_set_local_fp32_param(parameter, part)
+                deepspeed.utils.safe_set_local_fp32_param(parameter, part)
             else:
-                safe_set_local_optimizer_state(parameter, part, name)
+                deepspeed.utils.safe_set_local_optimizer_state(parameter, part, name)
         elif self.config.zero_stage and parameter.requires_grad:
             if name == WEIGHTS:
-                safe_set_full_fp32_param(parameter, value)
+                deepspeed.utils.safe_set_full_fp32_param(parameter, value)
             else:
-                safe_set_full_optimizer_state(parameter, value, name)
+                deepspeed.utils.safe_set_full_optimizer_state(parameter, value, name)
         elif name != WEIGHTS:
             self.adam.state[parameter][name].copy_(value)
         if name == WEIGHTS:  # also the tensor that the module computes with

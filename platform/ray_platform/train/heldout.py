@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,10 +29,7 @@ def select_samples(batch: Batch, indices: Sequence[int]) -> Batch:
 
 
 def read_heldout(config: DataConfig, sources: tuple[str, ...], limit: int) -> Batch:
-    """Read the first `limit` usable samples of `sources` with the settings of `config`, but square and unfiltered.
-
-    Raises DataError if no sample can be used.
-    """
+    """Read the first `limit` usable samples of `sources`, square and unfiltered. Raises DataError if there are none."""
     config = replace(config, sources=sources, weights=(), aspect_ratios=(), filters=FilterConfig(), crop="centre")
     samples: list[Sample] = []
     for number, unit in enumerate(build_catalog(config).pools[0]):
@@ -73,21 +70,18 @@ def generate_previews(engine: "Engine", step: int) -> bytes | None:
     An error costs a warning and the images of its rank, not the run. Under ZeRO 3, however, a rank that fails inside of the
     module leaves the others waiting until the hang detector ends them.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    images: dict[int, Any] = {}
-    failure = ""
+    rank, images, failure, page = dist.get_rank(), {}, "", None
     try:
         with engine.inference():
-            images = engine.task.preview(rank, world_size)
+            images = engine.task.preview(rank, dist.get_world_size())
     except Exception as error:
         failure = f"rank {rank}: {describe_error(error)}"
         logger.debug("the preview failed", exc_info=True)
     parts = gather_objects((images, failure))
     if rank != 0:
         return None
-    failure = next(filter(None, (failed for _, failed in parts)), "")
-    all_images = {place: image for part, _ in parts for place, image in part.items()}
-    page = None
+    failure = next((failure for _, failure in parts if failure), "")
+    all_images = {place: image for images, _ in parts for place, image in images.items()}
     try:
         page = engine.task.preview_page(all_images) if all_images else None
     except Exception as error:

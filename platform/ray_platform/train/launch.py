@@ -85,8 +85,7 @@ class ProcessGroupConfig(TorchConfig):
 def choose_gloo_interface() -> None:
     """Unless the user has set it, select the interface with this node's address in the Ray cluster.
 
-    By default gloo uses the address of the host's name. That is 127.0.1.1 on many machines (as Debian's installer configures it),
-    which other hosts cannot reach.
+    By default gloo uses the address of the host's name: 127.0.1.1 with Debian's installer, which other hosts cannot reach.
     """
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
@@ -180,9 +179,7 @@ class Run:
     def fit(self) -> RunRecord:
         """Train to the launch's last step, and return the record of the tracked run.
 
-        Raises:
-            ConfigError, DataError: before anything starts.
-            TrainingError: the run failed, or was stopped by SIGTERM after saving a checkpoint.
+        Raises ConfigError or DataError before anything starts, and TrainingError for a run that failed or was stopped by SIGTERM.
         """
         catalog, heldout, run_id = self.check(), None, ""
         if self.train.heldout_sources:

@@ -24,7 +24,7 @@ class WorkerSpec:
     launch: str  # names this launch's checkpoints
     tracker: Tracker
     hang_detector: Any  # handle of the HangDetector actor
-    heldout: Any  # Ray reference to HeldoutSamples, or None
+    heldout: Any  # Ray reference to the validation samples, a Batch; or None
     params: dict[str, Any]  # resolved configuration
     code_version: str
 

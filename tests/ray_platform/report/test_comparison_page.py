@@ -1,12 +1,11 @@
 """A comparison's page: its verdict, all numbers, differences in their places, and what a comparison may lack."""
 
-import copy
 import json
 from pathlib import Path
 
 import pytest
 
-from diffdis_platform.comparison.claim import CLAIM
+from diffdis_platform.comparison.summary import CLAIM
 from ray_platform.metric_registry import find_metric
 from ray_platform.report.comparison import DotPlot, DotRow, comparison_page
 from tests.support.html_page import EVIL, Page, check_poison_is_text, poisoned, saved_details
@@ -23,11 +22,6 @@ def page_of(details):
     return Page(comparison_page(details, CLAIM))
 
 
-def scale(value, factor):
-    """Return paired differences times a factor."""
-    return {key: inner * factor if key in ("mean", "low", "high") else inner for key, inner in value.items()}
-
-
 def test_each_outcome_of_the_claim_has_its_sentence_and_its_intervals(details):
     page = page_of(details)
     entry = details["paired"]["accuracy_joint_minus_alignment"]
@@ -42,18 +36,17 @@ def test_each_outcome_of_the_claim_has_its_sentence_and_its_intervals(details):
     opposite = page_of(details | {"claim": {"holds": False, "why": ""}, "paired": paired})
     assert CLAIM.opposite in opposite.text
     assert "FD: joint is above generation by " in opposite.text
-    html = comparison_page(saved_details("comparison_one_seed"), CLAIM)
-    assert CLAIM.undecided in html
-    assert Page(html).text.count("(1 seed, no interval)") == 2
-    assert 'class="whisker"' not in html
-    assert "nan" not in html.lower()
+    one_seed = page_of(saved_details("comparison_one_seed"))
+    assert CLAIM.undecided in one_seed.text
+    assert one_seed.text.count("(1 seed, no interval)") == 2
+    assert "whisker" not in one_seed.attributes("class")
+    assert "nan" not in one_seed.text.lower()
     assert all(sentence not in Page(comparison_page(details)).text for sentence in (CLAIM.holds, "joint is above"))
 
 
 def test_the_table_has_mean_spread_and_cost_of_every_arm(details):
     page, arms = page_of(details), details["arms"]
-    (head,) = [row for row in page.rows if row[1:] == list(arms)]
-    rows = {row[0]: dict(zip(arms, row[1:], strict=True)) for row in page.rows if len(row) == len(head)}
+    rows = {row[0]: dict(zip(arms, row[1:], strict=True)) for row in page.rows if len(row) == 1 + len(arms)}
     for name in ("accuracy", "accuracy_heldout_style", "retrieval_r1", "fd", "kid"):
         metric = find_metric(name)
         for arm, cell in rows[f"{metric.label} {metric.arrow}"].items():
@@ -80,21 +73,16 @@ def test_every_difference_and_every_run_has_its_dots(details):
     first, second = (details["arms"][arm]["seeds"]["1"]["fd"] for arm in ("joint", "generation"))
     assert f"seed 1: −{second - first:.2f}" in page.attributes("title")
     assert classes.count("lane favorable") >= 2
-
-
-def test_intervals_are_where_they_should_be():
     plot = DotPlot([DotRow("a", ("b",), "", "", "favorable", [(2.0, "x")], 3.0, (1.0, 5.0))], has_zero=True)
     zero, one, two, five = (float(plot.left(value)) for value in (0, 1, 2, 5))
-    assert zero == 3
-    assert five == pytest.approx(zero + 5 * (one - zero), abs=0.02) == 97
-    assert float(plot.width((1.0, 5.0))) == pytest.approx(five - one, abs=0.02)
+    assert (zero, five) == (3, 97)
     assert two - one == pytest.approx(one - zero, abs=0.02)
-    assert (0, "0") in plot.labels()
+    assert float(plot.width(1.0, 5.0)) == pytest.approx(five - one, abs=0.02)
+    assert (0, "0") in plot.labels
 
 
 def test_masks_images_and_curves(details):
-    html = comparison_page(details, CLAIM)
-    page = Page(html)
+    page = page_of(details)
     assert ["mask", "one_way", "joint"] in page.rows
     assert page.rows_of("fields")[0][2] == "objective.task joint, model.query_visibility joint, objective.num_draws 1"
     assert page.count("img") == sum(len(grid["samples"]) for grid in details["grids"]) == 3 * 3 * 24
@@ -120,13 +108,9 @@ def test_what_is_missing_is_left_out(details):
     for field, anchor in (("paired", "paired"), ("grids", "images"), ("curves", "curves"), ("config", "masks")):
         less = {key: value for key, value in details.items() if key != field}
         assert set(page_of(less).attributes("id")) == everything - {anchor}
-
-
-def test_an_arm_without_a_finished_run(details):
-    odd = copy.deepcopy(details)
-    odd["arms"]["clip"] = {"seeds": {}, "mean": {}, "std": {}}
-    odd["paired"]["fd_joint_minus_generation"] |= {"mean": None, "low": None, "high": None, "n": 0}
-    page = page_of(odd)
+    details["arms"]["clip"] = {"seeds": {}, "mean": {}, "std": {}}  # an arm without a finished run
+    details["paired"]["fd_joint_minus_generation"] |= {"mean": None, "low": None, "high": None, "n": 0}
+    page = page_of(details)
     assert page.rows_of("seeds")[0][1:] == ["3", "3", "3", "0", "3"]
     assert page.rows_of("zero-shot accuracy")[0][4] == "–"
     assert "FD: joint minus generation is – (0 seeds, no interval)" in page.text
@@ -136,14 +120,12 @@ def test_markup_stays_text(details):
     spared = {"created", "png", "model.query_visibility", "query_visibility", "objective.task", "task"}
     evil = poisoned(details, spared, {"arms", "curves"})
     evil["paired"] = {key.replace("_minus_", f"{EVIL}_minus_") + EVIL: entry for key, entry in details["paired"].items()}
-    page = check_poison_is_text(comparison_page(evil, CLAIM), 200)
-    assert not page.attributes("href")
+    assert not check_poison_is_text(comparison_page(evil, CLAIM), 200).attributes("href")
 
 
 @pytest.mark.parametrize("name", ["comparison", "masks"])
 def test_the_summaries_in_the_docs_have_pages(name):
     summary = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
-    header = {"title": name, "created": "2026-11-26", "seconds": 1.0, "code_version": "1", "command": ""}
-    page = page_of(header | summary)
+    page = page_of({"title": name, "created": "2026-11-26", "seconds": 1.0, "code_version": "1", "command": ""} | summary)
     assert page.rows_of("zero-shot accuracy")
     assert [row for row in page.rows_of("scoring time") if len(row) == 1 + len(summary["arms"])]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffdis_platform.comparison.claim import CLAIM
+from diffdis_platform.comparison.summary import CLAIM
 from ray_platform.report.comparison import comparison_page
 from ray_platform.report.evaluation import evaluation_page
 from ray_platform.report.sweep import sweep_page

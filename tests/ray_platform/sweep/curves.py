@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_platform.contracts import DataError
-from ray_platform.sweep.trial import SegmentResult
+from ray_platform.sweep.sweep import SegmentResult
 
 BUDGET = 64  # steps
 

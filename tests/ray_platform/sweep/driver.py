@@ -2,14 +2,12 @@
 
 import json
 import sys
-from dataclasses import asdict
 
 import ray
 
 from ray_platform.connect import connect
 from ray_platform.placement import ResourceRequest
-from ray_platform.sweep.config import SearchConfig
-from ray_platform.sweep.space import Range, describe_space
+from ray_platform.sweep.config import Range, SearchConfig, describe_space
 from ray_platform.sweep.sweep import Sweep
 from tests.ray_platform.sweep.curves import Curves
 
@@ -31,7 +29,7 @@ def main() -> None:
     needs = [ResourceRequest({}, {"CPU": 1.0})]
     outcomes = Sweep(config, Curves(folder, seconds=float(seconds)), space, {"x": 0.5, "y": 0.5}, needs).run()
     groups = [group["state"] for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
-    print(json.dumps({"outcomes": [asdict(outcome) for outcome in outcomes], "groups": groups}))
+    print(json.dumps({"outcomes": outcomes, "groups": groups}))
 
 
 if __name__ == "__main__":

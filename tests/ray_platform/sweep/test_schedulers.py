@@ -7,10 +7,9 @@ import pytest
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from ray_platform.sweep.config import SearchConfig
+from ray_platform.sweep.config import Choice, Range, SearchConfig
 from ray_platform.sweep.schedulers import HISTORY, MILESTONE, RUNG, Population, SuccessiveHalving, trial_name
 from ray_platform.sweep.search import TRIAL
-from ray_platform.sweep.space import Choice, Range
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 

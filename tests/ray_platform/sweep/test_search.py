@@ -5,9 +5,8 @@ import random
 import pytest
 
 from ray_platform.contracts import ConfigError
-from ray_platform.sweep.config import SearchConfig
+from ray_platform.sweep.config import Choice, Range, SearchConfig, describe_space, parse_dimension
 from ray_platform.sweep.search import TRIAL, MultiObjectiveSearch, best_point, pareto_front, trial_points
-from ray_platform.sweep.space import Choice, Range, describe_space, parse_dimension
 
 SPACE = {"lambda": Range(0.25, 4.0, log=True), "start": Range(0, 700), "task": Choice(("joint", "clip"))}
 DEFAULT = {"lambda": 2.0, "start": 0, "task": "joint"}

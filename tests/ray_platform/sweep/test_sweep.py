@@ -7,8 +7,7 @@ import ray
 
 from ray_platform.contracts import ConfigError
 from ray_platform.placement import ResourceRequest
-from ray_platform.sweep.config import SearchConfig
-from ray_platform.sweep.space import Choice, Range, describe_space
+from ray_platform.sweep.config import Choice, Range, SearchConfig, describe_space
 from ray_platform.sweep.sweep import HEAD, Sweep
 from tests.ray_platform.sweep.curves import Curves, read_notes
 
@@ -53,15 +52,16 @@ def test_asha_stops_trials_and_failed_trials_are_retried(make, notes, capsys):
     fields = {"space": space, "search": "grid", "num_trials": 0, "max_concurrent": 1}
     outcomes = make({"fails": (0.9,), "fails_once": (0.7,)}, **fields).run()
     assert is_cleaned_up()
-    assert [outcome.name for outcome in outcomes] == [f"trial_{i:03d}" for i in range(4)]
-    assert [outcome.values["x"] for outcome in outcomes] == [0.5, 0.1, 0.7, 0.9]
-    assert [outcome.is_baseline for outcome in outcomes] == [True, False, False, False]
-    assert [outcome.state for outcome in outcomes] == ["finished", "stopped", "finished", "failed"]
+    assert [outcome["name"] for outcome in outcomes] == [f"trial_{i:03d}" for i in range(4)]
+    assert [outcome["values"]["x"] for outcome in outcomes] == [0.5, 0.1, 0.7, 0.9]
+    assert [outcome["default"] for outcome in outcomes] == [True, False, False, False]
+    assert [outcome["state"] for outcome in outcomes] == ["finished", "stopped", "finished", "failed"]
     for outcome in outcomes:
-        assert [entry["step"] for entry in outcome.history] == [16, 32, 64][: len(outcome.history)]
-        assert outcome.history[-1]["metrics"]["accuracy"] == pytest.approx(outcome.values["x"] * outcome.history[-1]["step"] / 64)
-    assert outcomes[3].error == "data.sources: the shard is damaged"
-    assert len(outcomes[3].history) == 1, "the results of a failed trial are kept"
+        x, history = outcome["values"]["x"], outcome["history"]
+        assert [entry["step"] for entry in history] == [16, 32, 64][: len(history)]
+        assert history[-1]["metrics"]["accuracy"] == pytest.approx(x * history[-1]["step"] / 64)
+    assert outcomes[3]["error"] == "data.sources: the shard is damaged"
+    assert len(outcomes[3]["history"]) == 1, "the results of a failed trial are kept"
     steps = {name: [note["step"] for note in notes("train") if note["trial"] == name] for name in ("trial_002", "trial_003")}
     assert steps == {"trial_002": [16, 32, 32, 64], "trial_003": [16, 32, 32]}, "a retry continues after the last milestone"
     out = capsys.readouterr().out
@@ -69,16 +69,16 @@ def test_asha_stops_trials_and_failed_trials_are_retried(make, notes, capsys):
     assert "trial_003 failed: data.sources: the shard is damaged" in out
     num_notes = len(notes("train"))
     again = make(**fields).run()
-    assert [outcome.state for outcome in again] == ["finished", "stopped", "finished", "finished"]
+    assert [outcome["state"] for outcome in again] == ["finished", "stopped", "finished", "finished"]
     assert [(n["trial"], n["step"]) for n in notes("train")[num_notes:]] == [("trial_003", 32), ("trial_003", 64)]
 
 
 @pytest.mark.slow
 def test_optuna_searches_both_objectives_at_once(make):
     outcomes = make(search="optuna", num_trials=8).run()
-    assert [outcome.name for outcome in outcomes] == [f"trial_{i:03d}" for i in range(8)]
-    assert outcomes[0].values == {"x": 0.5, "y": 0.5}
-    assert all(0 <= outcome.values["y"] <= 1 for outcome in outcomes)
+    assert [outcome["name"] for outcome in outcomes] == [f"trial_{i:03d}" for i in range(8)]
+    assert outcomes[0]["values"] == {"x": 0.5, "y": 0.5}
+    assert all(0 <= outcome["values"]["y"] <= 1 for outcome in outcomes)
     assert is_cleaned_up()
 
 
@@ -91,8 +91,8 @@ def test_a_population_clones_weights_and_values_of_the_best(make, notes):
         assert note["trial"] not in note["origin"]
         assert note["trial"] != "trial_000"
         assert 0 <= note["values"]["x"] <= 1, "perturbed values stay in their range"
-    assert outcomes[0].values == {"x": 0.5, "y": 0.5}
-    assert {(outcome.state, len(outcome.history)) for outcome in outcomes} == {("finished", 4)}
+    assert outcomes[0]["values"] == {"x": 0.5, "y": 0.5}
+    assert {(outcome["state"], len(outcome["history"])) for outcome in outcomes} == {("finished", 4)}
     assert is_cleaned_up()
 
 

@@ -1,1 +1,0 @@
-"""Sweeps of jobs/sweep.py: the fields that they vary, their trials and their report."""
