@@ -74,11 +74,7 @@ class ReplicaSpec:
     placement: Labels = field(default_factory=dict)  # labels of the nodes
 
     def resolve_num_replicas(self) -> int:
-        """Return the number of replicas to start.
-
-        Raises:
-            ConfigError: They do not fit on the cluster, where they would wait without a message.
-        """
+        """Return the number of replicas to start. Raises ConfigError if they do not fit, as they would wait without a message."""
         capacity = ResourceRequest(self.placement, {"CPU": self.cpus, "GPU": self.gpus}).capacity()
         needed = max(1, self.num_replicas)
         if capacity < needed and not can_autoscale():
@@ -224,10 +220,8 @@ class ReplicaPool:
     def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult]:
         """Yield one result per unit, those of an earlier run first. After a group's first error its other units are dropped.
 
-        An error of the unit's work becomes the error of its group, in one line.
-
-        Raises:
-            ConfigError: The replicas do not fit on the cluster.
+        An error of a unit's work becomes the error of its group, in one line. Raises ConfigError if the replicas do not
+        fit on the cluster.
         """
         self.progress = PoolProgress(sum(unit.cost for unit in units), len(units))
         cached = self.store.read([unit.key for unit in units])

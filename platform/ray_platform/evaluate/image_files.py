@@ -139,12 +139,15 @@ def _read_files(folder: str, files: LabeledNames, part: DatasetSlice) -> Samples
 # --- Torchvision's folders ------------------------------------------------------------------------------------------------------
 
 
+OpenFolder = Callable[[str, str], EvaluationSet]  # (name of the set, folder)
+
+
 class TorchvisionLayout(NamedTuple):
     """Where torchvision puts a set, and the function that opens it there."""
 
     folders: tuple[str, ...]  # the data are in one of these folders below the set's own
     marker: str  # a file that identifies the layout
-    open_folder: Callable[[str, str], EvaluationSet]  # (name of the set, folder)
+    open_folder: OpenFolder
 
 
 def open_torchvision(set_name: str, url: str) -> EvaluationSet | None:
@@ -171,14 +174,10 @@ def open_torchvision(set_name: str, url: str) -> EvaluationSet | None:
 def _open_index(
     read_index: Callable[[str], tuple[Sequence[str], LabeledNames]], source: str, images: str, set_name: str, folder: str
 ) -> EvaluationSet:
-    """Return a set with an index.
+    """Return the set in a folder.
 
-    Args:
-        read_index: Returns the classes, in label order, and the samples of the test split in a folder.
-        source: The file with the class names.
-        images: A pattern of the names of all images.
-        set_name: The name of the set.
-        folder: The folder that has the layout's marker.
+    `read_index(folder)` returns the classes, in label order, and the samples of the test split. `source` is the file with the
+    class names, `images` a pattern of the names of all images.
     """
     source = storage.join(folder, source)
     try:
@@ -357,7 +356,11 @@ def _read_cifar(url: str, size: int, start: int, stop: int, part: DatasetSlice) 
 
 # --- The table of torchvision's layouts -----------------------------------------------------------------------------------------
 
-_index = functools.partial(functools.partial, _open_index)
+
+def _index(read_index: Callable[[str], tuple[Sequence[str], LabeledNames]], source: str, images: str) -> OpenFolder:
+    return functools.partial(_open_index, read_index, source, images)
+
+
 _LAYOUTS = {
     "vtab/cifar10": TorchvisionLayout(("", "cifar-10-batches-py"), CIFAR_IMAGES["vtab/cifar10"], _open_cifar),
     "vtab/cifar100": TorchvisionLayout(("", "cifar-100-python"), CIFAR_IMAGES["vtab/cifar100"], _open_cifar),

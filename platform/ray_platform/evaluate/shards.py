@@ -54,8 +54,7 @@ _INTEGER = re.compile(rb"\s*[+-]?\d{1,9}\s*")
 def open_wds(set_name: str, url: str) -> EvaluationSet | None:
     """Return the set that CLIP_benchmark exported to a folder; None when the folder has another layout.
 
-    Raises:
-        DataError: A shard is missing, the class list cannot be used, or the set is for a task that is not evaluated.
+    Raises DataError if a shard is missing, the class list cannot be used, or the set is for a task that is not evaluated.
     """
     folder = storage.join(url, SPLIT)
     if not storage.exists(folder):
@@ -207,8 +206,7 @@ def open_parquet(set_name: str, url: str) -> EvaluationSet | None:
     Class names are those of a `classnames.txt` next to the files, or else the published ones if the file's names are in the same
     order, or else the file's own.
 
-    Raises:
-        DataError: Files, columns or class names are missing.
+    Raises DataError if files, columns or class names are missing.
     """
     files = _list_split(set_name, url)
     if not files:
