@@ -13,19 +13,8 @@ from pathlib import Path
 
 PRODUCT = ("diffdis", "platform", "jobs")
 LAYERS = ("diffdis", "ray_platform", "diffdis_platform", "jobs")  # a package imports only packages to its left
-DEPENDENCIES = (
-    "ray",
-    "deepspeed",
-    "torch",
-    "jsonargparse",
-    "argparse",
-    "mlflow",
-    "diffusers",
-    "transformers",
-    "optuna",
-    "pyarrow",
-)
-# Names with one leading underscore that are public API in spite of it, or belong to our own objects.
+TRAINING = ("ray", "deepspeed", "torch", "diffusers", "transformers")
+DEPENDENCIES = (*TRAINING, "jsonargparse", "argparse", "mlflow", "optuna", "pyarrow")
 PRIVATE_MODULE = re.compile(r"(^|\.)_[a-z]")
 UNTYPED_RECORD = re.compile(r"\b(?:dict|Mapping)\[str, (?:Any|object)\]")
 HTML_IN_F_STRING = re.compile(r"</?(?:div|td|th|tr|table|span|b|i|li|ul|code|svg|p|a|h[1-3]|details|summary|figure)\b")
@@ -54,96 +43,69 @@ def imports(tree: ast.AST, modules: set[str]) -> set[str]:
     return names & modules
 
 
-def cycles(graph: dict[str, set[str]]) -> int:
-    """Modules that reach themselves."""
-
-    def reaches(start: str) -> bool:
-        seen, stack = set(), list(graph[start])
-        while stack:
-            name = stack.pop()
-            if name == start:
-                return True
-            if name not in seen:
-                seen.add(name)
-                stack += graph[name]
-        return False
-
-    return sum(map(reaches, graph))
+def reaches_itself(start: str, graph: dict[str, set[str]]) -> bool:
+    seen: set[str] = set()
+    stack = list(graph[start])
+    while stack:
+        if (name := stack.pop()) not in seen:
+            seen.add(name)
+            stack += graph[name]
+    return start in seen
 
 
-def private_sites(tree: ast.AST) -> list[int]:
-    """Lines that import a private module or name of a dependency, or read a private attribute of anything but `self`, `cls` or a
-    class of the same file."""
-    ours = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)} | {"self", "cls", "super", "os"}
-    lines = []
-    for node in ast.walk(tree):
+def private_sites(tree: ast.AST) -> set[int]:
+    """Lines that import a private module or name of a dependency, or read a private attribute that the file does not define."""
+    nodes = list(ast.walk(tree))
+    ours = {node.name for node in nodes if isinstance(node, ast.ClassDef)} | {"self", "cls", "os"}
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    lines = set()
+    for node in nodes:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names]
-            whole = [f"{node.module}.{name}" for name in names] if isinstance(node, ast.ImportFrom) and node.module else names
-            if any(name.split(".")[0] in DEPENDENCIES and PRIVATE_MODULE.search(name) for name in whole):
-                lines.append(node.lineno)
+            prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            names = [prefix + alias.name for alias in node.names]
+            if any(name.split(".")[0] in DEPENDENCIES and PRIVATE_MODULE.search(name) for name in names):
+                lines.add(node.lineno)
         elif isinstance(node, ast.Attribute) and re.match(r"_[a-zA-Z]", node.attr):
-            base = node.value
-            if isinstance(base, ast.Call):  # super()._x belongs to a base class of a dependency or of ours
-                base = base.func
-            if not (isinstance(base, ast.Name) and base.id in ours - {"super"}) and not _is_own_attribute(tree, node.attr):
-                lines.append(node.lineno)
+            base = node.value.id if isinstance(node.value, ast.Name) else ""
+            if base not in ours and node.attr not in own:
+                lines.add(node.lineno)
     return lines
-
-
-def _is_own_attribute(tree: ast.AST, name: str) -> bool:
-    """Whether the file itself defines the private name, as a function, an attribute or a field."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
-            return True
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        for target in targets:
-            parts = target.elts if isinstance(target, ast.Tuple) else [target]
-            if any(
-                (isinstance(part, ast.Attribute) and part.attr == name) or (isinstance(part, ast.Name) and part.id == name)
-                for part in parts
-            ):
-                return True
-    return False
 
 
 def count(root: Path) -> dict[str, object]:
     texts = {path: path.read_text(encoding="utf-8") for path in python_files(root, *PRODUCT)}
-    trees = {path: ast.parse(text) for path, text in texts.items()}
     names = {path: module_name(root, path) for path in texts}
-    modules = set(names.values())
-    graph = {names[path]: imports(tree, modules) - {names[path]} for path, tree in trees.items()}
+    trees = {names[path]: ast.parse(text) for path, text in texts.items()}
+    graph = {name: imports(tree, set(trees)) - {name} for name, tree in trees.items()}
     importers = Counter(target for targets in graph.values() for target in targets)
     classes: dict[str, list[str]] = defaultdict(list)
-    private: dict[str, int] = {}
     long_functions, f_strings = [], 0
-    for path, tree in trees.items():
+    for name, tree in trees.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
-                classes[node.name].append(names[path])
+                classes[node.name].append(name)
             elif isinstance(node, ast.Assign) and node in tree.body and isinstance(node.targets[0], ast.Name):
-                alias = node.targets[0].id  # a type alias, as in `Labels = Mapping[str, str]`
-                if re.fullmatch(r"[A-Z][a-z]\w*", alias):
-                    classes[alias].append(names[path])
+                if re.fullmatch(r"[A-Z][a-z]\w*", node.targets[0].id):  # a type alias, as in `Labels = Mapping[str, str]`
+                    classes[node.targets[0].id].append(name)
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno > 60:
-                long_functions.append(f"{names[path]}.{node.name}")
+                long_functions.append(f"{name}.{node.name}")
             elif isinstance(node, ast.JoinedStr):
-                f_strings += bool(HTML_IN_F_STRING.search("".join(v.value for v in node.values if isinstance(v, ast.Constant))))
-        if sites := len(set(private_sites(tree))):
-            private[names[path]] = sites
-    layer = {name: LAYERS.index(name.split(".")[0]) if name.split(".")[0] in LAYERS else len(LAYERS) - 1 for name in modules}
-    upward = [f"{name} -> {target}" for name, targets in graph.items() for target in targets if layer[target] > layer[name]]
+                text = "".join(part.value for part in node.values if isinstance(part, ast.Constant))
+                f_strings += bool(HTML_IN_F_STRING.search(text))
+    layer = {name: LAYERS.index(name.split(".")[0]) if name.split(".")[0] in LAYERS else len(LAYERS) - 1 for name in trees}
     return {
         "product_lines": sum(text.count("\n") for text in texts.values()),
         "product_files": len(texts),
         "test_lines": sum(path.read_text(encoding="utf-8").count("\n") for path in python_files(root, "tests")),
-        "single_importer_modules": sorted(name for name in modules if importers[name] == 1 and "." in name),
+        "single_importer_modules": sorted(name for name in trees if importers[name] == 1 and "." in name),
         "dict_str_any": sum(len(UNTYPED_RECORD.findall(text)) for text in texts.values()),
         "repeated_class_names": sorted(name for name, places in classes.items() if len(places) > 1),
-        "private_api_sites": private,
+        "private_api_sites": {name: len(lines) for name, tree in trees.items() if (lines := private_sites(tree))},
         "html_f_strings": f_strings,
-        "modules_in_cycles": cycles(graph),
-        "imports_upward": upward,
+        "modules_in_cycles": sum(reaches_itself(name, graph) for name in graph),
+        "imports_upward": [f"{name} -> {target}" for name in graph for target in graph[name] if layer[target] > layer[name]],
         "functions_over_60_lines": long_functions,
         "files_over_400_lines": [names[path] for path, text in texts.items() if text.count("\n") > 400],
     }

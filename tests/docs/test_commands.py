@@ -1,6 +1,5 @@
 """Every command in README.md and docs/: run by the test that the page names, or marked, or a job's that its own parser takes."""
 
-import dataclasses
 import importlib
 import re
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from diffdis_platform.commands.precompute import PrecomputeConfig
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.export import ExportConfig
+from diffdis_platform.config.parse import field_types
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.config.sweep import SweepConfig
 from diffdis_platform.sizing.config import SizingConfig
@@ -111,20 +111,9 @@ def test_no_command_hides_in_a_block_of_another_language():
             compile(block.text, str(block), "exec")
 
 
-def fields_of(kind: Any, prefix: str = "") -> set[str]:
-    """All dotted names of a dataclass of dataclasses, the dataclasses' own included."""
-    names = set()
-    for field in dataclasses.fields(kind):
-        names.add(f"{prefix}{field.name}")
-        value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if dataclasses.is_dataclass(value):
-            names |= fields_of(type(value), f"{prefix}{field.name}.")
-    return names
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_fields_and_flags_in_the_text_exist(page):
-    fields = set().union(*(fields_of(config) for config in CONFIGS))
+    fields = set().union(*(field_types(config) for config in CONFIGS))
     groups = "|".join({name.partition(".")[0] for name in fields if "." in name})
     text = text_of(page)
     assert not [line for line in text.splitlines() if line.count("`") % 2], "code within the text must end on its line"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffdis.config import ObjectiveConfig
+from diffdis.config import ObjectiveConfig, tiny
 from diffdis.encoder import FrozenEncoder
 from diffdis.task import DiffDisTask
 from diffdis_platform.cli import run_command
@@ -33,6 +33,9 @@ from tests.support.ranks import shared_ranks
 ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow  # counting takes seconds
 CPU = torch.device("cpu")
+ONE_LEVEL = dataclasses.replace(
+    tiny().unet, block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+)
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def recipe(tiny_model):
 
     def make(train=None, objective=None, **model) -> PretrainConfig:
         return PretrainConfig(
-            model=dataclasses.replace(tiny_model, **model),
+            model=dataclasses.replace(tiny_model, unet=ONE_LEVEL, **model),
             objective=ObjectiveConfig(**(objective or {})),
             train=TrainConfig(**{"micro_batch_size": 4, **(train or {})}),
         )

@@ -58,17 +58,15 @@ def _sandbox() -> list[str]:
 
 
 class Network:
-    """A switch to which the sandbox itself, as the user's own machine, and the hosts are connected, for the length of a `with`
-    block."""
+    """A switch that connects the hosts and the sandbox itself, as the user's machine, for the length of a `with` block."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` takes what the hosts write, each in a folder of its name."""
         self.folder = folder
         self.hosts: list[Host] = []
-        _ip("link set lo up")
-        _ip("link add switch type bridge")
+        for command in ("set lo up", "add switch type bridge", "set switch up"):
+            _ip(f"link {command}")
         _ip(f"addr add {_SUBNET}.1/24 dev switch")
-        _ip("link set switch up")
 
     def __enter__(self) -> "Network":
         return self
@@ -104,11 +102,8 @@ class Host:
         self.prefix = ["nsenter", f"--target={holder.pid}", "--net", "--mount", "--uts", "--wdns=/tmp", "--"]
         _ip(f"link add {name} type veth peer name eth0 netns {holder.pid}")
         _ip(f"link set {name} master switch up")
-        self.run(["ip", "addr", "add", f"{address}/24", "dev", "eth0"])
-        self.run(["ip", "link", "set", "eth0", "up"])
-
-    def run(self, command: Sequence[str]) -> None:
-        subprocess.run([*self.prefix, *command], check=True)
+        for command in (f"addr add {address}/24 dev eth0", "link set eth0 up"):
+            subprocess.run([*self.prefix, "ip", *command.split()], check=True)
 
     def start(self, command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen:
         """What it says goes to `log` among its files."""

@@ -106,12 +106,10 @@ def poisoned(value: Any, spared: set[str], spoilt_keys: set[str] = frozenset(), 
 
 def check_poison_is_text(html: str, least: int) -> Page:
     """Check that markup in texts stays text: no element of it, and nothing that loads or runs. Return the page."""
-    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= least
     page = Page(html)
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= least
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form"})
     assert all(not name.startswith("on") for _, attrs in page.tags for name in attrs)
     assert all(source.startswith("data:image/") for source in page.attributes("src"))
-    assert EVIL not in "".join(page.attributes("style"))
-    assert "url(" not in html
-    assert "@import" not in html
+    assert not [text for text in ("url(", "@import") if text in html] + [s for s in page.attributes("style") if EVIL in s]
     return page
