@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-from diffdis.encoder import digest_of_folder
 from diffdis.metrics.zero_shot import class_embeddings
 from diffdis.model_folder import NO_CODE, NO_PICKLES, check_model_folder
 
@@ -35,7 +34,6 @@ class ClipScorer:
         kind = AutoConfig.from_pretrained(folder, **NO_CODE).model_type
         if kind != "clip":
             raise ValueError(f"{folder}: its config.json says model_type {kind}, not clip")
-        self.description = {"name": folder.name, "digest": digest_of_folder(folder)}
         self._device = torch.device(device)
         model = CLIPModel.from_pretrained(folder, dtype=torch.float32, **NO_PICKLES)
         self._model = model.eval().requires_grad_(False).to(self._device)

@@ -61,9 +61,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """Return |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), at least 0: Dowson and Landau (1982).
 
     The last trace is the sum of the roots of the eigenvalues of the symmetric matrix R^T S_b R with S_a = R R^T.
-
-    Raises:
-        ValueError: The features have different widths.
+    Raises ValueError for features of different widths.
     """
     _check_width(len(a.mean), len(b.mean))
     # Take the root of the one with fewer samples, which is narrower if there are fewer samples than dimensions.
@@ -97,10 +95,7 @@ def extrapolated_distance(features: np.ndarray, reference: Moments) -> float:
 
     A line is fitted to the distances of growing subsets of features [n, d] against 1/n and evaluated at 1/n = 0. The subsets grow
     in a random order with a fixed seed. The result can be negative. Two biases remain: that of the finite reference, and below
-    about 5 d features, where distances do not yet fall as 1/n, a part of this one.
-
-    Raises:
-        ValueError: There are fewer than 30 features.
+    about 5 d features, where distances do not yet fall as 1/n, a part of this one. Raises ValueError for fewer than 30 features.
     """
     if len(features) < 2 * EXTRAPOLATED_SUBSETS:
         raise ValueError(f"extrapolation from {len(features)} images: at least {2 * EXTRAPOLATED_SUBSETS} are needed")
@@ -166,14 +161,7 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> KID:
     """Return KID with the kernel (x·y / d + 1)^3 over 100 subsets of 1000: Bińkowski et al. (2018), "Demystifying MMD GANs".
 
     Subsets are sampled without replacement and with a fixed seed; they have min(n, m) features if that is fewer than 1000. The
-    estimate can be negative.
-
-    Args:
-        x: Features [n, d].
-        y: Features [m, d].
-
-    Raises:
-        ValueError: There are fewer than two features, or their widths differ.
+    estimate can be negative. Raises ValueError for fewer than two features x [n, d] or y [m, d].
     """
     _check_width(x.shape[1], y.shape[1])
     size = min(KID_SUBSET_SIZE, len(x), len(y))
@@ -210,15 +198,10 @@ def _off_diagonal_sum(kernel: torch.Tensor) -> float:
 
 
 def clip_score(cosines: np.ndarray) -> float:
-    """Return the mean of max(100 cos, 0) over pairs, 0 to 100, on the scale of torchmetrics.
+    """Return the mean of max(100 cos, 0) over the similarities [N] of images with their captions, as torchmetrics does.
 
-    Hessel et al. (2021), "CLIPScore", define 2.5 max(cos, 0): divide by 40 for theirs.
-
-    Args:
-        cosines: [N] similarities of each image with its caption.
-
-    Raises:
-        ValueError: There are none, or one is not finite.
+    Hessel et al. (2021), "CLIPScore", define 2.5 max(cos, 0): divide by 40 for theirs. Raises ValueError if N is 0, or a
+    similarity is not finite.
     """
     if not len(cosines) or not np.isfinite(cosines).all():
         raise ValueError(f"CLIPScore of {len(cosines)} cosines: at least one is needed, and all must be finite")

@@ -54,16 +54,9 @@ def most_similar(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices and similarities of the k most similar candidates of a few queries, best first: both [Q, k].
 
-    There are fewer than k columns when there are fewer candidates. All Q x N similarities are in memory at once.
-
-    Args:
-        queries: [Q, D].
-        candidates: [N, D].
-        k: The number of candidates.
-        is_readable: [N] bool; other candidates are never retrieved. None: all are.
-
-    Raises:
-        ValueError: An embedding is not finite.
+    There are fewer than k columns when there are fewer candidates. All similarities of queries [Q, D] and candidates [N, D] are
+    in memory at once. Candidates that are not `is_readable` [N] are never retrieved. Raises ValueError for
+    embeddings that are not finite.
     """
     check_finite(queries, "query")
     indices = np.arange(len(candidates)) if is_readable is None else np.flatnonzero(is_readable)

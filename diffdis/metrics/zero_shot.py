@@ -21,13 +21,7 @@ def class_embeddings(
 ) -> torch.Tensor:
     """Return the normalized mean of each class's unit-norm template embeddings, [C, D] of unit norm.
 
-    Args:
-        embed_texts: Called once with the texts of all classes.
-        class_names: C names.
-        templates: Texts in which "{c}" stands for the class.
-
-    Raises:
-        ValueError: A template lacks "{c}".
+    `embed_texts` is called once with the texts of all classes. Raises ValueError if a template lacks "{c}", the class.
     """
     for template in templates:
         if "{c}" not in template:
@@ -40,14 +34,8 @@ def class_embeddings(
 def predict_classes(images: np.ndarray, classes: np.ndarray, k: int = NUM_PREDICTIONS) -> np.ndarray:
     """Return the k most similar classes of each image, best first: [N, k] int64, -1 where there are fewer than k classes.
 
-    Of equally similar classes the one with the lower index comes first.
-
-    Args:
-        images: Embeddings [N, D].
-        classes: Embeddings [C, D].
-
-    Raises:
-        ValueError: An embedding is not finite.
+    Of equally similar classes the one with the lower index comes first. Raises ValueError if one of the embeddings, images [N, D]
+    and classes [C, D], is not finite.
     """
     check_finite(images, "image")
     check_finite(classes, "class")

@@ -84,7 +84,7 @@ def plan_sweep(config: SweepConfig, recipe: str) -> SweepPlan:
     return SweepPlan(config, recipe, space, baseline)
 
 
-def open_space(config: SweepConfig) -> tuple[dict[str, Dimension], dict[str, Any]]:
+def open_space(config: SweepConfig) -> tuple[dict[str, Dimension], FieldValues]:
     """Return the search space, and the recipe's values of its fields in JSON types.
 
     Raises:
@@ -119,12 +119,13 @@ def configure(config: SweepConfig, values: FieldValues) -> tuple[PretrainConfig,
     Raises:
         ConfigError: a field that does not exist, or a value that is not valid.
     """
-    changes: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # of the pretraining, and of the evaluation
-    for field, value in values.items():
-        if isinstance(_recipe_value(config, field), tuple) and not isinstance(value, list | tuple):
-            value = [value]
-        changes[field.startswith("evaluation.")][field.removeprefix("evaluation.")] = value
-    return with_fields(config.pretrain, changes[0]), with_fields(config.evaluation, changes[1])
+    values = {
+        field: [value] if isinstance(_recipe_value(config, field), tuple) and not isinstance(value, list | tuple) else value
+        for field, value in values.items()
+    }
+    pretrain = {field: value for field, value in values.items() if not field.startswith("evaluation.")}
+    evaluation = {field.removeprefix("evaluation."): value for field, value in values.items() if field not in pretrain}
+    return with_fields(config.pretrain, pretrain), with_fields(config.evaluation, evaluation)
 
 
 def _recipe_value(config: SweepConfig, field: str) -> Any:

@@ -31,9 +31,7 @@ _POLL_SECONDS = 5.0
 class UnitWork(Protocol):
     """The work of one unit. It is sent to a replica, so it holds plain data."""
 
-    def run(self, replica: Any) -> Rows:
-        """Return the unit's rows. `replica` is what `ReplicaSpec.build` returned."""
-        ...
+    def run(self, replica: Any) -> Rows: ...  # `replica` is what `ReplicaSpec.build` returned
 
 
 class ResultStore(Protocol):
@@ -75,16 +73,8 @@ class ReplicaSpec:
     gpus: float = 0.0  # per replica
     placement: Labels = field(default_factory=dict)  # labels of the nodes
 
-    @property
-    def device(self) -> str:
-        return "cuda" if self.gpus else "cpu"
-
     def resolve_num_replicas(self) -> int:
-        """Return the number of replicas to start.
-
-        Raises:
-            ConfigError: They do not fit on the cluster, where they would wait without a message.
-        """
+        """Return the number of replicas to start. Raises ConfigError if they do not fit, as they would wait without a message."""
         capacity = ResourceRequest(self.placement, {"CPU": self.cpus, "GPU": self.gpus}).capacity()
         needed = max(1, self.num_replicas)
         if capacity < needed and not can_autoscale():
@@ -230,38 +220,34 @@ class ReplicaPool:
     def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult]:
         """Yield one result per unit, those of an earlier run first. After a group's first error its other units are dropped.
 
-        An error of the unit's work becomes the error of its group, in one line.
-
-        Raises:
-            ConfigError: The replicas do not fit on the cluster.
+        An error of a unit's work becomes the error of its group, in one line. Raises ConfigError if the replicas do not
+        fit on the cluster.
         """
         self.progress = PoolProgress(sum(unit.cost for unit in units), len(units))
-        cached, remaining = self.store.read([unit.key for unit in units]), []
+        cached = self.store.read([unit.key for unit in units])
+        remaining = [unit for unit in units if unit.key not in cached]
         for unit in units:
             if unit.key in cached:
                 self.progress.add(unit, cached=True)
                 yield UnitResult(unit, cached.pop(unit.key))
-            else:
-                remaining.append(unit)
         if not remaining:
             return
         replicas, self.queue, self._running = self.queue.replicas, WorkQueue(remaining), {}
+        replicas += [self._start_replica() for _ in range(len(replicas), min(self.spec.resolve_num_replicas(), len(remaining)))]
         for actor in replicas:
             self.queue.add_replica(actor)
-        for _ in range(len(replicas), min(self.spec.resolve_num_replicas(), len(remaining))):
-            self.queue.add_replica(self._start_replica())
         yield from self._run_queue()
         self.show(self.progress.line())
 
     def _start_replica(self) -> Any:
-        options: dict[str, Any] = {
-            "num_cpus": self.spec.cpus,
-            "num_gpus": self.spec.gpus,
-            "max_concurrency": UNITS_IN_FLIGHT,
-            "label_selector": label_selector(self.spec.placement),
-            "scheduling_strategy": "DEFAULT",  # not the placement group of a sweep's trial, which has no CPUs
-        }
-        return ray.remote(ReplicaActor).options(**options).remote(self.spec.build, self.spec.device, self.store)
+        actor: Any = ray.remote(ReplicaActor)
+        return actor.options(
+            num_cpus=self.spec.cpus,
+            num_gpus=self.spec.gpus,
+            max_concurrency=UNITS_IN_FLIGHT,
+            label_selector=label_selector(self.spec.placement),
+            scheduling_strategy="DEFAULT",  # not the placement group of a sweep's trial, which has no CPUs
+        ).remote(self.spec.build, "cuda" if self.spec.gpus else "cpu", self.store)
 
     def _run_queue(self) -> Iterator[UnitResult]:
         last_shown = time.monotonic()

@@ -1,9 +1,9 @@
-"""CPU time of the decoder by image size and of a checkpoint's upload to S3: constants of jobs/sizing.py.
+"""CPU time of the decoder by image size and of a checkpoint's upload to S3: constants of `diffdis sizing`.
 
     PYTHONPATH=platform:. python tests/benchmarks/sizing.py [--rounds 5]
 
 One process. CPU seconds, so that other processes on the machine matter little; medians over rounds.
-Decoding is fitted by seconds = a + b * megapixels of the file, as in `diffdis_platform.sizing.measured`, in proportion to the
+Decoding is fitted by seconds = a + b * megapixels of the file, as in `diffdis_platform.sizing.estimate`, in proportion to the
 loader's own benchmark. The last line is one JSON object.
 """
 
@@ -51,12 +51,6 @@ def decoding(contents: list[bytes], target: int) -> float:
     return (time.process_time() - begun) / len(contents)
 
 
-def fitted(seconds: dict[tuple[int, int], float]) -> list[float]:
-    """[a, b]"""
-    rows = np.array([[1.0, (side / 1000) ** 2] for side, _ in seconds])
-    return [float(x) for x in np.linalg.lstsq(rows, np.array(list(seconds.values())), rcond=None)[0]]
-
-
 def upload() -> tuple[float, float]:
     """(bytes a second, seconds of this process's CPU a gigabyte): one writer, seaweedfs on the same cores."""
     rates, cpus = [], []
@@ -84,11 +78,12 @@ def main() -> None:
     contents = {side: jpegs(side) for side, _ in SIDES}
     calls = {f"{side} to {target}": partial(decoding, contents[side], target) for side, target in SIDES}
     seconds = dict(zip(SIDES, medians(in_turns(calls, arguments.rounds), 6).values(), strict=True))
+    megapixels = [(side / 1000) ** 2 for side, _ in seconds]
     rate, cpu = upload()
     result = {
         "cpu_ms_an_image": {f"{side} to {target}": round(1e3 * value, 3) for (side, target), value in seconds.items()},
         "mean_kb": {str(side): round(statistics.mean(map(len, c)) / 1e3, 1) for side, c in contents.items()},
-        "decode_ms_a_b": [round(1e3 * x, 3) for x in fitted(seconds)],
+        "decode_ms_a_b": [round(1e3 * float(x), 3) for x in np.polyfit(megapixels, list(seconds.values()), 1)[::-1]],
         "upload_mb_per_second": round(rate / 1e6),
         "upload_cpu_seconds_a_gigabyte": round(cpu, 2),
     }

@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffdis.feature_networks import PooledFeatures, _to_efficientnet, build_feature_network
-from diffdis.inception import INCEPTION_DIGEST, RESIZES, Inception
+from diffdis.feature_networks import INCEPTION_DIGEST, RESIZES, Inception, PooledFeatures, _to_efficientnet, build_feature_network
 from tests.diffdis.metrics import peers
 
 CPU = torch.device("cpu")
@@ -73,7 +72,7 @@ def test_inception_equals_torch_fidelitys(random_inception):
     np.testing.assert_allclose(features, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (299, 299), (301, 200), (512, 640)])
+@pytest.mark.parametrize("size", [(32, 32), (299, 299), (301, 400)])
 def test_ways_of_resizing(size):
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
@@ -82,8 +81,8 @@ def test_ways_of_resizing(size):
     theirs = (interpolate_bilinear_2d_like_tensorflow1x(planes, size=(299, 299), align_corners=False) - 128) / 128
     assert torch.equal(RESIZES["torch_fidelity"](images, CPU), theirs)
 
-    # Bilinear between the centres of pixels, the outermost repeated, in float64.
-    rows, columns = (between_centres(length) for length in size)
+    # torch-fidelity's and PIL's ways are known; this one is bilinear between the centers of pixels, the outermost repeated.
+    rows, columns = (between_centers(length) for length in size)
     upright = rows @ planes.double() @ columns.T
     torch.testing.assert_close(RESIZES["pytorch_fid"](images, CPU).double(), upright / 127.5 - 1, rtol=0, atol=1e-4)
 
@@ -98,7 +97,7 @@ def test_ways_of_resizing(size):
         assert ((RESIZES[resize](images, CPU) - clean).abs().max() > 0.02) == (size != (299, 299))
 
 
-def between_centres(length):
+def between_centers(length):
     """[299, length]: what each pixel takes of those of a line of `length`."""
     place = ((torch.arange(299, dtype=torch.float64) + 0.5) * length / 299 - 0.5).clamp(0, length - 1)
     low = place.long()

@@ -19,6 +19,10 @@ from tests.support.training import assert_close_losses, logged_losses, logged_me
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
+def with_fields(run, **train):
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, **train))
+
+
 @pytest.fixture(scope="module")
 def expected(trained_run):
     """(losses, keys) of the plain loop over the steps of `trained_run`."""
@@ -43,9 +47,9 @@ def test_steps_that_are_done_again_have_the_same_losses_to_the_last_bit(trained_
     assert len(set(losses)) == 12
 
 
-def test_an_existing_run_is_not_overwritten(make_run, trained_run):
+def test_an_existing_run_is_not_overwritten(trained_run):
     with pytest.raises(ConfigError, match="already holds a run"):
-        make_run(trained_run.output).check()
+        with_fields(trained_run.plain, resume="none").check()
 
 
 def test_a_checkpoint_exports_as_the_run_itself_did(trained_run, tmp_path):
@@ -71,16 +75,16 @@ def test_a_run_that_was_never_disturbed_has_the_same_losses_to_the_last_bit(trai
     """In two launches, the first of which stops at a step."""
     run = dataclasses.replace(trained_run.plain, output_dir=str(tmp_path))
     for last_step in (10, 12):
-        dataclasses.replace(run, train=dataclasses.replace(run.train, stop_at_step=last_step)).fit()
+        with_fields(run, stop_at_step=last_step).fit()
         assert json.loads((tmp_path / "train_summary.json").read_text())["num_steps"] == last_step
     assert logged_losses(tmp_path) == logged_losses(trained_run.output)
 
 
 @pytest.mark.slow
-def test_a_run_resumes_from_any_checkpoint_in_a_new_folder(trained_run, make_run, tmp_path):
+def test_a_run_resumes_from_any_checkpoint_in_a_new_folder(trained_run, tmp_path):
     """Step 9 of 12 is inside a shard of the second epoch."""
     checkpoint = next((trained_run.output / "checkpoints").glob("*/step_00000009"))
-    make_run(tmp_path, zero_stage=3, ema_decay=0.5, num_steps=12, resume=str(checkpoint)).fit()
+    dataclasses.replace(with_fields(trained_run.plain, resume=str(checkpoint)), output_dir=str(tmp_path)).fit()
     resumed = logged_losses(tmp_path)
     assert sorted(resumed) == [10, 11, 12]
     assert resumed == {step: values for step, values in logged_losses(trained_run.output).items() if step > 9}

@@ -13,32 +13,20 @@ from ray_platform.contracts import DataError
 
 @dataclass(frozen=True)
 class Square:
-    """The square of a number, after some seconds. Every run leaves a file."""
+    """The square of a number, after some seconds. Every run leaves a file; the first `deaths` runs kill their replica."""
 
     number: int
     notes: str = ""
     seconds: float = 0.0
+    deaths: int = 0
 
     def run(self, replica):
         if self.notes:
+            runs = len(list(Path(self.notes).glob(f"{self.number}-*")))
             (Path(self.notes) / f"{self.number}-{os.getpid()}-{time.time_ns()}").touch()
+            if runs < self.deaths:
+                os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.seconds)
-        return {"squares": np.array([self.number**2])}
-
-
-@dataclass(frozen=True)
-class KillReplica:
-    """Kills its replica the first `times` times."""
-
-    number: int
-    notes: str
-    times: int = 1
-
-    def run(self, replica):
-        before = list(Path(self.notes).glob(f"died-{self.number}-*"))
-        if len(before) < self.times:
-            (Path(self.notes) / f"died-{self.number}-{len(before)}").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
         return {"squares": np.array([self.number**2])}
 
 

@@ -41,7 +41,3 @@ class MlflowServer:
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self._process.pid, number)
                 self._process.wait(timeout=30)
-
-    def _check_health(self) -> None:
-        with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-            pass

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffdis_platform.commands import typed_command
+from diffdis_platform.commands import connect_cluster, typed_command
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.recipes import recipes_of
@@ -21,13 +21,10 @@ def main(argv: Sequence[str]) -> int:
     from diffdis_platform.comparison.run import REPORT, SUMMARY, compare, plan_comparison
     from diffdis_platform.comparison.summary import format_summary
     from ray_platform import storage
-    from ray_platform.connect import connect
-    from ray_platform.local_head import ensure_cluster
 
     config = command.config
     plan = plan_comparison(config)
-    ensure_cluster()
-    connect()
+    connect_cluster()
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
     summary = compare(config, plan, command.recipe, typed_command())
     print(f"\n{format_summary(summary)}\n")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffdis_platform.commands import typed_command
+from diffdis_platform.commands import connect_cluster, typed_command
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.config.sweep import SweepConfig
 from diffdis_platform.recipes import recipes_of
@@ -20,14 +20,11 @@ def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
     from diffdis_platform.sweeping import REPORT, format_trials, plan_sweep, rebuild_report, run_sweep
     from ray_platform import storage
-    from ray_platform.connect import connect
-    from ray_platform.local_head import ensure_cluster
 
     details = rebuild_report(command.config.output_dir)
     if details is None:
         plan = plan_sweep(command.config, command.recipe)
-        ensure_cluster()
-        connect()
+        connect_cluster()
         details = run_sweep(plan, command.yaml, typed_command())
     report = storage.join(command.config.output_dir, REPORT)
     print(f"\n{format_trials(details)}\n\ndone: {report}, next to details.json", flush=True)

@@ -23,7 +23,7 @@ CLAIM = Claim(
 CONFIDENCE = 0.95
 
 Fields = dict[str, Any]  # config field -> value
-RunFigures = Mapping[str, Any]  # scores and costs of a run by name, and its `environment`
+RunFigures = Fields  # scores and costs of a run by name, and its `environment`
 Results = dict[str, dict[int, RunFigures]]  # arm -> seed -> figures
 
 

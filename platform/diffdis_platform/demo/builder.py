@@ -26,6 +26,7 @@ MAX_PAIRS_PER_SHARD = 512
 MIN_TRAIN_SHARDS = 8
 
 T = TypeVar("T")
+TarSample = dict[str, object]  # content by suffix
 DemoManifest = dict[str, Any]  # manifest.json: versions, counts and digests
 
 
@@ -140,7 +141,7 @@ def _write_pairs(folder: Path, pairs: Sequence[Pair], min_shards: int) -> None:
     """Write `folder/00000.tar ...` with key.json, key.png and key.txt, keyed by shard and index."""
     folder.mkdir(parents=True)
     for shard, part in enumerate(_shards(pairs, min_shards)):
-        samples: list[dict[str, object]] = []
+        samples: list[TarSample] = []
         for index, pair in enumerate(part):
             key, icon = f"{shard:05d}{index:04d}", pair.icon
             info = {
@@ -165,16 +166,16 @@ def _write_retrieval(folder: Path, pairs: Sequence[Pair]) -> None:
     (folder / "dataset_type.txt").write_text("retrieval", encoding="utf-8")
 
 
-def _write_test_split(folder: Path, samples: Sequence[Mapping[str, object]]) -> None:
+def _write_test_split(folder: Path, samples: Sequence[TarSample]) -> None:
     """Write `folder/test/0.tar ...` and the number of shards."""
     (folder / "test").mkdir(parents=True)
-    shards = _shards([{"__key__": f"s{index:07d}"} | dict(sample) for index, sample in enumerate(samples)], 1)
+    shards = _shards([{"__key__": f"s{index:07d}"} | sample for index, sample in enumerate(samples)], 1)
     for number, shard in enumerate(shards):
         _write_tar(folder / "test" / f"{number}.tar", shard)
     (folder / "test" / "nshards.txt").write_text(str(len(shards)), encoding="utf-8")
 
 
-def _write_tar(path: Path, samples: Sequence[dict[str, object]]) -> None:
+def _write_tar(path: Path, samples: Sequence[TarSample]) -> None:
     # The same bytes on every machine and at any time: no name of a user, and no time.
     with webdataset.TarWriter(str(path), user="", group="", mtime=0) as tar:
         for sample in samples:

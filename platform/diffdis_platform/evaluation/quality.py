@@ -86,11 +86,7 @@ def network_builders(config: QualityConfig) -> dict[str, Callable[[str], PooledF
 
 
 def read_prompts(config: QualityConfig) -> list[str]:
-    """Return the first `num_images` lines of a text file or first captions of a retrieval set.
-
-    Raises:
-        ConfigError: There are fewer than two.
-    """
+    """Return the first lines of a text file or first captions of a retrieval set. Raises ConfigError for fewer than two."""
     if config.prompts.endswith((".txt", ".tsv")):
         lines = storage.read_small(config.prompts).decode(errors="replace").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]

@@ -22,24 +22,8 @@ from PIL import Image
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, describe_error
 from ray_platform.data.causes import LOST, RejectedSample
-from ray_platform.evaluate.sets import (
-    CLASSES_FILE,
-    DEFAULT_TEMPLATES,
-    IMAGES_PER_SLICE,
-    KNOWN_SETS,
-    ClassTexts,
-    DatasetSlice,
-    EvaluationSet,
-    EvaluationTask,
-    RawSample,
-    Samples,
-    SlicePart,
-    build_set,
-    class_texts,
-    list_sidecars,
-    read_lines,
-    to_published_names,
-)  # fmt: skip
+from ray_platform.evaluate import sets
+from ray_platform.evaluate.sets import ClassTexts, DatasetSlice, EvaluationSet, EvaluationTask, RawSample, Samples, SlicePart
 from ray_platform.names import check_below
 
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -64,10 +48,10 @@ def open_image_folder(set_name: str, url: str) -> EvaluationSet | None:
     folders = sorted({name.partition("/")[0] for name in sizes if "/" in name})
     if not folders:
         return None
-    sidecars, known = list_sidecars(url), KNOWN_SETS.get(set_name)
-    source = sidecars.get(CLASSES_FILE, f"{url} (one subfolder per class)")
-    if CLASSES_FILE in sidecars:
-        classes = read_lines(source)
+    sidecars, known = sets.list_sidecars(url), sets.KNOWN_SETS.get(set_name)
+    source = sidecars.get(sets.CLASSES_FILE, f"{url} (one subfolder per class)")
+    if sets.CLASSES_FILE in sidecars:
+        classes = sets.read_lines(source)
         if len(classes) != len(folders):
             raise DataError(
                 f"{set_name}: {source} names {len(classes)} classes, but there are {len(folders)} subfolders; "
@@ -77,8 +61,8 @@ def open_image_folder(set_name: str, url: str) -> EvaluationSet | None:
         _check_class_folders(set_name, url, folders, known.class_folders)
         classes = known.classes
     else:
-        classes = to_published_names(set_name, folders, source)
-    texts = class_texts(set_name, classes, source, sidecars, DEFAULT_TEMPLATES)
+        classes = sets.to_published_names(set_name, folders, source)
+    texts = sets.class_texts(set_name, classes, source, sidecars, sets.DEFAULT_TEMPLATES)
     samples = [(name, folders.index(name.partition("/")[0])) for name in sorted(sizes) if "/" in name]
     return _build_set(set_name, url, "image folder", texts, samples, sizes)
 
@@ -113,14 +97,14 @@ def _build_set(
     for name, _ in samples:  # an index that was downloaded may name any file of this machine
         check_below(name, url)
     parts = []
-    for start in range(0, len(samples), IMAGES_PER_SLICE):
-        part = samples[start : start + IMAGES_PER_SLICE]
+    for start in range(0, len(samples), sets.IMAGES_PER_SLICE):
+        part = samples[start : start + sets.IMAGES_PER_SLICE]
         name = part[0][0] if len(part) == 1 else f"{part[0][0]} to {part[-1][0]}"
         parts.append(SlicePart(name, len(part), functools.partial(_read_files, url, part)))
     files = [(name, sizes.get(name, -1)) for name, _ in samples]
     num_existing = sum(name in sizes for name, _ in samples)
     task: EvaluationTask = "zeroshot_classification" if texts.classes else "images"
-    return build_set(set_name, task, url, layout, files, parts, texts, num_existing)
+    return sets.build_set(set_name, task, url, layout, files, parts, texts, num_existing)
 
 
 def _read_files(folder: str, files: LabeledNames, part: DatasetSlice) -> Samples:
@@ -139,12 +123,15 @@ def _read_files(folder: str, files: LabeledNames, part: DatasetSlice) -> Samples
 # --- Torchvision's folders ------------------------------------------------------------------------------------------------------
 
 
+OpenFolder = Callable[[str, str], EvaluationSet]  # (name of the set, folder)
+
+
 class TorchvisionLayout(NamedTuple):
     """Where torchvision puts a set, and the function that opens it there."""
 
     folders: tuple[str, ...]  # the data are in one of these folders below the set's own
     marker: str  # a file that identifies the layout
-    open_folder: Callable[[str, str], EvaluationSet]  # (name of the set, folder)
+    open_folder: OpenFolder
 
 
 def open_torchvision(set_name: str, url: str) -> EvaluationSet | None:
@@ -171,14 +158,10 @@ def open_torchvision(set_name: str, url: str) -> EvaluationSet | None:
 def _open_index(
     read_index: Callable[[str], tuple[Sequence[str], LabeledNames]], source: str, images: str, set_name: str, folder: str
 ) -> EvaluationSet:
-    """Return a set with an index.
+    """Return the set in a folder.
 
-    Args:
-        read_index: Returns the classes, in label order, and the samples of the test split in a folder.
-        source: The file with the class names.
-        images: A pattern of the names of all images.
-        set_name: The name of the set.
-        folder: The folder that has the layout's marker.
+    `read_index(folder)` returns the classes, in label order, and the samples of the test split. `source` is the file with the
+    class names, `images` a pattern of the names of all images.
     """
     source = storage.join(folder, source)
     try:
@@ -190,7 +173,7 @@ def _open_index(
             f"{set_name}: {storage.join(folder, _LAYOUTS[set_name].marker)} or a file next to it is not as torchvision's dataset "
             f"writes it ({describe_error(error)}); download the set again"
         ) from None
-    texts = class_texts(set_name, to_published_names(set_name, names, source), source, {})
+    texts = sets.class_texts(set_name, sets.to_published_names(set_name, names, source), source, {})
     if invalid := [(name, label) for name, label in samples if not 0 <= label < len(names)]:
         raise DataError(
             f"{set_name}: {folder}/{invalid[0][0]} has label {invalid[0][1]}, but {source} names {len(names)} classes; "
@@ -213,7 +196,7 @@ def _flowers(folder: str) -> tuple[Sequence[str], LabeledNames]:
     """The files have no class names; the known set's are in the order of the labels."""
     labels, numbers = _mat(folder, "imagelabels.mat")["labels"], _mat(folder, "setid.mat")["tstid"].tolist()
     samples = [(f"jpg/image_{number:05d}.jpg", int(labels[number - 1]) - 1) for number in numbers]
-    return KNOWN_SETS["vtab/flowers"].classes, samples
+    return sets.KNOWN_SETS["vtab/flowers"].classes, samples
 
 
 def _food(folder: str) -> tuple[Sequence[str], LabeledNames]:
@@ -224,28 +207,28 @@ def _food(folder: str) -> tuple[Sequence[str], LabeledNames]:
 
 def _sun(folder: str) -> tuple[Sequence[str], LabeledNames]:
     """The class of `a/abbey/sun_1.jpg` is "/a/abbey" in ClassName.txt. All images belong to the test split."""
-    lines = read_lines(storage.join(folder, "ClassName.txt"))
+    lines = sets.read_lines(storage.join(folder, "ClassName.txt"))
     labels = {line.strip("/"): label for label, line in enumerate(lines)}
     names = [name for name in sorted(_image_sizes(folder)) if posixpath.basename(name).startswith("sun_")]
     return [line[3:] for line in lines], [(name, labels[posixpath.dirname(name)]) for name in names]
 
 
 def _textures(folder: str) -> tuple[Sequence[str], LabeledNames]:
-    names = read_lines(storage.join(folder, "labels/test1.txt"))
+    names = sets.read_lines(storage.join(folder, "labels/test1.txt"))
     classes = sorted({posixpath.dirname(name) for name in names})
     return classes, [(f"images/{name}", classes.index(posixpath.dirname(name))) for name in names]
 
 
 def _aircraft(folder: str) -> tuple[Sequence[str], LabeledNames]:
-    classes = read_lines(storage.join(folder, "data/variants.txt"))
+    classes = sets.read_lines(storage.join(folder, "data/variants.txt"))
     labels = {name: label for label, name in enumerate(classes)}
-    lines = [line.split(" ", 1) for line in read_lines(storage.join(folder, "data/images_variant_test.txt"))]
+    lines = [line.split(" ", 1) for line in sets.read_lines(storage.join(folder, "data/images_variant_test.txt"))]
     return classes, [(f"data/images/{number}.jpg", labels[variant]) for number, variant in lines]
 
 
 def _pets(folder: str) -> tuple[Sequence[str], LabeledNames]:
     """Lines are `Abyssinian_201 1 1 1`: the image, its breed counted from 1, and two fields that are not needed."""
-    lines = [line.split() for line in read_lines(storage.join(folder, "annotations/test.txt")) if not line.startswith("#")]
+    lines = [line.split() for line in sets.read_lines(storage.join(folder, "annotations/test.txt")) if not line.startswith("#")]
     samples = [(f"images/{name}.jpg", int(breed) - 1) for name, breed, *_ in lines]
     names = {label: posixpath.basename(name).rpartition("_")[0] for name, label in samples}
     return [names[label].replace("_", " ") for label in sorted(names)], samples
@@ -331,15 +314,15 @@ def _open_cifar(set_name: str, url: str) -> EvaluationSet:
     if not isinstance(names, list):
         raise DataError(f"{set_name}: {meta_url} has no list {field!r}; download the set again")
     classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
-    texts = class_texts(set_name, classes, meta_url, {})
+    texts = sets.class_texts(set_name, classes, meta_url, {})
     size = storage.list_files(images_url)[0].size
     count = len(_load_cifar_images(set_name, images_url, size)[1])
     parts = []
-    for start in range(0, count, IMAGES_PER_SLICE):
-        stop = min(start + IMAGES_PER_SLICE, count)
+    for start in range(0, count, sets.IMAGES_PER_SLICE):
+        stop = min(start + sets.IMAGES_PER_SLICE, count)
         read = functools.partial(_read_cifar, images_url, size, start, stop)
         parts.append(SlicePart(f"{images_file}[{start}:{stop}]", stop - start, read))
-    return build_set(
+    return sets.build_set(
         set_name, "zeroshot_classification", url, "torchvision", [(images_file, size)], parts, texts, known_images=count
     )
 
@@ -357,7 +340,11 @@ def _read_cifar(url: str, size: int, start: int, stop: int, part: DatasetSlice) 
 
 # --- The table of torchvision's layouts -----------------------------------------------------------------------------------------
 
-_index = functools.partial(functools.partial, _open_index)
+
+def _index(read_index: Callable[[str], tuple[Sequence[str], LabeledNames]], source: str, images: str) -> OpenFolder:
+    return functools.partial(_open_index, read_index, source, images)
+
+
 _LAYOUTS = {
     "vtab/cifar10": TorchvisionLayout(("", "cifar-10-batches-py"), CIFAR_IMAGES["vtab/cifar10"], _open_cifar),
     "vtab/cifar100": TorchvisionLayout(("", "cifar-100-python"), CIFAR_IMAGES["vtab/cifar100"], _open_cifar),

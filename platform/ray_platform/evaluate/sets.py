@@ -172,9 +172,7 @@ def class_texts(
 
     Templates are those of the file next to the data, else of the known set, else `templates`.
 
-    Raises:
-        DataError: The list is empty, lacks a name, or has another length than the known set; or there are no templates, or one
-            lacks "{c}".
+    Raises DataError if the list is empty, lacks a name, or has another length than the known set, or if a template is wrong.
     """
     known = KNOWN_SETS.get(set_name)
     if not classes:
@@ -205,8 +203,7 @@ def class_texts(
 def to_published_names(set_name: str, classes: Sequence[str], source: str) -> tuple[str, ...]:
     """Return the class names with which published scores were measured, for data whose `classes` are in label order.
 
-    Raises:
-        DataError: The two lists are in different orders, so that labels would stand for other classes.
+    Raises DataError if the two lists are in different orders, so that labels would stand for other classes.
     """
     known = KNOWN_SETS.get(set_name)
     if known is None or not known.classes or len(classes) != len(known.classes):
@@ -257,20 +254,10 @@ def build_set(
     texts: ClassTexts = ClassTexts(),  # noqa: B008  (immutable)
     known_images: int | None = None,
 ) -> EvaluationSet:
-    """Return the set of these slices, in order.
+    """Return the set of these slices, in order. Raises DataError if there are none.
 
-    Args:
-        set_name: The name of the set.
-        task: What it is for.
-        url: The folder of the set.
-        layout: The name of its layout, for people.
-        files: Names in the set and sizes in bytes of all files; a negative size stands for a missing file.
-        parts: The slices.
-        texts: Its class names and templates.
-        known_images: The number of images, if it is known before reading.
-
-    Raises:
-        DataError: The set has no slices.
+    `files` are the names in the set and sizes in bytes of all files; a negative size stands for a missing file. `known_images` is
+    the number of images, if it is known before reading.
     """
     schema = SampleSchema(set_name, task, len(texts.classes), texts.source)
     slices = tuple(DatasetSlice(schema, place, *part) for place, part in enumerate(parts))
@@ -287,11 +274,7 @@ def build_set(
 
 
 def check_counts(data: EvaluationSet, num_read: int, num_rejected: int, allow_short: bool) -> None:
-    """Check that as many images were read as a known set has.
-
-    Raises:
-        DataError: There are fewer, unless `allow_short`; or more: then it is another split, or has images twice.
-    """
+    """Raise DataError if more images were read than a known set has, or fewer, unless `allow_short`."""
     if data.known is None or num_read == data.known.num_images:
         return
     expected = data.known.num_images

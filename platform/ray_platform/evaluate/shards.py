@@ -23,24 +23,8 @@ from ray_platform.data.captions import MAX_CAPTION_BYTES
 from ray_platform.data.catalog import NOMINAL_BYTES
 from ray_platform.data.causes import RejectedSample
 from ray_platform.data.tar import IMAGE_SUFFIXES, Record, read_tar_slice
-from ray_platform.evaluate.sets import (
-    CLASSES_FILE,
-    DEFAULT_TEMPLATES,
-    IMAGES_PER_SLICE,
-    KNOWN_SETS,
-    ClassTexts,
-    DatasetSlice,
-    EvaluationSet,
-    EvaluationTask,
-    RawSample,
-    Samples,
-    SlicePart,
-    build_set,
-    class_texts,
-    list_sidecars,
-    read_lines,
-    to_published_names,
-)  # fmt: skip
+from ray_platform.evaluate import sets
+from ray_platform.evaluate.sets import ClassTexts, DatasetSlice, EvaluationSet, EvaluationTask, RawSample, Samples, SlicePart
 from ray_platform.storage import StoredFile
 
 SPLIT = "test"
@@ -54,8 +38,7 @@ _INTEGER = re.compile(rb"\s*[+-]?\d{1,9}\s*")
 def open_wds(set_name: str, url: str) -> EvaluationSet | None:
     """Return the set that CLIP_benchmark exported to a folder; None when the folder has another layout.
 
-    Raises:
-        DataError: A shard is missing, the class list cannot be used, or the set is for a task that is not evaluated.
+    Raises DataError if a shard is missing, the class list cannot be used, or the set is for a task that is not evaluated.
     """
     folder = storage.join(url, SPLIT)
     if not storage.exists(folder):
@@ -67,14 +50,16 @@ def open_wds(set_name: str, url: str) -> EvaluationSet | None:
         return None
     for url_of_count in counts:
         _check_shards(set_name, url_of_count, tars)
-    sidecars = list_sidecars(url)
+    sidecars = sets.list_sidecars(url)
     task = _read_task(set_name, sidecars.get(_TYPE_FILE))
     if task == "zeroshot_retrieval":
         return open_tars(set_name, task, url, "wds", tars)
-    if CLASSES_FILE not in sidecars:
-        raise DataError(f"{set_name}: {url} has {SPLIT}/*.tar but no {CLASSES_FILE}; write one class per line, in label order")
-    source = sidecars[CLASSES_FILE]
-    return open_tars(set_name, task, url, "wds", tars, class_texts(set_name, read_lines(source), source, sidecars))
+    if sets.CLASSES_FILE not in sidecars:
+        raise DataError(
+            f"{set_name}: {url} has {SPLIT}/*.tar but no {sets.CLASSES_FILE}; write one class per line, in label order"
+        )
+    source = sidecars[sets.CLASSES_FILE]
+    return open_tars(set_name, task, url, "wds", tars, sets.class_texts(set_name, sets.read_lines(source), source, sidecars))
 
 
 def open_tars(
@@ -93,17 +78,17 @@ def open_tars(
     shared = posixpath.commonpath([posixpath.dirname(path) for path in paths])
     names = [posixpath.relpath(path, shared) for path in paths]
     ordered = sorted(zip(names, tars, strict=True), key=lambda item: _sort_key(item[0]))
-    known = KNOWN_SETS.get(set_name)
+    known = sets.KNOWN_SETS.get(set_name)
     bytes_per_image = float(NOMINAL_BYTES)
     if known and known.task == task:
         bytes_per_image = max(sum(file.size for file in tars) / known.num_images, _MIN_SAMPLE_BYTES)
     parts = []
     for name, file in ordered:
-        for start, stop in _cut(file.size, IMAGES_PER_SLICE * bytes_per_image):
+        for start, stop in _cut(file.size, sets.IMAGES_PER_SLICE * bytes_per_image):
             label = name if stop - start == file.size else f"{name}[{start}:{stop}]"
             read = functools.partial(_read_tar, file, name, start, stop)
             parts.append(SlicePart(label, (stop - start) / bytes_per_image, read))
-    return build_set(set_name, task, url, layout, [(name, file.size) for name, file in ordered], parts, texts)
+    return sets.build_set(set_name, task, url, layout, [(name, file.size) for name, file in ordered], parts, texts)
 
 
 def _cut(size: int, bytes_per_slice: float) -> list[tuple[int, int]]:
@@ -150,7 +135,7 @@ def _read_task(set_name: str, type_url: str | None) -> EvaluationTask:
     }
     if kind not in tasks:
         raise DataError(f"{set_name}: {type_url} is {kind!r}; only classification and retrieval sets can be evaluated")
-    known = KNOWN_SETS.get(set_name)
+    known = sets.KNOWN_SETS.get(set_name)
     if known and known.task != tasks[kind]:
         reason = f"{type_url} is {kind!r}" if type_url else f"there is no {_TYPE_FILE} that names the type"
         raise DataError(f"{set_name}: is a set for {known.task}, but {reason}; download the set again")
@@ -207,30 +192,29 @@ def open_parquet(set_name: str, url: str) -> EvaluationSet | None:
     Class names are those of a `classnames.txt` next to the files, or else the published ones if the file's names are in the same
     order, or else the file's own.
 
-    Raises:
-        DataError: Files, columns or class names are missing.
+    Raises DataError if files, columns or class names are missing.
     """
     files = _list_split(set_name, url)
     if not files:
         return None
-    source, sidecars = files[0].url, list_sidecars(url)
+    source, sidecars = files[0].url, sets.list_sidecars(url)
     headers = [_read_header(set_name, file.url) for file in files]
     image, label, classes = _find_columns(headers[0].schema.to_arrow_schema(), set_name, source)
-    if CLASSES_FILE in sidecars:
-        source = sidecars[CLASSES_FILE]
-        classes = read_lines(source)
+    if sets.CLASSES_FILE in sidecars:
+        source = sidecars[sets.CLASSES_FILE]
+        classes = sets.read_lines(source)
     elif classes:
-        classes = to_published_names(set_name, classes, source)
+        classes = sets.to_published_names(set_name, classes, source)
     else:
         raise DataError(
-            f"{set_name}: {source} does not name its classes; write {url}/{CLASSES_FILE}, one class per line in label order"
+            f"{set_name}: {source} does not name its classes; write {url}/{sets.CLASSES_FILE}, one class per line in label order"
         )
-    texts = class_texts(set_name, classes, source, sidecars, DEFAULT_TEMPLATES)
+    texts = sets.class_texts(set_name, classes, source, sidecars, sets.DEFAULT_TEMPLATES)
     parts = [part for file, header in zip(files, headers, strict=True) for part in _cut_parquet(file.url, header, image, label)]
     sizes = [(posixpath.basename(file.url), file.size) for file in files]
     count = sum(header.num_rows for header in headers)
     folder = posixpath.dirname(files[0].url)
-    return build_set(set_name, "zeroshot_classification", folder, "parquet", sizes, parts, texts, known_images=count)
+    return sets.build_set(set_name, "zeroshot_classification", folder, "parquet", sizes, parts, texts, known_images=count)
 
 
 def _list_split(set_name: str, url: str) -> list[StoredFile]:
@@ -274,7 +258,7 @@ def _find_columns(schema: pa.Schema, set_name: str, url: str) -> tuple[str, str,
     except (KeyError, TypeError, AttributeError, ValueError):
         named, images = {}, []
     images += [field.name for field in schema if _holds_images(field.type)]
-    known = KNOWN_SETS.get(set_name)
+    known = sets.KNOWN_SETS.get(set_name)
     # There may be several levels of classes: fine and coarse ones, or variants and makers.
     fitting = [name for name, classes in named.items() if known is None or len(classes) == known.num_classes]
     labels = [name for name in _LABELS if name in schema.names and pa.types.is_integer(schema.field(name).type)]
@@ -294,11 +278,11 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _cut_parquet(url: str, header: pq.FileMetaData, image: str, label: str) -> Iterator[SlicePart]:
-    """Yield slices of about IMAGES_PER_SLICE rows, in whole row groups."""
+    """Yield slices of about sets.IMAGES_PER_SLICE rows, in whole row groups."""
     name, start, first_row, rows = posixpath.basename(url), 0, 0, 0
     for group in range(header.num_row_groups):
         rows += header.row_group(group).num_rows
-        if rows >= IMAGES_PER_SLICE or (rows and group == header.num_row_groups - 1):
+        if rows >= sets.IMAGES_PER_SLICE or (rows and group == header.num_row_groups - 1):
             read = functools.partial(_read_parquet, url, list(range(start, group + 1)), first_row, image, label)
             yield SlicePart(f"{name}[{first_row}:{first_row + rows}]", rows, read)
             start, first_row, rows = group + 1, first_row + rows, 0

@@ -14,12 +14,7 @@ _MARGIN = 3.0  # percent of a dot plot's width, so that dots at the ends stay in
 
 
 def comparison_page(details: ComparisonDetails, claim: Claim | None = None) -> str:
-    """Return the HTML page of a comparison. Sections for which `details` has no data are left out.
-
-    Args:
-        details: `summary.json` with a header, images and learning curves.
-        claim: what the comparison is about; the page starts with its outcome.
-    """
+    """Return the HTML page of a comparison, which starts with the outcome of `claim`. Sections without data are left out."""
     arms, config = details["arms"], details.get("config", {})
     runs = [run for arm in arms.values() for run in arm["seeds"].values()]
     means = {

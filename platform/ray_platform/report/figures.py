@@ -82,14 +82,10 @@ class Chart:
     """A finished figure. A template writes it as inline SVG in the page's colors."""
 
     def __init__(self, figure: Figure, label: str, artists: dict[str, Artist], kind: str = "", stretch: bool = False) -> None:
-        """Convert `figure`.
+        """Convert a figure that is drawn in pixels (72 dpi) in the light colors, of the CSS class `kind`.
 
-        Args:
-            figure: drawn in pixels (72 dpi), in the light colors.
-            label: what the figure shows, for readers who do not see it.
-            artists: by their gids in matplotlib. The part of a gid before `-` becomes a CSS class.
-            kind: CSS class of the figure.
-            stretch: fill the figure's place, whatever its proportions.
+        `label` is for readers who do not see it, `artists` are by their gids in matplotlib, whose part before `-` becomes a CSS
+        class; `stretch` fills the figure's place, whatever its proportions.
         """
         text = io.StringIO()
         with warnings.catch_warnings():
@@ -222,13 +218,9 @@ def pixel_figure(width: float, height: float) -> Figure:
 
 @rc_context(THEME)
 def line_chart(lines: Sequence[Line], x_title: str, y_title: str, log_ticks: Sequence[float] = ()) -> Chart:
-    """Draw lines with a dot at each point.
+    """Draw lines, with at least one point in all, and a dot at each point.
 
-    Args:
-        lines: with at least one point in all.
-        x_title: of the horizontal axis.
-        y_title: of the vertical axis.
-        log_ticks: all values of x, above 0, for a logarithmic axis that is marked at them.
+    `log_ticks`: all values of x, above 0, for a logarithmic axis that is marked at them.
     """
     longest = max(len(shorten(line.name)) for line in lines)
     right = _WIDTH - _RIGHT - (longest * CHARACTER + 12 if longest else 0)

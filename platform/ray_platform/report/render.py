@@ -7,6 +7,7 @@ of their writing from turning the text around them. A page is one file that load
 import functools
 import json
 import math
+import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -105,7 +106,7 @@ def _environment() -> Environment:
         "ceil": math.ceil,
         "grouped": grouped,
     }
-    environment.tests["number_value"] = lambda value: isinstance(value, int | float) and math.isfinite(value)
+    environment.tests["number_value"] = lambda value: isinstance(value, numbers.Real) and math.isfinite(value)
     environment.globals |= {
         "stylesheet": Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),  # noqa: S704
         "metric": describe_metric,

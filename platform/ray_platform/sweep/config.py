@@ -59,7 +59,7 @@ def parse_dimension(field: str, spec: FieldValues) -> Dimension:
     return dimension if dimension.is_integer else Range(float(low), float(high), log)
 
 
-def describe_space(space: Space) -> dict[str, Any]:
+def describe_space(space: Space) -> FieldValues:
     """Return the space in plain JSON types, as `parse_dimension` reads it."""
     return {field: {"values": list(d.values)} if isinstance(d, Choice) else asdict(d) for field, d in space.items()}
 

@@ -27,7 +27,7 @@ from ray_platform.contracts import ConfigError, describe_error
 from ray_platform.placement import ResourceRequest, can_autoscale, describe_nodes, total_resources
 from ray_platform.report.records import HistoryEntry, TrialRecord
 from ray_platform.sweep.config import FieldValues, SearchConfig, Space
-from ray_platform.sweep.schedulers import HISTORY, MILESTONE, RUNG, build_scheduler, is_baseline, trial_name
+from ray_platform.sweep.schedulers import HISTORY, MILESTONE, RUNG, TrialReport, build_scheduler, is_baseline, trial_name
 from ray_platform.sweep.search import TRIAL, MultiObjectiveSearch, TrialConfig, trial_points
 from ray_platform.tracking import read_run_record
 
@@ -185,7 +185,7 @@ class Progress(tune.Callback):
     def __init__(self, config: SearchConfig) -> None:
         self.config = config
 
-    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: TrialReport, **info: Any) -> None:
         last = result[HISTORY][-1]
         metrics = "  ".join(f"{metric} {last['metrics'][metric]:.4g}" for metric in self.config.objectives)
         num_ended = sum(other.is_finished() for other in trials)

@@ -43,7 +43,7 @@ class Heartbeat:
 
     @property
     def progress_key(self) -> tuple[int, int, str, int]:
-        """What changes when the rank makes progress."""
+        """Values of which at least one changes when the rank makes progress."""
         return self.pid, self.step, self.phase, self.progress
 
 

@@ -14,7 +14,7 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.causes import RejectedSample
 from ray_platform.data.decode import rgb
-from ray_platform.evaluate import image_files
+from ray_platform.evaluate import image_files, sets
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set, open_image_set
 from ray_platform.evaluate.sets import KNOWN_SETS, read_slice
 from tests.support.evaluation_sets import CIFAR10, class_names, error_of, error_of_set, picture, read, write_image
@@ -76,7 +76,7 @@ def test_slices_have_each_file_once_and_in_order(tmp_path, monkeypatch):
     root = write_classes(tmp_path / "mine", ["a", "b", "c"], 4)
     samples = read(open_evaluation_set("mine", str(root)))
     for images_per_slice in (1, 5):
-        monkeypatch.setattr(image_files, "IMAGES_PER_SLICE", images_per_slice)
+        monkeypatch.setattr(sets, "IMAGES_PER_SLICE", images_per_slice)
         data = open_evaluation_set("mine", str(root))
         assert read(data) == samples
         assert len(data.slices) == -(-12 // images_per_slice)
@@ -320,7 +320,7 @@ def write_cifar(root: Path, name: str = "vtab/cifar10", count: int = 30) -> list
 @pytest.mark.parametrize("images_per_slice", [256, 7])
 def test_cifars_original_files(tmp_path, monkeypatch, name, images_per_slice):
     labels = write_cifar(tmp_path, name)
-    monkeypatch.setattr(image_files, "IMAGES_PER_SLICE", images_per_slice)
+    monkeypatch.setattr(sets, "IMAGES_PER_SLICE", images_per_slice)
     data = find_evaluation_set([str(tmp_path)], name)
     assert (data.classes, data.templates) == (class_names(name), KNOWN_SETS[name].templates)
     assert (data.known_images, data.layout, len(data.slices)) == (30, "torchvision", -(-30 // images_per_slice))
@@ -370,7 +370,7 @@ def test_pickles_of_anything_else(tmp_path, content, cause, file):
 
 @pytest.mark.s3
 def test_torchvisions_folders_in_s3(s3_url, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_files, "IMAGES_PER_SLICE", 7)
+    monkeypatch.setattr(sets, "IMAGES_PER_SLICE", 7)
     for write in (write_cifar, write_pets, write_cars):
         write(tmp_path)
     storage.put_folder(tmp_path, f"{s3_url}/torchvision")

@@ -14,7 +14,7 @@ import pytest
 from ray_platform import storage
 from ray_platform.data.causes import RejectedSample
 from ray_platform.data.decode import rgb
-from ray_platform.evaluate import shards
+from ray_platform.evaluate import sets, shards
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set, open_image_set
 from ray_platform.evaluate.sets import KNOWN_SETS, RawSample, read_slice
 from tests.support.evaluation_sets import (
@@ -87,7 +87,7 @@ def hundred(tmp_path_factory):
 @pytest.mark.parametrize("images_per_slice", [1, 2, 5, 22, 128])
 def test_slices_have_each_sample_once_and_in_order_in_any_folder(hundred, tmp_path, monkeypatch, images_per_slice):
     folder, samples = hundred
-    monkeypatch.setattr(shards, "IMAGES_PER_SLICE", images_per_slice)
+    monkeypatch.setattr(sets, "IMAGES_PER_SLICE", images_per_slice)
     data = open_evaluation_set("vtab/cifar100", str(folder))
     assert contents(data) == samples
     copy = open_evaluation_set("vtab/cifar100", str(shutil.copytree(folder, tmp_path / "deeper" / "copy")))
@@ -113,7 +113,7 @@ def test_a_slice_in_which_no_sample_begins_is_empty(tmp_path, monkeypatch):
     image = encoded(picture(0, 300, 400), "PNG")
     folder = write_wds(tmp_path, "mine", [image], labels=[0], classes=["a"], templates=["{c}"])
     monkeypatch.setattr(shards, "NOMINAL_BYTES", 20_000)
-    monkeypatch.setattr(shards, "IMAGES_PER_SLICE", 1)
+    monkeypatch.setattr(sets, "IMAGES_PER_SLICE", 1)
     counts = [len(read_slice(part)) for part in open_own(folder).slices]
     assert len(counts) > 5
     assert (counts[0], sum(counts)) == (1, 1)
@@ -323,7 +323,7 @@ def test_a_known_set(tmp_path, inside):
 def test_slices_have_each_row_once_and_in_order(tmp_path, monkeypatch, images_per_slice, rows_per_group):
     folder = write_cats_and_dogs(tmp_path / "mine", 20, rows_per_group=rows_per_group)
     samples = contents(open_own(folder))
-    monkeypatch.setattr(shards, "IMAGES_PER_SLICE", images_per_slice)
+    monkeypatch.setattr(sets, "IMAGES_PER_SLICE", images_per_slice)
     data = open_own(folder)
     assert contents(data) == samples
     assert [len(read_slice(part)) for part in data.slices] == [part.estimated_images for part in data.slices]
@@ -401,7 +401,7 @@ def test_rows_and_files_that_cannot_be_used(tmp_path):
 
 @pytest.mark.s3
 def test_parquet_in_s3(s3_url, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "IMAGES_PER_SLICE", 5)
+    monkeypatch.setattr(sets, "IMAGES_PER_SLICE", 5)
     write_cats_and_dogs(tmp_path / "mine" / "data", 20, rows_per_group=5)
     storage.put_folder(tmp_path, f"{s3_url}/parquet")
     local, remote = open_own(tmp_path / "mine"), find_evaluation_set([f"{s3_url}/parquet"], "mine")

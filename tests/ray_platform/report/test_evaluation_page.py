@@ -91,6 +91,7 @@ def test_texts_of_any_script_and_length_stay_text(details):
 
 
 def test_a_section_without_data_is_left_out(details):
+    details["zero_shot"] = details["zero_shot"][:2]
     everything = {"zero-shot", "sets", "retrieval", "quality", "curve"}
     missing = {"zero_shot": {"zero-shot", "sets"}, "retrieval": {"retrieval"}, "quality": {"quality"}, "curve": {"curve"}}
     for field in (*missing, "published", "published_retrieval", "means", "failures"):
