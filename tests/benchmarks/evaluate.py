@@ -17,13 +17,17 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import webdataset
 from PIL import Image
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from diffdis import config as presets
 from diffdis.clip_scorer import ClipScorer
@@ -36,9 +40,8 @@ from ray_platform.evaluate.discovery import find_evaluation_set
 from ray_platform.evaluate.sets import KNOWN_SETS
 from ray_platform.evaluate.unit_work import BATCH_SIZE, EmbedImages, WorkerModels
 from ray_platform.replicas import UNITS_IN_FLIGHT
-from tests.benchmarks.clip_benchmark_loop import evaluate_by_clip_benchmark
 from tests.benchmarks.measuring import in_turns, medians, ratio, seconds
-from tests.diffdis.metrics.peers import functions_of
+from tests.diffdis.metrics.peers import functions_of, zeroshot_classification
 from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder
 
 # The demo's networks at twice its image size. (At its own 32 px a walk of the image costs no more than 20 steps of a query: see
@@ -169,6 +172,52 @@ def evaluate_by_us(root: Path, clip: Path) -> Mapping[str, float]:
     labels = np.concatenate([part["labels"] for part in rows])
     images = np.concatenate([part["embeddings"] for part in rows])
     return ZeroShotScores.from_embeddings(images, classes, labels).metrics
+
+
+# CLIP_benchmark's own zero-shot loop, on a transformers CLIP and a `wds_*` folder. Its functions are used as they are installed.
+# What it reads the folder with imports torchvision, which does not install next to CPU torch, so the same pipeline of WebDataset
+# and DataLoader is built here, with its options; and torchvision's transform by Pillow's resize and crop.
+PEER_WORKERS, PEER_BATCH_SIZE = 4, 64  # the defaults of its command line
+
+
+def transform(image: Image.Image, size: int) -> torch.Tensor:
+    """Resize(size, BICUBIC), CenterCrop(size), convert to RGB, ToTensor, Normalize. -> [3, size, size]"""
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    resized = int(size * long / short)
+    image = image.resize((size, resized) if width <= height else (resized, size), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)).convert("RGB"))
+    scaled = torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous().float() / 255
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (scaled - mean) / std
+
+
+def evaluate_by_clip_benchmark(root: Path, clip: Path) -> Mapping[str, float]:
+    model, tokenizer = CLIPModel.from_pretrained(clip).eval(), AutoTokenizer.from_pretrained(clip)
+    size, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
+    encoders = SimpleNamespace(
+        encode_image=lambda images: model.get_image_features(pixel_values=images).pooler_output,
+        encode_text=lambda tokens: model.get_text_features(input_ids=tokens).pooler_output,
+    )
+    count = int((root / "test" / "nshards.txt").read_text())
+    dataset = (
+        webdataset.WebDataset(str(root / "test" / f"{{0..{count - 1}}}.tar"), nodesplitter=lambda src: src, shardshuffle=False)
+        .decode(webdataset.autodecode.ImageHandler("pil", extensions=["webp", "png", "jpg", "jpeg"]))
+        .to_tuple(["webp", "png", "jpg", "jpeg"], "cls")
+        .map_tuple(partial(transform, size=size), None)
+        .batched(PEER_BATCH_SIZE, collation_fn=default_collate)
+    )
+    dataset.classes = (root / "classnames.txt").read_text().splitlines()
+    loader = DataLoader(
+        dataset, batch_size=None, shuffle=False, num_workers=min(PEER_WORKERS, count), multiprocessing_context="fork"
+    )
+    templates = (root / "zeroshot_classification_templates.txt").read_text().splitlines()
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")["input_ids"]
+
+    return zeroshot_classification.evaluate(encoders, loader, tokenize, dataset.classes, templates, "cpu", amp=False)
 
 
 def against_clip_benchmark(folder: Path, num_rounds: int) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from ray_platform.train.checkpoint_format import Manifest
 from tests.safety.cases import Evil, Feed, line_of
 
 TOKEN = "0123abcd"
-GROWN = 3 * 2**30  # bytes, of which all but the first are a hole in the file
 
 
 def write_checkpoint(folder: Path, weights: bytes | None = None, base: bytes | None = None, **changes: Any) -> Path:
@@ -61,22 +60,14 @@ def pickled_weights(folder: Path) -> str:
     return export_line(write_checkpoint(folder, weights=pickle.dumps(Evil(folder))))
 
 
-def grown(pattern: str) -> Feed:
-    """A checkpoint, one of whose files was made longer than the manifest says, or than memory allows."""
+def changed(pattern: str, content: bytes = b"", size: int = 0) -> Feed:
+    """A checkpoint, one of whose files was changed afterwards: other content, or a hole up to `size` behind its own."""
 
     def feed(folder: Path) -> str:
         step = write_checkpoint(folder)
-        with next(step.glob(pattern)).open("ab") as file:
-            file.truncate(GROWN)
-        return export_line(step)
-
-    return feed
-
-
-def manifest(content: bytes) -> Feed:
-    def feed(folder: Path) -> str:
-        step = write_checkpoint(folder)
-        (step / "complete.json").write_bytes(content)
+        with next(step.glob(pattern)).open("wb" if content else "ab") as file:
+            file.write(content)
+            file.truncate(size or len(content))
         return export_line(step)
 
     return feed
@@ -100,7 +91,7 @@ CHECKPOINTS = {
     "a pickle that runs a command, under the name of a tensor file": pickled_weights,
     "a tensor file whose header claims 2^63 bytes": exported(weights=header("{}", 2**63)),
     "a tensor file whose header claims a terabyte of data": exported(weights=header(TERABYTE)),
-    "a tensor file that grew by 3 GB": grown("*.safetensors"),
+    "a tensor file that grew by 3 GB": changed("*.safetensors", size=3 * 2**30),
     "tensors of another model": exported(),
     "a file named `../../outside/secret.safetensors` in its list": exported(
         files={"../../outside/secret.safetensors": (1, "0" * 64)}
@@ -108,9 +99,9 @@ CHECKPOINTS = {
     "an absolute name in its list": exported(files={"/etc/passwd": (1, "0" * 64)}),
     "a manifest that speaks of 10^15 ranks": exported(world_size=10**15),
     "a manifest whose step is a text": exported(step="1; rm -rf"),
-    "a manifest of 100,000 nested lists": manifest(b"[" * 100_000),
-    "a manifest of 3 GB": grown("complete.json"),
-    "a manifest that is a list": manifest(b"[]"),
+    "a manifest of 100,000 nested lists": changed("complete.json", b"[" * 100_000),
+    "a manifest of 3 GB": changed("complete.json", size=3 * 2**30),
+    "a manifest that is a list": changed("complete.json", b"[]"),
     "a model for images of 10^9 pixels across": exported_model(image_size=10**9),
     "a model whose width is a text": exported_model(image_size="x"),
     "a configuration without a model": exported(config={}),

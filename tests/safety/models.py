@@ -188,12 +188,13 @@ def unit(content: bytes) -> Feed:
     return feed
 
 
-def reference(content: Callable[[Path], bytes]) -> Feed:
-    def feed(folder: Path) -> str:
-        (folder / "reference.npz").write_bytes(content(folder))
-        return line_of(lambda: ReferenceFeatures.read(str(folder / "reference.npz")), DataError)
+def reference(folder: Path, content: bytes) -> str:
+    (folder / "reference.npz").write_bytes(content)
+    return line_of(lambda: ReferenceFeatures.read(str(folder / "reference.npz")), DataError)
 
-    return feed
+
+def pickled_reference(folder: Path) -> str:
+    return reference(folder, arrays(features=np.array([Evil(folder)], dtype=object), protocol=np.array("{}")))
 
 
 def arrays(save: Callable[..., None] = np.savez, **values: Any) -> bytes:
@@ -229,9 +230,7 @@ SETS = {
     "a parquet file of garbage": evaluation_set("mine", {"mine/test.parquet": b"PAR1" + b"\xff" * 100 + b"PAR1"}),
     "a finished unit that holds a pickle": unit(arrays(x=np.array([{}], dtype=object))),
     "a finished unit that is compressed, so that it may unpack to any size": unit(arrays(np.savez_compressed, x=np.zeros(2**20))),
-    "a reference that holds a pickle with a command": reference(
-        lambda folder: arrays(features=np.array([Evil(folder)], dtype=object), protocol=np.array("{}"))
-    ),
-    "a reference that claims an exabyte": reference(lambda folder: npy_of(f"({2**58},)")),
+    "a reference that holds a pickle with a command": pickled_reference,
+    "a reference that claims an exabyte": lambda folder: reference(folder, npy_of(f"({2**58},)")),
     "a precomputed shard whose offsets lead out of the file": offsets,
 }
