@@ -15,7 +15,6 @@ import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
-from PIL import Image
 
 from diffdis.config import ObjectiveConfig
 from diffdis.pipeline import DiffDisPipeline
