@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from diffdis.metrics.zero_shot import class_embeddings
-from diffdis.model_folder import NO_CODE, NO_PICKLES, check_model_folder
+from diffdis.model_folder import NO_CODE, check_model_folder
+from diffdis.pretrained import load_component
 
 TEXT_BATCH_SIZE = 256
 
@@ -35,7 +36,7 @@ class ClipScorer:
         if kind != "clip":
             raise ValueError(f"{folder}: its config.json says model_type {kind}, not clip")
         self._device = torch.device(device)
-        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, **NO_PICKLES)
+        model = load_component(CLIPModel, folder)
         self._model = model.eval().requires_grad_(False).to(self._device)
         self._tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
         self._size = self._model.config.vision_config.image_size

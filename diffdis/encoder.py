@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffdis.autoencoder import build_autoencoder, to_latents
+from diffdis.autoencoder import HaarAutoencoder, build_autoencoder, to_latents
 from diffdis.config import DiffDisConfig
 from diffdis.pretrained import component_folder
 from diffdis.text_encoder import TEXT_PROJECTION, build_text_encoder
@@ -40,7 +40,9 @@ class FrozenEncoder:
 def move_encoders(config: DiffDisConfig, device: torch.device, *encoders: torch.nn.Module) -> None:
     """Move the frozen encoders to a device, and on an accelerator to `config.encoder_dtype`."""
     for encoder in encoders:
-        encoder.to(device, torch.float32 if device.type == "cpu" else getattr(torch, config.encoder_dtype))
+        encoder.to(device)
+        if device.type != "cpu" and not isinstance(encoder, HaarAutoencoder):  # it has no weights
+            encoder.to(getattr(torch, config.encoder_dtype))
 
 
 def describe_encoders(config: DiffDisConfig) -> dict[str, Any]:

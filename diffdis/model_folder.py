@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Arguments of every `from_pretrained`; those of diffusers take the first one only.
-NO_PICKLES: dict[str, Any] = {"use_safetensors": True}
+# Argument of every `from_pretrained` of transformers.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 _MAX_JSON, _MAX_VOCABULARY = 2**20, 2**26  # bytes

@@ -39,7 +39,8 @@ def pytest_collection_modifyitems(items):
         started = [TIER_OF_FIXTURE[name] for name in item.fixturenames if name in TIER_OF_FIXTURE]
         started += ["ranks"] * bool(item.get_closest_marker("s3"))
         tier = min(marked + started, key=TIERS.index, default="unit")
-        item.add_marker(getattr(pytest.mark, tier))
+        if marked or started or not item.get_closest_marker("slow"):  # `-m unit` selects no slow test
+            item.add_marker(getattr(pytest.mark, tier))
         item.tier = tier
     items.sort(key=lambda item: TIERS.index(item.tier))  # stable
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 HIDDEN = "***"
 
 _NAME = r"(?:secret|token|password|passwd|api[_-]?key|access[_-]?key(?:[_-]?id)?|secret[_-]?key|private[_-]?key|credentials?)"
+_VALUE = r"(?:'[^']*'|\"[^\"]*\"|[^\s\"'<>]+)"  # of a command's argument, in quotes or without spaces
 _IS_SECRET = re.compile(rf"(?:^|.*[_.-]){_NAME}$", re.IGNORECASE)
 _SHORTEST = 8  # characters; a shorter value of an environment variable may occur in a text by chance
 _PATTERNS = (
@@ -27,8 +28,8 @@ _PATTERNS = (
         rf"\1{HIDDEN}",
     ),
     # NAME_TOKEN=value and --name.token value, as in a command.
-    (re.compile(rf"((?<![?&\w.-])[\w.-]*{_NAME}=)[^\s\"'<>]+", re.IGNORECASE), rf"\1{HIDDEN}"),
-    (re.compile(rf"(--[\w.-]*{_NAME}[ =]['\"]?)[^\s\"'<>]+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"((?<![?&\w.-])[\w.-]*{_NAME}=){_VALUE}", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"(--[\w.-]*{_NAME}[ =]){_VALUE}", re.IGNORECASE), rf"\1{HIDDEN}"),
     # The same in JSON or YAML.
     (re.compile(rf"([\"'][\w.-]*{_NAME}[\"']\s*:\s*[\"'])[^\"']+", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(r"(\b(?:Bearer|Basic) )[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),

@@ -1,4 +1,4 @@
-"""The structure of `sd_v1_laion` learns to read images: the same recipe function with small widths, D = 768 and default settings."""
+"""The structure of `sd_v1_laion` learns to read images: the same recipe function at small widths, with D = 768."""
 
 import dataclasses
 import shutil
@@ -18,17 +18,20 @@ from ray_platform.train.optimizer import AdamW
 from tests.support.tiny_checkpoints import save_clip_tokenizer, save_stable_diffusion
 
 WIDTH = 768  # of CLIP ViT-L/14
-COLORS = {word: color for word, color in zip(
-    ("red", "green", "blue", "white", "yellow", "orange"),
-    ((255, 0, 0), (0, 160, 0), (0, 0, 255), (250, 250, 250), (255, 230, 0), (255, 140, 0)), strict=True,
-)}  # fmt: skip
+COLORS = {
+    "red": (255, 0, 0),
+    "green": (0, 160, 0),
+    "blue": (0, 0, 255),
+    "white": (250, 250, 250),
+    "yellow": (255, 230, 0),
+    "orange": (255, 140, 0),
+}
 THINGS = sorted({caption.split()[-1] for caption in PREVIEW_CAPTIONS})[:8]
 CAPTIONS = [f"{color} {thing}" for color in COLORS for thing in THINGS]
 
 
 def save_letters_encoder(folder) -> None:
-    """A CLIP text model of width 768 that averages the embeddings of a caption's letters, so that no training is needed for captions
-    that share words to be alike."""
+    """A CLIP text model of width 768 that averages the embeddings of a caption's letters: captions that share words are alike."""
     config = save_clip_tokenizer(folder / "tokenizer")
     config.update({"hidden_size": WIDTH, "num_attention_heads": 12, "projection_dim": WIDTH})
     model = CLIPTextModel(config)

@@ -95,7 +95,7 @@ def test_complete_shards_are_not_encoded_again(shard_folder, tmp_path):
     out, notes = tmp_path / "out", tmp_path / "notes"
     with pytest.raises(Exception, match="out of memory, say"):
         run(shard_folder, out, encoders(fails_at="sample 50"))
-    done = {path.stem for path in (out / "progress").iterdir()}
+    done = {path.stem for path in (out / "progress").glob("*")}  # none if the sample came first
     assert "00004" not in done
     with pytest.raises(DataError, match="precomputing it did not finish"):
         build_catalog(DataConfig(sources=(str(out),)))
