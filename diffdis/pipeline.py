@@ -121,15 +121,11 @@ class DiffDisPipeline:
         Raises:
             ValueError: the model was not trained to generate, or an argument does not fit.
         """
-        self._check_generates(output_type)
+        self._check_generates(output_type, num_images_per_prompt, batch_size)
         prompts, negative = self._paired_prompts(prompt, negative_prompt, num_images_per_prompt)
         indices = range(len(prompts)) if indices is None else check_length("indices", indices, len(prompts))
         shape = self._latent_shape(height, width)
-        if latents is None and generator is not None:
-            latents = torch.randn((len(prompts), *shape), generator=generator, device=generator.device)
-        if latents is not None and latents.shape != (len(prompts), *shape):
-            raise ValueError(f"latents: {tuple(latents.shape)} is not {(len(prompts), *shape)}; give one per image")
-        parts = []
+        latents, parts = _given_latents(latents, generator, (len(prompts), *shape)), []
         with tqdm(total=-(-len(prompts) // batch_size) * num_inference_steps, **self._progress_bar) as bar:
             on_step = functools.partial(self._on_step, bar, callback_on_step_end)
             for start in range(0, len(prompts), batch_size):
@@ -137,8 +133,11 @@ class DiffDisPipeline:
                 names = [f"{seed}/{index}" for index in indices[rows]]
                 noise = torch.stack([named_noise(f"generate/{n}", shape) for n in names]) if latents is None else latents[rows]
                 steps = (num_inference_steps, generator or [named_generator(f"sample/{name}") for name in names], on_step)
-                parts.append(self._sample(noise, prompts[rows], negative[rows], guidance_scale, *steps))
-        return ImagePipelineOutput(images=self._output(parts, output_type))
+                sampled = self._sample(noise, prompts[rows], negative[rows], guidance_scale, *steps)
+                parts.append(self._decode(sampled, output_type))
+        if output_type == "pil":
+            return ImagePipelineOutput(images=[image for part in parts for image in part])
+        return ImagePipelineOutput(images=np.concatenate(parts) if output_type == "np" else torch.cat(parts))
 
     def generate(self, prompt: TextInput, **settings: Unpack[GenerateSettings]) -> Any:
         """Return the images of `pipeline(prompt, ...)`, which has the same arguments."""
@@ -148,7 +147,9 @@ class DiffDisPipeline:
                 settings[new] = settings.pop(old)  # type: ignore[literal-required, misc]
         return self(prompt, **settings).images  # type: ignore[misc]
 
-    def _check_generates(self, output_type: str) -> None:
+    def _check_generates(self, output_type: str, num_images_per_prompt: int, batch_size: int) -> None:
+        if num_images_per_prompt < 1 or batch_size < 1:
+            raise ValueError(f"num_images_per_prompt, batch_size: {num_images_per_prompt}, {batch_size}; use at least 1")
         if self.config.trained_for in ("alignment", "clip"):
             raise ValueError(f"this model was trained for {self.config.trained_for} alone: it cannot generate images")
         if output_type not in get_args(OutputType):
@@ -168,14 +169,14 @@ class DiffDisPipeline:
         bar.update()
         return callback(self, index, t, {"latents": latents})["latents"] if callback else latents
 
-    def _output(self, parts: list[torch.Tensor], output_type: OutputType) -> Any:
-        """Return batches of latents as what was asked for. Batches are decoded one by one."""
+    def _decode(self, latents: torch.Tensor, output_type: OutputType) -> Any:
+        """Return a batch of latents as `output_type`."""
         if output_type == "latent":
-            return torch.cat(parts)
-        decoded = [decode(self.autoencoder, part).cpu() for part in parts]
+            return latents
+        images = decode(self.autoencoder, latents).cpu()
         if output_type == "pil":
-            return [Image.fromarray(image) for part in decoded for image in to_uint8(part)]
-        images = (torch.cat(decoded) + 1) / 2
+            return [Image.fromarray(image) for image in to_uint8(images)]
+        images = (images + 1) / 2
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).numpy()
 
     def _sample(
@@ -381,3 +382,14 @@ class DiffDisPipeline:
             ValueError: it is damaged, or contains more than tensors.
         """
         return cls(*export_folder.load(str(folder), variant)).to(dtype=torch_dtype)
+
+
+def _given_latents(
+    latents: torch.Tensor | None, generator: torch.Generator | None, shape: tuple[int, ...]
+) -> torch.Tensor | None:
+    """Return the user's initial noise, given as such or by a generator; None for noise by seed and index."""
+    if latents is None and generator is not None:
+        return torch.randn(shape, generator=generator, device=generator.device)
+    if latents is not None and latents.shape != shape:
+        raise ValueError(f"latents: {tuple(latents.shape)} is not {shape}; give one per image")
+    return latents

@@ -57,6 +57,7 @@ def private_sites(tree: ast.AST) -> set[int]:
     """Lines that import a private module or name of a dependency, or read a private attribute that the file does not define."""
     nodes = list(ast.walk(tree))
     ours = {node.name for node in nodes if isinstance(node, ast.ClassDef)} | {"self", "cls", "os"}
+    documented = {"_replace", "_asdict", "_fields", "_make"}  # of named tuples
     own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
     own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
@@ -69,7 +70,7 @@ def private_sites(tree: ast.AST) -> set[int]:
                 lines.add(node.lineno)
         elif isinstance(node, ast.Attribute) and re.match(r"_[a-zA-Z]", node.attr):
             base = node.value.id if isinstance(node.value, ast.Name) else ""
-            if base not in ours and node.attr not in own:
+            if base not in ours and node.attr not in own | documented:
                 lines.add(node.lineno)
     return lines
 

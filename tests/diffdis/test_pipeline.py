@@ -135,6 +135,7 @@ def test_results_do_not_depend_on_the_internal_batches(pipeline, batch):
         (lambda p: p.generate("a", height=15), "height: 15 is not a multiple of 4"),
         (lambda p: p.generate("a", output_type="jpg"), "output_type: 'jpg'"),
         (lambda p: p.generate("a", num_inference_steps=0), "num_steps: 0"),
+        (lambda p: p.generate("a", num_images_per_prompt=0), "num_images_per_prompt, batch_size: 0, 32"),
         (lambda p: p.embed_image([]), "images: empty"),
         (lambda p: p.embed_image(["none.png"]), "none.png: no such file"),
         (lambda p: p.embed_image(np.zeros((1, 8, 8, 5))), r"images: .* \(8, 8, 5\) is not an image"),
