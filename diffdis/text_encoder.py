@@ -89,11 +89,20 @@ class TextEncoder(nn.Module):
     def save_pretrained(self, folder: Path) -> None:
         """Write `folder/text_encoder` and `folder/tokenizer` in diffusers' layout, and the projection."""
         self.model.save_pretrained(folder / "text_encoder")
+        if self.config.kind == "clip":
+            _add_prefix(folder / "text_encoder" / "model.safetensors")
         self.tokenizer.save_pretrained(folder / "tokenizer")
         (folder / TEXT_PROJECTION).unlink(missing_ok=True)  # of another model that was saved there
         if self.projection is not None:
             (folder / TEXT_PROJECTION).parent.mkdir(parents=True, exist_ok=True)
             save_file({"text_projection.weight": self.projection.contiguous()}, folder / TEXT_PROJECTION)
+
+
+def _add_prefix(file: Path) -> None:
+    """Name CLIP's tensors as all published files do. transformers 5 drops the prefix, and older versions need it."""
+    tensors = load_file(file)
+    if not any(name.startswith("text_model.") for name in tensors):
+        save_file({f"text_model.{name}": value for name, value in tensors.items()}, file, {"format": "pt"})
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:

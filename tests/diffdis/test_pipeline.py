@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from diffdis.config import DiffDisConfig, HeadConfig, ObjectiveConfig, TextEncoderConfig
@@ -223,6 +224,8 @@ def test_an_export_gives_the_same_images_in_diffusers(stable_diffusion, batch, c
         np.testing.assert_allclose(own, theirs, atol=1e-4)
     assert torch.equal(ours.embed_text("cat"), task.text_encoder.encode(["cat"])[1])
     assert ours.embed_image(batch.images, num_steps=2, guidance=1.0).shape == (6, WIDTH)
+    names = load_file(export / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names), "as in all published files"
     card = (export / "README.md").read_text()
     assert "license:" in card
     assert "| Recipe | sd_v1_laion |" in card

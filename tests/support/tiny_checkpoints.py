@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -86,6 +87,9 @@ def save_clip_text_encoder(model_folder: Path, tokenizer_folder: Path, *, projec
     torch.manual_seed(0)
     model = CLIPTextModelWithProjection if projection else CLIPTextModel
     model(save_clip_tokenizer(tokenizer_folder)).save_pretrained(model_folder)
+    if not projection:  # transformers 5 saves it without the prefix that all published ones have
+        file = model_folder / "model.safetensors"
+        save_file({f"text_model.{name}": value for name, value in load_file(file).items()}, file, {"format": "pt"})
 
 
 def save_stable_diffusion(folder: Path, unet_options: dict | None = None, schedule: dict | None = None) -> Path:
