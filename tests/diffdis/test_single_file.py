@@ -21,7 +21,8 @@ VAE = [
     (r"up_blocks\.0\.", "up_blocks.9."), (r"up_blocks\.1\.", "up_blocks.0."), (r"up_blocks\.9\.", "up_blocks.1."),
     (r"up_blocks\.(\d)\.resnets\.", r"up.\1.block."), (r"up_blocks\.(\d)\.upsamplers\.0\.", r"up.\1.upsample."),
     (r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2"),
-    (r"mid_block\.attentions\.0", "mid.attn_1"), ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"), (r"attn_1\.group_norm", "attn_1.norm"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"), ("conv_shortcut", "nin_shortcut"),
+    ("conv_norm_out", "norm_out"), (r"attn_1\.group_norm", "attn_1.norm"),
     (r"to_out\.0", "proj_out"), (r"to_([qkv])", r"\1"),
 ]  # fmt: skip
 
