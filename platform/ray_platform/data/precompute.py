@@ -2,7 +2,9 @@
 
 Tasks read and decode on CPUs; actors encode (on a fraction of a GPU each, or on CPUs) and write one file per block. Only counts
 return to the driver. The actors are Ray Data's and not a `ReplicaPool`, whose replicas read their own work: here, decoding scales
-on other nodes than encoding, and Ray Data moves the blocks between them. A unit of the source is complete when its record, `progress/<unit>.json`, is written, after all its files;
+on other nodes than encoding, and Ray Data moves the blocks between them.
+
+A unit of the source is complete when its record, `progress/<unit>.json`, is written, after all its files;
 complete units are not computed again. The manifest is written last: without it, the folder cannot be read as a source.
 """
 
