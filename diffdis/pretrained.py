@@ -5,16 +5,17 @@ Its weights are `.safetensors` or `.bin` files, whole or sharded with an index, 
 as `fp16`.
 """
 
+import contextlib
 import functools
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
 from diffusers import ModelMixin
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 from diffdis.model_folder import check_diffusers_model, check_model_folder, read_json
@@ -26,6 +27,18 @@ _WEIGHTS = re.compile(
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _COMPONENTS = ("", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "alignment")  # of a repository that are downloaded
 SINGLE_FILES = (".safetensors", ".ckpt")
+
+
+@contextlib.contextmanager
+def named_field(field: str) -> Iterator[None]:
+    """Add the name of a configuration's field to errors about its path."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        if str(error).startswith("model."):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{field}: {error}") from None
 
 
 def component_folder(path: str, component: str) -> Path:
@@ -63,10 +76,10 @@ def _download(repository: str) -> str:
             names = [file.rpartition("/")[2] for file in files if file.rpartition("/")[0] == component]
             patterns += [f"{component}/{name}".lstrip("/") for name in weight_files(names)]
         return huggingface_hub.snapshot_download(repository, allow_patterns=patterns)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except Exception as error:  # of any layer of the client: offline, no such repository, a proxy
         try:
             return huggingface_hub.snapshot_download(repository, local_files_only=True)
-        except (OSError, ValueError):
+        except Exception:
             reason = " ".join(str(error).split())[:200]
             raise FileNotFoundError(
                 f"{repository}: no such folder, and the hub has no such repository or cannot be reached ({reason})"

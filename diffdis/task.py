@@ -23,6 +23,7 @@ from diffdis.metrics.zero_shot import ZeroShotScores
 from diffdis.model import MAX_LOG_SCALE, DiffDis
 from diffdis.objective import Inputs, Objective
 from diffdis.pipeline import DiffDisPipeline
+from diffdis.pretrained import named_field
 from diffdis.query_leak import describe_captions
 from diffdis.text_encoder import build_text_encoder
 from diffdis.warm_start import load_warm_start, resolve_pretrained
@@ -36,10 +37,13 @@ class DiffDisTask:
     def __init__(self, config: DiffDisConfig, objective: ObjectiveConfig, preview_captions: tuple[str, ...] = ()):
         self.config = dataclasses.replace(resolve_pretrained(config), trained_for=objective.task)
         self.objective, self.preview_captions = objective, preview_captions
-        self.autoencoder = build_autoencoder(self.config.autoencoder)
-        self.text_encoder = build_text_encoder(self.config.text_encoder)
+        with named_field("model.autoencoder.path"):
+            self.autoencoder = build_autoencoder(self.config.autoencoder)
+        with named_field("model.text_encoder.path"):
+            self.text_encoder = build_text_encoder(self.config.text_encoder)
         model = DiffDis(self.config, objective.temperature)
-        self.warm_start = load_warm_start(model, config.warm_start) if config.warm_start else None
+        with named_field("model.warm_start"):
+            self.warm_start = load_warm_start(model, config.warm_start) if config.warm_start else None
         self.module = Objective(model, objective)
         self.module.freeze()
         self._null_states: torch.Tensor | None = None

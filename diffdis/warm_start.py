@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from diffdis.config import DiffDisConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
 from diffdis.model import DiffDis
-from diffdis.pretrained import component_folder, load_component, local_folder, read_config
+from diffdis.pretrained import component_folder, load_component, local_folder, named_field, read_config
 from diffdis.text_encoder import text_encoder_widths
 
 logger = logging.getLogger(__name__)
@@ -65,18 +65,22 @@ def resolve_pretrained(config: DiffDisConfig) -> DiffDisConfig:
         FileNotFoundError: a folder is missing.
         ValueError: a folder contains another kind of model, or a field contradicts it.
     """
+    if config.warm_start:
+        with named_field("model.warm_start"):
+            check_supported(local_folder(config.warm_start))
+            folder = component_folder(config.warm_start, "unet")
     config = resolve_encoder_paths(config)
     if config.text_encoder.path:
-        config = dataclasses.replace(config, text_encoder=_resolve_text_encoder(config.text_encoder))
+        with named_field("model.text_encoder.path"):
+            config = dataclasses.replace(config, text_encoder=_resolve_text_encoder(config.text_encoder))
     if not config.warm_start:
         return config
-    check_supported(local_folder(config.warm_start))
-    folder = component_folder(config.warm_start, "unet")
-    values = read_config(folder)
-    _check_unet(config, folder, values)
-    scheduler = read_config(local_folder(config.warm_start) / "scheduler", "scheduler_config.json")
-    schedule = _resolve_schedule(config.schedule, scheduler, config.warm_start)
-    return dataclasses.replace(config, unet=_resolve_unet(config, folder, values), schedule=schedule)
+    with named_field("model.warm_start"):
+        values = read_config(folder)
+        _check_unet(config, folder, values)
+        scheduler = read_config(local_folder(config.warm_start) / "scheduler", "scheduler_config.json")
+        schedule = _resolve_schedule(config.schedule, scheduler, config.warm_start)
+        return dataclasses.replace(config, unet=_resolve_unet(config, folder, values), schedule=schedule)
 
 
 def _resolve_text_encoder(config: TextEncoderConfig) -> TextEncoderConfig:
@@ -164,7 +168,7 @@ def check_supported(root: Path) -> None:
     elif unet.get("in_channels") == 8:
         name = "a model of image edits, such as InstructPix2Pix"
     if name:
-        raise ValueError(f"model.warm_start: {root} is {name}; give a Stable Diffusion v1 or v2 for text to image")
+        raise ValueError(f"{root}: is {name}; give a Stable Diffusion v1 or v2 for text to image")
 
 
 # Arguments of UNet2DConditionModel that `image_features` does not implement: they must have diffusers' default.

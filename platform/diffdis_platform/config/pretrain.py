@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from diffdis.config import DiffDisConfig, ObjectiveConfig
-from ray_platform.contracts import ConfigError
+from ray_platform.contracts import ConfigError, one_line
 from ray_platform.data.config import DataConfig
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train.config import TrainConfig
@@ -62,11 +62,21 @@ class PretrainConfig:
             self.tracking,
             self.output_dir,
             redacted_values({"recipe": recipe, **asdict(self)}),
-            functools.partial(with_folders, describe_encoders, model),
-            functools.partial(with_folders, describe_captions, model, self.objective),
+            functools.partial(_describe, describe_encoders, model),
+            functools.partial(_describe, describe_captions, model, self.objective),
             model_package(self.objective.task),
             command,
         )
+
+
+def _describe(describe: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Call a function of `diffdis` on the driver. Raises ConfigError for weights that are missing or do not fit."""
+    from ray_platform import storage
+
+    try:
+        return storage.with_cached_folders(describe, *arguments)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(one_line(error)) from error
 
 
 def check_model(model: DiffDisConfig, data: DataConfig) -> None:
