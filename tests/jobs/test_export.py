@@ -1,7 +1,11 @@
 """The arguments of `diffdis export` and `diffdis generate`; their results are tested in tests/end_to_end/test_train.py."""
 
+import json
+
 import pytest
 
+from diffdis.config import ObjectiveConfig
+from diffdis.task import DiffDisTask
 from diffdis_platform.commands import export, generate
 from diffdis_platform.exporting import find_checkpoint
 from ray_platform.contracts import ConfigError
@@ -44,3 +48,16 @@ def test_captions_come_from_the_line_or_from_a_file(tmp_path):
     file.write_text("\n")
     with pytest.raises(ConfigError, match="holds no caption"):
         captions("--captions_file", str(file))
+
+
+def test_images_are_generated_from_the_folder_of_a_run(tiny_model, tmp_path):
+    task = DiffDisTask(tiny_model, ObjectiveConfig())
+    task.save_pretrained(task.module.state_dict(), tmp_path / "run" / "export")
+    arguments = ["--model", str(tmp_path / "run"), "--captions", "red heart", "blue car", "--num_images_per_prompt", "2"]
+    arguments += ["--num_steps", "1", "--negative_prompt", "gray", "--scheduler", "EulerDiscreteScheduler"]
+    assert generate.main([*arguments, "--output_dir", str(tmp_path / "images")]) == 0
+    captions = json.loads((tmp_path / "images" / "captions.json").read_text())
+    assert list(captions.values()) == ["red heart", "red heart", "blue car", "blue car"]
+    assert len(list((tmp_path / "images").glob("0*.png"))) == 4
+    with pytest.raises(ConfigError, match="scheduler: diffusers has no scheduler 'Euler'"):
+        generate.main([*arguments[:-1], "Euler", "--output_dir", str(tmp_path / "images")])
