@@ -25,7 +25,7 @@ import torch
 from diffdis.task import DiffDisTask
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.recipes.demo import PREVIEW_CAPTIONS
-from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion
+from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion_joint_mask
 from diffdis_platform.sizing.counts import Counts, clip_text_encoder, count, stable_diffusion_autoencoder
 from diffdis_platform.sizing.estimate import memory
 from ray_platform.contracts import Batch, one_line
@@ -62,7 +62,7 @@ SETTINGS = {
 
 
 def configuration(setting: Setting, folder: Path, smoke: bool) -> PretrainConfig:
-    base = sd_v1_laion()
+    base = sd_v1_laion_joint_mask()
     px, micro_batch = (16, 4) if smoke else (setting.px, setting.micro_batch)
     unet = replace(base.model.unet, sample_size=px // 8)
     text = replace(base.model.text_encoder, path=str(folder))
@@ -88,7 +88,7 @@ def save_encoders(folder: Path, smoke: bool) -> None:
     stable_diffusion_autoencoder().save_pretrained(folder / "vae")
     special = save_clip_tokenizer(folder / "tokenizer")
     tokens = {"bos_token_id": special.bos_token_id, "eos_token_id": special.eos_token_id}
-    clip_text_encoder(sd_v1_laion().model.text_encoder, **tokens).save_pretrained(folder / "text_encoder")
+    clip_text_encoder(sd_v1_laion_joint_mask().model.text_encoder, **tokens).save_pretrained(folder / "text_encoder")
 
 
 def wait() -> None:
