@@ -307,9 +307,7 @@ class Trainer:
             with tempfile.TemporaryDirectory(prefix="export_") as folder:
                 try:
                     self.task.save_pretrained(weights, Path(folder), self._manifest().training_facts())
-                except (
-                    ValueError
-                ) as error:  # its last step checks the folder, which is complete: a trained model is not discarded
+                except ValueError as error:  # of its check: the folder is complete, and a trained model is not discarded
                     logger.error("%s: %s", self.spec.export_dir, one_line(error))
                 storage.put_folder(Path(folder), self.spec.export_dir)
             summary = {
