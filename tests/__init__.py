@@ -1,1 +1,1 @@
-"""A package of its own: otherwise the `tests` that clip-benchmark installs would be found instead."""
+"""This file makes `tests` a package. Otherwise Python would import the `tests` package that clip-benchmark installs."""

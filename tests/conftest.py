@@ -1,8 +1,8 @@
-"""Test tiers and the fixtures that all tests share.
+"""Test tiers and shared fixtures.
 
-Every test has one tier: `unit` (this process alone), `ranks` (other processes: gloo ranks, a server, a command), `ray` (a Ray
-cluster or a training) or `slow`. A fixture that starts processes gives a test its tier; a test that starts them itself is marked.
-A unit test fails if it or one of its fixtures starts a process.
+Every test has one tier: `unit` (only this process), `ranks` (other processes: gloo ranks, a server, a command), `ray` (a Ray
+cluster or a training run) or `slow`. A fixture that starts processes determines the tier of its tests; a test that starts
+processes itself carries a marker. A unit test fails if it or one of its fixtures starts a process.
 """
 
 import dataclasses
@@ -17,23 +17,23 @@ import pytest
 
 # Ray reads this at its first import, so it is set before any test module is imported. A test cluster on loopback needs no token.
 os.environ["RAY_AUTH_MODE"] = "disabled"
-# By default Ray's workers yield to all other processes, so the tiers that run at the same time would stop the Ray tier.
+# By default Ray's workers have a lower priority than other processes, so tiers that run concurrently would starve the Ray tier.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Tests send neither Ray's usage statistics nor requests for credentials to a cloud's metadata service.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 
 ROOT = Path(__file__).parents[1]
-TIERS = ("ray", "ranks", "unit")  # in the order in which they run: the longest first
+TIERS = ("ray", "ranks", "unit")  # in execution order: the longest first
 TIER_OF_FIXTURE = {"ray_cluster": "ray", "trained_run": "ray", "s3_server": "ranks", "ranks": "ranks", "two_ranks": "ranks"}
-HARMLESS_COMMANDS = ("git",)  # the version of the code is asked for everywhere
+HARMLESS_COMMANDS = ("git",)  # reading the code version runs git in many places
 
 _unit_test_running = False
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+@pytest.hookimpl(tryfirst=True)  # run before pytest deselects by marker
 def pytest_collection_modifyitems(items):
-    """Give every test its tier."""
+    """Assign a tier to every test and sort the tests by tier."""
     for item in items:
         marked = [tier for tier in TIERS if item.get_closest_marker(tier)]
         started = [TIER_OF_FIXTURE[name] for name in item.fixturenames if name in TIER_OF_FIXTURE]
@@ -75,7 +75,7 @@ def pytest_runtest_protocol(item):
 
 
 def pytest_collection_finish():
-    """Collect garbage less often: among the objects of all imported modules it takes a fifth of the tests' time."""
+    """Collect garbage less often: with all imported modules, it would take a fifth of the tests' time."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 
@@ -87,9 +87,9 @@ def pytest_sessionfinish():
 
 @pytest.fixture(scope="session", autouse=True)
 def _copied_mlflow_stores(tmp_path_factory):
-    """MLflow takes more than a second to create a SQLite store, so every store is a copy of the first one."""
+    """Copy the first SQLite store for every new one, because MLflow takes more than a second to create a store."""
     patch, first = pytest.MonkeyPatch(), tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    if "mlflow" in sys.modules:  # a test of this run imports it
+    if "mlflow" in sys.modules:  # only if a collected test imports it
         import mlflow.store.db.utils as stores
 
         def copy_or_create(engine, create=stores._initialize_tables):
@@ -109,12 +109,12 @@ def _copied_mlflow_stores(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """A Ray cluster of this test run with 4 CPUs, whose workers can import the three packages. Started at its first use."""
+    """Ray cluster with 4 CPUs for this test run, whose workers can import the three packages. Starts at its first use."""
     import ray
 
     paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "platform"))
     context = ray.init(
-        address="local",  # never a cluster that the environment names
+        address="local",  # never connect to a cluster from the environment
         num_cpus=4,
         num_gpus=0,
         object_store_memory=512 * 2**20,
@@ -128,7 +128,7 @@ def ray_cluster():
 
 @pytest.fixture(scope="session")
 def two_ranks():
-    """Two gloo ranks without Ray, which all tests share."""
+    """Two gloo ranks without Ray, shared by all tests."""
     from tests.support.ranks import shared_ranks
 
     return shared_ranks(2)
@@ -143,7 +143,7 @@ def text_encoder_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_model(text_encoder_folder):
-    """The `tiny` preset with a text encoder that exists."""
+    """The `tiny` preset with the path of an existing text encoder."""
     from diffdis.config import tiny
 
     return dataclasses.replace(tiny(), text_encoder=dataclasses.replace(tiny().text_encoder, path=str(text_encoder_folder)))
@@ -151,7 +151,7 @@ def tiny_model(text_encoder_folder):
 
 @pytest.fixture(scope="session")
 def training_shards(tmp_path_factory):
-    """Four LAION-style tars of 12 samples."""
+    """Four LAION-style tars of 12 samples each."""
     from tests.support.training import write_shards
 
     return write_shards(tmp_path_factory.mktemp("shards"))
@@ -159,7 +159,7 @@ def training_shards(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained_run(ray_cluster, tiny_model, training_shards, tmp_path_factory):
-    """The one real training of the everyday gate: see tests/support/training.py:TrainedRun."""
+    """The only full training run of `make test`: see tests/support/training.py:TrainedRun."""
     from tests.support.training import train_once
 
     return train_once(tiny_model, training_shards, tmp_path_factory.mktemp("trained_run"))

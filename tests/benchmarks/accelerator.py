@@ -1,10 +1,11 @@
-"""What one accelerator does with a model of Stable Diffusion's size, next to what `diffdis sizing` predicts.
+"""Measure a model of Stable Diffusion's size on one accelerator and compare with the predictions of `diffdis sizing`.
 
     PYTHONPATH=platform:. python tests/benchmarks/accelerator.py [--only 512 256] [--smoke]
 
-The worker's own engine under DeepSpeed in a bare loop, without Ray, over precomputed inputs in memory: the recipe sd_v1_laion
-with random weights, one setting after the other, each in a process of its own. Seconds are medians of steps, each waited for.
-Ends in one JSON line; `sizing` in it is a value for `diffdis sizing --constants`. `--smoke`: a tiny model, on a CPU too.
+Runs the training engine under DeepSpeed in a bare loop, without Ray, on precomputed inputs in memory: the recipe sd_v1_laion
+with random weights, one setting after another, each in a separate process. Times are medians over synchronized steps.
+The last line is one JSON object; its field `sizing` is a value for `diffdis sizing --constants`. `--smoke` uses a tiny model and
+also runs on a CPU.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from ray_platform.train.throughput import peak_flops
 from tests.support.tiny_checkpoints import save_clip_tokenizer, save_stable_diffusion
 
 WARM_UP, TIMED, BATCHES = 5, 15, 4  # steps, steps, distinct batches
-PREVIEW_STEPS = 20  # of DiffDisTask.preview
+PREVIEW_STEPS = 20  # sampling steps of DiffDisTask.preview
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Setting:
     px: int = 512
     micro_batch: int = 16
     task: str = "joint"
-    train: dict[str, Any] = field(default_factory=dict)  # fields of TrainConfig that differ from the recipe's
-    all: bool = False  # also: encoding, a checkpoint's copy, generating, embedding
+    train: dict[str, Any] = field(default_factory=dict)  # fields of TrainConfig that override the recipe
+    all: bool = False  # also measure encoding, copying a checkpoint, generating and embedding
 
 
 SETTINGS = {
@@ -67,7 +68,7 @@ def configuration(setting: Setting, folder: Path, smoke: bool) -> PretrainConfig
     unet = replace(base.model.unet, sample_size=px // 8)
     text = replace(base.model.text_encoder, path=str(folder))
     head = base.model.head
-    if smoke:  # as tests.support.tiny_checkpoints makes it
+    if smoke:  # the layout of tests.support.tiny_checkpoints
         kinds = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
         unet = replace(unet, sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2)
         unet = replace(unet, down_block_types=kinds[0], up_block_types=kinds[1], norm_num_groups=8)
@@ -81,7 +82,7 @@ def configuration(setting: Setting, folder: Path, smoke: bool) -> PretrainConfig
 
 
 def save_encoders(folder: Path, smoke: bool) -> None:
-    """vae/, text_encoder/ and tokenizer/ with random weights."""
+    """Write vae/, text_encoder/ and tokenizer/ with random weights to a folder."""
     if smoke:
         save_stable_diffusion(folder)
         return
@@ -97,7 +98,7 @@ def wait() -> None:
 
 
 def seconds(function: Callable[[], Any], rounds: int) -> float:
-    """Median, of which the first one does not count."""
+    """Return the median seconds of a call, without the first, warm-up call."""
     found = []
     for _ in range(rounds + 1):
         wait()
@@ -109,7 +110,7 @@ def seconds(function: Callable[[], Any], rounds: int) -> float:
 
 
 def measure(setting: Setting, config: PretrainConfig) -> dict[str, float]:
-    """In a process of its own."""
+    """Measure one setting. Runs in a separate process."""
     from ray_platform.train.engine import Engine
 
     begin_alone()
@@ -160,7 +161,7 @@ def measure(setting: Setting, config: PretrainConfig) -> dict[str, float]:
 
 
 def begin_alone() -> None:
-    """A process group of this process."""
+    """Initialize a process group with this process as its only member."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     store = torch.distributed.HashStore()
@@ -186,7 +187,7 @@ def extras(task: DiffDisTask, engine: Any, inputs: dict[str, torch.Tensor]) -> d
 
 
 def with_predictions(found: dict[str, float], config: PretrainConfig, counts: Counts) -> dict[str, float]:
-    """Return the measured values with those that sizing predicts and assumes."""
+    """Return the measured values together with the values that sizing predicts and assumes."""
     size, step = config.train.micro_batch_size, found["seconds_a_step"]
     rate = size / step
     result = {"samples_per_second": rate, "tflops_per_second": rate * counts.executed_flops / 1e12} | found
@@ -201,7 +202,7 @@ def with_predictions(found: dict[str, float], config: PretrainConfig, counts: Co
 
 
 def for_sizing(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """mfu where the GPU is waited for most, issue_us where it waits most, which is while it aligns alone."""
+    """Return constants for sizing: `mfu` of the most GPU-bound setting, `issue_us` of the most host-bound (alignment only)."""
     whole, alone = results.get("512", {}), results.get("512_alignment", {})
     found = {"mfu": max((r.get("mfu", 0.0) for r in results.values()), default=0.0)}
     if "encoder_mfu" in whole:
@@ -229,7 +230,7 @@ def main() -> None:
                 counts = count(config)
                 try:
                     results[name] = with_predictions(measuring.get(), config, counts)
-                except (torch.OutOfMemoryError, RuntimeError) as error:  # the other settings' figures are worth having
+                except (torch.OutOfMemoryError, RuntimeError) as error:  # keep the results of the other settings
                     results[name] = {"failed": one_line(error, 200)}
             print(name, json.dumps(results[name]), flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

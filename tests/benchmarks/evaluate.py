@@ -1,8 +1,8 @@
-"""Cost of an evaluation against CLIP_benchmark, torchmetrics, torch-fidelity and a diffusion classifier.
+"""Compare the cost of an evaluation with CLIP_benchmark, torchmetrics, torch-fidelity and a diffusion classifier.
 
     PYTHONPATH=platform:. python tests/benchmarks/evaluate.py [--rounds 5]
 
-One process on as many torch threads as cores, the contenders in turns. The last line is one JSON object.
+Uses one process with one torch thread per core. The contenders take turns. The last line is one JSON object.
 """
 
 import argparse
@@ -44,20 +44,20 @@ from tests.benchmarks.measuring import in_turns, medians, ratio, seconds
 from tests.diffdis.metrics.peers import functions_of, zeroshot_classification
 from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder
 
-# The demo's networks at twice its image size. (At its own 32 px a walk of the image costs no more than 20 steps of a query: see
-# `k10_cost_ratio_32px`; at Stable Diffusion's sizes it costs as much as some thousand: `k10_flops_ratio_sd_v1`.)
+# The demo's networks at twice its image size. At the demo's 32 px, encoding an image costs at most as much as 20 query steps (see
+# `k10_cost_ratio_32px`); at Stable Diffusion's size, it costs as much as several thousand (see `k10_flops_ratio_sd_v1`).
 IMAGE_SIZE = 64
 NUM_STEPS = 10
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TEMPLATES = ("a photo of a {c}.", "a blurry photo of a {c}.", "the photo of the {c}.")
-# Draws of (t, eps) a class that a diffusion classifier averages over. Li et al. (2023), "Your Diffusion Model is Secretly a
-# Zero-Shot Classifier", take from 50 for pruning to 500 for the classes that are left.
+# Samples of (t, eps) per class that a diffusion classifier averages over. Li et al. (2023), "Your Diffusion Model is Secretly a
+# Zero-Shot Classifier", use from 50 for pruning to 500 for the remaining classes.
 CLASSIFIER_DRAWS = 50
-NUM_JPEGS, NUM_CLASSES = 1024, 20  # as many texts an image as ImageNet: 80 templates a class, and 50 images
+NUM_JPEGS, NUM_CLASSES = 1024, 20  # as many texts per image as ImageNet: 80 templates and 50 images per class
 FEATURES, WIDTH = 4096, 2048
 
 
-# --- zero-shot by denoising a query, against one pass of the encoder and against a diffusion classifier -------------------
+# --- Zero-shot by denoising a query, compared with one encoder pass and with a diffusion classifier ------------------------
 
 
 def small_pipeline(folder: Path, image_size: int) -> DiffDisPipeline:
@@ -74,7 +74,7 @@ def small_pipeline(folder: Path, image_size: int) -> DiffDisPipeline:
 
 @torch.no_grad()
 def diffusion_classifier(pipeline: DiffDisPipeline, latent: torch.Tensor, class_names: tuple[str, ...]) -> int:
-    """The class whose text lets the whole U-Net predict best what was mixed into one latent [1, C, H, W]."""
+    """Return the class whose text minimizes the U-Net's denoising error on one latent [1, C, H, W]."""
     states, _ = pipeline.text_encoder.encode([f"a photo of a {name}." for name in class_names])
     generator = torch.Generator().manual_seed(0)
     t = torch.randint(1000, (CLASSIFIER_DRAWS,), generator=generator)
@@ -90,7 +90,7 @@ def diffusion_classifier(pipeline: DiffDisPipeline, latent: torch.Tensor, class_
 
 
 def denoising(folder: Path, image_size: int, num_rounds: int, with_classifier: bool) -> dict[str, float]:
-    """Seconds an image, of each."""
+    """Return the seconds per image of each contender."""
     pipeline = small_pipeline(folder, image_size)
     latent = torch.randn(4 * BATCH_SIZE, pipeline.config.unet.in_channels, image_size // 2, image_size // 2)
     keys = [str(i) for i in range(len(latent))]
@@ -117,7 +117,10 @@ def denoising(folder: Path, image_size: int, num_rounds: int, with_classifier: b
 
 
 def flops_ratio_of_sd_v1() -> float:
-    """Operations of one walk and ten steps over those of one walk, at the paper's size, without weights."""
+    """Return the FLOPs of one image encoding plus ten query steps over those of the encoding alone, at the paper's model size.
+
+    Uses tensors without data, so no weights are allocated.
+    """
     with torch.device("meta"):
         model = DiffDis(presets.sd_v1(query_visibility="one_way"))
         latent, null = torch.zeros(1, 4, 64, 64), torch.zeros(1, 77, 768)
@@ -133,11 +136,11 @@ def flops_ratio_of_sd_v1() -> float:
     return round(1 + NUM_STEPS * counts["step"] / counts["walk"], 4)
 
 
-# --- a CLIP on a set of photographs, by our worker and by CLIP_benchmark's loop ----------------------------------------------
+# --- CLIP on a set of photographs, with this platform's worker and with CLIP_benchmark's loop --------------------------------
 
 
 def write_photographs(folder: Path) -> Path:
-    """A `wds_*` set of JPEGs of 384 to 512 px with structure at several scales, and some of ImageNet's classes."""
+    """Write a `wds_*` set of JPEGs of 384 to 512 px with structure at several scales, labeled with some of ImageNet's classes."""
     rng, imagenet = np.random.default_rng(0), KNOWN_SETS["imagenet1k"]
     root = folder / "wds_photographs"
     (root / "test").mkdir(parents=True)
@@ -163,7 +166,7 @@ def write_photographs(folder: Path) -> Path:
 
 
 def evaluate_by_us(root: Path, clip: Path) -> Mapping[str, float]:
-    """What one worker does on all cores, with as many units under way as it is given, and the driver with its rows."""
+    """Run the work of one evaluation worker on all cores, with UNITS_IN_FLIGHT concurrent units, and the driver's aggregation."""
     data = find_evaluation_set([str(root.parent)], "photographs")
     parts = WorkerModels({"clip": lambda device: ClipScorer(clip, device)}, os.cpu_count() or 1, "cpu")
     classes = class_embeddings(parts["clip"].embed_texts, data.classes, data.templates).numpy()
@@ -174,10 +177,10 @@ def evaluate_by_us(root: Path, clip: Path) -> Mapping[str, float]:
     return ZeroShotScores.from_embeddings(images, classes, labels).metrics
 
 
-# CLIP_benchmark's own zero-shot loop, on a transformers CLIP and a `wds_*` folder. Its functions are used as they are installed.
-# What it reads the folder with imports torchvision, which does not install next to CPU torch, so the same pipeline of WebDataset
-# and DataLoader is built here, with its options; and torchvision's transform by Pillow's resize and crop.
-PEER_WORKERS, PEER_BATCH_SIZE = 4, 64  # the defaults of its command line
+# CLIP_benchmark's zero-shot loop, on a transformers CLIP and a `wds_*` folder. Its installed functions are used unchanged, except
+# for its data reader: that imports torchvision, which cannot be installed alongside CPU torch. The same pipeline of WebDataset
+# and DataLoader is therefore built here with the same options, and torchvision's transform is reproduced with Pillow.
+PEER_WORKERS, PEER_BATCH_SIZE = 4, 64  # the defaults of CLIP_benchmark's command line
 
 
 def transform(image: Image.Image, size: int) -> torch.Tensor:
@@ -223,7 +226,7 @@ def evaluate_by_clip_benchmark(root: Path, clip: Path) -> Mapping[str, float]:
 def against_clip_benchmark(folder: Path, num_rounds: int) -> dict[str, Any]:
     root, clip = write_photographs(folder), save_clip(folder / "clip", image_size=224, patch_size=32)
     scores: dict[str, Mapping[str, float]] = {}
-    # A process each, which stays: neither has the other one's settings of torch and of the memory.
+    # Each contender has a persistent process, so that neither is affected by the other's torch settings and memory.
     with ProcessPoolExecutor(1, get_context("spawn")) as ours, ProcessPoolExecutor(1, get_context("spawn")) as peer:
 
         def evaluate(name: str, process: ProcessPoolExecutor, call: Callable) -> float:
@@ -245,15 +248,15 @@ def against_clip_benchmark(folder: Path, num_rounds: int) -> dict[str, Any]:
     }
 
 
-# --- the Fréchet distance -----------------------------------------------------------------------------------------------------
+# --- The Fréchet distance -----------------------------------------------------------------------------------------------------
 
 
 def frechet(num_rounds: int) -> dict[str, float]:
-    """From the moments on, at the FID Inception's width."""
+    """Measure the Fréchet distance, starting from the moments, at the feature width of the FID Inception network."""
     from torchmetrics.image.fid import _compute_fid
 
     rng = np.random.default_rng(0)
-    mix = rng.standard_normal((WIDTH, WIDTH)) * np.geomspace(1, 1e-3, WIDTH)  # a spectrum that falls, as that of features does
+    mix = rng.standard_normal((WIDTH, WIDTH)) * np.geomspace(1, 1e-3, WIDTH)  # a decaying spectrum, like that of real features
     a, b = (Moments.of((rng.standard_normal((FEATURES, WIDTH)) @ mix + shift).astype(np.float32)) for shift in (0.0, 0.05))
     as_torch = [torch.from_numpy(x) for x in (a.mean, a.covariance, b.mean, b.covariance)]
     fidelity = functions_of("metric_fid", "fid_statistics_to_metric")["fid_statistics_to_metric"]

@@ -1,10 +1,11 @@
-"""A run that is killed at random moments, against one that is left alone.
+"""Compare a run with workers and nodes killed at random moments with an undisturbed run.
 
     PYTHONPATH=platform:. python tests/benchmarks/faults.py [--faults 20] [--seed 0]
 
-A small DiffDis trains with two workers on a Ray cluster of a head and two nodes, in deterministic mode. Again and again a worker
-is killed (SIGKILL), or a whole node (and a new one joins), some of them in the middle of a checkpoint's upload. Prints a table
-with the time that each fault cost: until the run was past the step that it had reached. Ends in one JSON line.
+A small DiffDis trains with two workers on a Ray cluster of a head and two nodes, in deterministic mode. A worker, or an entire
+node (which a new node replaces), is killed repeatedly with SIGKILL, sometimes in the middle of a checkpoint upload. Prints a
+table of the time that each fault cost, measured until the run passed the step that it had reached. The last line is one JSON
+object.
 """
 
 import argparse
@@ -40,15 +41,15 @@ NODE = {"num_cpus": 2, "object_store_memory": 300 * 2**20}
 
 @dataclass
 class Fault:
-    kind: str  # worker or node
-    in_upload: bool  # a checkpoint was incomplete
+    kind: str  # "worker" or "node"
+    in_upload: bool  # whether a checkpoint was incomplete at the time
     step: int  # the highest step that had started
     when: float
     seconds_lost: float = float("nan")
 
 
 class Killer:
-    """A cluster of a head without work and two nodes, whose workers and nodes are killed while a training runs."""
+    """A cluster of a head without tasks and two nodes, whose workers and nodes are killed while a training run is active."""
 
     def __init__(self, output: Path, records: Records, seed: int):
         self.output, self.records, self.rng = output, records, random.Random(seed)
@@ -59,7 +60,7 @@ class Killer:
         ray.init(address=self.cluster.address, **own_ray.OPTIONS)
 
     def workers(self) -> list[psutil.Process]:
-        """The training's workers, on any node of this cluster."""
+        """Return the training workers on all nodes of this cluster."""
         own = {pid for node in self.cluster.list_all_nodes() for pid in raylets(node)}
         return [
             process
@@ -68,9 +69,9 @@ class Killer:
         ]
 
     def kill(self, kind: str) -> None:
-        """Kill a worker, or a node that trains, which another one replaces at once, as an autoscaler would see to."""
+        """Kill a worker, or a node that is training. A new node replaces a killed one immediately, as an autoscaler would do."""
         while kind == "worker":
-            if workers := self.workers():  # none while they restart
+            if workers := self.workers():  # empty while the workers restart
                 self.rng.choice(workers).send_signal(signal.SIGKILL)
                 return
             time.sleep(0.1)
@@ -80,7 +81,7 @@ class Killer:
         self.cluster.add_node(**NODE)
 
     def run(self, training: threading.Thread, number: int) -> None:
-        """Cause the faults, each at a random moment after the run has got past the one before."""
+        """Cause the faults, each at a random moment after the run has recovered from the previous one."""
         kinds = ["node" if i % 3 == 2 else "worker" for i in range(number)]
         self.rng.shuffle(kinds)
         self.wait_until_past(2, training)
@@ -96,7 +97,7 @@ class Killer:
             fault.seconds_lost = self.wait_until_past(fault.step, training) - fault.when
 
     def wait_until_past(self, step: int, training: threading.Thread) -> float:
-        """Return when the run was past a step."""
+        """Return the time at which the run passed a step."""
         while training.is_alive():
             reached, when = self.records.last()
             if reached > step:
@@ -155,7 +156,7 @@ def main() -> None:
         run, records = make_run(folder, "disturbed", num_steps)
         killer = Killer(folder / "disturbed", records, arguments.seed)
         try:
-            # Ray's Cluster wants the main thread for itself.
+            # Ray's Cluster must run in the main thread.
             training = threading.Thread(target=run.fit, daemon=True)
             training.start()
             killer.run(training, arguments.faults)

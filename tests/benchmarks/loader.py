@@ -1,9 +1,9 @@
-"""Images per second of the platform's stream, WebDataset, MDS and the bare decoder, on all cores of this machine.
+"""Measure images per second of the platform's stream, WebDataset, MDS and the bare decoder, on all cores of this machine.
 
     python tests/benchmarks/loader.py [--rounds 5] [--mds_python PATH]
 
-Every contender is a process that stays warm and is stopped (SIGSTOP) while the others are measured. The last line is one JSON
-object. MDS is left out unless `--mds_python` names the interpreter of an environment with mosaicml-streaming, torch and Pillow.
+Every contender is a persistent process that is paused (SIGSTOP) while the others are measured. The last line is one JSON object.
+MDS is skipped unless `--mds_python` names the interpreter of an environment with mosaicml-streaming, torch and Pillow.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from loader_data import build
 from measuring import in_turns, medians, ratio
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGES, WARM_UP = 4000, 1000  # a round
+IMAGES, WARM_UP = 4000, 1000  # per round
 
 
 class Contender:
-    """A process of loader_contenders.py. Everything it started is stopped between its rounds."""
+    """A process of loader_contenders.py. The process and its children are paused between its rounds."""
 
     def __init__(self, name: str, folder: Path | str, python: str = sys.executable, **environment: str):
         environment = os.environ | {"PYTHONPATH": str(ROOT / "platform"), "RAY_USAGE_STATS_ENABLED": "0"} | environment

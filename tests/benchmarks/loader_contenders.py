@@ -1,7 +1,7 @@
-"""One way to read the benchmark's shards, in a process of its own, at the command of `loader.py`.
+"""Read the benchmark's shards with one of the loaders, in a separate process that `loader.py` controls.
 
-A line `COUNT` on standard input: discard what was prefetched, time COUNT images, answer images per second. Each contender
-imports only its own libraries, so that the peers' can run in other environments.
+For every line `COUNT` on standard input, the process discards prefetched images, times COUNT images and prints images per second.
+Each contender imports only the libraries it needs, so that peers can run in other environments.
 """
 
 import io
@@ -19,7 +19,7 @@ SIZE, BATCH, WORKERS = 256, 64, 2
 
 
 def pillow(content: bytes) -> np.ndarray:
-    """What `exact` decoding has to equal: Pillow's full decode and bicubic resize of the central square."""
+    """Return the reference for the `exact` decoder: Pillow's full decode and bicubic resize of the central square."""
     with Image.open(io.BytesIO(content)) as opened:
         image = opened.convert("RGB")
     side = min(image.size)
@@ -45,7 +45,7 @@ def webdataset(folder: str) -> Iterator[int]:
 
 
 def mds(folder: str) -> Iterator[int]:
-    """A dataset of mosaicml-streaming whose samples are decoded as the others' are."""
+    """Read a mosaicml-streaming dataset whose samples are decoded in the same way as the other contenders'."""
     from streaming import MDSWriter, StreamingDataset
     from torch.utils.data import DataLoader
 
@@ -75,7 +75,7 @@ def mds(folder: str) -> Iterator[int]:
 
 
 def ray_platform(folder: str, decoder: str) -> Iterator[int]:
-    """A rank's stream in this process, its reads as Ray tasks with a core each."""
+    """Read a rank's stream in this process, with reads as Ray tasks on one core each."""
     import ray
 
     from ray_platform.data.catalog import build_catalog
@@ -98,7 +98,7 @@ def ray_platform(folder: str, decoder: str) -> Iterator[int]:
 
 
 def decode_limit(folder: str) -> Iterator[int]:
-    """Our `exact` decoder alone on all cores: bytes in memory, pixels thrown away."""
+    """Run only the platform's `exact` decoder on all cores, from bytes in memory; the pixels are discarded."""
     import multiprocessing
 
     with multiprocessing.get_context("spawn").Pool(WORKERS, _load, (folder,)) as pool:

@@ -1,4 +1,4 @@
-"""LAION-like shards for the loader's benchmark: photo-like JPEGs of about 40 kB, 384 to 512 px, with captions."""
+"""Generate LAION-like shards for the loader benchmark: photo-like JPEGs of about 40 kB, 384 to 512 px, with captions."""
 
 import io
 import json
@@ -12,7 +12,7 @@ NUM_SHARDS, SHARD_SAMPLES = 8, 1000
 
 
 def photo_like(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """[H, W, 3] uint8: noise at all scales, falling off with frequency about as a photograph's does."""
+    """Return uint8 noise [H, W, 3] at all scales, with a frequency spectrum similar to that of a photograph."""
     image, size = np.zeros((height, width, 3), np.float32), 2
     while size < 1.01 * max(height, width):
         noise = rng.standard_normal((size, size, 1)) + 0.35 * rng.standard_normal((size, size, 3))
@@ -34,7 +34,7 @@ def jpeg(rng: np.random.Generator) -> bytes:
 
 
 def build(folder: Path) -> dict[str, float]:
-    """Write the shards where they are missing. Returns {images, mean_bytes}."""
+    """Write missing shards. Returns {images, mean_bytes}."""
     marker = folder / "built.json"
     if not marker.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Measuring in turns: each round measures every contender once, so that what else the machine does affects all of them."""
+"""Interleaved measurements: each round measures every contender once, so that other load on the machine affects all equally."""
 
 import statistics
 import sys
@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Measured = dict[str, list[float]]  # values of each contender by round
+Measured = dict[str, list[float]]  # contender -> one value per round
 
 
 def in_turns(contenders: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> Measured:
-    """The values of `rounds` rounds, after `warm_up` rounds that do not count. Prints each round to standard error."""
+    """Return the values of `rounds` rounds, after `warm_up` discarded rounds. Prints each round to standard error."""
     measured: Measured = {name: [] for name in contenders}
     for number in range(warm_up + rounds):
         values = {name: call() for name, call in contenders.items()}
@@ -26,7 +26,7 @@ def medians(measured: Measured, digits: int = 2) -> dict[str, float]:
 
 
 def ratio(measured: Measured, over: str, under: str) -> float:
-    """Median of the rounds' ratios."""
+    """Return the median over rounds of the ratio `over` / `under`."""
     return round(statistics.median(a / b for a, b in zip(measured[over], measured[under], strict=True)), 3)
 
 

@@ -1,13 +1,13 @@
-"""A Ray of a benchmark's own on this machine, whose workers find the project. Import it before anything that imports ray."""
+"""A private Ray instance for a benchmark, whose workers can import the project. Import it before any module that imports ray."""
 
 import os
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Read when Ray is first imported.
+# Ray reads these variables when it is first imported.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Ray gives its workers a lower priority: what else this machine does would slow them more than what they are compared with.
+# By default, Ray lowers the priority of its workers: other load on the machine would slow them more than the other contenders.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 PATHS = os.pathsep.join(str(path) for path in (ROOT, ROOT / "platform"))

@@ -1,7 +1,7 @@
-"""Whole shards from S3 by s3fs and by pyarrow: `PYTHONPATH=platform:. python tests/benchmarks/s3_reads.py`.
+"""Read entire shards from S3 with s3fs and with pyarrow: `PYTHONPATH=platform:. python tests/benchmarks/s3_reads.py`.
 
-seaweedfs on loopback, one reader, in turns. Megabytes per second, and seconds of this process's CPU per gigabyte: reads share
-their cores with decoding. The last line is one JSON object.
+Uses seaweedfs on loopback and one reader; the contenders take turns. Reports megabytes per second and CPU seconds of this process
+per gigabyte, because reads share their cores with decoding. The last line is one JSON object.
 """
 
 import json

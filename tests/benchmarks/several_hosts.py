@@ -1,11 +1,11 @@
-"""A training across hosts whose network links are cut.
+"""Measure how a training run across several hosts recovers when network links are cut.
 
     PYTHONPATH=platform:. python tests/benchmarks/several_hosts.py [--cuts worker s3 head replaced returns]
 
-Hosts with addresses of their own (tests/support/hosts.py): a Ray head, three that train, one with S3. `ray job submit` starts
-jobs/pretrain.py from there: a small DiffDis, data and output in S3, ZeRO 2, a worker a host, one host to spare. Links
-are cut one after the other. Prints a table: what was cut, when, and the time until the run was past the step that it had
-reached. Ends in one JSON line.
+The hosts have separate addresses (tests/support/hosts.py): a Ray head, three training hosts and one S3 server. `ray job submit`
+starts jobs/pretrain.py: a small DiffDis with data and output in S3, ZeRO 2, one worker per host and one spare host. Links are cut
+one after another. Prints a table: what was cut, when, and the time until the run passed the step that it had reached. The last
+line is one JSON object.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 from tests.support import hosts  # isort: skip
 
 if __name__ == "__main__":
-    hosts.continue_in_sandbox()  # before the imports that take long
+    hosts.continue_in_sandbox()  # before the slow imports
 
 import pandas as pd
 from mlflow import MlflowClient
@@ -44,13 +44,13 @@ STEPS_AN_EPOCH = NUM_SHARDS * SAMPLES_A_SHARD // SAMPLES_A_STEP
 CHECKPOINT_EVERY = 10
 OUTPUT = "s3://tests/run"
 OBJECT_STORE = 150 * 2**20
-NO_STEP_S = 900.0  # then the run is taken to have failed
-# A host's Ray as a service manager has it: started again when it has ended.
+NO_STEP_S = 900.0  # seconds without a step after which the run counts as failed
+# Restarts Ray on a host whenever it exits, as a service manager would.
 SERVICE = 'while :; do "$@"; sleep 1; done'
 
 
 class RayHosts:
-    """The cluster. Its nodes know the token from a file, and the storage from their environment."""
+    """The Ray cluster. Its nodes read the token from a file and the storage endpoint from their environment."""
 
     def __init__(self, network: Network, num_workers: int) -> None:
         self.head, self.storage = network.host("head"), network.host("s3")
@@ -66,11 +66,11 @@ class RayHosts:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": "/tmp/token",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",  # what else this machine does shall slow the workers no more than all the rest
+            "RAY_worker_niceness": "0",  # other load should slow the workers no more than other processes
         }
 
     def start(self) -> None:
-        """Start Ray, and wait until the head takes jobs."""
+        """Start Ray and wait until the head accepts jobs."""
         self._ray(self.head, "--head", "--port=6379", f"--dashboard-host={self.head.address}", "--num-cpus=0")
         for worker in self.workers:
             self._ray(worker, f"--address={self.head.address}:6379", "--num-cpus=2")
@@ -81,7 +81,7 @@ class RayHosts:
             time.sleep(1)
 
     def client(self, *arguments: str) -> list[str]:
-        """`ray job …` as a user types it."""
+        """Return the command `ray job …` as a user would type it."""
         return ["ray", "job", arguments[0], f"--address=http://{self.head.address}:8265", *arguments[1:]]
 
     @property
@@ -95,15 +95,15 @@ class RayHosts:
 
 @dataclass
 class Cut:
-    """One link, for so many seconds; for good: 0."""
+    """A link that is cut for `seconds`; 0 means permanently."""
 
     name: str
     what: str
     seconds: float
-    step: int = 0  # that had been begun
-    when: float = 0.0  # seconds from the first step
+    step: int = 0  # the last step that had started
+    when: float = 0.0  # seconds since the first step
     seconds_to_recover: float = float("nan")
-    noticed: str = ""  # what the driver said, if anything
+    noticed: str = ""  # what the driver logged, if anything
 
 
 CUTS = {
@@ -116,7 +116,7 @@ CUTS = {
 
 
 class Training:
-    """The submitted job, seen from outside."""
+    """The submitted job, observed from outside the cluster."""
 
     def __init__(self, cluster: RayHosts, folder: Path, num_steps: int) -> None:
         self.cluster, self.num_steps = cluster, num_steps
@@ -127,7 +127,7 @@ class Training:
             "model": asdict(tiny()) | {"text_encoder": asdict(tiny().text_encoder) | {"path": "s3://tests/text_encoder"}},
             "objective": {"lr_unet": 1e-3, "lr_new": 1e-3},
             "data": {"sources": ["s3://tests/shards"], "image_size": tiny().image_size, "reads_per_rank": 1},
-            # More CPUs than two of them find on one host.
+            # cpus_per_worker is too large for two workers on one host.
             "train": {
                 "num_workers": 2, "num_steps": num_steps, "micro_batch_size": 4, "zero_stage": 2, "warmup_steps": 5,
                 "cpus_per_worker": 1.25, "log_every": 5, "checkpoint_every": CHECKPOINT_EVERY, "preview_every": 0,
@@ -149,7 +149,7 @@ class Training:
                 print(f"{time.time():.0f} {line}", end="", flush=True)
 
     def wait_until_past(self, step: int) -> float:
-        """When it was."""
+        """Return the time at which the run passed a step."""
         deadline = time.monotonic() + NO_STEP_S
         while True:
             reached, when = self.records.last()
@@ -160,7 +160,7 @@ class Training:
             time.sleep(0.2)
 
     def hosts_in_use(self) -> list[Host]:
-        """Those that the newest ranks train on."""
+        """Return the hosts that the newest ranks train on."""
 
         def newest(host: Host) -> float:
             return max((file.stat().st_mtime for file in (host.files / "records").glob("*")), default=0.0)
@@ -171,7 +171,7 @@ class Training:
         link = {"s3": self.cluster.storage, "head": self.cluster.head}.get(cut.name) or self.hosts_in_use()[0]
         when = time.time()
         link.cut()
-        time.sleep(1)  # what was on its way has arrived
+        time.sleep(1)  # let data in transit arrive
         cut.step, cut.when = self.records.last()[0], when - begun
         if cut.seconds:
             time.sleep(cut.seconds - 1)
@@ -183,7 +183,7 @@ class Training:
 
 
 def epochs_in_ledger() -> int:
-    """How often the last checkpoint says that all samples were consumed; -1 where it is in the middle of an epoch."""
+    """Return the number of complete epochs in the last checkpoint's ledger; -1 if an epoch is only partly consumed."""
     newest = checkpoint_format.list_checkpoints(OUTPUT)[0]
     _, ledger = checkpoint_format.read_ledgers(newest, checkpoint_format.read_manifest(newest))
     [whole] = ledger.first_epoch
@@ -222,7 +222,7 @@ def main() -> None:
         storage.put_folder(write_shards(folder / "shards", NUM_SHARDS, SAMPLES_A_SHARD), "s3://tests/shards")
         storage.put_folder(save_mean_pool_encoder(folder / "text_encoder"), "s3://tests/text_encoder")
         cluster.start()
-        # Whole epochs, enough for all cuts, also where a cut does not stop the run.
+        # Complete epochs, enough for all cuts even if a cut does not stop the run.
         num_epochs = 2 * (len(cuts) + 1) + -(-int(sum(cut.seconds for cut in cuts) / SECONDS_A_STEP) // STEPS_AN_EPOCH)
         training = Training(cluster, folder / "hosts", num_epochs * STEPS_AN_EPOCH)
         begun = training.wait_until_past(-1)

@@ -1,10 +1,10 @@
-"""CPU time of the decoder by image size and of a checkpoint's upload to S3: constants of `diffdis sizing`.
+"""Measure the CPU time of decoding by image size and of uploading a checkpoint to S3: constants of `diffdis sizing`.
 
     PYTHONPATH=platform:. python tests/benchmarks/sizing.py [--rounds 5]
 
-One process. CPU seconds, so that other processes on the machine matter little; medians over rounds.
-Decoding is fitted by seconds = a + b * megapixels of the file, as in `diffdis_platform.sizing.estimate`, in proportion to the
-loader's own benchmark. The last line is one JSON object.
+Uses one process and CPU seconds, so that other load on the machine matters little; results are medians over rounds.
+Decoding is fitted as seconds = a + b * megapixels of the file, as in `diffdis_platform.sizing.estimate`, relative to the images
+of the loader benchmark. The last line is one JSON object.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tests.benchmarks.loader_data import photo_like
 from tests.benchmarks.measuring import in_turns, medians
 from tests.support.s3_server import S3Server
 
-SIDES = ((256, 256), (384, 256), (512, 256), (384, 512), (512, 512), (1024, 512))  # of a JPEG, and of the target
+SIDES = ((256, 256), (384, 256), (512, 256), (384, 512), (512, 512), (1024, 512))  # sizes of the JPEG and of the target
 IMAGES = 24
 UPLOAD_BYTES, UPLOADS = 256 * 2**20, 3
 
@@ -43,7 +43,7 @@ def jpegs(side: int) -> list[bytes]:
 
 
 def decoding(contents: list[bytes], target: int) -> float:
-    """Seconds of CPU an image."""
+    """Return CPU seconds per image."""
     config = DataConfig(image_size=target)
     begun = time.process_time()
     for content in contents:
@@ -52,7 +52,7 @@ def decoding(contents: list[bytes], target: int) -> float:
 
 
 def upload() -> tuple[float, float]:
-    """(bytes a second, seconds of this process's CPU a gigabyte): one writer, seaweedfs on the same cores."""
+    """Return (bytes per second, CPU seconds of this process per gigabyte) of one writer, with seaweedfs on the same cores."""
     rates, cpus = [], []
     with tempfile.TemporaryDirectory() as folder:
         server = S3Server(Path(folder))

@@ -1,11 +1,11 @@
-"""Cost of the framework per training step, of the joint task over its halves, and memory of global negatives.
+"""Measure the framework's overhead per training step, the joint task against its halves, and the memory of global negatives.
 
     PYTHONPATH=platform:. python tests/benchmarks/train_step.py [--rounds 3]
 
-Three contenders train a model like the demo's at 256 px in turns: (a) the worker loop under Ray Train and DeepSpeed, fed by the
-data plane; (b) the same engine and model in a bare loop over batches in memory; (c) the same model under torch's DDP. Once with
-as many workers as cores, so that Ray and the reads compete with training, and once with a spare core, as hosts of accelerators
-have. The last line is one JSON object.
+Three contenders take turns training a model like the demo's at 256 px: (a) the worker loop under Ray Train and DeepSpeed, with
+the platform's data loading; (b) the same engine and model in a bare loop over batches in memory; (c) the same model under DDP.
+They are measured once with one worker per core, so that Ray and the reads compete with training, and once with a spare core, as
+on hosts with accelerators. The last line is one JSON object.
 """
 
 import argparse
@@ -47,10 +47,10 @@ from tests.support.ranks import Ranks
 from tests.support.recording import Records, recording
 
 WARM_UP, TIMED = 4, 24  # steps
-FILLING = 60  # more untimed steps of (a), in which the reads fill their buffers
+FILLING = 60  # additional untimed steps of (a), in which the reads fill their buffers
 NUM_SHARDS, SAMPLES_A_SHARD, SIZE = 16, 64, 256
 MICRO_BATCH = 8
-LOCAL, WIDTH = 512, 768  # samples per rank and size of the embeddings in `contrastive_memory`
+LOCAL, WIDTH = 512, 768  # samples per rank and embedding dimension in `contrastive_memory`
 WORDS = ("red", "green", "blue", "heart", "circle", "star", "cat", "tree", "car", "apple")
 
 
@@ -65,7 +65,7 @@ def configuration() -> PretrainConfig:
 
 
 def write_source(folder: Path) -> tuple[np.ndarray, list[str]]:
-    """JPEGs with some structure; also returns what a batch of each would hold."""
+    """Write JPEGs with some structure to shards. Returns the images [N, H, W, 3] and their captions."""
     rng = np.random.default_rng(0)
     images, captions = [], []
     for shard in range(NUM_SHARDS):
@@ -83,12 +83,12 @@ def write_source(folder: Path) -> tuple[np.ndarray, list[str]]:
 
 
 def rate(times: list[float]) -> float:
-    """Steps/s without the first ones, from the time at which each step started."""
+    """Return steps/s after the warm-up, from the start time of each step."""
     return (len(times) - 1 - WARM_UP) / (times[-1] - times[WARM_UP])
 
 
 def ours(config: PretrainConfig, sources: Path, num_workers: int) -> float:
-    """Steps/s of (a), by when rank 0 started each step."""
+    """Return steps/s of (a), from the times at which rank 0 started each step."""
     num_steps = FILLING + WARM_UP + TIMED
     own_ray.start(num_cpus=2)
     try:
@@ -111,7 +111,7 @@ def batches(images: np.ndarray, captions: list[str], rank: int, steps: int) -> l
 
 
 def bare(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[str]) -> float:
-    """Steps/s of (b): the engine alone."""
+    """Return steps/s of (b): only the engine."""
     from ray_platform.train.engine import Engine
 
     task = DiffDisTask(config.model, config.objective)
@@ -125,7 +125,7 @@ def bare(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[s
 
 
 def ddp(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[str]) -> float:
-    """Steps/s of (c): torch alone."""
+    """Return steps/s of (c): only torch."""
     task = DiffDisTask(config.model, config.objective)
     module = torch.nn.parallel.DistributedDataParallel(task.module)
     optimizer = torch.optim.AdamW(task.parameter_groups(), fused=True)
@@ -141,7 +141,7 @@ def ddp(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[st
 
 
 def tasks(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[str], steps: int) -> dict[str, float]:
-    """Median seconds of a step of each task, taken in turns."""
+    """Return the median seconds per step of each task. The tasks take turns."""
     from ray_platform.train.engine import Engine
 
     engines, seconds = {}, {}
@@ -160,7 +160,7 @@ def tasks(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[
 
 
 def memory(which: str, global_batch: int) -> float:
-    """GB that a process needs at most for InfoNCE and its gradient, beyond its inputs: `contrastive_memory` in a new process."""
+    """Return the peak GB for InfoNCE and its gradient, excluding inputs: `contrastive_memory` in a new process."""
     code = f"from tests.benchmarks.train_step import contrastive_memory; contrastive_memory({which!r}, {global_batch})"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": own_ray.PATHS}, capture_output=True, text=True, check=True
@@ -169,13 +169,13 @@ def memory(which: str, global_batch: int) -> float:
 
 
 def contrastive_memory(which: str, global_batch: int) -> None:
-    """Print the memory of one rank of as many as make up the global batch with LOCAL samples each.
+    """Print the memory of one rank, when ranks of LOCAL samples each make up the global batch.
 
-    What the others would send is not sent (torch's fake process group), which changes neither the sizes nor the order of the
-    computations.
+    The other ranks' data are not communicated (torch's fake process group), which changes neither the sizes nor the order of
+    the computations.
     """
 
-    def gb(name: str) -> float:  # VmRSS (now) or VmHWM (the most so far) of this process
+    def gb(name: str) -> float:  # VmRSS (current) or VmHWM (peak) of this process
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
         return int(line.split()[1]) * 1024 / 1e9
 
@@ -184,7 +184,7 @@ def contrastive_memory(which: str, global_batch: int) -> None:
     num = LOCAL if which == "chunked" else global_batch
     predicted = F.normalize(torch.randn(num, 1, WIDTH), dim=-1).requires_grad_()
     query, ids = F.normalize(torch.randn(num, WIDTH), dim=-1), torch.arange(num)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = gb("VmRSS")
     if which == "chunked":
         loss = InfoNCE()(predicted, query, ids, scale).mean
@@ -195,7 +195,7 @@ def contrastive_memory(which: str, global_batch: int) -> None:
 
 
 def on_ranks(function: Callable, num_workers: int, *arguments: Any) -> float:
-    """The ranks' mean."""
+    """Return the mean of the ranks' results."""
     group = Ranks(num_workers)
     try:
         return statistics.mean(group.run(function, *arguments))
@@ -204,7 +204,7 @@ def on_ranks(function: Callable, num_workers: int, *arguments: Any) -> float:
 
 
 def rates(config: PretrainConfig, sources: Path, images: tuple, num_workers: int, rounds: int, suffix: str) -> dict[str, float]:
-    """Samples/s of every contender, and the ratios to the others."""
+    """Return samples/s of every contender, and the ratios of (a) to the others."""
     contenders = {
         "ours": partial(ours, config, sources, num_workers),
         "bare": partial(on_ranks, bare, num_workers, config, *images),

@@ -1,4 +1,4 @@
-"""Readers of the files in cluster/, and the commands that KubeRay derives from them."""
+"""Functions that read the files in cluster/ and reproduce the commands that KubeRay derives from them."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 KUBERAY = CLUSTER / "kuberay"
-IMAGE_ROOT = "/opt/diffdis"  # of the repository, in the image
+IMAGE_ROOT = "/opt/diffdis"  # root of the repository in the image
 
 
 def documents(path):
@@ -23,7 +23,7 @@ def kubernetes_files():
 
 
 def manifest(path, kind):
-    """The one document of this kind."""
+    """Return the only document of a kind in a file."""
     (found,) = [document for document in documents(path) if document["kind"] == kind]
     return found
 
@@ -37,7 +37,7 @@ def ray_jobs():
 
 
 def pods():
-    """(name, pod template) of everything that starts pods."""
+    """Return (name, pod template) of every resource that starts pods."""
     for path in kubernetes_files():
         for document in documents(path):
             spec = document.get("spec", {})
@@ -49,7 +49,7 @@ def pods():
 
 
 def start_arguments(group, head=False):
-    """Arguments that KubeRay's operator passes to `ray start` for a group."""
+    """Return the arguments that KubeRay's operator passes to `ray start` for a group."""
     parameters = dict(group["rayStartParams"])
     if not head:
         parameters["address"] = "diffdis-head-svc.diffdis.svc.cluster.local:6379"
@@ -62,7 +62,7 @@ def start_arguments(group, head=False):
 
 
 def arguments_of(entrypoint):
-    """Arguments that a script receives: the entrypoint passes through KubeRay's shell and then through Ray's."""
+    """Return the arguments that a script receives after the entrypoint has passed through KubeRay's shell and then Ray's."""
     show = [sys.executable, "-c", "import sys; print('\\0'.join(sys.argv[1:]), end='')"]
 
     def through(shell, command):
@@ -73,6 +73,6 @@ def arguments_of(entrypoint):
 
 
 def pinned(name):
-    """A package's version in constraints.txt."""
+    """Return a package's version in constraints.txt."""
     (version,) = re.findall(rf"^{re.escape(name)}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     return version

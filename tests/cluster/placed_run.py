@@ -1,6 +1,6 @@
 """Record which process ran on which of three labeled nodes: `python placed_run.py FOLDER` writes FOLDER/found.json.
 
-Every Ray worker process is a child of its node's raylet, and its name says what it runs.
+Every Ray worker process is a child of its node's raylet, and its process name states what it runs.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ from tests.ray_platform.test_precompute import encoders
 from tests.ray_platform.test_replicas import squares
 from tests.support.training import pixel_run, write_shards
 
-CPU, GPU = {"pool": "cpu"}, {"pool": "gpu"}  # the second one trains; it needs no real GPU
-# Each has room for everything, so that only the labels decide.
+CPU, GPU = {"pool": "cpu"}, {"pool": "gpu"}  # the pool "gpu" trains; it needs no real GPU
+# CPUs of each node. Every node has room for all processes, so placement depends only on the labels.
 NODES = {"head": 0, "cpu": 4, "gpu": 4}
 
 
 class ProcessWatcher:
-    """Names of the processes that each node had during a `with` block."""
+    """Records the names of the processes on each node during a `with` block."""
 
     def __init__(self, raylets):
         self.raylets, self.seen = raylets, {pool: set() for pool in raylets}
@@ -65,7 +65,7 @@ class ProcessWatcher:
 
 
 def errors(run, catalog, config):
-    """Error lines where the labeled nodes are too small or missing."""
+    """Yield the error messages for labeled nodes that are too small or missing."""
     for call in (
         lambda: ReplicaSpec(no_replica, 5, placement=GPU).resolve_num_replicas(),
         lambda: list(precompute(catalog, config, replace(encoders(), count=9, placement=GPU), "/nowhere")),
@@ -78,7 +78,7 @@ def errors(run, catalog, config):
 
 
 def size_where_nodes_may_come():
-    """Number of replicas that do not fit, once the cluster's state says that KubeRay's autoscaler is on."""
+    """Return the resolved number of replicas, more than fit now, when the cluster reports that KubeRay's autoscaler is on."""
     key, namespace = ray._raylet.GCS_AUTOSCALER_V2_ENABLED_KEY, ray._raylet.GCS_AUTOSCALER_STATE_NAMESPACE
     internal_kv_get_gcs_client().internal_kv_put(key.encode(), b"1", True, namespace=namespace.encode())
     return ReplicaSpec(no_replica, 5, placement=GPU).resolve_num_replicas()

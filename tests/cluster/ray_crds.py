@@ -1,11 +1,11 @@
-"""KubeRay's fields as strict JSON schemas, from the types of its API (ray.io/v1, release 1.6).
+"""Strict JSON schemas of KubeRay's resources, derived from the types of its API (ray.io/v1, release 1.6).
 
-Its own CRDs take a megabyte and no package contains them. Pod templates are left to Kubernetes' schemas.
+KubeRay's CRDs take a megabyte and no package contains them. Kubernetes' schemas check the pod templates.
 """
 
 TEXT, NUMBER, SWITCH = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
 TEXTS = {"type": "object", "additionalProperties": TEXT}
-LEFT = {"type": "object"}  # to Kubernetes' schemas
+LEFT = {"type": "object"}  # checked by Kubernetes' schemas instead
 
 
 def _record(required=(), **fields):

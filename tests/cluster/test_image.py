@@ -1,4 +1,4 @@
-"""The Dockerfile: its linter, its steps against `make setup`, its files against the repository."""
+"""The Dockerfile passes the linter, follows the steps of `make setup`, and copies files that exist in the repository."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ranks
 
 
 def instructions():
-    """[(instruction, arguments)], with continued lines joined."""
+    """Return [(instruction, arguments)], with continuation lines joined."""
     joined = re.sub(r"\\\n\s*", " ", "\n".join(line for line in DOCKERFILE.read_text().splitlines() if not line.startswith("#")))
     return [tuple(line.split(None, 1)) for line in joined.splitlines() if line]
 
@@ -29,7 +29,7 @@ def copied():
 
 
 def installed(*assignments):
-    """The commands of `make setup` in a folder where nothing is installed."""
+    """Return the commands that `make setup` runs in a folder where nothing is installed."""
     command = ["make", "--dry-run", "setup", "VENV=/nowhere/venv", *assignments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
@@ -62,14 +62,14 @@ def test_it_runs_as_a_user_needs_a_token_and_has_the_tools_that_kuberay_calls():
 
 
 def test_the_copied_files_are_enough_for_a_job(tmp_path):
-    """In a copy of what the image gets, by an interpreter that has the dependencies and not this project."""
+    """Runs in a copy of the image's files, with an interpreter that has the dependencies but not this project."""
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     assert sorted(allowed) == sorted(copied())
     assert ("WORKDIR", IMAGE_ROOT) in instructions()
     for source in copied():
         subprocess.run(["cp", "-r", str(ROOT / source), str(tmp_path / source)], check=True)
     packages = next(path for path in sys.path if path.endswith("site-packages"))
-    script = str(tmp_path / "jobs" / "sweep.py")  # it imports what all others do
+    script = str(tmp_path / "jobs" / "sweep.py")  # it imports everything that the other jobs import
     program = (
         f"import sys, runpy; sys.path = [p for p in sys.path if p != {packages!r}] + [{packages!r}]; "
         f"sys.argv = ['sweep.py', '--help']; sys.path.insert(0, {str(tmp_path / 'jobs')!r}); "

@@ -1,4 +1,4 @@
-"""The manifests against Kubernetes' schemas, KubeRay's rules, Ray's own reading of them, and this repository's code."""
+"""The manifests satisfy Kubernetes' schemas, KubeRay's rules, Ray's autoscaler and the parsers of this repository."""
 
 import functools
 import re
@@ -48,7 +48,7 @@ def groups():
 
 @functools.cache
 def configurations():
-    """[(job, script, the configuration that its entrypoint makes, by the script's own parser)]."""
+    """Return [(job, script, configuration)], where the script's own parser parses the job's entrypoint."""
     found = []
     for job in ray_jobs():
         python, script, *arguments = arguments_of(job["spec"]["entrypoint"])
@@ -99,7 +99,7 @@ def test_pods_are_valid_and_have_no_more_rights_than_they_need(name, template):
 
 
 def test_kuberays_own_rules():
-    """What its operator refuses, by its source: see `ray_crds`."""
+    """Rules that KubeRay's operator validates, taken from its source: see `ray_crds`."""
     spec = ray_cluster()["spec"]
     assert spec["rayVersion"] == pinned("ray"), "the operator wants a version for a token, and nodes of one version"
     for group in groups().values():
@@ -113,7 +113,7 @@ def test_kuberays_own_rules():
 
 
 def test_rays_autoscaler_reads_the_pools(recwarn):
-    """The function by which Ray's autoscaler reads the resource from Kubernetes; it validates what it makes."""
+    """Ray's autoscaler converts the Kubernetes resource with this function, which also validates the result."""
     cluster = ray_cluster()
     cluster["metadata"]["namespace"] = "diffdis"
     config = _derive_autoscaling_config_from_ray_cr(cluster)
@@ -180,7 +180,7 @@ def test_jobs_exist_in_the_image_and_place_their_parts_on_pools_that_the_cluster
 
 @pytest.mark.ranks
 def test_jobs_fit_the_pools_that_they_ask_for():
-    """At its largest; the reads of pretraining fit the CPU nodes that are always there."""
+    """Each job fits its pool at its maximum size; the reads of pretraining fit the pool's minimum number of CPU nodes."""
     config = {name: config for name, _, config in configurations()}
     pools = {name: group for name, group in groups().items() if name != "head"}
     limits = {name: group["template"]["spec"]["containers"][0]["resources"]["limits"] for name, group in pools.items()}

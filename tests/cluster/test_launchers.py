@@ -1,4 +1,4 @@
-"""Ray's VM launcher, containers on one machine, and what docs/clusters.md starts without a cloud."""
+"""Ray's cluster launcher for VMs, containers on one machine, and the setups of docs/clusters.md that need no cloud."""
 
 import shlex
 
@@ -39,7 +39,7 @@ def test_rays_launcher_takes_the_file():
 
 
 def test_amazon_has_the_fields_of_a_machine():
-    """Parameters checked as boto3 does before it sends anything; the launcher adds the number and the network."""
+    """Validates the parameters as boto3 does before a request; the launcher adds the number of machines and the network."""
     client = boto3.client("ec2", region_name=aws()["provider"]["region"], aws_access_key_id="a", aws_secret_access_key="b")
     shape = client.meta.service_model.operation_model("RunInstances").input_shape
     for node_type in aws()["available_node_types"].values():

@@ -1,4 +1,4 @@
-"""Processes run on the nodes whose labels the configuration names."""
+"""Processes run on the nodes whose labels the configuration specifies."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """found.json of `placed_run.py`."""
+    """Return the content of found.json, which `placed_run.py` writes."""
     folder = tmp_path_factory.mktemp("placed")
     paths = os.pathsep.join(str(path) for path in (ROOT / "platform", ROOT))
     done = subprocess.run(
@@ -34,7 +34,7 @@ def found(tmp_path_factory):
 
 
 def pools(names, part):
-    """Pools that had a process whose name contains `part`."""
+    """Return the pools that had a process whose name contains `part`."""
     return [pool for pool, processes in names.items() if any(part in process for process in processes)]
 
 

@@ -19,7 +19,7 @@ def visibility(request):
 
 @pytest.fixture
 def make_task(tiny_model):
-    """make_task(objective, **config fields) -> a tiny task with fixed weights."""
+    """Return make_task(objective, **config fields), which builds a tiny task with fixed weights."""
 
     def make(objective: ObjectiveConfig | None = None, **changes) -> DiffDisTask:
         torch.manual_seed(0)

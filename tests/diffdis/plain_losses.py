@@ -1,4 +1,4 @@
-"""InfoNCE as one writes it down: all logits of the concatenated batch at once. What the chunked one is compared with."""
+"""Reference InfoNCE that computes all logits of the concatenated batch at once. Tests compare the chunked loss with it."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,14 @@ class PlainAlignment(NamedTuple):
 
 
 def plain_alignment_loss(predicted, query, caption_ids, scale) -> PlainAlignment:
-    """predicted [B, n, D], query [B, D], caption_ids [B], scale: of the global batch."""
+    """Return the loss of the global batch.
+
+    Args:
+        predicted: [B, n, D].
+        query: [B, D].
+        caption_ids: [B].
+        scale: Factor of the logits (inverse temperature).
+    """
     logits = scale * torch.einsum("ind,jd->nij", predicted, query)  # [n, B, B]
     same = caption_ids[:, None] == caption_ids[None, :]
     same.fill_diagonal_(False)

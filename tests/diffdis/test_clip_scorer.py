@@ -1,4 +1,4 @@
-"""A CLIP in transformers' layout, scored as CLIP_benchmark scores it."""
+"""A CLIP in transformers' layout gets the same scores as from CLIP_benchmark."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ def scorer(folder):
 
 
 def pictures(num, seed=0):
-    """Of various sizes and shapes, with colours and frequencies of their own."""
+    """Return images of various sizes and shapes with different colors and frequencies."""
     random = np.random.default_rng(seed)
     for _ in range(num):
         height, width = random.integers(20, 90, 2)
@@ -42,7 +42,7 @@ def pictures(num, seed=0):
 
 
 def their_parts(folder):
-    """What CLIP_benchmark takes: a model with two methods, a tokenizer and a transform."""
+    """Return the inputs of CLIP_benchmark: a model with two methods, a tokenizer and a transform."""
     model, tokenizer = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
     processor = CLIPImageProcessorPil.from_pretrained(folder)
 
@@ -77,7 +77,7 @@ def test_zero_shot_equals_clip_benchmark(folder, scorer):
     expected = zeroshot_classification.evaluate(model, batches, tokenize, CLASSES, TEMPLATES, "cpu", amp=False)
     scores = ZeroShotScores.from_embeddings(embedded(scorer, images, 24), scorer.embed_classes(CLASSES, TEMPLATES), labels)
     assert scores.metrics == expected
-    assert len(np.unique(scores.predictions[:, 0])) > 3  # not one class for all
+    assert len(np.unique(scores.predictions[:, 0])) > 3  # predictions are not all the same class
 
 
 def test_retrieval_equals_clip_benchmark(folder, scorer):
@@ -96,14 +96,14 @@ def test_retrieval_equals_clip_benchmark(folder, scorer):
     ("size", "resample"), [({"shortest_edge": 40}, 2), ({"height": 33, "width": 37}, 3), ({"shortest_edge": 25}, 3)]
 )
 def test_pixels_are_those_of_the_folders_processor(tmp_path, size, resample):
-    """Whatever the folder asks for: other sizes (also below the crop's, which pads), filters, means."""
+    """Covers settings of the folder: other sizes (also smaller than the crop, which pads), filters and means."""
     folder = save_clip(tmp_path)
     processor = CLIPImageProcessorPil(
         size=size, crop_size={"height": 32, "width": 32}, resample=resample, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]
     )
     processor.save_pretrained(folder)
     scorer = ClipScorer(folder)
-    images = [*pictures(5), np.zeros((3, 50, 3), dtype=np.uint8) + 7]  # 3 pixels high: no channels
+    images = [*pictures(5), np.zeros((3, 50, 3), dtype=np.uint8) + 7]  # a height of 3 pixels must not be mistaken for channels
     prepared = np.stack([scorer.preprocess(image) for image in images])
     assert prepared.dtype == np.uint8
     seen = []
@@ -135,7 +135,7 @@ def test_texts_of_any_number_and_length(scorer, monkeypatch):
     assert found.shape == (7, 32)
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
     assert np.abs(found[0] - found[4]).max() > 0.01
-    np.testing.assert_allclose(scorer.embed_texts(["x" * 600])[0], found[2], atol=1e-6)  # cut to 77 tokens
+    np.testing.assert_allclose(scorer.embed_texts(["x" * 600])[0], found[2], atol=1e-6)  # truncated to 77 tokens
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-6)
 
 

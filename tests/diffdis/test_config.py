@@ -12,8 +12,8 @@ def test_sd_v1_builds_at_full_size_on_the_meta_device():
     with torch.device("meta"):
         model = DiffDis(sd_v1())
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    assert count["unet"] == 859_520_964  # Stable Diffusion v1's
-    # By hand, at width C and D = 768: a site is FC_in + FC_out + 2 norms + a GEGLU feed-forward of 4 C.
+    assert count["unet"] == 859_520_964  # the size of Stable Diffusion v1
+    # Counted by hand, for width C and D = 768: a site is FC_in + FC_out + 2 norms + a GEGLU feed-forward of 4 C.
     site = {c: 768 * c + c + c * 768 + 768 + 4 * c + (c * 8 * c + 8 * c) + (4 * c * c + c) for c in (320, 640, 1280)}
     time = 2 * (768 * 768 + 768)
     assert count["stream"] == 2 * site[320] + 2 * site[640] + 2 * site[1280] + site[1280] + time

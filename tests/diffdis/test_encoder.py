@@ -1,4 +1,4 @@
-"""What is computed beforehand is what a step would compute."""
+"""Precomputed encodings equal the encodings of a training step."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ def test_a_precomputed_batch_gives_the_inputs_of_its_images(make_task, tiny_mode
 
 
 def test_a_score_in_half_precision_leaves_training_the_same_inputs(make_task, tiny_model, batch):
-    """Frozen encoders know no autocast: else a preview would leave other encodings in the cache."""
+    """Frozen encoders disable autocast; otherwise a preview would leave different encodings in the cache."""
     cached = dataclasses.replace(tiny_model.text_encoder, cache_size=10)
     task, cpu = make_task(text_encoder=cached), torch.device("cpu")
     with torch.autocast("cpu", dtype=torch.bfloat16):

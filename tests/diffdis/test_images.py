@@ -1,4 +1,4 @@
-"""Images as users have them: the same pixels at inference as in training."""
+"""User images are decoded to the same pixels at inference as in training."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""The chunked loss over all ranks against the plain one on the concatenated batch, in value and gradient."""
+"""The chunked loss over all ranks equals the reference on the concatenated batch, in value and gradient."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def whole_batch(num_draws):
     predicted = F.normalize(torch.randn(GLOBAL_BATCH, num_draws, WIDTH, generator=generator), dim=-1)
     query = F.normalize(torch.randn(GLOBAL_BATCH, WIDTH, generator=generator), dim=-1)
     ids = torch.arange(GLOBAL_BATCH)
-    ids[[3, 7, 11]] = 3  # three pairs of one caption, on different ranks
+    ids[[3, 7, 11]] = 3  # three pairs with the same caption, on different ranks
     ids[1] = 0
     query = query[[0, 0, 2, 3, 4, 5, 6, 3, 8, 9, 10, 3]]  # equal captions have equal queries
     return predicted, query, ids, torch.tensor(9.0)
@@ -55,6 +55,6 @@ def test_value_and_gradient_equal_the_plain_loss(ranks, num_draws, chunk, autoca
     torch.testing.assert_close(torch.stack([f[0] for f in found]).mean(), plain.loss.mean(), **close)
     torch.testing.assert_close(torch.cat([f[1] for f in found], dim=1), plain.loss, **close)
     assert torch.equal(torch.cat([f[2] for f in found], dim=1), plain.correct)
-    # A trainer averages the ranks' gradients.
+    # The trainer averages the gradients of the ranks.
     torch.testing.assert_close(torch.cat([f[3] for f in found]) / ranks.world_size, predicted.grad, **close)
     torch.testing.assert_close(torch.stack([f[4] for f in found]).mean(), scale.grad, **close)

@@ -1,4 +1,4 @@
-"""The method against diffusers and against plain torch written anew."""
+"""The method matches diffusers and an independent implementation in plain torch."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def test_exported_unet_opens_in_diffusers_with_the_same_output(make_task, tmp_pa
 
 
 def _reference_loss(module, inputs, noise, visibility):
-    """Algorithm 1 once more, from METHOD's equations: no code of diffdis but the submodules that hold the weights."""
+    """Return the loss of Algorithm 1 from METHOD's equations. Of diffdis, it uses only the submodules that hold the weights."""
     unet, stream, head = module.model.unet, module.model.stream, module.model.head
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     abar = (1 - betas).cumprod(0)
@@ -63,7 +63,7 @@ def _reference_loss(module, inputs, noise, visibility):
     null = inputs["null_states"].expand(len(z), -1, -1)
 
     def attend(attention, tokens, blind_image):
-        """Plain softmax attention; with `blind_image` the last token is hidden from all but itself."""
+        """Plain softmax attention; with `blind_image`, only the last token itself can attend to the last token."""
         q, k, v = (
             p(tokens).unflatten(2, (attention.heads, -1)).transpose(1, 2)
             for p in (attention.to_q, attention.to_k, attention.to_v)
@@ -155,7 +155,7 @@ def test_ddim_steps_equal_diffusers(prediction_type, spacing, num_steps):
 
 
 def test_one_way_features_do_not_change_with_the_query_and_joint_ones_do(make_task, batch, visibility):
-    """Where the image branch depends on e_t, so does the gradient of its features to e_t."""
+    """The image features depend on e_t only under the joint mask."""
     task = make_task(query_visibility=visibility)
     model, inputs = task.module.model, task.inputs(batch, torch.device("cpu"))
     features = []
@@ -168,7 +168,7 @@ def test_one_way_features_do_not_change_with_the_query_and_joint_ones_do(make_ta
 
 
 def test_one_way_inference_from_kept_keys_equals_the_uncached_path(make_task, batch):
-    """K = 1: the cached image memory against one pass over [image tokens; query] with the mask written out."""
+    """K = 1: cached image keys and values give the same result as one pass over [image tokens; query] with an explicit mask."""
     task = make_task(ObjectiveConfig(caption_dropout=0.0))
     pipeline = task.pipeline(task.module.state_dict())
     cached = pipeline.embed_image(batch.images, keys=list("abcdef"), num_steps=1)
@@ -177,7 +177,7 @@ def test_one_way_inference_from_kept_keys_equals_the_uncached_path(make_task, ba
     inputs = task.inputs(batch, torch.device("cpu"))
     e_t = torch.stack([named_noise(f"embed/{key}/0", (32,)) for key in "abcdef"])[:, None]
     uncached = torch.cat(
-        [  # every image walked by itself and anew
+        [  # every image is encoded separately, without a cache
             model.predict_query(
                 model.encode_image(inputs["latent"][i : i + 1], inputs["null_states"]), e_t[i : i + 1], torch.tensor([[999]])
             )
@@ -219,7 +219,7 @@ def test_an_untrained_query_knows_the_image_and_not_its_own_noise(tiny_model, ba
 
 @pytest.mark.parametrize("num_steps", [1, 3, 7, 10, 50, 600])
 def test_any_number_of_steps_follows_the_equations_of_algorithm_3(make_task, batch, num_steps):
-    """Each step ends at the timestep at which the next one starts, and the last one without noise."""
+    """Each step ends at the timestep at which the next one starts; the last one ends without noise."""
     task = make_task()
     pipeline = task.pipeline(task.module.state_dict())
     model, inputs = pipeline.model, task.inputs(batch, torch.device("cpu"))
@@ -235,7 +235,7 @@ def test_any_number_of_steps_follows_the_equations_of_algorithm_3(make_task, bat
     pipeline.embed_latent(inputs["latent"][:1], ["a"], num_steps)
     steps = [round(1000 - i * 1000 / num_steps) - 1 for i in range(num_steps)]
     assert [t for t, _ in seen] == steps
-    # With a perfect prediction, e_t is gamma sqrt(abar_t) sqrt(D) e + sqrt(1 - abar_t) eps of one and the same noise.
+    # With a perfect prediction, e_t is gamma sqrt(abar_t) sqrt(D) e + sqrt(1 - abar_t) eps with the same noise eps at every step.
     abar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
     signal = model.config.schedule.query_snr * clean[0, 0].double()
     first = abar[999]

@@ -59,11 +59,11 @@ def test_old_names_of_the_pipeline_still_work(pipeline, batch):
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"])
 def test_any_scheduler_of_diffusers_samples(pipeline, name):
-    """Also a stochastic one depends on the seed and the index of an image, not on the batch."""
+    """Even with a stochastic scheduler, an image depends only on the seed and its index, not on the batch."""
     pipeline.scheduler = name
     together = pipeline.generate(["red heart", "a"], num_inference_steps=3)
     config = pipeline.scheduler.config
-    pipeline.scheduler = getattr(diffusers, name).from_config(config, beta_start=0.3)  # it gets the model's noise schedule
+    pipeline.scheduler = getattr(diffusers, name).from_config(config, beta_start=0.3)  # replaced by the model's noise schedule
     [alone] = pipeline.generate(["a"], num_inference_steps=3, indices=[1])
     assert np.abs(np.asarray(together[1]).astype(int) - np.asarray(alone)).max() <= 1
     with pytest.raises(ValueError, match=r"scheduler: .*NoSuchScheduler"):
@@ -177,7 +177,7 @@ def test_half_precision(pipeline, batch):
 
 
 def test_an_untrained_model_and_shuffled_images_are_at_chance(pipeline):
-    """400 images of 100 classes: at chance 4 are right on average; 14 or more have a probability below 1e-4."""
+    """400 images of 100 classes: at chance, 4 are correct on average; 14 or more have a probability below 1e-4."""
     images = np.random.default_rng(0).integers(0, 256, (400, 16, 16, 3), dtype=np.uint8)
     labels = np.arange(400) % 100
     queries, classes = pipeline.embed_image(images, num_steps=2), pipeline.embed_classes([f"c {i}" for i in range(100)])
@@ -187,12 +187,16 @@ def test_an_untrained_model_and_shuffled_images_are_at_chance(pipeline):
     identity = np.eye(100, dtype=np.float32)
     perfect = ZeroShotScores.from_embeddings(identity[labels], identity, labels)
     assert perfect.accuracy() == subset_accuracy(identity[labels], identity, labels, 10) == 1.0
-    assert perfect.with_shuffled_images().accuracy() * 400 < 14  # the control removes what a perfect model knows
+    assert perfect.with_shuffled_images().accuracy() * 400 < 14  # shuffled images bring even a perfect model to chance
 
 
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory):
-    """make(clip) -> the task of a folder like SD v1, its export, and what opened it; with CLIP's own text encoder or SD's."""
+    """Return make(clip, *options), which builds a task from a folder like SD v1 and exports it.
+
+    `clip` selects CLIP's text encoder instead of SD's. make returns the task, the export folder and the text that states what can
+    open the export.
+    """
     folder = tmp_path_factory.mktemp("sd")
 
     def make(clip=False, *options):

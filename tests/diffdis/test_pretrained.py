@@ -1,4 +1,4 @@
-"""Every layout of pretrained weights that people have: loaded with the outputs of the libraries themselves, or one clear line."""
+"""Common layouts of pretrained weights load with the same outputs as in their libraries, or fail with a one-line error."""
 
 import json
 import pickle
@@ -24,7 +24,7 @@ UNET, TEXT = "unet/diffusion_pytorch_model", "text_encoder/model"
 
 
 def started_from(folder, **changes):
-    """A recipe's configuration that names nothing but the folder, as users start."""
+    """Return a recipe's configuration that sets only the folder, as users start."""
     head = HeadConfig(num_layers=1, width=32, num_heads=2)
     return DiffDisConfig(image_size=16, head=head, warm_start=str(folder), **changes)
 
@@ -72,7 +72,7 @@ def without_prefix(folder):
 
 
 def with_old_names(folder):
-    """SD v1's own autoencoder names its attention differently."""
+    """Rename attention weights to the older names in SD v1's published autoencoder."""
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
     tensors = {}
@@ -211,11 +211,11 @@ def test_fields_that_contradict_the_folder(tmp_path, caplog):
     assert "model.image_size: 32 px, latents of 16" in caplog.text
 
 
-# --- text encoders -------------------------------------------------------------------------------------------------------------
+# --- Text encoders -------------------------------------------------------------------------------------------------------------
 
 
 def clip_folder(folder, kind, *, bin=False, architectures=True, **config):
-    """A CLIP saved by one of transformers' classes, and what it says the pooled embedding of a caption is."""
+    """Save a CLIP with one of transformers' classes. Also returns its pooled embedding of a caption."""
     whole = save_clip(folder)
     model = kind.from_pretrained(whole)
     if kind is not CLIPModel:
@@ -241,7 +241,7 @@ def test_a_clip_gives_the_embedding_of_transformers(tmp_path, kind, layout):
     folder, model = clip_folder(tmp_path / "clip", kind, **layout)
     config = TextEncoderConfig(path=str(folder), token_dim=WIDTH, embedding_dim=WIDTH)
     assert text_encoder_widths(config) == (WIDTH, WIDTH)
-    for _ in range(2):  # nothing is random
+    for _ in range(2):  # the result is deterministic
         encoder = build_text_encoder(config)
         tokens = encoder.tokenizer(["a red heart", "b"], padding="max_length", max_length=77, return_tensors="pt")["input_ids"]
         with torch.no_grad():
@@ -280,7 +280,7 @@ def test_the_shift_factor_of_an_autoencoder_is_used(tmp_path):
 
 
 def test_a_repository_of_the_hub(tmp_path, monkeypatch):
-    """As the hub's client keeps it: downloads cannot be tested here, but what is found in the cache is used offline."""
+    """Uses the cache layout of the hub's client: tests cannot download, but cached files are used offline."""
     from huggingface_hub import constants
 
     root = tmp_path / "hub" / "models--someone--sd"

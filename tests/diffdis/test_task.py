@@ -1,4 +1,4 @@
-"""The tasks, what each of them trains, and what a trainer may ask of them."""
+"""The tasks: which parameters each of them trains, and the interface that a trainer uses."""
 
 import dataclasses
 import io
@@ -30,7 +30,7 @@ def assert_gradients_equal(found, expected):
 
 
 def assert_gradients_close(found, expected, tolerance=1e-5):
-    """As one vector, and the temperature's by itself: it is one number among thousands."""
+    """Compare all gradients as one vector, and the temperature's separately, because it is one number among thousands."""
     assert found.keys() == expected.keys()
     difference = torch.nn.utils.get_total_norm([found[name] - value for name, value in expected.items()])
     assert difference <= tolerance * torch.nn.utils.get_total_norm(expected.values())
@@ -64,7 +64,7 @@ def test_a_task_trains_all_that_it_lists_and_can_do_what_it_was_trained_for(make
 
 
 def test_the_joint_loss_is_the_sum_of_its_halves(make_task, batch):
-    """On equal weights and seeds: a single-task model differs from the joint one in nothing but the task."""
+    """With equal weights and seeds, a single-task model differs from the joint one only in its task."""
     losses = {}
     for name in ("joint", "generation", "alignment"):
         task = make_task(ObjectiveConfig(task=name, lambda_alignment=0.5))
@@ -125,7 +125,7 @@ def test_bfloat16_computes_about_the_same(make_task, batch, visibility, name):
 
 
 def test_a_wrong_image_is_one_of_another_caption(make_task, batch):
-    """Else the control would find the right text for an honest reason: here, all are alike or there is one only."""
+    """Otherwise the shuffled-image control could be correct legitimately; here, all captions are equal or there is only one."""
     task = make_task()
     inputs = task.inputs(batch, CPU)
     alike = inputs | {"caption_ids": torch.zeros_like(inputs["caption_ids"])}
@@ -136,7 +136,7 @@ def test_a_wrong_image_is_one_of_another_caption(make_task, batch):
 
 
 def accumulated(task, inputs, num_parts):
-    """The gradients of a step of several micro-batches, as a trainer makes them, and the mean of their losses."""
+    """Return the gradients that a trainer accumulates over the micro-batches of a step, and their mean loss."""
     size = len(inputs["latent"]) // num_parts
     parts = [{k: v if k == "null_states" else v[i * size : (i + 1) * size] for k, v in inputs.items()} for i in range(num_parts)]
     seeds = list(range(num_parts))
@@ -170,7 +170,7 @@ def test_gradient_caching_equals_one_large_batch(make_task, batch, name, num_dra
 
 
 class WeightedInfoNCE(nn.Module):
-    """A loss with a parameter, in a new entry of the table."""
+    """A loss with a trainable parameter, registered as a new entry of the table."""
 
     def __init__(self):
         super().__init__()
@@ -283,7 +283,7 @@ def test_a_model_that_was_exported_starts_another_one(make_task, batch, tmp_path
 
 
 def test_a_temperature_above_the_limit_returns(make_task):
-    """As CLIP's: ten steps of gradients that raise the scale, then fifty that lower it, with AdamW at 0.1."""
+    """Like CLIP's: ten steps of gradients that raise the scale, then fifty that lower it, with AdamW at 0.1."""
     from ray_platform.train.optimizer import AdamW
 
     task = make_task(ObjectiveConfig(temperature=0.02, lr_new=0.1))
@@ -305,7 +305,7 @@ def test_a_temperature_above_the_limit_returns(make_task):
 
 
 def test_samples_without_their_image_do_not_count_as_retrieval(make_task, batch):
-    """They can only copy the query: here the network knows nothing, and the query's noise is small enough to copy."""
+    """Such samples can only copy the query: here the network is untrained, and the query's noise is small enough to copy."""
     task = make_task(image_dropout=0.5)
     inputs = task.inputs(batch, CPU)
     noise = task.module.sample_noise(inputs, 4)

@@ -1,4 +1,4 @@
-"""Every command in README.md and docs/: run by the test that the page names, or marked, or a job's that its own parser takes."""
+"""Every command in README.md and docs/ is run by the test that the page names, is marked, or passes the parser of its job."""
 
 import importlib
 import re
@@ -25,14 +25,14 @@ from tests.support.documentation import PAGES, ROOT, Block, all_blocks, text_of
 
 BLOCKS = all_blocks()
 NEEDS = ("a cloud", "a GPU", "a registered model", "root", "the hub")
-PREFIXES = ("export", "cd", "source")  # commands that only prepare another one
-SCRIPTS = {"jobs/inspect_data.py": "inspect", "jobs/run_demo.py": "demo"}  # the others have the names of their commands
+PREFIXES = ("export", "cd", "source")  # commands that only prepare a later command
+SCRIPTS = {"jobs/inspect_data.py": "inspect", "jobs/run_demo.py": "demo"}  # all other scripts are named after their commands
 CONFIGS = (
     PretrainConfig, PrecomputeConfig, InspectConfig, EvalConfig, SweepConfig, CompareConfig, ExportConfig, GenerateConfig,
     SizingConfig,
 )  # fmt: skip
 OTHER_FLAGS = {"--recipe", "--config", "--dry-run", "--help", "--list", "--demo_data", "--output", "--resume", "--profile"}
-OTHER_FLAGS |= {"--output_format"} | {option for parameter in start.params for option in parameter.opts}  # img2dataset's, Ray's
+OTHER_FLAGS |= {"--output_format"} | {option for parameter in start.params for option in parameter.opts}  # of img2dataset and Ray
 
 
 def parse_command(name: str, arguments: Sequence[str]) -> Any:
@@ -42,7 +42,7 @@ def parse_command(name: str, arguments: Sequence[str]) -> Any:
 
 
 def job_of(command: Sequence[str]) -> tuple[str, list[str]] | None:
-    """(script or command, arguments) of `python jobs/x.py …` or `diffdis x …`, also behind `ray job submit … --`; else None."""
+    """Return (script or command, arguments) of `python jobs/x.py …` or `diffdis x …`, also after `ray job submit`, or None."""
     words = list(command)
     if words[:3] == ["ray", "job", "submit"] and "--" in words:
         words = words[words.index("--") + 1 :]
@@ -52,7 +52,7 @@ def job_of(command: Sequence[str]) -> tuple[str, list[str]] | None:
 
 
 def documented_jobs() -> list[tuple[str, str, list[str]]]:
-    """(block, script, arguments) of all command lines. A block that begins with a flag continues its page's last command."""
+    """Return (block, script, arguments) of all commands. A block that begins with a flag continues its page's last command."""
     jobs: list[tuple[str, str, list[str]]] = []
     for block in (block for block in BLOCKS if block.is_shell):
         for command in block.commands():
@@ -68,7 +68,7 @@ def documented_jobs() -> list[tuple[str, str, list[str]]]:
 def test_the_jobs_own_parsers_take_the_documented_lines():
     errors = []
     for block, script, arguments in documented_jobs():
-        # "…" ends a line whose rest the text has; it must not hide a flag behind it.
+        # "…" at the end of a line stands for arguments given in the text; no flag may follow it.
         arguments = arguments[:-1] if arguments[-1:] == ["…"] else arguments
         if arguments == ["--help"]:
             assert script in COMMANDS or (ROOT / script).exists()
@@ -127,7 +127,7 @@ def test_fields_and_flags_in_the_text_exist(page):
 
 
 def test_commands_are_read_as_a_shell_reads_them():
-    """Comments, continued lines, several commands in one line, and flags that no longer exist."""
+    """Covers comments, continuation lines, several commands in one line, and flags that no longer exist."""
     block = Block("x.md", 1, "", "", "cd here && make demo  # comment\npython jobs/eval.py --a 'b c' \\\n  --d [1,2]\n")
     assert block.commands() == [["cd", "here"], ["make", "demo"], ["python", "jobs/eval.py", "--a", "b c", "--d", "[1,2]"]]
     submitted = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/eval.py", "--x"]

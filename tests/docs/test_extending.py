@@ -1,4 +1,4 @@
-"""Every Python block of docs/extending.md runs as it stands, the blocks of one section in one namespace."""
+"""Every Python block of docs/extending.md runs unchanged; the blocks of one section share a namespace."""
 
 import json
 import os
@@ -9,9 +9,9 @@ import pytest
 
 from tests.support.documentation import ROOT, blocks
 
-pytestmark = pytest.mark.ranks  # a process for the examples, which register recipes and filters
+pytestmark = pytest.mark.ranks  # the examples run in a separate process because they register recipes and filters
 PAGE = "docs/extending.md"
-# Runs the sections in one process, because importing torch for each would take most of the time; prints {section: traceback}.
+# Runs the sections in one process, because importing torch for each one would take most of the time. Prints {section: traceback}.
 RUNNER = """
 import json, os, sys, tempfile, traceback
 failures = {}
@@ -30,7 +30,7 @@ print("\\nRESULT " + json.dumps(failures))
 
 
 def sections() -> dict[str, list[str]]:
-    """The sources of the page's Python blocks by section. Blank lines in front keep the page's line numbers in tracebacks."""
+    """Return the sources of the page's Python blocks by section. Leading blank lines preserve line numbers in tracebacks."""
     lines = (ROOT / PAGE).read_text().splitlines()
     headings = {number: line.removeprefix("## ") for number, line in enumerate(lines, 1) if line.startswith("## ")}
     sources: dict[str, list[str]] = {}

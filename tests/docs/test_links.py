@@ -1,4 +1,4 @@
-"""Links and images of README.md and docs/, and the files, code and fields that they name."""
+"""Links and images in README.md and docs/ resolve, and the files, code and fields that they mention exist."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ PARTS_OF_THE_METHOD = (
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """Return the anchors that GitHub generates from the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -47,7 +47,7 @@ def test_every_page_is_in_the_index():
 
 
 def defined_names(body: list[ast.stmt], prefix: str = "") -> set[str]:
-    """Functions, classes, their methods and attributes, and a module's names."""
+    """Return functions, classes, their methods and attributes, and a module's variables."""
     names: set[str] = set()
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

@@ -1,7 +1,7 @@
-"""Runs that need a Ray of their own: `python disturbed_runs.py elastic|s3 FOLDER NUMBER`.
+"""Runs that need a separate Ray instance: `python disturbed_runs.py elastic|s3 FOLDER NUMBER`.
 
-elastic: the cluster loses a node and later gets another one; NUMBER is the number of steps.
-s3: data and checkpoints are in S3, whose server is away for NUMBER seconds.
+elastic: the cluster loses a node and later gets a new one; NUMBER is the number of steps.
+s3: data and checkpoints are in S3, whose server is down for NUMBER seconds.
 """
 
 import os
@@ -27,7 +27,7 @@ PATHS = {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def wait_for_workers(output, number, training):
-    """Until the newest recorded step was done by `number` ranks."""
+    """Wait until `number` ranks have executed the newest recorded step."""
     while max(records(output).entries(), key=lambda entry: entry[1], default=(0, 0.0, [], 0))[3] != number:
         if not training.is_alive():
             sys.exit(f"the run ended before it had {number} workers")

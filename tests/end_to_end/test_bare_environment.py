@@ -1,4 +1,4 @@
-"""The project in an environment that holds its dependencies alone: as a wheel, and as a job that `ray job submit` brings."""
+"""The project works in an environment that has only its dependencies: as a wheel, and as a job of `ray job submit`."""
 
 import json
 import os
@@ -32,11 +32,11 @@ with LocalHead(num_cpus=2) as head:
 
 @pytest.fixture
 def bare_python(tmp_path):
-    """(the interpreter of such an environment, run(*command) -> what the command printed), run in an empty folder."""
+    """Return (interpreter of such an environment, run(*command)). run executes in an empty folder and returns the output."""
     venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     packages = next((tmp_path / "venv" / "lib").glob("python3*")) / "site-packages"
-    # A folder named in a .pth file is added without its own .pth files, so an editable installation stays out.
+    # Python ignores .pth files in a folder that a .pth file adds, so the editable installation is not visible.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     environment = {name: value for name, value in os.environ.items() if name not in OURS}
     environment["PATH"] = os.pathsep.join([str(python.parent), str(Path(sys.executable).parent), environment["PATH"]])
@@ -88,7 +88,7 @@ def test_the_wheel_trains_and_generates(wheel, bare_python, training_shards, tmp
 
 @pytest.mark.slow
 def test_a_submitted_job_needs_only_the_dependencies(bare_python, training_shards, tmp_path):
-    """The project's root on the path comes from --working-dir alone. Two workers and their reads fit two CPUs."""
+    """The project's root is on the path only because of --working-dir. Two workers and their reads fit on two CPUs."""
     python, run = bare_python
     arguments = ["--data.sources", training_shards, "--output_dir", tmp_path / "out", *SMALL]
     assert "step 4/4" in run(python, "-c", SUBMIT, ROOT, *arguments)

@@ -1,4 +1,4 @@
-"""DiffDis under the engine, on two ranks without Ray, against one plain process: gradients, scores, previews, operations."""
+"""DiffDis under the engine, on two ranks without Ray, equals one plain process: gradients, scores, previews and FLOPs."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from tests.support.tiny_checkpoints import draw_query_weights
 
 CPU = torch.device("cpu")
 CAPTIONS = ("red heart", "blue circle", "green leaf", "yellow star", "red heart", "black cat", "white tree", "pizza")
-# Else ZeRO 3 keeps small parameters whole on every rank, and a small model is not sharded at all.
+# Otherwise ZeRO 3 keeps full copies of small parameters on every rank and does not shard a small model at all.
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
@@ -41,7 +41,7 @@ def parts_of(number):
 
 
 def step_on_a_rank(rank, config, objective, fields, num_micro):
-    """A step of the engine: its loss, and AdamW's first moments, which are a tenth of the gradients then."""
+    """Run one step of the engine. Returns its loss and AdamW's first moments, which are a tenth of the gradients."""
     from ray_platform.train.engine import Engine
 
     task = build(config, **objective)
@@ -58,7 +58,7 @@ def step_on_a_rank(rank, config, objective, fields, num_micro):
 
 
 def scores_on_a_rank(rank, config, objective):
-    """Rows before the first step and after it, when ZeRO 3 has seen another order of layers."""
+    """Return the rows before and after the first step, which makes ZeRO 3 see a different order of layers."""
     from ray_platform.train.engine import Engine
 
     task = build(config, **objective)
@@ -67,13 +67,13 @@ def scores_on_a_rank(rank, config, objective):
     with engine.inference():
         before = task.embed_heldout(inputs)["predicted"]
     engine.backward([inputs], [0])
-    engine.update(0, skip=True)  # the weights stay
+    engine.update(0, skip=True)  # keep the weights unchanged
     with engine.inference():
         return before, task.embed_heldout(inputs)["predicted"]
 
 
 def step_of_one_process(config, objective, num_parts):
-    """(loss, gradients) of all parts at once, drawn as each part was."""
+    """Return (loss, gradients) of all parts in one batch, with the random values of each part."""
     task = build(config, **objective)
     parts = [task.inputs(batch_of(captions), CPU) for captions in parts_of(num_parts)]
     samples = [task.module.sample_noise(part, seed) for seed, part in enumerate(parts)]
@@ -115,8 +115,11 @@ def test_scores_of_sharded_weights_under_the_joint_mask(two_ranks, tiny_model):
 
 
 class Counted:
-    """Operations by hand: of each layer's output, and where a gradient comes back to it, of those by its weights and its input,
-    as far as these are needed; of attention, 2 matrix products, and 5 backward, as its kernels compute the scores again."""
+    """FLOPs counted by hand.
+
+    Counts each layer's forward pass and, in the backward pass, the gradients of its weights and its input where they are needed.
+    Attention has 2 matrix products forward and 5 backward, because its kernels recompute the scores.
+    """
 
     def __init__(self, module, monkeypatch):
         self.total = 0
@@ -142,7 +145,7 @@ class Counted:
             out.register_hook(lambda _: self.__setattr__("total", self.total + times_backward * operations))
 
 
-# Tokens and widths of the tiny model's three sites and two head blocks: what a query reads under the one-way mask.
+# Tokens and widths of the tiny model's three sites and two head blocks: the context of a query under the one-way mask.
 READ = ((64, 16), (16, 32), (16, 32), (16, 32), (16, 32))
 
 
@@ -151,7 +154,7 @@ READ = ((64, 16), (16, 32), (16, 32), (16, 32), (16, 32))
     [("joint", "joint"), ("alignment", "joint"), ("alignment", "one_way"), ("generation", "one_way"), ("clip", "one_way")],
 )
 def test_operations_are_those_of_the_models_own_work(tiny_model, visibility, name, monkeypatch):
-    """Without the control, which is for the log alone, and walks images once more under the joint mask."""
+    """Excludes the shuffled-image control, which is only logged and encodes the images again under the joint mask."""
     config, size = dataclasses.replace(tiny_model, query_visibility=visibility), 3
     task = build(config, task=name)
     inputs = task.inputs(batch_of(CAPTIONS[:size]), CPU)
@@ -165,7 +168,7 @@ def test_operations_are_those_of_the_models_own_work(tiny_model, visibility, nam
         loss.backward()
         expected = hand.total
     if name != "generation":
-        expected += 3 * 2 * size * size * 32  # InfoNCE: the logits, again in the backward pass, and the gradient by the queries
+        expected += 3 * 2 * size * size * 32  # InfoNCE: logits, their recomputation in backward, gradient of the queries
     if visibility == "one_way" and name in ("joint", "alignment"):
         expected += 3 * sum(2 * 2 * size * tokens * width for tokens, width in READ)
     assert count_flops(build(config, task=name).module, inputs, 0) == expected

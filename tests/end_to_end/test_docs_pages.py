@@ -1,8 +1,8 @@
-"""The commands of the docs, page by page in their order, as a reader would run them.
+"""The commands in the docs work when run page by page, in order, as a reader would run them.
 
-docs/quickstart.md is walked in a clone of this repository with nothing but that page: it installs from the network and takes an
-hour on two cores, half of it `make test`, which is left out only where DIFFDIS_TESTED_COMMIT names the commit that is cloned (for
-a CI that has just run `make test` on it).
+docs/quickstart.md runs in a fresh clone of this repository with only the commands of that page. It installs from the network and
+takes an hour on two cores. Half of it is `make test`, which is skipped only if DIFFDIS_TESTED_COMMIT is the cloned commit (for a
+CI that has just run `make test` on it).
 """
 
 import contextlib
@@ -31,13 +31,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
 
 
 def shell_in_checkout(tmp_path, words, environment):
-    """A shell of a reader who stands in the checkout, with its environment active."""
+    """Return a reader's shell in the checkout, with its environment active."""
     return Shell(tmp_path, environment | {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}, words, start=ROOT)
 
 
 @contextlib.contextmanager
 def mlflow_ui(shell, block, port):
-    """A client of what the page's command serves."""
+    """Yield a client of the MLflow server that the page's command starts."""
     process, url, deadline = shell.start(block), f"http://127.0.0.1:{port}", time.monotonic() + 120
     try:
         while True:
@@ -106,7 +106,7 @@ def test_quickstart(tmp_path, monkeypatch):
         shell.run(tests)
 
 
-# Put there, and read back, by a process of its own: this one has no credentials.
+# A separate process writes and reads the objects, because this process has no credentials.
 STORE = """
 import sys
 from pathlib import Path
@@ -120,7 +120,7 @@ else:
 
 @pytest.mark.s3
 def test_your_data(tmp_path):
-    """Against a real S3 server that holds some shards."""
+    """Runs against a real S3 server with some shards."""
     server = S3Server(tmp_path / "s3")
     server.start()
     try:
@@ -159,7 +159,7 @@ def train_on_own_data(tmp_path, server):
         assert store("get", f"s3://tests/{run}/export/diffdis.json")
 
 
-# A size for the small random weights, which describe themselves, and a run of some steps on a CPU.
+# Options that match the size of the small random weights and limit the run to a few steps on a CPU.
 SMALL = """--recipe sd_v1_laion --model.image_size 16 --data.image_size 16
  --model.head.num_layers 1 --model.head.width 32 --model.head.num_heads 2
  --train.num_workers 1 --train.gpus_per_worker 0 --train.cpus_per_worker 0.5 --train.micro_batch_size 4 --train.num_steps 4

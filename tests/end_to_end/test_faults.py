@@ -1,7 +1,7 @@
-"""Runs that lose workers, disks, drivers, storage or nodes, and how they continue. All of them are slow.
+"""Runs that lose workers, disks, drivers, storage or nodes continue correctly. All tests here are slow.
 
-The everyday gate kills one worker in `trained_run` (tests/end_to_end/test_train.py). The Task here is a small one, because the
-platform is under test. `tests/benchmarks/faults.py` does it to DiffDis, twenty times.
+`make test` kills only one worker, in `trained_run` (tests/end_to_end/test_train.py). These tests use a small Task because they
+test the platform. `tests/benchmarks/faults.py` injects twenty faults into a DiffDis run.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def shards(tmp_path_factory):
 
 
 def workers():
-    """Training workers of this process's own cluster."""
+    """Return the training workers of this process's cluster."""
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if "RayTrainWorker" in " ".join(process.cmdline()):
@@ -54,7 +54,7 @@ def signal_a_worker(number):
 
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory, ray_cluster):
-    """(keys by step and rank, loss by step) of a run that nothing happens to."""
+    """(keys by step and rank, loss by step) of an undisturbed run."""
     output = tmp_path_factory.mktemp("undisturbed")
     run = pixel_run(output, shards)
     run.fit()
@@ -115,7 +115,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_delays_a_checkpoint_and_nothing_else(shards, undisturbed, tmp_path, small_disk):
-    """It has room again 20 s later: no step is done twice, and the run ends like any other."""
+    """The disk has space again 20 s later: no step is repeated, and the run finishes normally."""
     run = pixel_run(tmp_path, shards, output_dir=str(small_disk), tracking=TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db"))
 
     def fill():
@@ -157,7 +157,7 @@ def start_driver(ray_cluster, output, shards, resume):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_driver_that_is_stopped_or_killed_can_be_started_again(shards, undisturbed, ray_cluster, tmp_path, number):
-    """SIGTERM is answered by a checkpoint of the step that it came in."""
+    """On SIGTERM, the run saves a checkpoint of the current step."""
     run = pixel_run(tmp_path, shards)
     driver = start_driver(ray_cluster, tmp_path, shards, "none")
     wait_for_steps(tmp_path, 60)
@@ -187,7 +187,7 @@ def test_losses_that_cannot_be_used_end_the_run_and_name_the_samples(shards, ray
 
 
 def out_of_memory_task(folder, full_at):
-    """A Task whose second rank's accelerator is full at step number `full_at`. Every rank that builds it leaves a file."""
+    """Build a Task whose second rank runs out of accelerator memory at step `full_at`. Ranks that build it write a file."""
     (folder / f"built_{os.getpid()}").touch()
     task = PixelTask()
     forward, left = task.module.forward, iter(range(full_at))
@@ -203,7 +203,7 @@ def out_of_memory_task(folder, full_at):
 
 @pytest.mark.parametrize(("full_at", "tries"), [(0, 1), (3, 2)])
 def test_a_full_accelerator_is_one_line_with_what_to_do(shards, ray_cluster, tmp_path, full_at, tries):
-    """At the first step at once; later after another try, because what else was on it may be gone by then."""
+    """At the first step the run fails immediately; at a later step it retries, as another process may have used the memory."""
     run = pixel_run(tmp_path, shards, num_steps=12, checkpoint_every=12, max_failures=1)
     run = dataclasses.replace(run, build_task=functools.partial(out_of_memory_task, tmp_path, full_at))
     with pytest.raises(TrainingError, match=r"train\.micro_batch_size.*rank 1.*Tried to allocate 2") as ended:
@@ -213,8 +213,11 @@ def test_a_full_accelerator_is_one_line_with_what_to_do(shards, ray_cluster, tmp
 
 
 def test_the_loss_continues_at_other_numbers_of_workers_and_another_zero_stage(shards, tmp_path, ray_cluster):
-    """2 -> 4 -> 1 workers and ZeRO 3 -> 1: every sample once, and losses as near to those of a run of 2 as other noise allows:
-    10 % in the mean of 60 steps. (On equal samples and noise it is 1e-5: tests/ray_platform/test_engine.py.)"""
+    """2 -> 4 -> 1 workers and ZeRO 3 -> 1: every sample is used once, and the losses stay close to those of a run with 2 workers.
+
+    The tolerance is 10 % in the mean of 60 steps, because the noise differs. With equal samples and noise it is 1e-5
+    (tests/ray_platform/test_engine.py).
+    """
     changing, same = tmp_path / "changing", tmp_path / "same"
     for steps, num_workers, stage in ((60, 2, 3), (120, 4, 3), (180, 1, 1)):
         fields = {"num_workers": num_workers, "zero_stage": stage, "num_steps": steps}
@@ -231,7 +234,7 @@ def test_the_loss_continues_at_other_numbers_of_workers_and_another_zero_stage(s
 
 
 def run_script(name, *arguments):
-    """The lines that a run of disturbed_runs.py prints."""
+    """Return the lines that a run of disturbed_runs.py prints."""
     command = [sys.executable, ROOT / "tests" / "end_to_end" / "disturbed_runs.py", name, *map(str, arguments)]
     done = subprocess.run(command, env=os.environ | PYTHONPATH, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -240,20 +243,20 @@ def run_script(name, *arguments):
 
 @pytest.mark.s3
 def test_storage_that_is_away_for_a_minute_loses_nothing(tmp_path):
-    """Data and checkpoints in S3; the server is killed and comes back. Nothing starts again, and no step is done twice."""
+    """Data and checkpoints are in S3; its server is killed and restarted. The run does not restart and repeats no step."""
     assert run_script("s3", tmp_path, 60)[-1] == "160 of 160 rank steps, 160 in all, newest step_00000080"
 
 
 def test_an_elastic_run_continues_with_fewer_workers_and_takes_new_ones(tmp_path):
-    """Two nodes with room for a worker each; one is lost, and later another one comes. Every sample once per epoch."""
+    """Two nodes have room for one worker each; one is lost and later replaced. Every sample is used once per epoch."""
     num_steps = 3000
     lines = run_script("elastic", tmp_path, num_steps)
     assert [line for line in lines if line.endswith("workers")] == ["2 workers", "1 workers", "2 workers"]
     trained_on = Records(tmp_path / "records", num_steps=num_steps).trained_on()
     read = Counter(key for keys in trained_on.values() for key in keys)
     assert sum(read.values()) == num_steps * 8
-    # Where the workers changed within an epoch, one of them may start the next epoch before the other one ends this one: what of
-    # the last epochs was read is in the last checkpoint's ledger, shard by shard.
+    # If the number of workers changes within an epoch, one worker may start the next epoch before the other finishes this one.
+    # The last checkpoint's ledger records per shard which samples of the last epochs were used.
     newest = checkpoint_format.list_checkpoints(str(tmp_path))[0]
     _, ledger = checkpoint_format.read_ledgers(newest, checkpoint_format.read_manifest(newest))
     complete = ledger.first_epoch[0]  # number of complete epochs

@@ -1,4 +1,4 @@
-"""A training across hosts with addresses of their own, one of whose links is cut: for a while, and for good."""
+"""A training run across hosts with separate addresses survives a link that is cut temporarily or permanently."""
 
 import json
 import os
@@ -14,7 +14,7 @@ BENCHMARK = hosts.ROOT / "tests" / "benchmarks" / "several_hosts.py"
 
 
 def run(folder: str, *cuts: str) -> tuple[dict, str]:
-    """(result, whole output). The hosts need a network, and so a process, of their own."""
+    """Return (result, full output). The hosts need a separate network and therefore a separate process."""
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(str(path) for path in (hosts.ROOT, hosts.ROOT / "platform")),
         "TMPDIR": folder,
@@ -29,11 +29,14 @@ def run(folder: str, *cuts: str) -> tuple[dict, str]:
 @pytest.mark.s3
 @pytest.mark.timeout(1200)
 def test_a_run_across_hosts_loses_nothing_when_a_link_is_cut():
-    """`ray job submit` to three hosts with S3 on a fourth, ZeRO 2. Ten seconds are waited for; after a host that is gone for
-    good, the run goes on from its newest checkpoint with the one to spare."""
+    """`ray job submit` to three hosts with S3 on a fourth, ZeRO 2.
+
+    The run waits out a cut of ten seconds. After the permanent loss of a host, it resumes from its newest checkpoint on the spare
+    host.
+    """
     if reason := hosts.reason_unavailable():
         pytest.skip(reason)
-    with tempfile.TemporaryDirectory() as folder:  # a short path: a socket's, below it, has at most 107 bytes
+    with tempfile.TemporaryDirectory() as folder:  # a short path, because the path of a socket in it is limited to 107 bytes
         found, said = run(folder, "worker", "replaced")
     assert found["finished"], said
     assert found["exit_code"] == 0, said

@@ -1,4 +1,4 @@
-"""MLflow as users see it: a real training's run, its data sets and its model, in SQLite and on a server; and its pages."""
+"""MLflow from a user's perspective: a real run, its datasets and model, in SQLite and on a server, and its web pages."""
 
 import base64
 import dataclasses
@@ -26,7 +26,7 @@ from tests.support.training import diffdis_run
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-# In a process without our paths, which knows the store alone.
+# Runs in a process that does not have the project on its path and knows only the store.
 USE = """
 import base64, json, sys
 import mlflow
@@ -41,7 +41,7 @@ print(json.dumps([chosen, base64.b64encode(drawn).decode()]))
 
 
 def check_run(tracked, shards, previews):
-    """What every finished run shows, whatever tracks it. Returns the version of its model."""
+    """Check the properties of a finished run that do not depend on its store. Returns the version of its model."""
     client = MlflowClient(tracked["tracking_uri"])
     run = client.get_run(tracked["run_id"])
     assert run.info.status == "FINISHED"
@@ -88,7 +88,7 @@ def test_a_finished_run_in_sqlite(trained_run, training_shards):
 
 @pytest.fixture
 def bucket(tmp_path):
-    """An S3 server, and the URL of a bucket of it."""
+    """An S3 server and the URL of one of its buckets."""
     (tmp_path / "s3").mkdir()
     server = S3Server(tmp_path / "s3")
     try:
@@ -101,7 +101,7 @@ def bucket(tmp_path):
 @pytest.mark.slow
 @pytest.mark.s3
 def test_a_finished_run_on_a_server_over_postgresql_and_s3(tiny_model, training_shards, bucket, tmp_path):
-    """The client has no credentials of the bucket: artifacts go through the server."""
+    """The client has no credentials for the bucket: artifacts go through the server."""
     s3, url = bucket
     where = ("--artifacts-destination", url)
     with PostgresServer() as postgres, MlflowServer(tmp_path, postgres.url, *where, environment=s3.environment) as server:

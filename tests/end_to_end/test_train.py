@@ -1,6 +1,6 @@
-"""Training through Ray Data, Ray Train and DeepSpeed against one plain torch loop, and against itself after a resume.
+"""Training with Ray Data, Ray Train and DeepSpeed equals a plain torch loop, and equals itself after a resume.
 
-Most questions are asked of one training, `trained_run`, which lost a worker and was resumed.
+Most tests use one training run, `trained_run`, which lost a worker and was resumed.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ def with_fields(run, **train):
 
 @pytest.fixture(scope="module")
 def expected(trained_run):
-    """(losses, keys) of the plain loop over the steps of `trained_run`."""
+    """Return (losses, keys) of the plain loop over the steps of `trained_run`."""
     return plain_loop(trained_run.plain)
 
 
 def test_losses_follow_the_plain_loop_through_a_kill_and_a_resume(trained_run, expected):
-    """Two workers under ZeRO 3."""
+    """Uses two workers with ZeRO 3."""
     assert_close_losses(logged_losses(trained_run.output), expected[0])
 
 
@@ -72,7 +72,7 @@ def test_a_checkpoint_exports_as_the_run_itself_did(trained_run, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_was_never_disturbed_has_the_same_losses_to_the_last_bit(trained_run, tmp_path):
-    """In two launches, the first of which stops at a step."""
+    """Uses two launches, the first of which stops at a given step."""
     run = dataclasses.replace(trained_run.plain, output_dir=str(tmp_path))
     for last_step in (10, 12):
         with_fields(run, stop_at_step=last_step).fit()

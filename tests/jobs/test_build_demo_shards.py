@@ -1,4 +1,4 @@
-"""The demo data's builder, on a small made-up package in the real one's layout, and once on the real one."""
+"""The builder of the demo data, on a small synthetic package in the real layout, and once on the real package."""
 
 import importlib.util
 import io
@@ -19,18 +19,18 @@ from ray_platform.contracts import DataError
 from ray_platform.evaluate.discovery import open_evaluation_set
 from ray_platform.evaluate.sets import read_slice
 
-# By their digests "lion" and "shield" are held out, the others are not.
+# The digests of "lion" and "shield" put them into the held-out split; the other names are for training.
 NAMES = ["lion", "shield", "snake", "spoon", "compass", "flag-france", "green-heart"]
 
 
 def icon(family, name, **fields):
-    """A circle and a bar whose place and color tell family and name apart."""
+    """Return a circle and a bar whose position and color distinguish family and name."""
     place, hue = 4 + 3 * FAMILIES.index(family), 50 * (NAMES.index(name) if name in NAMES else len(name) % 5)
     circle = f'<circle cx="{place}" cy="12" r="4" fill="hsl({hue}, 80%, 50%)"/>'
     return {"body": circle + f'<path d="M2 {20 + place / 4}h28" stroke="#333" stroke-width="{1 + len(name) % 3}"/>', **fields}
 
 
-# What differs between the families: other names, skin tones and old copies, equal images, and a name that no other family has.
+# Differences between the families: other names, skin tones, old copies, equal images, and a name that only one family has.
 ODDITIES = {
     "noto": {
         "snake-medium-dark-skin-tone": icon("noto", "snake"),
@@ -58,7 +58,7 @@ ODDITIES = {
 
 
 def write_package(folder):
-    """An unpacked @iconify/json with the nine families."""
+    """Write an unpacked @iconify/json with the nine families."""
     (folder / "json").mkdir(parents=True)
     (folder / "package.json").write_text(json.dumps({"name": "@iconify/json", "version": VERSION}))
     infos = {
@@ -105,7 +105,7 @@ def read_tar(path):
 
 
 def read_pairs(folder):
-    """Every sample of a LAION-style folder: its metadata, with the text and the decoded image."""
+    """Return every sample of a LAION-style folder: its metadata with the text and the decoded image."""
     samples = []
     for shard in sorted(folder.glob("*.tar")):
         content = read_tar(shard)
@@ -157,7 +157,8 @@ def test_splits_are_disjoint_also_in_their_images(built):
     }  # fmt: skip
     assert names["heldout_names"] == {name for name in NAMES if is_heldout_name(name)} == {"lion", "shield"}
     assert not names["heldout_names"] & names["train"]
-    # Not the name that is in no other family, not the image that is in train; of one image with two names, that of fewer words.
+    # Excludes a name that is in no other family and an image that is in train. Of two names for one image,
+    # the one with fewer words stays.
     assert names["heldout_style"] == names["train"] - {"compass", "green-heart"}
     images = {split: {pair["image"].tobytes() for pair in pairs} for split, pairs in splits.items()}
     assert not images["train"] & (images["heldout_style"] | images["heldout_names"])
@@ -190,7 +191,7 @@ def test_the_retrieval_set_is_the_held_out_style_with_its_captions(built):
 
 @pytest.mark.ranks
 def test_two_builds_are_byte_identical(built, package, tmp_path):
-    build(tmp_path / "again", package, 2, None)  # on two processes, where the first had one
+    build(tmp_path / "again", package, 2, None)  # with two processes; the first build used one
     assert contents(tmp_path / "again") == contents(built)
     with tarfile.open(built / "train" / "00000.tar") as tar:
         assert {(info.mtime, info.uid, info.gid, info.uname, info.gname) for info in tar} == {(0, 0, 0, "", "")}
@@ -209,7 +210,7 @@ def test_notice_and_manifest_state_the_source(built):
 
 
 def run(capsys, *arguments):
-    """(exit status, output, errors) of the command."""
+    """Run the command. Returns (exit status, stdout, stderr)."""
     return run_command("build-demo-shards", list(map(str, arguments))), *capsys.readouterr()
 
 
@@ -220,7 +221,7 @@ def test_second_call_reuses_and_a_damaged_file_is_rebuilt(package, tmp_path, cap
     status, out, err = run(capsys, *arguments)
     assert (status, err, out.count("\n"), out.split()[0]) == (0, "", 1, "built")
     before, first = contents(output), (output / "train" / "00000.tar").stat()
-    # Even without the package: what is there is complete.
+    # Works even without the package, because the existing data are complete.
     status, out, err = run(capsys, "--output", output, "--icons-package", tmp_path / "gone")
     assert (status, err, out.count("\n")) == (0, "", 1)
     assert "nothing to do" in out
@@ -245,7 +246,7 @@ def test_bad_input_gives_one_clear_line(package, tmp_path, capsys, monkeypatch):
         check_one_line_error(run(capsys, "--output", output, "--icons-package", source, "--jobs", 1), *parts)
 
     check(tmp_path / "nowhere", "nowhere", "does not exist")
-    check(package, "entries_sha256", "changed")  # the digest is the real package's
+    check(package, "entries_sha256", "changed")  # the expected digest is that of the real package
     (tmp_path / "other.tgz").write_bytes(b"not the package")
     check(tmp_path / "other.tgz", "sha512", "other.tgz")
     broken = write_package(tmp_path / "broken")

@@ -1,4 +1,4 @@
-"""The command `diffdis`: help, version and errors, without the libraries that a command needs."""
+"""The command `diffdis`: help, version and errors, without importing the libraries that a command needs."""
 
 import subprocess
 import sys

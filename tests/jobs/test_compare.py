@@ -1,4 +1,4 @@
-"""jobs/compare.py: the runs that are left to do, statistics and claim with simulated runs, and one real comparison (slow)."""
+"""jobs/compare.py: remaining runs, statistics and claim with simulated runs, and one real comparison (slow)."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ NUM_STEPS, BATCH_SIZE = 3, 4
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Training shards, a zero-shot set, a retrieval set and prompts."""
+    """Folder with training shards, a zero-shot set, a retrieval set and prompts."""
     root = tmp_path_factory.mktemp("data")
     write_shards(root / "train", num_shards=2)
     labels = [i % 3 for i in range(24)]
@@ -44,7 +44,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config_of(tiny_model, root):
-    """config_of(output_dir, **fields) -> a CompareConfig of short runs with one worker."""
+    """Return config_of(output_dir, **fields), which builds a CompareConfig of short runs with one worker."""
     sources, pairs = (str(root / "train"),), str(root / "wds_pairs")
     train = TrainConfig(
         num_steps=NUM_STEPS, micro_batch_size=BATCH_SIZE, log_every=1, preview_every=0, cpus_per_worker=0.5, max_failures=0,
@@ -84,7 +84,7 @@ def simulated_figures(arm, seed):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Replace the runs by simulated ones; the list of (arm, seed) that were measured. The arm `broken` fails."""
+    """Replace the runs by simulated ones. Returns the list of measured (arm, seed). The arm `broken` fails."""
     measured = []
 
     def measure(config, identity, arm, seed, recipe, tracking):
@@ -141,7 +141,7 @@ def test_a_summary_alone_is_enough_to_continue_elsewhere(measured, config_of, tm
     extended = {"arms": ("joint", "joint_mask"), "seeds": (0, 1)}
     assert plan(summary, **extended).pending == [("joint_mask", 0), ("joint", 1), ("joint_mask", 1)]
     assert "generation" in plan(summary, arms=("joint",)).results, "arms of earlier calls are kept"
-    del summary["config"]["pretrain"]["train"]["ema_decay"]  # 0 by default, as here: a field that was added later
+    del summary["config"]["pretrain"]["train"]["ema_decay"]  # a field that was added later; its default (0) is used here
     assert plan(summary).pending == []
     summary["config"]["pretrain"]["train"]["num_steps"] = 4
     with pytest.raises(ConfigError, match=r"^[^\n]*\(pretrain.train.num_steps: 4 there, 3 here\)[^\n]*$"):
@@ -166,7 +166,7 @@ def test_sigterm_ends_the_comparison_and_not_only_the_run(config_of, tmp_path, m
 
 
 class Interrupt(BaseException):
-    """Like a signal: nothing catches it."""
+    """Exception that nothing catches, like a signal."""
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ NAMES = [f"colour {i}" for i in range(60)]
 
 @pytest.fixture
 def data(tmp_path):
-    """wds_heldout_style and wds_heldout_names: one image of a flat colour a class."""
+    """wds_heldout_style and wds_heldout_names with one single-color image per class."""
     for split in ("heldout_style", "heldout_names"):
         folder = tmp_path / "data" / f"wds_{split}" / "test"
         folder.mkdir(parents=True)
@@ -31,7 +31,7 @@ def data(tmp_path):
 
 
 def test_a_perfect_model_scores_one_and_its_shuffled_images_do_not(data):
-    """A stand-in whose image query is the class's own embedding: what is tested is the scoring."""
+    """Uses a stub model whose image query is the embedding of the correct class, to test only the scoring."""
     loaded = ZeroShotSet.read(data / "wds_heldout_style")
     assert len(loaded.images) == loaded.labels.numel() == 60
     import torch
@@ -67,7 +67,7 @@ def test_the_report_of_an_untrained_model_is_complete_and_at_chance(data, tiny_m
     summary = write_report(output, data, ("red heart",))
     assert json.loads((output / "summary.json").read_text()) == summary
     for scores in summary["zero_shot"].values():
-        # 60 images of 60 classes: 8 or more right have a probability of 1e-5 at chance.
+        # 60 images of 60 classes: at chance, 8 or more correct images have a probability of 1e-5.
         assert max(scores[name] for name in ("acc1", "acc1_shuffled_images", "acc1_untrained")) < 8 / 60
         assert scores["num_classes"] == scores["num_images"] == 60
     assert 0 <= summary["colour"]["share_nearer_to_own"] <= 1

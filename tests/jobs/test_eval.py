@@ -1,4 +1,4 @@
-"""jobs/eval.py on small sets in the layouts that users have: scores, what they do not depend on, and what is refused."""
+"""jobs/eval.py on small sets in common layouts: scores, their independence of workers and batches, and rejected inputs."""
 
 import base64
 import contextlib
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 @pytest.fixture(scope="module")
 def exported(tiny_model, tmp_path_factory):
-    """An untrained model, in a run's folder with its MLflow run."""
+    """An untrained model in a run folder with an MLflow run."""
     torch.manual_seed(1)
     task = DiffDisTask(tiny_model, ObjectiveConfig())
     draw_query_weights(task.module.model)
@@ -48,7 +48,7 @@ def exported(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two small sets of a user's own, one of them with an image that is cut off, and pairs for retrieval."""
+    """Two small user-defined sets, one of which has a truncated image, and pairs for retrieval."""
     root = tmp_path_factory.mktemp("data")
     images = [picture(i) for i in range(150)]
     images[7] = encoded(images[7])[:60]
@@ -76,20 +76,20 @@ def with_quality(data):
 
 
 def scores(details):
-    """All figures, by what they are of."""
+    """Return all scores by (set, model) or guidance scale."""
     found = {(e["set"], e["model"]): e["metrics"] for e in (*details["zero_shot"], *details["retrieval"])}
     return found | {entry["guidance_scale"]: entry["metrics"] for entry in details["quality"]}
 
 
 @pytest.fixture(scope="module")
 def whole(exported, data, tmp_path_factory):
-    """(output folder, details) of two workers at the usual batch size."""
+    """(output folder, details) of an evaluation by two workers with the default batch size."""
     output = tmp_path_factory.mktemp("whole")
     return output, run(exported, data, output, "--num_workers", 2, *with_quality(data))
 
 
 def test_scores_are_those_of_a_plain_loop_over_the_images(exported, whole):
-    """Without shards, workers, units or batches: one image after the other through the pipeline."""
+    """The plain loop passes one image at a time through the pipeline, without shards, workers, units or batches."""
     pipeline = DiffDisPipeline.from_pretrained(exported)
     classes = pipeline.embed_classes(COLOURS, ["a {c}.", "the {c}"])
     right = 0
@@ -107,7 +107,7 @@ def _key(number):
 
 @pytest.mark.slow
 def test_no_digit_depends_on_the_workers_or_on_one_that_is_killed(exported, data, whole, tmp_path):
-    """One worker: in the test of the reference file."""
+    """The test of the reference file covers one worker."""
     thread = threading.Thread(target=_kill_a_replica, daemon=True)
     thread.start()
     many = run(exported, data, tmp_path / "many", "--num_workers", 3, *with_quality(data))
@@ -117,7 +117,7 @@ def test_no_digit_depends_on_the_workers_or_on_one_that_is_killed(exported, data
 
 
 def _kill_a_replica():
-    """The first one that has begun a unit, a little later."""
+    """Kill a replica one second after it was first seen running a unit."""
     while True:
         found = []
         for process in psutil.Process().children(recursive=True):
@@ -183,7 +183,7 @@ def test_a_clip_and_the_curve_of_steps_and_draws_come_from_the_same_code(exporte
 
 @pytest.mark.slow
 def test_all_twelve_sets_in_their_own_layouts_give_their_mean(exported, tmp_path):
-    """An image a class; they are short of what is published, so that has to be allowed."""
+    """One image per class. The sets have fewer images than the published ones, which must be allowed explicitly."""
     root = tmp_path / "data"
     write_all_twelve(root)
     arguments = ["--checkpoint", str(exported), "--data_roots", str(root), "--output_dir", str(tmp_path / "out")]
@@ -200,7 +200,7 @@ def test_all_twelve_sets_in_their_own_layouts_give_their_mean(exported, tmp_path
 
 
 def refusal(arguments):
-    """What is said before anything is measured."""
+    """Return the error that is reported before anything is measured."""
     with pytest.raises((ConfigError, DataError)) as error:
         plan_evaluation(parse([str(argument) for argument in arguments]).config)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""`diffdis inspect`: what it writes and prints, and how it ends."""
+"""`diffdis inspect`: its files, output and exit status."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_the_report_has_all_numbers(ray_cluster, shards, capsys):
     assert summary["samples"] | {"bad_share": 0} == {
         "inspected": 17, "used": 15, "filtered": 0, "bad": 2, "bad_share": 0, "max_skipped_share": 0.05, "upscaled": 0,
     }  # fmt: skip
-    # An epoch is estimated for the whole source.
+    # An epoch is estimated for the entire source.
     summary = inspect(parse(arguments(shards, "--max_shards", "1")).config).as_dict()
     source, counted = sum(path.stat().st_size for path in shards.iterdir()), summary["samples"]["inspected"]
     assert summary["shards"]["bytes_in_source"] == source

@@ -1,4 +1,4 @@
-"""The job: what it writes and prints, how it resumes, and how it ends."""
+"""The precompute job: its files, output, resume and exit status."""
 
 import json
 from pathlib import Path

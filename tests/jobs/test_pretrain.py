@@ -1,4 +1,4 @@
-"""The command line: overrides, saved configurations, and one clear line for bad input."""
+"""The command line of pretraining: overrides, saved configurations, and one-line errors for invalid input."""
 
 import json
 

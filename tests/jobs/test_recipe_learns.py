@@ -1,4 +1,4 @@
-"""The structure of `sd_v1_laion` learns to read images: the same recipe function at small widths, with D = 768."""
+"""The recipe `sd_v1_laion` learns to classify images: the same recipe function at small widths, with D = 768."""
 
 import dataclasses
 import shutil
@@ -17,7 +17,7 @@ from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion
 from ray_platform.train.optimizer import AdamW
 from tests.support.tiny_checkpoints import save_clip_tokenizer, save_stable_diffusion
 
-WIDTH = 768  # of CLIP ViT-L/14
+WIDTH = 768  # embedding width of CLIP ViT-L/14
 COLORS = {
     "red": (255, 0, 0),
     "green": (0, 160, 0),
@@ -31,7 +31,7 @@ CAPTIONS = [f"{color} {thing}" for color in COLORS for thing in THINGS]
 
 
 def save_letters_encoder(folder) -> None:
-    """A CLIP text model of width 768 that averages the embeddings of a caption's letters: captions that share words are alike."""
+    """Save a CLIP text model of width 768 that averages letter embeddings, so that captions with common words are similar."""
     config = save_clip_tokenizer(folder / "tokenizer")
     config.update({"hidden_size": WIDTH, "num_attention_heads": 12, "projection_dim": WIDTH})
     model = CLIPTextModel(config)
@@ -63,7 +63,7 @@ def small_stable_diffusion(tmp_path_factory):
 
 
 def picture(caption: str, rng: np.random.Generator) -> np.ndarray:
-    """The thing of a caption has a place on a gray square, and its color fills it, with noise."""
+    """Return a noisy gray square with a patch: the caption's object sets its position, the caption's color its fill."""
     color, thing = caption.split()
     image, place = np.full((16, 16, 3), 200.0), THINGS.index(thing)
     image[place // 4 * 8 :, place % 4 * 4 :][:8, :4] = COLORS[color]
@@ -83,7 +83,7 @@ def test_the_recipe_learns_the_images_and_not_the_shortcut(small_stable_diffusio
     optimizer, rng = AdamW(task.parameter_groups(), ema_decay=0.0), np.random.default_rng(0)
 
     def accuracy() -> float:
-        """From pure noise, over images that training has not seen."""
+        """Return the accuracy from pure noise, on images that were not used for training."""
         unseen = np.random.default_rng(1)
         images = [picture(caption, unseen) for caption in CAPTIONS for _ in range(2)]
         embedded = task.pipeline(task.module.state_dict()).embed_image(images, num_steps=5, num_draws=2)

@@ -1,4 +1,4 @@
-"""An exported DiffDis as MLflow keeps it: what describes it, and that it loads and answers where nothing of ours is found."""
+"""An exported DiffDis in MLflow has complete metadata, and loads and predicts where the project is not installed."""
 
 import base64
 import dataclasses
@@ -62,7 +62,7 @@ def exported(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def logged(exported, tmp_path_factory):
-    """(the store's client, the run's id, the logged model, its folder)."""
+    """(client of the store, run id, logged model, folder of the model)."""
     output = tmp_path_factory.mktemp("output")
     tracker = SafeTracker(TrackingConfig(registered_model="small"), str(output))
     tracker.describe("", {"recipe": "tiny"})
@@ -115,7 +115,7 @@ def test_it_loads_and_answers_in_a_process_without_the_project(logged, tmp_path)
 
 def test_it_classifies_draws_and_embeds_as_the_pipeline_does(model, exported):
     pipeline = DiffDisPipeline.from_pretrained(exported)
-    contents = [png(seed) for seed in range(34)]  # more than a batch
+    contents = [png(seed) for seed in range(34)]  # more than one batch
     images = [opened(content) for content in contents]
     params = {"classes": CLASSES, "templates": ["a {c}"], "num_steps": 2}
     answers = model.predict(pd.DataFrame({"image": contents}), params=params)
@@ -151,7 +151,7 @@ def test_what_cannot_be_answered_says_why(model, params, error, message):
 
 
 def test_a_server_takes_the_example_as_json(logged):
-    """Through MLflow's own scoring server, where images are base64."""
+    """Uses MLflow's scoring server, where images are base64."""
     request = convert_input_example_to_serving_input((pd.DataFrame({"image": [red_circle()]}), {"classes": CLASSES}))
     [[sent]] = json.loads(request)["dataframe_split"]["data"]
     assert base64.b64decode(sent) == red_circle()

@@ -1,4 +1,4 @@
-"""The sizing model against what it predicts: real files, real modules, real ranks; and docs/sizing.md against the command."""
+"""The sizing model's predictions match real files, modules and ranks, and docs/sizing.md matches the command's output."""
 
 import dataclasses
 import gc
@@ -40,7 +40,7 @@ ONE_LEVEL = dataclasses.replace(
 
 @pytest.fixture
 def recipe(tiny_model):
-    """recipe(train fields, objective fields, model fields) -> a tiny model's whole configuration."""
+    """Return recipe(train fields, objective fields, model fields), which builds the full configuration of a tiny model."""
 
     def make(train=None, objective=None, **model) -> PretrainConfig:
         return PretrainConfig(
@@ -66,7 +66,7 @@ CASES = [("joint", "one_way"), pytest.param("clip", "one_way", marks=SLOW), pyte
 
 @pytest.mark.parametrize(("task", "visibility"), [*CASES, pytest.param("generation", "joint", marks=SLOW)])
 def test_operations_parameters_and_activations_are_those_of_a_real_step(recipe, task, visibility):
-    """The trainer counts on two samples of its own batch, over the module that it then trains."""
+    """The trainer counts on two samples of its batch, with the module that it then trains."""
     config = recipe(objective={"task": task}, query_visibility=visibility)
     built = DiffDisTask(config.model, config.objective)
     counts = count(config)
@@ -74,7 +74,7 @@ def test_operations_parameters_and_activations_are_those_of_a_real_step(recipe, 
     described = built.describe()["parameters"].values()
     assert counts.trained == sum(part["trained"] for part in described)
     assert counts.frozen == sum(part["frozen"] for part in described)
-    operations, most = measure_step(built.module.train(), built.inputs(batch(4), CPU), half=False)  # tensors with contents
+    operations, most = measure_step(built.module.train(), built.inputs(batch(4), CPU), half=False)  # tensors with data
     assert counts.activation_bytes == pytest.approx(most, rel=0.02)
     assert counts.executed_flops * 4 == pytest.approx(operations, rel=1e-6)
 
@@ -97,7 +97,7 @@ def test_precomputed_rows_are_as_large_as_the_files(recipe):
 
 
 def live_storages() -> dict[int, int]:
-    """The storages of all tensors that are alive: address -> bytes."""
+    """Return the storages of all live tensors: address -> bytes."""
     storages = {}
     for value in gc.get_objects():
         if issubclass(type(value), torch.Tensor):
@@ -108,7 +108,7 @@ def live_storages() -> dict[int, int]:
 
 
 def rank_states(rank: int, config: PretrainConfig, folder: str) -> tuple[int, int]:
-    """(bytes that the engine holds with a step's gradients in place, bytes of the checkpoint that the ranks wrote)."""
+    """Return (bytes that the engine holds including a step's gradients, bytes of the checkpoint that the ranks wrote)."""
     from ray_platform.train.checkpoint_format import contiguous_on_cpu
     from ray_platform.train.checkpointing import AsyncUploader, RankState, TensorAssignment
     from ray_platform.train.engine import Engine
@@ -152,7 +152,7 @@ def test_states_and_checkpoints_are_as_large_as_real_ones(recipe, tmp_path, zero
     assert written == pytest.approx(checkpoint_bytes(counts, config.train), rel=0.05)
 
 
-# Of the demo. The predictions are arithmetic over such counts, which tests above compare with real ones.
+# Counts of the demo. The predictions are arithmetic over such counts, which the tests above compare with real ones.
 COUNTS = Counts(
     trained=6_221_165, frozen=0, num_tensors=403, flops=1.136e9, executed_flops=1.14e9, activation_bytes=217_642_548,
     row_bytes=16_128, embedding_dim=384, encoders=Encoders(22_713_216, 0.0, 256_425_984.0, 6_881_280),
@@ -161,7 +161,7 @@ COUNTS = Counts(
 
 @pytest.fixture
 def estimates(tmp_path, monkeypatch):
-    """estimates(options of sizing, fields=options of pretrain, constants) -> predictions for the demo; its host needs no time."""
+    """Return estimates(*sizing options, fields=pretrain options, **constants), which predicts for the demo without host time."""
     monkeypatch.setattr("diffdis_platform.sizing.counts.count", lambda run, num_micro_batches: COUNTS)
 
     def run(*arguments, fields=(), **constants):
@@ -183,7 +183,7 @@ def test_one_gpu_has_no_network_and_many_scale_below_linear(estimates):
 
 
 def test_half_the_use_of_a_gpu_takes_twice_the_time(estimates):
-    # Without the encoders, whose rate is another constant, and without the uploads and S3 that bound the steps of a demo.
+    # Excludes the encoders, whose rate is another constant, and uploads and S3 reads, which limit the demo's steps.
     options = {"fields": ["--train.checkpoint_every", "1000000"], "s3_gb_per_second": 1000}
     (fast,), (slow,) = (estimates("--num_gpus", "1", "--inputs", "precomputed", mfu=mfu, **options) for mfu in (0.4, 0.2))
     assert slow.samples_per_second == pytest.approx(fast.samples_per_second / 2)
@@ -220,7 +220,7 @@ def test_precomputed_inputs_need_no_encoders_and_more_storage(estimates):
 
 
 def test_the_best_interval_loses_the_least():
-    """Daly's formula against a search over the whole range."""
+    """Daly's formula agrees with a search over the full range."""
     stall, between = 60.0, 36_000.0
     best = best_interval(stall, between)
     lost = {factor: 1 - useful_fraction(factor * best, stall, 0, 0, between) for factor in (0.5, 0.9, 1, 1.1, 2)}
@@ -257,7 +257,7 @@ def test_a_model_that_cannot_be_built_is_one_line(recipe):
 
 
 def test_the_command_prints_one_screen_and_writes_all_figures(estimates, capsys, tmp_path):
-    """The fixture replaces the counting."""
+    """The fixture replaces the counting of parameters and FLOPs."""
     assert run_command("sizing", ["--recipe", "demo", "--num_gpus", "1", "8", "--json", str(tmp_path / "sizing.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 30
@@ -300,7 +300,7 @@ def test_a_measured_step_is_as_predicted(number, tmp_path):
 
 @SLOW
 def test_the_benchmark_of_an_accelerator_prints_what_sizing_takes():
-    """With a tiny model, here on a CPU: whose peak is not known, so two of the fields are missing."""
+    """Uses a tiny model on a CPU, whose peak FLOP/s are unknown, so two of the fields are missing."""
     command = [sys.executable, str(ROOT / "tests" / "benchmarks" / "accelerator.py"), "--smoke", "--only", "512", "512_alignment"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("platform", "."))}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""jobs/sweep.py: configs of trials, checks before anything starts, older sweeps, and real trials in MLflow (slow)."""
+"""jobs/sweep.py: trial configurations, checks before the start, sweeps of older releases, and real trials in MLflow (slow)."""
 
 import dataclasses
 import functools
@@ -37,13 +37,13 @@ from ray_platform.train.config import TrainConfig
 from tests.support.evaluation_sets import picture, write_wds
 from tests.support.training import write_shards
 
-DETAILS = Path(__file__).parents[1] / "fixtures" / "reports" / "sweep.json"  # of ba8fcc6
+DETAILS = Path(__file__).parents[1] / "fixtures" / "reports" / "sweep.json"  # written by release ba8fcc6
 COLORS = ("red", "blue", "gold", "pink", "grey")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Shards to train on, a set for zero-shot accuracy, one for retrieval, and prompts."""
+    """Training shards, a set for zero-shot accuracy, a set for retrieval, and prompts."""
     root = tmp_path_factory.mktemp("data")
     write_shards(root / "train", num_shards=2, samples_per_shard=16)
     labels = [i % 5 for i in range(20)]
@@ -56,7 +56,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def make(data, tiny_model, tmp_path):
-    """make(**SweepConfig fields) -> a sweep of four steps a trial."""
+    """Return make(**SweepConfig fields), which builds a sweep with four steps per trial."""
     pretrain = PretrainConfig(
         model=tiny_model,
         objective=ObjectiveConfig(lr_unet=1e-3, lr_new=1e-3),
@@ -105,7 +105,7 @@ def test_a_grid_with_asha_from_its_config_to_mlflow(ray_cluster, make, tmp_path,
     assert saved["trials"] == json.loads(json.dumps(trials))
     assert "recipe's values" in format_trials(details)
     assert "trial_003" in (tmp_path / "sweep" / "report.html").read_text()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/sweep/mlflow.db")  # where models:/ is looked up
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/sweep/mlflow.db")  # the store that resolves models:/ URIs
     _check_mlflow(config, details)
 
     again = run_sweep(plan_sweep(config, "tiny"), "yaml: 1\n", "python jobs/sweep.py …")
@@ -126,7 +126,7 @@ def write_settings(config, **fields):
 
 
 def test_a_sweep_is_resumed_by_code_with_new_fields(make):
-    """A field that did not exist when the sweep was started had its default."""
+    """A field that did not exist when the sweep was started has its default value."""
     config = make()
     pretrain = write_settings(config)["pretrain"]
     del pretrain["train"]["ema_decay"]
@@ -184,7 +184,7 @@ def _check_mlflow(config, details):
 
 @pytest.mark.slow
 def test_a_segment_of_a_trial_is_a_training_and_an_evaluation(ray_cluster, make, tmp_path):
-    """Without Tune."""
+    """Runs without Ray Tune."""
     config = make()
     runner = TrialRunner(config, "tiny", TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db", "diffdis", parent_run_id="parent"))
     values = {"objective.lambda_alignment": 0.5, "evaluation.quality.guidance_scales": 1.5}

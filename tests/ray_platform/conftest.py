@@ -1,4 +1,4 @@
-"""Shards to read and a real S3 server to read them from."""
+"""Fixtures with shards and with a real S3 server to read them from."""
 
 import io
 import tarfile
@@ -14,7 +14,7 @@ from tests.support.s3_server import S3Server
 
 
 def png(seed: int, shape: tuple[int, int] = (16, 16)) -> bytes:
-    """A PNG of noise, [*shape, 3], that no other seed gives."""
+    """Return a PNG of noise, [*shape, 3], that is unique to the seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -32,7 +32,7 @@ def tar_of(members: Iterable[tuple[str, bytes]]) -> bytes:
 
 
 def write_shards(folder: Path, shards: dict[str, list[tuple[str, bytes]] | bytes]) -> Path:
-    """Write tars of these members, or files with this content, to a folder."""
+    """Write shards to a folder: tars with the given members, or files with the given content."""
     folder.mkdir(exist_ok=True)
     for name, content in shards.items():
         (folder / name).write_bytes(content if isinstance(content, bytes) else tar_of(content))
@@ -40,7 +40,7 @@ def write_shards(folder: Path, shards: dict[str, list[tuple[str, bytes]] | bytes
 
 
 def samples_of(first: int, count: int, size: int = 16) -> list[tuple[str, bytes]]:
-    """The members of `count` good samples with keys and captions from `first` on."""
+    """Return the members of `count` good samples whose keys and captions are numbered from `first`."""
     return [
         member
         for number in range(first, first + count)
@@ -50,19 +50,19 @@ def samples_of(first: int, count: int, size: int = 16) -> list[tuple[str, bytes]
 
 @pytest.fixture(scope="session")
 def build_tar():
-    """build_tar([(name, content), …]) -> the bytes of a tar."""
+    """Return build_tar([(name, content), …]), which returns the bytes of a tar."""
     return tar_of
 
 
 @pytest.fixture(scope="session")
 def build_samples():
-    """build_samples(first, count, size=16) -> members of good samples, for build_tar."""
+    """Return build_samples(first, count, size=16), which returns members of good samples for build_tar."""
     return samples_of
 
 
 @pytest.fixture(scope="session")
 def shard_folder(tmp_path_factory) -> Path:
-    """Five shards of unequal sizes, 60 good samples with the captions "sample 0" to "sample 59"."""
+    """Five shards of unequal sizes with 60 good samples, whose captions are "sample 0" to "sample 59"."""
     counts = (20, 5, 13, 1, 21)
     shards = {f"{n:05d}.tar": samples_of(sum(counts[:n]), count) for n, count in enumerate(counts)}
     return write_shards(tmp_path_factory.mktemp("shards"), shards)
@@ -80,7 +80,7 @@ def s3_server(tmp_path_factory):
 
 @pytest.fixture
 def s3_url(s3_server, monkeypatch) -> str:
-    """A bucket's URL, with the environment set so that it can be read and written."""
+    """URL of a bucket, with an environment that grants read and write access."""
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return "s3://tests"
@@ -88,7 +88,7 @@ def s3_url(s3_server, monkeypatch) -> str:
 
 @pytest.fixture
 def forget_s3_sessions():
-    """Call it after changing AWS_… variables: s3fs keeps its sessions, and with them the old credentials."""
+    """Function to call after changing AWS_… variables: s3fs caches sessions and their credentials."""
     forget = fsspec.get_filesystem_class("s3").clear_instance_cache
     yield forget
     forget()

@@ -1,4 +1,4 @@
-"""Units of work that replicas import: they record where they ran, kill their replica, or fail."""
+"""Units of work for replicas: they record where they ran, kill their replica, or fail."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from ray_platform.contracts import DataError
 
 @dataclass(frozen=True)
 class Square:
-    """The square of a number, after some seconds. Every run leaves a file; the first `deaths` runs kill their replica."""
+    """Computes the square of a number after a delay. Every run writes a file; the first `deaths` runs kill their replica."""
 
     number: int
     notes: str = ""
@@ -32,7 +32,7 @@ class Square:
 
 @dataclass(frozen=True)
 class Fail:
-    message: str  # of a DataError; empty: another error
+    message: str  # message of a DataError; empty: raise another error
 
     def run(self, replica):
         if self.message:

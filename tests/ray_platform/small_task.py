@@ -1,4 +1,4 @@
-"""Small Tasks that have nothing to do with DiffDis: the platform trains any that keeps to the contract."""
+"""Small Tasks that are unrelated to DiffDis: the platform trains any Task that implements the interface."""
 
 import io
 
@@ -93,7 +93,7 @@ class PixelTask(SmallTask):
 
 
 def samples(step, num):
-    """Sample i of a step, whoever takes it."""
+    """Return the samples of a step. Sample i is the same on any rank."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(num, SIZE, generator=generator)
     return {"x": x, "y": x.square().mean(dim=1)}

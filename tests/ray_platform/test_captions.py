@@ -1,4 +1,4 @@
-"""Captions, and the filters that read a sample's other fields."""
+"""Captions, and filters on a sample's other fields."""
 
 import json
 
@@ -87,7 +87,7 @@ def test_cleaning(text, cleaned):
 
 
 def filter_cause_of(sample: dict[str, memoryview], **limits) -> str:
-    """The cause for which the sample is rejected; empty if it passes."""
+    """Return the cause for which a sample is rejected, or an empty string if it passes."""
     try:
         check(Candidate(members=sample), FilterConfig(**limits), reads_image=False)
     except SampleError as error:
@@ -126,5 +126,5 @@ def test_a_score_that_a_filter_needs_must_exist():
         assert filter_cause_of(members(json=content), max_unsafe=0.5) == "score_missing"
     assert filter_cause_of({}, max_unsafe=0.5) == "score_missing"
     assert filter_cause_of(members(json=DEEP), max_unsafe=0.5) == "json_invalid"
-    assert filter_cause_of(of_json(punsafe=None, NSFW="NSFW"), max_unsafe=0.5) == "filtered_unsafe"  # the next name counts
-    assert filter_cause_of(members(json=DEEP), min_size=100) == ""  # not read without a filter on a score
+    assert filter_cause_of(of_json(punsafe=None, NSFW="NSFW"), max_unsafe=0.5) == "filtered_unsafe"  # null is skipped
+    assert filter_cause_of(members(json=DEEP), min_size=100) == ""  # the JSON is not parsed without a filter on a score

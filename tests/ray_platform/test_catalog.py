@@ -22,7 +22,7 @@ def catalog_of(*sources, cached=None, **fields) -> Catalog:
 
 
 def error_of(*sources, **fields) -> str:
-    """The one line with which sources are rejected."""
+    """Return the one-line error with which sources are rejected."""
     with pytest.raises(DataError) as raised:
         catalog_of(*sources, **fields)
     message = str(raised.value)
@@ -41,7 +41,7 @@ def precomputed(folder: Path, manifest=None) -> Path:
 
 @pytest.fixture
 def data(shard_folder, tmp_path) -> Path:
-    """A copy of the shards, to be changed."""
+    """A copy of the shards that tests may modify."""
     return Path(shutil.copytree(shard_folder, tmp_path / "data"))
 
 
@@ -53,7 +53,7 @@ def test_a_folder_is_its_tars_sorted_by_name(data, shard_folder):
     assert [unit.shard for unit in catalog.pools[0]] == list(catalog.shards)
     assert all(unit.whole for unit in catalog.pools[0])
     assert (catalog.weights, catalog.num_units, catalog.manifest) == ((1.0,), (5,), None)
-    # Sidecars do not count, and neither does naming a shard twice.
+    # Sidecar files are ignored, and a shard that is listed twice counts once.
     (data / "00000.parquet").write_bytes(b"x")
     assert catalog_of(data, data / "0000[01].tar", data / "{00001..00002}.tar").num_units == (5,)
 
@@ -121,7 +121,7 @@ def test_counts_come_from_the_sidecars_of_img2dataset_and_are_read_once_per_run(
     read, read_many = [], storage.read_many
     monkeypatch.setattr(catalogs.storage, "read_many", lambda urls: read.extend(urls) or read_many(urls))
     assert catalog_of(data, cached=cached).shards[3].num_samples == 8
-    # What was unknown, and what has changed its size since.
+    # Only the sidecars of shards with an unknown count or a changed size are read.
     assert [Path(url).name for url in read] == ["00002_stats.json", "00003_stats.json"]
 
 
@@ -135,7 +135,7 @@ def test_a_broken_sidecar_leaves_the_count_unknown(data, content):
     catalog = catalog_of(data)
     assert [shard.num_samples for shard in catalog.shards[:2]] == [-1, 5]
     assert catalog.num_samples is None
-    # By the size of those that are known.
+    # The estimate uses the bytes per sample of the known shards.
     unit, known = catalog.pools[0][0], catalog.shards[1]
     assert catalog.estimated_samples(unit) == pytest.approx(unit.shard.size / (known.size / 5))
 

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or not listed, whatever happens to uploads; which one a run resumes from; which ones are kept."""
+"""Only complete checkpoints are listed, even if uploads fail; also covers which checkpoint a run resumes from and retention."""
 
 import json
 from dataclasses import replace
@@ -58,7 +58,7 @@ def manifest(step, token="aa", world_size=2, **fields):
 
 
 def save(output, step, *, launch="a", token="aa", world_size=2, retention=None, tensors=TENSORS, **fields):
-    """Save a checkpoint as the ranks do together. Return its URL and the uploader of rank 0."""
+    """Save a checkpoint as all ranks do together. Returns its URL and the uploader of rank 0."""
     folder = storage.join(checkpoint_format.checkpoints_dir(str(output)), launch)
     uploaders = [AsyncUploader(folder, rank, token, lambda: None) for rank in range(world_size)]
     assignment, parts = TensorAssignment(world_size), [{} for _ in uploaders]
@@ -80,7 +80,7 @@ def read(url):
 
 
 def kept(output):
-    """[launch and step] of the complete checkpoints, newest first."""
+    """Return [launch and step] of the complete checkpoints, newest first."""
     return [f"{url.rsplit('/', 2)[1]}{int(url[-8:])}" for url in list_checkpoints(str(output))]
 
 
@@ -126,7 +126,7 @@ def test_older_ones_that_cannot_be_removed_do_not_fail_the_new_one(tmp_path, mon
 
 
 def test_the_order_of_checkpoints_to_resume_from(tmp_path):
-    """Those of this launch precede those of later launches, and these precede earlier ones, whatever their steps."""
+    """Checkpoints of this launch come first, then those of later and of earlier launches, regardless of their steps."""
     output = str(tmp_path)
     other, _ = save(tmp_path, 30, launch="a")
     old, _ = save(tmp_path, 10, launch="b")
@@ -138,15 +138,15 @@ def test_the_order_of_checkpoints_to_resume_from(tmp_path):
         ("none", "c"): [], ("none", "b"): [own, old],
     }  # fmt: skip
     assert {(resume, launch): candidates(resume, output, launch) for resume, launch in expected} == expected
-    storage.delete(other)  # it may have been pruned after a launch started from it
+    storage.delete(other)  # retention may delete it after a launch started from it
     assert candidates(other, output, "b") == [own, old]
     with pytest.raises(ConfigError, match="is not a complete checkpoint"):
         candidates(other, output, "c")
 
 
 def test_a_checkpoint_is_loaded_with_all_that_a_run_needs(tmp_path, one_rank):
-    """Two saved ranks become one. The losses are those of this run and this objective; others would make every step unusual."""
-    objective = {"task": "joint", "freeze": ("unet.*",)}  # a tuple comes back as a list
+    """Two saved ranks are loaded by one. The loss history must match run and objective, or every step would be an outlier."""
+    objective = {"task": "joint", "freeze": ("unet.*",)}  # a tuple is read back as a list
     url, _ = save(tmp_path, 10, seed=3, config={"objective": objective})
     loaded = find_checkpoint("auto", str(tmp_path), "b", "d")
     assert (loaded.url, loaded.rank_0, loaded.rank_states) == (url, STATE, [STATE, STATE])
@@ -184,7 +184,7 @@ def test_the_one_before_is_taken_whatever_is_damaged(tmp_path, one_rank, caplog,
     else:
         file.write_bytes({"cut": data[:-20], "no JSON": b"[1]", "flipped": data[:-1] + bytes([data[-1] ^ 1])}[damage])
     assert find_checkpoint("auto", str(tmp_path), "b", "d").url == old
-    if (name, damage) != ("complete", "missing"):  # then it is not a checkpoint
+    if (name, damage) != ("complete", "missing"):  # without this file, the folder is not a checkpoint
         assert name in caplog.text
         storage.delete(old)
         with pytest.raises(CorruptCheckpoint, match=rf"step_00000020: .*{name}.*--resume PATH"):
@@ -208,9 +208,9 @@ def test_the_one_before_is_taken_when_the_newest_is_deleted_meanwhile(tmp_path, 
     ("policy", "saved", "left"),
     [
         ((2, "score", "max"), [("a", 10, 0.1), ("a", 20, 0.5), ("a", 30, 0.2), ("a", 40, 0.3)], ["a40", "a30", "a20"]),
-        # The first of equal ones; those without a value, or with NaN, are not candidates.
+        # The earliest of equal checkpoints wins; checkpoints without a value, or with NaN, are not candidates.
         ((1, "score", "min"), [("a", 10, None), ("a", 20, 0.5), ("a", 30, 0.5), ("a", 40, float("nan"))], ["a40", "a20"]),
-        # The newest ones are those of the later launch, which started again from an earlier step.
+        # The newest checkpoints are those of the later launch, which resumed from an earlier step.
         ((2,), [("a", 10, None), ("a", 20, None), ("b", 12, None), ("b", 14, None)], ["b14", "b12"]),
     ],
 )
@@ -222,7 +222,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, policy, saved, left):
 
 
 def test_incomplete_and_damaged_ones_are_removed_unless_they_may_be_in_progress(tmp_path):
-    """Those of a later launch, or newer than the newest of this one, may be in progress."""
+    """Checkpoints of a later launch, or newer than the newest one of this launch, may be in progress."""
     saved = [("a", 50), ("b", 10), ("b", 15), ("b", 30), ("c", 5)]
     for url in [save(tmp_path, step, launch=launch)[0] for launch, step in saved]:
         if not url.endswith("15"):

@@ -1,4 +1,4 @@
-"""The `@collective` marker and its check."""
+"""The decorator `@collective` and its check."""
 
 import os
 

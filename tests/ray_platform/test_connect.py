@@ -1,4 +1,4 @@
-"""Which cluster a driver connects to, and its errors. The connection itself: test_local_head.py."""
+"""Which cluster a driver connects to, and its errors. test_local_head.py tests the connection itself."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def attached(monkeypatch):
-    """What would have been given to `ray.init`, in a process that is attached to nothing."""
+    """The arguments that `ray.init` would have received, in a process that is not attached to a cluster."""
     calls: list[dict] = []
     monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(module.ray, "init", lambda **options: calls.append(options))
@@ -29,7 +29,7 @@ def attached(monkeypatch):
 
 @pytest.fixture
 def listening():
-    """The address of something that answers."""
+    """Address of a listening socket."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
@@ -59,7 +59,7 @@ def test_the_workers_of_a_submitted_job_get_the_path_in_their_copy(attached, lis
 )
 def test_an_address_without_a_cluster_is_an_error_of_one_line(attached, address, message):
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound, so that no process listens there
+        unused.bind(("127.0.0.1", 0))  # bound without listening, so that no process can listen there
         address = f"127.0.0.1:{unused.getsockname()[1]}" if address == "unused" else address
         with pytest.raises(ClusterError, match=message) as caught:
             connect(address)
@@ -84,7 +84,7 @@ def test_a_process_that_is_attached_stays_as_it_is(ray_cluster, monkeypatch):
 
 @pytest.mark.ranks
 def test_a_job_finds_the_packages_from_anywhere(tmp_path):
-    """A driver of a submitted job has neither the root nor `platform/` on its path."""
+    """The driver of a submitted job has neither the project root nor `platform/` on its path."""
     job = "import sys; sys.path[:0] = [sys.argv[1]]; import _bootstrap; import ray_platform.contracts, platform, diffdis"
     program = f"{job}; assert platform.system()"
     command = [sys.executable, "-c", program, str(ROOT / "jobs")]

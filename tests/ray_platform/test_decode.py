@@ -16,7 +16,7 @@ DAMAGED = {"image_empty", "image_undecodable", "image_too_large"}
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Noise on all scales, [H, W, 3]: as hard for JPEG and for a resize as a detailed photograph."""
+    """Return noise at all scales, [H, W, 3], which is as hard for JPEG and resizing as a detailed photograph."""
     rng = np.random.default_rng(seed)
     pixels = rng.normal(128, 3, (height, width, 3))
     for cells in (4, 8, 16, 32, 64):
@@ -38,7 +38,7 @@ def cause_of(content: bytes, **fields) -> str:
 
 
 def by_pillow(content: bytes, size: int, reduce: int = 1) -> np.ndarray:
-    """What the docstring of data/decode.py promises to equal: a full decode, a crop and a bicubic resize."""
+    """Return the reference in the docstring of data/decode.py: a full decode, a crop and a bicubic resize."""
     whole = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB").reduce(reduce)
     top, left, height, width = crop_box(whole.height, whole.width, (size, size), None)
     part = whole.crop((left, top, left + width, top + height))
@@ -52,7 +52,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def with_header_size(content: bytes, height: int, width: int) -> bytes:
-    """A baseline JPEG that claims another size."""
+    """Return a baseline JPEG whose header claims another size."""
     at = content.index(b"\xff\xc0") + 5
     return content[:at] + struct.pack(">HH", height, width) + content[at + 4 :]
 
@@ -101,7 +101,7 @@ OTHER_FORMATS = {
     ids=[*(f"{kind} {size}" for kind in JPEGS for size in ("large", "odd", "small")), *OTHER_FORMATS],
 )
 def test_exact_is_what_pillow_gives(content):
-    for size in (40, 64, 96, 200, 260):  # 200 is more than the smallest has
+    for size in (40, 64, 96, 200, 260):  # 200 is larger than the smallest image
         error = difference(decoded(content, size), by_pillow(content, size))
         assert error.mean() <= 0.1
         assert error.max() <= 3
@@ -126,7 +126,7 @@ def test_fast_is_near_exact_where_there_is_little_detail(shape):
 
 @pytest.mark.parametrize("decoder", ["exact", "fast"])
 def test_the_size_filter_goes_by_the_file_not_by_what_was_decoded_of_it(decoder):
-    content = encoded(photo(257, 301), "JPEG")  # halved, 129 x 151: doubled again it would be 258
+    content = encoded(photo(257, 301), "JPEG")  # decoded at half size, 129 x 151; doubling that would give 258
     assert decoded(content, 64, decoder=decoder, filters=FilterConfig(min_size=257)).shape == (64, 64, 3)
     assert cause_of(content, size=64, decoder=decoder, filters=FilterConfig(min_size=258)) == "filtered_size"
 
@@ -136,7 +136,7 @@ def test_which_member_is_the_image():
     with pytest.raises(SampleError, match="image_missing"):
         image({"txt": good, "gif": good}, DataConfig(), "")
     assert image({"png": good}, DataConfig(image_size=4), "").shape == (4, 4, 3)
-    # The content decides, not the suffix; and the first of IMAGE_SUFFIXES counts, wherever it is in the tar.
+    # The format follows from the content, not the suffix. The first of IMAGE_SUFFIXES is used, regardless of the order in a tar.
     assert image({"webp": good}, DataConfig(image_size=4), "").shape == (4, 4, 3)
     with pytest.raises(SampleError, match="image_undecodable"):
         image({"png": good, "jpg": memoryview(b"broken")}, DataConfig(image_size=4), "")
@@ -155,7 +155,7 @@ def test_the_centre_is_cropped():
 def test_cropping_first_equals_resizing_the_whole_and_cropping():
     noise = photo(64, 96)
     whole = Image.fromarray(noise).resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
-    # But for the crop's own border, where the whole image's neighbors are not seen.
+    # Except at the border of the crop, where the neighboring pixels of the full image are missing.
     assert difference(resized(noise, (32, 32))[:, 2:-2], np.asarray(whole)[:, 2:-2]).max() <= 1
 
 
@@ -167,7 +167,7 @@ def test_a_random_crop_depends_on_its_seed_alone():
     assert [crop.tobytes() for crop in crops] == [crop.tobytes() for crop in reversed(again)]
     pixels = np.asarray(Image.open(io.BytesIO(content)))
     columns = np.lib.stride_tricks.sliding_window_view(pixels, (40, 40, 3))[0, :, 0]
-    assert all((columns == crop).all(axis=(1, 2, 3)).any() for crop in crops)  # each is a part of the image
+    assert all((columns == crop).all(axis=(1, 2, 3)).any() for crop in crops)  # each crop is a part of the image
 
 
 def test_a_crop_is_inside_and_the_largest_of_its_shape():
@@ -189,16 +189,16 @@ def test_each_image_comes_in_the_bucket_of_its_shape():
     for shape, target in (((50, 50), (128, 128)), ((50, 60), (128, 128)), ((50, 90), (96, 192)), ((500, 30), (192, 96))):
         content = memoryview(encoded(photo(*shape), "JPEG"))
         assert image({"jpg": content}, config, "").shape == (*target, 3)
-    # As a factor: 1.41 is as far from 1 as from 2.
+    # Distances are ratios: sqrt(2) = 1.414 is as far from 1 as from 2.
     assert [nearest_size(ratio, config.target_sizes) for ratio in (1.40, 1.43)] == [(128, 128), (96, 192)]
     assert nearest_size(1 / 1.43, config.target_sizes) == (192, 96)
 
 
-# ------------------------------------------------------------------------------------------------- turns, modes, shapes
+# ------------------------------------------------------------------------------------------- orientation, modes, shapes
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 are none
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 are invalid
 def test_images_are_turned_upright(file_format, orientation):
     content = encoded(photo(40, 64), file_format, exif=exif_of(orientation))
     assert difference(decoded(content, 32), by_pillow(content, 32)).mean() <= 0.1
@@ -209,7 +209,7 @@ def test_images_are_turned_upright(file_format, orientation):
 
 def test_the_fast_decoder_turns_too_and_finds_exif_behind_other_segments():
     plain = encoded(photo(200, 300), "JPEG", exif=exif_of(6), icc_profile=b"x" * 100_000, comment=b"y" * 60_000)
-    filled = plain[:2] + b"\xff\xff" + plain[2:]  # bytes that may stand before any marker
+    filled = plain[:2] + b"\xff\xff" + plain[2:]  # fill bytes are allowed before any marker
     for content in (plain, filled):
         assert difference(decoded(content, 64, decoder="fast"), by_pillow(content, 64)).mean() < 2
 
@@ -256,12 +256,12 @@ JPEG_FILES = {"JPEG": JPEG, "progressive": PROGRESSIVE, "EXIF": EXIF_JPEG}
 @pytest.mark.parametrize("decoder", ["exact", "fast"])
 @pytest.mark.parametrize("kind", [*JPEG_FILES, "PNG", "WEBP"])
 def test_truncated_images_are_rejected(kind, decoder):
-    # libjpeg would paint the rest gray and only warn.
+    # libjpeg would fill the rest with gray and only warn.
     content = (JPEG_FILES | {"PNG": PNG, "WEBP": WEBP})[kind]
     lengths = [3, 100, *(round(len(content) * fraction) for fraction in (0.3, 0.5, 0.95))]
     if kind in JPEG_FILES:
         lengths += [len(content) - 13, len(content) - 2, len(content) - 1]
-        # Pillow takes half a JPEG with an end put on it: the upper half of an image, and gray.
+        # Pillow accepts half a JPEG followed by an end marker: the upper half of the image, and gray.
         half = content[: len(content) // 2] + b"\xff\xd9"
         assert by_pillow(half, 8).shape == (8, 8, 3)
         assert cause_of(half, decoder=decoder) == "image_undecodable"
@@ -319,7 +319,7 @@ def test_any_damage_gives_an_image_that_pillow_decodes_too_or_a_cause(seed):
     for _ in range(400):
         content = bytearray(rng.choice(whole))
         for _ in range(rng.randint(1, 4)):
-            at = rng.randrange(min(len(content), rng.choice((64, 700, 10**6))))  # headers matter most
+            at = rng.randrange(min(len(content), rng.choice((64, 700, 10**6))))  # damage in headers matters most
             match rng.choice(("flip", "cut", "drop", "insert", "fill")):
                 case "flip":
                     content[at] = rng.randrange(256)
@@ -340,5 +340,5 @@ def test_any_damage_gives_an_image_that_pillow_decodes_too_or_a_cause(seed):
             seen.add("good")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                Image.open(io.BytesIO(content)).load()  # many a flipped byte leaves a valid stream of other pixels
+                Image.open(io.BytesIO(content)).load()  # many flipped bytes give a valid stream of other pixels
     assert {"good", "image_undecodable"} <= seen <= {"good"} | DAMAGED

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine against a plain torch loop, on ranks without Ray."""
+"""The DeepSpeed engine equals a plain torch loop, on ranks without Ray."""
 
 import math
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from tests.ray_platform.small_task import PictureTask, PixelTask, SmallTask, sam
 from tests.support.ranks import shared_ranks
 
 GLOBAL_BATCH, STEPS = 16, 6
-# Else ZeRO 3 keeps small parameters whole on every rank, and a small model is not sharded at all.
+# Otherwise ZeRO 3 keeps full copies of small parameters on every rank and does not shard a small model at all.
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 BASE = {"num_steps": 12, "warmup_steps": 3, "gradient_clipping": 0.5, "ema_decay": 0.9, "zero_stage": 0}
 STAGES = (0, 1, 2, 3)
@@ -25,7 +25,11 @@ pytestmark = pytest.mark.ranks
 
 
 def rank_loop(rank, fields, world_size, num_micro, start, stop, state, bad_at):
-    """Steps start..stop of one rank, from a state or the beginning: losses, the whole state and which steps changed it."""
+    """Run steps start..stop of one rank, from a state or from the beginning.
+
+    Returns:
+        (losses, full state, whether each step changed it, exported weights, last gradient norm).
+    """
     from ray_platform.train.engine import Engine
 
     task = SmallTask()
@@ -68,13 +72,13 @@ def assert_equal(tensors, expected):
 
 @pytest.fixture(scope="module")
 def whole_runs():
-    """All steps on two ranks with two micro-batches each, by ZeRO stage."""
+    """Results of all steps on two ranks with two micro-batches each, by ZeRO stage."""
     return {stage: train(zero_stage=stage) for stage in STAGES}
 
 
 @pytest.fixture(scope="module")
 def states():
-    """The state after three steps, by ZeRO stage."""
+    """State after three steps, by ZeRO stage."""
     return {stage: train(zero_stage=stage, stop=3)[1] for stage in STAGES}
 
 
@@ -84,7 +88,7 @@ def test_a_host_that_trains_for_the_first_time_compiles_nothing(whole_runs):
 
 @pytest.fixture(scope="module")
 def reference():
-    """Losses, weights and EMA of AdamW, clipping, the schedule and the EMA by hand."""
+    """Losses, weights and EMA of a plain loop with AdamW, clipping, schedule and EMA written out."""
     task = SmallTask()
     module, config = task.module, TrainConfig(**BASE)
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -112,7 +116,7 @@ def reference():
 
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_losses_weights_and_ema_equal_those_of_a_plain_loop(reference, whole_runs, zero_stage):
-    """Clipping, warm-up, cosine, a frozen layer and a buffer."""
+    """Covers clipping, warm-up, the cosine schedule, a frozen layer and a buffer."""
     losses, tensors, _, exported, _ = whole_runs[zero_stage]
     expected_losses, weights, ema = reference
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
@@ -136,7 +140,7 @@ def test_a_state_continues_at_another_world_size_and_zero_stage(reference, state
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_a_state_of_any_stage_exports_the_same_weights(states, zero_stage):
-    """To the last bit, EMA and plain."""
+    """EMA and plain weights are bitwise equal."""
     _, tensors, _, exported, _ = train(zero_stage=zero_stage, start=3, stop=3, state=states[3])
     assert_equal(tensors, states[3])
     assert torch.equal(exported["first.weight"], states[3]["ema/first.weight"])
@@ -151,7 +155,7 @@ def test_the_same_ranks_continue_to_the_last_bit(whole_runs, states, zero_stage)
 
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_a_step_with_an_infinite_gradient_changes_nothing(states, zero_stage):
-    """On one rank of two: both skip the step."""
+    """The gradient is infinite on one of two ranks; both skip the step."""
     losses, tensors, changed, *_ = train(zero_stage=zero_stage, stop=4, bad_at=3)
     assert changed == [True, True, True, False]
     assert math.isinf(losses[3])
@@ -168,7 +172,7 @@ def test_precision_and_offload_train_as_well(reference, zero_stage, fields):
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_fp16_scales_its_loss_and_finds_a_scale(reference, zero_stage):
-    """From a scale that overflows at first: those steps are skipped."""
+    """The initial scale overflows; those steps are skipped."""
     losses, tensors, changed, _, grad_norm = train(zero_stage=zero_stage, precision="fp16", gpus_per_worker=1)
     assert changed.count(True) >= 4
     first = changed.index(True)
@@ -185,7 +189,7 @@ def test_a_compiled_module_trains_as_well(reference):
 
 
 def nested_passes(rank):
-    """Whether autocast is on after each pass."""
+    """Return whether autocast is enabled after each pass."""
     from ray_platform.train.engine import Engine
 
     task = SmallTask()
@@ -201,12 +205,12 @@ def nested_passes(rank):
 
 
 def test_half_precision_ends_with_its_pass(two_ranks):
-    """A score runs the module, which enables autocast, inside of a block that does so, too."""
+    """Scoring runs the module, which enables autocast, inside a block that also enables it."""
     assert two_ranks.run(nested_passes) == [[False, True, False, True, False, False]] * 2
 
 
 def save_checkpoint(manager, step, **metrics):
-    """The reason of a failure, or an empty string."""
+    """Save a checkpoint. Returns the reason for a failure, or an empty string."""
     manifest = checkpoint_format.Manifest(
         token="", step=step, num_updates=step, samples_seen=0, loss_scale={}, world_size=2, zero_stage=0, global_batch_size=4,
         seed=0, source_digest="d", metrics=metrics, code_version="c", config={}, files={},
@@ -239,7 +243,7 @@ def pictures_saved(rank, output, fields):
 
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_channels_last_weights_are_saved_too(two_ranks, tmp_path, zero_stage):
-    """Trained ones at stage 0; frozen ones at every stage."""
+    """Trained weights are channels-last at stage 0, frozen weights at every stage."""
     fields = {"channels_last": True, "zero_stage": zero_stage, "ema_decay": 0.9}
     (failure, strided, state), _ = two_ranks.run(pictures_saved, str(tmp_path), fields)
     assert failure == ""
@@ -251,7 +255,7 @@ def test_channels_last_weights_are_saved_too(two_ranks, tmp_path, zero_stage):
 
 
 def saved_on_a_full_disk(rank, output):
-    """Failures of three checkpoints: the second's upload fails on rank 1, the third's manifest on rank 0."""
+    """Save three checkpoints: the second's upload fails on rank 1, the third's manifest on rank 0. Returns the failures."""
     from ray_platform.train.engine import Engine
 
     manager = checkpoint_manager(Engine(SmallTask(), TrainConfig(), 2, 1), output, keep_best="heldout/acc1")
@@ -288,7 +292,7 @@ def test_all_ranks_know_which_checkpoint_failed_and_why(two_ranks, tmp_path):
 
 
 class FailingPreview(PixelTask):
-    """Task whose previews fail on some ranks, or whose page does."""
+    """Task whose previews, or the page that shows them, fail on some ranks."""
 
     def __init__(self, ranks, page):
         super().__init__()
@@ -329,7 +333,7 @@ def test_a_trace_that_cannot_be_written_does_not_stop_training(tmp_path, caplog)
 
 
 def stalled(rank):
-    """Two steps of 3 s on each rank, half of which it waited, then 1 s of a checkpoint on one rank and 3 s on the other."""
+    """Record two steps of 3 s per rank, half of it waiting, then 1 s for a checkpoint on one rank and 3 s on the other."""
     from ray_platform.train.throughput import ThroughputMeter
 
     meter = ThroughputMeter(0.0)
@@ -357,7 +361,7 @@ def test_the_configuration_of_deepspeed_can_be_extended():
     ("arguments", "expected"),
     [
         ((128, 8, 16), (16, 1)), ((128, 4, 16), (16, 2)), ((128, 7, 16), (9, 2)), ((8, 1, 4), (4, 2)), ((3, 4, 4), (1, 1)),
-        # The fewest micro-batches would lose samples; a few more do not. A prime number of samples has to lose some.
+        # The smallest number of micro-batches would lose samples; slightly more do not. A prime number of samples must lose some.
         ((50, 1, 16), (10, 5)), ((25, 1, 10), (5, 5)), ((37, 1, 16), (12, 3)),
     ],
 )  # fmt: skip

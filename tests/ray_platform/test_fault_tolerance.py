@@ -1,4 +1,4 @@
-"""Steps with unusable losses, and failed workers: what is counted, what restarts, and what ends the run."""
+"""Steps with bad losses, and failed workers: what is counted, what restarts, and what ends the run."""
 
 import json
 import math
@@ -77,20 +77,20 @@ def test_checkpoints_by_the_clock_are_due_on_rank_0_and_agreed_on(tmp_path):
 
 def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path):
     monitor = loss_monitor(tmp_path, max_bad_steps=3)
-    for _ in range(2):  # not in a row
+    for _ in range(2):  # bad steps that are not consecutive
         step(monitor, 1, math.nan)
         step(monitor, 2, math.nan)
         step(monitor, 3, 1.0)
     step(monitor, 4, math.nan)
-    step(monitor, 5, 1.0, updated=False)  # a gradient that is not finite
+    step(monitor, 5, 1.0, updated=False)  # a non-finite gradient
     resumed = loss_monitor(tmp_path, LossHistory(**asdict(monitor.history)), max_bad_steps=3)
-    for each in (monitor, resumed):  # a run that is killed over and over must not get more of them
+    for each in (monitor, resumed):  # restarting a run must not reset the count
         with pytest.raises(Diverged, match=r"3 steps in a row, up to step 6; .*bad_steps"):
             step(each, 6, math.nan)
 
 
 def test_steps_count_as_bad_once_the_loss_scale_is_at_its_floor(tmp_path):
-    """A gradient that is never finite in fp16: first the scale is the cause, and then something else."""
+    """A gradient is never finite in fp16: at first the scale may be the cause; at the lowest scale it cannot be."""
     scale, monitor = LossScale(8.0), loss_monitor(tmp_path, max_bad_steps=2)
     halved = []
 
@@ -117,7 +117,7 @@ def test_a_loss_scale_is_resumed_but_not_from_another_precision():
 
 
 class Failed(Exception):
-    """Shaped as Ray Train's: what each rank raised."""
+    """Exception in the shape of Ray Train's, with the error of each rank."""
 
     def __init__(self, **worker_failures):
         super().__init__("training failed")
@@ -137,7 +137,7 @@ def test_dead_workers_restart_as_long_as_they_make_progress():
     policy, storage = restart_policy()
     assert policy.record_failure(DIED, "", False) == f"worker 1 died; {FROM_START}"
     storage.newest = "run/step_20"
-    for _ in range(5):  # each time it got further
+    for _ in range(5):  # each attempt gets further
         storage.newest += "0"
         assert policy.record_failure(DIED, "", False) == f"worker 1 died; resuming from {storage.newest}"
     drained = Failed(r0=Interrupted("node a1b2 is being drained; saved at step 7"))

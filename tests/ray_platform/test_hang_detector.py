@@ -1,4 +1,4 @@
-"""Which rank a hang is blamed on, and what is not a hang."""
+"""Which rank is reported for a hang, and which situations are not hangs."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ def heartbeat(rank, step=4, phase="training", waits=True, slow=False, progress=0
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Clock of the detector, which only `clock.wait(seconds)` advances."""
+    """Clock of the detector that only `clock.wait(seconds)` advances."""
     now = [100.0]
     monkeypatch.setattr(hang_detector, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return SimpleNamespace(wait=lambda seconds: now.__setitem__(0, now[0] + seconds))
@@ -86,7 +86,7 @@ def test_dead_and_removed_ranks_are_not_waited_for(clock):
 
 
 def test_a_rank_reports_that_it_waits_for_the_others():
-    """NCCL's calls return at once: their results are waited for in frames that look like any other."""
+    """NCCL calls return immediately; a rank waits for their results in frames that look like any other."""
     thread = HeartbeatThread(None, 0)
     assert thread.heartbeat().is_slow_phase, "it starts"
     thread.set_phase("training")

@@ -1,4 +1,4 @@
-"""Shards of the real img2dataset, from a web server on loopback, with dead links and files that are not images."""
+"""Shards written by the real img2dataset from a web server on loopback, with dead links and files that are not images."""
 
 import csv
 import functools
@@ -23,7 +23,7 @@ from tests.support.streams import reader_of
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
-PEERS = ROOT / ".venv-peers"  # img2dataset needs an older pyarrow than ours, hence an environment of its own
+PEERS = ROOT / ".venv-peers"  # a separate environment, because img2dataset needs an older pyarrow
 GOOD, SHARD = 50, 20
 
 
@@ -39,7 +39,7 @@ def img2dataset() -> Path:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The URL of a folder of images."""
+    """URL of a folder of images."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for number in range(GOOD):
@@ -57,7 +57,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shards(img2dataset, served, tmp_path_factory) -> Path:
-    """50 images, a dead link and one to a file that is not an image, in shards of 20."""
+    """Shards of 20 samples from 50 images, a dead link and a link to a file that is not an image."""
     folder = tmp_path_factory.mktemp("img2dataset")
     with (folder / "urls.csv").open("w", newline="") as file:
         writer = csv.writer(file)

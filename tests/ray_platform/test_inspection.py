@@ -1,4 +1,4 @@
-"""What an inspection counts: exactly, whoever reads which shard, and whatever is in it."""
+"""An inspection counts exactly, regardless of which worker reads which shard and of the shard's content."""
 
 import dataclasses
 import io
@@ -53,7 +53,7 @@ def encoded(height: int, width: int, kind: str, **options) -> bytes:
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory) -> list[ShardRange]:
-    """30 good samples, 2 too small ones, and bad ones of many causes."""
+    """30 good samples, 2 that are too small, and bad samples of many causes."""
     folder = tmp_path_factory.mktemp("mixture")
     mixed = [*samples_of(100, 10), *samples_of(200, 2, size=8), *[(f"empty{i}.png", b"") for i in range(7)]]
     mixed += [(f"empty{i}.txt", b"a") for i in range(7)]
@@ -74,10 +74,10 @@ def test_a_known_mixture_is_counted_exactly(mixture):
     assert counted.lost_units == {"shard_empty": 1}
     assert counted.examples["image_empty"] == [f"mixed.tar/empty{i}" for i in range(EXAMPLES)]
     assert counted.shapes == {(16, 16): 30}
-    assert counted.histograms["width"].counts == [33, *[0] * 16]  # 30 used, 2 filtered, 1 without caption
+    assert counted.histograms["width"].counts == [33, *[0] * 16]  # 30 used, 2 filtered, 1 without a caption
     words = counted.histograms["caption_words"]
     assert (sum(words.counts), words.least, words.most) == (30, 2, 2)
-    # A lost shard counts as what the others hold.
+    # A lost shard counts as the mean number of samples in the other shards.
     summary, lost = summary_of(counted, mixture), round(43 / 3)
     assert summary.rejects["shard_empty"].samples == lost
     samples = summary.samples
@@ -100,7 +100,7 @@ def test_known_counts_say_what_is_lost(tmp_path):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> list[Statistics]:
-    """Seven units with more samples than the contact sheet shows, and more rejects than are named."""
+    """Seven units with more samples than the contact sheet shows, and more rejects than are listed by name."""
     folder = tmp_path_factory.mktemp("parts")
     units = []
     for number in range(7):
@@ -165,7 +165,7 @@ def test_the_page_takes_nothing_of_the_web_for_markup(tmp_path):
     counted = inspect_unit(unit, config)
     assert (counted.used, counted.rejected) == (1, {"image_missing": 1})
     html = inspection_page(summary_of(counted, [unit], config), counted.thumbnails, config)
-    assert check_poison_is_text(html, 4).count("img") == 1  # title, head, caption and what a pointer shows
+    assert check_poison_is_text(html, 4).count("img") == 1  # in the title, heading, caption and tooltip
     assert "http" not in html
 
 

@@ -1,4 +1,4 @@
-"""The ledger alone, and the whole data plane's exactness over random crashes and world sizes, without Ray."""
+"""The ledger by itself, and exactly-once delivery of the full data loader over random crashes and world sizes, without Ray."""
 
 from collections import Counter
 from itertools import pairwise
@@ -59,7 +59,7 @@ def test_a_ledger_is_the_set_of_the_consumed_samples(consumed):
 
 
 class FakeUnit:
-    """Samples whose keys name their epoch; every fifth is unusable, and they come in two shapes."""
+    """Unit whose sample keys include their epoch. Every fifth sample is bad, and samples have two shapes."""
 
     def __init__(self, item, size):
         self.name, self.size = f"{item.unit.shard.name}@{item.epoch}", size
@@ -75,7 +75,7 @@ class FakeUnit:
 
 
 def catalog_of(pools: list[list[int]]) -> Catalog:
-    """Shards of 40 kB a sample; one pool for each list of sizes."""
+    """Return a catalog of shards with 40 kB per sample, with one pool for each list of sizes."""
     units = [
         tuple(ShardRange(Shard(f"/{p}-{i}.tar", size, f"{p}-{i}.tar", size), 0, size) for i, size in enumerate(sizes))
         for p, sizes in enumerate(pools)
@@ -84,7 +84,7 @@ def catalog_of(pools: list[list[int]]) -> Catalog:
 
 
 class Run:
-    """What a training run does with the data plane: streams of all ranks in step, and checkpoints of the ledgers."""
+    """A training run's use of the data loader: synchronized streams of all ranks, and checkpoints of their ledgers."""
 
     def __init__(self, catalog: Catalog, interleave: int, batch_size: int, reads_per_rank: int = 2):
         self.catalog, self.batch_size = catalog, batch_size
@@ -95,7 +95,7 @@ class Run:
         self.seen: Counter[str] = Counter()  # as of the last checkpoint
 
     def go_on(self, world_size: int, steps: int, lost_steps: int) -> None:
-        """Resume, train, write a checkpoint after `steps`, crash `lost_steps` later."""
+        """Resume, train, write a checkpoint after `steps`, and crash `lost_steps` later."""
         self.base, self.consumed = (Ledger.from_bytes(ledger.to_bytes()) for ledger in (self.base, self.consumed))
         if world_size != self.world_size:
             self.base, self.world_size = self.consumed.copy(), world_size

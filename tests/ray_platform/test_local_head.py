@@ -1,4 +1,4 @@
-"""A real Ray head: jobs run on it, only with its token, and nothing of it stays, however it ends."""
+"""A real Ray head: jobs run on it only with its token, and it leaves no processes or files behind, however it ends."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ def head():
 
 @pytest.fixture
 def project(tmp_path):
-    """A small project of the repository's shape, with a folder that must not be uploaded."""
+    """A small project with the repository's layout and a folder that must not be uploaded."""
     files = {
         "jobs/_bootstrap.py": (ROOT / "jobs" / "_bootstrap.py").read_text(),
         "jobs/look.py": JOB,
@@ -109,7 +109,7 @@ def test_a_start_that_fails_shows_the_log_and_leaves_nothing(monkeypatch, progra
 
 
 def start_and_wait(program: str) -> tuple[subprocess.Popen, str, Path]:
-    """Run a program that starts a head and prints its marker and folder; return once it did."""
+    """Run a program that starts a head; return once it has printed its marker and folder."""
     program = f"""
 import signal, subprocess, sys, time
 from pathlib import Path
@@ -131,7 +131,7 @@ with LocalHead(num_cpus=1) as head:
 @pytest.mark.slow
 def test_a_signal_ends_the_head_its_children_and_nothing_else(number, code):
     with subprocess.Popen(["sleep", "600"]) as bystander:
-        # A child that ignores the first request to end, as a worker in a long call does.
+        # A child that ignores SIGTERM, like a worker in a long call.
         stubborn = "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
         parent, marker, folder = start_and_wait(
             f"subprocess.Popen([sys.executable, '-c', {stubborn!r}], env=head.env); time.sleep(600)"
@@ -169,7 +169,7 @@ def test_the_head_goes_when_its_parent_is_killed():
     parent.kill()
     parent.wait()
     wait_until(lambda: not marked_processes(marker))
-    shutil.rmtree(folder)  # no process was left to remove it
+    shutil.rmtree(folder)  # no process was left to delete it
 
 
 def wait_until(true) -> None:

@@ -1,4 +1,4 @@
-"""The plan alone; what streams make of it: test_ledger.py and test_stream.py."""
+"""The plan by itself. test_ledger.py and test_stream.py test streams that use it."""
 
 from collections import Counter
 from itertools import islice
@@ -23,7 +23,7 @@ def test_every_epoch_reads_every_shard_exactly_once(num_shards, world_size, epoc
     catalog = catalog_of(num_shards)
     planned = [groups(catalog, reader_of(catalog, r, world_size, seed=seed), size, num_streams) for r in range(world_size)]
     read: Counter[tuple[int, int]] = Counter()
-    for _ in range(epochs * num_shards):  # far more turns than are needed
+    for _ in range(epochs * num_shards):  # far more iterations than needed
         read.update((item.epoch, item.number) for rank in planned for item in next(rank).items)
     assert set(read.values()) == {1}
     assert {(epoch, number) for epoch in range(epochs) for number in range(num_shards)} <= read.keys()
@@ -36,7 +36,7 @@ def test_the_order_differs_by_epoch_and_seed_and_is_part_of_what_a_checkpoint_me
         for start, seed in ((0, 0), (8, 0), (0, 1))
     )
     assert first != second != other != first
-    # Ledgers in checkpoints count on it: if this changes, old runs resume with other samples.
+    # Ledgers in checkpoints rely on this order: if it changes, old runs resume with other samples.
     assert first == [6, 7, 3, 1, 0, 2, 5, 4]
     assert shuffled(range(8), 0, 0) == [0, 2, 1, 4, 6, 7, 3, 5]
 

@@ -1,4 +1,4 @@
-"""Precomputing by real actors, with an encoder of three lines."""
+"""Precomputing with real actors and a three-line encoder."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 class MeanColor:
-    """Notes its calls in a file, and fails on a caption."""
+    """Encoder that records its calls in a file and fails on a given caption."""
 
     def __init__(self, device: str, notes: str = "", fails_at: str = ""):
         assert device == "cpu"
@@ -91,11 +91,11 @@ def test_files_hold_as_much_as_they_may(shard_folder, tmp_path, monkeypatch):
 
 
 def test_complete_shards_are_not_encoded_again(shard_folder, tmp_path):
-    """The encoder fails on one sample of the last shard; the second run encodes only what has no record."""
+    """The encoder fails on one sample of the last shard; the second run encodes only the shards without a record."""
     out, notes = tmp_path / "out", tmp_path / "notes"
     with pytest.raises(Exception, match="out of memory, say"):
         run(shard_folder, out, encoders(fails_at="sample 50"))
-    done = {path.stem for path in (out / "progress").glob("*")}  # none if the sample came first
+    done = {path.stem for path in (out / "progress").glob("*")}  # empty if the failing sample came first
     assert "00004" not in done
     with pytest.raises(DataError, match="precomputing it did not finish"):
         build_catalog(DataConfig(sources=(str(out),)))
@@ -167,7 +167,7 @@ def test_more_encoders_than_the_cluster_has(shard_folder, tmp_path):
 def test_settings_of_the_run_and_of_the_shards():
     manifest = {"settings": {name: getattr(DataConfig(), name) for name in precomputed.SETTINGS}}
     manifest = json.loads(json.dumps(manifest | {"settings": manifest["settings"] | {"decoder": "fast", "filters": {}}}))
-    precomputed.check_settings(manifest, DataConfig())  # what is not given is what it was made with
+    precomputed.check_settings(manifest, DataConfig())  # settings at their defaults are taken from the manifest
     precomputed.check_settings(manifest, DataConfig(decoder="fast"))
     with pytest.raises(DataError, match=r'data\.crop: "random", but the precomputed shards were written with "centre"'):
         precomputed.check_settings(manifest, DataConfig(crop="random"))
@@ -177,7 +177,7 @@ def test_settings_of_the_run_and_of_the_shards():
 
 @pytest.mark.s3
 def test_precomputing_in_s3(s3_url, ray_cluster, shard_folder):
-    """Driver only: the cluster's workers have no credentials for it, so the actor's work is done here."""
+    """Runs the actor's work in the driver, because the cluster's workers have no credentials."""
     storage.put_folder(shard_folder, f"{s3_url}/raw")
     config = DataConfig(sources=(f"{s3_url}/raw",), image_size=16)
     catalog = build_catalog(config)

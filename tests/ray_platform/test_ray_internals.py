@@ -1,4 +1,4 @@
-"""Ray's non-public API, as ray_platform.ray_internals uses it: fails when a new version of Ray changes it."""
+"""Ray's private API as used by ray_platform.ray_internals: these tests fail if a new version of Ray changes it."""
 
 import inspect
 

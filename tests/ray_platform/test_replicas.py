@@ -1,4 +1,4 @@
-"""Units on replicas: the same rows on every replica, dead replicas, failing groups, stored results, and the order of units."""
+"""Units on replicas: equal rows on every replica, dead replicas, failing groups, stored results, and the order of units."""
 
 import heapq
 import random
@@ -48,7 +48,7 @@ class TestReplicaPool:
         units = squares(range(6), notes=str(notes))
         with pool(tmp_path / "cache", 1) as replicas:
             results = replicas.run(units)
-            done = [next(results), next(results)]  # then the block ends, as after an exception or Ctrl-C in the driver
+            done = [next(results), next(results)]  # leave the block early, as after an exception or Ctrl-C in the driver
         assert 2 <= len(list(notes.iterdir())) < 6
         stored = tmp_path / "cache" / f"{done[0].unit.key}.npz"
         stored.write_bytes(stored.read_bytes()[:50])
@@ -112,14 +112,14 @@ def queued(costs, group="g"):
 
 
 def assigned(queue, dropped=None):
-    """What starts now: (unit, replica, exclusive)."""
+    """Return the units that start now: (unit, replica, exclusive)."""
     started = []
     queue.assign(lambda *call: started.append(call), (dropped if dropped is not None else []).append)
     return started
 
 
 def makespan(queue, num_replicas, seconds):
-    """When the last unit ends; a replica runs its units one after the other."""
+    """Return the time at which the last unit ends, if each replica runs its units sequentially."""
     for replica in range(num_replicas):
         queue.add_replica(replica)
     now, ends, free = 0.0, [], dict.fromkeys(range(num_replicas), 0.0)

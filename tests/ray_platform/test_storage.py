@@ -16,7 +16,7 @@ from ray_platform.names import expand_braces
 
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
 def base(request, tmp_path) -> str:
-    """An empty place to write to, in a folder and in S3."""
+    """Empty location to write to: a folder, and an S3 prefix."""
     if request.param == "folder":
         return str(tmp_path / "base")
     return storage.join(request.getfixturevalue("s3_url"), request.node.name.replace("[", "-").rstrip("]"))
@@ -44,7 +44,7 @@ def test_files_are_written_listed_read_and_deleted(base):
         assert file.read(3) == b"456"
     existing = ("", "/notes", "/notes/a.txt", "/00001.tar")
     assert [storage.exists(base + name) for name in (*existing, "/nothing")] == [True] * 4 + [False]
-    for name in ("00001.tar", "notes", "notes"):  # what is gone already is not an error
+    for name in ("00001.tar", "notes", "notes"):  # deleting a missing file is not an error
         storage.delete(f"{base}/{name}")
     assert [storage.exists(base + name) for name in existing] == [True] + [False] * 3
 
@@ -103,7 +103,7 @@ def test_braces():
 def test_folders_and_files_are_cached_until_they_change(base, tmp_path, monkeypatch):
     monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
     folder, file = f"{base}/model", f"{base}/model/unet/config.json"
-    # The second file's name has the first one as a prefix.
+    # The first file's name is a prefix of the second one's.
     fill(base, {"model/unet/config.json": b"one", "model/unet/config.json.txt": b"other"})
     cached, single = Path(storage.cached_folder(folder)), Path(storage.cached_folder(file))
     assert (cached / "unet" / "config.json").read_bytes() == b"one"
@@ -163,7 +163,7 @@ def test_no_credentials(monkeypatch, forget_s3_sessions, tmp_path):
 
 @pytest.fixture
 def endpoint(monkeypatch, forget_s3_sessions):
-    """endpoint(url) makes it the endpoint of S3, without retries."""
+    """Return endpoint(url), which sets the S3 endpoint and disables retries."""
 
     def use(url: str) -> None:
         variables = {
@@ -219,7 +219,7 @@ def test_a_server_in_trouble_is_unavailable(monkeypatch, endpoint, behavior):
 
 
 class Outage:
-    """Storage that does not answer the first `failures` times."""
+    """Storage that fails the first `failures` requests."""
 
     def __init__(self, monkeypatch, failures: int, error: Exception | type[Exception] = TimeoutError):
         self.calls, resolve = 0, storage._resolve

@@ -63,7 +63,10 @@ def catalog(config) -> Catalog:
 
 @pytest.fixture
 def write(tmp_path):
-    """write({name: members or bytes}, **DataConfig fields) -> (catalog, config) of shards in a folder of their own."""
+    """Return write({name: members or bytes}, **DataConfig fields), which writes shards to a new folder.
+
+    write returns (catalog, config).
+    """
 
     def written(contents, **fields):
         config = config_of(write_shards(tmp_path, contents), **fields)
@@ -119,7 +122,7 @@ def test_rejects_are_counted_as_of_the_batch_and_shown_by_key(write, caplog):
     assert batches[-1].skipped == {"caption_empty": 10, "image_undecodable": 10}
     consumed = 0
     for number, batch in enumerate(batches, 1):
-        # Every sample that was consumed so far was either in a batch or skipped.
+        # Every sample consumed so far was either in a batch or skipped.
         consumed += sum(part.stop - part.start for part in batch.consumed)
         assert consumed == sum(batch.skipped.values()) + 2 * number
 
@@ -192,9 +195,9 @@ class TestWithRay:
     @pytest.mark.slow
     def test_not_deterministic_is_still_exact(self, catalog, shard_folder):
         config = config_of(shard_folder, deterministic=False, interleave=1)
-        # Eight epochs: a slow read may keep the later ones open, but a lost sample would keep its own open for good.
+        # Eight epochs: a slow read may keep later epochs incomplete, but a lost sample would keep its epoch incomplete forever.
         batches = with_ray(catalog, config, reader_of(catalog), batch_size=6, num_batches=80)
-        assert after(catalog, batches).first_epoch >= [3]  # raises where a sample came twice in an epoch
+        assert after(catalog, batches).first_epoch >= [3]  # raises if a sample occurred twice in an epoch
         times = Counter(captions_of(batches))
         assert len(times) == 60
         assert min(times.values()) >= 3
@@ -214,7 +217,7 @@ class TestWithRay:
 
     @pytest.mark.slow
     def test_two_workers_on_a_full_cluster(self, catalog, shard_folder):
-        """As in training: each rank in an actor, and actors and reads together just fit."""
+        """As in training, each rank is an actor, and actors and reads together use all CPUs."""
         config = config_of(shard_folder, cpus_per_read=0.5)
 
         @ray.remote(num_cpus=1)
@@ -232,7 +235,7 @@ class TestWithRay:
 
 
 class Consumer:
-    """A stream in a worker."""
+    """Actor that consumes a stream."""
 
     def __init__(self, catalog, config):
         self.batches = stream(catalog, config, reader_of(catalog), batch_size=6, num_batches=10**9)
@@ -246,7 +249,7 @@ class Consumer:
 class TestFromS3:
     @pytest.fixture
     def consumer(self, s3_url, shard_folder, forget_s3_sessions):
-        """A stream in a worker whose environment holds the credentials, as a pod's does; its reads inherit them."""
+        """A stream in an actor whose environment has the credentials, like a pod's; its reads inherit them."""
         storage.put_folder(shard_folder, f"{s3_url}/stream")
         environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         source = f"{s3_url}/stream/{{00000..00004}}.tar"
@@ -266,7 +269,7 @@ class TestFromS3:
         batches = ray.get(consumer.take.remote(2))
         s3_server.stop()
         try:
-            pending = consumer.take.remote(60)  # six epochs: more than can have been read ahead
+            pending = consumer.take.remote(60)  # six epochs: more than can have been prefetched
             time.sleep(2)
         finally:
             s3_server.start()

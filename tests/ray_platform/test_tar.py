@@ -24,7 +24,7 @@ def contents(records) -> dict[str, dict[str, bytes]]:
 
 
 def without_end(tar: bytes) -> bytes:
-    """A tar up to the zeros that end it."""
+    """Return a tar without the zeros at its end."""
     return tar[: -(-len(tar.rstrip(b"\0")) // BLOCK) * BLOCK]
 
 
@@ -32,7 +32,7 @@ def without_end(tar: bytes) -> bytes:
     ("names", "records"),
     [
         (["0.jpg", "0.json", "0.txt", "1.JPEG"], {"0": ["jpg", "json", "txt"], "1": ["jpeg"]}),
-        (["0.jpg", "0.seg.png", "stats.json.parquet", "README", ".txt.swp"], {"0": ["jpg"]}),  # sidecars do not count
+        (["0.jpg", "0.seg.png", "stats.json.parquet", "README", ".txt.swp"], {"0": ["jpg"]}),  # sidecar files are ignored
         (["0.jpg", "1.jpg", "2.jpg", "2.txt", "0.txt"], {"0": ["jpg", "txt"], "1": ["jpg"], "2": ["jpg", "txt"]}),
         (["./a/0.jpg", "b/0.jpg", "a//0.txt", "/b/0.txt"], {"a/0": ["jpg", "txt"], "b/0": ["jpg", "txt"]}),
         (["0.jpg", "a.b/0.jpg"], {"0": ["jpg"], "a.b/0": ["jpg"]}),
@@ -89,7 +89,7 @@ def test_a_cut_tar_gives_what_precedes_the_cut():
 def test_what_follows_the_members_decides_whether_a_tar_is_whole():
     tar, more = tar_of(samples_of(0, 3)), tar_of(samples_of(3, 3))
     garbage = [without_end(tar) + behind for behind in (b"\xab" * 2048, b"\xab" * 100, b"ustar" * 500)]
-    # What a broken copy leaves, or `cat a.tar b.tar`: a block of zeros ends a tar, yet there is more.
+    # A broken copy, or `cat a.tar b.tar`, has more data after the block of zeros that ends a tar.
     for data in (*garbage, tar + more, without_end(tar) + b"\0" * BLOCK + without_end(more)):
         *records, last = read_tar(data, "s.tar")
         assert (len(records), last) == (3, TRUNCATED)
@@ -105,7 +105,7 @@ def six_samples():
 @given(seed=st.integers(0, 2**32))
 def test_damage_never_raises_and_never_passes_unnoticed(six_samples, seed):
     rng = random.Random(seed)
-    # Not in the last sample: where only its header goes, zeros are left, as at the end of every tar.
+    # The last sample stays intact: if only its header is lost, the remaining zeros look like the end of any tar.
     end = len(without_end(tar_of(six_samples[:-2])))
     broken = bytearray(tar_of(six_samples))
     for _ in range(rng.randint(1, 4)):
@@ -120,7 +120,7 @@ def test_damage_never_raises_and_never_passes_unnoticed(six_samples, seed):
             case "zero":
                 broken[at : at + BLOCK] = b"\0" * BLOCK
     records = read_tar(bytes(broken), "s.tar")
-    # Changed content is found by the decoder. Here, missing or misnamed members must be reported.
+    # The decoder detects changed content. The reader must report missing or misnamed members.
     if TRUNCATED not in records:
         assert sum(len(record.members) for record in records if isinstance(record, Record)) == len(six_samples)
 
@@ -129,7 +129,7 @@ def test_damage_never_raises_and_never_passes_unnoticed(six_samples, seed):
 
 
 def read_parts(tar: bytes, part: int, behind: int) -> list[Record | RejectedSample]:
-    """All parts of a tar, each read as `read_tar_slice` does."""
+    """Read all parts of a tar, each in the same way as `read_tar_slice`."""
     found = []
     for start in range(0, len(tar), part):
         stop, more, records = min(start + part, len(tar)), behind, None
@@ -153,10 +153,10 @@ def tars(draw) -> bytes:
             for suffix, size in zip(("jpg", "txt", "json", "cls"), sizes, strict=False):
                 info = tarfile.TarInfo((f"{number:05d}" if kind == tarfile.USTAR_FORMAT else name.format(number)) + f".{suffix}")
                 if kind == tarfile.PAX_FORMAT:
-                    info.mtime = 0.5  # as `tar --format=posix` writes it: one more header before each
+                    info.mtime = 0.5  # like `tar --format=posix`, which adds an extra header before each member
                 content = rng.randbytes(size)
                 if rng.random() < 0.3:
-                    content = (tarfile.TarInfo("fake.jpg").tobuf()[:-1] + b"!") * (size // BLOCK)  # but for its checksum
+                    content = (tarfile.TarInfo("fake.jpg").tobuf()[:-1] + b"!") * (size // BLOCK)  # valid except its checksum
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
@@ -173,11 +173,11 @@ def test_parts_have_each_sample_once_wherever_the_cuts_are(tar, state, part, beh
             broken[at : at + 700] = random.Random(at).randbytes(700)
         tar = bytes(broken)
     records = read_parts(tar, part * BLOCK, behind * BLOCK)
-    assert len(contents(records)) == sum(isinstance(record, Record) for record in records)  # no key twice
+    assert len(contents(records)) == sum(isinstance(record, Record) for record in records)  # keys are unique
     if state != "damaged":
         assert list(contents(records).items()) == list(contents(read_tar(tar, "s.tar")).items())
     rejected = {record for record in records if isinstance(record, RejectedSample)}
-    if state == "whole":  # a part in which no sample begins has nothing else to give
+    if state == "whole":  # a part in which no sample begins yields only EMPTY
         assert rejected <= {EMPTY}
     elif state == "cut":
         assert TRUNCATED in rejected or not tar
@@ -190,7 +190,7 @@ def test_garbage_in_a_part_does_not_make_it_read_on():
     *records, last = read_part(broken[: 2 * length + 2**16], "s.tar", length, first=True, last=False)
     assert last == TRUNCATED
     assert 1 < len(records) < 8
-    # The parts behind it are as good as ever.
+    # The parts after it are not affected.
     rest = read_part(broken[length:], "s.tar", length, first=False, last=False)
     assert all(isinstance(record, Record) for record in rest)
 

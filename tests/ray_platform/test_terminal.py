@@ -1,4 +1,4 @@
-"""What a user reads in the terminal: aligned tables, and errors of one line."""
+"""Terminal output: aligned tables and one-line errors."""
 
 import pytest
 

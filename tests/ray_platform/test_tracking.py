@@ -1,4 +1,4 @@
-"""Trackers: a real SQLite store read back with MLflow's client, the JSON lines, and behavior without a usable store."""
+"""Trackers: a real SQLite store read with MLflow's client, JSON lines, and behavior without a usable store."""
 
 import json
 import logging
@@ -56,7 +56,7 @@ def metadata(**params: Any) -> RunMetadata:
 
 def test_mlflow_returns_what_was_logged(output, tmp_path):
     tracker = SafeTracker(TrackingConfig(run_name="first"), output)
-    tracker.log_params(CONFIG | {f"field_{i}": i for i in range(250)})  # more than a server takes per call
+    tracker.log_params(CONFIG | {f"field_{i}": i for i in range(250)})  # more than a server accepts per call
     tracker.log_metrics({"loss/generation": 1.5, "loss/alignment": 2.5}, step=1)
     tracker.log_metrics({"loss/generation": 1.25}, step=2)
     tracker.log_system({"node_0/cpu_utilization_percentage": 50.0})
@@ -131,7 +131,7 @@ def test_a_history_is_by_step_and_has_the_later_of_two_values(output, backend, c
     tracker = SafeTracker(config, output)
     for step, value in ((1, 0.5), (2, 0.25), (2, 0.125)):
         tracker.log_metrics({"heldout/acc1": value, "loss": 1.0}, step)
-        time.sleep(0.002)  # the store's times are in milliseconds
+        time.sleep(0.002)  # the store's timestamps have a resolution of milliseconds
     uri = tracking_uri(config, output)
     assert metric_history(uri, tracker.run_id(), "heldout/", output) == {1: {"heldout/acc1": 0.5}, 2: {"heldout/acc1": 0.125}}
     assert metric_history(uri, "0" * 32, "heldout/", output + "/missing") == {}
@@ -140,7 +140,7 @@ def test_a_history_is_by_step_and_has_the_later_of_two_values(output, backend, c
 
 @pytest.fixture(params=["folder", "s3://bucket/run"])
 def jsonl_output(request, tmp_path, monkeypatch):
-    """An output folder, and a bucket that is a dict: the tracker uploads its file as a whole."""
+    """An output folder, and a bucket that is simulated by a dict: the tracker always uploads its complete file."""
     if request.param == "folder":
         return str(tmp_path), lambda name: (tmp_path / name).read_bytes()
     bucket: dict[str, bytes] = {}
@@ -228,7 +228,7 @@ def test_an_unusable_store_is_one_warning(uri, output, tmp_path, caplog, monkeyp
 def test_a_store_that_disappears_is_one_warning_per_kind(output, caplog):
     tracker = SafeTracker(TrackingConfig(), output)
     client_of(output).set_terminated(tracker.run_id(), "FINISHED")
-    client_of(output).delete_run(tracker.run_id())  # a deleted run accepts nothing
+    client_of(output).delete_run(tracker.run_id())  # a deleted run accepts no data
     for step in range(3):
         tracker.log_metrics({"loss": 1.0}, step=step)
     assert warnings_of(caplog) == [logging.WARNING]
@@ -278,7 +278,7 @@ def test_the_nodes_of_a_run_are_measured(ray_cluster, output, caplog):
 def test_the_death_of_the_actor_is_one_warning(ray_cluster, output, caplog):
     tracker = start_tracker_actor(TrackingConfig(), output)
     tracker.log_metrics({"loss": 1.0}, step=1)
-    assert tracker.run_id()  # waits for the start
+    assert tracker.run_id()  # wait until the run has started
     assert tracker.latest() == (1, {"loss": 1.0})
     ray.kill(tracker._actor)
     for step in range(5):

@@ -1,23 +1,23 @@
-"""Hostile inputs are built for real and passed to the function behind a command; docs/safety.md lists them with their answers."""
+"""Helpers that build hostile inputs and pass them to a command's function; docs/safety.md lists inputs and expected answers."""
 
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-CANARY = "canary"  # code that runs leaves this file in the case's folder
+CANARY = "canary"  # file that injected code would write to the case's folder
 DOCS = Path(__file__).parents[2] / "docs" / "safety.md"
-Feed = Callable[[Path], str]  # builds an input in a folder; returns the error's line or what was counted
+Feed = Callable[[Path], str]  # builds an input in a folder; returns the error line or the counts
 
 
 def documented_answers() -> dict[str, str]:
-    """The last column of the tables of hostile inputs by the first; … stands for anything between."""
+    """Return the tables of hostile inputs: first column -> last column, in which … matches any text."""
     section = DOCS.read_text().partition("## Hostile inputs")[2]
     rows = re.findall(r"^\| (.+?) \| .+? \| (.+) \|$", section, re.MULTILINE)
     return {what: answer for what, answer in rows if what != "input"}
 
 
 def check_answer(documented: str, line: str) -> None:
-    """Check that an error names what the documentation says, or that the counts are exactly those."""
+    """Check that an error contains the documented text, or that counts are exactly the documented ones."""
     assert "\n" not in line
     is_error = documented.startswith("an error with ")
     pattern = ".*".join(re.escape(part) for part in documented.removeprefix("an error with ").strip("`").split("…"))
@@ -26,7 +26,7 @@ def check_answer(documented: str, line: str) -> None:
 
 
 def line_of(call: Callable[[], object], *kinds: type[Exception]) -> str:
-    """`error: ` and the one line with which a call fails, or `accepted: ` and its result."""
+    """Return `error: ` and the one-line message with which a call fails, or `accepted: ` and its result."""
     try:
         result = call()
     except kinds as error:
@@ -35,7 +35,7 @@ def line_of(call: Callable[[], object], *kinds: type[Exception]) -> str:
 
 
 class Evil:
-    """Its pickle runs code when a plain unpickler loads it."""
+    """Object whose pickle runs code when a plain unpickler loads it."""
 
     def __init__(self, folder: Path) -> None:
         self.canary = folder / CANARY

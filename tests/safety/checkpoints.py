@@ -1,4 +1,4 @@
-"""Hostile checkpoints, by what jobs/export.py and a resume make of them."""
+"""Hostile checkpoints, passed to jobs/export.py and to a resume."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ TOKEN = "0123abcd"
 
 
 def write_checkpoint(folder: Path, weights: bytes | None = None, base: bytes | None = None, **changes: Any) -> Path:
-    """A checkpoint whose digests are right, whatever is in it: who makes one up gets them right."""
+    """Write a checkpoint with correct digests for any content, because an attacker would also compute correct digests."""
     step = folder / "step_00000001"
     step.mkdir()
     ledger = Ledger([8]).to_bytes()
@@ -61,7 +61,7 @@ def pickled_weights(folder: Path) -> str:
 
 
 def changed(pattern: str, content: bytes = b"", size: int = 0) -> Feed:
-    """A checkpoint, one of whose files was changed afterwards: other content, or a hole up to `size` behind its own."""
+    """Return a case: a checkpoint with one file modified later, to other content or by a sparse extension up to `size` bytes."""
 
     def feed(folder: Path) -> str:
         step = write_checkpoint(folder)

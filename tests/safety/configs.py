@@ -1,4 +1,4 @@
-"""Hostile configurations and names, by what the jobs' command lines make of them."""
+"""Hostile configurations and names, passed to the jobs' command lines."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from tests.safety.cases import CANARY, Feed, line_of
 
 
 def saved(text: str) -> Feed:
-    """A configuration that somebody sent."""
+    """Return a case: a saved configuration from an untrusted source."""
 
     def feed(folder: Path) -> str:
         (folder / "config.yaml").write_text(text.replace("CANARY", str(folder / CANARY)))
@@ -54,7 +54,7 @@ def module_that_runs_code(folder: Path) -> str:
 
 
 def nested_aliases() -> str:
-    """Ten lists of ten of the one before: 10 ** 10 values in some hundred bytes."""
+    """Return nested YAML aliases, each list with ten copies of the previous one: 10 ** 10 values in a few hundred bytes."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
     return "train:\n  deepspeed:\n" + "\n".join(f"    {line}" for line in lines)

@@ -1,4 +1,4 @@
-"""Hostile model folders, and sets to evaluate on, by what opens them."""
+"""Hostile model folders and evaluation sets, passed to the functions that open them."""
 
 import dataclasses
 import io
@@ -32,7 +32,7 @@ from tests.ray_platform.conftest import png, tar_of
 from tests.safety.cases import CANARY, Evil, Feed, line_of
 from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder, save_stable_diffusion
 
-Change = Callable[[Path], object]  # of a model's folder
+Change = Callable[[Path], object]  # modifies a model folder
 
 
 def changed(save: Callable[[Path], Path], load: Callable[[Path], object], change: Change) -> Feed:
@@ -70,7 +70,7 @@ def save_export(folder: Path) -> Path:
 
 
 def pickled(name: str) -> Change:
-    """The weights as torch saved them for years, with a command among them."""
+    """Replace the weights by a pickle, torch's older format, that contains a command."""
 
     def change(folder: Path) -> None:
         for file in (folder / name).parent.glob("*.safetensors"):
@@ -81,7 +81,7 @@ def pickled(name: str) -> Change:
 
 
 def setting(name: str = "config.json", **values: Any) -> Change:
-    """Change fields of a JSON file; a dictionary changes the fields of the one that is there."""
+    """Change fields of a JSON file; a dictionary updates the existing nested fields."""
 
     def change(folder: Path) -> None:
         fields = json.loads((folder / name).read_text())
@@ -123,7 +123,7 @@ MODELS = {
 
 
 def evaluation_set(name: str, files: dict[str, bytes]) -> Feed:
-    """An evaluation on a set with these files, by path."""
+    """Return a case: an evaluation on a set with the given files, by path."""
 
     def feed(folder: Path) -> str:
         for path, content in files.items():
@@ -149,7 +149,7 @@ def pickled_cifar(folder: Path) -> str:
 
 
 def pointers() -> bytes:
-    """numpy.ndarray((2,), dtype=object, buffer=…): bytes that would be followed as pointers."""
+    """Return a pickle of numpy.ndarray((2,), dtype=object, buffer=…), whose bytes numpy would dereference as pointers."""
     out = b"\x80\x02cnumpy\nndarray\n(K\x02\x85cnumpy\ndtype\nX\x01\x00\x00\x00O\x85RC\x10" + b"A" * 16 + b"tR."
     return b"\x80\x02}X\x04\x00\x00\x00data" + out[2:-1] + b"s."
 
@@ -161,7 +161,7 @@ def matlab(**values: Any) -> bytes:
 
 
 def cars() -> Feed:
-    """An index that names a file of this machine as an image."""
+    """Return a case: a set whose index names a file outside the set as an image."""
     annotations = np.array([("../../outside/secret.png", 1), ("b.jpg", 2)], dtype=[("fname", object), ("class", int)])
     files = {
         "cars/devkit/cars_meta.mat": matlab(class_names=np.array([f"Car {i}" for i in range(196)], dtype=object)),
@@ -172,14 +172,14 @@ def cars() -> Feed:
 
 
 def webdataset(name: str, content: bytes) -> Feed:
-    """A set with one hostile file."""
+    """Return a case: a WebDataset set with one hostile file."""
     files = {"classnames.txt": b"cat\ndog", "zeroshot_classification_templates.txt": b"{c}"}
     files |= {"test/0.tar": tar_of([("a.png", png(1)), ("a.cls", b"1")]), name: content}
     return evaluation_set("mine", {f"wds_mine/{name}": content for name, content in files.items()})
 
 
 def unit(content: bytes) -> Feed:
-    """The finished unit of an interrupted evaluation."""
+    """Return a case: the finished unit of an interrupted evaluation, with the given content."""
 
     def feed(folder: Path) -> str:
         (folder / f"{'a' * 32}.npz").write_bytes(content)
@@ -204,7 +204,7 @@ def arrays(save: Callable[..., None] = np.savez, **values: Any) -> bytes:
 
 
 def npy_of(shape: str) -> bytes:
-    """An .npz whose array says that it is so large."""
+    """Return an .npz whose array header claims a shape."""
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -213,7 +213,7 @@ def npy_of(shape: str) -> bytes:
 
 
 def offsets(folder: Path) -> str:
-    """A precomputed shard, an offset of whose captions points far out of the file."""
+    """Read a precomputed shard in which a caption offset points far outside the file."""
     content = bytearray(to_arrow(["key"] * 3, ["caption"] * 3, {"latent": np.zeros((3, 2), dtype=np.float16)}))
     at = content.find(np.array([0, 7, 14, 21], dtype=np.int32).tobytes())
     content[at + 4 : at + 8] = (2**31 - 5).to_bytes(4, "little")

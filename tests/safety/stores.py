@@ -1,4 +1,4 @@
-"""A server that lists names which lead out of the folder that is fetched, as an S3 server may: AWS itself takes such keys."""
+"""S3 server whose listings contain keys that point outside the downloaded folder. AWS accepts such keys."""
 
 import os
 import threading
@@ -19,7 +19,7 @@ CONTENT = b"escaped"
 
 @contextmanager
 def server_with(keys: list[str]) -> Iterator[None]:
-    """A server for the clients of this process, which answers every listing with `keys`, and every read."""
+    """Start a server for this process's clients that answers every listing with `keys` and every read with data."""
     entries = "".join(
         f'<Contents><Key>{key}</Key><Size>{len(CONTENT)}</Size><ETag>"e"</ETag>'
         "<LastModified>2026-01-01T00:00:00.000Z</LastModified><StorageClass>STANDARD</StorageClass></Contents>"
@@ -43,7 +43,7 @@ def server_with(keys: list[str]) -> Iterator[None]:
             self.wfile.write(body)
 
         def log_message(self, *arguments: object) -> None:
-            """Silence."""
+            """Suppress the server's log output."""
 
     environment = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing-at-all", "AWS_DEFAULT_REGION": "us-east-1"}
     s3 = fsspec.get_filesystem_class("s3")
@@ -60,7 +60,7 @@ def server_with(keys: list[str]) -> Iterator[None]:
 
 
 def fetched(key: str) -> Feed:
-    """The copy of a model's folder that has this key."""
+    """Return a case that copies a model folder containing this key."""
 
     def feed(folder: Path) -> str:
         with server_with(["model/config.json", key]):
@@ -70,7 +70,7 @@ def fetched(key: str) -> Feed:
 
 
 def planted_cache(folder: Path) -> str:
-    """The folder for copies of models, made by another user before."""
+    """Use a cache folder for models that another user could have created and can write to."""
     cache = folder / f"diffdis-cache-{os.getuid()}"
     cache.mkdir()
     cache.chmod(0o777)

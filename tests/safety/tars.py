@@ -1,4 +1,4 @@
-"""Hostile tars, images and captions, by what an inspection (and so a training) counts of their shard."""
+"""Hostile tars, images and captions, passed to an inspection, which counts samples in the same way as training."""
 
 import io
 import struct
@@ -21,7 +21,7 @@ END = b"\0" * 1024
 
 
 def shard(build: Callable[[], bytes]) -> Feed:
-    """What is used and rejected of a shard."""
+    """Return a case that counts the used and rejected samples of a shard."""
 
     def feed(folder: Path) -> str:
         (folder / "00000.tar").write_bytes(build())
@@ -35,7 +35,7 @@ def shard(build: Callable[[], bytes]) -> Feed:
 
 
 def member(name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "", size: int | None = None) -> bytes:
-    """A member with whatever size its header should have, also below zero."""
+    """Return a member whose header claims `size`, which may be negative."""
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.size = kind, link, 0
     header = bytearray(info.tobuf(tarfile.GNU_FORMAT, errors="surrogateescape"))[-512:]
@@ -47,7 +47,7 @@ def member(name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, link:
 
 
 def pax(kind: bytes = tarfile.XHDTYPE, **fields: str) -> bytes:
-    """An extended header, for the next member or for all."""
+    """Return an extended header, for the next member or for all members."""
     content = b""
     for name, value in fields.items():
         length = len(name) + len(value) + 3
@@ -58,12 +58,12 @@ def pax(kind: bytes = tarfile.XHDTYPE, **fields: str) -> bytes:
 
 
 def broken_tar(*members: bytes) -> bytes:
-    """Two good samples, and what comes behind them."""
+    """Return a tar of two good samples followed by the given members."""
     return b"".join([*(member(name, content) for name, content in GOOD), *members, END])
 
 
 def links() -> bytes:
-    """Links to a file of the machine, devices and a pipe under a sample's names."""
+    """Return a tar in which sample members are links to a system file, devices and a pipe."""
     kinds = {"l.txt": tarfile.SYMTYPE, "l.png": tarfile.LNKTYPE}
     kinds |= {"d.png": tarfile.CHRTYPE, "b.png": tarfile.BLKTYPE, "p.png": tarfile.FIFOTYPE}
     return broken_tar(*(member(name, kind=kind, link="/etc/passwd") for name, kind in kinds.items()))
@@ -76,13 +76,13 @@ def sparse() -> bytes:
 
 
 def sample(content: bytes, suffix: str = "png", **texts: bytes) -> bytes:
-    """Two good samples and one of this image and a caption, or these texts by their suffix."""
+    """Return a tar of two good samples and one with this image and a caption, or with the given texts by suffix."""
     others = texts or {"txt": b"a caption"}
     return tar_of([*GOOD, (f"x.{suffix}", content), *((f"x.{name}", text) for name, text in others.items())])
 
 
 def png_of(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG that says it is so large, of a line of zeros."""
+    """Return a PNG whose header claims a size but whose data is 100 zeros."""
     parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), *chunks, (b"IDAT", zlib.compress(b"\0" * 100))]
     parts.append((b"IEND", b""))
     chunk = (struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in parts)
@@ -96,14 +96,14 @@ def jpeg(size: int, **options) -> bytes:
 
 
 def repeated_scan(times: int) -> bytes:
-    """A progressive JPEG whose last scan comes so often."""
+    """Return a progressive JPEG whose last scan is repeated."""
     content = jpeg(1024, progressive=True)
     at = content.rfind(b"\xff\xda")
     return content[:at] + content[at:-2] * times + b"\xff\xd9"
 
 
 def jpeg_of(width: int, height: int) -> bytes:
-    """A small JPEG that says it is so large."""
+    """Return a small JPEG whose header claims a size."""
     content = bytearray(jpeg(8))
     at = content.find(b"\xff\xc0") + 5
     content[at : at + 4] = struct.pack(">HH", height, width)

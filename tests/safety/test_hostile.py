@@ -1,4 +1,4 @@
-"""Every hostile input gets the answer in docs/safety.md, runs no code, writes nothing elsewhere, and needs little memory."""
+"""Every hostile input gets the answer in docs/safety.md, runs no code, writes nothing outside, and needs little memory."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def test_a_hostile_input_gets_its_answer(what, tmp_path):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    """All hostile shards next to a good one."""
+    """All hostile shards alongside a good one."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "good.tar").write_bytes(tar_of(samples_of(100, 40)))
     for number, build in enumerate(SHARDS.values()):
@@ -61,7 +61,7 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected() -> Counter[str]:
-    """The counts of all answers together."""
+    """Sum of the counts of all answers."""
     counts: Counter[str] = Counter({"used": 40})
     for what in SHARDS:
         counts.update({cause: int(number) for number, cause in re.findall(r"(\d+)(?: ×)? (\w+)", ANSWERS[what])})
@@ -76,7 +76,7 @@ def test_a_stream_continues_past_all_hostile_shards(shards, expected):
     assert all(len(batch.captions[0].encode()) < 2**16 and "\n" not in batch.keys[0] for batch in batches)
     assert len({batch.keys[0] for batch in batches}) == len(batches)
     skipped = Counter(batches[-1].skipped)
-    assert skipped <= expected - Counter({"used": expected["used"]})  # the last ones may come behind the last good sample
+    assert skipped <= expected - Counter({"used": expected["used"]})  # the last rejects may come after the last good sample
     assert skipped.total() > 10
 
 

@@ -1,4 +1,4 @@
-"""What is printed, logged, saved and told to MLflow holds no secret, and a saved configuration still starts."""
+"""Output, logs, saved files and MLflow data contain no secrets, and a saved configuration can still be run."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ SIGNED = "https://b.s3.amazonaws.com/k?X-Amz-Credential=AKIAIOSFODNN7EXAMPLE%2F1
         ('{"wandb": {"api_key": "abc"}}', '{"wandb": {"api_key": "***"}}'),
         ("Authorization: Bearer abcdefgh.ijk", "Authorization: Bearer ***"),
         (f"hf_{'a' * 34}", "***"),
-        # What only looks like one.
+        # Values that only look like secrets.
         ("http://mlflow:5000/#/runs", "http://mlflow:5000/#/runs"),
         ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
         ("a photo of me@home, model.text_encoder.token_dim 384", "a photo of me@home, model.text_encoder.token_dim 384"),
@@ -116,7 +116,7 @@ def test_a_tracker_that_fails_does_not_print_the_password(tmp_path, caplog):
 
 
 def test_the_command_prints_none(tmp_path, capsys):
-    """`--dry-run` prints the configuration, and an error its line."""
+    """Covers the configuration that `--dry-run` prints and the error line."""
     arguments = ["--tracking.uri", URI, "--output_dir", str(tmp_path), "--data.sources", f"https://user:{PASSWORD}@host/x"]
     assert run_command("pretrain", [*arguments, "--dry-run"]) == 1
     printed = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""README.md and docs/*.md as tests read them: fenced blocks, their commands, and a shell that runs them as a reader would."""
+"""Parser of README.md and docs/*.md: fenced blocks, their commands, and a shell that runs them as a reader would."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-SHELL = ("", "bash", "sh", "shell", "console")  # a block without a language is a shell's
+SHELL = ("", "bash", "sh", "shell", "console")  # a block without a language is shell code
 _FENCED = re.compile(
     r"(?:^ *<!-- (?P<mark>[^\n]*) -->\n)?^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S
 )
@@ -20,12 +20,12 @@ _FENCED = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block, and the comment on the line above it."""
+    """A fenced block and the comment on the line above it."""
 
-    page: str  # README.md, docs/quickstart.md
+    page: str  # README.md or, for example, docs/quickstart.md
     line: int
     language: str
-    mark: str  # `run by tests/…`, `needs a cloud`; empty: none
+    mark: str  # `run by tests/…` or `needs a cloud`, for example; empty if there is none
     text: str
 
     def __str__(self) -> str:
@@ -36,7 +36,7 @@ class Block:
         return self.language in SHELL
 
     def commands(self) -> list[list[str]]:
-        """Each command's words. Raises ValueError if the block is not shell code."""
+        """Return the words of each command. Raises ValueError if the block is not shell code."""
         commands: list[list[str]] = []
         for line in self.text.replace("\\\n", " ").splitlines():
             lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
@@ -51,12 +51,12 @@ class Block:
 
 
 def text_of(page: Path) -> str:
-    """A page without its blocks."""
+    """Return the text of a page without its blocks."""
     return _FENCED.sub("", page.read_text())
 
 
 def blocks(page: str) -> list[Block]:
-    """The blocks of a page, whose path is relative to the root, in order."""
+    """Return the blocks of a page in order. `page` is relative to the root."""
     text = (ROOT / page).read_text()
     assert "```" not in text_of(ROOT / page), f"{page}: a fence does not begin or end a block"
     return [
@@ -70,7 +70,7 @@ def all_blocks() -> list[Block]:
 
 
 def blocks_run_by(file: str, page: str) -> list[Block]:
-    """The blocks of a page that are marked as run by the test `file`, which has to run them all, in this order."""
+    """Return the blocks of a page that are marked as run by the test `file`, which must run all of them in this order."""
     mark = f"run by {Path(file).relative_to(ROOT).as_posix()}"
     marked = [block for block in blocks(page) if block.mark == mark]
     assert marked, f"{page} has no block that is {mark}"
@@ -78,27 +78,27 @@ def blocks_run_by(file: str, page: str) -> list[Block]:
 
 
 class Shell:
-    """A reader's terminal: what a block exports or activates, and the folder that it goes to, is there for the next one."""
+    """A reader's terminal: exports, activated environments and the current folder carry over from one block to the next."""
 
     def __init__(self, scratch: Path, environment: Mapping[str, str], words: Mapping[str, str], start: Path | None = None):
-        """It begins in `start`, or in `scratch`. `words`: what stands for the reader's own, and what is put in its place."""
+        """Start in `start`, or in `scratch`. `words` maps placeholders in the docs to their replacements."""
         self.folder, self.environment, self.words = start or scratch, dict(environment), words
         self._state = scratch / "terminal.sh"
         self._state.write_text("")
 
     def run(self, block: Block) -> str:
-        """What the block prints. It stops at the first command that fails, which is an AssertionError."""
+        """Run a block and return its output. Raises AssertionError at the first command that fails."""
         process = self.start(block)
         try:
             output, _ = process.communicate()
-        except BaseException:  # the test's time is up, for example
+        except BaseException:  # for example, a test timeout
             os.killpg(process.pid, signal.SIGTERM)
             raise
         assert process.returncode == 0, f"{block} ended with {process.returncode}:\n{output[-6000:]}"
         return output
 
     def start(self, block: Block) -> subprocess.Popen[str]:
-        """Start a block that does not end by itself, in a process group of its own."""
+        """Start a block that does not end by itself, in a new process group."""
         text = block.text
         for word, replacement in self.words.items():
             text = text.replace(word, replacement)
@@ -113,9 +113,9 @@ class Shell:
 
 
 def readers_environment() -> dict[str, str]:
-    """The environment without what this test run has set up for itself."""
+    """Return the environment without the variables that this test run has set."""
     prefixes = ("RAY_", "AWS_", "MLFLOW_", "PYTEST_", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
     path = [folder for folder in environment["PATH"].split(os.pathsep) if folder != str(Path(sys.executable).parent)]
-    # No cloud's metadata service is asked for credentials that this machine does not have.
+    # Prevents requests for credentials to a cloud's metadata service, which this machine does not have.
     return environment | {"PATH": os.pathsep.join(path), "AWS_EC2_METADATA_DISABLED": "true"}

@@ -1,4 +1,4 @@
-"""A whole evaluation, made up: zero-shot sets of the real sizes, a set of captions, images for several guidance scales."""
+"""A complete synthetic evaluation: zero-shot sets of realistic sizes, a caption set, and images for several guidance scales."""
 
 import base64
 import functools
@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 OWN, BASELINE = "DiffDis, step 40000", "CLIP ViT-B/32, own run"
-# name: classes, images, main metric, and this model's, the baseline's and two published main metrics
+# name: classes, images, main metric, and its value for this model, the baseline and two published models
 SETS = {
     "vtab/cifar10": (10, 10000, "acc1", 0.913, 0.894, 0.898, 0.956),
     "cars": (196, 8041, "acc1", 0.572, 0.597, 0.596, 0.779),
@@ -28,14 +28,14 @@ RECALLS = [f"{direction}_retrieval_recall@{k}" for direction in ("image", "text"
 
 @functools.cache
 def picture(seed: int, kind: str = "jpeg") -> str:
-    """Return a base64 image of one color, another one for every seed."""
+    """Return a single-color image in base64, with a different color for every seed."""
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), f"hsl({37 * seed % 360}, 60%, 60%)").save(buffer, kind)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def evaluation() -> dict[str, Any]:
-    """Return what `evaluation_page` takes, with every section."""
+    """Return the input of `evaluation_page`, with every section."""
     results = [zero_shot_result(name, model) for name in SETS for model in (OWN, BASELINE)]
     return {
         "title": "diffdis-sd14-laion, step 40,000",

@@ -1,4 +1,4 @@
-"""Small evaluation sets in the layouts that users have; CLIP_benchmark's export is written with webdataset, as it does."""
+"""Small evaluation sets in common layouts. As in CLIP_benchmark, its export is written with webdataset."""
 
 import io
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ _SUFFIXES = {b"\x89PN": "png", b"\xff\xd8\xff": "jpg", b"RIF": "webp"}
 
 
 def picture(seed: int, height: int = 24, width: int = 32) -> np.ndarray:
-    """[height, width, 3] uint8 of noise that no other seed gives, in a colour of its own."""
+    """Return uint8 noise [height, width, 3] with a color that is unique to the seed."""
     rng = np.random.default_rng(seed)
     return (rng.integers(0, 192, 3) + rng.integers(0, 64, (height, width, 3))).astype(np.uint8)
 
 
 def encoded(image: np.ndarray | Image.Image, file_format: str = "WEBP", **options) -> bytes:
-    """Lossless WebP, as the exporter writes it, or another of Pillow's formats."""
+    """Encode an image as lossless WebP, like the exporter, or in another of Pillow's formats."""
     buffer = io.BytesIO()
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image.save(buffer, file_format, **(options or ({"lossless": True, "method": 0} if file_format == "WEBP" else {})))
@@ -48,9 +48,9 @@ def write_wds(
     templates: Sequence[str] = (),
     samples_per_shard: int = 10_000,
 ) -> Path:
-    """`<folder>/wds_<name>/`, its test split with `labels`, or for retrieval with each image's `captions`.
+    """Write `<folder>/wds_<name>/` with a test split that has `labels` or, for retrieval, `captions` of each image.
 
-    Images that are arrays become lossless WebP; bytes stay as they are (PNG, JPEG or WebP).
+    Images that are arrays are encoded as lossless WebP; bytes are written unchanged (PNG, JPEG or WebP).
     """
     root = folder / f"wds_{name.replace('/', '-')}"
     (root / "test").mkdir(parents=True)
@@ -76,13 +76,13 @@ def write_wds(
 
 
 def write_own(folder: Path, count: int = 6, **fields) -> Path:
-    """A set of three classes that is not a known one."""
+    """Write a user-defined set of three classes."""
     values = {"labels": [i % 3 for i in range(count)], "classes": ["a", "b", "c"], "templates": ["a {c}"]} | fields
     return write_wds(folder, "mine", [picture(seed) for seed in range(count)], **values)
 
 
 def class_names(name: str) -> tuple[str, ...]:
-    """The known set's classes, CIFAR-10's, or names that stand for those that come with the data."""
+    """Return the classes of a known set or of CIFAR-10, or placeholders for class names that come with the data."""
     known = KNOWN_SETS[name]
     if known.classes:
         return known.classes
@@ -90,7 +90,7 @@ def class_names(name: str) -> tuple[str, ...]:
 
 
 def write_one(root: Path, name: str, images_per_class: int = 1, samples_per_shard: int = 10_000) -> Path:
-    """One of the twelve in the layout of its export, with some images of each class, in turn."""
+    """Write one of the twelve sets in its export layout, with some images of each class in alternation."""
     known = KNOWN_SETS[name]
     labels = list(range(known.num_classes)) * images_per_class
     texts = {"classes": class_names(name), "templates": known.templates}
@@ -99,31 +99,31 @@ def write_one(root: Path, name: str, images_per_class: int = 1, samples_per_shar
 
 
 def write_all_twelve(root: Path) -> dict[str, Path]:
-    """All twelve below `root`, one image per class; name -> folder. They are short: the real ones have more images."""
+    """Write all twelve sets below `root`, with one image per class (fewer than the real sets). Returns name -> folder."""
     return {name: write_one(root, name) for name in PAPER_SETS}
 
 
 def write_retrieval(root: Path, name: str, num_images: int, captions_per_image: int = 5, samples_per_shard: int = 10_000) -> Path:
-    """A retrieval set whose image i has the captions "image i, caption 0", …"""
+    """Write a retrieval set whose image i has the captions "image i, caption 0", …"""
     captions = [[f"image {i}, caption {number}" for number in range(captions_per_image)] for i in range(num_images)]
     images = [picture(seed) for seed in range(num_images)]
     return write_wds(root, name, images, captions=captions, samples_per_shard=samples_per_shard)
 
 
 def read(data: EvaluationSet, **named) -> list[RawSample | RejectedSample]:
-    """All samples of a set, slice by slice."""
+    """Return all samples of a set, slice by slice."""
     assert [part.place for part in data.slices] == list(range(len(data.slices)))
     assert len({part.name for part in data.slices}) == len(data.slices)
     return [sample for part in data.slices for sample in read_slice(part, **named)]
 
 
 def contents(data: EvaluationSet) -> list[tuple[str, int, bytes]]:
-    """Key, label and encoded image of every sample of a set."""
+    """Return key, label and encoded image of every sample of a set."""
     return [(sample.key, sample.label, bytes(sample.image)) for sample in read(data)]
 
 
 def error_of(call, *arguments, kind: type[UserError] = UserError, **named) -> str:
-    """The message, on one line, of the error that `call` raises."""
+    """Return the one-line message of the error that `call` raises."""
     with pytest.raises(kind) as raised:
         call(*arguments, **named)
     message = str(raised.value)
@@ -132,5 +132,5 @@ def error_of(call, *arguments, kind: type[UserError] = UserError, **named) -> st
 
 
 def error_of_set(name: str, url: Path | str, kind: type[UserError] = UserError) -> str:
-    """The error with which a set is opened or read."""
+    """Return the message of the error that opening or reading a set raises."""
     return error_of(lambda: read(open_evaluation_set(name, str(url))), kind=kind)

@@ -1,7 +1,7 @@
-"""Hosts with addresses of their own on one machine, whose links can be cut: Linux namespaces and a bridge.
+"""Simulated hosts with separate addresses on one machine, whose links can be cut, built from Linux namespaces and a bridge.
 
-All of it lives in a sandbox (`continue_in_sandbox`): when its last process ends, so do the network, the mounts and everything
-that still runs on the hosts. Nothing is added to the machine's own network, so sandboxes do not disturb each other.
+All hosts run in a sandbox (`continue_in_sandbox`): when its last process ends, the network, the mounts and all processes on the
+hosts end too. The machine's network is not changed, so sandboxes do not affect each other.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ _UNSHARE = ["unshare", "--net", "--mount", "--propagation", "private"]
 _SANDBOX = [*_UNSHARE, "--pid", "--fork", "--kill-child", "--mount-proc"]
 _TRIAL = "ip link add bridge type bridge && ip link add one type veth peer name two && mount -t tmpfs tmpfs /mnt"
 _SUBNET = "10.77.0"
-# The shell that holds a host's namespaces. Its /tmp is a folder of ours; what of the project lies below /tmp shows through.
-# /etc/hosts is as Debian's installer writes it: the host's name is an address of loopback.
+# The shell that holds a host's namespaces. Its /tmp is a separate folder, into which project folders below /tmp are mounted.
+# As written by Debian's installer, /etc/hosts maps the host's name to a loopback address.
 _BOOT = """
 set -e
 hostname "$1"
@@ -37,7 +37,7 @@ exec sleep infinity
 
 
 def reason_unavailable() -> str:
-    """Return why no hosts can be built on this machine, or an empty string."""
+    """Return the reason why hosts cannot be created on this machine, or an empty string."""
     if missing := [tool for tool in ("unshare", "nsenter", "ip") if not shutil.which(tool)]:
         return f"needs {' and '.join(missing)} (util-linux, iproute2)"
     done = subprocess.run([*_sandbox(), "sh", "-c", _TRIAL], capture_output=True, text=True)
@@ -45,7 +45,7 @@ def reason_unavailable() -> str:
 
 
 def continue_in_sandbox() -> None:
-    """Replace this process by the same command in a sandbox; returns inside of it. Call it first."""
+    """Replace this process by the same command in a sandbox; returns inside the sandbox. Call this first."""
     if not os.environ.get(_INSIDE):
         if reason := reason_unavailable():
             sys.exit(f"error: no hosts can be built: {reason}")
@@ -58,10 +58,10 @@ def _sandbox() -> list[str]:
 
 
 class Network:
-    """A switch that connects the hosts and the sandbox itself, as the user's machine, for the length of a `with` block."""
+    """A switch that connects the hosts and the sandbox, which acts as the user's machine, for the duration of a `with` block."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` takes what the hosts write, each in a folder of its name."""
+        """Create the switch. Each host writes its files to a subfolder of `folder` with its name."""
         self.folder = folder
         self.hosts: list[Host] = []
         for command in ("set lo up", "add switch type bridge", "set switch up"):
@@ -72,7 +72,7 @@ class Network:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """All hosts lose their power. What has lost its parent is the sandbox's first process's child, so this one's."""
+        """Kill all processes on the hosts. Orphans are children of the sandbox's first process, which is this one."""
         while processes := [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]:
             for process in processes:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -80,16 +80,16 @@ class Network:
             psutil.wait_procs(processes, timeout=5)
 
     def host(self, name: str, shared_memory: int = 2**28) -> "Host":
-        """A new host, connected. `shared_memory`: bytes of its /dev/shm."""
+        """Create and connect a new host. `shared_memory` is the size of its /dev/shm in bytes."""
         self.hosts.append(Host(name, f"{_SUBNET}.{len(self.hosts) + 2}", self.folder / name, shared_memory))
         return self.hosts[-1]
 
 
 class Host:
-    """Its processes see a network interface, /tmp, /dev/shm and name of its own; the machine's other files are its image."""
+    """A host with a separate network interface, hostname, /tmp and /dev/shm. It shares the machine's other files."""
 
     def __init__(self, name: str, address: str, files: Path, shared_memory: int) -> None:
-        """`files` is its /tmp."""
+        """Start the host. `files` becomes its /tmp."""
         self.name, self.address, self.files = name, address, files
         files.mkdir(parents=True)
         below_tmp = [str(folder) for folder in (ROOT, Path(sys.prefix)) if folder.is_relative_to("/tmp")]
@@ -98,7 +98,7 @@ class Host:
         assert holder.stdout is not None
         if holder.stdout.readline() != "up\n":
             raise RuntimeError(f"the host {name} did not come up")
-        # What comes before a command that is to run there, in its /tmp.
+        # Prefix of a command that runs on the host, in its /tmp.
         self.prefix = ["nsenter", f"--target={holder.pid}", "--net", "--mount", "--uts", "--wdns=/tmp", "--"]
         _ip(f"link add {name} type veth peer name eth0 netns {holder.pid}")
         _ip(f"link set {name} master switch up")
@@ -106,12 +106,12 @@ class Host:
             subprocess.run([*self.prefix, "ip", *command.split()], check=True)
 
     def start(self, command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen:
-        """What it says goes to `log` among its files."""
+        """Start a command on the host. Its output goes to the file `log` in `files`."""
         with (self.files / "log").open("ab") as log:
             return subprocess.Popen([*self.prefix, *command], env=dict(env), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
     def cut(self) -> None:
-        """Pull its cable: nothing arrives any more, and no peer is notified."""
+        """Cut the host's link: no packets arrive any more, and no peer is notified."""
         _ip(f"link set {self.name} down")
 
     def reconnect(self) -> None:

@@ -1,4 +1,4 @@
-"""Pages as a parser and as a browser see them, what the web may write into one, and the details that older releases wrote."""
+"""HTML pages in a parser and in a browser, untrusted text for injection tests, and saved details of older releases."""
 
 import json
 import shutil
@@ -16,13 +16,13 @@ _REPORTS = Path(__file__).parents[1] / "fixtures" / "reports"
 
 
 def saved_details(name: str) -> Any:
-    """Return the details of a made-up comparison or sweep, as release ba8fcc6 wrote them."""
+    """Return the details of a synthetic comparison or sweep, as release ba8fcc6 wrote them."""
     return json.loads((_REPORTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 @contextmanager
 def browser_page(width: int = 1440, height: int = 900) -> Iterator[Any]:
-    """Yield a page of Debian's chromium, without a window; skip the test if chromium is not installed."""
+    """Yield a page of Debian's headless chromium; skip the test if chromium is not installed."""
     browser = shutil.which("chromium")
     if not browser:
         pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
@@ -37,7 +37,7 @@ def browser_page(width: int = 1440, height: int = 900) -> Iterator[Any]:
 
 
 class Page(HTMLParser):
-    """A page as a parser sees it. Rejects tags that are not closed in order, and repeated attributes and ids."""
+    """A parsed page. Rejects tags that are not closed in order, and repeated attributes and ids."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -76,12 +76,12 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """The page's text with single spaces."""
+        """Return the page's text with single spaces."""
         return " ".join("".join(self.texts).split())
 
     @property
     def rows(self) -> list[list[str]]:
-        """The rows of tables, cell by cell."""
+        """Return the rows of all tables, cell by cell."""
         return [[" ".join("".join(cell).split()) for cell in row] for row in self._cells]
 
     def rows_of(self, first: str) -> list[list[str]]:
@@ -95,7 +95,7 @@ class Page(HTMLParser):
 
 
 def poisoned(value: Any, spared: set[str], spoilt_keys: set[str] = frozenset(), field: str = "") -> Any:
-    """Return details with markup at the end of every text but those of `spared` fields, and of the keys of `spoilt_keys`."""
+    """Return details with markup appended to every text except in `spared` fields, and to the keys of `spoilt_keys`."""
     if isinstance(value, dict):
         ending = EVIL if field in spoilt_keys else ""
         return {key + ending: poisoned(inner, spared, spoilt_keys, "" if ending else key) for key, inner in value.items()}
@@ -105,7 +105,7 @@ def poisoned(value: Any, spared: set[str], spoilt_keys: set[str] = frozenset(), 
 
 
 def check_poison_is_text(html: str, least: int) -> Page:
-    """Check that markup in texts stays text: no element of it, and nothing that loads or runs. Return the page."""
+    """Check that injected markup stays text: it creates no elements and loads or runs nothing. Returns the page."""
     page = Page(html)
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= least
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form"})

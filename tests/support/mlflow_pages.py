@@ -1,17 +1,17 @@
-"""What a reader sees of a run on MLflow's pages, as a browser shows them."""
+"""The content of MLflow's pages for a run, as shown in a browser."""
 
 from typing import Any
 
 from mlflow import MlflowClient
 
-LINES = ".js-plotly-plot .scatterlayer path.js-line"  # of charts that have points
+LINES = ".js-plotly-plot .scatterlayer path.js-line"  # lines of charts that have points
 
 
 class Pages:
-    """The pages of one run. Each method opens one, waits until its subject is there, and returns what it shows."""
+    """The pages of one run. Each method opens a page, waits until its content has loaded, and returns that content."""
 
     def __init__(self, page: Any, server: str, uri: str, run_id: str) -> None:
-        """`page` is Playwright's."""
+        """Open the run's pages in a Playwright `page`."""
         self.page, self.server = page, server
         client = MlflowClient(uri)
         self.version = max(client.search_model_versions(f"run_id='{run_id}'"), key=lambda version: int(version.version))
@@ -21,41 +21,41 @@ class Pages:
         page.on("response", self._note_failure)
 
     def overview(self) -> str:
-        """The text of the run's first page."""
+        """Return the text of the run's overview page."""
         self._open(self.run)
         for part in ("Datasets", "Registered models", "Pretraining by the recipe"):
             self.page.get_by_text(part).first.wait_for()
         return self._text()
 
     def curves(self) -> tuple[str, int]:
-        """(the text of the page of metrics, how many lines are drawn on it)."""
+        """Return (text of the metrics page, number of lines in its charts)."""
         self._open(f"{self.run}/model-metrics")
-        self.page.get_by_placeholder("Search metric charts").fill("train/loss")  # charts are drawn where they are in view
+        self.page.get_by_placeholder("Search metric charts").fill("train/loss")  # charts are rendered only when they are in view
         self.page.locator(LINES).nth(2).wait_for(state="attached")
         return self._text(), self.page.locator(LINES).count()
 
     def machines(self) -> str:
-        """The text of the page of system metrics."""
+        """Return the text of the system metrics page."""
         self._open(f"{self.run}/system-metrics")
         self.page.locator(LINES).first.wait_for(state="attached")
         return self._text()
 
     def grid(self, path: str) -> int:
-        """The width in pixels of the image that is the artifact `path`, as it was loaded."""
+        """Return the width in pixels of the loaded image artifact `path`."""
         self._open(f"{self.run}/artifacts/{path}")
         image = self.page.locator("img[src^='blob:'], .image-outer-container img").first
         image.wait_for()
         return int(image.evaluate("image => image.naturalWidth"))
 
     def model(self) -> str:
-        """The text of the registered model's version."""
+        """Return the text of the page of the registered model version."""
         self._open(f"{self.server}/#/models/{self.version.name}/versions/{self.version.version}")
         self.page.get_by_text("Inputs (").first.click()
         self.page.get_by_text("caption").first.wait_for()
         return self._text()
 
     def _open(self, url: str) -> None:
-        self.page.goto("about:blank")  # a change after the # alone would load nothing
+        self.page.goto("about:blank")  # changing only the part after # would not reload the page
         self.page.goto(url)
 
     def _text(self) -> str:

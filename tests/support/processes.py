@@ -1,4 +1,4 @@
-"""Servers that tests start: free ports of loopback, and waiting until a server answers."""
+"""Helpers for servers that tests start: find free ports on loopback and wait until a server responds."""
 
 import socket
 import subprocess
@@ -19,7 +19,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_until_ready(process: subprocess.Popen, log: Path, use: Callable[[], object], seconds: float = 120) -> None:
-    """Call `use` until it raises nothing. Raises RuntimeError with the end of the log if the process ends or takes longer."""
+    """Call `use` until it succeeds. Raises RuntimeError with the end of the log if the process exits or exceeds `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -1,7 +1,7 @@
-"""Groups of ranks without Ray: processes on loopback with gloo. All tests share them, because their imports take seconds."""
+"""Groups of gloo ranks on loopback, without Ray. All tests share them, because their imports take seconds."""
 
 import os
-import pickle  # by itself: torch would put tensors into shared memory, whose manager is slow under load
+import pickle  # used directly, because torch would put tensors into shared memory, whose manager is slow under load
 import tempfile
 import traceback
 from pathlib import Path
@@ -13,13 +13,13 @@ _TIMEOUT_S = 180
 
 
 class Ranks:
-    """`world_size` processes, started by the first call. A failure ends the group; the next call starts another one."""
+    """A group of `world_size` processes that the first call starts. A failure ends the group; the next call starts a new one."""
 
     def __init__(self, world_size):
         self.world_size, self.processes = world_size, []
 
     def run(self, function, *arguments):
-        """Return [function(rank, *arguments) of each rank]. A failure is an AssertionError with its traceback."""
+        """Return [function(rank, *arguments) of each rank]. Raises AssertionError with the traceback of a failure."""
         if not self.processes:
             self._start()
         for asked in self.asked:
@@ -43,7 +43,7 @@ class Ranks:
         context = mp.get_context("spawn")
         self.asked, self.answered = [context.Queue() for _ in range(self.world_size)], context.Queue()
         self.folder = tempfile.TemporaryDirectory()
-        self.extensions = Path(self.folder.name) / "extensions"  # where DeepSpeed would compile its kernels
+        self.extensions = Path(self.folder.name) / "extensions"  # the folder in which DeepSpeed would compile its kernels
         for rank, asked in enumerate(self.asked):
             arguments = (rank, self.world_size, self.folder.name, asked, self.answered)
             self.processes.append(context.Process(target=_serve, args=arguments, daemon=True))
@@ -54,7 +54,7 @@ _shared: dict[int, Ranks] = {}
 
 
 def shared_ranks(world_size: int) -> Ranks:
-    """The group of that size that all tests of this process share."""
+    """Return the group of the given size that all tests of this process share."""
     return _shared.setdefault(world_size, Ranks(world_size))
 
 

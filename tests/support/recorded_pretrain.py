@@ -1,6 +1,6 @@
-"""jobs/pretrain.py itself, whose ranks write down what they train on, each on its own host: in /tmp/records.
+"""Run jobs/pretrain.py with ranks that record the samples they train on in /tmp/records of their host.
 
-Its steps take some time on any machine, so that what is done to its hosts finds it training.
+Every step has a minimum duration, so that the run is still training when a test disturbs its hosts.
 """
 
 import functools
@@ -30,7 +30,7 @@ def paced(build_task):
 def main():
     sys.path[:0] = [str(ROOT / "jobs"), str(ROOT / "platform"), str(ROOT)]
     from diffdis_platform.config.pretrain import PretrainConfig
-    from tests.support import recorded_pretrain  # what travels to the workers must not be in __main__
+    from tests.support import recorded_pretrain  # functions sent to the workers must not be in __main__
     from tests.support.recording import recording
 
     plain = PretrainConfig.run

@@ -1,4 +1,4 @@
-"""What every rank of a run trained on, written down as it goes: to compare a run that lost workers with one that did not."""
+"""Record the samples that every rank trains on, to compare a run that lost workers with an undisturbed run."""
 
 import json
 import os
@@ -11,8 +11,10 @@ from ray_platform.train.worker import step_seed
 
 
 def recording(folder, build_task, *arguments):
-    """The Task that `build_task(*arguments)` builds, which writes (seed, time, keys, world size) of every step into a file a
-    process. The seed of a step's first micro-batch is unique to the step and the rank.
+    """Build a Task with `build_task(*arguments)` that records every step.
+
+    The Task writes (seed, time, keys, world size) of every step to one file per process. The seed of a step's first micro-batch
+    is unique to the step and the rank.
     """
     task = build_task(*arguments)
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -24,7 +26,7 @@ def recording(folder, build_task, *arguments):
         return inputs(batch, device)
 
     def recorded_prepare(parts, seeds):
-        # Inputs are also made to count a step's operations: a step's own are the last ones.
+        # Inputs are also built to count the FLOPs of a step; the inputs of the step itself are the last ones.
         keys = [key for keys in asked[-len(parts) :] for key in keys]
         file.write(json.dumps([seeds[0], time.time(), keys, torch.distributed.get_world_size()]) + "\n")
         file.flush()
@@ -36,7 +38,7 @@ def recording(folder, build_task, *arguments):
 
 
 class Records:
-    """What was written into a folder, or into several: `pattern`."""
+    """The records in one folder, or in several folders that match `pattern`."""
 
     def __init__(self, folder, seed=0, num_steps=0, world_size=2, pattern="*.jsonl"):
         self.folder, self.pattern = Path(folder), pattern
@@ -46,15 +48,15 @@ class Records:
     def entries(self):
         for file in self.folder.glob(self.pattern):
             for line in file.read_text().splitlines():
-                if line.endswith("]"):  # the last one may be cut off
+                if line.endswith("]"):  # the last line may be truncated
                     yield json.loads(line)
 
     def count(self):
-        """Steps, of one rank or another, done twice or not."""
+        """Return the number of recorded steps over all ranks, including repeated ones."""
         return sum(1 for _ in self.entries())
 
     def last(self):
-        """(the highest step that was begun, when for the first time)."""
+        """Return (highest step that was started, time at which it was first started)."""
         when = {}
         for seed, time_, *_ in self.entries():
             step = self.places[seed][0]
@@ -62,7 +64,7 @@ class Records:
         return max(when.items(), default=(-1, 0.0))
 
     def trained_on(self):
-        """{(step, rank): keys} in the history that counts: of a step that was done twice, the later time and its ranks."""
+        """Return {(step, rank): keys} of the effective history: for a repeated step, the last execution and its ranks."""
         last, ranks = {}, {}
         for seed, when, keys, world_size in self.entries():
             step, rank = self.places[seed]

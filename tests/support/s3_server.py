@@ -1,4 +1,4 @@
-"""A real S3 server, seaweedfs, on free ports: for tests and benchmarks."""
+"""A real S3 server (seaweedfs) on free ports, for tests and benchmarks."""
 
 import json
 import signal
@@ -15,10 +15,16 @@ ACCESS_KEY, SECRET_KEY = "diffdis-tests", "the-secret-of-the-tests"
 
 
 class S3Server:
-    """`start` and `stop` as often as wanted: its data stay in `folder`, its port the same."""
+    """S3 server that can be started and stopped repeatedly. Its data stay in `folder`, and its port does not change."""
 
     def __init__(self, folder: Path, address: str = "127.0.0.1", prefix: Sequence[str] = ()) -> None:
-        """`prefix` comes before its command, to run it where that `address` is and `folder` is the working directory."""
+        """Configure the server.
+
+        Args:
+            folder: Folder of its data.
+            address: Address to listen on.
+            prefix: Prefix of its command that runs it on the host with `address`, with `folder` as the working directory.
+        """
         self.folder, self.address, self.prefix = folder, address, prefix
         (folder / "data").mkdir(parents=True, exist_ok=True)
         identity = {"name": "tests", "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]}
@@ -45,7 +51,7 @@ class S3Server:
         wait_until_ready(self.process, self.folder / "log", self._write)
 
     def stop(self) -> None:
-        """At once: it takes its time to stop politely, and keeps what was written even so."""
+        """Kill the server, because a graceful stop is slow. Written data is kept."""
         if self.process is not None:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
@@ -53,12 +59,12 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client's environment needs."""
+        """Return the environment variables that a client needs."""
         credentials = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
         return credentials | {"AWS_ENDPOINT_URL": self.endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
 
     def _write(self) -> None:
-        """Its S3 port answers seconds before the first write succeeds."""
+        """Write an object. The S3 port responds seconds before the first write succeeds."""
         filesystem = fsspec.filesystem(
             "s3", key=ACCESS_KEY, secret=SECRET_KEY, endpoint_url=self.endpoint, skip_instance_cache=True,
             config_kwargs={"retries": {"total_max_attempts": 1}, "s3": {"addressing_style": "path"}},

@@ -1,4 +1,4 @@
-"""A rank's stream from its plain parts, without Ray."""
+"""Build a rank's stream from its components, without Ray."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from ray_platform.data.stream import Batcher, merged
 
 
 def reader_of(catalog: Catalog, rank: int = 0, world_size: int = 1, *, seed: int = 0, consumed: Ledger | None = None) -> Reader:
-    """A reader of everything that was not consumed, in a plan that starts with everything."""
+    """Return a reader of all samples that were not consumed, with a plan over the full catalog."""
     base = Ledger(catalog.num_units)
     return Reader(seed, rank, world_size, base, consumed or base.copy())
 
@@ -21,7 +21,7 @@ def reader_of(catalog: Catalog, rank: int = 0, world_size: int = 1, *, seed: int
 def plain_stream(
     catalog: Catalog, config: DataConfig, reader: Reader, batch_size: int, block_bytes: int = BLOCK_BYTES
 ) -> Iterator[Batch]:
-    """The batches that `stream` yields, without end."""
+    """Yield the batches of `stream` endlessly."""
 
     def read_stream(number: int):
         for group in groups(catalog, reader, config.interleave, config.reads_per_rank):

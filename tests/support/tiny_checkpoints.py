@@ -1,4 +1,4 @@
-"""Small random checkpoints in the layouts that users have: CLIP, its text model, a mean-pooled encoder, Stable Diffusion."""
+"""Small random checkpoints in common layouts: CLIP, its text model, a mean-pooled encoder, Stable Diffusion."""
 
 import json
 from pathlib import Path
@@ -30,13 +30,13 @@ V_PREDICTION = {"prediction_type": "v_prediction"}
 
 
 def draw_query_weights(model) -> None:
-    """What a DiffDis model starts with as zeros, drawn: so that its queries differ by their noise, as a trained model's do."""
+    """Randomize a DiffDis model's zero-initialized weights, so that its queries depend on their noise like a trained model's."""
     for layer in [*(block.fc_in for block in model.stream.blocks), model.head.query_in]:
         layer.reset_parameters()
 
 
 def save_tokenizer(folder: Path) -> int:
-    """A character tokenizer with [CLS] and [SEP]; returns the size of its vocabulary."""
+    """Save a character tokenizer with [CLS] and [SEP]. Returns the size of its vocabulary."""
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
     vocabulary = {token: i for i, token in enumerate(special + [chr(c) for c in range(32, 127)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -55,7 +55,7 @@ def save_mean_pool_encoder(folder: Path) -> Path:
 
 
 def save_clip_tokenizer(folder: Path) -> CLIPTextConfig:
-    """CLIP's tokenizer with single letters for a vocabulary; returns the configuration of a small text model that fits it."""
+    """Save CLIP's tokenizer with a vocabulary of single letters. Returns the configuration of a matching small text model."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = [chr(c) for c in range(33, 127)]
     tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
@@ -67,7 +67,7 @@ def save_clip_tokenizer(folder: Path) -> CLIPTextConfig:
 
 
 def save_clip(folder: Path, image_size: int = 32, patch_size: int = 8) -> Path:
-    """A whole CLIP whose images are `image_size` pixels wide. Its weights are large enough for embeddings to differ."""
+    """Save a complete CLIP for images of `image_size` pixels. Its weights are large enough for embeddings to differ."""
     torch.manual_seed(0)
     text = save_clip_tokenizer(folder)
     sizes = TRANSFORMER | {"num_hidden_layers": 2, "image_size": image_size, "patch_size": patch_size}
@@ -93,9 +93,9 @@ def save_clip_text_encoder(model_folder: Path, tokenizer_folder: Path, *, projec
 
 
 def save_stable_diffusion(folder: Path, unet_options: dict | None = None, schedule: dict | None = None) -> Path:
-    """unet/ vae/ text_encoder/ tokenizer/ scheduler/, shaped like SD v1 at a fraction of its size (16 px images).
+    """Save unet/, vae/, text_encoder/, tokenizer/ and scheduler/ like SD v1 at a fraction of its size (16 px images).
 
-    With `SD_2` and `V_PREDICTION` as options it is shaped like SD 2.1.
+    With the options `SD_2` and `V_PREDICTION`, the layout is that of SD 2.1.
     """
     torch.manual_seed(0)
     unet = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32), "layers_per_block": 1}

@@ -1,4 +1,4 @@
-"""Small trainings for tests: their data, their `Run` objects, a plain torch loop to compare with, and what they wrote."""
+"""Small training runs for tests: their data, `Run` objects, logged metrics, and a plain torch loop to compare with."""
 
 import functools
 import io
@@ -35,12 +35,12 @@ from tests.support.recording import Records, recording
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("red", "green", "blue", "heart", "circle", "star", "cat", "tree")
-# fp32; ranks sum in another order than one process does, and Adam's first steps divide small numbers by small ones.
+# For fp32. Ranks sum in a different order than one process, and Adam's first steps divide small numbers by small ones.
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-4}
 
 
 def write_shards(folder, num_shards=4, samples_per_shard=12):
-    """LAION-style tars of 20 px images whose captions repeat."""
+    """Write LAION-style tars of 20 px images with repeated captions."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for shard in range(num_shards):
@@ -54,7 +54,7 @@ def write_shards(folder, num_shards=4, samples_per_shard=12):
 
 
 def diffdis_run(model, sources, output_dir, objective=None, **train) -> Run:
-    """A run of the tiny model by two workers; `objective` and `train` are fields that differ."""
+    """Return a run of the tiny model with two workers; `objective` and `train` override fields."""
     objective = ObjectiveConfig(lr_unet=1e-3, lr_new=1e-3, **(objective or {}))
     fields = {
         "num_workers": 2, "num_steps": 6, "micro_batch_size": 4, "warmup_steps": 2, "log_every": 1, "preview_every": 0,
@@ -73,7 +73,7 @@ def diffdis_run(model, sources, output_dir, objective=None, **train) -> Run:
 
 
 def pixel_run(output, sources, output_dir=None, tracking=None, **train) -> Run:
-    """A run of a Task that has nothing to do with DiffDis, whose ranks record what they train on in `output`/records."""
+    """Return a run of a Task unrelated to DiffDis, whose ranks record the samples they train on in `output`/records."""
     fields = {
         "num_workers": 2, "num_steps": 80, "micro_batch_size": 4, "warmup_steps": 2, "log_every": 1, "preview_every": 0,
         "cpus_per_worker": 0.5, "checkpoint_every": 20, "zero_stage": 2, "ema_decay": 0.9,
@@ -113,7 +113,7 @@ def at_step(output, number, action):
 
 
 def killed_once(marker, rank, at_call, build_task, *arguments):
-    """The Task that `build_task` builds; the process of `rank` kills itself at its training step number `at_call`, once."""
+    """Build a Task with `build_task`; the process of `rank` kills itself once, at its training step number `at_call`."""
     task = build_task(*arguments)
     prepare, calls = task.precompute_step_loss, 0
 
@@ -130,7 +130,7 @@ def killed_once(marker, rank, at_call, build_task, *arguments):
 
 
 def plain_loop(run):
-    """Train on the same batches in one process, with AdamW and clipping by hand: no Ray, DeepSpeed or process group.
+    """Train on the same batches in one process, with AdamW and explicit clipping: no Ray, DeepSpeed or process group.
 
     Returns:
         {step: (loss_generation, loss_alignment)}, and {(step from 0, rank): keys of its samples}.
@@ -166,7 +166,7 @@ def plain_loop(run):
 
 
 def logged_metric(output_dir, name):
-    """[(step, value)] of a run's metric in MLflow, in the order in which they were logged."""
+    """Return [(step, value)] of a run's metric in MLflow, in the order of logging."""
     from mlflow import MlflowClient
 
     tracked = json.loads((Path(output_dir) / "mlflow.json").read_text())
@@ -175,7 +175,7 @@ def logged_metric(output_dir, name):
 
 
 def logged_losses(output_dir):
-    """{step: (loss_generation, loss_alignment)}; the later values of a step that was done twice."""
+    """Return {step: (loss_generation, loss_alignment)}, with the later values of a repeated step."""
     generation, alignment = (dict(logged_metric(output_dir, f"train/loss_{name}")) for name in ("generation", "alignment"))
     return {step: (generation[step], alignment[step]) for step in sorted(generation)}
 
@@ -188,14 +188,14 @@ def assert_close_losses(ours, expected):
 
 @dataclass
 class TrainedRun:
-    """One training that many tests ask about.
+    """A training run that many tests share.
 
-    Two workers, ZeRO 3, EMA, 12 steps. Rank 1 is killed in its 9th step, which ends the first launch; the second one resumes.
-    Tracked in MLflow with previews, system metrics and the model.
+    It has two workers, ZeRO 3, EMA and 12 steps. Rank 1 is killed in its 9th step, which ends the first launch; the second launch
+    resumes. MLflow tracks it with previews, system metrics and the model.
     """
 
     run: Run
-    plain: Run  # the same without recording and without the kill
+    plain: Run  # the same run without recording and without the kill
     output: Path
     tracked: dict[str, str]
     failure: str  # last line of the first launch
@@ -206,7 +206,7 @@ class TrainedRun:
 
 
 def train_once(model, sources, output) -> TrainedRun:
-    """Needs a Ray cluster with two CPUs or more."""
+    """Execute the shared training run. Needs a Ray cluster with at least two CPUs."""
     from diffdis_platform.serving.package import model_package
 
     fields = {"zero_stage": 3, "ema_decay": 0.5, "num_steps": 12, "checkpoint_every": 3, "preview_every": 6}

@@ -1,10 +1,11 @@
-"""The peers whose figures ours are compared with: their own functions, from their installed packages.
+"""Reference implementations that metrics are compared with, taken from the installed peer packages.
 
-torch-fidelity's package imports torchvision when it is imported, which is not here. So its modules are found without its
-`__init__` being run, and of a module that needs torchvision itself the wanted functions alone are taken. torchmetrics finds the
-package that way, too.
+Importing torch-fidelity imports torchvision, which is not installed. Its package is therefore registered without running its
+`__init__`, and for modules that need torchvision only the required functions are compiled. torchmetrics finds the package in the
+same way.
 
-CLIP_benchmark's accuracy turns an array of one number into a float, which numpy 2.4 refuses. Here it may, as it could before.
+CLIP_benchmark's accuracy converts an array with one element to a float, which numpy 2.4 rejects. This module restores the old
+behavior for CLIP_benchmark.
 """
 
 import ast
@@ -25,7 +26,7 @@ def _package_without_its_init(name: str) -> None:
 
 
 def functions_of(module: str, *names: str) -> dict[str, Any]:
-    """Functions of a module of torch-fidelity, run from its installed source."""
+    """Return functions of a torch-fidelity module, compiled from its installed source."""
     from torch_fidelity import helpers
 
     path = Path(sys.modules["torch_fidelity"].__path__[0]) / f"{module}.py"

@@ -1,4 +1,4 @@
-"""The Fréchet distance, KID and CLIPScore against known answers, torchmetrics and torch-fidelity."""
+"""The Fréchet distance, KID and CLIPScore match known values, torchmetrics and torch-fidelity."""
 
 import math
 
@@ -22,7 +22,7 @@ WIDTH = 48
 
 
 def features(num, seed=0, width=WIDTH):
-    """Like a network's: float32, correlated, of unequal spread, above 0, with a mean that is large against the spread."""
+    """Return features like a network's: float32, correlated, of unequal variance, positive, with a mean above the spread."""
     random = np.random.default_rng(seed)
     mixing = np.random.default_rng(100).standard_normal((width, width)) * np.arange(1, width + 1) ** -0.5
     shift = 0.1 * np.random.default_rng(seed + 1).standard_normal(width)
@@ -41,7 +41,7 @@ def test_moments_are_those_of_numpy_whatever_the_order_and_the_parts(monkeypatch
     moments = Moments.of(x)
     np.testing.assert_allclose(moments.mean, x.mean(axis=0, dtype=np.float64), rtol=1e-14)
     np.testing.assert_allclose(moments.covariance, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-11, atol=1e-16)
-    far = x.astype(np.float64) + 1e6  # sums of raw squares would keep no digit of the covariance in float32
+    far = x.astype(np.float64) + 1e6  # in float32, sums of raw squares would lose all digits of the covariance
     np.testing.assert_allclose(Moments.of(far).covariance, moments.covariance, rtol=1e-6, atol=1e-9)
     parts = [Moments.of(part) for part in np.split(x, [1, 17, 400, 990])]
     merged = parts[3].merge(parts[0]).merge(parts[4]).merge(parts[1].merge(parts[2]))
@@ -87,7 +87,7 @@ def test_fewer_features_than_dimensions(n, m):
     x, reference = features(n), Moments.of(features(m, seed=3))
     expected = frechet_distance(Moments.of(x), reference)
     assert frechet_distance_of_features(x, reference) == pytest.approx(expected, rel=1e-9)
-    # And the definition itself, by roots of the eigenvalues of S1 S2, without those of nothing but rounding.
+    # Also compare with the definition: square roots of the eigenvalues of S1 S2, without those that are only rounding errors.
     s1, s2 = Moments.of(x).covariance, reference.covariance
     values = np.sort(np.linalg.eigvals(s1 @ s2).real)[-min(n - 1, m - 1, WIDTH) :]
     plain = ((Moments.of(x).mean - reference.mean) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * np.sqrt(values.clip(0)).sum()
@@ -95,11 +95,11 @@ def test_fewer_features_than_dimensions(n, m):
 
 
 def test_the_extrapolated_distance_has_no_bias_of_few_images():
-    """Gaussians whose distance is known. The plain distance of 600 images is far above it, the extrapolated one near."""
+    """For Gaussians with a known distance, the plain distance of 600 images is far too large, the extrapolated one is close."""
     width, num = 32, 600
     spread = np.arange(1, width + 1) ** -0.5
     reference = gaussian(np.zeros(width), np.diag(spread**2), 10**9)
-    expected = 0.1**2 * (spread**2).sum() + 0.1**2  # sum (1.1 s - s)^2, and a shift of 0.1 in one dimension
+    expected = 0.1**2 * (spread**2).sum() + 0.1**2  # sum (1.1 s - s)^2 plus a shift of 0.1 in one dimension
     plain, extrapolated = [], []
     for seed in range(40):
         x = np.random.default_rng(seed).standard_normal((num, width)) * 1.1 * spread
@@ -146,7 +146,7 @@ def test_kid_agrees_with_torch_fidelity_up_to_its_choice_of_subsets(monkeypatch)
     peer = functions_of("metric_kid", "kid_features_to_metric", "kernel_mmd", "kernel_poly", "kernel_rbf", "mmd2")
     peer |= {"tqdm": lambda steps, **_: steps, "KEY_METRIC_KID_MEAN": "mean", "KEY_METRIC_KID_STD": "std"}
     theirs = peer["kid_features_to_metric"](torch.from_numpy(x), torch.from_numpy(y), kid_subset_size=100, verbose=False)
-    error = theirs["std"] * math.sqrt(2 / 100)  # of the difference of two means over 100 subsets
+    error = theirs["std"] * math.sqrt(2 / 100)  # standard error of the difference of two means over 100 subsets
     assert abs(distance.mean - theirs["mean"]) < 4 * error
     assert distance.std == pytest.approx(theirs["std"], rel=0.4)
     assert distance.mean > 10 * error
@@ -154,7 +154,7 @@ def test_kid_agrees_with_torch_fidelity_up_to_its_choice_of_subsets(monkeypatch)
 
 
 def test_kid_of_two_points():
-    """Where all features of a set are equal: k(a, a) + k(b, b) - 2 k(a, b), with k(x, y) = (x·y / d + 1)^3."""
+    """If all features of a set are equal, KID is k(a, a) + k(b, b) - 2 k(a, b), with k(x, y) = (x·y / d + 1)^3."""
     a, b = np.array([1.0, 2.0]), np.array([0.0, -1.0])
     distance = kernel_distance(np.tile(a, (7, 1)), np.tile(b, (5, 1)))
     assert distance.mean == pytest.approx(3.5**3 + 1.5**3 - 2 * 0.0**3)
@@ -162,12 +162,12 @@ def test_kid_of_two_points():
 
 
 def test_kid_is_unbiased_however_few_the_images():
-    """Over many pairs of small sets of one distribution the mean is 0 within four standard errors; the biased one is not."""
+    """Over many pairs of small sets from one distribution, the mean is 0 within four standard errors; a biased mean is not."""
     means = [kernel_distance(kid_features(10, seed), kid_features(10, seed + 10_000)).mean for seed in range(300)]
     error = np.std(means) / math.sqrt(len(means))
     assert abs(np.mean(means)) < 4 * error
     assert min(means) < 0
-    # The diagonal that the unbiased estimate leaves out: k(x, x) - E k(x, y) over 10, for both sets.
+    # The unbiased estimate omits the diagonal, whose contribution is (k(x, x) - E k(x, y)) / 10 for each set.
     assert 4 * error < 0.1 * 2 * (7.0 - 1.0) / 10
 
 
@@ -176,12 +176,12 @@ def test_a_subset_that_is_everything_is_measured_once():
     assert kernel_distance(x, y) == (pytest.approx(squared_discrepancy(x, y), rel=1e-5), 0.0)
 
 
-# --- CLIPScore, and errors ------------------------------------------------------------------------------------------------------
+# --- CLIPScore and errors -------------------------------------------------------------------------------------------------------
 
 
 def test_the_scale_of_clip_score_and_that_no_pair_counts_below_0():
     assert clip_score(np.array([1.0, 0.5, -1.0], dtype=np.float32)) == 50.0
-    assert clip_score(np.array([0.25])) / 40 == 2.5 * 0.25  # as Hessel et al. scale it
+    assert clip_score(np.array([0.25])) / 40 == 2.5 * 0.25  # the scale of Hessel et al.
 
 
 def broken():

@@ -1,4 +1,4 @@
-"""Recalls against CLIP_benchmark's, which holds all scores at once; and what its definition leaves open."""
+"""Recalls equal CLIP_benchmark's, which holds all scores in memory; also covers cases that its definition leaves open."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from diffdis.metrics.retrieval import most_similar, retrieval_recalls
 
 
 def embeddings(num_images, texts_of_image, width=16, seed=0):
-    """Unit-norm image and text embeddings that belong together somewhat, and each text's image."""
+    """Return partly correlated unit-norm image and text embeddings, and the image index of each text."""
     random = np.random.default_rng(seed)
     images = F.normalize(torch.from_numpy(random.standard_normal((num_images, width))).float(), dim=-1)
     owners = np.repeat(np.arange(num_images), texts_of_image)
@@ -22,7 +22,7 @@ def embeddings(num_images, texts_of_image, width=16, seed=0):
 
 
 def theirs(images, texts, owners, ks):
-    """CLIP_benchmark's evaluate, on batches of embeddings that the model and tokenizer hand through."""
+    """Run CLIP_benchmark's evaluate on batches of embeddings, with a model and a tokenizer that return their input."""
     model = SimpleNamespace(encode_image=lambda x: x, encode_text=lambda x: x)
     rows = [texts[owners == place] for place in range(len(images))]
     batches = [(images[i : i + 32], rows[i : i + 32]) for i in range(0, len(images), 32)]
@@ -37,7 +37,7 @@ def test_recalls_equal_clip_benchmarks(monkeypatch, num_images, texts_of_image, 
     expected = theirs(images, texts, owners, [1, 5, 10])
     found = retrieval_recalls(images.numpy(), texts.numpy(), owners)
     assert found.keys() == expected.keys()
-    assert {name: np.float32(value) for name, value in found.items()} == expected  # theirs are float32 means
+    assert {name: np.float32(value) for name, value in found.items()} == expected  # CLIP_benchmark averages in float32
     assert 0 < found["image_retrieval_recall@1"] < found["image_retrieval_recall@10"]
 
 
@@ -53,7 +53,7 @@ def test_an_unreadable_image_is_never_found_and_fails_with_its_texts():
     readable = np.random.default_rng(3).random(60) > 0.3
     broken = np.where(readable[:, None], images, np.nan)
     found = retrieval_recalls(broken, texts, owners, is_readable=readable)
-    # The same over what can be read, with all texts as candidates of images; the rest counts as 0.
+    # Equal to the recall over readable images, with all texts as candidates; unreadable images count as 0.
     kept = np.flatnonzero(readable)
     of_readable = readable[owners]
     places = np.searchsorted(kept, owners[of_readable])
@@ -73,7 +73,7 @@ def test_of_equal_candidates_the_first_is_found():
         found = retrieval_recalls(same, same[:1], np.array([owner]), ks=(1, 2))
         assert found["image_retrieval_recall@1"] == share
         assert found["image_retrieval_recall@2"] == 1
-    found = retrieval_recalls(same, same, np.array([1, 0]), ks=(1, 2))  # the first text is of the second image
+    found = retrieval_recalls(same, same, np.array([1, 0]), ks=(1, 2))  # the first text belongs to the second image
     assert found["text_retrieval_recall@1"] == found["image_retrieval_recall@1"] == 0.5
     images, texts = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)[:2]  # an image without a text
     found = retrieval_recalls(images, texts, np.array([0, 1]), ks=(1, 10))

@@ -1,4 +1,4 @@
-"""Scores of predicted classes against CLIP_benchmark's and scikit-learn's definitions."""
+"""Scores of predicted classes match the definitions of CLIP_benchmark and scikit-learn."""
 
 import math
 
@@ -16,7 +16,7 @@ from tests.diffdis.metrics.peers import zeroshot_classification
 
 
 def from_similarity(similarity: np.ndarray, labels: np.ndarray) -> ZeroShotScores:
-    """Scores of images that are their own similarities with the classes."""
+    """Return the scores of images whose embeddings are their similarities with the classes."""
     return ZeroShotScores.from_embeddings(similarity, np.eye(similarity.shape[1], dtype=similarity.dtype), labels)
 
 
@@ -101,9 +101,9 @@ def test_class_embeddings_are_the_normalized_means_of_templates():
         return torch.stack([angles.cos(), angles.sin()], dim=1)
 
     embeddings = class_embeddings(embed, ["cat", "horse"], ["a {c}", "{c}, the {c}"])
-    assert calls == [["a cat", "cat, the cat", "a horse", "horse, the horse"]]  # all at once
+    assert calls == [["a cat", "cat, the cat", "a horse", "horse, the horse"]]  # all texts in one call
     for row, (short, long) in zip(embeddings, ((5, 12), (7, 16)), strict=True):
-        angle = (short + long) / 2  # the mean of two unit vectors points half-way, or in the opposite direction
+        angle = (short + long) / 2  # the mean of two unit vectors bisects their angle, or points in the opposite direction
         expected = torch.tensor([math.cos(angle), math.sin(angle)]) * math.copysign(1.0, math.cos((long - short) / 2))
         torch.testing.assert_close(row, expected)
     with pytest.raises(ValueError, match=r"template 'a photo' has no \{c\}"):

@@ -1,4 +1,4 @@
-"""Which folder a set is found in, by name, root and layout; folders of links; the listing."""
+"""Evaluation sets are found by name, root and layout; also covers folders of links and the listing."""
 
 import pytest
 
@@ -19,7 +19,7 @@ from tests.support.evaluation_sets import (
     write_wds,
 )  # fmt: skip
 
-# The folders that DataComp's download_evalsets.py writes. Its CIFAR-10 is not named after VTAB.
+# Folders that DataComp's download_evalsets.py writes. Its CIFAR-10 has no VTAB prefix.
 DATACOMP = {name: f"wds_{name.replace('/', '-')}_test" for name in PAPER_SETS} | {"vtab/cifar10": "wds_cifar10_test"}
 
 
@@ -40,14 +40,14 @@ def test_each_of_the_twelve_is_found_by_either_name(tmp_path, name):
 
 
 def test_other_sets_of_the_same_short_name_are_ignored(tmp_path):
-    """wds_caltech101 and wds_eurosat are CLIP_benchmark's too, of all images and with another order of the classes."""
+    """wds_caltech101 and wds_eurosat are also CLIP_benchmark sets, but with all images and a different class order."""
     for name in ("caltech101", "eurosat"):
         write_wds(tmp_path, name, [picture(0)], labels=[0], classes=["a"], templates=["{c}"])
         assert "not found below" in error_of(find_evaluation_set, [str(tmp_path)], f"vtab/{name}")
 
 
 def test_the_first_root_that_has_a_set_is_used(tmp_path):
-    (tmp_path / "none" / "eurosat" / "2750" / "Forest").mkdir(parents=True)  # torchvision's layout, without the split
+    (tmp_path / "none" / "eurosat" / "2750" / "Forest").mkdir(parents=True)  # torchvision's layout, which has no test split
     for folder in ("one", "two"):
         write_one(tmp_path / folder, "vtab/cifar10")
     write_one(tmp_path / "two", "vtab/eurosat")

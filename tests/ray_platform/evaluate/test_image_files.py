@@ -55,7 +55,7 @@ def test_a_known_set_as_a_folder_of_classes(tmp_path):
     root = write_classes(tmp_path / "pets", [name.replace(" ", "_") for name in KNOWN_SETS["vtab/pets"].classes])
     data = open_evaluation_set("vtab/pets", str(root))
     assert (data.classes, data.templates) == (KNOWN_SETS["vtab/pets"].classes, KNOWN_SETS["vtab/pets"].templates)
-    flowers = write_classes(tmp_path / "flowers", [f"{label + 1}" for label in range(102)])  # sorted: 1, 10, 100, …
+    flowers = write_classes(tmp_path / "flowers", [f"{label + 1}" for label in range(102)])  # sorted as text: 1, 10, 100, …
     assert "another order than the published set" in error_of_set("vtab/flowers", flowers)
 
 
@@ -124,13 +124,13 @@ def test_folders_in_s3(s3_url, tmp_path, monkeypatch):
     assert {sample.cause for sample in read(images)} == {"shard_unavailable"}
 
 
-# --- Torchvision's folders, in layouts written from its sources -----------------------------------------------------------------
-# Each function writes a test split and images of a train split, which must not be read. It returns the
-# folder of the set and the labels by file name.
+# --- Torchvision's folders, in layouts derived from its source code -------------------------------------------------------------
+# Each function writes a test split and some images of a train split, which must not be read. It returns the folder of the set and
+# the labels by file name.
 
 
 def label_of(name: str, i: int) -> int:
-    """As in the real files, images are not in the order of their classes."""
+    """Return a label. As in the real files, images are not sorted by class."""
     return i * 7 % KNOWN_SETS[name].num_classes
 
 
@@ -158,7 +158,7 @@ def write_cars(root: Path):
 
 
 def write_flowers(root: Path):
-    folder, tested = root / "flowers-102", range(2, 205, 2)  # the odd ones are for training
+    folder, tested = root / "flowers-102", range(2, 205, 2)  # odd numbers are training images
     all_labels = [label_of("vtab/flowers", i) + 1 for i in range(204)]
     labels = {f"jpg/image_{number:05d}.jpg": all_labels[number - 1] - 1 for number in tested}
     folder.mkdir()
@@ -215,7 +215,7 @@ WRITERS = {
     "fgvc_aircraft": write_aircraft,
     "vtab/pets": write_pets,
 }
-# The first class names that are not those of the known set, which come with the data.
+# The first class names of sets whose names come with the data and differ from those of the known set.
 NAMES = {"food101": "dish aa", "vtab/dtd": "texture-aa", "fgvc_aircraft": "Boeing 70-0", "sun397": "place 0 outdoor"}
 
 
@@ -285,7 +285,7 @@ def test_sets_of_which_torchvision_has_no_test_split(tmp_path, name, folder):
 
 
 def python2(value) -> bytes:
-    """Pickle as Python 2 and its numpy wrote CIFAR's files: byte strings, and the array's bytes as one of them."""
+    """Pickle a value as Python 2 and its numpy wrote CIFAR's files: byte strings, and the array's bytes as a byte string."""
     if isinstance(value, int):
         return b"K" + bytes([value])
     if isinstance(value, bytes):
@@ -301,7 +301,7 @@ def python2(value) -> bytes:
 
 
 def cifar_pixels(count: int) -> np.ndarray:
-    """[count, 3072], the planes of colors one after the other."""
+    """Return pixels [count, 3072], one color plane after another."""
     return np.stack([picture(seed, 32, 32).transpose(2, 0, 1).ravel() for seed in range(count)])
 
 

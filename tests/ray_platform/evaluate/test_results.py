@@ -1,4 +1,4 @@
-"""Files that CLIP_benchmark's readers read, names that MLflow takes, and the rejection of what cannot be compared."""
+"""Result files are readable by CLIP_benchmark, metric names are valid in MLflow, and incomparable results are rejected."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ FOLDER, BASELINE_FOLDER = "DiffDis-step-40000", "CLIP-ViT-B-32-own-run"
 
 @pytest.fixture(scope="module")
 def details():
-    """With an acc5 that is not defined."""
+    """Evaluation details with an undefined acc5."""
     details = evaluation()
     details["zero_shot"][0]["metrics"]["acc5"] = math.nan
     return details
@@ -54,14 +54,14 @@ def test_a_result_has_the_fields_of_clip_benchmark(output, details):
 
 def test_the_csv_is_what_clip_benchmark_builds_of_the_files(output):
     contents = [json.loads(file.read_text()) for file in (output / "results").glob("*/*.json")]
-    rows = [{**content.pop("metrics"), **content} for content in contents]  # as `clip_benchmark build` makes them
+    rows = [{**content.pop("metrics"), **content} for content in contents]  # as `clip_benchmark build` does
     built = pandas.DataFrame(rows).assign(settings=lambda table: table["settings"].astype(str))
     built["model_fullname"] = built["model"] + " " + built["pretrained"]
     own, order = pandas.read_csv(output / "results.csv"), ["model", "dataset"]
     assert set(own.columns) == set(built.columns)
     own = own.sort_values(order, ignore_index=True)
     pandas.testing.assert_frame_equal(own, built.sort_values(order, ignore_index=True)[list(own.columns)], check_dtype=False)
-    assert own["acc5"].isna().sum() == 1 + 2  # the undefined one, and retrieval
+    assert own["acc5"].isna().sum() == 1 + 2  # the undefined acc5, and retrieval
     columns = "dataset,model,pretrained,model_fullname,task,language,n,acc1,acc5,mean_per_class_recall"
     assert ",".join(own.columns).startswith(columns)
 
@@ -109,7 +109,7 @@ def test_mlflow_takes_every_metric(details):
     for name in metrics:
         _validate_metric_name(name)
     assert metrics["eval/vtab/cifar10/acc1"] == details["zero_shot"][0]["metrics"]["acc1"]
-    assert "eval/vtab/cifar10/acc5" not in metrics  # not defined
+    assert "eval/vtab/cifar10/acc5" not in metrics  # undefined, so not logged
     assert metrics["eval_baseline/CLIP_ViT-B-32_own_run/vtab/cifar10/acc5"] == details["zero_shot"][1]["metrics"]["acc5"]
     assert metrics["eval/zero_shot_mean"] == details["means"][OWN]
     assert metrics["eval/flickr30k/image_retrieval_recall_at_1"] == 0.5
@@ -135,7 +135,7 @@ def test_no_name_of_a_model_keeps_metrics_from_mlflow(details, name, tmp_path):
 def test_a_protocol_is_compared_with_itself(details):
     protocol = details["quality"][0]["protocol"]
     check_same_protocol(protocol, json.loads(json.dumps(protocol)))
-    check_same_protocol({"sizes": (1, 2)}, {"sizes": [1, 2]})  # as it comes back from a file
+    check_same_protocol({"sizes": (1, 2)}, {"sizes": [1, 2]})  # a tuple is read back from a file as a list
 
 
 @pytest.mark.parametrize(

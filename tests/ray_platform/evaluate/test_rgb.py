@@ -1,4 +1,4 @@
-"""`rgb` against Pillow's own conversion, pixel by pixel."""
+"""`rgb` equals Pillow's conversion, pixel by pixel."""
 
 import io
 import struct
@@ -83,7 +83,7 @@ def test_the_kinds_that_need_care_are_among_them():
     assert (modes["CMYK JPEG"], modes["gray PNG with alpha"], modes["16 bit PNG"]) == ("CMYK", "LA", "I;16")
     assert "transparency" in Image.open(io.BytesIO(IMAGES["transparent palette PNG"])).info
     upright = rgb(encoded(photo(), "JPEG"))
-    assert np.array_equal(rgb(IMAGES["turned JPEG"]), upright)  # and not as its EXIF says
+    assert np.array_equal(rgb(IMAGES["turned JPEG"]), upright)  # the EXIF orientation is ignored
 
 
 def test_real_images():
@@ -93,7 +93,7 @@ def test_real_images():
 
 
 def test_a_corrupt_jpeg_is_what_pillow_makes_of_it():
-    """Pillow fills what a corrupt part lost, and such images count in published scores; what it refuses is refused."""
+    """Pillow fills corrupt parts, and such images count in published scores; images that Pillow rejects are rejected."""
     content = bytearray(IMAGES["JPEG of odd size"])
     same = refused = 0
     for at in range(200, len(content), 9):
@@ -111,7 +111,7 @@ def test_a_corrupt_jpeg_is_what_pillow_makes_of_it():
 
 
 def claimed(width: int, height: int) -> bytes:
-    """A PNG that claims a size."""
+    """Return a PNG whose header claims a size."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return start + IMAGES["PNG"][33:]

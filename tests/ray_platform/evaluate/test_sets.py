@@ -1,4 +1,4 @@
-"""The published sets against CLIP_benchmark's own lists; orders of class names; numbers of images; digests."""
+"""The published sets match CLIP_benchmark's lists; also covers class order, image counts and digests."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from tests.support.evaluation_sets import CIFAR10, error_of, picture, write_one,
 CLIP_BENCHMARK = Path(find_spec("clip_benchmark").origin).parent / "datasets"
 TEMPLATES = json.loads((CLIP_BENCHMARK / "en_zeroshot_classification_templates.json").read_text())
 CLASS_NAMES = json.loads((CLIP_BENCHMARK / "en_classnames.json").read_text())
-# Classes, images and metric, as DataComp's tasklist.yml has them.
+# Classes, images and metric from DataComp's tasklist.yml.
 TWELVE = {
     "vtab/cifar10": (10, 10000, "acc1"),
     "vtab/cifar100": (100, 10000, "acc1"),
@@ -58,7 +58,7 @@ def test_the_sets_are_those_of_the_paper():
 def test_templates_and_classes_are_clip_benchmarks(name):
     known, short = KNOWN_SETS[name], name.rpartition("/")[2]
     assert list(known.templates) == TEMPLATES[short]
-    # Of the two orders of Caltech's classes, that of VTAB. Some sets come with their names.
+    # Caltech has two class orders; this is VTAB's. Some sets bring their class names with the data.
     assert list(known.classes) == CLASS_NAMES.get("caltech101_vtab" if name == "vtab/caltech101" else short, [])
     assert len(known.classes) in (0, known.num_classes)
 
@@ -81,7 +81,7 @@ def test_published_figures_have_their_means():
         ("vtab/eurosat", HUGGING_FACE_EUROSAT, KNOWN_SETS["vtab/eurosat"].classes),
         ("vtab/pets", [n.lower().replace(" ", "_") for n in CLASS_NAMES["pets"]], KNOWN_SETS["vtab/pets"].classes),
         ("vtab/flowers", [flower.title() for flower in CLASS_NAMES["flowers"]], KNOWN_SETS["vtab/flowers"].classes),
-        # Names that come with the data are written as CLIP_benchmark writes them.
+        # Names that come with the data are normalized as in CLIP_benchmark.
         ("food101", ["apple_pie", "waffles"], ("apple pie", "waffles")),
         ("sun397", ["abbey", "apartment_building/outdoor"], ("abbey", "apartment building outdoor")),
         ("vtab/cifar100", ["aquarium_fish"], ("aquarium_fish",)),
@@ -131,7 +131,7 @@ def test_the_number_of_images_is_checked(tmp_path):
         assert f"{num_read:,} images were read" in message
         assert "another split" in message
     own = write_wds(tmp_path, "mine", [picture(0)], labels=[0], classes=["a"], templates=["{c}"])
-    check_counts(open_evaluation_set("mine", str(own)), 1, 0, allow_short=False)  # nothing is known about its number
+    check_counts(open_evaluation_set("mine", str(own)), 1, 0, allow_short=False)  # the expected number of images is unknown
 
 
 def test_the_digest_tells_other_data_but_not_another_place(tmp_path):

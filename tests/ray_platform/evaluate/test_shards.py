@@ -1,4 +1,4 @@
-"""Webdataset-style tars and Hugging Face's parquet files: what is read, slices, and what is wrong with a set."""
+"""WebDataset-style tars and Hugging Face's parquet files: samples, slices, and errors in a set."""
 
 import json
 import pickle
@@ -67,14 +67,14 @@ def test_real_photographs_in_slices(tmp_path, monkeypatch):
     folder = write_wds(tmp_path, "imagenet1k", images, labels=labels, classes=class_names("imagenet1k"))
     monkeypatch.setattr(shards, "_MIN_SAMPLE_BYTES", 1000)
     data = open_evaluation_set("imagenet1k", str(folder))
-    assert len(data.slices) == 12  # borders lie inside images
+    assert len(data.slices) == 12  # slice borders lie inside images
     assert [content for _, _, content in contents(data)] == images
     assert [data.classes[sample.label] for sample in read(data)][:3] == ["Bullmastiff", "folding chair", "beaker"]
 
 
 @pytest.fixture(scope="module")
 def hundred(tmp_path_factory):
-    """CIFAR-100's export in five tars, and all its samples."""
+    """CIFAR-100's export in five tars, and all of its samples."""
     folder = write_one(tmp_path_factory.mktemp("hundred"), "vtab/cifar100", samples_per_shard=23)
     data = open_evaluation_set("vtab/cifar100", str(folder))
     assert (data.num_files, data.known_images) == (5, None)
@@ -99,7 +99,7 @@ def test_slices_have_each_sample_once_and_in_order_in_any_folder(hundred, tmp_pa
 
 
 def test_slices_have_about_as_many_images_whatever_their_size(tmp_path, monkeypatch):
-    """For a set of which the expected number of images exists."""
+    """Applies to a known set whose expected number of images is registered."""
     images = [encoded(picture(seed, 20, 30)) for seed in range(50)]
     write_wds(tmp_path, "flickr30k", images * 20, captions=[[f"{i}"] for i in range(1000)], samples_per_shard=600)
     data = open_evaluation_set("flickr30k", str(tmp_path / "wds_flickr30k"))
@@ -215,7 +215,7 @@ def test_missing_and_extra_shards(tmp_path):
 def test_class_lists_and_templates(tmp_path):
     folder = write_one(tmp_path, "vtab/cifar10")
     names, templates = folder / "classnames.txt", folder / "zeroshot_classification_templates.txt"
-    names.write_bytes(b"\xef\xbb\xbf" + names.read_bytes().replace(b"\n", b"\r\n") + b"\r\n\n")  # as Windows writes it
+    names.write_bytes(b"\xef\xbb\xbf" + names.read_bytes().replace(b"\n", b"\r\n") + b"\r\n\n")  # as written on Windows
     templates.write_text("my {c}\n")
     data = open_evaluation_set("vtab/cifar10", str(folder))
     assert (data.classes, data.templates) == (class_names("vtab/cifar10"), ("my {c}",))
@@ -275,7 +275,7 @@ CAT_DOG = {"label": ("cat", "dog")}
 
 
 def build_table(images, labels: dict, features: dict | None, image_column: str = "image") -> pa.Table:
-    """`features`: ClassLabel column -> names; None for a schema that Hugging Face did not write."""
+    """Return a table. `features` maps ClassLabel columns to names; None means that Hugging Face did not write the schema."""
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     struct = pa.array([{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)], kind)
     table = pa.table({image_column: struct} | {name: pa.array(values, pa.int64()) for name, values in labels.items()})
@@ -359,7 +359,7 @@ def test_names_and_order_of_the_published_set(tmp_path):
     data = find_evaluation_set([str(tmp_path)], "imagenet1k")
     assert data.classes == KNOWN_SETS["imagenet1k"].classes
     assert [sample.label for sample in read(data)] == [0, 1, 999]
-    # The validation split of other sets is used when there is no test split.
+    # Other sets fall back to the validation split if there is no test split.
     dishes = [name.replace(" ", "_") for name in class_names("food101")]
     table = build_table(images_of(1), {"label": [5]}, {"label": dishes})
     write(tmp_path / "food101", "validation-00000-of-00001.parquet", table)

@@ -1,4 +1,4 @@
-"""A comparison's page: its verdict, all numbers, differences in their places, and what a comparison may lack."""
+"""The page of a comparison has its verdict, all numbers and correctly placed differences, and handles missing parts."""
 
 import json
 from pathlib import Path
@@ -87,11 +87,11 @@ def test_masks_images_and_curves(details):
     assert page.rows_of("fields")[0][2] == "objective.task joint, model.query_visibility joint, objective.num_draws 1"
     assert page.count("img") == sum(len(grid["samples"]) for grid in details["grids"]) == 3 * 3 * 24
     first = [grid["samples"] for grid in details["grids"] if grid["seed"] == 0]
-    for i in range(24):  # images of one caption are next to each other
+    for i in range(24):  # images with the same caption are next to each other
         sources = [f"data:image/png;base64,{samples[i]['png']}" for samples in first]
         assert page.attributes("src")[3 * i : 3 * i + 3] == sources
     assert sum(tag == "details" and "open" in attrs for tag, attrs in page.tags) == 1
-    assert page.attributes("class").count("line") == 3 * (4 + 3)  # FD of three arms, accuracy of four
+    assert page.attributes("class").count("line") == 3 * (4 + 3)  # FD for three arms, accuracy for four
     del details["arms"]["joint_mask"]
     details["grids"][0]["samples"] = details["grids"][0]["samples"][:5]
     less = page_of(details)

@@ -1,4 +1,4 @@
-"""An evaluation's page: complete, well-formed, closed to what the web wrote, and robust to what an evaluation may lack."""
+"""The page of an evaluation is complete and well-formed, escapes untrusted text, and handles missing parts."""
 
 import copy
 import math
@@ -39,7 +39,7 @@ def test_the_tables_have_every_result(details):
     assert baseline[0] == [BASELINE, "clip", "–", "", "/models/clip-vit-base-patch32"]
     assert len(own) == len(baseline) == 1 + len(SETS) + 1
     cells = [attrs.get("class") for tag, attrs in page.tags if tag == "td"]
-    assert (cells.count("num up"), cells.count("num down")) == (5, 2)  # the mean, too, and images that could not be read
+    assert (cells.count("num up"), cells.count("num down")) == (5, 2)  # including the mean and the images that could not be read
     assert cells.count("num best") == 3 + 4  # FID, FID ∞ and alignment; KID is the same at all scales
 
 
@@ -59,7 +59,7 @@ def test_every_class_image_and_point_is_there(details):
     assert {link.removeprefix("#") for link in page.attributes("href")} == set(page.attributes("id"))
     for result in details["zero_shot"]:
         for confusion in result["confusions"]:
-            confusion["examples"] = [{"key": example["key"]} for example in confusion["examples"]]  # could not be fetched
+            confusion["examples"] = [{"key": example["key"]} for example in confusion["examples"]]  # image could not be fetched
     assert page_of(details).attributes("title") == titles
 
 

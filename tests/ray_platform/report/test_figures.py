@@ -1,4 +1,4 @@
-"""Line charts: points are where their values are, labels can be read, colors are the page's."""
+"""Line charts place points at their values, have readable labels, and use the page's colors."""
 
 import itertools
 import re
@@ -30,7 +30,7 @@ def centers(chart):
 
 
 def places(chart):
-    """Return the texts with their positions."""
+    """Return the texts of a chart with their positions."""
     return {text.text: (float(text.get("x")), float(text.get("y"))) for text in elements(chart, "text")}
 
 

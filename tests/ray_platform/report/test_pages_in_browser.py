@@ -1,4 +1,4 @@
-"""The pages in a browser: they load nothing, fit the window, follow the dark mode, and show their images and figures."""
+"""In a browser, the pages load no external resources, fit the window, follow dark mode, and show their images and figures."""
 
 import pytest
 

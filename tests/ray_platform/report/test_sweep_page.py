@@ -1,4 +1,4 @@
-"""A sweep's page and charts: complete, values in place, closed to what the web wrote, and robust to missing parts."""
+"""A sweep's page and charts are complete, place values correctly, escape untrusted text, and handle missing parts."""
 
 import itertools
 import math
@@ -81,7 +81,7 @@ def test_charts_are_files_that_need_nothing_else(details):
         assert root.get("width")
         assert "var(" not in svg
         assert "url(" not in svg
-        assert svg.count("http") - svg.count("http://127.0.0.1") == 1  # the name space
+        assert svg.count("http") - svg.count("http://127.0.0.1") == 1  # the XML namespace
 
 
 def groups(details, file, *kinds):
@@ -125,11 +125,11 @@ def test_learning_curves_end_where_trials_end(details):
     assert sorted(len(circles) for *_, circles in lines) == sorted(len(trial["history"]) for trial in trained)
     hollow = [circle for *_, circles in lines for circle in circles if "fill: #fff" in circle.get("style")]
     assert len(hollow) == sum(trial["state"] != "finished" for trial in trained)
-    assert [kind for kind, *_ in lines].count("dashed") == 1  # the recipe's
+    assert [kind for kind, *_ in lines].count("dashed") == 1  # the line of the recipe
 
 
 def test_values_are_in_their_places_on_parallel_axes(details):
-    """Three trials on a logarithmic axis with a zero, a linear one, one of choices, and a metric that is better below."""
+    """Three trials on a logarithmic axis with a zero, a linear axis, an axis of choices, and a lower-is-better metric."""
     details["objectives"] = [{"metric": "fd", "mode": "min"}]
     details["space"] = {
         "log": {"low": 0.1, "high": 10, "log": True},
@@ -153,7 +153,7 @@ def test_values_are_in_their_places_on_parallel_axes(details):
         assert low[i][1] > high[i][1]  # larger is higher
     assert low[3][1] < middle[3][1] < high[3][1]
     assert [x for x, _ in low] == sorted({x for x, _ in low})
-    assert zero[0][1] > low[0][1] + 10  # below the smallest value that has a logarithm
+    assert zero[0][1] > low[0][1] + 10  # below the smallest positive value
     assert len(zero) == 3  # a gap where a value is missing
 
 

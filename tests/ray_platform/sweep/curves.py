@@ -1,4 +1,4 @@
-"""A trial runner that trains nothing, so that a sweep over it takes seconds."""
+"""A simulated trial runner that does not train, so that a sweep takes only seconds."""
 
 import json
 import os
@@ -14,7 +14,7 @@ BUDGET = 64  # steps
 
 @dataclass(frozen=True)
 class Curves:
-    """Accuracy grows with the budget and with x; the loss falls with y. Every call is a file in `notes`."""
+    """Simulated trials: accuracy grows with the budget and with x; loss falls with y. Every call writes a file to `notes`."""
 
     notes: str
     fails: tuple[float, ...] = ()  # values of x that always fail after the first milestone
@@ -44,5 +44,5 @@ class Curves:
 
 
 def read_notes(folder):
-    """Return all notes so far, the oldest first."""
+    """Return all notes so far, oldest first."""
     return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("[0-9]*.json"))]

@@ -1,4 +1,4 @@
-"""Driver of a sweep that a test kills. Arguments: output folder, folder of notes, search, seconds per segment."""
+"""Driver of a sweep that a test kills. Arguments: output folder, notes folder, search, seconds per segment."""
 
 import json
 import sys

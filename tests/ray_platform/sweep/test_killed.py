@@ -1,4 +1,4 @@
-"""A sweep whose driver is killed: the same command ends with the trials of a sweep that was not killed."""
+"""After the driver of a sweep is killed, the same command finishes with the same trials as an undisturbed sweep."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ def start(head, output, notes, search, seconds):
     notes.mkdir(exist_ok=True)
     path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "platform"))
     command = [sys.executable, "-m", "tests.ray_platform.sweep.driver", str(output), str(notes), search, str(seconds)]
-    env = head.env | {"PYTHONPATH": path, "TUNE_GLOBAL_CHECKPOINT_S": "0.2"}  # seconds; a segment is shorter than a real one
+    env = head.env | {"PYTHONPATH": path, "TUNE_GLOBAL_CHECKPOINT_S": "0.2"}  # seconds; segments are shorter than real ones
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
@@ -43,7 +43,7 @@ def result(driver):
 def trial_processes(head):
     running = []
     for process in marked_processes(head.env[MARKER]):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
+        with contextlib.suppress(psutil.NoSuchProcess):  # the process may exit in the meantime
             if "ImplicitFunc" in " ".join(process.cmdline()):
                 running.append(process)
     return running
@@ -69,6 +69,6 @@ def test_a_killed_sweep_is_resumed_with_the_same_trials(head, tmp_path, search):
     for outcomes in (resumed["outcomes"], uninterrupted["outcomes"]):
         states = [(outcome["name"], outcome["state"], len(outcome["history"])) for outcome in outcomes]
         assert states == [(f"trial_{i:03d}", "finished", 3) for i in range(5)]
-    if search == "random":  # those of Optuna depend on the order in which trials end
+    if search == "random":  # Optuna's trials depend on the order in which trials finish
         assert [o["values"] for o in resumed["outcomes"]] == [o["values"] for o in uninterrupted["outcomes"]]
     assert len(read_notes(notes)) - num_notes < 15, "segments that were reported do not run again"

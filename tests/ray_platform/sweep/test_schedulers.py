@@ -68,7 +68,7 @@ def test_asha_of_a_resumed_sweep_knows_earlier_reports():
 @pytest.mark.parametrize("mode", ["max", "min"])
 @pytest.mark.parametrize(("baseline", "cloned"), [(0.05, 4), (0.35, 4), (0.9, 0)])
 def test_a_population_clones_the_best_trial_into_the_worst_but_never_into_the_baseline(order, mode, baseline, cloned):
-    """Trial 1 is the lowest and trial 4 the highest of the others; the baseline may be the lowest, in between or the highest."""
+    """Among the others, trial 1 is the lowest and trial 4 the highest; the baseline may be lowest, in between, or highest."""
     population = Population("accuracy", mode, {"x": Range(0.0, 1.0), "scheme": Choice(("a", "b"))}, 2)
     trials, scores = [trial(number) for number in range(5)], [baseline, 0.1, 0.3, 0.4, 0.5]
     controller = SimpleNamespace(search_alg=None, get_trials=lambda: trials, get_live_trials=lambda: trials)

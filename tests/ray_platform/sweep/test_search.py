@@ -1,4 +1,4 @@
-"""Search spaces as users write them, the values that searches sample from them, and the Pareto front."""
+"""Search spaces in user syntax, the values that searches sample from them, and the Pareto front."""
 
 import random
 

@@ -18,7 +18,7 @@ SPACE = {"x": Range(0.0, 1.0), "y": Range(0.0, 1.0)}
 
 @pytest.fixture
 def make(tmp_path):
-    """make(runner={}, space, **SearchConfig fields) -> a sweep whose notes are in tmp_path/notes."""
+    """Return make(runner={}, space, **SearchConfig fields), which builds a sweep that writes its notes to tmp_path/notes."""
     (tmp_path / "notes").mkdir()
 
     def sweep(runner=None, space=SPACE, cpus=1.0, **fields):
@@ -38,7 +38,7 @@ def notes(tmp_path):
 
 
 def is_cleaned_up():
-    """Return whether no placement group is left, and the processes of the trials gave their resources back."""
+    """Return whether no placement group is left and the trials' processes have released their resources."""
     deadline = time.monotonic() + 30
     while ray.available_resources().get(HEAD, 0) < 1 and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -47,7 +47,7 @@ def is_cleaned_up():
 
 
 def test_asha_stops_trials_and_failed_trials_are_retried(make, notes, capsys):
-    """The grid 0.5 (baseline), 0.1, 0.7, 0.9: 0.7 fails once, and 0.9 always."""
+    """In the grid 0.5 (baseline), 0.1, 0.7, 0.9, trial 0.7 fails once and 0.9 always."""
     space = {"x": Choice((0.5, 0.1, 0.7, 0.9))}
     fields = {"space": space, "search": "grid", "num_trials": 0, "max_concurrent": 1}
     outcomes = make({"fails": (0.9,), "fails_once": (0.7,)}, **fields).run()
