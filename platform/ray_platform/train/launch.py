@@ -24,6 +24,7 @@ from ray_platform.data.catalog import Catalog, build_catalog, difference, to_jso
 from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
+from ray_platform.json_values import JsonObject
 from ray_platform.placement import label_selector
 from ray_platform.tracking import (
     ModelPackage,
@@ -107,9 +108,9 @@ class Run:
     output_dir: str  # absolute, or s3://
     params: dict[str, Any]  # the resolved configuration, for the tracker and the checkpoints
     # Returns what identifies the model's frozen encoders, to compare with precomputed shards; called only for those.
-    describe_encoders: Callable[[], dict[str, Any]]
+    describe_encoders: Callable[[], JsonObject]
     # Returns what the captions of the first samples show about the configuration; for a dry run.
-    describe_captions: Callable[[Sequence[str]], dict[str, Any]] = lambda captions: {}
+    describe_captions: Callable[[Sequence[str]], JsonObject] = lambda captions: {}
     package: ModelPackage | None = None  # how the exported model is packaged for MLflow; None: stored as plain files
     command: str = ""  # command line that started it
 
@@ -152,7 +153,7 @@ class Run:
             precomputed.check_settings(catalog.manifest, self.data)
         return catalog
 
-    def dry_run(self) -> dict[str, Any]:
+    def dry_run(self) -> JsonObject:
         """Return a description of what would run, after reading the first samples. Raises the errors of `check`."""
         catalog, train = self.check(), self.train
         samples = inspect_first_samples(catalog, self.data, INSPECTED_SAMPLES)
