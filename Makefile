@@ -16,7 +16,7 @@ test: setup
 	@$(MAKE) --no-print-directory --jobs 4 --keep-going --output-sync=target lint test-ray test-ranks test-unit
 
 test-ray test-ranks test-unit: setup
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "$(@:test-%=%) and not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(if $(filter test-ray,$@),,nice) $(PYTHON) -m pytest -m "$(@:test-%=%) and not slow and not gpu"
 
 # Tests that take minutes: training runs with injected faults, other tracking stores, all recipes and pages.
 test-slow: setup
