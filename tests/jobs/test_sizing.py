@@ -107,6 +107,12 @@ def live_storages() -> dict[int, int]:
     return storages
 
 
+def tensor_bytes(file: Path) -> int:
+    """The size of a .safetensors without its header, which is large next to the tensors of so small a model."""
+    with file.open("rb") as opened:
+        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
+
+
 def rank_states(rank: int, config: PretrainConfig, folder: str) -> tuple[int, int]:
     """Return (bytes that the engine holds including a step's gradients, bytes of the checkpoint that the ranks wrote)."""
     from ray_platform.train.checkpoint_format import contiguous_on_cpu
@@ -134,7 +140,7 @@ def rank_states(rank: int, config: PretrainConfig, folder: str) -> tuple[int, in
     uploader.wait()
     torch.distributed.barrier()
     given = sum(value.untyped_storage().nbytes() for value in inputs.values())
-    written = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+    written = sum(tensor_bytes(file) for file in Path(folder).rglob("*.safetensors"))
     return sum(size for place, size in now.items() if place not in before) - encoders - given, written
 
 
