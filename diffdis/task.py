@@ -159,12 +159,17 @@ class DiffDisTask:
     # --- results ---------------------------------------------------------------------------------------------------------
 
     def pipeline(self, state_dict: Mapping[str, torch.Tensor]) -> DiffDisPipeline:
-        """Return a pipeline with the given weights of `module`, independent of the module in training (which may be sharded)."""
+        """Return a pipeline on the CPU with the given weights of `module`.
+
+        It shares nothing with the training, whose module may be sharded, and whose encoders may be on an accelerator in half
+        precision: they are loaded again.
+        """
         model = DiffDis(self.config)
         # Parameters of the alignment loss itself are not part of the model.
         weights = {name: value for name, value in state_dict.items() if name.startswith("model.")}
         model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
-        return _quiet(DiffDisPipeline(self.config, model.eval(), self.autoencoder, self.text_encoder))
+        autoencoder, text_encoder = build_autoencoder(self.config.autoencoder), build_text_encoder(self.config.text_encoder)
+        return _quiet(DiffDisPipeline(self.config, model.eval(), autoencoder, text_encoder))
 
     def save_pretrained(
         self, state_dict: Mapping[str, torch.Tensor], folder: Path, training: Mapping[str, Any] | None = None
@@ -180,11 +185,14 @@ class DiffDisTask:
             What the folder was opened with as a check.
 
         Raises:
-            ValueError: diffusers generates another image from the folder than we do.
+            ValueError: a library cannot use the folder, or generates another image from it than we do.
         """
         pipeline = self.pipeline(state_dict)
         pipeline.save_pretrained(folder, Training(**training) if training else None)
-        return check_export(pipeline, folder)
+        try:
+            return check_export(pipeline, folder)
+        except (RuntimeError, OSError, TypeError) as error:  # of a library that opens the folder
+            raise ValueError(f"{folder}: the export cannot be used ({' '.join(str(error).split())[:300]})") from error
 
     def describe(self, captions: Sequence[str] = ()) -> dict[str, Any]:
         """Return the parameter counts by part, the tensors that the warm start loaded, left new and ignored, and `query_leak`

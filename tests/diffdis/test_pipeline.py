@@ -235,6 +235,21 @@ def test_an_export_gives_the_same_images_in_diffusers(stable_diffusion, batch, c
     assert "| Recipe | sd_v1_laion |" in card
 
 
+def test_encoders_in_half_precision_are_exported_as_they_were_loaded(stable_diffusion, tmp_path):
+    """As on an accelerator, where a training keeps them in `model.encoder_dtype` and on another device than the export."""
+    task, export, _ = stable_diffusion(True)
+    expected = {name: load_file(export / name / f) for name, f in (
+        ("vae", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors"),
+    )}  # fmt: skip
+    task.autoencoder.to(torch.bfloat16)
+    task.text_encoder.to(torch.bfloat16)
+    assert "diffusers' StableDiffusionPipeline" in task.save_pretrained(task.module.state_dict(), tmp_path)
+    for name, tensors in expected.items():
+        (file,) = (tmp_path / name).glob("*.safetensors")
+        saved = load_file(file)
+        assert all(torch.equal(saved[key], value) for key, value in tensors.items())
+
+
 def test_an_export_that_diffusers_reads_differently_is_an_error(stable_diffusion, tmp_path):
     task, export, _ = stable_diffusion()
     values = json.loads((export / "vae" / "config.json").read_text())
