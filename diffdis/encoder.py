@@ -48,7 +48,8 @@ def move_encoders(config: DiffDisConfig, device: torch.device, *encoders: torch.
 def describe_encoders(config: DiffDisConfig) -> dict[str, Any]:
     """Return settings and digests of everything that `FrozenEncoder`'s results depend on.
 
-    Equal descriptions mean equal results. A hub name has no digest and is compared by name. Raises FileNotFoundError.
+    Equal descriptions mean equal results, up to the rounding of `encoder_dtype`: results are stored in half precision anyway. A
+    hub name has no digest and is compared by name. Raises FileNotFoundError.
     """
     config = resolve_pretrained(config)
     described: dict[str, Any] = {"image_size": config.image_size}

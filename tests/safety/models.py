@@ -108,7 +108,7 @@ MODELS = {
     "the same for a CLIP's": changed(save_clip, ClipScorer, pickled("pytorch_model.bin")),
     "the same for a U-Net's": warm_start(pickled("unet/diffusion_pytorch_model.bin")),
     "the same for an autoencoder's": autoencoder(pickled("vae/diffusion_pytorch_model.bin")),
-    "Python code beside the weights, named by `auto_map`": text_encoder(add_code),
+    "Python code next to the weights, named by `auto_map`": text_encoder(add_code),
     "an attention implementation that is a hub's repository of compiled kernels": text_encoder(
         setting(_attn_implementation="evil/kernels")
     ),

@@ -18,7 +18,7 @@ SETS = {
     "imagenet1k": (1000, 50000, "acc1", 0.647, 0.632, 0.633, 0.755),
 }
 CAPTIONS = (
-    "a red circle beside a green square",
+    "a red circle next to a green square",
     "قطة تجلس على نافذة في الشتاء",
     "Buy now!!! <b>Best price</b> & free shipping, see our shop. " + "vintage handmade ceramic lamp with linen shade " * 30,
     "An_underscored_file_name_without_any_space_that_cannot_be_broken_and_is_longer_than_a_thumbnail_is_wide.jpg",
