@@ -10,6 +10,7 @@ from diffdis.task import DiffDisTask
 from diffdis.warm_start import resolve_pretrained
 from diffdis_platform.config.export import ExportConfig
 from ray_platform import storage
+from ray_platform.cached_folders import with_cached_folders
 from ray_platform.contracts import ConfigError, DataError, describe_error
 from ray_platform.train import checkpoint_format
 from ray_platform.train.checkpoint_format import Manifest
@@ -68,4 +69,4 @@ def build_task(config: dict[str, Any]) -> DiffDisTask:
     def build(model: DiffDisConfig) -> DiffDisTask:
         return DiffDisTask(replace(resolve_pretrained(model), warm_start=""), objective)
 
-    return storage.with_cached_folders(build, model)
+    return with_cached_folders(build, model)

@@ -5,17 +5,16 @@ is a `DataError` of one line that names the URL and never the credentials. `ray_
 """
 
 import contextlib
-import dataclasses
+import fnmatch
 import functools
-import hashlib
 import io
 import json
 import os
+import posixpath
 import re
-import stat
-import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 import botocore.session  # type: ignore[import-untyped]
-import filelock
 import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
@@ -39,6 +37,7 @@ __all__ = ["StorageError", "retrying_for"]
 READ_TIMEOUT_S = 20  # without a byte
 SMALL_BYTES = 64 * 2**20  # limit for files that describe others
 LISTING_BYTES = 2**30  # limit for a file that names every shard of a source
+_DELETES_AT_ONCE = 16
 _READ_AHEAD_BYTES = 2**20  # of a file that is opened on S3
 # s3fs attempts each call five times by itself; botocore's own retries would multiply that.
 _S3_CLIENT = {"connect_timeout": 5, "read_timeout": READ_TIMEOUT_S, "retries": {"total_max_attempts": 1}}
@@ -74,10 +73,26 @@ def list_files(source: str) -> tuple[StoredFile, ...]:
     else:
         info = filesystem.info(path)
         entries = filesystem.ls(path, detail=True) if info["type"] == "directory" else [info]
-    resolved = _resolve_links(filesystem, entries, deep="**" in path)
-    files = (_stored_file(filesystem, entry) for entry in resolved if entry["type"] == "file")
-    # S3 consoles mark a folder by an empty object whose name ends in "/".
-    return tuple(sorted((file for file in files if not file.url.endswith("/")), key=lambda file: file.url))
+    return _as_files(filesystem, _resolve_links(filesystem, entries, deep="**" in path))
+
+
+@storage_operation(retried=False)
+def list_folder(folder: str, pattern: str = "*") -> tuple[StoredFile, ...]:
+    """Return the files below `folder`, which is not a pattern, that match `pattern`, such as `*/step_*/complete.json`.
+
+    Raises StorageError if the folder is missing.
+    """
+    filesystem, path = _resolve(folder)
+    entries: list[Entry] = filesystem.ls(path, detail=True)
+    first, *deeper = pattern.split("/")
+    entries = [entry for entry in entries if fnmatch.fnmatchcase(posixpath.basename(entry["name"]), first)]
+    for part in deeper:
+        folders, entries = [entry["name"] for entry in entries if entry["type"] == "directory"], []
+        for inner in folders:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                listed = filesystem.ls(inner, detail=True)
+                entries += [entry for entry in listed if fnmatch.fnmatchcase(posixpath.basename(entry["name"]), part)]
+    return _as_files(filesystem, _resolve_links(filesystem, entries, deep=False))
 
 
 def _resolve_links(filesystem: Any, entries: Iterable[Entry], deep: bool, seen: frozenset[str] = frozenset()) -> Iterator[Entry]:
@@ -168,8 +183,9 @@ def read_many(urls: Sequence[str]) -> dict[str, bytes]:
         return {}
     with storage_errors(urls[0]):
         filesystem, _ = _resolve(urls[0])
-        by_path = {_resolve(url)[1]: url for url in urls}
-        return {by_path[path]: content for path, content in filesystem.cat(list(by_path), on_error="omit").items()}
+        paths = [_resolve(url)[1] for url in urls]
+        contents = filesystem.cat_ranges(paths, None, None, on_error="return")  # `cat` would expand patterns
+        return {url: content for url, content in zip(urls, contents, strict=True) if isinstance(content, bytes)}
 
 
 @contextmanager
@@ -233,12 +249,33 @@ def write_bytes(url: str, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@storage_operation(retried=True)
+def create_bytes(url: str, data: bytes) -> bool:
+    """Write a file unless one exists, and return whether it was written. Raises StorageError.
+
+    Not every S3 server supports that: AWS does, and one that does not replaces the file.
+    """
+    filesystem, path = _resolve(url)
+    try:
+        filesystem.pipe_file(path, data, mode="create")
+    except OSError as error:
+        code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", "")  # of S3
+        if isinstance(error, FileExistsError) or code in ("PreconditionFailed", "ConditionalRequestConflict"):
+            return False
+        raise
+    return True
+
+
 @storage_operation(retried=False)
 def delete(url: str) -> None:
     """Remove a file, or a folder with everything below it, if it exists. Raises StorageError."""
     with contextlib.suppress(FileNotFoundError):
         filesystem, path = _resolve(url)
-        filesystem.rm(path, recursive=True)
+        if isinstance(filesystem, LocalFileSystem):
+            filesystem.rm(path, recursive=True)
+        else:  # one by one, as its `rm` would expand patterns
+            with ThreadPoolExecutor(_DELETES_AT_ONCE) as pool:
+                list(pool.map(filesystem.rm_file, [*reversed(filesystem.find(path, withdirs=True)), path]))
 
 
 def put_folder(folder: Path, url: str) -> None:
@@ -261,7 +298,7 @@ def get_folder(url: str, folder: Path) -> None:
 
     Raises DataError if a name leads out of `folder`; StorageError.
     """
-    filesystem, path, entries = _find(url)
+    filesystem, path, entries = find_files(url)
     sources = [source for source in entries if not source.endswith("/")]
     top = os.path.dirname(path) if sources == [path] else path
     targets = [folder / check_below(source.removeprefix(f"{top}/"), url) for source in sources]
@@ -270,51 +307,14 @@ def get_folder(url: str, folder: Path) -> None:
     filesystem.get(sources, [str(target) for target in targets])
 
 
-def cached_folder(url: str) -> str:
-    """Return a local copy of a folder or file on S3, or `url` itself if it is a path.
-
-    The first process of a machine that asks for it fetches it. It is fetched again when it changes. Raises StorageError, and
-    DataError when other users could write to the cache.
-    """
-    if not url.startswith("s3://"):
-        return url
-    _, path, entries = _find(url)
-    listing = [(name, entry["size"], entry.get("ETag", "")) for name, entry in sorted(entries.items())]
-    name = hashlib.sha256(repr((url, listing)).encode()).hexdigest()[:24]
-    cache = Path(tempfile.gettempdir()) / f"diffdis-cache-{os.getuid()}"
-    cache.mkdir(mode=0o700, exist_ok=True)
-    if not stat.S_ISDIR((info := cache.lstat()).st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
-        raise DataError(f"{cache}: is a link, or other users may write to it, so models in it cannot be trusted; remove it")
-    with filelock.FileLock(cache / f"{name}.lock"):
-        folder = cache / name
-        if not folder.exists():
-            temporary = cache / f".{name}.{uuid.uuid4().hex}"
-            get_folder(url, temporary)
-            temporary.replace(folder)
-    return str(folder / os.path.basename(path) if list(entries) == [path] else folder)
-
-
 @storage_operation(retried=True)
-def _find(url: str) -> tuple[Any, str, dict[str, Entry]]:
+def find_files(url: str) -> tuple[Any, str, dict[str, Entry]]:
     """Return the file system of `url`, its path in it, and all files below it, at least one."""
     filesystem, path = _resolve(url)
     entries = filesystem.find(path, detail=True)
     if not entries:
         raise FileNotFoundError(path)
     return filesystem, path, entries
-
-
-def with_cached_folders(build: Callable[..., T], *arguments: Any) -> T:
-    """Return `build(*arguments)`, with every s3:// URL in arguments that are dataclasses replaced by its `cached_folder`."""
-    return build(*(_localized(argument) for argument in arguments))
-
-
-def _localized(value: Any) -> Any:
-    if isinstance(value, str):
-        return cached_folder(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{f.name: _localized(getattr(value, f.name)) for f in dataclasses.fields(value)})
-    return value
 
 
 @storage_operation(retried=False)
@@ -355,6 +355,12 @@ def _resolve(url: str) -> tuple[Any, str]:
 def _stored_file(filesystem: Any, entry: Entry) -> StoredFile:
     name = entry["name"]
     return StoredFile(name if isinstance(filesystem, LocalFileSystem) else f"s3://{name}", int(entry["size"]))
+
+
+def _as_files(filesystem: Any, entries: Iterable[Entry]) -> tuple[StoredFile, ...]:
+    files = (_stored_file(filesystem, entry) for entry in entries if entry["type"] == "file")
+    # S3 consoles mark a folder by an empty object whose name ends in "/".
+    return tuple(sorted((file for file in files if not file.url.endswith("/")), key=lambda file: file.url))
 
 
 def _list_expanded(filesystem: Any, pattern: str) -> tuple[StoredFile, ...]:

@@ -10,10 +10,12 @@ import torch
 from ray_platform import retry, storage
 from ray_platform.contracts import ConfigError, ConsumedRange
 from ray_platform.data.ledger import Ledger
+from ray_platform.formats import NewerFormatError
 from ray_platform.train import checkpoint_format, checkpointing
 from ray_platform.train.checkpoint_format import (
     COMPLETE,
     CorruptCheckpoint,
+    Lineage,
     LossHistory,
     Manifest,
     RankState,
@@ -57,8 +59,8 @@ def manifest(step, token="aa", world_size=2, **fields):
     return replace(plain, **fields)
 
 
-def save(output, step, *, launch="a", token="aa", world_size=2, retention=None, tensors=TENSORS, **fields):
-    """Save a checkpoint as all ranks do together. Returns its URL and the uploader of rank 0."""
+def save(output, step, *, launch="a", token="aa", world_size=2, retention=None, tensors=TENSORS, lineage=None, **fields):
+    """Save a checkpoint as all ranks do together, in format 1 without a lineage. Returns its URL and the uploader of rank 0."""
     folder = storage.join(checkpoint_format.checkpoints_dir(str(output)), launch)
     uploaders = [AsyncUploader(folder, rank, token, lambda: None) for rank in range(world_size)]
     assignment, parts = TensorAssignment(world_size), [{} for _ in uploaders]
@@ -69,9 +71,24 @@ def save(output, step, *, launch="a", token="aa", world_size=2, retention=None, 
         uploader.upload(step, parts[rank], ledgers, STATE)
     for uploader in uploaders:
         uploader.wait()
-    uploaders[0].finalize(manifest(step, token, world_size, **fields), retention or RetentionPolicy(str(output), 10))
+    complete, policy = manifest(step, token, world_size, **fields), retention or RetentionPolicy(str(output), 10)
+    complete = lineage.place(complete) if lineage else complete
+    uploaders[0].finalize(complete, policy, lineage or Lineage(launch))
     uploaders[0].wait()
     return uploaders[0].url, uploaders[0]
+
+
+class Launch:
+    """A launch that resumes from a checkpoint, or from the beginning, and saves checkpoints with their lineage."""
+
+    def __init__(self, output, name, origin=""):
+        self.output, self.name = output, name
+        self.lineage = Lineage.read(str(output), name, origin, read_manifest(origin) if origin else None)
+
+    def save(self, step, **fields):
+        url, _ = save(self.output, step, launch=self.name, lineage=self.lineage, **fields)
+        self.lineage = self.lineage.after(checkpoint_format.checkpoint_name(step))
+        return url
 
 
 def read(url):
@@ -215,22 +232,58 @@ def test_the_one_before_is_taken_when_the_newest_is_deleted_meanwhile(tmp_path, 
     ],
 )
 def test_the_newest_and_the_best_are_kept(tmp_path, policy, saved, left):
-    for launch, step, score in saved:
+    launches = {}
+    for name, step, score in saved:
+        if name not in launches:
+            launches[name] = Launch(tmp_path, name, *list_checkpoints(str(tmp_path))[:1])
         metrics = {} if score is None else {"score": score}
-        save(tmp_path, step, launch=launch, retention=RetentionPolicy(str(tmp_path), *policy), metrics=metrics)
+        launches[name].save(step, retention=RetentionPolicy(str(tmp_path), *policy), metrics=metrics)
     assert kept(tmp_path) == left
 
 
+def test_the_lineage_and_no_clock_orders_checkpoints(tmp_path):
+    """Launches are named by their hosts' clocks: `b` and `a` ran one after the other. `c` goes back to the first checkpoint."""
+    output, retention = str(tmp_path), RetentionPolicy(str(tmp_path), 1)
+    old = [save(tmp_path, step, launch=launch)[0] for launch, step in (("0", 90), ("1", 5))]  # of format 1
+    first = Launch(tmp_path, "b", candidates("auto", output, "b")[0])
+    urls = [first.save(step) for step in (10, 20)]
+    second = Launch(tmp_path, "a", candidates("auto", output, "a")[0])
+    newest = second.save(15)
+    assert list_checkpoints(output) == candidates("auto", output, "z") == [newest, *reversed(urls), *reversed(old)]
+    manifests = [read_manifest(url) for url in (*urls, newest)]
+    assert [(m.parent, m.counter) for m in manifests] == [("1/step_00000005", 1), ("b/step_00000010", 2), ("b/step_00000020", 3)]
+    assert [m.ancestors for m in manifests[1:]] == [["0", "1"], ["0", "1", "b"]]
+
+    branched = Launch(tmp_path, "c", urls[0]).save(11, retention=retention)
+    assert list_checkpoints(output) == [branched, newest], "the other branch stays"
+    second.save(16, retention=retention)  # of a launch that another one has replaced
+    assert branched in list_checkpoints(output)
+
+
 def test_incomplete_and_damaged_ones_are_removed_unless_they_may_be_in_progress(tmp_path):
-    """Checkpoints of a later launch, or newer than the newest one of this launch, may be in progress."""
-    saved = [("a", 50), ("b", 10), ("b", 15), ("b", 30), ("c", 5)]
-    for url in [save(tmp_path, step, launch=launch)[0] for launch, step in saved]:
-        if not url.endswith("15"):
-            storage.delete(storage.join(url, COMPLETE))
+    """Checkpoints of another launch that started later, or newer than the newest one of this launch, may be in progress."""
+    earlier = [save(tmp_path, step, launch=launch)[0] for launch, step in (("a", 50), ("d", 5))]
+    current = Launch(tmp_path, "b")
+    others = [save(tmp_path, step, launch=launch)[0] for launch, step in (("b", 10), ("b", 15), ("b", 30), ("c", 5))]
+    for url in earlier + others:
+        storage.delete(storage.join(url, COMPLETE))
     (tmp_path / "checkpoints/b/step_00000015/complete.json").write_text("{")
-    save(tmp_path, 20, launch="b", retention=RetentionPolicy(str(tmp_path), 1, "score"))
+    current.save(20, retention=RetentionPolicy(str(tmp_path), 1, "score"))
     left = sorted(f"{path.parent.name}{int(path.name[-8:])}" for path in (tmp_path / "checkpoints").glob("*/step_*"))
     assert left == ["b20", "b30", "c5"]
+
+
+def test_a_manifest_of_another_version(tmp_path, caplog):
+    """Unknown fields are ignored. A newer version is not damaged: no older checkpoint may replace it silently."""
+    url, _ = save(tmp_path, 10)
+    file = tmp_path / "checkpoints/a/step_00000010/complete.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"of_the_future": 1}))
+    assert read_manifest(url) == Manifest.from_bytes(json.dumps(values).encode(), url)
+    assert "of_the_future" in caplog.text
+    file.write_text(json.dumps(values | {"format_version": 99}))
+    with pytest.raises(NewerFormatError, match=r"complete\.json: .*newer version.*99"):
+        read_manifest(url)
 
 
 def test_weights_are_read_without_ranks_and_replace_a_missing_ema(tmp_path):

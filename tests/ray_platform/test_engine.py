@@ -226,8 +226,8 @@ def checkpoint_manager(engine, output, **fields):
     train = TrainConfig(**fields)
     state = TrainState.initial(SimpleNamespace(num_units=[3]), train)
     retention = checkpoint_format.RetentionPolicy(output, train.keep_checkpoints, train.keep_best)
-    launch_dir = storage.join(checkpoint_format.checkpoints_dir(output), "a")
-    return CheckpointManager(launch_dir, engine, state, retention, HeartbeatThread(None, torch.distributed.get_rank()))
+    lineage = checkpoint_format.Lineage("a")
+    return CheckpointManager(lineage, engine, state, retention, HeartbeatThread(None, torch.distributed.get_rank()))
 
 
 def pictures_saved(rank, output, fields):

@@ -10,6 +10,7 @@ from botocore.exceptions import NoCredentialsError
 from pyarrow.fs import AwsStandardS3RetryStrategy
 
 from ray_platform import retry, storage
+from ray_platform.cached_folders import cached_folder
 from ray_platform.contracts import DataError
 from ray_platform.names import expand_braces
 
@@ -47,6 +48,30 @@ def test_files_are_written_listed_read_and_deleted(base):
     for name in ("00001.tar", "notes", "notes"):  # deleting a missing file is not an error
         storage.delete(f"{base}/{name}")
     assert [storage.exists(base + name) for name in existing] == [True] + [False] * 3
+
+
+@pytest.mark.parametrize("name", ["run[1]", "{a}", "q?x", "a%20b", "a b", "ü#", "*"], ids=list("0123456"))
+def test_the_name_of_a_folder_is_not_a_pattern(base, name):
+    folder = f"{base}/{name}"
+    fill(folder, {"00.json": b"0", "a/step_1/00.json": b"1", "a/step_1/01.json": b"2", "a/other/00.json": b"3"})
+    fill(base, {"run1/00.json": b"4", "qax/00.json": b"5"})
+    top, below = f"{folder}/00.json", f"{folder}/a/step_1/00.json"
+    assert [file.url for file in storage.list_folder(folder)] == [top]
+    assert [file.url for file in storage.list_folder(f"{folder}/", "*/step_*/00.*")] == [below]
+    assert storage.read_many([top, below, f"{folder}/none"]) == {top: b"0", below: b"1"}
+    storage.delete(f"{folder}/a/step_1")
+    assert [file.url for file in storage.list_folder(folder, "*/*/*")] == [f"{folder}/a/other/00.json"]
+    storage.delete(folder)
+    assert [storage.exists(url) for url in (folder, f"{base}/run1/00.json", f"{base}/qax/00.json")] == [False, True, True]
+    with pytest.raises(DataError, match="no such file or folder"):
+        storage.list_folder(folder)
+
+
+def test_a_file_is_created_once(base):
+    assert [storage.create_bytes(f"{base}/lease", content) for content in (b"first", b"second")] == [True, False]
+    assert storage.read_bytes(f"{base}/lease") == b"first"
+    storage.delete(f"{base}/lease")
+    assert storage.create_bytes(f"{base}/lease", b"third")
 
 
 @pytest.mark.s3
@@ -101,20 +126,20 @@ def test_braces():
 
 
 def test_folders_and_files_are_cached_until_they_change(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     folder, file = f"{base}/model", f"{base}/model/unet/config.json"
     # The first file's name is a prefix of the second one's.
     fill(base, {"model/unet/config.json": b"one", "model/unet/config.json.txt": b"other"})
-    cached, single = Path(storage.cached_folder(folder)), Path(storage.cached_folder(file))
+    cached, single = Path(cached_folder(folder)), Path(cached_folder(file))
     assert (cached / "unet" / "config.json").read_bytes() == b"one"
     assert (single.name, single.read_bytes()) == ("config.json", b"one")
-    assert Path(storage.cached_folder(folder)) == cached
+    assert Path(cached_folder(folder)) == cached
     assert base.startswith("s3://") or str(cached) == folder
     storage.write_bytes(file, b"another")
-    assert (Path(storage.cached_folder(folder)) / "unet" / "config.json").read_bytes() == b"another"
+    assert (Path(cached_folder(folder)) / "unet" / "config.json").read_bytes() == b"another"
     if base.startswith("s3://"):
         with pytest.raises(DataError, match="none: no such file or folder"):
-            storage.cached_folder(f"{base}/none")
+            cached_folder(f"{base}/none")
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/a", "https://host/a", "s3://"])

@@ -11,6 +11,7 @@ from unittest import mock
 import fsspec
 
 from ray_platform import storage
+from ray_platform.cached_folders import cached_folder
 from ray_platform.contracts import DataError
 from tests.safety.cases import Feed, line_of
 
@@ -75,7 +76,7 @@ def planted_cache(folder: Path) -> str:
     cache.mkdir()
     cache.chmod(0o777)
     with server_with(["model/config.json"]), mock.patch("tempfile.gettempdir", return_value=str(folder)):
-        return line_of(lambda: storage.cached_folder("s3://b/model"), DataError)
+        return line_of(lambda: cached_folder("s3://b/model"), DataError)
 
 
 def credentials_in_url(folder: Path) -> str:

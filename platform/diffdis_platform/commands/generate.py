@@ -98,11 +98,12 @@ def _open_model(config: GenerateConfig) -> "DiffDisPipeline":
     from diffdis.export_folder import CONFIG_NAME
     from diffdis.pipeline import DiffDisPipeline
     from ray_platform import storage
+    from ray_platform.cached_folders import cached_folder
 
     try:
         export = storage.join(config.model, "export")
         is_run = storage.exists(storage.join(export, CONFIG_NAME))
-        pipeline = DiffDisPipeline.from_pretrained(storage.cached_folder(export if is_run else config.model))
+        pipeline = DiffDisPipeline.from_pretrained(cached_folder(export if is_run else config.model))
         if config.scheduler:
             pipeline.scheduler = config.scheduler
         return pipeline.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, config.dtype))

@@ -52,14 +52,14 @@ class PrecomputeConfig:
         """Return what builds the encoders, how many there are and what they need. Raises ConfigError."""
         from diffdis.encoder import FrozenEncoder, describe_encoders
         from diffdis.warm_start import resolve_encoder_paths
-        from ray_platform import storage
+        from ray_platform.cached_folders import with_cached_folders
         from ray_platform.data.precompute import EncoderPool
 
         model = resolve_encoder_paths(self.model)
         check_model(model, self.data)
         return EncoderPool(
-            functools.partial(storage.with_cached_folders, FrozenEncoder, model),
-            storage.with_cached_folders(describe_encoders, model),
+            functools.partial(with_cached_folders, FrozenEncoder, model),
+            with_cached_folders(describe_encoders, model),
             self.num_encoders,
             self.gpus_per_encoder,
             self.cpus_per_encoder,

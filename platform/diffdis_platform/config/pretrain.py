@@ -45,15 +45,18 @@ class PretrainConfig:
         from diffdis.task import DiffDisTask
         from diffdis.warm_start import resolve_encoder_paths
         from diffdis_platform.serving.package import model_package
-        from ray_platform import storage
+        from ray_platform.cached_folders import with_cached_folders
         from ray_platform.redaction import redacted_values
         from ray_platform.train.launch import Run
 
         model = resolve_encoder_paths(self.model)
         check_model(model, self.data)
-        with_folders = storage.with_cached_folders  # the paths may be s3:// URLs
         build_task: Callable[[], Any] = functools.partial(
-            with_folders, DiffDisTask, self.model, self.objective, self.preview_captions
+            with_cached_folders,
+            DiffDisTask,
+            self.model,
+            self.objective,
+            self.preview_captions,  # the paths may be s3:// URLs
         )
         return Run(
             build_task,
@@ -71,10 +74,10 @@ class PretrainConfig:
 
 def _describe(describe: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """Call a function of `diffdis` on the driver. Raises ConfigError for weights that are missing or do not fit."""
-    from ray_platform import storage
+    from ray_platform.cached_folders import with_cached_folders
 
     try:
-        return storage.with_cached_folders(describe, *arguments)
+        return with_cached_folders(describe, *arguments)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(one_line(error)) from error
 

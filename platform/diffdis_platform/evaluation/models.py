@@ -15,6 +15,7 @@ from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.export import ExportConfig
 from diffdis_platform.exporting import export, find_checkpoint
 from ray_platform import storage
+from ray_platform.cached_folders import with_cached_folders
 from ray_platform.contracts import ConfigError
 from ray_platform.report.records import EvaluatedModel
 from ray_platform.tracking import RUN_RECORD
@@ -66,8 +67,8 @@ def open_model(config: EvalConfig) -> EvaluationModel:
     return EvaluationModel(
         "diffdis",
         url,
-        storage.with_cached_folders(_digest, url),
-        functools.partial(storage.with_cached_folders, DiffDisScorer, url),
+        with_cached_folders(_digest, url),
+        functools.partial(with_cached_folders, DiffDisScorer, url),
         task,
         {} if task == "clip" else settings,
         step if step is not None else (summary or {}).get("num_steps"),
@@ -82,8 +83,8 @@ def open_baseline(url: str, taken_names: set[str]) -> EvaluationModel:
     name = url.rstrip("/").rsplit("/", 1)[-1]
     if name in taken_names:
         raise ConfigError(f"baselines: two models are named {name}; rename a folder")
-    build = functools.partial(storage.with_cached_folders, ClipScorer, url)
-    return EvaluationModel(name, url, storage.with_cached_folders(_digest, url), build)
+    build = functools.partial(with_cached_folders, ClipScorer, url)
+    return EvaluationModel(name, url, with_cached_folders(_digest, url), build)
 
 
 def _digest(url: str) -> str:

@@ -23,6 +23,7 @@ from diffdis_platform.config.evaluate import QualityConfig
 from diffdis_platform.evaluation.measurements import build_unit
 from diffdis_platform.evaluation.models import EvaluationModel
 from ray_platform import storage
+from ray_platform.cached_folders import with_cached_folders
 from ray_platform.contracts import ConfigError, DataError, Rows, one_line
 from ray_platform.evaluate.discovery import open_evaluation_set, open_image_set
 from ray_platform.evaluate.result_cache import read_arrays
@@ -80,7 +81,7 @@ def network_builders(config: QualityConfig) -> dict[str, Callable[[str], PooledF
         return {}
     options = {"inception": (config.inception, config.resize)}  # no other network has a choice of weights or resizing
     return {
-        name: functools.partial(storage.with_cached_folders, build_feature_network, name, *options.get(name, ("", "")))
+        name: functools.partial(with_cached_folders, build_feature_network, name, *options.get(name, ("", "")))
         for name in config.networks
     }
 

@@ -9,13 +9,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from ray_platform import storage
-from ray_platform.contracts import DataError
+from ray_platform.contracts import DataError, one_line
 from ray_platform.data.config import DataConfig
 from ray_platform.data.precomputed import PrecomputedManifest
+from ray_platform.formats import FileFormat
+from ray_platform.json_values import JsonObject
 
+CATALOG_FORMAT = FileFormat("catalog")
+PRECOMPUTED_FORMAT = FileFormat("manifest of precomputed shards")
 MANIFEST = "manifest.json"  # in a folder of precomputed shards: which encoders wrote them
 SUFFIXES = (".tar", ".arrow")
 NOMINAL_BYTES = 40_000  # of a sample whose size is not known
@@ -152,12 +156,22 @@ def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
 
 def to_json(catalog: Catalog) -> bytes:
     """Return the shards and their counts as JSON, to be stored with a run."""
-    return json.dumps({"digest": catalog.digest, "shards": [list(shard) for shard in catalog.shards]}).encode()
+    values = {"digest": catalog.digest, "shards": [list(shard) for shard in catalog.shards]}
+    return json.dumps(CATALOG_FORMAT.stamp(values)).encode()
+
+
+def _from_json(saved: bytes) -> JsonObject:
+    """Return what `to_json` wrote. Raises DataError."""
+    try:
+        return CATALOG_FORMAT.read(json.loads(saved), ("digest", "shards"), "catalog.json")
+    except (ValueError, AttributeError, RecursionError) as error:
+        problem = f"is damaged ({one_line(error, 100)}); remove it from output_dir, if the shards are those of before"
+        raise DataError(f"catalog.json: {problem}") from None
 
 
 def difference(saved: bytes, catalog: Catalog) -> str:
     """Return what changed since `saved`, in one line; empty if nothing did."""
-    values = json.loads(saved)
+    values = _from_json(saved)
     if values["digest"] == catalog.digest:
         return ""
     before = {name: size for _, size, name, *_ in values["shards"]}
@@ -184,7 +198,7 @@ def _counts(listed: Mapping[str, storage.StoredFile], sidecars: set[str], cached
     """Return URL -> samples from img2dataset's sidecars. Each is a small request, so a run reads them only once."""
     known = {}
     if cached:
-        for url, size, _, count in json.loads(cached)["shards"]:
+        for url, size, _, count in _from_json(cached)["shards"]:
             if url in listed and listed[url].size == size and count >= 0:
                 known[url] = count
     wanted = {f"{url[:-4]}_stats.json": url for url in listed if url not in known}
@@ -208,6 +222,7 @@ def _read_manifests(urls: Sequence[str]) -> tuple[PrecomputedManifest, dict[str,
         url = storage.join(folder, MANIFEST)
         try:
             manifest: PrecomputedManifest = json.loads(storage.read_small(url, storage.LISTING_BYTES))
+            PRECOMPUTED_FORMAT.check_version(cast(JsonObject, manifest), url)
             origin = (manifest["encoders"], manifest["settings"])
             if manifest["complete"]:
                 counts |= {storage.join(folder, name): operator.index(count) for name, count in manifest["shards"].items()}

@@ -23,7 +23,7 @@ import torch
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, Encoder
 from ray_platform.data import precomputed
-from ray_platform.data.catalog import MANIFEST, Catalog, ShardRange
+from ray_platform.data.catalog import MANIFEST, PRECOMPUTED_FORMAT, Catalog, ShardRange
 from ray_platform.data.causes import LOST, SkipCounter, UnitCounts
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Group, Item
@@ -167,19 +167,20 @@ def _resume(output_dir: str, manifest: precomputed.PrecomputedManifest, stems: l
     """Return the complete units of a folder with the same manifest; start the folder if it does not exist."""
     url = storage.join(output_dir, MANIFEST)
     if not storage.exists(url):
-        storage.write_bytes(url, json.dumps({**manifest, "complete": False}, indent=2).encode())
+        storage.write_bytes(url, json.dumps(PRECOMPUTED_FORMAT.stamp({**manifest, "complete": False}), indent=2).encode())
         return {}
     try:
         stored = json.loads(storage.read_small(url, storage.LISTING_BYTES))
+        PRECOMPUTED_FORMAT.check_version(stored, url)
         differing = [name for name, value in manifest.items() if stored[name] != value]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{url}: is not a manifest of precomputed shards; name another output_dir") from None
     if differing:
         raise DataError(
             f"{output_dir}: was started with another {' and '.join(differing)} (see its {MANIFEST}); name another output_dir"
         )
     folder = storage.join(output_dir, PROGRESS)
-    written = {file.url for file in storage.list_files(folder)} if storage.exists(folder) else set()
+    written = {file.url for file in storage.list_folder(folder)} if storage.exists(folder) else set()
     number_of = {storage.join(folder, f"{name}.json"): number for number, name in enumerate(stems)}
     records = storage.read_many([url for url in number_of if url in written])
     return {
@@ -256,4 +257,4 @@ def _write_manifest(output_dir: str, manifest: precomputed.PrecomputedManifest, 
         "rejected": dict(rejected),
         "shards": dict(sorted(shards.items())),
     }
-    storage.write_bytes(storage.join(output_dir, MANIFEST), json.dumps(content, indent=2).encode())
+    storage.write_bytes(storage.join(output_dir, MANIFEST), json.dumps(PRECOMPUTED_FORMAT.stamp(content), indent=2).encode())

@@ -4,6 +4,9 @@ A checkpoint is the folder `<output_dir>/checkpoints/<launch>/step_<n>`. It hold
 moments and EMA, named `<state>/<parameter>` and distributed over the ranks that wrote them), one JSON file per rank, the two
 ledgers, and the manifest `complete.json`, written last, which lists the other files with sizes and digests; a folder without
 it is not a checkpoint. Nothing depends on the number of ranks or the ZeRO stage, so any other number and stage can load it.
+
+Checkpoints form a lineage: a manifest names the checkpoint before it and has a counter above those of all checkpoints that
+existed when its launch started. The counters, and no clock, tell which checkpoint is the newest.
 """
 
 import base64
@@ -12,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_origin, get_type_hints
 
 import safetensors.torch
@@ -22,11 +25,13 @@ from safetensors import SafetensorError
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, TrainingFacts, one_line
 from ray_platform.data.ledger import Ledger
+from ray_platform.formats import FileFormat, NewerFormatError
 from ray_platform.names import check_below
 
 COMPLETE = "complete.json"
 BASE, CONSUMED = "base", "consumed"  # names of the two ledgers
 TENSORS = ".safetensors"
+MANIFEST_FORMAT = FileFormat("checkpoint manifest", version=2)  # 2 added the lineage
 
 
 class CorruptCheckpoint(DataError):
@@ -51,9 +56,12 @@ class Manifest:
     code_version: str
     config: dict[str, Any]  # resolved configuration of the run
     files: dict[str, tuple[int, str]]  # name -> (bytes, SHA-256)
+    parent: str = ""  # checkpoint before it, as `Lineage.parent`
+    counter: int = 0  # grows along the lineage; 0: written in format 1
+    ancestors: list[str] = field(default_factory=list)  # launches from which its launch descends, oldest first
 
     def to_bytes(self) -> bytes:
-        return json.dumps(asdict(self), indent=1).encode()
+        return json.dumps(MANIFEST_FORMAT.stamp(asdict(self)), indent=1).encode()
 
     def training_facts(self) -> TrainingFacts:
         """Return what the model card of an export reports."""
@@ -69,7 +77,7 @@ class Manifest:
     @classmethod
     def from_bytes(cls, data: bytes, url: str) -> "Manifest":
         """Parse what `to_bytes` wrote; `data` may be anything. Raises ValueError, TypeError, AttributeError, DataError."""
-        values = json.loads(data)
+        values = MANIFEST_FORMAT.read(json.loads(data), [one.name for one in fields(cls)], url)
         hints = get_type_hints(cls)
         for name in values.keys() & hints.keys():
             kind = get_origin(hints[name]) or hints[name]
@@ -113,7 +121,8 @@ class RankState:
     def from_bytes(cls, data: bytes) -> "RankState":
         """Parse what `to_bytes` wrote; `data` may be anything. Raises ValueError, TypeError, KeyError, AttributeError."""
         values = json.loads(data)
-        state = cls(dict(values["skipped"]), LossHistory(**values["history"]), values["rng"])
+        history = {one.name: values["history"][one.name] for one in fields(LossHistory) if one.name in values["history"]}
+        state = cls(dict(values["skipped"]), LossHistory(**history), values["rng"])
         if not all(isinstance(count, int) for count in state.skipped.values()):
             raise ValueError(f"skipped is {str(state.skipped)[:50]!r}")
         if state.rng_tensor().shape != torch.get_rng_state().shape:
@@ -146,13 +155,14 @@ def contiguous_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 # --- reading -------------------------------------------------------------------------------------------------------------
-# Every `read_` function raises CorruptCheckpoint for a file that is missing, damaged or not what the manifest lists, and
-# StorageError while storage does not answer.
+# Every `read_` function raises CorruptCheckpoint for a file that is missing, damaged or not what the manifest lists,
+# NewerFormatError for a checkpoint of a newer version, and StorageError while storage does not answer.
 
 
 def read_manifest(url: str) -> Manifest:
+    file = storage.join(url, COMPLETE)
     with _corruption_named(url, COMPLETE):
-        return Manifest.from_bytes(storage.read_small(storage.join(url, COMPLETE)), url)
+        return Manifest.from_bytes(storage.read_small(file), file)
 
 
 def read_file(url: str, manifest: Manifest, name: str) -> bytes:
@@ -222,7 +232,7 @@ def _corruption_named(url: str, name: str) -> Iterator[None]:
         if error.kind != "missing":
             raise
         raise CorruptCheckpoint(f"{url}: {name} is missing; {advice}") from None
-    except CorruptCheckpoint:
+    except (CorruptCheckpoint, NewerFormatError):
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, DataError) as error:
         raise CorruptCheckpoint(f"{url}: {name} is damaged ({one_line(error, 300)}); {advice}") from None
@@ -234,19 +244,74 @@ def _corruption_named(url: str, name: str) -> Iterator[None]:
 def list_checkpoints(output_dir: str, launch: str = "*") -> list[str]:
     """Return the URLs of the complete checkpoints of a run, or of one of its launches, newest first.
 
-    Launches are named by time. All checkpoints of a later launch precede those of an earlier one, whatever their steps: it may
-    have resumed from before those, which are then an abandoned branch.
+    Checkpoints of format 1 have no counter. They precede all others in age, and are ordered by the names of their launches, which
+    sort by time, and their steps. A checkpoint with a damaged manifest comes after the one before it in its launch.
     """
-    folder = storage.join(checkpoints_dir(output_dir), launch)
-    if not storage.exists(folder.removesuffix("/*")):
-        return []
-    manifests = storage.list_files(storage.join(folder, "step_*", COMPLETE))
-    return sorted((file.url.rsplit("/", 1)[0] for file in manifests), key=_lineage, reverse=True)
+    return list(_read_counters(output_dir, launch))
 
 
-def _lineage(url: str) -> list[str]:
-    """Return [launch, step], which sorts checkpoints from old to new."""
-    return url.rsplit("/", 2)[1:]
+def _read_counters(output_dir: str, launch: str = "*") -> dict[str, int]:
+    """Return the counter of every complete checkpoint by its URL, newest first."""
+    folder = checkpoints_dir(output_dir)
+    if not storage.exists(folder):
+        return {}
+    manifests = sorted(storage.list_folder(folder, f"{launch}/step_*/{COMPLETE}"), key=lambda file: file.url)
+    contents = storage.read_many([file.url for file in manifests if file.size <= storage.SMALL_BYTES])
+    counters: dict[str, int] = {}
+    last: dict[str, int] = {}  # by launch
+    for manifest in manifests:
+        checkpoint = manifest.url.rsplit("/", 1)[0]
+        name, _ = split_url(checkpoint)
+        with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+            last[name] = int(json.loads(contents[manifest.url]).get("counter", 0))
+        counters[checkpoint] = last.get(name, 0)
+    ordered = sorted(counters, key=lambda url: (counters[url], *split_url(url)), reverse=True)
+    return {url: counters[url] for url in ordered}
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """Return (launch, name) of a checkpoint."""
+    _, launch, name = url.rsplit("/", 2)
+    return launch, name
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Place of a launch among the checkpoints in `output_dir`, where no other launch writes at the same time (see `lease.py`)."""
+
+    launch: str
+    parent: str = ""  # checkpoint before the next one, as <launch>/<name>, or its URL if it is elsewhere; empty: none
+    ancestors: tuple[str, ...] = ()  # launches in output_dir from which this launch descends, oldest first
+    earlier: tuple[str, ...] = ()  # all launches that were in output_dir when this launch started
+    counter: int = 0  # of the last checkpoint; before the first one, the highest in output_dir
+
+    @classmethod
+    def read(cls, output_dir: str, launch: str, loaded: str = "", manifest: Manifest | None = None) -> "Lineage":
+        """Return the lineage of a launch that starts from the checkpoint `loaded` with this manifest, or from the beginning."""
+        folder, counters = f"{checkpoints_dir(output_dir)}/", _read_counters(output_dir)
+        earlier = sorted({split_url(url)[0] for url in _folders(output_dir)} - {launch})
+        ancestors: list[str] = []
+        if manifest and loaded.startswith(folder):
+            origin, _ = split_url(loaded)
+            # In format 1, a launch descended from all launches before it.
+            before = manifest.ancestors if manifest.counter else [name for name in earlier if name < origin]
+            ancestors = [name for name in (*before, origin) if name != launch]
+        return cls(launch, loaded.removeprefix(folder), tuple(ancestors), tuple(earlier), max(counters.values(), default=0))
+
+    def place(self, manifest: Manifest) -> Manifest:
+        """Return the manifest of the next checkpoint with its place in this lineage."""
+        return replace(manifest, parent=self.parent, counter=self.counter + 1, ancestors=list(self.ancestors))
+
+    def after(self, name: str) -> "Lineage":
+        """Return the lineage after the checkpoint `name` was written."""
+        return replace(self, parent=f"{self.launch}/{name}", counter=self.counter + 1)
+
+
+def _folders(output_dir: str) -> list[str]:
+    """Return the URLs of the folders of all checkpoints, including incomplete ones."""
+    folder = checkpoints_dir(output_dir)
+    files = storage.list_folder(folder, "*/step_*/*") if storage.exists(folder) else ()
+    return sorted({file.url.rsplit("/", 1)[0] for file in files})
 
 
 def candidates(resume: str, output_dir: str, launch: str) -> list[str]:
@@ -277,16 +342,21 @@ class RetentionPolicy:
     best_metric: str = ""  # empty: none
     best_mode: Literal["max", "min"] = "max"
 
-    def prune(self, newest: str) -> None:
-        """Delete the other checkpoints, including incomplete ones, after `newest` was finalized and before the next one starts.
+    def prune(self, newest: str, lineage: Lineage) -> None:
+        """Delete the other checkpoints of a lineage, after `newest` was finalized and before the next one starts.
 
-        Checkpoints newer than `newest` stay: another launch may be writing them.
+        Those of launches that are not ancestors stay: they are another branch, or a launch that took this run over wrote them.
+        Incomplete ones are deleted if they are in a launch that ended before this one, or older than `newest`.
         """
-        ordered = list_checkpoints(self.output_dir)
+        launches = {*lineage.ancestors, lineage.launch}
+        existing = list_checkpoints(self.output_dir)
+        ordered = [url for url in existing if split_url(url)[0] in launches]
         kept = {newest, *ordered[: self.num_newest], *self._best(ordered)}
-        files = storage.list_files(storage.join(checkpoints_dir(self.output_dir), "*", "step_*", "*"))
-        for url in sorted({file.url.rsplit("/", 1)[0] for file in files}):
-            if _lineage(url) < _lineage(newest) and url not in kept:
+        for url in _folders(self.output_dir):
+            launch, name = split_url(url)
+            is_past = launch in lineage.ancestors or (launch == lineage.launch and name < split_url(newest)[1])
+            is_unfinished = launch in lineage.earlier and url not in existing
+            if url not in kept and (is_past or is_unfinished):
                 storage.delete(storage.join(url, COMPLETE))  # first, so that it is no longer listed
                 storage.delete(url)
 

@@ -30,6 +30,7 @@ from ray_platform.train.checkpoint_format import (
     CONSUMED,
     TENSORS,
     CorruptCheckpoint,
+    Lineage,
     LossHistory,
     Manifest,
     RankState,
@@ -217,10 +218,12 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, launch_dir: str, engine: "Engine", state: TrainState, retention: RetentionPolicy, heartbeat: HeartbeatThread
+        self, lineage: Lineage, engine: "Engine", state: TrainState, retention: RetentionPolicy, heartbeat: HeartbeatThread
     ):
-        """`launch_dir`: folder of this launch's checkpoints. `state.consumed` is updated by every `save`."""
+        """`lineage`: read by rank 0, which alone writes manifests. `state.consumed` is updated by every `save`."""
         self.engine, self.state, self.retention, self.heartbeat = engine, state, retention, heartbeat
+        self.lineage = lineage
+        launch_dir = storage.join(checkpoints_dir(retention.output_dir), lineage.launch)
         self.rank = dist.get_rank()
         self.phase = Phase.IDLE
         token = gather_objects(secrets.token_hex(4))[0]
@@ -232,13 +235,13 @@ class CheckpointManager:
     def save(self, manifest: Manifest, consumed: Sequence[ConsumedRange], rank_state: RankState) -> None:
         """Copy this rank's part of the engine's state, and start to upload it in the background.
 
-        Token and files of the manifest are filled in here. `consumed` is what this rank consumed since the last call.
+        Token, lineage and files of the manifest are filled in here. `consumed` is what this rank consumed since the last call.
         """
         self.wait()  # for the checkpoint before
         self.phase = Phase.SNAPSHOT
         self.heartbeat.set_phase("saving a checkpoint")
         self._warn_of_missing_metric(manifest)
-        self._manifest = replace(manifest, token=self.uploader.token)
+        self._manifest = self.lineage.place(replace(manifest, token=self.uploader.token))
         assignment, tensors, ledgers = TensorAssignment(dist.get_world_size()), {}, {}
         with self.heartbeat.waiting_for_ranks():
             self.state.consumed.add(chain.from_iterable(gather_objects(merge_ranges(consumed))))
@@ -259,7 +262,9 @@ class CheckpointManager:
             return
         self.phase = Phase.FINALIZING
         if self.rank == 0:
-            self.uploader.finalize(None if any_failed else self._manifest, self.retention)
+            self.uploader.finalize(None if any_failed else self._manifest, self.retention, self.lineage)
+        if not any_failed:
+            self.lineage = self.lineage.after(checkpoint_name(self._manifest.step))
 
     @collective
     def wait(self) -> str:
@@ -323,9 +328,9 @@ class AsyncUploader:
         self.url, self.failure = storage.join(self.launch_dir, checkpoint_name(step)), ""
         self._last = self._executor.submit(self._upload, self.url, dict(tensors), dict(ledgers), rank_state)
 
-    def finalize(self, manifest: Manifest | None, retention: RetentionPolicy) -> None:
+    def finalize(self, manifest: Manifest | None, retention: RetentionPolicy, lineage: Lineage) -> None:
         """Start to write the manifest and to prune older checkpoints, on rank 0. None: remove a failed checkpoint's files."""
-        task = (self._remove_files, self.url) if manifest is None else (self._complete, self.url, manifest, retention)
+        task = (self._remove_files, self.url) if manifest is None else (self._complete, self.url, manifest, retention, lineage)
         self._last = self._executor.submit(*task)
 
     def wait(self) -> None:
@@ -350,7 +355,7 @@ class AsyncUploader:
         self.on_progress()
         return len(data), hashlib.sha256(data).hexdigest()
 
-    def _complete(self, url: str, manifest: Manifest, retention: RetentionPolicy) -> None:
+    def _complete(self, url: str, manifest: Manifest, retention: RetentionPolicy, lineage: Lineage) -> None:
         try:
             files: dict[str, tuple[int, str]] = {}
             for rank in range(manifest.world_size):
@@ -363,13 +368,13 @@ class AsyncUploader:
             logger.warning("checkpoint %s was not completed; training continues: %s", url, self.failure)
             return
         try:
-            retention.prune(url)
+            retention.prune(url, lineage)
         except Exception as error:
             logger.warning("checkpoints older than %s could not be removed; the next one retries: %s", url, one_line(error))
 
     def _remove_files(self, url: str) -> None:
         with contextlib.suppress(storage.StorageError):
-            for file in storage.list_files(storage.join(url, f"*.{self.token}.*")):
+            for file in storage.list_folder(url, f"*.{self.token}.*"):
                 storage.delete(file.url)
 
 

@@ -22,7 +22,8 @@ from ray_platform.contracts import Batch, ConfigError, ConsumedRange, DataError,
 from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
 from ray_platform.ray_internals import spilled_bytes
-from ray_platform.train.checkpoint_format import LossHistory, Manifest, RankState, RetentionPolicy, checkpoints_dir
+from ray_platform.retry import RETRY_SECONDS
+from ray_platform.train.checkpoint_format import Lineage, LossHistory, Manifest, RankState, RetentionPolicy
 from ray_platform.train.checkpointing import CheckpointManager, TrainState, add_counts, find_checkpoint, restore
 from ray_platform.train.collective import collective, gather_objects
 from ray_platform.train.config import BatchPlan
@@ -97,8 +98,11 @@ class Trainer:
             restore(loaded, self.engine)
         self.loss_monitor = LossMonitor(config, history, spec.output_dir)
         retention = RetentionPolicy(spec.output_dir, config.keep_checkpoints, config.keep_best, config.keep_best_mode)
-        launch_dir = storage.join(checkpoints_dir(spec.output_dir), spec.launch)
-        self.checkpoints = CheckpointManager(launch_dir, self.engine, self.start, retention, heartbeat)
+        lineage = Lineage(spec.launch)
+        if self.rank == 0:
+            with storage.retrying_for(RETRY_SECONDS):
+                lineage = Lineage.read(spec.output_dir, spec.launch, self.start.url, loaded.manifest if loaded else None)
+        self.checkpoints = CheckpointManager(lineage, self.engine, self.start, retention, heartbeat)
         self.profiler = start_profiler(spec.output_dir) if config.profile and self.rank == 0 else None
         self.step = self.start.step
         self.consumed: list[ConsumedRange] = []  # by this rank since the last checkpoint
