@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.documentation import PAGES, ROOT, text_of
+from tests.support.messages import documented_messages
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([\w./-]+\.py):([A-Za-z_][\w.]*)`")
@@ -70,3 +71,8 @@ def test_the_code_that_a_page_names_exists(page):
 def test_the_methods_page_names_every_part_of_the_method():
     named = {file for file, _ in CODE.findall(text_of(ROOT / "docs" / "method.md"))}
     assert {f"diffdis/{part}.py" for part in PARTS_OF_THE_METHOD} <= named
+
+
+def test_every_documented_message_is_written_by_a_test():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    assert [fault for fault in documented_messages() if f'"{fault}"' not in tests] == []
