@@ -30,7 +30,9 @@ def check_message(fault: str, line: object, **placeholders: object) -> None:
         text = text.replace(str(value), name)
     text = text.replace("|", "\\|").replace("`", "'")
     if not os.environ.get("UPDATE_DOCS"):
-        assert documented_messages().get(fault) == text, f"docs/operations.md: the row {fault!r} differs; rerun with UPDATE_DOCS=1"
+        assert documented_messages().get(fault) == text, (
+            f"docs/operations.md: the row {fault!r} differs; rerun with UPDATE_DOCS=1"
+        )
         return
     with filelock.FileLock(Path(tempfile.gettempdir()) / "operations.md.lock"):
         rows = documented_messages() | {fault: text}
