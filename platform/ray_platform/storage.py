@@ -1,12 +1,11 @@
-"""Files in folders and in `s3://`. This is the only module that knows fsspec, s3fs and Arrow's file systems.
+"""Files in folders and in object stores.
 
-Credentials, region and endpoint come from the usual AWS places (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ~/.aws, roles). Every error
-is a `DataError` of one line that names the URL and never the credentials. `ray_platform.retry` documents the retries.
+`object_store` opens and configures the stores. Every error is a `DataError` of one line that names the URL and never the
+credentials (`storage_errors`). `retry` documents the retries.
 """
 
 import contextlib
 import fnmatch
-import functools
 import io
 import json
 import os
@@ -21,26 +20,23 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-import botocore.session  # type: ignore[import-untyped]
-import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
-from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem, resolve_s3_region
+from pyarrow.fs import S3FileSystem
 
 from ray_platform.contracts import DataError, one_line
 from ray_platform.json_values import JsonObject
 from ray_platform.names import check_below, expand_braces
-from ray_platform.retry import StorageError, custom_endpoint, retrying_for, storage_errors, storage_operation
+from ray_platform.object_store import arrow_filesystem, open_store
+from ray_platform.retry import retrying_for, storage_operation
+from ray_platform.storage_errors import StorageError, s3_code, storage_errors
 
 __all__ = ["StorageError", "retrying_for"]
 
-READ_TIMEOUT_S = 20  # without a byte
 SMALL_BYTES = 64 * 2**20  # limit for files that describe others
 LISTING_BYTES = 2**30  # limit for a file that names every shard of a source
 _DELETES_AT_ONCE = 16
 _READ_AHEAD_BYTES = 2**20  # of a file that is opened on S3
-# s3fs attempts each call five times by itself; botocore's own retries would multiply that.
-_S3_CLIENT = {"connect_timeout": 5, "read_timeout": READ_TIMEOUT_S, "retries": {"total_max_attempts": 1}}
 T = TypeVar("T")
 Entry = dict[str, Any]  # what fsspec knows of a file: its name, type and size
 
@@ -53,7 +49,7 @@ class StoredFile:
     size: int
 
 
-@storage_operation(retried=False)
+@storage_operation(is_query=True)
 def list_files(source: str) -> tuple[StoredFile, ...]:
     """Return the files that `source` names, sorted by URL.
 
@@ -76,7 +72,7 @@ def list_files(source: str) -> tuple[StoredFile, ...]:
     return _as_files(filesystem, _resolve_links(filesystem, entries, deep="**" in path))
 
 
-@storage_operation(retried=False)
+@storage_operation(is_query=True)
 def list_folder(folder: str, pattern: str = "*") -> tuple[StoredFile, ...]:
     """Return the files below `folder`, which is not a pattern, that match `pattern`, such as `*/step_*/complete.json`.
 
@@ -110,18 +106,18 @@ def _resolve_links(filesystem: Any, entries: Iterable[Entry], deep: bool, seen: 
                 yield from _resolve_links(filesystem, filesystem.find(name, detail=True).values(), deep, seen | {target})
 
 
-@storage_operation(retried=True)
+@storage_operation(is_query=False)
 def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> bytes:
     """Return the content of a file, or its bytes start..stop (fewer if it ends before). Raises StorageError."""
     filesystem, path = _resolve(url)
-    if not isinstance(filesystem, LocalFileSystem):
+    if url.startswith("s3://") and (arrow := arrow_filesystem(path.partition("/")[0])):
         try:
-            return _read_by_arrow(path, start, stop)
+            return _read_by_arrow(arrow, path, start, stop)
         except OSError as error:
-            if "curlCode" in str(error):  # no answer, or too late: s3fs would wait as long again
+            if "curlCode: 28" in str(error):  # too late: s3fs would wait as long again
                 raise TimeoutError from None
-            # s3fs has clearer errors, and supports credentials that Arrow does not.
-    return filesystem.cat_file(path, start=start, end=stop)
+            # s3fs has clearer errors.
+    return _read_by_fsspec(filesystem, path, start or 0, stop) if start or stop else filesystem.cat_file(path)
 
 
 def read_small(url: str, max_bytes: int = SMALL_BYTES) -> bytes:
@@ -143,7 +139,7 @@ def read_json(url: str) -> JsonObject:
     return value
 
 
-@storage_operation(retried=True)
+@storage_operation(is_query=False)
 def read_buffer(url: str) -> pa.Buffer:
     """Return the content of a file in memory of Arrow's pool, which reuses pages without zeroing them. Raises StorageError."""
     filesystem, path = _resolve(url)
@@ -153,28 +149,26 @@ def read_buffer(url: str) -> pa.Buffer:
         return file.read_buffer()
 
 
-def _read_by_arrow(path: str, start: int | None, stop: int | None) -> bytes:
+def _read_by_arrow(filesystem: S3FileSystem, path: str, start: int | None, stop: int | None) -> bytes:
     """Read from S3 with Arrow: 2 to 3 times as fast as s3fs, at less than half of its CPU time (tests/benchmarks/s3_reads.py)."""
-    variables = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
-    with _arrow_filesystem(variables, path.partition("/")[0]).open_input_file(path) as file:
+    with filesystem.open_input_file(path) as file:
         if start is None and stop is None:
             return file.read()
         size, start = file.size(), start or 0
         return file.read_at(max(0, min(size if stop is None else stop, size) - start), start)
 
 
-@functools.lru_cache(maxsize=8)
-def _arrow_filesystem(variables: tuple[tuple[str, str], ...], bucket: str) -> S3FileSystem:
-    """Return Arrow's file system. `variables` are those that Arrow's SDK reads: they are part of the cache's key."""
-    endpoint = custom_endpoint()
-    scheme, _, host = endpoint.rpartition("://") if endpoint else ("https", "", None)
-    region = botocore.session.get_session().get_config_variable("region")
-    if not region:
-        region = "us-east-1" if endpoint else resolve_s3_region(bucket)
-    return S3FileSystem(
-        endpoint_override=host, scheme=scheme or "https", region=region, connect_timeout=5, request_timeout=READ_TIMEOUT_S,
-        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=2),
-    )  # fmt: skip
+def _read_by_fsspec(filesystem: Any, path: str, start: int, stop: int | None) -> bytes:
+    if stop is not None and stop <= start:
+        return b""
+    try:
+        content = filesystem.cat_file(path, start=start, end=stop)
+    except OSError as error:
+        if s3_code(error) in ("InvalidRange", "416"):  # it ends before
+            return b""
+        raise
+    # A web server that does not support ranges sends the whole file.
+    return content if stop is None or len(content) <= stop - start else content[start:stop]
 
 
 def read_many(urls: Sequence[str]) -> dict[str, bytes]:
@@ -200,7 +194,7 @@ def open_read(url: str) -> Iterator[IO[bytes]]:
             yield cast(IO[bytes], io.BufferedReader(_RemoteFile(url, _file_size(url)), _READ_AHEAD_BYTES))
 
 
-@storage_operation(retried=True)
+@storage_operation(is_query=False)
 def _file_size(url: str) -> int:
     filesystem, path = _resolve(url)
     return int(filesystem.info(path)["size"])
@@ -229,7 +223,7 @@ class _RemoteFile(io.RawIOBase):
         return len(content)
 
 
-@storage_operation(retried=True)
+@storage_operation(is_query=False)
 def write_bytes(url: str, data: bytes) -> None:
     """Write a whole file. A reader sees either the old content or the new one. Raises StorageError."""
     filesystem, path = _resolve(url)
@@ -249,7 +243,7 @@ def write_bytes(url: str, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@storage_operation(retried=True)
+@storage_operation(is_query=False)
 def create_bytes(url: str, data: bytes) -> bool:
     """Write a file unless one exists, and return whether it was written. Raises StorageError.
 
@@ -259,14 +253,13 @@ def create_bytes(url: str, data: bytes) -> bool:
     try:
         filesystem.pipe_file(path, data, mode="create")
     except OSError as error:
-        code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", "")  # of S3
-        if isinstance(error, FileExistsError) or code in ("PreconditionFailed", "ConditionalRequestConflict"):
+        if isinstance(error, FileExistsError) or s3_code(error) in ("PreconditionFailed", "ConditionalRequestConflict"):
             return False
         raise
     return True
 
 
-@storage_operation(retried=False)
+@storage_operation(is_query=True)
 def delete(url: str) -> None:
     """Remove a file, or a folder with everything below it, if it exists. Raises StorageError."""
     with contextlib.suppress(FileNotFoundError):
@@ -286,13 +279,13 @@ def put_folder(folder: Path, url: str) -> None:
     _put_files(url, folder, sources)
 
 
-@storage_operation(retried=True)
+@storage_operation(is_query=False)
 def _put_files(url: str, folder: Path, sources: Sequence[Path]) -> None:
     filesystem, path = _resolve(url)
     filesystem.put([str(source) for source in sources], [f"{path}/{source.relative_to(folder).as_posix()}" for source in sources])
 
 
-@storage_operation(retried=True)
+@storage_operation(is_query=False)
 def get_folder(url: str, folder: Path) -> None:
     """Copy every file below `url`, or the file `url`, to below the local `folder`.
 
@@ -307,7 +300,7 @@ def get_folder(url: str, folder: Path) -> None:
     filesystem.get(sources, [str(target) for target in targets])
 
 
-@storage_operation(retried=True)
+@storage_operation(is_query=False)
 def find_files(url: str) -> tuple[Any, str, dict[str, Entry]]:
     """Return the file system of `url`, its path in it, and all files below it, at least one."""
     filesystem, path = _resolve(url)
@@ -317,11 +310,15 @@ def find_files(url: str) -> tuple[Any, str, dict[str, Entry]]:
     return filesystem, path, entries
 
 
-@storage_operation(retried=False)
+@storage_operation(is_query=True)
 def exists(url: str) -> bool:
     """Return whether a file or folder exists. Raises StorageError if storage does not tell (wrong credentials, no endpoint)."""
     filesystem, path = _resolve(url)
-    return filesystem.exists(path)
+    try:
+        filesystem.info(path)  # the `exists` of s3fs takes every error of a bucket for its absence
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def join(url: str, *parts: str) -> str:
@@ -338,23 +335,12 @@ def _resolve(url: str) -> tuple[Any, str]:
         return LocalFileSystem(auto_mkdir=True), os.path.abspath(os.path.expanduser(url))
     if scheme == "file":
         return LocalFileSystem(auto_mkdir=True), os.path.abspath(rest)
-    if scheme != "s3":
-        raise DataError(f"{url}: cannot read {scheme}://; name a folder or an s3:// URL")
-    if not rest.strip("/"):
-        raise DataError(f"{url}: names no bucket; write s3://bucket/folder")
-    if "@" in rest.partition("/")[0]:
-        raise DataError(
-            f"{url}: contains credentials (before an @); leave them out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
-    # A server of one's own seldom has a DNS name per bucket.
-    client = _S3_CLIENT | ({"s3": {"addressing_style": "path"}} if custom_endpoint() else {})
-    # No cached listings: what other processes write must be visible.
-    return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=client), rest.rstrip("/")
+    return open_store(url)
 
 
 def _stored_file(filesystem: Any, entry: Entry) -> StoredFile:
     name = entry["name"]
-    return StoredFile(name if isinstance(filesystem, LocalFileSystem) else f"s3://{name}", int(entry["size"]))
+    return StoredFile(name if isinstance(filesystem, LocalFileSystem) else filesystem.unstrip_protocol(name), int(entry["size"]))
 
 
 def _as_files(filesystem: Any, entries: Iterable[Entry]) -> tuple[StoredFile, ...]:

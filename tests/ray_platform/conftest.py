@@ -5,7 +5,6 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -84,11 +83,3 @@ def s3_url(s3_server, monkeypatch) -> str:
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return "s3://tests"
-
-
-@pytest.fixture
-def forget_s3_sessions():
-    """Function to call after changing AWS_… variables: s3fs caches sessions and their credentials."""
-    forget = fsspec.get_filesystem_class("s3").clear_instance_cache
-    yield forget
-    forget()

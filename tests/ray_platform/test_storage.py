@@ -9,7 +9,7 @@ import pytest
 from botocore.exceptions import NoCredentialsError
 from pyarrow.fs import AwsStandardS3RetryStrategy
 
-from ray_platform import retry, storage
+from ray_platform import object_store, retry, storage
 from ray_platform.cached_folders import cached_folder
 from ray_platform.contracts import DataError
 from ray_platform.names import expand_braces
@@ -165,29 +165,17 @@ def test_a_missing_bucket_is_named(s3_url):
 
 
 @pytest.mark.s3
-def test_wrong_credentials_are_rejected_and_not_shown(s3_url, monkeypatch, forget_s3_sessions):
-    forget_s3_sessions()
+def test_wrong_credentials_are_rejected_and_not_shown(s3_url, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-wrong-secret")
     for access in (storage.read_bytes, storage.list_files, storage.exists, lambda url: storage.write_bytes(url, b"x")):
-        with pytest.raises(DataError, match=r"s3://tests/ready: access denied \(403\)") as caught:
+        with pytest.raises(DataError, match="s3://tests/ready: the server rejects the credentials") as caught:
             access("s3://tests/ready")
         assert "a-wrong-secret" not in str(caught.value)
         assert caught.value.__suppress_context__
 
 
-def test_no_credentials(monkeypatch, forget_s3_sessions, tmp_path):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    forget_s3_sessions()
-    with pytest.raises(DataError, match="no S3 credentials; set AWS_ACCESS_KEY_ID"):
-        storage.list_files("s3://bucket/folder")
-
-
 @pytest.fixture
-def endpoint(monkeypatch, forget_s3_sessions):
+def endpoint(monkeypatch):
     """Return endpoint(url), which sets the S3 endpoint and disables retries."""
 
     def use(url: str) -> None:
@@ -200,7 +188,6 @@ def endpoint(monkeypatch, forget_s3_sessions):
         for name, value in variables.items():
             monkeypatch.setenv(f"AWS_{name}", value)
         monkeypatch.setattr(retry, "RETRY_SECONDS", 0.0)
-        forget_s3_sessions()
 
     return use
 
@@ -227,15 +214,15 @@ def test_a_server_in_trouble_is_unavailable(monkeypatch, endpoint, behavior):
             pass
 
     one_attempt = AwsStandardS3RetryStrategy(max_attempts=1)
-    monkeypatch.setattr(storage, "AwsStandardS3RetryStrategy", lambda max_attempts: one_attempt)
+    monkeypatch.setattr(object_store, "AwsStandardS3RetryStrategy", lambda max_attempts: one_attempt)
     monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "retries", 1)
-    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 1)  # Arrow's minimum
+    monkeypatch.setattr(object_store, "READ_TIMEOUT_S", 1)  # Arrow's minimum
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.block_on_close = False
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         endpoint("http://127.0.0.1:9" if behavior == "does not exist" else f"http://127.0.0.1:{server.server_port}")
         try:
-            with pytest.raises(storage.StorageError, match=r"cannot reach the S3 endpoint|file: ") as raised:
+            with pytest.raises(storage.StorageError, match=r"cannot reach the S3 endpoint|the server is overloaded") as raised:
                 storage.read_bytes("s3://bucket/file")
         finally:
             server.shutdown()
@@ -277,7 +264,7 @@ def test_transfers_survive_an_outage_and_fail_when_it_lasts(tmp_path, monkeypatc
     assert outage.calls == 4
     monkeypatch.setattr(retry, "RETRY_SECONDS", 0.01)
     Outage(monkeypatch, failures=10**9)
-    with pytest.raises(storage.StorageError, match="cannot reach") as raised:
+    with pytest.raises(storage.StorageError, match="TimeoutError") as raised:
         TRANSFERS[name](url)
     assert raised.value.kind == "unavailable"
 
@@ -292,14 +279,16 @@ def test_what_a_retry_cannot_fix_fails_at_once(monkeypatch, error):
     assert outage.calls == 1
 
 
-def test_queries_are_retried_on_request_only(tmp_path, monkeypatch):
+def test_queries_are_retried_for_a_shorter_time(tmp_path, monkeypatch):
     for query in (storage.exists, storage.list_files, storage.delete):
         outage = Outage(monkeypatch, failures=2)
+        query(str(tmp_path))
+        assert outage.calls == 3
+        monkeypatch.setattr(retry, "QUERY_SECONDS", 0.0)
+        Outage(monkeypatch, failures=1)
         with pytest.raises(storage.StorageError):
             query(str(tmp_path))
-        with storage.retrying_for(10.0):
-            query(str(tmp_path))
-        assert outage.calls == 3
+        monkeypatch.undo()
     outage = Outage(monkeypatch, failures=10**9)
     with storage.retrying_for(0), pytest.raises(storage.StorageError):
         storage.read_bytes(str(tmp_path / "file"))

@@ -248,7 +248,7 @@ class Consumer:
 @pytest.mark.usefixtures("ray_cluster")
 class TestFromS3:
     @pytest.fixture
-    def consumer(self, s3_url, shard_folder, forget_s3_sessions):
+    def consumer(self, s3_url, shard_folder):
         """A stream in an actor whose environment has the credentials, like a pod's; its reads inherit them."""
         storage.put_folder(shard_folder, f"{s3_url}/stream")
         environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}

@@ -7,9 +7,12 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ray_platform.contracts import DataError
+
+if TYPE_CHECKING:  # every configuration imports this module, and the clients of object stores take long
+    from ray_platform.storage_errors import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +38,20 @@ BAD_DATA: dict[str, str] = {
     "shard_empty": "a shard without samples",
     "shard_missing": "listed, but gone when it was read (404)",
     "shard_forbidden": "storage denies access (403); check credentials and the bucket's policy",
+    "shard_archived": "in an archive of S3 (Glacier); restore it, or copy it to another storage class",
     "shard_unavailable": "storage did not answer within data.retry_seconds, or only with errors (5xx)",
     "shard_unreadable": "a precomputed shard that is not an Arrow file; run jobs/precompute.py again",
     # These two end a training run; only an inspection counts them.
     SHARD_CHANGED: "its length changed while it was inspected; is it still being written?",
     SHARD_CRASHES: "its reader failed or died (out of memory?), as a run would; see the log",
 }
-# The cause for each kind of `storage.StorageError`.
-LOST = {"missing": "shard_missing", "forbidden": "shard_forbidden", "unavailable": "shard_unavailable"}
+# The cause for each kind of `storage.StorageError` that concerns one file.
+LOST = {
+    "missing": "shard_missing",
+    "forbidden": "shard_forbidden",
+    "archived": "shard_archived",
+    "unavailable": "shard_unavailable",
+}
 _FILTERED = "filtered_"
 _SHOWN_REJECTS = 3  # warnings per cause
 _ENOUGH_SAMPLES = 100  # before the skipped fraction can stop a run
@@ -72,6 +81,13 @@ def filter_cause(field: str) -> str:
 def is_filtered(cause: str) -> bool:
     """Return whether a sample was filtered out, as the configuration asks: it is not bad data."""
     return cause.startswith(_FILTERED)
+
+
+def lost_cause(error: "StorageError") -> str:
+    """Return the cause of a file that storage does not return. Raises the error if it concerns every file: wrong credentials."""
+    if error.kind == "configuration":
+        raise error
+    return LOST[error.kind]
 
 
 def samples_lost(cause: str, known: int, read: int) -> int:

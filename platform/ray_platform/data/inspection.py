@@ -16,8 +16,9 @@ from typing import NamedTuple
 import ray
 import torch
 from PIL import Image
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
+from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data.catalog import Catalog, ShardRange
 from ray_platform.data.causes import SHARD_CHANGED, SHARD_CRASHES, RejectedSample, samples_lost
@@ -216,6 +217,8 @@ def inspect_units(units: Sequence[ShardRange], config: DataConfig) -> Iterator[S
         try:
             yield ray.get(done)
         except RayError as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, storage.StorageError):
+                raise error.cause from None
             logger.warning("%s: its reader failed: %s", unit.shard.url, str(error).strip().splitlines()[-1])
             yield _lost_unit(unit, SHARD_CRASHES)
 
@@ -231,6 +234,8 @@ def inspect_unit(unit: ShardRange, config: DataConfig) -> Statistics:
     started = time.perf_counter()
     try:
         shard = open_samples(Item(0, 0, 0, unit, []), config, seed=0)
+    except storage.StorageError:  # of wrong credentials, for example: it concerns every shard
+        raise
     except DataError:
         return _lost_unit(unit, SHARD_CHANGED)
     statistics = Statistics(units=1, num_bytes=unit.stop - unit.start, read_seconds=time.perf_counter() - started)

@@ -26,7 +26,7 @@ from ray.exceptions import RayTaskError
 from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data import captions, decode, filters
-from ray_platform.data.causes import LOST, RejectedSample, SampleError, UnitCounts
+from ray_platform.data.causes import RejectedSample, SampleError, UnitCounts, lost_cause
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Group, Item
 from ray_platform.data.precomputed import from_arrow
@@ -92,7 +92,7 @@ def open_samples(item: Item, config: DataConfig, seed: int) -> ShardSamples:
                 records = open_precomputed(data, f"{shard.name}/")
     except storage.StorageError as error:
         num_consumed = max((stop for _, stop in item.consumed), default=0)
-        records = [RejectedSample(f"{shard.name}/", LOST[error.kind])] * (num_consumed + 1)
+        records = [RejectedSample(f"{shard.name}/", lost_cause(error))] * (num_consumed + 1)
     return ShardSamples(records, config, f"{seed}/{item.epoch}")
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, describe_error
-from ray_platform.data.causes import LOST, RejectedSample
+from ray_platform.data.causes import RejectedSample, lost_cause
 from ray_platform.evaluate import sets
 from ray_platform.evaluate.sets import ClassTexts, DatasetSlice, EvaluationSet, EvaluationTask, RawSample, Samples, SlicePart
 from ray_platform.names import check_below
@@ -114,7 +114,7 @@ def _read_files(folder: str, files: LabeledNames, part: DatasetSlice) -> Samples
         try:
             return RawSample(name, storage.read_bytes(storage.join(folder, name), 0, _MAX_BYTES), label)
         except storage.StorageError as error:
-            return RejectedSample(name, LOST[error.kind])
+            return RejectedSample(name, lost_cause(error))
 
     with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
         return list(pool.map(read, *zip(*files, strict=True)))

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
-from ray_platform.data.causes import LOST, RejectedSample
+from ray_platform.data.causes import RejectedSample, lost_cause
 
 # About so many, whatever the number of replicas: small enough for 64 replicas to end together on the twelve sets.
 IMAGES_PER_SLICE = 128
@@ -131,7 +131,7 @@ def read_slice(part: DatasetSlice) -> Samples:
     try:
         samples = part.read(part)
     except storage.StorageError as error:
-        return [RejectedSample(f"{part.name}/", LOST[error.kind])]
+        return [RejectedSample(f"{part.name}/", lost_cause(error))]
     for sample in samples:
         if isinstance(sample, RawSample):
             part.schema.check(sample)
