@@ -128,8 +128,7 @@ def s3_endpoint() -> str:
 def _s3_settings(environment: Environment) -> S3Settings:
     """Resolve the configuration. Raises ConfigError for a value that no client can use, and botocore's errors."""
     session = botocore.session.get_session()
-    profile, s3 = session.get_scoped_config(), session.get_config_variable("s3") or {}
-    endpoint = _endpoint(session, profile)
+    endpoint, s3 = _endpoint(session), session.get_config_variable("s3") or {}
     # A server of one's own seldom has a DNS name per bucket.
     style = s3.get("addressing_style") or ("path" if endpoint else "auto")
     server = urlsplit(endpoint or "https://s3.amazonaws.com")
@@ -152,10 +151,11 @@ def _s3_settings(environment: Environment) -> S3Settings:
     )
 
 
-def _endpoint(session: Any, profile: dict[str, Any]) -> str:
+def _endpoint(session: Any) -> str:
     """Return the endpoint in botocore's order: the variables, the services section of the profile, the profile."""
     if session.get_config_variable("ignore_configured_endpoint_urls"):
         return ""
+    profile = session.get_scoped_config()
     service = session.full_config.get("services", {}).get(profile.get("services", ""), {}).get("s3", {})
     places = {name: os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")}
     places["endpoint_url (in ~/.aws/config)"] = service.get("endpoint_url") or profile.get("endpoint_url") or ""
@@ -187,9 +187,12 @@ def _limit_redirects(**_: object) -> None:
 def _s3fs(environment: Environment) -> Any:
     settings, session = _s3_settings(environment), AioSession()
     session.register("before-call.s3.HeadBucket", _limit_redirects)
-    # s3fs attempts each call five times by itself; botocore's own retries would multiply that.
-    config: dict[str, Any] = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
-    config |= {"retries": {"total_max_attempts": 1}, "s3": {"addressing_style": settings.addressing_style}}
+    config = {
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "read_timeout": READ_TIMEOUT_S,
+        "retries": {"total_max_attempts": 1},  # s3fs attempts each call five times by itself
+        "s3": {"addressing_style": settings.addressing_style},
+    }
     client = {"region_name": settings.region, "verify": settings.ca_file}
     return fsspec.filesystem(
         "s3",
