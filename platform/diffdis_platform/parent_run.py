@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from diffdis_platform.config.compare import CompareConfig
@@ -32,5 +33,4 @@ def start_parent_run(
     metadata = RunMetadata(dated_name(recipe), append_command(text, command), tags, params)
     known = read_run_record(folder)
     with start_run(tracking, folder, metadata, run_id=known["run_id"] if known else "", record=True) as tracker:
-        uri, parent = tracking_uri(tracking, folder), tracker.run_id()
-        yield tracker, TrackingConfig(uri, tracking.experiment, parent_run_id=parent, backends=tracking.backends)
+        yield tracker, replace(tracking, uri=tracking_uri(tracking, folder), parent_run_id=tracker.run_id())

@@ -28,7 +28,6 @@ from ray_platform.contracts import UserError
 MARKER = "DIFFDIS_LOCAL_HEAD"  # environment variable of every process of a head; its value identifies the head
 
 _HOST = "127.0.0.1"
-_OBJECT_STORE_BYTES = 2**30
 _START_TIMEOUT_S = 90.0
 _GRACE_S = 2.0
 _LOG_TAIL_LINES = 30
@@ -120,7 +119,6 @@ class LocalHead:
             f"--dashboard-host={_HOST}",
             *("--min-worker-port=0", "--max-worker-port=0"),  # the kernel chooses
             f"--temp-dir={self._folder}",
-            f"--object-store-memory={_OBJECT_STORE_BYTES}",
             "--disable-usage-stats",
             *([] if self._num_cpus is None else [f"--num-cpus={self._num_cpus}"]),
         ]

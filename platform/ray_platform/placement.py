@@ -3,11 +3,15 @@
 Ray is imported where it is called: every configuration imports this module, and `--help` must not wait for Ray.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ray_platform.contracts import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _UNLIMITED = 10**6  # capacity for a request of no resources
 _LABEL = re.compile(r"[a-zA-Z0-9]([-\w.]{0,61}[a-zA-Z0-9])?", re.ASCII)  # Ray's syntax of keys and values
@@ -54,6 +58,29 @@ def total_resources(labels: Labels) -> dict[str, float]:
             for kind, amount in node["Resources"].items():
                 total[kind] = total.get(kind, 0.0) + amount
     return total
+
+
+def start_on_this_node(actor_class: type, *arguments: Any) -> Any:
+    """Start an actor on the driver's node, where it is not lost with a node of the workers, and return its handle.
+
+    Ray restarts its process when that dies (for lack of memory, for example) and sends it the calls that had no answer. The new
+    process starts with the same arguments and without the state of the old one.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: Any = {"num_cpus": 0, "scheduling_strategy": this_node, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(**options)(actor_class).remote(*arguments)
+
+
+def log_restart(consequence: str) -> None:
+    """In the constructor of an actor: log a warning if Ray has restarted its process."""
+    import ray
+
+    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            logger.warning("the process of an actor died and was restarted: %s", consequence)
 
 
 def can_autoscale() -> bool:

@@ -20,6 +20,7 @@ from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.recipes import demo_compare
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
+from ray_platform.tracking import TrackingConfig
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.fault_tolerance import Stopped
 from tests.support.evaluation_sets import picture, write_wds
@@ -89,6 +90,7 @@ def measured(monkeypatch):
 
     def measure(config, identity, arm, seed, recipe, tracking):
         measured.append((arm, seed))
+        assert dataclasses.replace(tracking, uri="", run_name="", parent_run_id="") == config.tracking
         if arm == "broken":
             raise ConfigError("objective.freeze: no parameter matches nothing.*")
         figures, url = simulated_figures(arm, seed), Path(config.run_dir(arm, seed), "result.json")
@@ -103,7 +105,8 @@ def measured(monkeypatch):
 
 
 def test_a_comparison_measures_what_is_missing_and_summarizes_all(measured, config_of, tmp_path):
-    first = config_of(tmp_path, arms=("joint", "broken"), own_arms=BROKEN)
+    tracking = TrackingConfig(tags={"team": "vision"}, log_model=False, registered_model="small", system_metrics_seconds=0.0)
+    first = config_of(tmp_path, arms=("joint", "broken"), own_arms=BROKEN, tracking=tracking)
     summary = run(first)
     assert summary["failures"] == ["broken, seed 0: objective.freeze: no parameter matches nothing.*"]
     assert summary["arms"]["broken"]["seeds"] == {}

@@ -2,8 +2,11 @@
 
 from types import SimpleNamespace
 
+import psutil
 import pytest
+import ray
 
+from ray_platform.placement import start_on_this_node
 from ray_platform.train import hang_detector
 from ray_platform.train.hang_detector import HangDetector, Heartbeat, HeartbeatThread
 
@@ -75,13 +78,19 @@ def test_an_upload_that_makes_progress_is_not_a_hang(clock):
 
 
 def test_dead_and_removed_ranks_are_not_waited_for(clock):
-    detector = detector_of(heartbeat(0), heartbeat(1))
-    assert detector.num_alive() == 2
-    detector.remove(0)
-    assert detector.num_alive() == 1
+    detector = HangDetector()
+    assert not detector.all_stopped(), "it was restarted, perhaps, and the ranks have not sent a heartbeat yet"
     clock.wait(20)
-    assert detector.num_alive() == 0
+    for rank in (0, 1):
+        detector.record(heartbeat(rank))
+    detector.remove(0)
+    assert not detector.all_stopped()
+    clock.wait(20)
+    assert detector.all_stopped(), "a rank without heartbeats has died"
+    detector.record(heartbeat(1))
+    assert not detector.all_stopped()
     detector.remove(1)
+    assert detector.all_stopped()
     assert detector.find_hang(1.0) is None
 
 
@@ -97,6 +106,17 @@ def test_a_rank_reports_that_it_waits_for_the_others():
         sent = thread.heartbeat()
     assert (sent.waits_for_ranks, sent.phase, sent.is_slow_phase) == (True, "training", False)
     assert not thread.heartbeat().waits_for_ranks
+
+
+def test_a_detector_whose_process_is_killed_is_restarted_and_judges_again(ray_cluster):
+    detector = start_on_this_node(HangDetector)
+    assert ray.get(detector.record.remote(heartbeat(0, waits=False))) == ""
+    [process] = [child for child in psutil.Process().children(recursive=True) if "HangDetector" in " ".join(child.cmdline())]
+    process.kill()
+    assert ray.get(detector.find_hang.remote(0.0)) is None, "it knows no rank yet"
+    ray.get([detector.record.remote(heartbeat(0, waits=False)), detector.report_progress.remote(5, {"train/loss": 1.0})])
+    assert ray.get(detector.find_hang.remote(0.0)).message
+    assert ray.get(detector.progress.remote()) == (5, {"train/loss": 1.0})
 
 
 def test_a_request_to_stop_reaches_every_rank_until_the_workers_are_gone():

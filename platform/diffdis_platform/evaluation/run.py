@@ -28,7 +28,7 @@ from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit
 from ray_platform.report.evaluation import evaluation_page
 from ray_platform.report.records import CurvePoint, EvaluationDetails, ExampleImage, QualityPoint, RetrievalResult, ZeroShotResult
 from ray_platform.terminal import render_table
-from ray_platform.tracking import RUN_RECORD, RunMetadata, TrackedData, TrackingConfig, start_run
+from ray_platform.tracking import RUN_RECORD, RunMetadata, TrackedData, start_run
 from ray_platform.tracking.run_metadata import code_version, dated_name, run_tags
 
 UNITS, REPORT = "units", "report.html"
@@ -242,7 +242,7 @@ def _track(config: EvalConfig, model: EvaluationModel, sets: Iterable[Evaluation
                 flush=True,
             )
             return
-        tracking = TrackingConfig(uri, model.run_record["experiment"], backends=config.tracking.backends)
+        tracking = replace(config.tracking, uri=uri, experiment=model.run_record["experiment"])
         run_id = model.run_record["run_id"]
     else:
         text = f"An evaluation of `{model.url}`. Report: `{config.output_dir}/{REPORT}`."

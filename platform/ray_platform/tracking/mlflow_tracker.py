@@ -140,15 +140,21 @@ class MlflowTracker(Tracker):
             self.register_model(self._config.registered_model, "", self._run_id, own_tags)
 
     def register_model(self, name: str, source: str, run_id: str, tags: Mapping[str, str]) -> None:
+        from mlflow.exceptions import MlflowException
+
         client = self._client
         outputs = client.get_run(run_id).outputs
         models = [client.get_logged_model(output.model_id) for output in outputs.model_outputs] if outputs else []
         newest = max(models, key=lambda model: model.creation_timestamp, default=None)
         source = f"models:/{newest.model_id}" if newest else source
-        if name not in [model.name for model in client.search_registered_models()]:
+        try:
+            client.get_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
             client.create_registered_model(name)
-        versions = client.search_model_versions(f"name='{name}'")
-        version = next((v.version for v in versions if v.run_id == run_id and v.source == source), None)
+        versions = client.search_model_versions(f"name='{name}' and run_id='{run_id}'")  # few: a search returns a single page
+        version = next((v.version for v in versions if v.source == source), None)
         if version is None:
             with _environment("MLFLOW_TRACKING_URI", client.tracking_uri):  # where MLflow resolves models:/
                 client.create_model_version(name, source, run_id, tags=dict(tags), model_id=newest.model_id if newest else None)

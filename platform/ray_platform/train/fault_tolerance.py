@@ -1,5 +1,6 @@
 """Fault tolerance: unusable losses, restarts of failed workers, changes of their number, and the driver that watches them."""
 
+import contextlib
 import itertools
 import json
 import logging
@@ -16,10 +17,9 @@ import torch
 import torch.distributed as dist
 
 from ray_platform import storage
-from ray_platform.contracts import Batch, ConfigError, DataError, TrainingError
+from ray_platform.contracts import Batch, ConfigError, DataError, TrainingError, one_line
 from ray_platform.ray_internals import ControllerCallback, draining_nodes
 from ray_platform.retry import RETRY_SECONDS
-from ray_platform.tracking import Tracker
 from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.collective import collective
@@ -218,9 +218,10 @@ class SaveBeforeResize(ControllerCallback):
         if not self.has_started:  # the first decision starts the workers
             self.has_started = True
             return
-        ray.get(self.hang_detector.request_stop.remote(f"resizing to {resize_decision.num_workers} workers"))
+        reason = f"resizing to {resize_decision.num_workers} workers"
         deadline = time.monotonic() + _RESIZE_TIMEOUT_SECONDS
-        while ray.get(self.hang_detector.num_alive.remote()) and time.monotonic() < deadline:
+        while not ray.get(self.hang_detector.all_stopped.remote()) and time.monotonic() < deadline:
+            self.hang_detector.request_stop.remote(reason)  # again, as a detector that was restarted does not know it
             time.sleep(0.2)
         ray.get(self.hang_detector.reset.remote())
 
@@ -231,8 +232,8 @@ class SaveBeforeResize(ControllerCallback):
 class DriverMonitor:
     """Watches the workers for the length of a `with` block. Enter it in the main thread, where it handles SIGTERM."""
 
-    def __init__(self, hang_detector: Any, tracker: Tracker, node_metrics: NodeMetrics, train: TrainConfig):
-        self.hang_detector, self.tracker, self.node_metrics, self.train = hang_detector, tracker, node_metrics, train
+    def __init__(self, hang_detector: Any, node_metrics: NodeMetrics, train: TrainConfig):
+        self.hang_detector, self.node_metrics, self.train = hang_detector, node_metrics, train
         self.stopping = False  # SIGTERM was received: the workers save, and the run ends
         self.last_hang = ""  # message about the workers killed since the last `reset_workers`
         self._printed_step = -1
@@ -249,7 +250,8 @@ class DriverMonitor:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        self._print_progress()
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._print_progress()
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
 
@@ -267,12 +269,12 @@ class DriverMonitor:
         for num_polls in itertools.count(1):
             if self._done.wait(POLL_SECONDS):
                 return
-            self._print_progress()
-            if num_polls % _POLLS_PER_CHECK == 0:
-                try:
+            try:
+                self._print_progress()
+                if num_polls % _POLLS_PER_CHECK == 0:
                     self._check_workers()
-                except ray.exceptions.RayError as error:
-                    logger.warning("the hang detector does not answer: %s", error)
+            except ray.exceptions.RayError as error:
+                logger.warning("the hang detector does not answer: %s", one_line(error))
 
     def _check_workers(self) -> None:
         """Have the workers save and restart without a node that is being drained, and kill them all when one hangs."""
@@ -292,7 +294,7 @@ class DriverMonitor:
 
     def _print_progress(self) -> None:
         """Print a line when new metrics have arrived."""
-        step, metrics = self.tracker.latest()
+        step, metrics = ray.get(self.hang_detector.progress.remote(), timeout=_ANSWER_TIMEOUT_SECONDS)
         if step > self._printed_step and "train/samples_per_second" in metrics:
             self._printed_step = step
             print(progress_line(step, self.train.num_steps, metrics), flush=True)

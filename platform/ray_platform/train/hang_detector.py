@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_platform.placement import log_restart
 
 HEARTBEAT_SECONDS = 2.0
 _SILENT_SECONDS = 5 * HEARTBEAT_SECONDS  # after this, the process is stopped or its node is lost
@@ -67,6 +68,10 @@ class HeartbeatThread:
 
     def set_phase(self, phase: str, is_slow: bool = False) -> None:
         self.phase, self._is_slow_phase = phase, is_slow
+
+    def report_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Report the metrics of a step for the driver's progress line, which does not depend on the tracker. Does not wait."""
+        self.detector.report_progress.remote(step, metrics)
 
     def count_progress(self) -> None:
         """Report progress within a step or phase. May be called from any thread."""
@@ -129,11 +134,17 @@ class _Received:
 
 
 class HangDetector:
-    """Actor that receives the heartbeats and answers them with a request to stop. Times are those of its own clock."""
+    """Actor that receives the heartbeats and answers them with a request to stop. Times are those of its own clock.
+
+    If its process dies, Ray restarts it, and the next heartbeats restore what it knows of the ranks.
+    """
 
     def __init__(self) -> None:
         self._ranks: dict[int, _Received] = {}
         self._stop_reason = ""
+        self._progress: tuple[int, dict[str, float]] = (-1, {})
+        self._started_at = time.monotonic()
+        log_restart("hangs of the workers are detected again from now on; training continued")
 
     def record(self, heartbeat: Heartbeat) -> str:
         """Return why the rank has to save and stop; empty when it may continue."""
@@ -153,8 +164,18 @@ class HangDetector:
         """Forget a rank that will send no more heartbeats."""
         self._ranks.pop(rank, None)
 
-    def num_alive(self) -> int:
-        return sum(time.monotonic() - rank.received_at < _SILENT_SECONDS for rank in self._ranks.values())
+    def all_stopped(self) -> bool:
+        """Return whether no rank sends heartbeats any more. False for some seconds after a start, when that is not known yet."""
+        signs_of_life = [self._started_at, *(rank.received_at for rank in self._ranks.values())]
+        return time.monotonic() - max(signs_of_life) > _SILENT_SECONDS
+
+    def report_progress(self, step: int, metrics: dict[str, float]) -> None:
+        """Store the metrics of the newest step that was logged, for the driver's progress line."""
+        self._progress = (step, metrics)
+
+    def progress(self) -> tuple[int, dict[str, float]]:
+        """Return the step and the metrics that were reported last; step -1 before the first ones."""
+        return self._progress
 
     def nodes(self) -> set[str]:
         return {rank.heartbeat.node for rank in self._ranks.values()}
@@ -183,9 +204,3 @@ class HangDetector:
         else:
             cause = f"all {len(ranks)} ranks wait for each other; check the network between their nodes"
         return Hang(f"no step for {seconds:.0f} s: {cause}", [rank.heartbeat.actor for rank in ranks])
-
-
-def start_hang_detector() -> Any:
-    """Start the actor on the driver's node, so that it is not lost with a node of the workers."""
-    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(HangDetector).options(scheduling_strategy=driver_node).remote()

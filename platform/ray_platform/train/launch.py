@@ -25,7 +25,7 @@ from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import inspect_first_samples
 from ray_platform.data.plan import check_world_size
 from ray_platform.json_values import JsonObject
-from ray_platform.placement import label_selector
+from ray_platform.placement import label_selector, start_on_this_node
 from ray_platform.tracking import (
     ModelPackage,
     RunMetadata,
@@ -42,7 +42,7 @@ from ray_platform.tracking.runs import run_record, start_run
 from ray_platform.train.checkpoint_format import candidates, list_checkpoints, read_manifest
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.fault_tolerance import DriverMonitor, RestartPolicy, SaveBeforeResize
-from ray_platform.train.hang_detector import start_hang_detector
+from ray_platform.train.hang_detector import HangDetector
 from ray_platform.train.heldout import read_heldout
 from ray_platform.train.worker_spec import WorkerSpec
 
@@ -229,13 +229,13 @@ class Run:
             # The names sort by time, so that a later launch's checkpoints come after those of an earlier one.
             launch=time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{os.getpid()}",
             tracker=tracker,
-            hang_detector=start_hang_detector(),
+            hang_detector=start_on_this_node(HangDetector),
             heldout=ray.put(heldout) if heldout is not None else None,
             params=self.params,
             code_version=version,
         )
         node_metrics = NodeMetrics(tracker, self.tracking.system_metrics_seconds)
-        with DriverMonitor(spec.hang_detector, tracker, node_metrics, self.train) as monitor:
+        with DriverMonitor(spec.hang_detector, node_metrics, self.train) as monitor:
             self._run_workers(spec, monitor)
         if self.train.last_step == self.train.num_steps and self.tracking.log_model:
             if self.package:
@@ -278,6 +278,7 @@ class Run:
             run_config=ray.train.RunConfig(
                 name=f"{spec.launch}-{time.monotonic_ns()}",  # unique: Ray would resume a known name
                 storage_path=self._ray_dir,
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # not its requests for resources at every start
                 # Failures are handled by RestartPolicy, which counts those without a new checkpoint.
                 failure_config=ray.train.FailureConfig(max_failures=0),
                 callbacks=[SaveBeforeResize(spec.hang_detector)] if train.elastic else [],

@@ -251,6 +251,7 @@ class Trainer:
         self.step_metrics |= grouped
         if self.rank == 0 and grouped:
             self.spec.tracker.log_metrics(grouped, self.step)
+            self.heartbeat.report_metrics(self.step, self.step_metrics)
 
     @property
     def samples_seen(self) -> int:
