@@ -7,7 +7,7 @@ from typing import Any
 
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.sweep import SweepConfig
-from ray_platform.tracking import RunMetadata, Tracker, TrackingConfig, read_run_record, start_run, tracking_uri
+from ray_platform.tracking import RunMetadata, Tracker, TrackingConfig, start_run, tracking_uri
 from ray_platform.tracking.run_metadata import append_command, code_version, dated_name, run_tags
 
 
@@ -31,6 +31,5 @@ def start_parent_run(
     text = f"A {kind} by the recipe `{recipe}`; its runs are those below this one. Report: `{folder}/report.html`."
     tags = run_tags(recipe, folder, code_version())
     metadata = RunMetadata(dated_name(recipe), append_command(text, command), tags, params)
-    known = read_run_record(folder)
-    with start_run(tracking, folder, metadata, run_id=known["run_id"] if known else "", record=True) as tracker:
-        yield tracker, replace(tracking, uri=tracking_uri(tracking, folder), parent_run_id=tracker.run_id())
+    with start_run(tracking, folder, metadata, resume=True, record=True) as tracker:
+        yield tracker, replace(tracking, uri=tracking_uri(tracking, folder), parent_run_id=tracker.run_id() or folder)

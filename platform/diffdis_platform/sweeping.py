@@ -29,7 +29,7 @@ from ray_platform.sweep.config import Choice, Dimension, FieldValues, Space, des
 from ray_platform.sweep.search import best_point, pareto_front, trial_points
 from ray_platform.sweep.sweep import SegmentResult, Sweep, TrialSegment
 from ray_platform.terminal import render_table
-from ray_platform.tracking import RUN_RECORD, Tracker, TrackingConfig, read_run_record, start_run, tracking_uri
+from ray_platform.tracking import RUN_RECORD, Tracker, TrackingConfig, start_run, tracking_uri
 from ray_platform.tracking.run_metadata import code_version
 from ray_platform.train import checkpoint_format
 
@@ -242,9 +242,8 @@ class TrialRunner:
         if len(networks) == 1 and not storage.exists(shared) and storage.exists(computed):
             storage.write_bytes(shared, storage.read_bytes(computed))
         # Under names that are equal for all trials, whatever their guidance scale, so that MLflow can compare them.
-        if run := read_run_record(segment.folder):
-            with start_run(evaluation.tracking, segment.folder, run_id=run["run_id"]) as tracker:
-                tracker.log_metrics({f"sweep/{name}": value for name, value in main_metrics.items()}, step)
+        with start_run(evaluation.tracking, segment.folder, resume=True, record=True) as tracker:
+            tracker.log_metrics({f"sweep/{name}": value for name, value in main_metrics.items()}, step)
         return metrics
 
     def _adopt_tracked_run(self, segment: TrialSegment) -> None:

@@ -78,9 +78,9 @@ def log_restart(consequence: str) -> None:
     """In the constructor of an actor: log a warning if Ray has restarted its process."""
     import ray
 
-    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
-        if ray.get_runtime_context().was_current_actor_reconstructed:
-            logger.warning("the process of an actor died and was restarted: %s", consequence)
+    is_actor = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+    if is_actor and ray.get_runtime_context().was_current_actor_reconstructed:
+        logger.warning("the process of an actor died and was restarted: %s", consequence)
 
 
 def can_autoscale() -> bool:

@@ -25,8 +25,7 @@ from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
 from diffdis_platform.serving.package import model_package, red_circle
 from diffdis_platform.serving.pyfunc_model import DiffDisModel
-from ray_platform.tracking import TrackingConfig, tracking_uri
-from ray_platform.tracking.runs import SafeTracker
+from ray_platform.tracking import TrackingConfig, start_run, tracking_uri
 from tests.ray_platform.conftest import png
 from tests.support.tiny_checkpoints import draw_query_weights
 
@@ -64,11 +63,10 @@ def exported(tiny_model, tmp_path_factory):
 def logged(exported, tmp_path_factory):
     """(client of the store, run id, logged model, folder of the model)."""
     output = tmp_path_factory.mktemp("output")
-    tracker = SafeTracker(TrackingConfig(registered_model="small"), str(output))
-    tracker.describe("", {"recipe": "tiny"})
-    tracker.log_metrics({"train/loss": 0.5}, step=7)
-    tracker.log_model(str(exported), model_package("joint"))
-    tracker.end("FINISHED")
+    with start_run(TrackingConfig(registered_model="small"), str(output)) as tracker:
+        tracker.describe("", {"recipe": "tiny"})
+        tracker.log_metrics({"train/loss": 0.5}, step=7)
+        tracker.log_model(str(exported), model_package("joint"))
     client = MlflowClient(tracking_uri(TrackingConfig(), str(output)))
     model = client.get_logged_model(client.get_model_version("small", "1").source.removeprefix("models:/"))
     return client, tracker.run_id(), model, Path(model.artifact_location.removeprefix("file://"))
@@ -172,10 +170,11 @@ def test_a_model_of_one_task_says_what_it_cannot(tiny_model, tmp_path):
 
 
 def test_a_model_that_cannot_be_packed_is_a_warning(exported, tmp_path, caplog):
-    tracker = SafeTracker(TrackingConfig(registered_model="small"), str(tmp_path))
-    tracker.log_model(str(exported), dataclasses.replace(model_package("joint"), requirements=("no-such-package-at-all",)))
-    assert "model failed" in caplog.text
+    package = dataclasses.replace(model_package("joint"), requirements=("no-such-package-at-all",))
+    with start_run(TrackingConfig(registered_model="small"), str(tmp_path)) as tracker:
+        tracker.log_model(str(exported), package)
+        tracker.log_metrics({"train/loss": 1.0}, 1)
+    assert "no-such-package-at-all" in caplog.text
     client = MlflowClient(tracking_uri(TrackingConfig(), str(tmp_path)))
     assert not client.search_registered_models()
-    tracker.log_metrics({"train/loss": 1.0}, 1)
     assert client.get_run(tracker.run_id()).data.metrics == {"train/loss": 1.0}

@@ -12,8 +12,7 @@ from diffdis_platform.commands.pretrain import parse_arguments as parse
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.redaction import is_redacted, redacted, redacted_values, restored
-from ray_platform.tracking import TrackingConfig
-from ray_platform.tracking.runs import SafeTracker
+from ray_platform.tracking import TrackingConfig, delivery, start_run
 
 PASSWORD = "hunter2-and-more"
 URI = f"postgresql://mlflow:{PASSWORD}@db:5432/mlflow"
@@ -99,8 +98,8 @@ def test_a_run_connects_with_the_password_and_describes_itself_without():
 
 
 def test_mlflow_shows_stars(tmp_path):
-    tracker = SafeTracker(TrackingConfig(), str(tmp_path))
-    tracker.log_params({"tracking": {"uri": URI}, "api_key": "abc", "signed": SIGNED})
+    with start_run(TrackingConfig(), str(tmp_path)) as tracker:
+        tracker.log_params({"tracking": {"uri": URI}, "api_key": "abc", "signed": SIGNED})
     params = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(tracker.run_id()).data.params
     assert params == {"tracking.uri": redacted(URI), "api_key": "***", "signed": redacted(SIGNED)}
     artifact = next(tmp_path.rglob("config.yaml")).read_text()
@@ -108,11 +107,15 @@ def test_mlflow_shows_stars(tmp_path):
     assert "***" in artifact
 
 
-def test_a_tracker_that_fails_does_not_print_the_password(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        SafeTracker(TrackingConfig(uri=f"nosuch://mlflow:{PASSWORD}@db/mlflow"), str(tmp_path))
-    assert "tracking: start of mlflow failed" in caplog.text
+def test_a_tracker_that_fails_does_not_print_or_store_the_password(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(delivery, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(delivery, "_END_SECONDS", 0.0)
+    config = TrackingConfig(uri=f"nosuch://mlflow:{PASSWORD}@db/mlflow")
+    with caplog.at_level(logging.WARNING), start_run(config, str(tmp_path), record=True) as tracker:
+        tracker.run_id()
+    assert "tracking: mlflow does not answer" in caplog.text
     assert PASSWORD not in caplog.text
+    assert not [file for file in tmp_path.rglob("*.json*") if PASSWORD in file.read_text()]
 
 
 def test_the_command_prints_none(tmp_path, capsys):

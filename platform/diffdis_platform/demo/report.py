@@ -132,7 +132,7 @@ def _track(output: Path, summary: DemoSummary) -> None:
     """Log scores and grid to the run that trained the model."""
     run = summary["mlflow"]
     scores = {f"zero_shot/{s}/{name}": v for s, values in summary["zero_shot"].items() for name, v in values.items()}
-    with start_run(TrackingConfig(run["tracking_uri"], run["experiment"]), str(output), run_id=run["run_id"]) as tracker:
+    with start_run(TrackingConfig(run["tracking_uri"], run["experiment"]), str(output), resume=True) as tracker:
         tracker.log_metrics(scores | {f"colour/{n}": v for n, v in summary["colour"].items()}, summary["num_steps"])
         tracker.log_bytes((output / "grid.png").read_bytes(), "grid.png")
 

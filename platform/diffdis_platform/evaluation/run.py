@@ -233,7 +233,7 @@ def _add_example_images(pool: ReplicaPool, plan: EvaluationPlan, details: Evalua
 def _track(config: EvalConfig, model: EvaluationModel, sets: Iterable[EvaluationSet], details: EvaluationDetails) -> None:
     """Log on the run that trained the model; if that is not known, on a new one."""
     tracking, metadata, run_id = config.tracking, None, ""
-    if model.run_record:
+    if model.run_record and model.run_record["run_id"]:
         uri = restored(model.run_record["tracking_uri"], config.tracking.uri)
         if is_redacted(uri):
             print(

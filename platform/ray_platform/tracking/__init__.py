@@ -1,4 +1,5 @@
-"""Tracking of runs: parameters, metrics, previews, datasets and models, written to MLflow, to JSON lines, or to your own tracker.
+"""Tracking of runs: parameters, metrics, previews, datasets and models, written to a
+journal in the output folder, and from there to MLflow or your own tracker.
 
 `start_run` opens a run. Nothing else in the platform imports MLflow. `runs` is imported on first use: every configuration imports
 `TrackingConfig`, and `--help` must not wait for Ray and the storage libraries.
@@ -7,13 +8,13 @@
 from typing import TYPE_CHECKING, Any
 
 from ray_platform.tracking.config import RUN_RECORD, RunRecord, TrackingConfig, read_run_record, tracking_uri
-from ray_platform.tracking.tracker import ModelPackage, RunMetadata, TrackedData, Tracker
+from ray_platform.tracking.tracker import MetricPoint, ModelPackage, RunMetadata, TrackedData, Tracker
 
 if TYPE_CHECKING:
-    from ray_platform.tracking.runs import metric_history, run_record, start_run
+    from ray_platform.tracking.runs import TrackedRun, metric_history, run_record, start_run
 
-__all__ = ["RUN_RECORD", "ModelPackage", "RunMetadata", "RunRecord", "TrackedData", "Tracker", "TrackingConfig"]
-__all__ += ["metric_history", "read_run_record", "run_record", "start_run", "tracking_uri"]
+__all__ = ["RUN_RECORD", "MetricPoint", "ModelPackage", "RunMetadata", "RunRecord", "TrackedData", "Tracker", "TrackingConfig"]
+__all__ += ["TrackedRun", "metric_history", "read_run_record", "run_record", "start_run", "tracking_uri"]
 
 
 def __getattr__(name: str) -> Any:

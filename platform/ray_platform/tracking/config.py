@@ -7,10 +7,10 @@ from typing import TypedDict
 from ray_platform.contracts import ConfigError
 
 RUN_RECORD = "mlflow.json"  # in output_dir: a `RunRecord`, from which a resumed job continues in the same run
+JOURNAL_ONLY = "jsonl"  # in `TrackingConfig.backends`: no tracker
 # Import paths, so that only the process that writes a run imports MLflow (a second).
 TRACKERS = {
     "mlflow": "ray_platform.tracking.mlflow_tracker:MlflowTracker",
-    "jsonl": "ray_platform.tracking.runs:JsonLinesTracker",
 }
 
 
@@ -22,13 +22,14 @@ class TrackingConfig:
         uri: an MLflow server or `sqlite:////absolute/path.db`; empty: `mlflow.db` in the run's output folder.
         experiment: the MLflow experiment.
         run_name: the run's name; empty: the recipe, its start time and its seed.
-        parent_run_id: the MLflow run of the same store that shows this one below itself; empty: none.
+        parent_run_id: the MLflow run of the same store that shows this one below itself, or the output folder of that run; empty:
+            none.
         tags: your own tags, such as '{"team": "vision"}'.
         log_model: store the exported model there too, so that MLflow can load and serve it.
         registered_model: the registered model of which the run's model becomes a version; empty: none.
         system_metrics_seconds: interval between two samples of the CPUs, memory, disks, network and GPUs of every node; 0: none.
-        backends: the trackers that write the run: `mlflow`, `jsonl` (a file in the output folder), or your own as `module:Class`.
-            The first one that has an id gives the run its id.
+        backends: the trackers that receive the run: `mlflow`, or your own as `module:Class`. `metrics.jsonl` in the output folder
+            always has everything; `jsonl` alone: nothing else. The first tracker that has an id gives the run its id.
     """
 
     uri: str = ""
@@ -43,10 +44,9 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         for backend in self.backends:
-            if backend not in TRACKERS and ":" not in backend:
-                raise ValueError(
-                    f"tracking.backends: no tracker {backend!r}; use {', '.join(TRACKERS)}, or the import path module:Class"
-                )
+            if backend not in (*TRACKERS, JOURNAL_ONLY) and ":" not in backend:
+                names = ", ".join((*TRACKERS, JOURNAL_ONLY))
+                raise ValueError(f"tracking.backends: no tracker {backend!r}; use {names}, or the import path module:Class")
 
 
 class RunRecord(TypedDict):

@@ -8,22 +8,20 @@ import os
 import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ray_platform import storage
-from ray_platform.redaction import redacted
-from ray_platform.tracking.config import TrackingConfig, tracking_uri
-from ray_platform.tracking.tracker import Columns, ModelPackage, NestedValues, RunStatus, TrackedData, Tracker
+from ray_platform.tracking.config import TrackingConfig, read_run_record, tracking_uri
+from ray_platform.tracking.tracker import Columns, MetricPoint, ModelPackage, NestedValues, RunStatus, TrackedData, Tracker
 
 logger = logging.getLogger(__name__)
 
 # Limits that servers of all versions accept; the full values are in the run's config.yaml.
 _MAX_PARAM_LENGTH = 500
 _MAX_KEY_LENGTH = 250
-_MAX_PARAMS_PER_CALL = 100
+_MAX_PARAMS_PER_CALL, _MAX_METRICS_PER_CALL = 100, 1000
 _MAX_TAG_LENGTH = 5000
 _PARENT_TAG, _NOTE_TAG, _CONTEXT_TAG = "mlflow.parentRunId", "mlflow.note.content", "mlflow.data.context"
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow then shows the pages of trainings, not those of chats
@@ -37,28 +35,40 @@ class MlflowTracker(Tracker):
     """Writer of one MLflow run."""
 
     def __init__(self, config: TrackingConfig, output_dir: str, run_id: str) -> None:
-        """Start a run, or continue `run_id` if the store knows it."""
+        """Start a run, or continue `run_id` unless it was deleted. Raises MLflow's errors if the store does not answer."""
         self._config = config
         uri = tracking_uri(config, output_dir)
         self._client = open_client(uri)
         self._run_id = self._continue_run(run_id) or self._start_run(uri)
-        self._start_time = self._client.get_run(self._run_id).info.start_time / 1000  # seconds
-        self._step, self._metrics = 0, dict[str, float]()  # logged last
 
     def _continue_run(self, run_id: str) -> str:
-        if run_id:
-            try:
-                self._client.update_run(run_id, status="RUNNING")
-                self._set_tags(run_id, self._config.tags)
-                return run_id
-            except Exception as error:
-                logger.warning("tracking: run %s cannot be continued, a new one is started: %s", run_id, redacted(str(error)))
-        return ""
+        from mlflow.exceptions import MlflowException
+
+        if not run_id:
+            return ""
+        try:
+            is_deleted = self._client.get_run(run_id).info.lifecycle_stage == "deleted"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            is_deleted = True
+        if is_deleted:
+            logger.warning("tracking: run %s does not exist in MLflow any more; a new one is started", run_id)
+            return ""
+        self._client.update_run(run_id, status="RUNNING")
+        self._set_tags(run_id, self._config.tags)
+        return run_id
 
     def _start_run(self, uri: str) -> str:
         config = self._config
         experiment = _open_experiment(self._client, config.experiment, uri)
-        tags = dict(config.tags) | ({_PARENT_TAG: config.parent_run_id} if config.parent_run_id else {})
+        parent = config.parent_run_id
+        if "/" in parent:
+            record = read_run_record(parent)
+            parent = record["run_id"] if record else ""
+            if not parent:
+                raise ConnectionError(f"{config.parent_run_id}: its run, the parent of this one, has not started in MLflow yet")
+        tags = dict(config.tags) | ({_PARENT_TAG: parent} if parent else {})
         return self._client.create_run(experiment, run_name=config.run_name or None, tags=tags).info.run_id
 
     def run_id(self) -> str:
@@ -96,14 +106,17 @@ class MlflowTracker(Tracker):
         finally:
             self._client.log_dict(self._run_id, json.loads(json.dumps(config, default=str)), "config.yaml")
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        self._metrics = (self._metrics if step == self._step else {}) | dict(metrics)
-        self._step = step
-        self._log_batch(metrics, step)
+    def log_points(self, points: Sequence[MetricPoint]) -> None:
+        """MLflow's databases ignore a point that they have (with its time), so a call of unknown outcome can be repeated."""
+        from mlflow.entities import Metric
 
-    def log_system(self, metrics: Mapping[str, float]) -> None:
-        """The step of system metrics is the run's age in seconds."""
-        self._log_batch({f"system/{name}": value for name, value in metrics.items()}, int(time.time() - self._start_time))
+        metrics = [
+            Metric(f"system/{name}" if point.is_system else name, value, int(1000 * point.time), point.step)
+            for point in points
+            for name, value in point.metrics.items()
+        ]
+        for start in range(0, len(metrics), _MAX_METRICS_PER_CALL):
+            self._client.log_batch(self._run_id, metrics=metrics[start : start + _MAX_METRICS_PER_CALL])
 
     def log_bytes(self, data: bytes, path: str) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -120,7 +133,7 @@ class MlflowTracker(Tracker):
 
         Only through the client: MLflow's `log_model` works on the current store and run of the process.
         """
-        from mlflow.entities import LoggedModelOutput
+        from mlflow.entities import LoggedModelOutput, Metric
 
         run = self._client.get_run(self._run_id)
         model = self._client.create_logged_model(run.info.experiment_id, "model", source_run_id=self._run_id, model_type="pyfunc")
@@ -133,8 +146,11 @@ class MlflowTracker(Tracker):
             status = "READY"
         finally:
             self._client.finalize_logged_model(model.model_id, status)
-        self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, self._step)])
-        self._log_batch(self._metrics, self._step, model.model_id)
+        latest = [metric for metric in run.data.to_proto().metrics if not metric.key.startswith("system/")]
+        step = max((metric.step for metric in latest), default=0)
+        self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step)])
+        metrics = [Metric(m.key, m.value, m.timestamp, m.step, model_id=model.model_id) for m in latest if m.step == step]
+        self._client.log_batch(self._run_id, metrics=metrics[:_MAX_METRICS_PER_CALL])
         if self._config.registered_model:
             own_tags = {name: value for name, value in run.data.tags.items() if not name.startswith("mlflow.")}
             self.register_model(self._config.registered_model, "", self._run_id, own_tags)
@@ -171,13 +187,6 @@ class MlflowTracker(Tracker):
         if tags:
             run_tags = [RunTag(name[:_MAX_KEY_LENGTH], value[:_MAX_TAG_LENGTH]) for name, value in tags.items()]
             self._client.log_batch(run_id, tags=run_tags)
-
-    def _log_batch(self, metrics: Mapping[str, float], step: int, model_id: str | None = None) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        batch = [Metric(name, value, now, step, model_id=model_id) for name, value in metrics.items()]
-        self._client.log_batch(self._run_id, metrics=batch)
 
 
 def _flatten(config: NestedValues, prefix: str = "") -> Iterator[tuple[str, Any]]:

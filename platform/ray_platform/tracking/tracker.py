@@ -21,6 +21,16 @@ class TrackedData:
 
 
 @dataclass(frozen=True)
+class MetricPoint:
+    """Metrics of one moment."""
+
+    time: float  # seconds since 1970
+    step: int  # of the training; of `is_system` the age of the run in seconds
+    metrics: Mapping[str, float]
+    is_system: bool = False  # the load of a node
+
+
+@dataclass(frozen=True)
 class ModelPackage:
     """How an exported model becomes a model that MLflow loads where this project is not installed."""
 
@@ -46,10 +56,12 @@ class RunMetadata:
 
 
 class Tracker(Protocol):
-    """Writer of one run. A class that is called with (config, output_dir, run_id) opens the run.
+    """Writer of one run. A class that is called with (config, output_dir, run_id) opens the run, or raises if that fails.
 
-    A class that inherits from it implements only the methods that its service supports; the others do nothing. Methods may raise:
-    `SafeTracker` turns errors into warnings and removes secrets from the arguments beforehand.
+    A class that inherits from it implements only the methods that its service supports; the others do nothing. They are called in
+    a thread that may wait, with arguments without secrets. When a method raises, the run is opened again and the call is repeated
+    until the service answers. A call that fails three times, or with a ValueError or TypeError, is skipped with a warning. After
+    the process was killed, the calls of the last seconds may be repeated.
     """
 
     def run_id(self) -> str:
@@ -68,6 +80,14 @@ class Tracker(Protocol):
     def log_system(self, metrics: Mapping[str, float]) -> None:
         """Record the load of a node, such as `node_0/cpu_utilization_percentage`."""
 
+    def log_points(self, points: Sequence[MetricPoint]) -> None:
+        """Record metrics of several moments, in their order. Override it if your service takes times or many points at once."""
+        for point in points:
+            if point.is_system:
+                self.log_system(point.metrics)
+            else:
+                self.log_metrics(point.metrics, point.step)
+
     def log_data(self, data: Sequence[TrackedData]) -> None:
         """Record the datasets that the run reads, each once."""
 
@@ -85,10 +105,6 @@ class Tracker(Protocol):
 
         `source` is the URL of the model for a run that stored none.
         """
-
-    def latest(self) -> tuple[int, dict[str, float]]:
-        """Return the step and the metrics that were logged last; step -1 before the first ones."""
-        return -1, {}
 
     def end(self, status: RunStatus) -> None:
         """Mark the run as ended. It can be continued later."""

@@ -31,9 +31,8 @@ from ray_platform.tracking import (
     RunMetadata,
     RunRecord,
     TrackedData,
-    Tracker,
+    TrackedRun,
     TrackingConfig,
-    read_run_record,
     tracking_uri,
 )
 from ray_platform.tracking.node_metrics import NodeMetrics
@@ -184,17 +183,15 @@ class Run:
 
         Raises ConfigError or DataError before anything starts, and TrainingError for a run that failed or was stopped by SIGTERM.
         """
-        catalog, heldout, run_id = self.check(), None, ""
+        catalog, heldout = self.check(), None
         if self.train.heldout_sources:
             heldout = read_heldout(self.data, self.train.heldout_sources, self.train.heldout_samples)
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor per run for what DriverMonitor does
         connect()
         storage.write_bytes(storage.join(self.output_dir, CATALOG), to_json(catalog))
         version = code_version()
-        if self.train.resume != "none" and (known := read_run_record(self.output_dir)):
-            run_id = known["run_id"]
-        metadata = self._metadata(catalog, version)
-        with start_run(self.tracking, self.output_dir, metadata, run_id=run_id, record=True, in_actor=True) as tracker:
+        metadata, resume = self._metadata(catalog, version), self.train.resume != "none"
+        with start_run(self.tracking, self.output_dir, metadata, resume=resume, record=True, in_actor=True) as tracker:
             try:
                 self._train(catalog, heldout, tracker, version)
             finally:
@@ -214,7 +211,7 @@ class Run:
             datasets,
         )
 
-    def _train(self, catalog: Catalog, heldout: Batch | None, tracker: Tracker, version: str) -> None:
+    def _train(self, catalog: Catalog, heldout: Batch | None, tracker: TrackedRun, version: str) -> None:
         """Run the workers to the last step, and store the exported model in the tracker."""
         data = self.data
         if self.train.elastic and not data.placement:

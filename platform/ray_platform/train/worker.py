@@ -54,6 +54,7 @@ def train_worker(spec: WorkerSpec) -> None:
         raise (AcceleratorFull(message) if heartbeat.step else ConfigError(message)) from error
     finally:
         heartbeat.stop()
+        spec.tracker.flush()
 
 
 def oom_message(error: torch.OutOfMemoryError, rank: int) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from ray_platform import storage
 from ray_platform.data.catalog import Catalog
 from ray_platform.data.config import DataConfig
-from ray_platform.tracking import Tracker
+from ray_platform.tracking import TrackedRun
 from ray_platform.train.config import TrainConfig
 
 SUMMARY = "train_summary.json"  # in output_dir: the result of a finished run
@@ -22,7 +22,7 @@ class WorkerSpec:
     catalog: Catalog
     output_dir: str
     launch: str  # names this launch's checkpoints
-    tracker: Tracker
+    tracker: TrackedRun
     hang_detector: Any  # handle of the HangDetector actor
     heldout: Any  # Ray reference to the validation samples, a Batch; or None
     params: dict[str, Any]  # resolved configuration
