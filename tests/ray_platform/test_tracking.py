@@ -180,7 +180,7 @@ def journal_output(request, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "read_bytes", bucket.__getitem__)
     monkeypatch.setattr(storage, "read_json", lambda url: json.loads(bucket[url]))
     monkeypatch.setattr(storage, "write_bytes", bucket.__setitem__)
-    monkeypatch.setattr(storage, "list_files", lambda folder: [StoredFile(url, len(bucket[url])) for url in sorted(bucket)])
+    monkeypatch.setattr(storage, "list_folder", lambda folder, _: [StoredFile(url, len(bucket[url])) for url in sorted(bucket)])
     monkeypatch.setattr(journal, "_OBJECT_BYTES", 300)
     return request.param, lambda name: b"".join(
         bucket[url] for url in sorted(bucket) if url.startswith(f"{request.param}/{name}")

@@ -48,6 +48,11 @@ class TrackingConfig:
                 names = ", ".join((*TRACKERS, JOURNAL_ONLY))
                 raise ValueError(f"tracking.backends: no tracker {backend!r}; use {names}, or the import path module:Class")
 
+    @property
+    def services(self) -> tuple[str, ...]:
+        """The entries of `backends` that need a tracker."""
+        return tuple(backend for backend in self.backends if backend != JOURNAL_ONLY)
+
 
 class RunRecord(TypedDict):
     """Address of a tracked run."""

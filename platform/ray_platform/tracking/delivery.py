@@ -13,7 +13,7 @@ from ray_platform.contracts import ConfigError, one_line
 from ray_platform.json_values import JsonObject
 from ray_platform.redaction import redacted
 from ray_platform.tracking.config import JOURNAL_ONLY, TRACKERS, TrackingConfig
-from ray_platform.tracking.journal import Journal
+from ray_platform.tracking.journal import JOURNAL_FORMAT, Journal
 from ray_platform.tracking.tracker import MetricPoint, ModelPackage, TrackedData, Tracker
 
 logger = logging.getLogger(__name__)
@@ -177,6 +177,7 @@ class Delivery:
     def _start_section(self, entry: JsonObject, position: int) -> None:
         """Enter the part of the journal that belongs to a run, or to a launch that continues the run."""
         state, header = self.state, entry["run"]
+        JOURNAL_FORMAT.check_version(header, self._journal.url)
         known = (header["continues"] and state.run_id) or header["run_id"]
         if not known or known != state.run_id:
             state.begin, state.started = position, entry["time"]
@@ -186,7 +187,7 @@ class Delivery:
     def _open(self) -> bool:
         """Connect to the service. Return False if the run had to be started again there, and is delivered from its beginning."""
         header = self.state.header["tracking"]
-        known = {item.name: header[item.name] for item in fields(TrackingConfig) if item.name in header}
+        known = JOURNAL_FORMAT.read(header, [item.name for item in fields(TrackingConfig)], self._journal.url)
         config = replace(TrackingConfig(**known), uri=self._config.uri, backends=self._config.backends)
         tracker = load_tracker_class(self.backend)(config, self._output_dir, self.state.run_id)
         run_id = tracker.run_id()

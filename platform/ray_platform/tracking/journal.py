@@ -23,10 +23,12 @@ from typing import Any
 
 from ray_platform import storage
 from ray_platform.contracts import one_line
+from ray_platform.formats import FileFormat
 from ray_platform.json_values import JsonObject
 
 logger = logging.getLogger(__name__)
 
+JOURNAL_FORMAT = FileFormat("run journal")  # its version is in every `run`
 _FILE = "metrics.jsonl"
 _OBJECT_BYTES = 2**17
 _READ_BYTES = 2**20
@@ -46,7 +48,7 @@ class Journal:
         self._objects: list[tuple[str, int]] = [(self.url, 0)]  # in object storage: URL and size
         self._last_object = b""
         if not self._is_local and storage.exists(self.url):
-            files = [file for file in storage.list_files(output_dir) if file.url.startswith(self.url)]
+            files = storage.list_folder(output_dir, f"{_FILE}*")
             self._objects = [(file.url, file.size) for file in files]
             self._last_object = storage.read_bytes(files[-1].url)
         recent = self._read_range(max(0, self.end() - _RECENT_BYTES), self.end())

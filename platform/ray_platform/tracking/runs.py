@@ -14,18 +14,20 @@ import ray
 
 from ray_platform import storage
 from ray_platform.contracts import DataError, one_line
+from ray_platform.formats import FileFormat
 from ray_platform.json_values import JsonObject
 from ray_platform.placement import log_restart, start_on_this_node
 from ray_platform.redaction import redacted, redacted_values
 from ray_platform.retry import RETRY_SECONDS
-from ray_platform.tracking.config import JOURNAL_ONLY, RUN_RECORD, RunRecord, TrackingConfig, read_run_record, tracking_uri
+from ray_platform.tracking.config import RUN_RECORD, RunRecord, TrackingConfig, read_run_record, tracking_uri
 from ray_platform.tracking.delivery import ARTIFACTS, Delivery, DeliveryState
-from ray_platform.tracking.journal import Journal
+from ray_platform.tracking.journal import JOURNAL_FORMAT, Journal
 from ray_platform.tracking.tracker import ModelPackage, NestedValues, RunMetadata, RunStatus, TrackedData, Tracker
 
 logger = logging.getLogger(__name__)
 
 _DELIVERED = "metrics.delivered.json"  # in output_dir: a `DeliveryState` for every tracker
+_STATE_FORMAT = FileFormat("record of delivered metrics")
 _ANSWER_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 4000.0  # longer than a tracker may take
 _FLUSH_TIMEOUT_S = 60.0  # for the calls of a process that ends, while the writer's process is restarted
@@ -66,7 +68,7 @@ def start_run(
     config = replace(config, tags=_redacted_tags(config.tags))
     known = read_run_record(output_dir) if resume else None
     run_id = run_id or (known["run_id"] if known else "")
-    if set(config.backends) <= {JOURNAL_ONLY}:
+    if not config.services:
         run_id = run_id or uuid.uuid4().hex
     if record:
         write_run_record(config, output_dir, run_id)
@@ -134,7 +136,7 @@ class RunWriter:
         self._state_url, self._recorded, self._lock = storage.join(output_dir, _DELIVERED), "", threading.Lock()
         with storage.retrying_for(RETRY_SECONDS):
             self._journal = Journal(output_dir)
-            self._states = {name: self._saved_state(name) for name in config.backends if name != JOURNAL_ONLY}
+            self._states = {name: self._saved_state(name) for name in config.services}
         self._deliveries = [
             Delivery(name, config, output_dir, self._journal, state, self._save) for name, state in self._states.items()
         ]
@@ -170,17 +172,19 @@ class RunWriter:
 
     def _saved_state(self, backend: str) -> DeliveryState:
         try:
-            saved = storage.read_json(self._state_url).get(backend, {}) if storage.exists(self._state_url) else {}
-        except DataError as error:
+            saved = storage.read_json(self._state_url) if storage.exists(self._state_url) else {}
+            _STATE_FORMAT.check_version(saved, self._state_url)
+        except (DataError, ValueError) as error:
             logger.warning("%s; everything is delivered again", error)
             saved = {}
-        return DeliveryState(**{item.name: saved[item.name] for item in fields(DeliveryState) if item.name in saved})
+        names = [item.name for item in fields(DeliveryState)]
+        return DeliveryState(**_STATE_FORMAT.read(saved.get(backend, {}), names, self._state_url))
 
     def _save(self) -> None:
         """Save how far every tracker has got. Called by the threads of deliveries."""
         with self._lock, storage.retrying_for(0):
             states = {name: asdict(state) for name, state in self._states.items()}
-            storage.write_bytes(self._state_url, json.dumps(states, indent=1).encode())
+            storage.write_bytes(self._state_url, json.dumps(_STATE_FORMAT.stamp(states), indent=1).encode())
             run_id = next((state.run_id for state in self._states.values()), "")
             if self._record and run_id and run_id != self._recorded:
                 write_run_record(self._config, self._output_dir, run_id)
@@ -245,7 +249,7 @@ class TrackedRun(Tracker):
     def start(self, config: TrackingConfig, uri: str, continues: bool) -> None:
         """Begin the run in the journal. `continues`: without a known id it is the one with which the folder's journal ends."""
         tracking = asdict(config) | {"uri": redacted(uri)}
-        self._append(run={"run_id": self._run_id, "continues": continues, "tracking": tracking})
+        self._append(run=JOURNAL_FORMAT.stamp({"run_id": self._run_id, "continues": continues, "tracking": tracking}))
 
     def run_id(self) -> str:
         """Return the run's id; empty as long as no tracker has answered."""

@@ -35,6 +35,7 @@ from ray_platform.tracking import (
     TrackingConfig,
     tracking_uri,
 )
+from ray_platform.tracking.delivery import load_tracker_class
 from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.tracking.run_metadata import append_command, code_version, dated_name, run_tags
 from ray_platform.tracking.runs import run_record, start_run
@@ -123,6 +124,8 @@ class Run:
                 "give an absolute path or an s3:// URL"
             )
         tracking_uri(self.tracking, self.output_dir)
+        for backend in self.tracking.services:
+            load_tracker_class(backend)
         if self.train.elastic and self.data.placement and not self.train.placement:
             raise ConfigError(
                 "train.placement: the workers of an elastic run would take the CPUs of data.placement, which its reads need; "
