@@ -74,13 +74,13 @@ def start_on_this_node(actor_class: type, *arguments: Any) -> Any:
     return ray.remote(**options)(actor_class).remote(*arguments)
 
 
-def log_restart(consequence: str) -> None:
-    """In the constructor of an actor: log a warning if Ray has restarted its process."""
+def log_restart(message: str) -> None:
+    """In the constructor of an actor: log `message` if Ray has restarted its process."""
     import ray
 
     is_actor = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
     if is_actor and ray.get_runtime_context().was_current_actor_reconstructed:
-        logger.warning("the process of an actor died and was restarted: %s", consequence)
+        logger.warning(message)
 
 
 def can_autoscale() -> bool:

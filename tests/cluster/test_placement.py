@@ -43,7 +43,7 @@ def test_every_process_is_on_the_pool_that_its_labels_name(found):
     trained, encoded, evaluated = found["trained"], found["encoded"], found["evaluated"]
     assert pools(trained, "ReadShardSource") == pools(encoded, "ReadShardSource") == ["cpu"]
     assert pools(trained, "RayTrainWorker") == pools(encoded, "MapWorker") == pools(evaluated, "ReplicaActor") == ["gpu"]
-    assert [pools(trained, part) for part in ("HangDetector", "Tracker", "TrainController")] == [["head"]] * 3
+    assert [pools(trained, part) for part in ("HangDetector", "RunWriter", "TrainController")] == [["head"]] * 3
     assert found["units"] == 40
 
 

@@ -4,10 +4,12 @@ import base64
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import fsspec
@@ -16,7 +18,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from diffdis_platform.serving.package import model_package
-from ray_platform.tracking import TrackingConfig
+from ray_platform.tracking import RunMetadata, TrackedData, TrackingConfig, delivery, read_run_record, start_run
 from tests.support.html_page import browser_page
 from tests.support.mlflow_pages import Pages
 from tests.support.mlflow_server import MlflowServer
@@ -116,6 +118,66 @@ def test_a_finished_run_on_a_server_over_postgresql_and_s3(tiny_model, training_
     ).find("tests/mlflow")  # fmt: skip
     for part in ("previews/step_00000040.png", "unet/diffusion_pytorch_model.safetensors", "MLmodel"):
         assert any(name.endswith(part) for name in stored), part
+
+
+@pytest.mark.slow
+def test_a_server_that_is_down_for_a_while_has_everything_afterwards(tmp_path, monkeypatch, caplog):
+    """It is down at the start, in between, at the end, and when the run is resumed."""
+    monkeypatch.setattr(delivery, "_MAX_WAIT_S", 0.5)
+    monkeypatch.setattr(delivery, "_END_SECONDS", 0.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server = MlflowServer(tmp_path, f"sqlite:///{tmp_path}/store.db", "--artifacts-destination", str(tmp_path / "artifacts"))
+    output, config, client = (
+        str(tmp_path / "run"),
+        TrackingConfig(server.url, system_metrics_seconds=0.0),
+        MlflowClient(server.url),
+    )
+    metadata = RunMetadata("test", "a test", {"team": "vision"}, {"lr": 0.5}, [TrackedData("train", "01", "/x", "training")])
+
+    def log(tracker, step):
+        tracker.log_metrics({"loss": float(step), "nan": math.nan}, step)
+        tracker.log_bytes(b"png", f"previews/{step}.png")
+
+    def curve(run_id):
+        return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, "loss")]
+
+    def wait_for(tracker, steps):
+        deadline = time.monotonic() + 120
+        while not (run_id := tracker.run_id()) or len(curve(run_id)) < steps:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    with start_run(config, output, metadata, record=True) as tracker:
+        log(tracker, 1)
+        assert tracker.run_id() == ""
+        with server:
+            wait_for(tracker, 1)
+            log(tracker, 2)
+            wait_for(tracker, 2)
+        log(tracker, 3)
+        with server:
+            wait_for(tracker, 3)
+        log(tracker, 4)
+    run_id = tracker.run_id()
+    assert read_run_record(output)["run_id"] == run_id
+    assert [
+        sum(text in line for line in caplog.messages) for text in ("does not answer", "answers again", "has not received")
+    ] == [3, 2, 1]
+    with start_run(config, output, record=True, resume=True) as resumed:
+        log(resumed, 5)
+        with server:
+            wait_for(resumed, 5)
+    with server:
+        with start_run(config, output, record=True, resume=True) as last:
+            pass
+        run = client.get_run(run_id)
+        assert {tracker.run_id(), resumed.run_id(), last.run_id(), read_run_record(output)["run_id"]} == {run_id}
+        assert curve(run_id) == [(step, float(step)) for step in range(1, 6)]
+        assert len(client.get_metric_history(run_id, "nan")) == 5
+        assert (run.info.status, run.data.params, run.data.tags["team"]) == ("FINISHED", {"lr": "0.5"}, "vision")
+        assert [part.dataset.name for part in run.inputs.dataset_inputs] == ["train"]
+        assert len(client.list_artifacts(run_id, "previews")) == 5
+        assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
 @pytest.fixture

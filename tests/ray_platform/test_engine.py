@@ -1,5 +1,7 @@
 """The DeepSpeed engine equals a plain torch loop, on ranks without Ray."""
 
+import inspect
+import logging
 import math
 from types import SimpleNamespace
 
@@ -346,6 +348,23 @@ def stalled(rank):
 
 def test_what_stalls_a_run_is_a_fraction_of_its_own(two_ranks):
     assert two_ranks.run(stalled) == [[0.25, 0.5, 3.0, 0.0]] * 2
+
+
+def test_deepspeed_does_not_warn_of_our_optimizer():
+    from deepspeed.runtime import engine
+    from deepspeed.utils import logger
+
+    from ray_platform.train.deepspeed_internals import UNTESTED
+
+    assert UNTESTED in inspect.getsource(engine), "DeepSpeed has another text; change the filter"
+    shown: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = shown.append
+    logger.addHandler(handler)
+    for text in (f"You are using {UNTESTED}", "another warning"):
+        logger.warning(text)
+    logger.removeHandler(handler)
+    assert [record.getMessage() for record in shown] == ["another warning"]
 
 
 def test_the_configuration_of_deepspeed_can_be_extended():

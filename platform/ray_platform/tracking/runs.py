@@ -140,7 +140,7 @@ class RunWriter:
         self._deliveries = [
             Delivery(name, config, output_dir, self._journal, state, self._save) for name, state in self._states.items()
         ]
-        log_restart(f"it writes the run in {output_dir}; what was sent to it meanwhile is not lost")
+        log_restart("tracking: the process that writes the run died and was restarted; nothing that was sent to it is lost")
 
     def append(self, entry: JsonObject, data: bytes | None = None) -> None:
         """Write an entry to the journal. `data`: the content of its artifact."""

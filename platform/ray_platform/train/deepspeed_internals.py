@@ -3,10 +3,13 @@
 `optimizer` is the wrapper that `deepspeed.initialize` returns for ZeRO 1 to 3.
 """
 
+import logging
 from typing import Any
 
 import torch
 from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+UNTESTED = "ZeRO with an untested optimizer"
 
 
 def disable_inference_kernels(deepspeed: Any) -> None:
@@ -15,6 +18,11 @@ def disable_inference_kernels(deepspeed: Any) -> None:
     That takes half a minute and a compiler on every new host, and a process killed meanwhile leaves a lock on which others wait.
     """
     deepspeed.ops.__compatible_ops__ = {}
+
+
+def silence_optimizer_warning() -> None:
+    """Drop DeepSpeed's warning that AdamW is an "untested optimizer". There is no setting: the one that allows it logs it."""
+    logging.getLogger("DeepSpeed").addFilter(lambda record: UNTESTED not in record.getMessage())
 
 
 def link_optimizer_state(optimizer: Any) -> None:

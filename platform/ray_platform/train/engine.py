@@ -25,6 +25,7 @@ from ray_platform.train.config import TrainConfig
 from ray_platform.train.optimizer import EMA, AdamW, LossScale, learning_rate_factor
 
 deepspeed_internals.disable_inference_kernels(deepspeed)
+deepspeed_internals.silence_optimizer_warning()
 
 WEIGHTS = "weights"  # name of a state; the others are the optimizer's
 TaskInputs = dict[str, torch.Tensor]

@@ -144,7 +144,7 @@ class HangDetector:
         self._stop_reason = ""
         self._progress: tuple[int, dict[str, float]] = (-1, {})
         self._started_at = time.monotonic()
-        log_restart("hangs of the workers are detected again from now on; training continued")
+        log_restart("the process of the hang detector died and was restarted; training continues, and hangs are detected")
 
     def record(self, heartbeat: Heartbeat) -> str:
         """Return why the rank has to save and stop; empty when it may continue."""
