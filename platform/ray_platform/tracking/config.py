@@ -29,7 +29,8 @@ class TrackingConfig:
         registered_model: the registered model of which the run's model becomes a version; empty: none.
         system_metrics_seconds: interval between two samples of the CPUs, memory, disks, network and GPUs of every node; 0: none.
         backends: the trackers that receive the run: `mlflow`, or your own as `module:Class`. `metrics.jsonl` in the output folder
-            always has everything; `jsonl` alone: nothing else. The first tracker that has an id gives the run its id.
+            always has everything; `jsonl` alone: nothing else. The id of the run is that of MLflow, or else
+            of the first tracker that has one.
     """
 
     uri: str = ""

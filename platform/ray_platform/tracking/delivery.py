@@ -69,11 +69,10 @@ class Delivery:
         """Deliver the new entries of the journal."""
         self._new_entries.set()
 
-    def wait_for_run(self) -> str:
-        """Return the run's id; empty if the service does not answer, or has none."""
+    def wait_for_run(self) -> None:
+        """Wait until the run is open, and `state.run_id` known, or the service has failed to answer."""
         with self._changed:
             self._changed.wait_for(lambda: self._tracker or self.problem, _CONNECT_SECONDS)
-        return self.state.run_id
 
     def finish(self) -> str:
         """Wait until everything is delivered, and stop. Return why that was not possible, or an empty string."""

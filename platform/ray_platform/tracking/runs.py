@@ -31,7 +31,6 @@ _STATE_FORMAT = FileFormat("record of delivered metrics")
 _ANSWER_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 4000.0  # longer than a tracker may take
 _FLUSH_TIMEOUT_S = 60.0  # for the calls of a process that ends, while the writer's process is restarted
-_MAX_PENDING_CALLS = 10_000  # further calls are dropped, should the writer's process not be restarted
 
 
 @contextlib.contextmanager
@@ -74,7 +73,7 @@ def start_run(
         write_run_record(config, output_dir, run_id)
     writer = ActorWriter(config, output_dir, record) if in_actor else RunWriter(config, output_dir, record)
     tracker = TrackedRun(writer, run_id)
-    tracker.start(config, tracking_uri(config, output_dir), continues=resume)
+    tracker.start(config, continues=resume)
     status: RunStatus = "FAILED"
     try:
         if metadata:
@@ -155,8 +154,15 @@ class RunWriter:
             delivery.notify()
 
     def run_id(self) -> str:
-        """Return the id of the run at the first tracker that has one; empty if none has answered."""
-        return next((run_id for delivery in self._deliveries if (run_id := delivery.wait_for_run())), "")
+        """Return the id of the run in MLflow, or else at the first tracker that has one; empty if it has not answered."""
+        for delivery in self._deliveries:
+            delivery.wait_for_run()
+        return self._known_run_id()
+
+    def _known_run_id(self) -> str:
+        if "mlflow" in self._states:
+            return self._states["mlflow"].run_id
+        return next((state.run_id for state in self._states.values() if state.run_id), "")
 
     def end(self) -> list[str]:
         """Wait until the trackers have received everything. Return a line for each that has not."""
@@ -185,7 +191,7 @@ class RunWriter:
         with self._lock, storage.retrying_for(0):
             states = {name: asdict(state) for name, state in self._states.items()}
             storage.write_bytes(self._state_url, json.dumps(_STATE_FORMAT.stamp(states), indent=1).encode())
-            run_id = next((state.run_id for state in self._states.values()), "")
+            run_id = self._known_run_id()
             if self._record and run_id and run_id != self._recorded:
                 write_run_record(self._config, self._output_dir, run_id)
                 self._recorded = run_id
@@ -202,9 +208,9 @@ class ActorWriter:
     def append(self, entry: JsonObject, data: bytes | None = None) -> None:
         """Send an entry to the writer. Does not wait for it."""
         try:
-            done, self._calls = ray.wait(self._calls, num_returns=len(self._calls), timeout=0) if self._calls else ([], [])
-            ray.get(done)
             self._calls.append(self._actor.append.remote(entry, data))
+            done, self._calls = ray.wait(self._calls, num_returns=len(self._calls), timeout=0)
+            ray.get(done)
         except Exception as error:
             self._warn(error)
 
@@ -246,9 +252,9 @@ class TrackedRun(Tracker):
         """`run_id`: the id of a run that is continued, or that no tracker gives an id."""
         self._writer, self._run_id, self._warned = writer, run_id, set[str]()
 
-    def start(self, config: TrackingConfig, uri: str, continues: bool) -> None:
+    def start(self, config: TrackingConfig, continues: bool) -> None:
         """Begin the run in the journal. `continues`: without a known id it is the one with which the folder's journal ends."""
-        tracking = asdict(config) | {"uri": redacted(uri)}
+        tracking = asdict(config) | {"uri": redacted(config.uri)}
         self._append(run=JOURNAL_FORMAT.stamp({"run_id": self._run_id, "continues": continues, "tracking": tracking}))
 
     def run_id(self) -> str:
