@@ -1,4 +1,4 @@
-"""Trackers: a real SQLite store read with MLflow's client, JSON lines, and behavior without a usable store."""
+"""Trackers: a real SQLite store read with MLflow's client, the journal, and services that do not answer for a while."""
 
 import json
 import logging
