@@ -16,6 +16,7 @@ COMMANDS = {
     "precompute": "encode images and captions once, for many epochs and runs",
     "sweep": "search hyperparameters with Ray Tune",
     "compare": "train and evaluate the joint model and its baselines on equal data",
+    "deliver": "deliver a run's metrics to MLflow after an outage",
     "sizing": "predict throughput, memory, storage and cost of a run",
     "build-demo-shards": "build the demo's shards and evaluation sets",
     "demo": "build the demo's data, pretrain on it, and report the results",

@@ -14,7 +14,7 @@ import ray
 from mlflow import MlflowClient
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError
+from ray_platform.contracts import ConfigError, DataError
 from ray_platform.storage import StoredFile
 from ray_platform.tracking import (
     RunMetadata,
@@ -32,6 +32,7 @@ from ray_platform.tracking import (
 from ray_platform.tracking.journal import Journal
 from ray_platform.tracking.mlflow_tracker import ui_command
 from ray_platform.tracking.node_metrics import NodeMetrics
+from ray_platform.tracking.runs import deliver_journal
 
 CONFIG = {"train": {"lr": 3e-4, "betas": [0.9, 0.99]}, "data": {"sources": "x" * 9000}, "folder": Path("/data")}
 JSON_LINES = TrackingConfig(backends=("jsonl",))
@@ -283,9 +284,16 @@ def test_what_a_run_could_not_deliver_is_delivered_by_the_next_one(flaky, tmp_pa
         with start_run(flaky, str(tmp_path), record=True, resume=True) as tracker:
             tracker.log_metrics({"loss": 1.0}, step)
     assert sum("--resume auto" in line and "metrics.jsonl" in line for line in caplog.messages) == 2
+    assert len(deliver_journal(str(tmp_path))) == 1
     Flaky.is_down = False
+    assert deliver_journal(str(tmp_path)) == []
+    assert read_run_record(str(tmp_path))["run_id"] == "first"
     with start_run(flaky, str(tmp_path), record=True, resume=True) as tracker:
         tracker.log_metrics({"loss": 1.0}, 3)
+    with pytest.raises(DataError, match=r"nothing: has no run"):
+        deliver_journal(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="--uri"):
+        deliver_journal(str(tmp_path), "http://***@host")
     steps = [call[0] for call in Flaky.calls if isinstance(call[0], int)]
     assert (steps, Flaky.calls[0], Flaky.calls[-1]) == ([1, 2, 3], ("open", ""), "FINISHED")
     assert {call for call in Flaky.calls[1:] if call[0] == "open"} == {("open", "first")}, "one run"

@@ -185,9 +185,7 @@ class Delivery:
 
     def _open(self) -> bool:
         """Connect to the service. Return False if the run had to be started again there, and is delivered from its beginning."""
-        header = self.state.header["tracking"]
-        known = JOURNAL_FORMAT.read(header, [item.name for item in fields(TrackingConfig)], self._journal.url)
-        config = replace(TrackingConfig(**known), uri=self._config.uri, backends=self._config.backends)
+        config = replace(config_of(self.state.header), uri=self._config.uri, backends=self._config.backends)
         tracker = load_tracker_class(self.backend)(config, self._output_dir, self.state.run_id)
         run_id = tracker.run_id()
         is_lost = bool(self.state.run_id) and run_id != self.state.run_id
@@ -225,6 +223,12 @@ class Delivery:
             logger.warning(
                 "tracking: %s does not accept an entry (%s; logged once), it is skipped: %s", self.backend, kind, message
             )
+
+
+def config_of(header: JsonObject) -> TrackingConfig:
+    """Return the configuration in a `run` entry of a journal. Secrets in its URI are redacted."""
+    known = JOURNAL_FORMAT.read(header["tracking"], [item.name for item in fields(TrackingConfig)], JOURNAL_FORMAT.name)
+    return TrackingConfig(**known | {"backends": tuple(known["backends"])})
 
 
 def load_tracker_class(backend: str) -> Callable[[TrackingConfig, str, str], Tracker]:

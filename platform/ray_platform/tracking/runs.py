@@ -13,14 +13,14 @@ from typing import Any
 import ray
 
 from ray_platform import storage
-from ray_platform.contracts import DataError, one_line
+from ray_platform.contracts import ConfigError, DataError, one_line
 from ray_platform.formats import FileFormat
 from ray_platform.json_values import JsonObject
 from ray_platform.placement import log_restart, start_on_this_node
-from ray_platform.redaction import redacted, redacted_values
+from ray_platform.redaction import is_redacted, redacted, redacted_values
 from ray_platform.retry import RETRY_SECONDS
 from ray_platform.tracking.config import RUN_RECORD, RunRecord, TrackingConfig, read_run_record, tracking_uri
-from ray_platform.tracking.delivery import ARTIFACTS, Delivery, DeliveryState
+from ray_platform.tracking.delivery import ARTIFACTS, Delivery, DeliveryState, config_of
 from ray_platform.tracking.journal import JOURNAL_FORMAT, Journal
 from ray_platform.tracking.tracker import ModelPackage, NestedValues, RunMetadata, RunStatus, TrackedData, Tracker
 
@@ -123,6 +123,27 @@ def metric_history(uri: str, run_id: str, prefix: str, output_dir: str) -> dict[
     return history
 
 
+def deliver_journal(output_dir: str, uri: str = "") -> list[str]:
+    """Deliver what the trackers of an output folder have not received. Return a line for each that does not answer.
+
+    Args:
+        output_dir: the output folder of a run that is not active.
+        uri: replaces the run's own tracking URI.
+
+    Raises:
+        DataError: the folder has no run.
+        ConfigError: the run's tracking URI contains a secret, which was not saved.
+    """
+    headers = [entry["run"] for entry, _ in Journal(output_dir).entries() if "run" in entry]
+    if not headers:
+        raise DataError(f"{output_dir}: has no run with a journal; give the output folder of a run")
+    config = config_of(headers[-1])
+    if is_redacted(uri or config.uri):
+        raise ConfigError(f"--uri: a secret in it was not saved ({config.uri}); give the complete URI")
+    has_record = storage.exists(storage.join(output_dir, RUN_RECORD))
+    return RunWriter(replace(config, uri=uri or config.uri), output_dir, has_record).end()
+
+
 # --- writer --------------------------------------------------------------------------------------------------------------
 
 
@@ -171,8 +192,8 @@ class RunWriter:
         with contextlib.suppress(storage.StorageError):
             self._save()
         return [
-            f"{name} has not received the end of the run; {self._journal.url} has everything, and the next run in this folder "
-            f"(--resume auto) delivers it: {problem}"
+            f"{name} has not received the end of the run; {self._journal.url} has everything; deliver it with --resume auto, "
+            f"or with `diffdis deliver {self._output_dir}`: {problem}"
             for name, problem in problems.items()
         ]
 

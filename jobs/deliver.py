@@ -1,0 +1,10 @@
+"""Deliver a run's metrics after an outage of MLflow: `python jobs/deliver.py OUTPUT_DIR`; the same as `diffdis deliver`."""
+
+import sys
+
+import _bootstrap  # noqa: F401
+
+from diffdis_platform.cli import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command("deliver", sys.argv[1:]))
