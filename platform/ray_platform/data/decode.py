@@ -2,9 +2,9 @@
 
 `exact` gives the pixels of Pillow's full decode, crop and bicubic resize, with libjpeg-turbo and torch's vectorized resize: at
 most a tenth of a gray level apart on average (tests/ray_platform/test_decode.py), at 1.5 (small) to 2.7 times the speed.
-`fast` lets libjpeg scale while it decodes if the image is at least twice as large as needed, and upsamples color the simple way.
-It is up to 1.9 times as fast again, and sharper, because it averages blocks first: on photographs 1.5 to 6 gray levels from
-`exact` on average, less than 1 with little detail or nothing to scale, 13 in fine print.
+`fast` lets libjpeg scale while it decodes if the image is at least twice as large as needed, as far as color keeps the target's
+resolution. It is up to 1.9 times as fast again, and sharper, because it averages blocks first: on photographs 1.5 to 6 gray levels
+from `exact` on average, less than 1 with little detail, 13 in fine print, and 0 with nothing to scale.
 `rgb` is for evaluation: all pixels, equal to Pillow's.
 """
 
@@ -30,8 +30,10 @@ _JPEG = b"\xff\xd8\xff"
 _JPEG_PIXELS = 0xDA  # the marker before them
 _MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 0  # Pillow's limit for an image that is not a decompression bomb
 _MAX_SCANNED = 20 * _MAX_PIXELS  # over all scans of a progressive JPEG, of which each costs a few bytes; up to 10 are usual
-FORMATS = ("JPEG", "PNG", "WEBP")  # some of Pillow's other readers start programs
-_PUBLISHED_FORMATS = (*FORMATS, "GIF", "BMP")  # the true formats of some files of published sets
+# Whatever the name says: the web has many a GIF named .jpg. Some of Pillow's other readers start programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# libjpeg doubles the scale of color only if it is subsampled in both directions (4:2:0). This is how much coarser color is else.
+_COLOR_FACTORS = {"422": 2, "440": 2, "411": 4}
 
 
 def image(members: Mapping[str, memoryview], config: DataConfig, seed: str) -> np.ndarray:
@@ -85,13 +87,13 @@ def rgb(content: bytes | memoryview) -> np.ndarray:
     if not view:
         raise SampleError("image_empty")
     if view[:3] == _JPEG:
-        with suppress(ValueError):
-            size = _jpeg_size(view)
-            if size and size[0] * size[1] <= _MAX_PIXELS:
+        with suppress(Exception):  # also SampleError: Pillow reports the same
+            height, width, _ = _jpeg_header(view)
+            if height * width <= _MAX_PIXELS:
                 return np.asarray(simplejpeg.decode_jpeg(view))
     try:
         # Without `_opened`, because catching warnings is not thread-safe.
-        with Image.open(io.BytesIO(view), formats=_PUBLISHED_FORMATS) as opened:
+        with Image.open(io.BytesIO(view), formats=FORMATS) as opened:
             _check_scans(opened, view)
             return np.array(opened.convert("RGB"))
     except Image.DecompressionBombError:
@@ -103,10 +105,7 @@ def rgb(content: bytes | memoryview) -> np.ndarray:
 def _jpeg(content: memoryview, config: DataConfig) -> tuple[np.ndarray, tuple[int, int]] | None:
     """Return the pixels, possibly downscaled, and the true (height, width); None if Pillow should decode the file."""
     try:
-        size = _jpeg_size(content)
-        if size is None:
-            return None
-        height, width = size
+        height, width, subsampling = _jpeg_header(content)
         if height * width > _MAX_PIXELS:
             raise SampleError("image_too_large")
         orientation = _orientation(content)
@@ -115,27 +114,33 @@ def _jpeg(content: memoryview, config: DataConfig) -> tuple[np.ndarray, tuple[in
             # Only powers of 1/2: libjpeg-turbo's other scales are slower than its full decode.
             needed = max(max(size) for size in config.target_sizes)
             factor = next((factor for factor in (8, 4, 2) if min(height, width) >= factor * needed), 1)
-            scaling = {"fastupsample": 1}
+            factor //= _COLOR_FACTORS.get(subsampling, 1)
             if factor > 1:
-                scaling |= {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
+                scaling = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
+                scaling["fastupsample"] = 1
         pixels = np.asarray(simplejpeg.decode_jpeg(content, **scaling))
-    except ValueError as error:
-        # libjpeg would fill missing data with gray, as Pillow does. Other errors are left to Pillow.
+    except SampleError:
+        raise
+    except Exception as error:  # KeyError for 4:4:1, ValueError for damage: Pillow decides
+        # But libjpeg would fill missing data with gray, as Pillow does.
         if any(what in str(error) for what in ("remature end", "bad Huffman code")):
             raise SampleError("image_undecodable") from None
         return None
     return turned(pixels, orientation), (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
-def _jpeg_size(content: memoryview) -> tuple[int, int] | None:
-    """Return the (height, width) of a JPEG; None for CMYK, which libjpeg converts to RGB with another rounding than Pillow.
+def _jpeg_header(content: memoryview) -> tuple[int, int, str]:
+    """Return the height, the width and the color subsampling of a JPEG, such as "420".
 
-    Raises SampleError for a JPEG with too many scans, and ValueError for a damaged one.
+    Raises SampleError for a JPEG with too many scans, and nearly any other exception for one that Pillow should decode: a damaged
+    one, and CMYK, which libjpeg converts to RGB with another rounding than Pillow.
     """
-    height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
+    height, width, colors, subsampling = simplejpeg.decode_jpeg_header(content)
     if _num_scans(content) * height * width > _MAX_SCANNED:
         raise SampleError("image_too_large")
-    return None if colors in ("CMYK", "YCCK") else (height, width)
+    if colors in ("CMYK", "YCCK"):
+        raise ValueError(colors)
+    return height, width, subsampling
 
 
 def _num_scans(content: bytes | memoryview) -> int:
