@@ -1,3 +1,4 @@
+import gzip
 import io
 import random
 import tarfile
@@ -12,6 +13,7 @@ from tests.ray_platform.conftest import samples_of, tar_of
 
 TRUNCATED = RejectedSample("s.tar/", "tar_truncated")
 EMPTY = RejectedSample("s.tar/", "shard_empty")
+NOT_A_TAR = RejectedSample("s.tar/", "shard_not_a_tar")
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -50,7 +52,8 @@ def test_members_are_grouped_by_key_in_the_order_of_their_first_members(names, r
 
 def test_a_file_name_that_comes_twice_is_reported():
     names = ("0.jpg", "0.txt", "1.jpg", "1.txt", "0.txt", "1.JPG", "2.jpg")
-    assert [record.repeated for record in read_tar(tar_of([(name, b"x") for name in names]), "s.tar")] == [True, True, False]
+    causes = [record.cause for record in read_tar(tar_of([(name, b"x") for name in names]), "s.tar")]
+    assert causes == ["key_repeated", "key_repeated", ""]
 
 
 def test_a_name_that_is_not_utf8_becomes_a_printable_key():
@@ -60,9 +63,23 @@ def test_a_name_that_is_not_utf8_becomes_a_printable_key():
     assert [record.key for record in read_tar(signed + tar[BLOCK:], "s.tar")] == ["s.tar/a\\udcffa"]
 
 
-@pytest.mark.parametrize("data", [b"", b"\xab" * 5000, b"<html>" + b" " * 1000, b"\x1f\x8b" + b"\0" * 600, b"\0" * 100])
-def test_a_file_that_is_not_a_tar_is_truncated(data):
-    assert read_tar(data, "s.tar") == [TRUNCATED]
+@pytest.mark.parametrize(
+    ("data", "rejected"),
+    [
+        (b"", EMPTY),
+        (b"\0" * 100, TRUNCATED),
+        (b"\xab" * 5000, NOT_A_TAR),
+        (tar_of(samples_of(0, 1))[:300], NOT_A_TAR),
+        (tar_of(samples_of(0, 1))[:600], TRUNCATED),
+        (b"\n<html>" + b" " * 1000, RejectedSample("s.tar/ (HTML or XML)", "shard_not_a_tar")),
+        (gzip.compress(tar_of(samples_of(0, 2))), RejectedSample("s.tar/ (gzip)", "shard_not_a_tar")),
+        (b"version https://git-lfs.github.com/spec/v1\noid", RejectedSample("s.tar/ (a git-lfs pointer)", "shard_not_a_tar")),
+    ],
+)
+def test_a_file_without_a_member_is_rejected_by_what_it_is(data, rejected):
+    assert read_tar(data, "s.tar") == [rejected]
+    if data:
+        assert read_part(data, "s.tar", len(data), first=True, last=True) == [rejected]
 
 
 @pytest.mark.parametrize("members", [[], [("README", b"x"), ("stats.parquet", b"x")]])
@@ -81,7 +98,7 @@ def test_a_cut_tar_gives_what_precedes_the_cut():
     for length in (*range(0, end, 97), *range(0, end, BLOCK), *ends, *(last - 1 for last in ends), end, end + BLOCK - 1):
         *records, last = read_tar(tar[:length], "s.tar")
         intact = sum(last <= length for last in ends)
-        assert last == TRUNCATED
+        assert last == (EMPTY if not length else NOT_A_TAR if length < BLOCK else TRUNCATED)
         assert sum(len(record.members) for record in records) == intact
         assert list(contents(records).items())[: intact // 2] == whole[: intact // 2]
 
@@ -99,6 +116,67 @@ def test_what_follows_the_members_decides_whether_a_tar_is_whole():
 @pytest.fixture(scope="module")
 def six_samples():
     return samples_of(0, 6)
+
+
+def test_dots_in_names_belong_to_the_key_unless_a_shorter_key_is_a_sample():
+    """By webdataset's rule, all of `v1.5_007.jpg` behind the first dot is the extension, and such files disappear."""
+    names = ["v1.5_007.jpg", "v1.5_007.txt", "v1.5_007.cls", "a.b/v2.0.1.PNG", "a.b/v2.0.1.json", "7.jpg", "7.txt", "7.seg.png"]
+    names += ["8.jpg", "8.txt", "8.b.jpg", "8.b.txt", "._7.jpg", "README"]
+    *records, hidden, readme = read_tar(tar_of([(name, b"x") for name in names]), "s.tar")
+    keys = {record.key.removeprefix("s.tar/"): list(record.members) for record in records if not record.cause}
+    assert keys == {"7": ["jpg", "txt"], "8": ["jpg", "txt"], "v1.5_007": ["jpg", "txt"], "a.b/v2.0.1": ["png", "json"]}
+    assert [(record.key, record.cause) for record in records if record.cause] == [("s.tar/8.b", "name_ambiguous")]
+    assert {hidden, readme} == {RejectedSample(f"s.tar/{name}", "ignored_file") for name in ("._7.jpg", "README")}
+    dotted = [(f"v1.5_{number:03}.{suffix}", b"x" * 600) for number in range(20) for suffix in ("jpg", "txt")]
+    assert len(contents(read_parts(tar_of(dotted), 10 * BLOCK, BLOCK))) == 20
+
+
+def unusual_member(name: str, kind: str) -> bytes:
+    """Return a member that is not stored as a file of this name with this content."""
+    info = tarfile.TarInfo(name)
+    if kind == "link":
+        info.type, info.linkname = tarfile.SYMTYPE, "other.jpg"
+        return info.tobuf()
+    if kind == "posix sparse":
+        fields = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(2**40), "GNU.sparse.name": name}
+        info.size, info.pax_headers = 2 * BLOCK, fields
+        return info.tobuf(tarfile.PAX_FORMAT) + b"1\n0\n512\n".ljust(BLOCK, b"\0") + b"x" * BLOCK
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, BLOCK
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (2**20, BLOCK)  # one piece, after a hole of a megabyte
+    header[483:495] = b"%011o\0" % (2**20 + BLOCK)
+    header[148:156] = b"%06o\0 " % sum(header[:148] + b" " * 8 + header[156:])
+    return bytes(header) + b"x" * BLOCK
+
+
+@pytest.mark.parametrize("kind", ["link", "gnu sparse", "posix sparse"])
+def test_a_member_whose_content_is_not_stored_is_counted_and_costs_no_other(kind):
+    before, after = without_end(tar_of(samples_of(0, 2))), tar_of([("7.txt", b"x"), *samples_of(10, 3)])
+    tar = before + unusual_member("7.jpg", kind) + after
+    for records in (read_tar(tar, "s.tar"), read_parts(tar, 4 * BLOCK, BLOCK)):
+        causes = {record.key: record.cause for record in records if record.key != "s.tar/"}  # parts without a sample
+        assert causes == dict.fromkeys([f"s.tar/{key}" for key in ("00000", "00001", "00010", "00011", "00012")], "") | {
+            "s.tar/7": "file_not_stored"
+        }
+
+
+NAMES = st.lists(
+    st.tuples(st.sampled_from(("7", "a.b", "v1.5_7", "8.b.c", ".h", "d/x.1")), st.sampled_from(("jpg", "TXT", "json", "seg.png", "cls", ""))),
+    max_size=12, unique=True,
+)  # fmt: skip
+
+
+@given(NAMES, st.booleans())
+def test_every_member_is_delivered_counted_or_a_side_file_of_a_sample(names, as_part):
+    tar = tar_of([(".".join(filter(None, name)), b"x" * number) for number, name in enumerate(names, 1)])
+    records = read_part(tar, "s.tar", len(tar), first=True, last=True) if as_part else read_tar(tar, "s.tar")
+    delivered = {len(content) for record in records if isinstance(record, Record) for content in record.members.values()}
+    keys = {record.key.removeprefix("s.tar/") for record in records}
+    for number, name in enumerate(names, 1):
+        full = ".".join(filter(None, name))
+        folder, _, base = full.rpartition("/")
+        stem = f"{folder}/{base.partition('.')[0]}".lstrip("/")
+        assert number in delivered or keys & {full, stem} or any(key.startswith(f"{stem}.") for key in keys) or records == [EMPTY]
 
 
 @settings(max_examples=200, deadline=None)
@@ -121,7 +199,7 @@ def test_damage_never_raises_and_never_passes_unnoticed(six_samples, seed):
                 broken[at : at + BLOCK] = b"\0" * BLOCK
     records = read_tar(bytes(broken), "s.tar")
     # The decoder detects changed content. The reader must report missing or misnamed members.
-    if TRUNCATED not in records:
+    if not {TRUNCATED, NOT_A_TAR} & {record for record in records if isinstance(record, RejectedSample)}:
         assert sum(len(record.members) for record in records if isinstance(record, Record)) == len(six_samples)
 
 
@@ -177,10 +255,10 @@ def test_parts_have_each_sample_once_wherever_the_cuts_are(tar, state, part, beh
     if state != "damaged":
         assert list(contents(records).items()) == list(contents(read_tar(tar, "s.tar")).items())
     rejected = {record for record in records if isinstance(record, RejectedSample)}
-    if state == "whole":  # a part in which no sample begins yields only EMPTY
-        assert rejected <= {EMPTY}
+    if state == "whole":
+        assert rejected <= {EMPTY, RejectedSample("s.tar/", "ignored_part")}  # of parts in which no sample begins
     elif state == "cut":
-        assert TRUNCATED in rejected or not tar
+        assert rejected & {TRUNCATED, NOT_A_TAR} or not tar
 
 
 def test_garbage_in_a_part_does_not_make_it_read_on():
@@ -197,5 +275,6 @@ def test_garbage_in_a_part_does_not_make_it_read_on():
 
 def test_a_tar_in_a_tar_is_noticed_where_a_part_begins_in_it():
     tar = tar_of([*samples_of(100, 2), ("big.tar", tar_of(samples_of(0, 20))), *samples_of(200, 2)])
-    assert len(read_tar(tar, "s.tar")) == 4
+    *records, last = read_tar(tar, "s.tar")
+    assert (len(records), last) == (4, RejectedSample("s.tar/big.tar", "ignored_file"))
     assert TRUNCATED in read_parts(tar, 40 * BLOCK, 20 * BLOCK)

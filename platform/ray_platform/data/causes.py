@@ -21,7 +21,7 @@ SHARD_CRASHES = "shard_crashes"
 BAD_DATA: dict[str, str] = {
     "image_missing": "no .jpg, .jpeg, .png or .webp with the caption's name",
     "image_empty": "an image file of 0 bytes: a download that failed",
-    "image_undecodable": "broken, or not a JPEG, PNG or WebP whatever its name says",
+    "image_undecodable": "broken, or not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF whatever its name says",
     "image_too_large": "would take hundreds of megabytes, or minutes, to decode; scale such images down",
     "caption_missing": "no .txt and no `caption` in a .json, or not the field that data.caption_field names",
     "caption_empty": "nothing but white space (with data.clean_captions: or HTML)",
@@ -30,11 +30,14 @@ BAD_DATA: dict[str, str] = {
     "json_invalid": "a .json that is not a JSON object, or whose caption is not a text",
     "json_too_large": "a .json of more than 1 MiB; remove everything but scores and the caption",
     "name_too_long": "a file name of more than 1,024 characters in a tar; rename the file",
+    "name_ambiguous": "named like `7.b.jpg` next to a sample `7`, of which it could be a side file; remove the dot",
+    "file_not_stored": "a link, a device or a sparse file in a tar; write it with `tar --hard-dereference -h` and without -S",
     "score_missing": "a filter needs a score that the .json lacks; see data.filters",
     "key_repeated": "the same file name twice in a tar: which caption belongs to which image is unknown",
     "label_missing": "a sample of an evaluation set without a label",
     "label_invalid": "a label that is not a whole number",
     "tar_truncated": "the tar ends early or becomes garbage; the samples before that are used. Copy it again",
+    "shard_not_a_tar": "another kind of file (HTML, gzip, git-lfs, …) named .tar: download it again, decompress it, `git lfs pull`",
     "shard_empty": "a shard without samples",
     "shard_missing": "listed, but gone when it was read (404)",
     "shard_forbidden": "storage denies access (403); check credentials and the bucket's policy",
@@ -44,6 +47,11 @@ BAD_DATA: dict[str, str] = {
     # These two end a training run; only an inspection counts them.
     SHARD_CHANGED: "its length changed while it was inspected; is it still being written?",
     SHARD_CRASHES: "its reader failed or died (out of memory?), as a run would; see the log",
+}
+# What is passed over without a loss.
+IGNORED: dict[str, str] = {
+    "ignored_file": "a file of a tar that belongs to no sample",
+    "ignored_part": "a part of a large tar in which no sample begins",
 }
 # The cause for each kind of `storage.StorageError` that concerns one file.
 LOST = {
@@ -79,8 +87,8 @@ def filter_cause(field: str) -> str:
 
 
 def is_filtered(cause: str) -> bool:
-    """Return whether a sample was filtered out, as the configuration asks: it is not bad data."""
-    return cause.startswith(_FILTERED)
+    """Return whether a sample was filtered out, as the configuration asks, or nothing was lost: it is not bad data."""
+    return cause.startswith(_FILTERED) or cause in IGNORED
 
 
 def lost_cause(error: "StorageError") -> str:

@@ -63,8 +63,8 @@ class ShardSamples:
         if not isinstance(record, Record):
             return record
         try:
-            if record.repeated:
-                raise SampleError("key_repeated")
+            if record.cause:
+                raise SampleError(record.cause)
             caption = captions.caption(record.members, self.config)
             filters.check(filters.Candidate(caption, record.members), self.config.filters, reads_image=False)
             image = decode.image(record.members, self.config, f"{self.seed}/{record.key}")

@@ -1,16 +1,20 @@
 """Reading webdataset-style tars: the bytes of a tar, or of a slice of one, become undecoded samples.
 
 The layout is LAION's, as img2dataset writes it: `00012.jpg`, `00012.txt` and `00012.json` are one sample, and its key is
-everything before the first dot. No content of a tar raises an exception: what cannot be used becomes a `RejectedSample`.
+everything before the first dot. In `v1.5_007.jpg`, what follows the first dot is no known extension: the key ends at the last dot,
+unless the tar has samples with the shorter key, of which `00012.seg.png` is then a side file.
+
+No content of a tar raises an exception, and no file in it is passed over in silence: it is part of a `Record`, a side file of one,
+or stands in a `RejectedSample`.
 """
 
 import io
 import posixpath
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
@@ -26,8 +30,26 @@ _READ_AHEAD_BYTES = 2**20  # read past the end of a slice, for its last sample
 _MAX_SAMPLE_BYTES = 2**29  # a sample that continues further past the end of its slice is cut off
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # could forge or overwrite lines of a log
 
-Member = tuple[str, memoryview, int]  # name, content, offset in the data of the header directly before it
+# What some downloads and disks hold under the name of a tar, by its first bytes.
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PAR1": "parquet",
+    b"version https://git-lfs": "a git-lfs pointer",
+    b"<": "HTML or XML",
+    b"{": "JSON",
+}
+
 Ending = Literal["whole", "cut", "garbage"]  # a valid end of a tar; the end of the data; something else
+
+
+class Member(NamedTuple):
+    """A file in a tar."""
+
+    name: str
+    content: memoryview | None  # None: a link, a device or a sparse file
+    header: int  # offset of the header directly before the content
 
 
 @dataclass
@@ -36,7 +58,14 @@ class Record:
 
     key: str
     members: dict[str, memoryview] = field(default_factory=dict)  # suffix -> content
-    repeated: bool = False  # two members have the same suffix
+    cause: str = ""  # why it cannot be used, when that does not depend on the content
+
+    def add(self, suffix: str, content: memoryview | None) -> None:
+        if content is None:
+            self.cause = "file_not_stored"
+        else:
+            self.cause = self.cause or ("key_repeated" if suffix in self.members else "")
+            self.members[suffix] = content
 
 
 def read_tar_slice(
@@ -44,7 +73,7 @@ def read_tar_slice(
 ) -> list[Record | RejectedSample]:
     """Read the samples that begin in bytes start..stop of a tar in storage.
 
-    Consecutive slices of a tar together contain each of its samples once. A slice in which no sample begins gives `shard_empty`.
+    Consecutive slices of a tar together contain each of its samples once. A slice in which no sample begins gives `ignored_part`.
     Raises DataError if the tar has another size than `size`; StorageError.
 
     Args:
@@ -82,11 +111,13 @@ def check_size(url: str, num_bytes: int, expected: int) -> None:
 def read_tar(data: bytes, shard_name: str, suffixes: Sequence[str] = _SUFFIXES) -> list[Record | RejectedSample]:
     """Group the members of a tar that have one of `suffixes` by key, in the order in which keys first appear.
 
-    The list is never empty: it ends with a `tar_truncated` rejection if the tar has no valid end, and a tar without samples
-    gives `shard_empty`.
+    The list is never empty: it ends with a `tar_truncated` rejection if the tar has no valid end, and a tar without samples gives
+    `shard_empty`. Another kind of file gives `shard_not_a_tar`.
     """
     members, ending = _members(data, 0)
-    return _grouped(members, ending != "whole", shard_name, suffixes)
+    if not members and (rejected := _reject_other_format(data, shard_name)):
+        return [rejected]
+    return _grouped(members, ending != "whole" and data != b"", shard_name, suffixes)
 
 
 def read_part(
@@ -103,43 +134,91 @@ def read_part(
     """
     begin = 0 if first else _first_header(data, length)
     if begin is None:
-        return _grouped([], False, shard_name, suffixes)
+        # The zeros at the end of a tar, or garbage.
+        return _grouped([], False, shard_name, suffixes, is_part=data.count(0, 0, length) == min(length, len(data)))
     members, ending = _members(data, begin)
-    following = _members_after(data, members, length)
-    if not following and ending == "cut" and not last:
+    if first and not members and (rejected := _reject_other_format(data, shard_name)):
+        return [rejected]
+    stop = _next_sample(data, members, length)
+    if stop is None and ending == "cut" and not last:
         return None
-    stop = following[0][2] if following else len(data)
-    in_part = members if first else _members_after(data, members, 0)
-    return _grouped([member for member in in_part if member[2] < stop], not following and ending != "whole", shard_name, suffixes)
+    start = 0 if first else _next_sample(data, members, 0)
+    in_part = [m for m in members if start is not None and start <= m.header < (len(data) if stop is None else stop)]
+    return _grouped(in_part, stop is None and ending != "whole", shard_name, suffixes, is_part=not first)
 
 
-def _members_after(data: bytes, members: list[Member], border: int) -> list[Member]:
-    """Return the members from the first sample that begins after `border` on."""
-    after = [member for member in members if member[2] >= border]
-    # By the name in the header itself: a longer name precedes the header and may lie before the border.
-    keys = (_key(tarfile.TarInfo.frombuf(data[at : at + _BLOCK], "utf-8", "surrogateescape").name) for _, _, at in after)
-    previous = next(keys, None)
-    begins = (number for number, key in enumerate(keys, 1) if key != previous)
-    return after[next(begins, len(after)) :]
+def _reject_other_format(data: bytes, shard_name: str) -> RejectedSample | None:
+    """Return a rejection if `data` does not begin like a tar. Its key names the format if that is a common mistake."""
+    if _parse_header(data, 0) or not any(data[:_BLOCK]):
+        return None
+    kind = next((f" ({kind})" for start, kind in _OTHER_FORMATS.items() if data[:256].lstrip().startswith(start)), "")
+    return RejectedSample(f"{shard_name}/{kind}", "shard_not_a_tar")
 
 
-def _grouped(members: list[Member], truncated: bool, shard_name: str, suffixes: Sequence[str]) -> list[Record | RejectedSample]:
+def _next_sample(data: bytes, members: list[Member], border: int) -> int | None:
+    """Return the offset of the first sample that begins after `border`; None if there is none."""
+    previous = None
+    for member in members:
+        if member.header < border:
+            continue
+        # By the name in the header itself: a longer name precedes the header and may lie before the border.
+        header = _parse_header(data, member.header)
+        name = header.name if header else member.name  # a sparse file has its map between header and content
+        keys = _key(name), _long_key(name, _SUFFIXES)
+        if previous and (keys[0] != previous[0] or (keys[1] and previous[1] and keys[1] != previous[1])):
+            return member.header
+        previous = keys
+    return None
+
+
+def _grouped(
+    members: list[Member], truncated: bool, shard_name: str, suffixes: Sequence[str], is_part: bool = False
+) -> list[Record | RejectedSample]:
     records: dict[str, Record] = {}
     rejected: list[RejectedSample] = []
-    for name, content, _ in members:
-        suffix = posixpath.basename(name).partition(".")[2].lower()
-        if suffix not in suffixes:
-            continue
-        if len(name) > _MAX_NAME_LENGTH:
-            rejected.append(RejectedSample(f"{shard_name}/{_printable(name[:50])}…", "name_too_long"))
-            continue
-        key = _printable(posixpath.join(shard_name, _key(name)))
-        record = records.setdefault(key, Record(key))
-        record.repeated |= suffix in record.members
-        record.members[suffix] = content
+    others: list[Member] = []  # without a known extension after the first dot
+    for member in members:
+        suffix = posixpath.basename(member.name).partition(".")[2].lower()
+        if len(member.name) > _MAX_NAME_LENGTH:
+            rejected.append(RejectedSample(f"{shard_name}/{_printable(member.name[:50])}…", "name_too_long"))
+        elif suffix in suffixes:
+            key = _printable(posixpath.join(shard_name, _key(member.name)))
+            records.setdefault(key, Record(key)).add(suffix, member.content)
+        else:
+            others.append(member)
+    if others:
+        rejected += _sort_out(others, records, shard_name, suffixes)
     if truncated:
         rejected.append(RejectedSample(f"{shard_name}/", "tar_truncated"))
-    return [*records.values(), *rejected] or [RejectedSample(f"{shard_name}/", "shard_empty")]
+    if not records and all(sample.cause == "ignored_file" for sample in rejected):
+        return [RejectedSample(f"{shard_name}/", "ignored_part" if is_part else "shard_empty")]
+    return [*records.values(), *rejected]
+
+
+def _sort_out(
+    others: list[Member], records: dict[str, Record], shard_name: str, suffixes: Sequence[str]
+) -> Iterator[RejectedSample]:
+    """Add the samples with dots in their names to `records`. Yield the files that belong to no sample."""
+    dotted: dict[str, Record] = {}
+    short_keys: dict[str, str] = {}  # of each dotted record
+    strays: list[tuple[str, str]] = []  # (short key, name)
+    for member in others:
+        short = _printable(posixpath.join(shard_name, _key(member.name)))
+        if long := _long_key(member.name, suffixes):
+            key = _printable(posixpath.join(shard_name, long))
+            dotted.setdefault(key, Record(key)).add(member.name.rpartition(".")[2].lower(), member.content)
+            short_keys[key] = short
+        else:
+            strays.append((short, _printable(posixpath.join(shard_name, member.name))))
+    for key, record in dotted.items():
+        is_sample = len(record.members) > 1 and any(suffix in IMAGE_SUFFIXES for suffix in record.members)
+        if short_keys[key] in records and is_sample:
+            record.cause = "name_ambiguous"
+        elif short_keys[key] in records:
+            del short_keys[key]  # a side file
+    known = {*records, *short_keys.values()}
+    records |= {key: dotted[key] for key in short_keys}
+    return (RejectedSample(name, "ignored_file") for short, name in strays if short not in known)
 
 
 def _printable(name: str) -> str:
@@ -153,20 +232,29 @@ def _key(name: str) -> str:
     return posixpath.join(folder, base.partition(".")[0])
 
 
+def _long_key(name: str, suffixes: Sequence[str]) -> str:
+    """Return the name up to its last dot if a known extension follows it, but none follows the first dot; else an empty string."""
+    folder, base = posixpath.split(posixpath.normpath(name).lstrip("/"))
+    stem, _, extension = base.rpartition(".")
+    is_dotted = "." in stem.lstrip(".") and not base.startswith(".")  # `._7.jpg` is what macOS stores next to 7.jpg
+    return posixpath.join(folder, stem) if is_dotted and extension.lower() in suffixes else ""
+
+
 def _first_header(data: bytes, length: int) -> int | None:
     """Return the offset of the first tar header in the first `length` bytes, or None."""
-    for offset in range(0, min(length, len(data) - _BLOCK + 1), _BLOCK):
-        if data[offset + 257 : offset + 262] == b"ustar":
-            try:
-                tarfile.TarInfo.frombuf(data[offset : offset + _BLOCK], "utf-8", "surrogateescape")
-                return offset
-            except tarfile.HeaderError:
-                continue
-    return None
+    offsets = range(0, min(length, len(data) - _BLOCK + 1), _BLOCK)
+    return next((at for at in offsets if data[at + 257 : at + 262] == b"ustar" and _parse_header(data, at)), None)
+
+
+def _parse_header(data: bytes, offset: int) -> tarfile.TarInfo | None:
+    try:
+        return tarfile.TarInfo.frombuf(data[offset : offset + _BLOCK], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return None
 
 
 def _members(data: bytes, begin: int) -> tuple[list[Member], Ending]:
-    """Return the regular files of a tar, and how it ends."""
+    """Return the files of a tar, without its folders, and how it ends."""
     view = memoryview(data)
     members: list[Member] = []
     at = begin
@@ -178,11 +266,13 @@ def _members(data: bytes, begin: int) -> tuple[list[Member], Ending]:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every member with all its headers
                 if member.size < 0 or member.offset_data <= at or len(tar.pax_headers) > _MAX_GLOBAL_FIELDS:
                     return members, "garbage"  # a negative size would make tarfile loop forever
-                at = end = member.offset_data + member.size
+                # A sparse file has fewer bytes in the tar than on a disk.
+                at = end = tar.offset if member.issparse() else member.offset_data + member.size
                 if end > len(data):
                     return members, "cut"
-                if member.isreg() and not member.issparse():
-                    members.append((member.name, view[member.offset_data : end], member.offset_data - _BLOCK))
+                content = view[member.offset_data : end] if member.isreg() and not member.issparse() else None
+                if not member.isdir():
+                    members.append(Member(member.name, content, member.offset_data - _BLOCK))
             # tarfile also stops at a broken header and at a hole in the file. A valid end is one block of zeros or more.
             left = len(data) - tar.offset
             if left < _BLOCK:

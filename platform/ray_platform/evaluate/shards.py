@@ -21,7 +21,7 @@ from ray_platform import storage
 from ray_platform.contracts import DataError, one_line
 from ray_platform.data.captions import MAX_CAPTION_BYTES
 from ray_platform.data.catalog import NOMINAL_BYTES
-from ray_platform.data.causes import RejectedSample
+from ray_platform.data.causes import RejectedSample, is_filtered
 from ray_platform.data.tar import IMAGE_SUFFIXES, Record, read_tar_slice
 from ray_platform.evaluate import sets
 from ray_platform.evaluate.sets import ClassTexts, DatasetSlice, EvaluationSet, EvaluationTask, RawSample, Samples, SlicePart
@@ -149,15 +149,16 @@ def _read_tar(file: StoredFile, name: str, start: int, stop: int, part: DatasetS
     if records == [RejectedSample(f"{name}/", "shard_empty")]:
         if stop - start == file.size:
             raise DataError(f"{part.schema.set_name}: {file.url} has no samples; download the set again")
-        return []  # the slice is inside a very large member, or in the zeros at the end of the tar
-    return [record if isinstance(record, RejectedSample) else _tar_sample(record, part.schema.task) for record in records]
+        return []  # the slice is inside a very large member
+    samples = (r if isinstance(r, RejectedSample) else _tar_sample(r, part.schema.task) for r in records)
+    return [sample for sample in samples if isinstance(sample, RawSample) or not is_filtered(sample.cause)]
 
 
 def _tar_sample(record: Record, task: EvaluationTask) -> RawSample | RejectedSample:
     members = record.members
     image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
-    if record.repeated:
-        return RejectedSample(record.key, "key_repeated")
+    if record.cause:
+        return RejectedSample(record.key, record.cause)
     if image is None:
         return RejectedSample(record.key, "image_missing")
     if task == "images":
