@@ -81,6 +81,7 @@ class Batch:
     keys: Sequence[str]  # B; "<shard name>/<key in the tar>", unique in the source
     consumed: Sequence[ConsumedRange]  # since the previous batch: this batch's samples, and those that were skipped
     skipped: Mapping[str, int]  # cause -> samples skipped since the stream began, on this rank
+    epoch_samples: float = 0.0  # of the whole source, as far as this rank knows
 
 
 class Encoder(Protocol):

@@ -29,7 +29,7 @@ from ray_platform.train.optimizer import LossScale
 from ray_platform.train.worker import Trainer, build_task
 
 BATCH = SimpleNamespace(keys=("shard/1", "shard/2"), captions=("a cat", "a dog"))
-FLAGS = {"stop": False, "checkpoint_due": True, "uploading": False, "upload_failed": False}
+FLAGS = {"stop": False, "checkpoint_due": True, "uploading": False, "upload_failed": False, "num_bad": 3, "epoch_samples": 9.5}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,6 +73,7 @@ def test_checkpoints_by_the_clock_are_due_on_rank_0_and_agreed_on(tmp_path):
         assert not Trainer._is_checkpoint_due(SimpleNamespace(**(vars(trainer) | change)))
     status = loss_monitor(tmp_path).sync_step_status(torch.tensor(1.0), **FLAGS)
     assert (status.checkpoint_due, status.stop, status.any_uploading, status.any_upload_failed) == (True, False, False, False)
+    assert (status.num_bad, status.epoch_samples) == (3, 9.5)
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path):

@@ -59,32 +59,38 @@ def mixture(tmp_path_factory) -> list[ShardRange]:
     mixed += [(f"empty{i}.txt", b"a") for i in range(7)]
     mixed += [("blank.png", png(1)), ("blank.txt", b"  "), ("broken.png", b"no png"), ("broken.txt", b"a"), ("alone.txt", b"a")]
     shards = {"good.tar": tar_of(samples_of(0, 20)), "mixed.tar": tar_of(mixed)}
-    shards |= {"garbage.tar": b"garbage" * 400, "hollow.tar": tar_of([])}
+    shards |= {"garbage.tar": b"garbage" * 400, "hollow.tar": tar_of([]), "cut.tar": tar_of(samples_of(0, 20))[:20_000]}
     return [unit_of(folder / name, content) for name, content in shards.items()]
 
 
 def test_a_known_mixture_is_counted_exactly(mixture):
     counted = merged(inspect_unit(unit, CONFIG) for unit in mixture)
-    assert (counted.units, counted.readable_units, counted.unusable_units) == (4, 3, 2)
-    assert (counted.used, counted.looked_at) == (30, 20 + 22 + 1)
+    assert (counted.units, counted.readable_units, counted.unusable_units) == (5, 3, 2)
+    cut = counted.truncated_samples
+    assert 1 < cut < 20
+    assert (counted.used, counted.looked_at) == (30 + cut, 20 + 22 + cut + 1)
     assert counted.num_bytes == sum(unit.shard.size for unit in mixture)
     assert counted.rejected == {
-        "filtered_size": 2, "image_empty": 7, "caption_empty": 1, "image_undecodable": 1, "image_missing": 1, "tar_truncated": 1,
+        "filtered_size": 2, "image_empty": 7, "caption_empty": 1, "image_undecodable": 1, "image_missing": 1,
     }  # fmt: skip
-    assert counted.lost_units == {"shard_empty": 1}
+    assert counted.lost_units == {"shard_empty": 1, "shard_not_a_tar": 1, "tar_truncated": 1}
     assert counted.examples["image_empty"] == [f"mixed.tar/empty{i}" for i in range(EXAMPLES)]
-    assert counted.shapes == {(16, 16): 30}
-    assert counted.histograms["width"].counts == [33, *[0] * 16]  # 30 used, 2 filtered, 1 without a caption
+    assert counted.shapes == {(16, 16): 30 + cut}
+    assert counted.histograms["width"].counts == [33 + cut, *[0] * 16]  # 30 used, 2 filtered, 1 without a caption
     words = counted.histograms["caption_words"]
-    assert (sum(words.counts), words.least, words.most) == (30, 2, 2)
-    # A lost shard counts as the mean number of samples in the other shards.
-    summary, lost = summary_of(counted, mixture), round(43 / 3)
-    assert summary.rejects["shard_empty"].samples == lost
-    samples = summary.samples
-    assert (samples.used, samples.filtered, samples.bad) == (30, 2, 11 + lost)
-    assert samples.bad_share == (11 + lost) / (30 + 11 + lost)
-    assert summary.verdict.startswith(f"{11 + lost} of {41 + lost} samples are bad (shard_empty 25.5%, image_empty 12.7%")
-    assert "4 of 4 shards inspected" in summary.table
+    assert (sum(words.counts), words.least, words.most) == (30 + cut, 2, 2)
+    # A lost shard counts as the mean number of samples in the whole ones, and the lost part of one for the rest.
+    summary, lost = summary_of(counted, mixture), 21
+    assert {cause: summary.rejects[cause].samples for cause in counted.lost_units} == {
+        "shard_empty": lost, "shard_not_a_tar": lost, "tar_truncated": lost - cut
+    }  # fmt: skip
+    samples, bad = summary.samples, 10 + 3 * lost - cut
+    assert (samples.used, samples.filtered, samples.bad) == (30 + cut, 2, bad)
+    assert samples.bad_share == bad / (30 + cut + bad)
+    assert summary.verdict.startswith(
+        f"{bad} of {30 + cut + bad} samples are bad (shard_empty {lost / (30 + cut + bad):.1%}, shard_not"
+    )
+    assert "5 of 5 shards inspected" in summary.table
     assert "filtered_size 2" in summary.table
     assert max(map(len, summary.table.splitlines())) < 200
 
@@ -175,8 +181,10 @@ def test_ray_reads_all_units_and_survives_what_goes_wrong(ray_cluster, mixture, 
     gone = ShardRange(Shard(str(tmp_path / "gone.tar"), 99, "gone.tar"), 0, 99)
     nonsense = ShardRange(Shard(None, 99, "nonsense.tar", 7), 0, 99)  # type: ignore[arg-type]
     counted = merged(inspect_units([*mixture, grown, gone, nonsense], CONFIG))
-    assert (counted.units, counted.used) == (7, 30)
-    assert counted.lost_units == {"shard_empty": 1, "shard_missing": 1, SHARD_CHANGED: 1}
+    assert (counted.units, counted.used) == (8, 30 + counted.truncated_samples)
+    assert counted.lost_units == {
+        "shard_empty": 1, "shard_not_a_tar": 1, "tar_truncated": 1, "shard_missing": 1, SHARD_CHANGED: 1
+    }  # fmt: skip
     assert counted.rejected[SHARD_CRASHES] == 7
     assert "its reader failed" in caplog.text
     alone = merged(inspect_unit(unit, CONFIG) for unit in [*mixture, grown, gone])

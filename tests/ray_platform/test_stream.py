@@ -11,11 +11,13 @@ import ray
 from ray_platform import storage
 from ray_platform.contracts import Batch, ConfigError, DataError
 from ray_platform.data.catalog import Catalog, build_catalog
+from ray_platform.data.causes import check_skipped
 from ray_platform.data.config import DataConfig
 from ray_platform.data.filters import FilterConfig
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import groups
 from ray_platform.data.stream import stream
+from ray_platform.train.checkpointing import add_counts
 from tests.ray_platform.conftest import png, samples_of, tar_of, write_shards
 from tests.support.streams import plain_stream, reader_of
 
@@ -135,22 +137,42 @@ def test_filtered_samples_are_counted_but_are_not_bad(write):
     assert batch.skipped.keys() == {"filtered_size"}
 
 
+def check(catalog, config, world_size=1, batch_size=10, max_epochs=1.0, past=()):
+    """Read up to some epochs with all ranks in step, judge the losses at every step as a run does, and return their causes."""
+    streams = [plain_stream(catalog, config, reader_of(catalog, rank, world_size), batch_size) for rank in range(world_size)]
+    steps, good = 0, 0
+    while True:
+        batches = [next(stream) for stream in streams]
+        steps, good = steps + 1, good + world_size * batch_size
+        skipped = add_counts(*(batch.skipped for batch in batches), dict(past))
+        epoch_samples = sum(batch.epoch_samples for batch in batches) / world_size
+        check_skipped("the run", skipped, good, epoch_samples, config.max_skipped_share)
+        if good + sum(skipped.values()) >= max_epochs * epoch_samples:
+            return skipped
+
+
 def test_too_many_rejects_stop_the_run(write):
     members = samples_of(0, 150)
     for number in range(0, 300, 30):
         members[number] = (members[number][0], b"no image")
     catalog, strict = write({"a.tar": members, "b.tar": samples_of(200, 150)}, max_skipped_share=0.02)
-    message = r"rank 0 had to skip \d+ of \d+ samples \(image_undecodable \d\.\d%\), more than data.max_skipped_share = 2"
-    with pytest.raises(DataError, match=message):
-        without_ray(catalog, strict, reader_of(catalog), batch_size=10, num_batches=30)
-    lenient = config_of(strict.sources[0], max_skipped_share=0.1)
-    assert without_ray(catalog, lenient, reader_of(catalog), batch_size=10, num_batches=30)
+    with pytest.raises(
+        DataError, match=r"had to skip [78] of 300 samples \(image_undecodable 2.\d%\), more than data.max_skipped_share"
+    ):
+        check(catalog, strict)
+    assert check(catalog, config_of(strict.sources[0], max_skipped_share=0.1))["image_undecodable"] > 6
 
 
 def test_data_without_a_good_sample_ends_the_run(write):
-    catalog, config = write({"a.tar": [("README", b"x")], "b.tar": b"\xab" * 3000})
-    with pytest.raises(DataError, match=r"samples \(.*shard_empty 50.0%.*\)"):
+    catalog, config = write({"a.tar": [("README", b"x")], "b.tar": [("0.jpg", b"broken"), ("0.txt", b"a")]})
+    with pytest.raises(
+        DataError, match=r"rank 0 found no good sample in 11 shards in a row, up to (a.tar/: shard_empty|b.tar/0: image_u)"
+    ):
         without_ray(catalog, config, reader_of(catalog), batch_size=1, num_batches=1)
+    # Where nearly everything may be lost, a longer sequence of losses is a coincidence.
+    shards = {f"{n:03}.tar": samples_of(n, 1) if n % 30 == 0 else b"" for n in range(90)}
+    catalog, config = write(shards, max_skipped_share=0.98)
+    assert without_ray(catalog, config, reader_of(catalog), batch_size=1, num_batches=6)[-1].skipped["shard_empty"] > 50
 
 
 def test_a_lost_shard_counts_for_its_samples_and_is_consumed(write):
@@ -159,10 +181,46 @@ def test_a_lost_shard_counts_for_its_samples_and_is_consumed(write):
     Path(last_read.url).unlink()
     batches = without_ray(catalog, config, reader_of(catalog), batch_size=51, num_batches=2)
     assert batches[-1].skipped == {"shard_missing": 20}
+    assert batches[-1].epoch_samples == 120
     assert after(catalog, batches).first_epoch == [1]
-    strict = config_of(config.sources[0], max_skipped_share=0.05)
-    with pytest.raises(DataError, match=r"shard_missing \d+\.\d%"):
-        without_ray(catalog, strict, reader_of(catalog), batch_size=50, num_batches=4)
+
+
+LOST = {
+    "shard_missing": None,
+    "shard_empty": b"",
+    "shard_not_a_tar": b"<html>404</html>" * 10,
+    "tar_truncated": tar_of(samples_of(0, 10))[:2600],  # with one sample
+}
+
+
+@pytest.mark.parametrize(("cause", "has_counts"), [*((cause, False) for cause in LOST), ("shard_not_a_tar", True)])
+def test_lost_shards_are_judged_against_an_epoch_of_all_ranks(write, cause, has_counts):
+    """One of 25 shards stops no run, even if it is read first; five of them stop it, whatever is wrong with them."""
+    shards = {f"{n:03}.tar": samples_of(4 * n, 4) for n in range(25)}
+    if has_counts:
+        shards |= {f"{n:03}_stats.json": b'{"successes": 4}' for n in range(25)}
+    catalog, config = write(shards)
+    first = next(groups(catalog, reader_of(catalog, 0, 2), 1, 1)).items[0].unit
+    damage(first.shard.url, LOST[cause])
+    assert first.known_samples == (4 if has_counts else -1)
+    catalog = catalog if LOST[cause] is None else build_catalog(config)
+    assert check(catalog, config, 2, batch_size=2) == {cause: 4 - (cause == "tar_truncated")}
+
+    for shard in catalog.shards[::5]:
+        damage(shard.url, LOST[cause])
+    catalog = catalog if LOST[cause] is None else build_catalog(config)
+    with pytest.raises(DataError, match=rf"the run had to skip \d+ of \d+ samples \({cause} \d+.\d%\).*; {cause}: "):
+        check(catalog, config, 2, batch_size=2)
+    # What was lost before a resume counts, too.
+    with pytest.raises(DataError, match="shard_forbidden"):
+        check(catalog, config, past={"shard_forbidden": 6}, max_epochs=0.01)
+
+
+def damage(url: str, content: bytes | None) -> None:
+    if content is None:
+        Path(url).unlink(missing_ok=True)
+    else:
+        Path(url).write_bytes(content)
 
 
 @pytest.mark.parametrize("read", [without_ray, pytest.param(with_ray, marks=pytest.mark.ray)])

@@ -161,9 +161,13 @@ def test_a_member_whose_content_is_not_stored_is_counted_and_costs_no_other(kind
 
 
 NAMES = st.lists(
-    st.tuples(st.sampled_from(("7", "a.b", "v1.5_7", "8.b.c", ".h", "d/x.1")), st.sampled_from(("jpg", "TXT", "json", "seg.png", "cls", ""))),
-    max_size=12, unique=True,
-)  # fmt: skip
+    st.tuples(
+        st.sampled_from(("7", "a.b", "v1.5_7", "8.b.c", ".h", "d/x.1")),
+        st.sampled_from(("jpg", "TXT", "json", "seg.png", "cls", "")),
+    ),
+    max_size=12,
+    unique=True,
+)
 
 
 @given(NAMES, st.booleans())

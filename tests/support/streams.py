@@ -28,5 +28,5 @@ def plain_stream(
             if group.read_stream == number:
                 yield from read_group(group, config, reader.seed, block_bytes)
 
-    batcher = Batcher(batch_size, SkipCounter(f"rank {reader.rank}", config.max_skipped_share))
+    batcher = Batcher(batch_size, SkipCounter(f"rank {reader.rank}", catalog.size, config.max_skipped_share))
     return batcher.batches(merged([read_stream(number) for number in range(config.reads_per_rank)]))

@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 
 from ray_platform import storage
 from ray_platform.contracts import DataError, one_line
+from ray_platform.data.causes import SourceSize
 from ray_platform.data.config import DataConfig
 from ray_platform.data.precomputed import PrecomputedManifest
 from ray_platform.formats import FileFormat
@@ -91,6 +92,13 @@ class Catalog:
         """The number of samples, or None if it is not known for every shard."""
         counts = [shard.num_samples for shard in self.shards]
         return sum(counts) if min(counts) >= 0 else None
+
+    @property
+    def size(self) -> SourceSize:
+        """What is known of the number of samples of an epoch."""
+        units = [unit for pool in self.pools for unit in pool]
+        counts = [unit.known_samples for unit in units if unit.known_samples >= 0]
+        return SourceSize(sum(counts), len(units) - len(counts), sum(map(self.estimated_samples, units)) / len(units))
 
     @functools.cached_property
     def _bytes_per_sample(self) -> float:
@@ -202,10 +210,11 @@ def _counts(listed: Mapping[str, storage.StoredFile], sidecars: set[str], cached
             if url in listed and listed[url].size == size and count >= 0:
                 known[url] = count
     wanted = {f"{url[:-4]}_stats.json": url for url in listed if url not in known}
+    largest = max(file.size for file in listed.values())
     for sidecar, content in storage.read_many(sorted(wanted.keys() & sidecars)).items():
         with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):  # counts are optional
             count = int(json.loads(content)["successes"])
-            if 0 <= count * _MIN_SAMPLE_BYTES <= listed[wanted[sidecar]].size:
+            if 0 <= count * _MIN_SAMPLE_BYTES <= largest:  # a shard that was damaged may be smaller than its samples were
                 known[wanted[sidecar]] = count
     return known
 

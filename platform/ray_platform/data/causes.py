@@ -4,9 +4,10 @@ Filters add causes of their own, see `filters`.
 """
 
 import logging
+import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray_platform.contracts import DataError
@@ -37,7 +38,7 @@ BAD_DATA: dict[str, str] = {
     "label_missing": "a sample of an evaluation set without a label",
     "label_invalid": "a label that is not a whole number",
     "tar_truncated": "the tar ends early or becomes garbage; the samples before that are used. Copy it again",
-    "shard_not_a_tar": "another kind of file (HTML, gzip, git-lfs, …) named .tar: download it again, decompress it, `git lfs pull`",
+    "shard_not_a_tar": "HTML, gzip, a git-lfs pointer or another kind of file: download it again, decompress it, `git lfs pull`",
     "shard_empty": "a shard without samples",
     "shard_missing": "listed, but gone when it was read (404)",
     "shard_forbidden": "storage denies access (403); check credentials and the bucket's policy",
@@ -62,7 +63,7 @@ LOST = {
 }
 _FILTERED = "filtered_"
 _SHOWN_REJECTS = 3  # warnings per cause
-_ENOUGH_SAMPLES = 100  # before the skipped fraction can stop a run
+_ENOUGH_SAMPLES = 100  # the skipped fraction of fewer samples stops no run
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,16 @@ def lost_cause(error: "StorageError") -> str:
     return LOST[error.kind]
 
 
-def samples_lost(cause: str, known: int, read: int) -> int:
-    """Return how many samples one rejection stands for; 0 if a whole shard is lost whose number of samples is not known.
+def samples_lost(cause: str, known: int, read: int) -> int | None:
+    """Return how many samples one rejection stands for; None if that depends on how many samples other shards have.
 
-    `known` is the number of samples that the shard should have (0 or less: not known), `read` that of its samples and rejections.
+    `known` is the number of samples that the shard should have (-1: not known), `read` that of its samples and rejections.
     """
     if cause.startswith("shard_"):
-        return max(0, known)
-    return max(1, known - (read - 1)) if cause == "tar_truncated" else 1
+        return known if known >= 0 else None
+    if cause == "tar_truncated":
+        return max(1, known - (read - 1)) if known >= 0 else None
+    return 1
 
 
 class UnitCounts(NamedTuple):
@@ -116,54 +119,117 @@ class UnitCounts(NamedTuple):
     unit: int
     total: int  # samples and rejections that were found
     known: int  # by its shard's count; -1: not known
-    nominal: int  # an estimate by its size
+
+
+class SourceSize(NamedTuple):
+    """What is known of the number of samples of a source before it is read."""
+
+    known_samples: int  # of the units with a count
+    uncounted_units: int
+    samples_per_unit: float  # estimate for those
 
 
 @dataclass
 class SkipCounter:
-    """Counts good and rejected samples and stops the run when too many are bad. Filtered samples count as neither."""
+    """Counts the good and rejected samples of one reader. Filtered samples count as neither.
+
+    A lost shard counts for the samples that it should have, or else for as many as the other shards have on average.
+    """
 
     reader: str  # for messages, such as "rank 3"
+    size: SourceSize
     max_skipped_share: float
-    seen: int = 0
+    num_good: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    _totals: dict[tuple[int, ...], int] = field(default_factory=dict)  # unit -> its samples
+    _totals: dict[tuple[int, ...], int] = field(default_factory=dict)  # unit -> its samples; 0 if it is truncated
+    _num_samples: int = 0  # in these units
+    _num_units: int = 0  # of these, those that are not truncated
+    _bad_in_a_row: set[tuple[int, ...]] = field(default_factory=set)  # units with bad samples since the last good one
 
     @property
-    def bad(self) -> Counter[str]:
-        return Counter({cause: count for cause, count in self.skipped.items() if not is_filtered(cause)})
+    def epoch_samples(self) -> float:
+        """The number of samples of an epoch of the whole source, as far as it is known so far."""
+        return self.size.known_samples + self.size.uncounted_units * self._samples_per_unit
+
+    @property
+    def _samples_per_unit(self) -> float:
+        return self._num_samples / self._num_units if self._num_units else self.size.samples_per_unit
 
     def count_good(self, unit: UnitCounts, number: int = 1) -> None:
-        """Count `number` good samples of a unit. Raises DataError when too many samples are bad."""
-        self._totals[unit[:3]] = unit.total
-        self.seen += number
-        if self.seen - number < _ENOUGH_SAMPLES:
-            self._check_share()
+        """Count `number` good samples of a unit."""
+        self._add_unit(unit)
+        self.num_good += number
+        self._bad_in_a_row.clear()
 
     def count_reject(self, key: str, cause: str, unit: UnitCounts) -> int:
-        """Count a rejection and return how many samples it stands for. Raises DataError when too many samples are bad."""
-        if not cause.startswith("shard_"):
-            self._totals[unit[:3]] = unit.total
+        """Count a rejection and return how many samples it stands for.
+
+        Raises DataError after so many shards in a row without a good sample that this is no coincidence.
+        """
         lost = samples_lost(cause, unit.known, unit.total)
-        if not lost:
-            lost = round(fmean(self._totals.values())) if self._totals else unit.nominal
+        if lost is None:
+            lost = self._estimate_lost(cause, unit)
+        elif not cause.startswith("shard_"):
+            self._add_unit(unit)
         before = self.skipped[cause]
         self.skipped[cause] += lost
-        if not is_filtered(cause):
-            if before < _SHOWN_REJECTS:
-                more = "; further ones are only counted" if self.skipped[cause] >= _SHOWN_REJECTS else ""
-                logger.warning("%s skips %s: %s%s", self.reader, key, cause, more)
-            self.seen += lost
-            self._check_share()
+        if is_filtered(cause):
+            self._bad_in_a_row.clear()
+            return lost
+        if before < _SHOWN_REJECTS:
+            more = "; further ones are only counted" if self.skipped[cause] >= _SHOWN_REJECTS else ""
+            logger.warning("%s skips %s: %s%s", self.reader, key, cause, more)
+        self._bad_in_a_row.add(unit[:3])
+        if len(self._bad_in_a_row) > _max_in_a_row(self.max_skipped_share):
+            raise DataError(
+                f"{self.reader} found no good sample in {len(self._bad_in_a_row)} shards in a row, up to {key}: {cause}, "
+                f"{BAD_DATA[cause]}; check storage and these shards, then resume with --resume auto"
+            )
         return lost
 
-    def _check_share(self) -> None:
-        bad = self.bad
-        if self.seen < _ENOUGH_SAMPLES or bad.total() <= self.max_skipped_share * self.seen:
-            return
-        causes = ", ".join(f"{cause} {count / self.seen:.1%}" for cause, count in bad.most_common())
-        raise DataError(
-            f"{self.reader} had to skip {bad.total()} of {self.seen} samples ({causes}), more than "
-            f"data.max_skipped_share = {self.max_skipped_share:.1%}; correct the shards (the warnings name samples) "
-            "or raise data.max_skipped_share"
-        )
+    def _add_unit(self, unit: UnitCounts) -> None:
+        if unit[:3] not in self._totals:
+            self._totals[unit[:3]] = unit.total
+            self._num_samples += unit.total
+            self._num_units += 1
+
+    def _estimate_lost(self, cause: str, unit: UnitCounts) -> int:
+        if cause != "tar_truncated":
+            return max(1, round(self._samples_per_unit))
+        if total := self._totals.get(unit[:3], 0):
+            self._num_samples -= total
+            self._num_units -= 1
+        self._totals[unit[:3]] = 0
+        # If all shards end like this one, it is their writer that does not end them, and nothing is missing.
+        return max(1, round(self._samples_per_unit) - (unit.total - 1)) if self._num_units else 1
+
+
+def _max_in_a_row(max_skipped_share: float) -> int:
+    """Return how many shards in a row may have no good sample. At the allowed fraction, more are rarer than 1 in a million."""
+    return max(10, math.ceil(6 / -math.log10(max_skipped_share))) if max_skipped_share else 10
+
+
+def num_bad(skipped: Mapping[str, int]) -> int:
+    return sum(count for cause, count in skipped.items() if not is_filtered(cause))
+
+
+def is_too_bad(bad: float, good: float, epoch_samples: float, max_skipped_share: float) -> bool:
+    """Return whether too many samples are bad: of those that were read so far, or of an epoch if that is more.
+
+    So a shard that is lost early weighs as much as one that is lost late.
+    """
+    return bad > max_skipped_share * max(bad + good, epoch_samples, _ENOUGH_SAMPLES)
+
+
+def check_skipped(reader: str, skipped: Mapping[str, int], good: int, epoch_samples: float, max_skipped_share: float) -> None:
+    """Raise DataError if too many samples are bad, with the causes and the remedy for the most frequent one."""
+    bad = num_bad(skipped)
+    if not is_too_bad(bad, good, epoch_samples, max_skipped_share):
+        return
+    total = max(bad + good, round(epoch_samples))
+    counts = Counter({cause: count for cause, count in skipped.items() if not is_filtered(cause)}).most_common()
+    causes = ", ".join(f"{cause} {count / total:.1%}" for cause, count in counts)
+    raise DataError(
+        f"{reader} had to skip {bad} of {total} samples ({causes}), more than data.max_skipped_share = {max_skipped_share:.1%}; "
+        f"{counts[0][0]}: {BAD_DATA[counts[0][0]]}; correct the shards (the warnings name some) or raise data.max_skipped_share"
+    )

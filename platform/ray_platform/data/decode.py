@@ -3,8 +3,8 @@
 `exact` gives the pixels of Pillow's full decode, crop and bicubic resize, with libjpeg-turbo and torch's vectorized resize: at
 most a tenth of a gray level apart on average (tests/ray_platform/test_decode.py), at 1.5 (small) to 2.7 times the speed.
 `fast` lets libjpeg scale while it decodes if the image is at least twice as large as needed, as far as color keeps the target's
-resolution. It is up to 1.9 times as fast again, and sharper, because it averages blocks first: on photographs 1.5 to 6 gray levels
-from `exact` on average, less than 1 with little detail, 13 in fine print, and 0 with nothing to scale.
+resolution. It is up to 1.9 times as fast again, and sharper, because it averages blocks first: on photographs 1.5 to 6 gray
+levels from `exact` on average, less than 1 with little detail, 13 in fine print, and 0 with nothing to scale.
 `rgb` is for evaluation: all pixels, equal to Pillow's.
 """
 

@@ -111,7 +111,8 @@ class Statistics:
     used: int = 0
     upscaled: int = 0  # used images that are smaller than training asks for
     rejected: Counter[str] = field(default_factory=Counter)  # cause -> samples, except those of lost_units
-    lost_units: Counter[str] = field(default_factory=Counter)  # cause -> units whose number of samples is not known
+    lost_units: Counter[str] = field(default_factory=Counter)  # cause -> units whose number of lost samples is not known
+    truncated_samples: int = 0  # samples in the truncated ones of lost_units
     shapes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (height, width) for training -> used images
     examples: dict[str, list[str]] = field(default_factory=dict)  # cause -> its first keys, sorted
     histograms: dict[str, Histogram] = field(
@@ -121,9 +122,9 @@ class Statistics:
     read_seconds: float = 0.0  # to read the units and find their samples
     decode_seconds: float = 0.0  # CPU time
 
-    def count_rejected(self, key: str, cause: str, num_samples: int) -> None:
-        """Count a rejection that stands for `num_samples`; 0: for a whole unit of unknown size."""
-        (self.rejected if num_samples else self.lost_units)[cause] += num_samples or 1
+    def count_rejected(self, key: str, cause: str, num_samples: int | None) -> None:
+        """Count a rejection that stands for `num_samples`; None: for (the rest of) a unit of unknown size."""
+        (self.lost_units if num_samples is None else self.rejected)[cause] += 1 if num_samples is None else num_samples
         self._add_examples(cause, [key])
 
     def count_used(self, sample: Sample, size: tuple[int, int] | None) -> None:
@@ -247,7 +248,10 @@ def inspect_unit(unit: ShardRange, config: DataConfig) -> Statistics:
         if isinstance(sample, Sample):
             statistics.count_used(sample, size)
         else:
-            statistics.count_rejected(sample.key, sample.cause, samples_lost(sample.cause, unit.known_samples, len(shard)))
+            lost = samples_lost(sample.cause, unit.known_samples, len(shard))
+            statistics.count_rejected(sample.key, sample.cause, lost)
+            if lost is None and sample.cause == "tar_truncated":
+                statistics.truncated_samples = len(shard) - 1
     statistics.unusable_units = int(not statistics.used)
     if not any(cause.startswith("shard_") for cause in statistics.examples):
         statistics.readable_units, statistics.looked_at = 1, len(shard)
@@ -256,7 +260,7 @@ def inspect_unit(unit: ShardRange, config: DataConfig) -> Statistics:
 
 def _lost_unit(unit: ShardRange, cause: str) -> Statistics:
     statistics = Statistics(units=1, unusable_units=1, num_bytes=unit.stop - unit.start)
-    statistics.count_rejected(f"{unit.shard.name}/", cause, max(0, unit.known_samples))
+    statistics.count_rejected(f"{unit.shard.name}/", cause, samples_lost(cause, unit.known_samples, 0))
     return statistics
 
 

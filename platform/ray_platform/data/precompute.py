@@ -24,7 +24,7 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, Encoder
 from ray_platform.data import precomputed
 from ray_platform.data.catalog import MANIFEST, PRECOMPUTED_FORMAT, Catalog, ShardRange
-from ray_platform.data.causes import LOST, SkipCounter, UnitCounts
+from ray_platform.data.causes import LOST, SkipCounter, UnitCounts, check_skipped, num_bad
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Group, Item
 from ray_platform.data.source import ShardSource, data_context, data_errors, unpack
@@ -118,12 +118,13 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: EncoderPool, outp
         one, other, *_ = (unit.shard.url for unit in units if stem(unit) == name)
         raise DataError(f"{other}: its precomputed files would have the same names as those of {one}; rename one")
     progress = _resume(output_dir, manifest, stems)
-    skips, started = SkipCounter("precompute", config.max_skipped_share), time.perf_counter()
+    skips, started = SkipCounter("precompute", catalog.size, config.max_skipped_share), time.perf_counter()
     left = {number: unit for number, unit in enumerate(units) if number not in progress}
     for record in _records(left, stems, config, encoders, output_dir):
         number = record.unit.unit
         unit = progress.setdefault(number, UnitProgress())
         unit.add(record, skips)
+        check_skipped("precompute", skips.skipped, skips.num_good, skips.epoch_samples, config.max_skipped_share)
         if unit.is_complete:
             if not unit.is_lost:
                 content = json.dumps({"shards": unit.shards, "rejected": unit.rejected}).encode()
@@ -131,8 +132,8 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: EncoderPool, outp
             yield PrecomputeProgress(
                 shards_done=sum(unit.is_complete for unit in progress.values()),
                 shards=len(units),
-                samples=skips.seen - skips.bad.total(),
-                samples_per_second=skips.seen / (time.perf_counter() - started),
+                samples=skips.num_good,
+                samples_per_second=(skips.num_good + num_bad(skips.skipped)) / (time.perf_counter() - started),
             )
     _write_manifest(output_dir, manifest, progress)
 

@@ -134,7 +134,7 @@ def read_group(group: Group, config: DataConfig, seed: int, block_bytes: int = B
     torch.set_num_threads(1)  # as many tasks run at once as there are cores for them
     units = [open_samples(item, config, seed) for item in group.items]
     counts = [
-        UnitCounts(item.pool, item.epoch, item.number, len(unit), item.unit.known_samples, item.unit.nominal_samples)
+        UnitCounts(item.pool, item.epoch, item.number, len(unit), item.unit.known_samples)
         for item, unit in zip(group.items, units, strict=True)
     ]
     rows: list[Row] = []

@@ -36,11 +36,11 @@ def stream(catalog: Catalog, config: DataConfig, reader: Reader, *, batch_size: 
     """Return an iterator of the rank's next `num_batches` batches. Needs Ray. Exhaust or close it to stop its reads.
 
     Raises ConfigError at once, for more ranks than shards or too few CPUs for the reads; the iterator raises DataError for a
-    shard that changed, and when more than `max_skipped_share` of the samples were skipped.
+    shard that changed, and after many shards in a row without a good sample.
     """
     check_world_size(catalog, reader.world_size)
     check_cpus(config, reader.world_size)
-    batcher = Batcher(batch_size, SkipCounter(f"rank {reader.rank}", config.max_skipped_share))
+    batcher = Batcher(batch_size, SkipCounter(f"rank {reader.rank}", catalog.size, config.max_skipped_share))
 
     def run() -> Iterator[Batch]:
         # Every group has at least one sample, so a short run needs no more groups than samples.
@@ -91,6 +91,7 @@ class Batcher:
                         for sample in [*passed, *batch]
                     ),
                     dict(self.skips.skipped),
+                    self.skips.epoch_samples,
                 )
                 passed.clear()
 

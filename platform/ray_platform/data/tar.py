@@ -1,11 +1,11 @@
 """Reading webdataset-style tars: the bytes of a tar, or of a slice of one, become undecoded samples.
 
 The layout is LAION's, as img2dataset writes it: `00012.jpg`, `00012.txt` and `00012.json` are one sample, and its key is
-everything before the first dot. In `v1.5_007.jpg`, what follows the first dot is no known extension: the key ends at the last dot,
-unless the tar has samples with the shorter key, of which `00012.seg.png` is then a side file.
+everything before the first dot. In `v1.5_007.jpg`, what follows the first dot is not a known extension: the key ends at the last
+dot, unless the tar has a sample with the shorter key, of which `00012.seg.png` is then a side file.
 
-No content of a tar raises an exception, and no file in it is passed over in silence: it is part of a `Record`, a side file of one,
-or stands in a `RejectedSample`.
+No content of a tar raises an exception, and no file is passed over in silence: it is part of a `Record`, a side file of one, or
+has a `RejectedSample`.
 """
 
 import io
@@ -233,7 +233,7 @@ def _key(name: str) -> str:
 
 
 def _long_key(name: str, suffixes: Sequence[str]) -> str:
-    """Return the name up to its last dot if a known extension follows it, but none follows the first dot; else an empty string."""
+    """Return the name up to its last dot if that is not the first one and a known extension follows; else an empty string."""
     folder, base = posixpath.split(posixpath.normpath(name).lstrip("/"))
     stem, _, extension = base.rpartition(".")
     is_dotted = "." in stem.lstrip(".") and not base.startswith(".")  # `._7.jpg` is what macOS stores next to 7.jpg

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray_platform.data import filters
 from ray_platform.data.catalog import Catalog
-from ray_platform.data.causes import BAD_DATA, is_filtered
+from ray_platform.data.causes import BAD_DATA, IGNORED, is_filtered
 from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import Histogram, Statistics, Thumbnail
 from ray_platform.report.render import render
@@ -177,10 +177,16 @@ def summarize(catalog: Catalog, config: DataConfig, statistics: Statistics, cpus
 
 
 def _count_causes(statistics: Statistics) -> dict[str, CauseCounts]:
-    samples_per_unit = max(1, round(statistics.looked_at / max(1, statistics.readable_units)))
+    truncated = statistics.lost_units["tar_truncated"]
+    looked_at, units = statistics.looked_at - statistics.truncated_samples - truncated, statistics.readable_units - truncated
+    if not units:  # If all shards end early, it is their writer that does not end them, and nothing is missing.
+        looked_at, units = statistics.looked_at, statistics.readable_units
+    samples_per_unit = max(1, round(looked_at / max(1, units)))
     samples = Counter(statistics.rejected)
     samples.update({cause: units * samples_per_unit for cause, units in statistics.lost_units.items()})
-    total, meanings = max(1, statistics.used + samples.total()), BAD_DATA | filters.meanings()
+    if truncated:
+        samples["tar_truncated"] = max(truncated, samples["tar_truncated"] - statistics.truncated_samples)
+    total, meanings = max(1, statistics.used + samples.total()), BAD_DATA | IGNORED | filters.meanings()
     return {
         cause: CauseCounts(count, count / total, statistics.lost_units[cause], statistics.examples[cause], meanings[cause])
         for cause, count in sorted(samples.items(), key=lambda item: (-item[1], item[0]))

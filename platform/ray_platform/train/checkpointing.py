@@ -153,7 +153,7 @@ class TrainState:
             logger.warning("%s was trained on other shards: the data are read from their beginning", url)
         if manifest.world_size != dist.get_world_size():
             base = consumed.copy()
-        skipped = add_counts(*(state.skipped for state in loaded.rank_states))
+        skipped = add_counts(*(state.skipped for state in loaded.rank_states if loaded.ledgers))
         batch_size = train.global_batch_size or manifest.global_batch_size
         return cls(manifest.step, manifest.samples_seen, batch_size, base, consumed, skipped, url)
 

@@ -70,6 +70,8 @@ class StepStatus:
     checkpoint_due: bool
     any_uploading: bool
     any_upload_failed: bool
+    num_bad: int  # samples that all ranks skipped as bad, since the run started
+    epoch_samples: float  # mean of what the ranks expect
 
 
 class LossMonitor:
@@ -82,18 +84,35 @@ class LossMonitor:
 
     @collective
     def sync_step_status(
-        self, loss: torch.Tensor, *, stop: bool, checkpoint_due: bool, uploading: bool, upload_failed: bool
-    ) -> StepStatus:
-        """Combine this rank's loss (scalar) and flags with those of all ranks, in one small all-reduce."""
+        self, loss: torch.Tensor, *, stop: bool, checkpoint_due: bool, uploading: bool, upload_failed: bool,
+        num_bad: int, epoch_samples: float,
+    ) -> StepStatus:  # fmt: skip
+        """Combine this rank's loss (scalar), flags and counts with those of all ranks, in one small all-reduce."""
         nonfinite = ~torch.isfinite(loss)
-        flags = torch.tensor([stop, checkpoint_due, uploading, upload_failed], dtype=torch.float64).to(loss.device)
-        sums = torch.cat([torch.stack([loss.masked_fill(nonfinite, 0.0).double(), nonfinite.double()]), flags])
+        flags = [stop, checkpoint_due, uploading, upload_failed, num_bad, epoch_samples]
+        sums = torch.cat(
+            [
+                torch.stack([loss.masked_fill(nonfinite, 0.0).double(), nonfinite.double()]),
+                torch.tensor(flags, dtype=torch.float64).to(loss.device),
+            ]
+        )
         dist.all_reduce(sums)
         # The only place in a step where the host waits for the accelerator.
-        total, num_nonfinite, *flag_sums, local_nonfinite = torch.cat([sums, nonfinite.double()[None]]).tolist()
+        total, num_nonfinite, *flag_sums, all_bad, samples, local_nonfinite = torch.cat([sums, nonfinite.double()[None]]).tolist()
         mean = math.nan if num_nonfinite else total / dist.get_world_size()
         is_unusual = self.history.num_good >= _MIN_GOOD_STEPS and mean > self.max_factor * self.history.usual_loss
-        return StepStatus(mean, num_nonfinite > 0 or is_unusual, local_nonfinite > 0, *(flag > 0 for flag in flag_sums))
+        any_stop, any_due, any_uploading, any_failed = (flag > 0 for flag in flag_sums)
+        return StepStatus(
+            loss=mean,
+            is_bad=num_nonfinite > 0 or is_unusual,
+            local_nonfinite=local_nonfinite > 0,
+            stop=any_stop,
+            checkpoint_due=any_due,
+            any_uploading=any_uploading,
+            any_upload_failed=any_failed,
+            num_bad=round(all_bad),
+            epoch_samples=samples / dist.get_world_size(),
+        )
 
     def record(self, status: StepStatus, update: "Update", step: int, batch: Batch) -> None:
         """Count a step, and save the sample keys of a bad one. One that lowered the loss scale of fp16 is neither good nor bad.

@@ -19,6 +19,7 @@ from ray import cloudpickle
 
 from ray_platform import storage
 from ray_platform.contracts import Batch, ConfigError, ConsumedRange, DataError, Task, one_line
+from ray_platform.data.causes import check_skipped, is_too_bad, num_bad
 from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
 from ray_platform.ray_internals import spilled_bytes
@@ -149,6 +150,7 @@ class Trainer:
         loss, metrics = self.engine.backward(micro_batches, seeds)
 
         uploader = self.checkpoints.uploader
+        self.skipped = add_counts(self.start.skipped, batch.skipped)
         with self.heartbeat.waiting_for_ranks():
             status = self.loss_monitor.sync_step_status(
                 loss,
@@ -156,6 +158,8 @@ class Trainer:
                 checkpoint_due=self._is_checkpoint_due(),
                 uploading=uploader.is_uploading,
                 upload_failed=bool(uploader.failure),
+                num_bad=num_bad(self.skipped),
+                epoch_samples=batch.epoch_samples,
             )
 
         update = self.engine.update(self.step, skip=status.is_bad)
@@ -164,7 +168,6 @@ class Trainer:
         self.step_metrics = {}
         self.grad_norm = update.grad_norm
         self.consumed.extend(batch.consumed)
-        self.skipped = add_counts(self.start.skipped, batch.skipped)
         if update.updated:
             num_words = float(sum(len(caption.split()) for caption in batch.captions))
             metrics["data/caption_words"] = torch.tensor([num_words, float(len(batch.captions))], device=self.engine.device)
@@ -172,11 +175,19 @@ class Trainer:
             self.meter.add(metrics, samples=len(batch.captions), waited=seconds_waited, worked=seconds)
         self.loss_monitor.record(status, update, self.step, batch)
         self.checkpoints.finalize_checkpoint(status.any_uploading, status.any_upload_failed)
+        self._check_skipped(status)
         if self.config.compile and self.step == self.start.step + 1:
             self.engine.compile()
         if self.profiler:
             self.profiler.step()
         return status
+
+    @collective
+    def _check_skipped(self, status: StepStatus) -> None:
+        """Raise DataError on every rank if too many samples are bad: of all ranks, since the run started."""
+        expected, limit = status.epoch_samples, self.spec.data.max_skipped_share
+        if is_too_bad(status.num_bad, self.samples_seen, expected, limit):
+            check_skipped("the run", self._gather_skipped(), self.samples_seen, expected, limit)
 
     def _is_checkpoint_due(self) -> bool:
         """Return whether `train.checkpoint_minutes` have passed on rank 0, whose clock decides for all ranks."""

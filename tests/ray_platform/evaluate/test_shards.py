@@ -169,7 +169,7 @@ def test_a_tar_that_is_truncated_damaged_or_gone_loses_only_its_own_samples(tmp_
     assert keys_or_causes(open_own(folder)) == ["0.tar/s0000000", "tar_truncated", *rest]
     tar.write_bytes(b"<html>404</html>" * 100)
     data = open_own(folder)
-    assert keys_or_causes(data) == ["tar_truncated", *rest]
+    assert keys_or_causes(data) == ["shard_not_a_tar", *rest]
     tar.unlink()
     assert keys_or_causes(data) == ["shard_missing", *rest]
 
