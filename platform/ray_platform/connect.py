@@ -8,6 +8,7 @@ import ray
 
 from ray_platform.checkout import checkout_root
 from ray_platform.contracts import ConfigError
+from ray_platform.storage_config import storage_variables
 
 _TIMEOUT_S = 10.0
 
@@ -30,7 +31,7 @@ def connect(address: str = "") -> None:
     _check_answers(address)
     # Without RAY_ADDRESS, Ray Train's placement group cleaner asks the newest cluster on its machine whether the trainer lives,
     # and ends our workers when that is another cluster.
-    variables = _worker_path() | {"RAY_ADDRESS": address}
+    variables = _worker_path() | storage_variables() | {"RAY_ADDRESS": address}
     try:
         ray.init(address=address, runtime_env={"env_vars": variables}, logging_level="WARNING")
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:

@@ -24,6 +24,7 @@ from botocore.httpsession import get_cert_path  # type: ignore[import-untyped]
 from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
 from ray_platform.contracts import ConfigError, DataError
+from ray_platform.storage_config import PUBLIC_BUCKETS, REQUESTER_PAYS_BUCKETS, named_buckets
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 20  # without a byte
@@ -96,7 +97,7 @@ def open_store(url: str) -> tuple[Any, str]:
             )
         if not _BUCKET.match(bucket):
             raise DataError(f"{url}: names no bucket; write s3://bucket/folder, without a pattern in the bucket's name")
-        return _s3fs(Environment.current()), path.rstrip("/")
+        return _s3fs(Environment.current(), *_access(bucket)), path.rstrip("/")
     if scheme not in PACKAGES:
         stores = ", ".join(f"{name}://" for name in ("s3", *PACKAGES))
         raise DataError(f"{url}: cannot read {scheme}://; name a folder, or a URL of one of {stores}")
@@ -111,12 +112,20 @@ def arrow_filesystem(bucket: str) -> S3FileSystem | None:
     """Return Arrow's client for a bucket, or None if only s3fs supports the configuration."""
     environment = Environment.current()
     settings = _s3_settings(environment)
-    if not settings.arrow_follows or bucket.startswith("arn:"):
+    is_public, requester_pays = _access(bucket)
+    if not settings.arrow_follows or requester_pays or bucket.startswith("arn:"):
         return None
+    if is_public:
+        return _arrow(environment, bucket, None)
     credentials = settings.session.get_credentials()
     if credentials is None:
         raise NoCredentialsError
     return _arrow(environment, bucket, credentials.get_frozen_credentials())  # renewed credentials make another client
+
+
+def _access(bucket: str) -> tuple[bool, bool]:
+    """Return whether a bucket is read without credentials, and whether the requester pays."""
+    return bucket in named_buckets(PUBLIC_BUCKETS), bucket in named_buckets(REQUESTER_PAYS_BUCKETS)
 
 
 def s3_endpoint() -> str:
@@ -184,7 +193,7 @@ def _limit_redirects(**_: object) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _s3fs(environment: Environment) -> Any:
+def _s3fs(environment: Environment, is_public: bool, requester_pays: bool) -> Any:
     settings, session = _s3_settings(environment), AioSession()
     session.register("before-call.s3.HeadBucket", _limit_redirects)
     config = {
@@ -197,6 +206,8 @@ def _s3fs(environment: Environment) -> Any:
     return fsspec.filesystem(
         "s3",
         session=session,
+        anon=is_public,
+        requester_pays=requester_pays,
         skip_instance_cache=True,  # its key would not contain the environment
         use_listings_cache=False,  # what other processes write must be visible
         endpoint_url=settings.endpoint or None,
@@ -209,11 +220,14 @@ def _s3fs(environment: Environment) -> Any:
 def _arrow(environment: Environment, bucket: str, credentials: Any) -> S3FileSystem:
     settings = _s3_settings(environment)
     scheme, _, host = settings.endpoint.rpartition("://")
-    region = settings.region if settings.endpoint else _bucket_region(_s3fs(environment), bucket) or settings.region
+    s3fs = _s3fs(environment, *_access(bucket))
+    region = settings.region if settings.endpoint else _bucket_region(s3fs, bucket) or settings.region
+    access_key, secret_key, token = credentials[:3] if credentials else (None, None, None)
     return S3FileSystem(
-        access_key=credentials.access_key,
-        secret_key=credentials.secret_key,
-        session_token=credentials.token,
+        access_key=access_key,
+        secret_key=secret_key,
+        session_token=token,
+        anonymous=credentials is None,
         region=region or "us-east-1",
         scheme=scheme or "https",
         endpoint_override=host or None,

@@ -56,14 +56,18 @@ _REJECTED = Problem(
     "configuration", "the server rejects the credentials ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE"
 )
 _NO_CREDENTIALS = Problem(
-    "configuration", "no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a profile or a role"
+    "configuration",
+    "no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, use a profile or a role, "
+    "or name the bucket in storage.public_buckets",
 )
 _WRONG_REGION = Problem(
     "configuration",
     "its bucket is in another region or at another endpoint ({code}); correct AWS_DEFAULT_REGION or AWS_ENDPOINT_URL",
 )
 _DENIED = Problem(
-    "forbidden", "access denied (403); check the bucket's policy and the permissions of AWS_ACCESS_KEY_ID or AWS_PROFILE"
+    "forbidden",
+    "access denied (403); check the bucket's policy and the permissions of AWS_ACCESS_KEY_ID or AWS_PROFILE, "
+    "or name the bucket in storage.public_buckets or storage.requester_pays_buckets",
 )
 _NO_BUCKET = Problem("missing", "its bucket does not exist; correct the name or create it")
 _BUCKET_NAME = Problem(

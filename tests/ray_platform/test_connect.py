@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from diffdis_platform.commands.inspect import InspectConfig
+from diffdis_platform.config.parse import parse
 from ray_platform import connect as module
 from ray_platform.connect import ClusterError, connect
 
@@ -36,10 +38,14 @@ def listening():
 
 def test_the_workers_of_a_driver_get_absolute_paths_and_the_environments_address(attached, listening, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", listening)
+    monkeypatch.setenv("DIFFDIS_PUBLIC_BUCKETS", "set-by-the-user")
+    argv = ["--storage.public_buckets", "laion", "coyo", "--output_dir", "/out", "--data.sources", "s3://laion/shards"]
+    parse(InspectConfig, argv, command="inspect", description="")
     connect("127.0.0.1:1")
     assert attached[0]["address"] == listening
-    paths = attached[0]["runtime_env"]["env_vars"]["PYTHONPATH"].split(os.pathsep)
-    assert paths == [str(ROOT), str(ROOT / "platform")]
+    variables = attached[0]["runtime_env"]["env_vars"]
+    assert variables["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(ROOT / "platform")]
+    assert variables["DIFFDIS_PUBLIC_BUCKETS"] == "coyo,laion,set-by-the-user"
 
 
 def test_the_workers_of_a_submitted_job_get_the_path_in_their_copy(attached, listening, monkeypatch):

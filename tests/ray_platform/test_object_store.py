@@ -1,5 +1,7 @@
 import json
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -7,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from ray_platform import object_store, retry, storage
-from ray_platform.contracts import UserError
+from ray_platform.contracts import ConfigError, UserError
 from ray_platform.data.causes import lost_cause
+from ray_platform.object_store import open_store
+from ray_platform.storage_config import StorageConfig
 from tests.support.relay import Relay, write_certificates
-from tests.support.s3_server import ACCESS_KEY, SECRET_KEY
+from tests.support.s3_server import ACCESS_KEY, PUBLIC_BUCKET, SECRET_KEY
 
 
 @pytest.fixture
@@ -42,6 +46,35 @@ def arrow_reads(monkeypatch) -> list[str]:
     return paths
 
 
+@contextmanager
+def serving(answer: Callable[[BaseHTTPRequestHandler], tuple[int, bytes]]) -> Iterator[str]:
+    """Run a server on loopback that answers every request by `answer`, as (status, body); yield its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answer(self)
+            self.send_response(status)
+            for name, value in (
+                ("Content-Length", len(body)),
+                ("ETag", '"a"'),
+                ("Last-Modified", "Tue, 24 Nov 2026 09:00:00 GMT"),
+            ):
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_PUT = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 def errors_of(url: str) -> list[UserError]:
     """Return the errors of reading, listing and writing."""
     errors = []
@@ -69,23 +102,12 @@ ANSWERS = {  # code -> status, kind of error, a word of the line
 def test_the_answer_of_the_server_is_the_error(aws):
     """The server answers with the code that the bucket's name says, like AWS without a text to HEAD."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            code = next(code for code in ANSWERS if code.lower() == self.path.split("/")[1].partition("?")[0])
-            body = b"" if self.command == "HEAD" else f"<Error><Code>{code}</Code><Message>text</Message></Error>".encode()
-            self.send_response(ANSWERS[code][0])
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(request: BaseHTTPRequestHandler) -> tuple[int, bytes]:
+        code = next(code for code in ANSWERS if code.lower() == request.path.split("/")[1].partition("?")[0])
+        return ANSWERS[code][0], f"<Error><Code>{code}</Code><Message>text</Message></Error>".encode()
 
-        do_HEAD = do_PUT = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    with serving(answer) as url:
+        aws.setenv("AWS_ENDPOINT_URL", url)
         for code, (_, kind, word) in ANSWERS.items():
             for error in errors_of(f"s3://{code.lower()}/folder/file"):
                 assert (error.kind, word in str(error)) == (kind, True), error
@@ -94,7 +116,6 @@ def test_the_answer_of_the_server_is_the_error(aws):
                         lost_cause(error)
                 else:
                     assert lost_cause(error).startswith("shard_")
-        server.shutdown()
 
 
 def test_a_configuration_that_cannot_work_is_one_line(aws, tmp_path):
@@ -128,6 +149,42 @@ def test_a_server_that_is_not_reached_is_named_with_the_reason(aws):
     for error in errors_of("s3://bucket/file"):
         assert "cannot reach the proxy" in str(error)
         assert "the-password" not in str(error)
+
+
+@pytest.mark.s3
+def test_a_public_bucket_needs_no_credentials(s3_url, s3_server, aws, arrow_reads):
+    for name, value in s3_server.environment.items():
+        aws.setenv(name, value)
+    url = f"s3://{PUBLIC_BUCKET}/folder/file"
+    open_store(url)[0].mkdir(PUBLIC_BUCKET)
+    storage.write_bytes(url, b"content")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        aws.delenv(name)
+    assert all("storage.public_buckets" in str(error) for error in errors_of(url))
+    aws.setenv("DIFFDIS_PUBLIC_BUCKETS", "")  # restored after the test
+    StorageConfig(public_buckets=(PUBLIC_BUCKET,)).set_variables()
+    assert storage.list_files(f"s3://{PUBLIC_BUCKET}/folder") == (storage.StoredFile(url, 7),)
+    assert storage.read_bytes(url) == storage.read_many([url])[url] == b"content"
+    assert arrow_reads == [f"{PUBLIC_BUCKET}/folder/file"]
+    assert "no S3 credentials" in str(errors_of(f"{s3_url}/ready")[0])  # of any other bucket
+
+
+def test_the_requester_pays(aws):
+    """A server that denies every request without the header."""
+    aws.setenv("DIFFDIS_REQUESTER_PAYS_BUCKETS", "")
+    with serving(lambda request: (200, b"content") if request.headers.get("x-amz-request-payer") else (403, b"")) as url:
+        aws.setenv("AWS_ENDPOINT_URL", url)
+        assert {error.kind for error in errors_of("s3://bucket/file")} == {"forbidden"}
+        StorageConfig(requester_pays_buckets=("bucket",)).set_variables()
+        assert storage.read_bytes("s3://bucket/file") == b"content"
+        assert storage.list_files("s3://bucket/file")[0].size == 7
+        assert {error.kind for error in errors_of("s3://another/file")} == {"forbidden"}
+
+
+def test_buckets_are_named_without_a_scheme():
+    for buckets in (("s3://bucket",), ("bucket/folder",), "bucket"):
+        with pytest.raises(ConfigError, match=r"storage\.public_buckets"):
+            StorageConfig(public_buckets=buckets)
 
 
 @pytest.mark.s3

@@ -12,6 +12,7 @@ import fsspec
 from tests.support.processes import free_ports, wait_until_ready
 
 ACCESS_KEY, SECRET_KEY = "diffdis-tests", "the-secret-of-the-tests"
+PUBLIC_BUCKET = "public"  # everybody may read it
 
 
 class S3Server:
@@ -29,7 +30,8 @@ class S3Server:
         (folder / "data").mkdir(parents=True, exist_ok=True)
         identity = {"name": "tests", "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]}
         identity["actions"] = ["Admin", "Read", "Write", "List", "Tagging"]
-        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        anonymous = {"name": "anonymous", "actions": [f"Read:{PUBLIC_BUCKET}", f"List:{PUBLIC_BUCKET}"]}
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity, anonymous]}))
         self.ports = free_ports(8)
         self.endpoint = f"http://{address}:{self.ports[3]}"
         self.process: subprocess.Popen | None = None

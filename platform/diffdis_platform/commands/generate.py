@@ -3,12 +3,13 @@
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from ray_platform.contracts import ConfigError, one_line
+from ray_platform.storage_config import StorageConfig
 
 if TYPE_CHECKING:
     from diffdis.pipeline import DiffDisPipeline
@@ -35,6 +36,7 @@ class GenerateConfig:
     batch_size: int = 16
     device: str = ""  # empty: an accelerator if there is one
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     def check(self) -> None:
         """Raise ConfigError for a field that is missing or invalid."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
+from ray_platform.storage_config import StorageConfig
 
 if TYPE_CHECKING:
     from ray_platform.report.inspection import InspectionSummary
@@ -24,6 +25,7 @@ class InspectConfig:
     output_dir: str = ""  # absolute folder or s3:// URL for inspection.json and inspection.html
     max_shards: int = 32  # shards to inspect, spread over the source; a part of a very large shard counts as one; 0: all
     data: DataConfig = field(default_factory=DataConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     def check(self) -> None:
         """Raise ConfigError for a field that is missing or invalid."""

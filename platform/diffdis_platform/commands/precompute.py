@@ -16,6 +16,7 @@ from diffdis_platform.recipes import recipes_of
 from ray_platform.contracts import ConfigError
 from ray_platform.data.config import DataConfig
 from ray_platform.placement import check_labels
+from ray_platform.storage_config import StorageConfig
 
 if TYPE_CHECKING:
     from ray_platform.data.precompute import EncoderPool, PrecomputeProgress
@@ -36,6 +37,7 @@ class PrecomputeConfig:
     batch_size: int = 64  # images per forward pass of an encoder
     model: DiffDisConfig = field(default_factory=DiffDisConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
         if self.num_encoders < 1 or self.batch_size < 1:

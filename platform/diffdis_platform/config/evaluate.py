@@ -9,6 +9,7 @@ import yaml
 from diffdis_platform.config.parse import MAX_CONFIG_BYTES, check_output_dir
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.placement import check_labels
+from ray_platform.storage_config import StorageConfig
 from ray_platform.tracking import TrackingConfig
 
 RETRIEVAL = ("flickr30k", "mscoco_captions")
@@ -74,6 +75,7 @@ class EvalConfig:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0  # 0.5: two share a GPU; 0: on CPUs
     placement: dict[str, str] = field(default_factory=dict)  # labels of the workers' nodes, as {pool: gpu}; empty: any
+    storage: StorageConfig = field(default_factory=StorageConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)  # used if the run of the checkpoint is unknown
 
     def __post_init__(self) -> None:

@@ -1,10 +1,11 @@
 """Configuration of the export of a checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from diffdis_platform.config.parse import check_output_dir
 from ray_platform.contracts import ConfigError
+from ray_platform.storage_config import StorageConfig
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class ExportConfig:
     checkpoint: str = ""  # a step_* folder, or a run's output_dir for its newest checkpoint; local or s3://
     output_dir: str = ""  # absolute folder or s3:// URL
     weights: Literal["best", "ema", "weights"] = "best"  # best: the EMA if the checkpoint has one
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     def check(self) -> None:
         """Raise ConfigError if a required field is missing."""

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.redaction import is_redacted, redacted_values
+from ray_platform.storage_config import StorageConfig
 
 Config = TypeVar("Config")
 Recipes = Mapping[str, Callable[..., Config]]
@@ -96,9 +97,18 @@ def parse(
     values, text = _resolve(parser, _normalize(arguments, fields, options))
     config = config_class(**{name: values[name] for name in _field_names(config_class)})
     given = frozenset(name.replace("-", "_") for name in switches or {} if values[name.replace("-", "_")])
+    _set_storage_variables(config)
     if check := getattr(config, "check", None):
         check()
     return ParsedCommand(config, values["recipe"] if recipes else "", given, text)
+
+
+def _set_storage_variables(config: Any) -> None:
+    if isinstance(config, StorageConfig):
+        config.set_variables()
+    elif dataclasses.is_dataclass(config):
+        for field in dataclasses.fields(config):
+            _set_storage_variables(getattr(config, field.name))
 
 
 def with_fields(config: Config, values: Mapping[str, Any]) -> Config:

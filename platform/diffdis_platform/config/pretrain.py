@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffdis.config import DiffDisConfig, ObjectiveConfig
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.data.config import DataConfig
+from ray_platform.storage_config import StorageConfig
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train.config import TrainConfig
 
@@ -26,6 +27,7 @@ class PretrainConfig:
     model: DiffDisConfig = field(default_factory=DiffDisConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     preview_captions: tuple[str, ...] = ("a red apple", "a blue car", "a green tree", "a yellow sun")
