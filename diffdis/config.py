@@ -4,8 +4,10 @@ Marks: [P] from the paper, [D] our decision where the paper is silent.
 """
 
 import dataclasses
+import math
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 TaskName = Literal["joint", "generation", "alignment", "clip"]
@@ -125,6 +127,8 @@ class DiffDisConfig:
                 "model.schedule.zero_terminal_snr: at abar = 0 the noise says nothing about the image or the text; "
                 "use prediction_type v_prediction and query_prediction x0"
             )
+        if not 0 <= self.image_dropout < 1:
+            raise ValueError(f"model.image_dropout: {self.image_dropout:g} is not in [0, 1); give a fraction such as 0.1")
         if self.schedule.query_snr <= 0:
             raise ValueError(f"model.schedule.query_snr: {self.schedule.query_snr:g} is not above 0; use about 2")
         if self.head.width % self.head.num_heads:
@@ -173,6 +177,37 @@ class ObjectiveConfig:
     lr_unet: float = 1e-5
     lr_new: float = 1e-4
     weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        zero = ("lambda_alignment", "lr_unet", "lr_new", "weight_decay", "query_timestep_min")
+        checks = [(name, 0 <= getattr(self, name) < math.inf, "a number from 0") for name in zero]
+        checks += [
+            ("caption_dropout", 0 <= self.caption_dropout <= 1, "a fraction from 0 to 1"),
+            ("num_draws", self.num_draws >= 1, "1 or more"),
+            ("temperature", 0 < self.temperature < math.inf, "a number above 0, such as 0.07"),
+        ]
+        for name, is_valid, remedy in checks:
+            if not is_valid:
+                raise ValueError(f"objective.{name}: {getattr(self, name):g} is out of range; give {remedy}")
+
+
+def resolve_encoder_paths(config: DiffDisConfig) -> DiffDisConfig:
+    """Use `warm_start` as the path of the autoencoder and the text encoder if they have none and it contains them.
+
+    A repository of the hub is assumed to contain both.
+    """
+    if not config.warm_start:
+        return config
+    autoencoder, text_encoder = config.autoencoder, config.text_encoder
+    if autoencoder.kind == "kl" and not autoencoder.path and _may_hold(config.warm_start, "vae"):
+        autoencoder = dataclasses.replace(autoencoder, path=config.warm_start)
+    if not text_encoder.path and _may_hold(config.warm_start, "text_encoder"):
+        text_encoder = dataclasses.replace(text_encoder, path=config.warm_start)
+    return dataclasses.replace(config, autoencoder=autoencoder, text_encoder=text_encoder)
+
+
+def _may_hold(path: str, component: str) -> bool:
+    return (Path(path) / component).is_dir() or not Path(path).exists()
 
 
 _JSON_TYPES: dict[Any, Any] = {int: int, float: (int, float), str: str}

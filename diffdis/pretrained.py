@@ -7,11 +7,12 @@ as `fp16`.
 
 import contextlib
 import functools
+import math
 import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
@@ -27,6 +28,9 @@ _WEIGHTS = re.compile(
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _COMPONENTS = ("", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "alignment")  # of a repository that are downloaded
 SINGLE_FILES = (".safetensors", ".ckpt")
+# dtypes of weights by their names in .safetensors and in torch.
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_FLOATS |= {f"torch.{name}": name for name in _FLOATS.values()}
 
 
 @contextlib.contextmanager
@@ -120,16 +124,7 @@ def load_component(
         FileNotFoundError: the folder has no weights.
         ValueError: the folder contains more than tensors, or its tensors are not exactly those of the model.
     """
-    check_model_folder(folder)
-    files = weight_files([file.name for file in folder.iterdir()], variant)
-    if not files:
-        others = [file.name for file in folder.iterdir() if file.suffix in _PICKLES]
-        if others:
-            raise ValueError(f"{folder}: the weights are in {others[0]}, which can run code; save them as .safetensors")
-        what = f"weights of the variant {variant}" if variant else "weights"
-        raise FileNotFoundError(f"{folder}: no {what} in it (model.safetensors or another of its names); download them, too")
-    for file in files:
-        check_pickle(folder / file)
+    files = _find_weights(folder, variant)
     if issubclass(kind, ModelMixin):
         check_diffusers_model(kind, folder)
         settings["low_cpu_mem_usage"] = False  # needs accelerate, and logs a paragraph without it
@@ -156,6 +151,64 @@ def load_component(
         what = f"lacks the tensor {missing[0]}" if missing else f"has a tensor {unexpected[0]} that the model does not have"
         raise ValueError(f"{folder}: {files[0]} {what}; its config.json must describe the weights next to it")
     return model
+
+
+def _find_weights(folder: Path, variant: str | None = None) -> list[str]:
+    """Return the names of a component's weight files, which contain only tensors. Raises FileNotFoundError and ValueError."""
+    check_model_folder(folder)
+    files = weight_files([file.name for file in folder.iterdir()], variant)
+    if not files:
+        others = [file.name for file in folder.iterdir() if file.suffix in _PICKLES]
+        if others:
+            raise ValueError(f"{folder}: the weights are in {others[0]}, which can run code; save them as .safetensors")
+        what = f"weights of the variant {variant}" if variant else "weights"
+        raise FileNotFoundError(f"{folder}: no {what} in it (model.safetensors or another of its names); download them, too")
+    for file in files:
+        check_pickle(folder / file)
+    return files
+
+
+class WeightsDescription(NamedTuple):
+    """The tensors in a component's weight files, without their values."""
+
+    path: str
+    files: list[str]
+    dtypes: list[str]
+    shapes: dict[str, tuple[int, ...]]  # by name
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a dry run reports."""
+        parameters = sum(math.prod(shape) for shape in self.shapes.values())
+        return {"path": self.path, "files": self.files, "dtypes": self.dtypes, "parameters": parameters}
+
+
+def describe_weights(folder: Path) -> WeightsDescription:
+    """Open a component's weight files and describe their tensors, without reading their values.
+
+    Raises:
+        FileNotFoundError: the folder has no weights.
+        ValueError: a file is damaged, contains more than tensors, or its weights are not floating-point numbers.
+    """
+    files = _find_weights(folder)
+    tensors: dict[str, tuple[tuple[int, ...], str]] = {}  # name -> shape and dtype
+    for file in files:
+        if file.endswith(".bin"):
+            loaded = torch.load(folder / file, map_location="meta", weights_only=True)
+            tensors |= {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in loaded.items()}
+            continue
+        try:
+            with safe_open(folder / file, "pt") as opened:
+                parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dictionary
+                tensors |= {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in parts.items()}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder}: {file} cannot be opened ({error}); download or export it again") from None
+    for name, (_, dtype) in tensors.items():
+        if name.endswith("weight") and dtype not in _FLOATS:
+            raise ValueError(
+                f"{folder}: {name} has the dtype {dtype.removeprefix('torch.')}; give weights in float32, float16 or bfloat16"
+            )
+    dtypes = sorted({_FLOATS[dtype] for _, dtype in tensors.values() if dtype in _FLOATS})
+    return WeightsDescription(str(folder), files, dtypes, {name: shape for name, (shape, _) in tensors.items()})
 
 
 def check_pickle(file: Path) -> None:

@@ -13,7 +13,15 @@ from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPTextModel
 
 from diffdis.config import TextEncoderConfig
 from diffdis.model_folder import NO_CODE, check_model_folder
-from diffdis.pretrained import component_folder, load_component, local_folder, read_config, read_tensor
+from diffdis.pretrained import (
+    WeightsDescription,
+    component_folder,
+    describe_weights,
+    load_component,
+    local_folder,
+    read_config,
+    read_tensor,
+)
 
 TEXT_PROJECTION = "alignment/text_projection.safetensors"  # in an export, whose text_encoder/ is the one that diffusers calls
 # Tensors of a whole CLIP that its text model does without.
@@ -130,12 +138,30 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
             f"model.text_encoder: {config.path} has token_dim, embedding_dim = {width}, {embedding}; "
             f"set these instead of {config.token_dim}, {config.embedding_dim}"
         )
+    return TextEncoder(config, model, _load_tokenizer(config, folder), projection)
+
+
+def _load_tokenizer(config: TextEncoderConfig, folder: Path) -> Any:
+    """Return the tokenizer next to the text encoder's `folder` or in it. Raises ValueError if it cannot be loaded."""
     tokenizer_folder = local_folder(config.path) / "tokenizer"
     tokenizer_folder = tokenizer_folder if tokenizer_folder.is_dir() else folder
     check_model_folder(tokenizer_folder)
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), **NO_CODE)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), **NO_CODE)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{tokenizer_folder}: no tokenizer can be loaded from it ({' '.join(str(error).split())[:200]}); download it, too"
+        ) from None
     tokenizer.model_max_length = config.max_length  # diffusers reads it from an exported folder
-    return TextEncoder(config, model, tokenizer, projection)
+    return tokenizer
+
+
+def describe_text_encoder(config: TextEncoderConfig) -> WeightsDescription:
+    """Open the text encoder's files and its tokenizer without loading the weights. Raises like `build_text_encoder`."""
+    folder = component_folder(config.path, "text_encoder")
+    _check_model_type(config, folder)
+    _load_tokenizer(config, folder)
+    return describe_weights(folder)
 
 
 def text_encoder_widths(config: TextEncoderConfig) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from diffdis.config import DiffDisConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
+from diffdis.config import DiffDisConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, resolve_encoder_paths
 from diffdis.model import DiffDis
 from diffdis.pretrained import component_folder, load_component, local_folder, named_field, read_config
 from diffdis.text_encoder import text_encoder_widths
@@ -35,25 +35,6 @@ class WarmStartReport:
     def summary(self) -> dict[str, Any]:
         """Return the counts of tensors and elements by part of the model, and the names of the ignored tensors."""
         return {"path": self.path, "loaded": _by_part(self.loaded), "new": _by_part(self.new), "ignored": list(self.ignored)}
-
-
-def resolve_encoder_paths(config: DiffDisConfig) -> DiffDisConfig:
-    """Use `warm_start` as the path of the autoencoder and the text encoder if they have none and it contains them.
-
-    A repository of the hub is assumed to contain both.
-    """
-    if not config.warm_start:
-        return config
-    autoencoder, text_encoder = config.autoencoder, config.text_encoder
-    if autoencoder.kind == "kl" and not autoencoder.path and _may_hold(config.warm_start, "vae"):
-        autoencoder = dataclasses.replace(autoencoder, path=config.warm_start)
-    if not text_encoder.path and _may_hold(config.warm_start, "text_encoder"):
-        text_encoder = dataclasses.replace(text_encoder, path=config.warm_start)
-    return dataclasses.replace(config, autoencoder=autoencoder, text_encoder=text_encoder)
-
-
-def _may_hold(path: str, component: str) -> bool:
-    return (Path(path) / component).is_dir() or not Path(path).exists()
 
 
 def resolve_pretrained(config: DiffDisConfig) -> DiffDisConfig:
@@ -206,22 +187,27 @@ def load_warm_start(model: DiffDis, path: str) -> WarmStartReport:
     if (others := local_folder(path) / ALIGNMENT_WEIGHTS).exists():
         source |= load_file(others)
     target = model.state_dict()
+    check_same_unet({n: tuple(v.shape) for n, v in source.items()}, {n: tuple(v.shape) for n, v in target.items()}, path)
+    shared = sorted(source.keys() & target.keys())
+    model.load_state_dict({name: source[name] for name in shared}, strict=False)
+    new, ignored = sorted(target.keys() - source), sorted(source.keys() - target)
+    return WarmStartReport(path, _sizes(target, shared), _sizes(target, new), _sizes(source, ignored))
+
+
+def check_same_unet(source: Mapping[str, tuple[int, ...]], target: Mapping[str, tuple[int, ...]], path: str) -> None:
+    """Raise ValueError with the first tensor that differs between the shapes of a folder and those of the model."""
     differing = {name for name in source.keys() ^ target.keys() if name.startswith("unet.")}
     for name in sorted(differing):
         where = "the configured U-Net" if name in source else path
         raise ValueError(
             f"model.warm_start: {where} has no tensor {name.removeprefix('unet.')}; model.unet must describe the U-Net of {path}"
         )
-    shared = sorted(source.keys() & target.keys())
-    for name in shared:
-        if source[name].shape != target[name].shape:
+    for name in sorted(source.keys() & target.keys()):
+        if source[name] != target[name]:
             raise ValueError(
-                f"model.warm_start: {name.removeprefix('unet.')} is {tuple(source[name].shape)} in {path}, "
-                f"{tuple(target[name].shape)} in the configured model"
+                f"model.warm_start: {name.removeprefix('unet.')} is {source[name]} in {path}, "
+                f"{target[name]} in the configured model"
             )
-    model.load_state_dict({name: source[name] for name in shared}, strict=False)
-    new, ignored = sorted(target.keys() - source), sorted(source.keys() - target)
-    return WarmStartReport(path, _sizes(target, shared), _sizes(target, new), _sizes(source, ignored))
 
 
 def _sizes(tensors: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, int]:

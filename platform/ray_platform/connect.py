@@ -32,6 +32,8 @@ def connect(address: str = "") -> None:
     # Without RAY_ADDRESS, Ray Train's placement group cleaner asks the newest cluster on its machine whether the trainer lives,
     # and ends our workers when that is another cluster.
     variables = _worker_path() | storage_variables() | {"RAY_ADDRESS": address}
+    # A job's runtime environment may have these variables, too: ours include its PYTHONPATH and replace the others.
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
     try:
         ray.init(address=address, runtime_env={"env_vars": variables}, logging_level="WARNING")
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
@@ -54,12 +56,12 @@ def _worker_path() -> dict[str, str]:
     root = checkout_root()
     if root is None:
         return {}
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    if job.get("runtime_env", {}).get("working_dir"):
-        # The workers of a submitted job run in their node's copy of the working directory, whose root is on their path already.
-        return {"PYTHONPATH": "platform"}
+    runtime_env = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    # The workers of a submitted job run in their node's copy of the working directory, whose root is on their path already.
     # Any other driver shares its files with the workers, by one machine, image or mount.
-    return {"PYTHONPATH": os.pathsep.join((str(root), str(root / "platform")))}
+    ours = ["platform"] if runtime_env.get("working_dir") else [str(root), str(root / "platform")]
+    theirs = (runtime_env.get("env_vars") or {}).get("PYTHONPATH", "")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (*ours, theirs)))}
 
 
 def _check_answers(address: str) -> None:

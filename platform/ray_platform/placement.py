@@ -4,7 +4,9 @@ Ray is imported where it is called: every configuration imports this module, and
 """
 
 import logging
+import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,18 @@ logger = logging.getLogger(__name__)
 
 _UNLIMITED = 10**6  # capacity for a request of no resources
 _LABEL = re.compile(r"[a-zA-Z0-9]([-\w.]{0,61}[a-zA-Z0-9])?", re.ASCII)  # Ray's syntax of keys and values
+
+# Dense 16-bit peak in FLOP/s of accelerators whose name contains the key (the first that matches), from the vendor's data sheets.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "L40S": 362e12,
+    "A100": 312e12,
+    "V100": 125e12,
+    "L4": 121e12,
+}
 
 Labels = Mapping[str, str]  # a node must have all of them; empty: any node
 
@@ -32,6 +46,17 @@ class ResourceRequest:
         needed = {kind: amount for kind, amount in self.amounts.items() if amount}
         return min((int(available.get(kind, 0) / amount + 1e-6) for kind, amount in needed.items()), default=_UNLIMITED)
 
+    def check_fits(self, num_workers: int, prefix: str = "") -> None:
+        """Raise ConfigError if so many workers do not fit: they would wait without a message. `prefix` is that of the fields."""
+        if self.capacity() < num_workers and not can_autoscale():
+            each = " and ".join(f"{amount:g} {kind}s" for kind, amount in self.amounts.items() if amount)
+            available = total_resources(self.labels)
+            total = ", ".join(f"{available.get(kind, 0):g} {kind}s" for kind in self.amounts)
+            raise ConfigError(
+                f"{prefix}num_workers: {num_workers} workers with {each} each do not fit on {describe_nodes(self.labels)} "
+                f"({total}); lower {prefix}num_workers, cpus_per_worker or gpus_per_worker"
+            )
+
 
 def check_labels(field: str, labels: Labels) -> None:
     """Raise ConfigError for keys or values that `ray start --labels` does not accept."""
@@ -48,8 +73,23 @@ def label_selector(labels: Labels) -> dict[str, str] | None:
     return dict(labels) or None
 
 
+def is_connected() -> bool:
+    """Return whether this process is connected to a cluster."""
+    ray = sys.modules.get("ray")  # to import it only for this question would take most of a second
+    return bool(ray and ray.is_initialized())
+
+
 def total_resources(labels: Labels) -> dict[str, float]:
-    """Return the summed resources of the nodes alive that have these labels: {CPU: 16.0, GPU: 1.0, …}."""
+    """Return the summed resources of the nodes alive that have these labels: {CPU: 16.0, GPU: 1.0, …}.
+
+    If no cluster is connected, that is this machine, on which the commands start a temporary Ray head; it has no labels.
+    """
+    if not is_connected():
+        import torch
+
+        gpus = torch.cuda.device_count()
+        names = {f"accelerator_type:{torch.cuda.get_device_name(number)}": 1.0 for number in range(gpus)}
+        return {} if labels else {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus), **names}
     import ray
 
     total: dict[str, float] = {}
@@ -87,9 +127,11 @@ def can_autoscale() -> bool:
     """Return whether the cluster adds nodes for pending requests: then too few resources now are not an error."""
     from ray_platform.ray_internals import autoscaler_is_running
 
-    return autoscaler_is_running()
+    return is_connected() and autoscaler_is_running()
 
 
 def describe_nodes(labels: Labels) -> str:
-    """Return words for error messages: `the cluster`, `the part of the cluster with pool=cpu`."""
-    return " ".join(("the part of the cluster with", *(f"{k}={v}" for k, v in labels.items()))) if labels else "the cluster"
+    """Return words for error messages: `the cluster`, `this machine`, `the part of the cluster with pool=cpu`."""
+    if labels:
+        return " ".join(("the part of the cluster with", *(f"{k}={v}" for k, v in labels.items())))
+    return "the cluster" if is_connected() else "this machine"

@@ -18,8 +18,8 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from ray_platform.contracts import ConfigError, Rows, UserError, describe_error, one_line
-from ray_platform.placement import Labels, ResourceRequest, can_autoscale, describe_nodes, label_selector, total_resources
+from ray_platform.contracts import Rows, UserError, describe_error, one_line
+from ray_platform.placement import Labels, ResourceRequest, label_selector
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +75,9 @@ class ReplicaSpec:
 
     def resolve_num_replicas(self) -> int:
         """Return the number of replicas to start. Raises ConfigError if they do not fit, as they would wait without a message."""
-        capacity = ResourceRequest(self.placement, {"CPU": self.cpus, "GPU": self.gpus}).capacity()
-        needed = max(1, self.num_replicas)
-        if capacity < needed and not can_autoscale():
-            available = total_resources(self.placement)
-            raise ConfigError(
-                f"num_workers: {needed} workers with {self.cpus:g} CPUs and {self.gpus:g} GPUs each do not fit on "
-                f"{describe_nodes(self.placement)} ({available.get('CPU', 0):g} CPUs, {available.get('GPU', 0):g} GPUs); "
-                "lower num_workers, cpus_per_worker or gpus_per_worker"
-            )
-        return self.num_replicas or max(1, capacity)
+        request = ResourceRequest(self.placement, {"CPU": self.cpus, "GPU": self.gpus})
+        request.check_fits(max(1, self.num_replicas))
+        return self.num_replicas or max(1, request.capacity())
 
 
 class WorkQueue:

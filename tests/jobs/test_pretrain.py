@@ -68,6 +68,13 @@ def test_a_saved_configuration_can_be_started_from_again(tmp_path):
         (["--train.num_steps", "0"], r"train\.num_steps: 0 is below 1"),
         (["--model.schedule.gamma", "3"], r"model\.schedule\.gamma: 3.0 is not in \(0, 1\]"),
         (["--train.zero_stage", "7"], "train.zero_stage"),
+        (["--train.warmup_steps", "-1"], r"train\.warmup_steps: -1"),
+        (["--objective.caption_dropout", "1.5"], r"objective\.caption_dropout: 1\.5"),
+        (["--objective.lambda_alignment", "-1"], r"objective\.lambda_alignment: -1"),
+        (["--objective.lr_unet", "-1"], r"objective\.lr_unet: -1"),
+        (["--objective.num_draws", "0"], r"objective\.num_draws: 0"),
+        (["--objective.temperature", "0"], r"objective\.temperature: 0"),
+        (["--model.image_dropout", "1"], r"model\.image_dropout: 1"),
         (["--train.compile", "perhaps"], "train.compile"),
         (["--data.weights", "1", "many"], "data.weights"),
         (["--data.sources"], "data.sources"),
@@ -82,13 +89,14 @@ def test_bad_fields_are_one_line(arguments, message):
 
 def run_of(tmp_path, *arguments):
     command = parse(["--output_dir", str(tmp_path / "out"), *arguments])
-    return command.config.run(command.recipe)
+    return command.config.plan(command.recipe)
 
 
 def test_dry_run_says_what_would_run(tmp_path):
     folder = write_shards(tmp_path / "data")
     plan = run_of(tmp_path, "--data.sources", str(folder)).dry_run()
     assert (plan["shards"], plan["workers"], plan["starts_from"]) == (4, 2, "the beginning")
+    assert plan["weights"]["model.text_encoder.path"]["dtypes"] == ["float32"]
     json.dumps(plan)
     assert not (tmp_path / "out").exists()
 
@@ -104,6 +112,19 @@ def test_dry_run_says_what_would_run(tmp_path):
         (["--data.sources", "DATA", "--data.image_size", "64"], ConfigError, "data.image_size: 64, but model.image_size is 32"),
         (["--data.sources", "DATA", "--train.resume", "/none"], ConfigError, "/none is not a complete checkpoint"),
         (["--data.sources", "DATA", "--output_dir", "s3://b/x"], ConfigError, "tracking.uri"),
+        (["--data.sources", "DATA", "--output_dir", "/proc/x"], ConfigError, "output_dir: /proc/x cannot be written"),
+        (["--data.sources", "DATA", "--output_dir", "/dev/null/x"], ConfigError, "output_dir: /dev/null/x cannot be written"),
+        (["--data.sources", "DATA", "--train.heldout_sources", "/none"], DataError, "train.heldout_sources: /none: no such"),
+        (["--data.sources", "DATA", "--train.gpus_per_worker", "64"], ConfigError, "train.num_workers: .*64 GPUs"),
+        (["--data.sources", "DATA", "--train.cpus_per_worker", "1000"], ConfigError, "train.num_workers: .*1000 CPUs"),
+        (["--data.sources", "DATA", "--data.cpus_per_read", "1000"], ConfigError, "data.cpus_per_read: .*machine"),
+        (["--data.sources", "DATA", "--model.text_encoder.path", "/none"], ConfigError, "model.text_encoder.path: /none"),
+        (["--data.sources", "DATA", "--model.text_encoder.path", "EMPTY"], ConfigError, "model.text_encoder.path: .*config.json"),
+        (["--data.sources", "DATA", "--model.warm_start", "/none"], ConfigError, "model.warm_start: /none"),
+        (["--data.sources", "DATA", "--objective.alignment_loss", "infonse"], ConfigError, "objective.alignment_loss: .*infonce"),
+        (["--data.sources", "DATA", "--objective.freeze", "unett.*"], ConfigError, "objective.freeze: .*unett"),
+        (["--data.sources", "DATA", "--objective.query_timestep_min", "1000"], ConfigError, "objective.query_timestep_min"),
+        (["--data.sources", "DATA", "--tracking.uri", "http://127.0.0.1:9"], ConfigError, "tracking.uri: http://127.0.0.1:9 "),
     ],
 )
 def test_what_cannot_run_is_one_line(tmp_path, arguments, error, message):
@@ -117,4 +138,4 @@ def test_what_cannot_run_is_one_line(tmp_path, arguments, error, message):
 
 def test_a_run_that_cannot_start_ends_with_the_line_and_a_status(capsys):
     assert main(["pretrain", "--recipe", "demo", "--data.sources", "/none", "--output_dir", "/tmp/none"]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: /none: no such file or folder")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: data.sources: /none: no such file or folder")

@@ -55,6 +55,17 @@ def test_the_workers_of_a_submitted_job_get_the_path_in_their_copy(attached, lis
     assert attached[0]["runtime_env"] == {"env_vars": {"PYTHONPATH": "platform", "RAY_ADDRESS": listening}}
 
 
+def test_the_variables_of_a_jobs_runtime_environment_are_merged(attached, listening, monkeypatch):
+    """Ray itself merges the two, and must not reject what both have."""
+    ours = {"PYTHONPATH": "/their/code", "RAY_ADDRESS": "auto", "TEAM": "vision"}
+    job = {"runtime_env": {"working_dir": "gcs://package.zip", "env_vars": ours}, "metadata": {}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    connect(listening)
+    merged = attached[0]["runtime_env"]["env_vars"]
+    assert merged == {"PYTHONPATH": f"platform{os.pathsep}/their/code", "RAY_ADDRESS": listening}
+    assert os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] == "1"
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from diffdis.config import DiffDisConfig
+from diffdis.config import DiffDisConfig, resolve_encoder_paths
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from diffdis_platform.config.pretrain import PretrainConfig, check_model
 from diffdis_platform.recipes import recipes_of
@@ -53,7 +53,6 @@ class PrecomputeConfig:
     def encoders(self) -> "EncoderPool":
         """Return what builds the encoders, how many there are and what they need. Raises ConfigError."""
         from diffdis.encoder import FrozenEncoder, describe_encoders
-        from diffdis.warm_start import resolve_encoder_paths
         from ray_platform.cached_folders import with_cached_folders
         from ray_platform.data.precompute import EncoderPool
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.sizing.config import SizingConfig
-from ray_platform.contracts import ConfigError
 
 if TYPE_CHECKING:
     from diffdis_platform.sizing.counts import Counts
@@ -23,10 +22,7 @@ def predict(config: SizingConfig) -> "tuple[Counts, list[Estimate]]":
     from diffdis_platform.sizing.counts import count
     from diffdis_platform.sizing.estimate import estimate
     from ray_platform.train.config import BatchPlan
-    from ray_platform.train.throughput import PEAK_FLOPS
 
-    if config.gpu not in PEAK_FLOPS:
-        raise ConfigError(f"gpu: {config.gpu} is unknown; choose one of {', '.join(PEAK_FLOPS)}")
     run = config.run()
     size = run.train.micro_batch_size
     plans = [BatchPlan.of(run.train.global_batch_size or n * size, n, size) for n in config.num_gpus]

@@ -4,11 +4,11 @@ Torch and Ray are imported when a run is built: parsing a command line needs nei
 """
 
 import functools
-from collections.abc import Callable
+import importlib
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from diffdis.config import DiffDisConfig, ObjectiveConfig
+from diffdis.config import DiffDisConfig, ObjectiveConfig, resolve_encoder_paths
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.data.config import DataConfig
 from ray_platform.storage_config import StorageConfig
@@ -17,6 +17,7 @@ from ray_platform.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from ray_platform.train.launch import Run
+    from ray_platform.train.preflight import RunPlan
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,13 @@ class PretrainConfig:
     preview_captions: tuple[str, ...] = ("a red apple", "a blue car", "a green tree", "a yellow sun")
 
     def run(self, recipe: str, command: str = "") -> "Run":
-        """Return the run of this configuration.
+        """Return the run of this configuration, with the arguments and errors of `plan`."""
+        from ray_platform.train.launch import Run
+
+        return Run(**vars(self.plan(recipe, command)))
+
+    def plan(self, recipe: str, command: str = "") -> "RunPlan":
+        """Return the run of this configuration to check it; it imports what its checks need, when they need it.
 
         Args:
             recipe: name of the recipe, for the tracker.
@@ -42,44 +49,48 @@ class PretrainConfig:
         Raises:
             ConfigError: the model and the data do not fit each other.
         """
-        from diffdis.encoder import describe_encoders
-        from diffdis.query_leak import describe_captions
-        from diffdis.task import DiffDisTask
-        from diffdis.warm_start import resolve_encoder_paths
         from diffdis_platform.serving.package import model_package
-        from ray_platform.cached_folders import with_cached_folders
         from ray_platform.redaction import redacted_values
-        from ray_platform.train.launch import Run
+        from ray_platform.train.preflight import RunPlan
 
         model = resolve_encoder_paths(self.model)
         check_model(model, self.data)
-        build_task: Callable[[], Any] = functools.partial(
-            with_cached_folders,
-            DiffDisTask,
-            self.model,
-            self.objective,
-            self.preview_captions,  # the paths may be s3:// URLs
-        )
-        return Run(
-            build_task,
+        if (steps := model.schedule.num_timesteps) <= self.objective.query_timestep_min:
+            raise ConfigError(
+                f"objective.query_timestep_min: {self.objective.query_timestep_min} is not below the {steps} timesteps of "
+                "model.schedule.num_timesteps"
+            )
+        return RunPlan(
+            functools.partial(_build_task, self.model, self.objective, self.preview_captions),
             self.data,
             self.train,
             self.tracking,
             self.output_dir,
             redacted_values({"recipe": recipe, **asdict(self)}),
-            functools.partial(_describe, describe_encoders, model),
-            functools.partial(_describe, describe_captions, model, self.objective),
+            functools.partial(_describe, "diffdis.encoder:describe_encoders", model),
+            functools.partial(_describe, "diffdis.query_leak:describe_captions", model, self.objective),
             model_package(self.objective.task),
             command,
+            functools.partial(_describe, "diffdis.preflight:describe_training", model, self.objective),
         )
 
 
-def _describe(describe: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Call a function of `diffdis` on the driver. Raises ConfigError for weights that are missing or do not fit."""
+def _build_task(*arguments: Any) -> Any:
+    """Return the DiffDisTask of a configuration, whose paths may be s3:// URLs."""
+    from diffdis.task import DiffDisTask
     from ray_platform.cached_folders import with_cached_folders
 
+    return with_cached_folders(DiffDisTask, *arguments)
+
+
+def _describe(function: str, *arguments: Any) -> dict[str, Any]:
+    """Call a function of `diffdis`, given as `module:name`, on the driver. Raises ConfigError for weights that are missing or do
+    not fit."""
+    from ray_platform.cached_folders import with_cached_folders
+
+    module, _, name = function.partition(":")
     try:
-        return with_cached_folders(describe, *arguments)
+        return with_cached_folders(getattr(importlib.import_module(module), name), *arguments)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(one_line(error)) from error
 

@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
-from diffdis_platform.commands.pretrain import parse_arguments
-from diffdis_platform.config.parse import with_fields
+from diffdis_platform.config.parse import parse, with_fields
 from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.recipes import recipes_of
 from ray_platform.contracts import ConfigError
+from ray_platform.placement import PEAK_FLOPS
 
 _FRACTIONS = ("mfu", "encoder_mfu", "overlap", "memory_reserve")
 _MAY_BE_ZERO = (
@@ -110,6 +111,8 @@ class SizingConfig:
     def __post_init__(self) -> None:
         if not self.num_gpus or min(self.num_gpus) < 1:
             raise ConfigError(f"num_gpus: {list(self.num_gpus)}; give numbers from 1, such as 1 8 64")
+        if self.gpu not in PEAK_FLOPS:
+            raise ConfigError(f"gpu: {self.gpu} is unknown; choose one of {', '.join(PEAK_FLOPS)}")
         if self.dataset not in DATASETS:
             raise ConfigError(f"dataset: {self.dataset} is unknown; choose one of {', '.join(DATASETS)}")
         if not 0 <= self.num_pairs < math.inf or not 0 < self.epochs < math.inf:
@@ -124,7 +127,8 @@ class SizingConfig:
     def run(self) -> PretrainConfig:
         """Return the configuration of the run. Raises ConfigError for a recipe or a file that cannot be read."""
         source = ["--config", self.run_config] if self.run_config else ["--recipe", self.recipe]
-        run = parse_arguments(source).config
+        recipes, switches = recipes_of(PretrainConfig), {"dry-run": ""}  # which a saved config.yaml contains
+        run = parse(PretrainConfig, source, command="pretrain", description="", recipes=recipes, switches=switches).config
         changes = {"train.micro_batch_size": self.micro_batch_size or run.train.micro_batch_size}
         if px := self.image_size:
             factor = run.model.image_size // run.model.unet.sample_size

@@ -14,9 +14,9 @@ from typing import Any
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.sizing.config import Constants, DatasetSize, SizingConfig
 from diffdis_platform.sizing.counts import Counts
+from ray_platform.placement import PEAK_FLOPS
 from ray_platform.terminal import render_table
 from ray_platform.train.config import BatchPlan, TrainConfig
-from ray_platform.train.throughput import PEAK_FLOPS
 
 FULL = 4  # bytes of a number
 _DAY = 86_400.0  # seconds

@@ -12,7 +12,9 @@ from itertools import count, islice
 
 from ray_platform.contracts import ConfigError
 from ray_platform.data.catalog import Catalog, ShardRange
+from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import Ledger, Ranges
+from ray_platform.placement import can_autoscale, describe_nodes, total_resources
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,27 @@ class Group:
     window: int
     read_stream: int
     items: tuple[Item, ...]
+
+
+def check_cpus(config: DataConfig, world_size: int, worker_cpus: float) -> None:
+    """Raise ConfigError if the reads of all ranks do not fit on the cluster, or on this machine, in addition to the workers.
+
+    That would not just be slow: a read that waits for its rank to consume keeps its CPUs. If that rank waits for a read that got
+    no CPUs, both wait forever.
+
+    Args:
+        config: the data.
+        world_size: number of ranks.
+        worker_cpus: CPUs of each worker on the nodes that read; 0 if those are other nodes.
+    """
+    needed = world_size * (worker_cpus + config.reads_per_rank * config.cpus_per_read)
+    total = total_resources(config.placement).get("CPU", 0.0)
+    if needed > total and not can_autoscale():
+        raise ConfigError(
+            f"data.cpus_per_read: {world_size} workers with {worker_cpus:g} CPUs and data.reads_per_rank = "
+            f"{config.reads_per_rank} reads of {config.cpus_per_read:g} each need {needed:g} CPUs, but "
+            f"{describe_nodes(config.placement)} has {total:g}; lower one of these or give the cluster more CPUs"
+        )
 
 
 def check_world_size(catalog: Catalog, world_size: int) -> None:

@@ -2,7 +2,7 @@
 
 Ray Data runs `source.read_group` for the rank's groups, several at a time, and `merged` puts their samples into one order,
 however fast each read was: with one seed and world_size, the stream is the same sample for sample, and a `Ledger` records where
-to resume. Only `_blocks`, `_context` and `check_cpus` know Ray.
+to resume. Only `_blocks`, `_context` and `_worker_cpus` know Ray.
 """
 
 import heapq
@@ -17,14 +17,14 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from ray_platform.contracts import Batch, ConfigError, ConsumedRange
+from ray_platform.contracts import Batch, ConsumedRange
 from ray_platform.data.catalog import Catalog
 from ray_platform.data.causes import SkipCounter
 from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import merge_ranges
-from ray_platform.data.plan import Group, Reader, check_world_size, groups
+from ray_platform.data.plan import Group, Reader, check_cpus, check_world_size, groups
 from ray_platform.data.source import ReadSample, ShardSource, data_context, data_errors, stack_arrays, unpack
-from ray_platform.placement import can_autoscale, describe_nodes, label_selector, total_resources
+from ray_platform.placement import label_selector, total_resources
 from ray_platform.ray_internals import set_generator_buffer
 
 DATASET_GROUPS = 1024  # per Ray dataset, over however many epochs: the next dataset starts without prefetched blocks
@@ -39,7 +39,7 @@ def stream(catalog: Catalog, config: DataConfig, reader: Reader, *, batch_size: 
     shard that changed, and after many shards in a row without a good sample.
     """
     check_world_size(catalog, reader.world_size)
-    check_cpus(config, reader.world_size)
+    check_cpus(config, reader.world_size, _worker_cpus(config))
     batcher = Batcher(batch_size, SkipCounter(f"rank {reader.rank}", catalog.size, config.max_skipped_share))
 
     def run() -> Iterator[Batch]:
@@ -184,20 +184,8 @@ def _context(config: DataConfig, world_size: int) -> ray.data.DataContext:
     return context
 
 
-def check_cpus(config: DataConfig, world_size: int) -> None:
-    """Raise ConfigError if the reads of all ranks do not fit on the cluster in addition to the workers.
-
-    That would not just be slow: a read that waits for its rank to consume keeps its CPUs. If that rank waits for a read that got
-    no CPUs, both wait forever.
-    """
+def _worker_cpus(config: DataConfig) -> float:
+    """Return the CPUs of this process, a worker, if the nodes that read include its own; else 0."""
     runtime = ray.get_runtime_context()
     shares_nodes = runtime.get_actor_id() and config.placement.items() <= runtime.get_node_labels().items()
-    worker_cpus = runtime.get_assigned_resources().get("CPU", 0.0) if shares_nodes else 0.0
-    needed = world_size * (worker_cpus + config.reads_per_rank * config.cpus_per_read)
-    total = total_resources(config.placement).get("CPU", 0.0)
-    if needed > total and not can_autoscale():
-        raise ConfigError(
-            f"data.cpus_per_read: {world_size} workers with {worker_cpus:g} CPUs and data.reads_per_rank = "
-            f"{config.reads_per_rank} reads of {config.cpus_per_read:g} each need {needed:g} CPUs, but "
-            f"{describe_nodes(config.placement)} has {total:g}; lower one of these or give the cluster more CPUs"
-        )
+    return runtime.get_assigned_resources().get("CPU", 0.0) if shares_nodes else 0.0

@@ -59,9 +59,14 @@ class TrainConfig:
     resume: str = "none"
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
+        positive = ("num_steps", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps")
+        for name in (*positive, "heldout_samples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is below 1")
+        counts = ("warmup_steps", "gradient_clipping", "preview_every", "max_failures", "cpus_per_worker", "gpus_per_worker")
+        for name in (*counts, "global_batch_size", "hang_seconds"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"train.{name}: {getattr(self, name)} is negative")
         has_workers = 1 <= self.min_workers <= self.max_workers
         enough_samples = not self.global_batch_size or self.global_batch_size >= self.max_workers
         checks = (

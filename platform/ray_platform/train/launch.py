@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -18,39 +18,30 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_platform import storage
 from ray_platform.connect import connect
-from ray_platform.contracts import Batch, ConfigError, DataError, Task
-from ray_platform.data import precomputed
-from ray_platform.data.catalog import Catalog, build_catalog, difference, to_json
+from ray_platform.contracts import Batch
+from ray_platform.data.catalog import Catalog, build_catalog, to_json
 from ray_platform.data.config import DataConfig
-from ray_platform.data.inspection import inspect_first_samples
-from ray_platform.data.plan import check_world_size
-from ray_platform.json_values import JsonObject
 from ray_platform.placement import label_selector, start_on_this_node
 from ray_platform.tracking import (
-    ModelPackage,
     RunMetadata,
     RunRecord,
     TrackedData,
     TrackedRun,
-    TrackingConfig,
-    tracking_uri,
 )
-from ray_platform.tracking.delivery import load_tracker_class
 from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.tracking.run_metadata import append_command, code_version, dated_name, run_tags
 from ray_platform.tracking.runs import run_record, start_run
-from ray_platform.train.checkpoint_format import candidates, list_checkpoints, read_manifest
+from ray_platform.train.checkpoint_format import list_checkpoints
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.fault_tolerance import DriverMonitor, RestartPolicy, SaveBeforeResize
 from ray_platform.train.hang_detector import HangDetector
 from ray_platform.train.heldout import read_heldout
+from ray_platform.train.preflight import CATALOG, RunPlan
 from ray_platform.train.worker_spec import WorkerSpec
 
 logger = logging.getLogger(__name__)
 
-INSPECTED_SAMPLES = 64
 RESIZE_SECONDS = 60.0  # between checks whether an elastic run can have more workers: each change costs a restart
-CATALOG = "catalog.json"  # in output_dir: the shards with which the run started
 
 
 def run_worker(spec: WorkerSpec) -> None:
@@ -97,89 +88,8 @@ def choose_gloo_interface() -> None:
 # --- run -----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(RunPlan):
     """A training run, which the driver checks and launches."""
-
-    build_task: Callable[[], Task]
-    data: DataConfig
-    train: TrainConfig
-    tracking: TrackingConfig
-    output_dir: str  # absolute, or s3://
-    params: dict[str, Any]  # the resolved configuration, for the tracker and the checkpoints
-    # Returns what identifies the model's frozen encoders, to compare with precomputed shards; called only for those.
-    describe_encoders: Callable[[], JsonObject]
-    # Returns what the captions of the first samples show about the configuration; for a dry run.
-    describe_captions: Callable[[Sequence[str]], JsonObject] = lambda captions: {}
-    package: ModelPackage | None = None  # how the exported model is packaged for MLflow; None: stored as plain files
-    command: str = ""  # command line that started it
-
-    def check(self) -> Catalog:
-        """Run every check that needs no cluster, and return the data's catalog. Raises ConfigError or DataError."""
-        if not self.output_dir:
-            raise ConfigError("output_dir: give the folder (absolute) or s3:// URL that the run's results go to")
-        if "://" not in self.output_dir and not os.path.isabs(self.output_dir):
-            raise ConfigError(
-                f"output_dir: {self.output_dir} is relative, and a submitted job runs in a temporary copy of its folder; "
-                "give an absolute path or an s3:// URL"
-            )
-        tracking_uri(self.tracking, self.output_dir)
-        for backend in self.tracking.services:
-            load_tracker_class(backend)
-        if self.train.elastic and self.data.placement and not self.train.placement:
-            raise ConfigError(
-                "train.placement: the workers of an elastic run would take the CPUs of data.placement, which its reads need; "
-                "give the workers other nodes, as {pool: gpu}"
-            )
-        catalog = self._catalog()
-        check_world_size(catalog, self.train.max_workers)
-        if self.train.resume == "none" and (existing := list_checkpoints(self.output_dir)):
-            raise ConfigError(
-                f"output_dir: {self.output_dir} already holds a run (up to {existing[0].rsplit('/', 1)[1]}); "
-                "continue it with --resume auto, or give another output_dir"
-            )
-        return catalog
-
-    def _catalog(self) -> Catalog:
-        """Return the source's catalog after comparing it with that of the resumed run, and with the model's encoders."""
-        url = storage.join(self.output_dir, CATALOG)
-        saved = storage.read_small(url, storage.LISTING_BYTES) if storage.exists(url) else None
-        catalog = build_catalog(self.data, saved)
-        if saved and self.train.resume == "auto" and (changes := difference(saved, catalog)):
-            raise DataError(
-                f"data.sources: changed since this run started: {changes}; restore the shards, "
-                "or start anew with another output_dir"
-            )
-        if catalog.manifest is not None:
-            precomputed.check_encoders(catalog.manifest, self.describe_encoders())
-            precomputed.check_settings(catalog.manifest, self.data)
-        return catalog
-
-    def dry_run(self) -> JsonObject:
-        """Return a description of what would run, after reading the first samples. Raises the errors of `check`."""
-        catalog, train = self.check(), self.train
-        samples = inspect_first_samples(catalog, self.data, INSPECTED_SAMPLES)
-        starts = candidates(train.resume, self.output_dir, "none yet")
-        saved = read_manifest(starts[0]) if starts else None
-        default_batch = saved.global_batch_size if saved else train.max_workers * train.micro_batch_size
-        global_batch = train.global_batch_size or default_batch
-        return {
-            "shards": len(catalog.shards),
-            "bytes": catalog.num_bytes,
-            "samples_in_source": catalog.num_samples,
-            "first_samples": {
-                "good": samples.good,
-                "rejected": dict(samples.rejected),
-                "example": {"key": samples.example.key, "caption": samples.example.caption},
-            },
-            "workers": train.num_workers,
-            "zero_stage": train.zero_stage,
-            "steps": train.last_step,
-            "global_batch_size": global_batch,
-            "samples_to_train_on": max(0, train.last_step - (saved.step if saved else 0)) * global_batch,
-            "starts_from": starts[0] if starts else "the beginning",
-            "output_dir": self.output_dir,
-        } | self.describe_captions(samples.captions)
 
     def fit(self) -> RunRecord:
         """Train to the launch's last step, and return the record of the tracked run.
@@ -191,6 +101,7 @@ class Run:
             heldout = read_heldout(self.data, self.train.heldout_sources, self.train.heldout_samples)
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor per run for what DriverMonitor does
         connect()
+        self.check_capacity()
         storage.write_bytes(storage.join(self.output_dir, CATALOG), to_json(catalog))
         version = code_version()
         metadata, resume = self._metadata(catalog, version), self.train.resume != "none"
@@ -278,10 +189,11 @@ class Run:
             run_config=ray.train.RunConfig(
                 name=f"{spec.launch}-{time.monotonic_ns()}",  # unique: Ray would resume a known name
                 storage_path=self._ray_dir,
-                logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # not its requests for resources at every start
                 # Failures are handled by RestartPolicy, which counts those without a new checkpoint.
                 failure_config=ray.train.FailureConfig(max_failures=0),
                 callbacks=[SaveBeforeResize(spec.hang_detector)] if train.elastic else [],
+                # Not its requests for resources at every start, nor 100 lines per failure, which the driver reports in one line.
+                logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
             ),
         )
 

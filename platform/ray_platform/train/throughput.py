@@ -15,21 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ray_platform import storage
 from ray_platform.contracts import one_line
+from ray_platform.placement import PEAK_FLOPS
 from ray_platform.train.collective import collective, gather_objects
 
 logger = logging.getLogger(__name__)
 
-# Dense 16-bit peak in FLOP/s of accelerators whose name contains the key (the first that matches), from the vendor's data sheets.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "L40S": 362e12,
-    "A100": 312e12,
-    "V100": 125e12,
-    "L4": 121e12,
-}
 # Attention on CPUs, which torch's counter does not count: from the shapes of (the result's gradient,) query, key and value.
 _CPU_ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
