@@ -6,7 +6,7 @@ A Task comes from outside, as `diffdis.task`, and satisfies `Task` by its shape 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
@@ -82,6 +82,7 @@ class Batch:
     consumed: Sequence[ConsumedRange]  # since the previous batch: this batch's samples, and those that were skipped
     skipped: Mapping[str, int]  # cause -> samples skipped since the stream began, on this rank
     epoch_samples: float = 0.0  # of the whole source, as far as this rank knows
+    skip_details: Mapping[str, str] = field(default_factory=dict)  # cause -> the latest error of storage on this rank
 
 
 class Encoder(Protocol):

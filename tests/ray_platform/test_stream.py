@@ -1,5 +1,6 @@
 import logging
 import os
+import re
 import time
 from collections import Counter
 from itertools import islice
@@ -146,7 +147,7 @@ def check(catalog, config, world_size=1, batch_size=10, max_epochs=1.0, past=())
         steps, good = steps + 1, good + world_size * batch_size
         skipped = add_counts(*(batch.skipped for batch in batches), dict(past))
         epoch_samples = sum(batch.epoch_samples for batch in batches) / world_size
-        check_skipped("the run", skipped, good, epoch_samples, config.max_skipped_share)
+        check_skipped("the run", skipped, good, epoch_samples, config.max_skipped_share, batches[0].skip_details)
         if good + sum(skipped.values()) >= max_epochs * epoch_samples:
             return skipped
 
@@ -175,12 +176,16 @@ def test_data_without_a_good_sample_ends_the_run(write):
     assert without_ray(catalog, config, reader_of(catalog), batch_size=1, num_batches=6)[-1].skipped["shard_empty"] > 50
 
 
-def test_a_lost_shard_counts_for_its_samples_and_is_consumed(write):
+def test_a_lost_shard_counts_for_its_samples_and_is_consumed(write, caplog):
     catalog, config = write({f"{n}.tar": samples_of(100 * n, 20) for n in range(6)}, max_skipped_share=0.3)
     last_read = next(groups(catalog, reader_of(catalog), 6, 1)).items[-1].unit.shard
     Path(last_read.url).unlink()
     batches = without_ray(catalog, config, reader_of(catalog), batch_size=51, num_batches=2)
     assert batches[-1].skipped == {"shard_missing": 20}
+    error = f"{last_read.url}: no such file"  # as storage reports it
+    assert f"{last_read.name}/: shard_missing ({error}" in caplog.text
+    with pytest.raises(DataError, match=f"; shard_missing: {re.escape(error)}"):
+        check_skipped("the run", batches[-1].skipped, 20, 40, 0.3, batches[-1].skip_details)
     assert batches[-1].epoch_samples == 120
     assert after(catalog, batches).first_epoch == [1]
 

@@ -72,6 +72,7 @@ class RejectedSample:
 
     key: str
     cause: str
+    detail: str = field(default="", compare=False)  # the error of storage, for a shard that is lost
 
 
 class SampleError(Exception):
@@ -141,6 +142,7 @@ class SkipCounter:
     max_skipped_share: float
     num_good: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    details: dict[str, str] = field(default_factory=dict)  # cause -> the latest detail
     _totals: dict[tuple[int, ...], int] = field(default_factory=dict)  # unit -> its samples; 0 if it is truncated
     _num_samples: int = 0  # in these units
     _num_units: int = 0  # of these, those that are not truncated
@@ -161,7 +163,7 @@ class SkipCounter:
         self.num_good += number
         self._bad_in_a_row.clear()
 
-    def count_reject(self, key: str, cause: str, unit: UnitCounts) -> int:
+    def count_reject(self, key: str, cause: str, unit: UnitCounts, detail: str = "") -> int:
         """Count a rejection and return how many samples it stands for.
 
         Raises DataError after so many shards in a row without a good sample that this is no coincidence.
@@ -176,14 +178,17 @@ class SkipCounter:
         if is_filtered(cause):
             self._bad_in_a_row.clear()
             return lost
+        if detail:
+            self.details[cause] = detail
         if before < _SHOWN_REJECTS:
-            more = "; further ones are only counted" if self.skipped[cause] >= _SHOWN_REJECTS else ""
+            more = f" ({detail})" if detail else ""
+            more += "; further ones are only counted" if self.skipped[cause] >= _SHOWN_REJECTS else ""
             logger.warning("%s skips %s: %s%s", self.reader, key, cause, more)
         self._bad_in_a_row.add(unit[:3])
         if len(self._bad_in_a_row) > _max_in_a_row(self.max_skipped_share):
             raise DataError(
                 f"{self.reader} found no good sample in {len(self._bad_in_a_row)} shards in a row, up to {key}: {cause}, "
-                f"{BAD_DATA[cause]}; check storage and these shards, then resume with --resume auto"
+                f"{detail or BAD_DATA[cause]}; check storage and these shards, then resume with --resume auto"
             )
         return lost
 
@@ -221,15 +226,24 @@ def is_too_bad(bad: float, good: float, epoch_samples: float, max_skipped_share:
     return bad > max_skipped_share * max(bad + good, epoch_samples, _ENOUGH_SAMPLES)
 
 
-def check_skipped(reader: str, skipped: Mapping[str, int], good: int, epoch_samples: float, max_skipped_share: float) -> None:
-    """Raise DataError if too many samples are bad, with the causes and the remedy for the most frequent one."""
+def check_skipped(
+    reader: str,
+    skipped: Mapping[str, int],
+    good: int,
+    epoch_samples: float,
+    max_skipped_share: float,
+    details: Mapping[str, str],
+) -> None:
+    """Raise DataError if too many samples are bad, with the causes, and the detail or the remedy for the most frequent one."""
     bad = num_bad(skipped)
     if not is_too_bad(bad, good, epoch_samples, max_skipped_share):
         return
     total = max(bad + good, round(epoch_samples))
     counts = Counter({cause: count for cause, count in skipped.items() if not is_filtered(cause)}).most_common()
     causes = ", ".join(f"{cause} {count / total:.1%}" for cause, count in counts)
+    worst = counts[0][0]
+    remedy = details.get(worst) or f"{BAD_DATA[worst]}; correct the shards (the warnings name some)"
     raise DataError(
         f"{reader} had to skip {bad} of {total} samples ({causes}), more than data.max_skipped_share = {max_skipped_share:.1%}; "
-        f"{counts[0][0]}: {BAD_DATA[counts[0][0]]}; correct the shards (the warnings name some) or raise data.max_skipped_share"
+        f"{worst}: {remedy} or raise data.max_skipped_share"
     )

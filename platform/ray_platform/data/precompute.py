@@ -56,7 +56,7 @@ class BlockRecord(NamedTuple):
     rows: int  # samples and rejections
     shard: str  # file
     samples: int
-    rejects: list[tuple[str, str]]  # (key, cause)
+    rejects: list[tuple[str, str, str]]  # (key, cause, detail)
 
 
 @dataclass
@@ -76,8 +76,8 @@ class UnitProgress:
         if record.samples:
             self.shards[record.shard] = record.samples
             skips.count_good(record.unit, record.samples)
-        for key, cause in record.rejects:
-            self.rejected[cause] += skips.count_reject(key, cause, record.unit)
+        for key, cause, detail in record.rejects:
+            self.rejected[cause] += skips.count_reject(key, cause, record.unit, detail)
             self.is_lost |= cause in LOST.values()
 
 
@@ -124,7 +124,7 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: EncoderPool, outp
         number = record.unit.unit
         unit = progress.setdefault(number, UnitProgress())
         unit.add(record, skips)
-        check_skipped("precompute", skips.skipped, skips.num_good, skips.epoch_samples, config.max_skipped_share)
+        check_skipped("precompute", skips.skipped, skips.num_good, skips.epoch_samples, config.max_skipped_share, skips.details)
         if unit.is_complete:
             if not unit.is_lost:
                 content = json.dumps({"shards": unit.shards, "rejected": unit.rejected}).encode()
@@ -242,7 +242,7 @@ class EncodeBlock:
             tensors = {tensor: np.concatenate([part[tensor] for part in encoded]) for tensor in encoded[0]}
             with storage.retrying_for(self.retry_seconds):
                 storage.write_bytes(storage.join(self.output_dir, name), precomputed.to_arrow(keys, captions, tensors))
-        rejects = [(sample.key, sample.cause) for sample in samples if sample.cause]
+        rejects = [(sample.key, sample.cause, sample.caption) for sample in samples if sample.cause]
         return pa.table({"record": [json.dumps(BlockRecord(unit, len(samples), name, len(good), rejects))]})
 
 

@@ -92,7 +92,7 @@ def open_samples(item: Item, config: DataConfig, seed: int) -> ShardSamples:
                 records = open_precomputed(data, f"{shard.name}/")
     except storage.StorageError as error:
         num_consumed = max((stop for _, stop in item.consumed), default=0)
-        records = [RejectedSample(f"{shard.name}/", lost_cause(error))] * (num_consumed + 1)
+        records = [RejectedSample(f"{shard.name}/", lost_cause(error), str(error))] * (num_consumed + 1)
     return ShardSamples(records, config, f"{seed}/{item.epoch}")
 
 
@@ -147,7 +147,7 @@ def read_group(group: Group, config: DataConfig, seed: int, block_bytes: int = B
             tensors.append(sample.tensors)
             num_bytes += sum(tensor.nbytes for tensor in sample.tensors.values())
         else:
-            rows.append((group.window, sort_key, index, order, sample.key, "", sample.cause))
+            rows.append((group.window, sort_key, index, order, sample.key, sample.detail, sample.cause))
             tensors.append({})
         if num_bytes >= block_bytes or len(rows) == _MAX_BLOCK_SAMPLES:
             yield _pack(counts, rows, tensors)
@@ -168,7 +168,7 @@ class ReadSample:
     unit: UnitCounts
     order: int  # place in the reading order of the unit
     key: str
-    caption: str
+    caption: str  # of a rejection: its detail
     cause: str  # of a rejection; empty for a good sample
     tensors: dict[str, np.ndarray]  # views of the block's memory
     shape: str  # of the tensors; samples of equal shapes fit in one batch

@@ -74,7 +74,7 @@ class Batcher:
         passed: list[ReadSample] = []  # skipped since the last batch
         for sample in samples:
             if sample.cause:
-                self.skips.count_reject(sample.key, sample.cause, sample.unit)
+                self.skips.count_reject(sample.key, sample.cause, sample.unit, sample.caption)
                 passed.append(sample)
                 continue
             self.skips.count_good(sample.unit)
@@ -92,6 +92,7 @@ class Batcher:
                     ),
                     dict(self.skips.skipped),
                     self.skips.epoch_samples,
+                    dict(self.skips.details),
                 )
                 passed.clear()
 

@@ -150,7 +150,7 @@ class Trainer:
         loss, metrics = self.engine.backward(micro_batches, seeds)
 
         uploader = self.checkpoints.uploader
-        self.skipped = add_counts(self.start.skipped, batch.skipped)
+        self.skipped, self.skip_details = add_counts(self.start.skipped, batch.skipped), batch.skip_details
         with self.heartbeat.waiting_for_ranks():
             status = self.loss_monitor.sync_step_status(
                 loss,
@@ -187,7 +187,8 @@ class Trainer:
         """Raise DataError on every rank if too many samples are bad: of all ranks, since the run started."""
         expected, limit = status.epoch_samples, self.spec.data.max_skipped_share
         if is_too_bad(status.num_bad, self.samples_seen, expected, limit):
-            check_skipped("the run", self._gather_skipped(), self.samples_seen, expected, limit)
+            details = dict(chain.from_iterable(details.items() for details in gather_objects(self.skip_details)))
+            check_skipped("the run", self._gather_skipped(), self.samples_seen, expected, limit, details)
 
     def _is_checkpoint_due(self) -> bool:
         """Return whether `train.checkpoint_minutes` have passed on rank 0, whose clock decides for all ranks."""
