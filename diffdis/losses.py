@@ -27,6 +27,13 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def gather_texts(query: torch.Tensor, caption_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `gather` of the text queries [b, D] and of their int64 caption ids [b], by one collective operation."""
+    packed = gather(torch.cat([x.contiguous().view(torch.uint8) for x in (query, caption_ids[:, None])], dim=1))
+    size = query.shape[1] * query.element_size()
+    return packed[:, :size].contiguous().view(query.dtype), packed[:, size:].contiguous().view(torch.int64)[:, 0]
+
+
 def rank_offset(num_local: int) -> int:
     """Return the index of this rank's first sample in the result of `gather`."""
     return dist.get_rank() * num_local if world_size() > 1 else 0
@@ -43,6 +50,8 @@ class AlignmentResult(NamedTuple):
     mean: torch.Tensor  # scalar: the mean of `loss`; its mean over the ranks is L_ITA of the global batch
     loss: torch.Tensor  # [n, b]
     correct: torch.Tensor  # [n, b] float: 1 where the image's own text has the highest score of all
+    # (text queries [B, D], their caption ids [B]) of all ranks, for metrics; without them, the metrics gather them again
+    texts: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class AlignmentLoss(Protocol):
@@ -78,7 +87,9 @@ class InfoNCE:
     def __call__(
         self, predicted: torch.Tensor, query: torch.Tensor, caption_ids: torch.Tensor, scale: torch.Tensor
     ) -> AlignmentResult:
-        return AlignmentResult(*_ChunkedInfoNCE.apply(predicted, scale, gather(query), gather(caption_ids)))
+        texts, ids = gather_texts(query, caption_ids)
+        mean, loss, correct = _ChunkedInfoNCE.apply(predicted, scale, texts, ids)
+        return AlignmentResult(mean, loss, correct, (texts, ids))
 
 
 # Names for objective.alignment_loss.
@@ -114,10 +125,10 @@ class _ChunkedInfoNCE(torch.autograd.Function):
             for start, logits, diagonal in _logit_chunks(images, texts, ids, scale, offset):
                 row_lse = torch.logaddexp(row_lse, logits.logsumexp(dim=2))
                 column_lse[:, start : start + logits.shape[2]] = logits.logsumexp(dim=1)
-                positive[:, diagonal.rows] = logits[:, diagonal.rows, diagonal.columns]
-                logits[:, diagonal.rows, diagonal.columns] = float("-inf")
+                positive[:, diagonal.rows] = diagonal.of(logits)
+                diagonal.of(logits).fill_(float("-inf"))
                 best_negative = torch.maximum(best_negative, logits.amax(dim=2))
-            column_lse = _logsumexp_over_ranks(column_lse)
+            column_lse = _logsumexp_over_ranks(column_lse, scale)
             loss = (row_lse + column_lse[:, offset : offset + b]) / 2 - positive
             ctx.save_for_backward(predicted, scale, texts, ids, row_lse, column_lse)
             correct = (positive >= best_negative).float()
@@ -135,7 +146,7 @@ class _ChunkedInfoNCE(torch.autograd.Function):
                 stop = start + logits.shape[2]
                 slope = (logits - row_lse[:, :, None]).exp()  # [n, b, chunk]
                 slope += (logits - column_lse[:, None, start:stop]).exp()
-                slope[:, diagonal.rows, diagonal.columns] -= 2.0
+                diagonal.of(slope).sub_(2.0)
                 images_grad += slope @ texts[start:stop]
                 # S = scale * dot; a logit that is left out has slope 0.
                 scale_grad += (slope * logits.masked_fill(slope == 0, 0.0)).sum() / scale.float()
@@ -146,10 +157,17 @@ class _ChunkedInfoNCE(torch.autograd.Function):
 
 
 class _Diagonal(NamedTuple):
-    """Indices, within a chunk of logits, of the pairs of local images and their own texts."""
+    """Indices, within a chunk of logits, of the pairs of local images and their own texts.
 
-    rows: torch.Tensor
-    columns: torch.Tensor
+    They come from the host's numbers: a boolean mask would make the host wait for the accelerator.
+    """
+
+    rows: slice
+    columns: slice
+
+    def of(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return a view [..., number of pairs] of the pairs in `logits` [..., b, chunk]."""
+        return logits[..., self.rows, self.columns].diagonal(dim1=-2, dim2=-1)
 
 
 def _logit_chunks(
@@ -157,23 +175,24 @@ def _logit_chunks(
 ) -> Iterator[tuple[int, torch.Tensor, _Diagonal]]:
     """Yield (index of the first text, scaled logits [n, b, chunk], the chunk's diagonal) for chunks of the texts."""
     b = images.shape[1]
-    own_texts = torch.arange(offset, offset + b, device=images.device)
     for start in range(0, len(texts), TEXT_CHUNK):
         chunk = texts[start : start + TEXT_CHUNK]
         logits = scale.float() * (images @ chunk.T)
-        in_chunk = (own_texts >= start) & (own_texts < start + len(chunk))
-        diagonal = _Diagonal(in_chunk.nonzero()[:, 0], own_texts[in_chunk] - start)
+        first, stop = (min(max(own, start), start + len(chunk)) for own in (offset, offset + b))
+        diagonal = _Diagonal(slice(first - offset, stop - offset), slice(first - start, stop - start))
         same_caption = ids[offset : offset + b, None] == ids[None, start : start + len(chunk)]
-        same_caption[diagonal.rows, diagonal.columns] = False
+        diagonal.of(same_caption).fill_(False)
         yield start, logits.masked_fill_(same_caption, float("-inf")), diagonal
 
 
-def _logsumexp_over_ranks(column: torch.Tensor) -> torch.Tensor:
-    """Combine every rank's [n, B]. A rank whose images are all left out for a text contributes -inf, that is nothing."""
+def _logsumexp_over_ranks(column: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Combine every rank's [n, B]. A rank whose images are all left out for a text contributes -inf, that is nothing.
+
+    Logits are at most `scale` (unit vectors), which is at most 100. So float64 holds their exponentials relative to it, and the
+    ranks need not agree on the highest logit first.
+    """
     if world_size() == 1:
         return column
-    highest = column.clone()
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-    total = (column - highest).exp()
+    total = (column.double() - scale).exp()
     dist.all_reduce(total)
-    return highest + total.log()
+    return (total.log() + scale).float()

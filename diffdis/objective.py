@@ -9,7 +9,7 @@ from torch import nn
 
 from diffdis import schedule
 from diffdis.config import ObjectiveConfig
-from diffdis.losses import AlignmentResult, build_alignment_loss, gather, generation_loss, rank_offset
+from diffdis.losses import AlignmentResult, build_alignment_loss, gather_texts, generation_loss, rank_offset
 from diffdis.model import DiffDis, ImageKVCache
 
 NUM_TIMESTEP_BINS = 4  # of t_e, for the logged loss and accuracy: the shortcut shows as a slope over them
@@ -46,6 +46,7 @@ class GradCache(NamedTuple):
     parameter_grads: tuple[torch.Tensor, ...]  # for the parameters of the alignment loss; InfoNCE has none
     loss: torch.Tensor  # [n, b]
     correct: torch.Tensor  # [n, b]
+    texts: tuple[torch.Tensor, torch.Tensor] | None  # of the micro-batch on all ranks: queries [B, D] and caption ids [B]
 
 
 class Objective(nn.Module):
@@ -97,7 +98,7 @@ class Objective(nn.Module):
         if run is not None:
             return run(inputs, noise)
         task, terms, metrics = self.objective.task, [], Metrics()
-        batch_size = torch.tensor(float(len(inputs["latent"])), device=inputs["latent"].device)
+        batch_size = torch.full((), float(len(inputs["latent"])), device=inputs["latent"].device)  # without a copy from the host
         if task in ("joint", "generation"):
             generation = self.generation_loss(inputs, noise)  # [B]
             terms.append(generation.mean())
@@ -179,7 +180,7 @@ class Objective(nn.Module):
             for parameter, gradient in zip(self._loss_parameters(), grad_cache.parameter_grads, strict=True):
                 surrogate = surrogate + (parameter * gradient).sum()
             mean = surrogate - surrogate.detach() + grad_cache.loss.mean()
-            result = AlignmentResult(mean, grad_cache.loss, grad_cache.correct)
+            result = AlignmentResult(mean, grad_cache.loss, grad_cache.correct, grad_cache.texts)
         metrics = {"temperature": torch.stack([1 / scale.detach(), torch.ones_like(scale)])}
         # Without its image, a text can only be copied from e_t, which says nothing about the model.
         has_image = torch.ones_like(noise.drop_image) if self.objective.task == "clip" else ~noise.drop_image
@@ -187,7 +188,9 @@ class Objective(nn.Module):
         if self.objective.task != "clip":
             metrics |= _sums_by_timestep(result, has_image, noise.query_timesteps.T, self.model.config.schedule.num_timesteps)
             if self.training:
-                metrics["alignment/retrieval_shuffled_images"] = self._retrieval_with_shuffled_images(prediction, noise, inputs)
+                metrics["alignment/retrieval_shuffled_images"] = self._retrieval_with_shuffled_images(
+                    prediction, noise, *(result.texts or gather_texts(inputs["query"], inputs["caption_ids"]))
+                )
         return result.mean, metrics
 
     def build_grad_cache(self, inputs: Sequence[Inputs], queries: Sequence[torch.Tensor], scale: torch.Tensor) -> list[GradCache]:
@@ -201,11 +204,17 @@ class Objective(nn.Module):
         with torch.enable_grad():
             result = self.alignment(predicted, texts, ids, scale)
             queries_grad, scale_grad, *others = torch.autograd.grad(result.mean, (predicted, scale, *self._loss_parameters()))
-        size = len(queries[0])
-        return [
-            GradCache(len(inputs) * queries_grad[rows], scale_grad, tuple(others), result.loss[:, rows], result.correct[:, rows])
-            for rows in (slice(part * size, (part + 1) * size) for part in range(len(inputs)))
-        ]
+        num, size, caches = len(inputs), len(queries[0]), []
+        for part in range(num):
+            rows = slice(part * size, (part + 1) * size)
+            # All texts are sorted by rank, then by micro-batch.
+            gathered = None
+            if result.texts is not None:
+                of_all_ranks, their_ids = (x.unflatten(0, (-1, num, size))[:, part].flatten(0, 1) for x in result.texts)
+                gathered = of_all_ranks, their_ids
+            gradients = num * queries_grad[rows], scale_grad, tuple(others)
+            caches.append(GradCache(*gradients, result.loss[:, rows], result.correct[:, rows], gathered))
+        return caches
 
     def _loss_parameters(self) -> list[nn.Parameter]:
         """Return the trainable parameters of the alignment loss itself."""
@@ -213,8 +222,12 @@ class Objective(nn.Module):
         return [parameter for parameter in parameters if parameter.requires_grad]
 
     @torch.no_grad()
-    def _retrieval_with_shuffled_images(self, prediction: QueryPrediction, noise: StepNoise, inputs: Inputs) -> torch.Tensor:
+    def _retrieval_with_shuffled_images(
+        self, prediction: QueryPrediction, noise: StepNoise, queries: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
         """Return [sum, weight] of the retrieval accuracy of a quarter of the queries with the image of another query.
+
+        `queries` [B_all, D] and `ids` [B_all] are the texts of all ranks and their captions.
 
         A value above chance means that e_t itself is copied. An image with the same caption does not count as another one, so a
         micro-batch of one sample has weight 0.
@@ -230,13 +243,12 @@ class Objective(nn.Module):
             condition = ImageKVCache(unet, [(shuffle(k), shuffle(v)) for k, v in condition.head])
         else:
             condition = shuffle(condition[0]), condition[1]
-        queries, ids = gather(inputs["query"]), gather(inputs["caption_ids"])  # [B_all, D], [B_all]
         predicted = self.model.predict_query(condition, noisy_queries[part], noise.query_timesteps[part])[:, 0]  # [B / 4, D]
         with torch.autocast(queries.device.type, enabled=False):  # half precision would tie the scores of many texts
             logits = predicted @ queries.T.float()  # [B / 4, B_all]
         own_text = torch.arange(len(logits), device=logits.device) + rank_offset(len(noisy_queries))
         same_caption = ids[own_text][:, None] == ids[None, :]
-        same_caption[torch.arange(len(own_text)), own_text] = False
+        same_caption.scatter_(1, own_text[:, None], False)
         correct = (logits.masked_fill(same_caption, float("-inf")).argmax(dim=1) == own_text).float()
         is_other_image = (ids[own_text] != ids[own_text].roll(1)).float() * ~noise.drop_image[part].roll(1)
         return torch.stack([(correct * is_other_image).sum(), is_other_image.sum()])

@@ -173,7 +173,7 @@ def extras(task: DiffDisTask, engine: Any, inputs: dict[str, torch.Tensor]) -> d
 
     wait()
     begun = time.perf_counter()
-    num_bytes = sum(contiguous_on_cpu(tensor).nbytes for _, tensor in engine.state())
+    num_bytes = sum(contiguous_on_cpu(tensor).nbytes for _, tensor, _ in engine.local_state())
     copying = time.perf_counter() - begun
     with engine.inference():
         drawing = seconds(lambda: task.preview(0, 1), 1)

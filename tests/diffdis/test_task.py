@@ -284,11 +284,12 @@ def test_a_model_that_was_exported_starts_another_one(make_task, batch, tmp_path
 
 def test_a_temperature_above_the_limit_returns(make_task):
     """Like CLIP's: ten steps of gradients that raise the scale, then fifty that lower it, with AdamW at 0.1."""
-    from ray_platform.train.optimizer import AdamW
+    from ray_platform.train.optimizer import AdamW, Fragment
 
     task = make_task(ObjectiveConfig(temperature=0.02, lr_new=0.1))
     temperature = task.module.model.temperature
     optimizer = AdamW(task.parameter_groups(), ema_decay=0.0)
+    optimizer.init_state([Fragment(parameter, 0, parameter) for parameter in task.module.parameters() if parameter.requires_grad])
     reference = nn.Parameter(temperature.log_scale.detach().clone())
     clip = torch.optim.AdamW([reference], lr=0.1, weight_decay=0.0)
     scales = []

@@ -13,6 +13,8 @@ from diffdis.objective import StepNoise
 from diffdis.task import DiffDisTask
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.throughput import count_flops
+from tests.support import step_counts
+from tests.support.ranks import whole_state
 from tests.support.tiny_checkpoints import draw_query_weights
 
 CPU = torch.device("cpu")
@@ -53,7 +55,7 @@ def step_on_a_rank(rank, config, objective, fields, num_micro):
     assert engine.update(0).updated
     if fields["zero_stage"] == 3:
         assert not [name for name, p in task.module.named_parameters() if p.numel()], "every rank holds them whole"
-    moments = {n.partition("/")[2]: t.clone() for n, t in engine.state(("exp_avg",)) if n.startswith("exp_avg/")}
+    moments = {n.partition("/")[2]: t for n, t in whole_state(engine).items() if n.startswith("exp_avg/")}
     return loss, moments
 
 
@@ -175,3 +177,37 @@ def test_operations_are_those_of_the_models_own_work(tiny_model, visibility, nam
     assert 2.5 * forward[1] < expected < 3.2 * forward[1]
     assert (forward[0] > forward[1]) == (name in ("joint", "alignment"))
     assert "alignment/retrieval_shuffled_images" not in metrics
+
+
+def counts_on_a_rank(rank, config, zero_stage, num_micro):
+    """Return the counts of a step after the first, which is not typical."""
+    from ray_platform.train.checkpoint_format import LossHistory
+    from ray_platform.train.engine import Engine
+    from ray_platform.train.fault_tolerance import LossMonitor
+
+    task, train = build(config), TrainConfig(zero_stage=zero_stage, ema_decay=0.9)
+    engine = Engine(task, train, 2, num_micro)
+    inputs = [task.inputs(batch_of(CAPTIONS[:2]), CPU) for _ in range(num_micro)]
+    monitor = LossMonitor(train, LossHistory(), "")
+
+    def step():
+        loss, _ = engine.backward(inputs, list(range(num_micro)))
+        flags = dict.fromkeys(("stop", "checkpoint_due", "uploading", "upload_failed"), False)
+        engine.update(1, skip=monitor.sync_step_status(loss, **flags).is_bad)
+
+    step()
+    return step_counts.count(step), step_counts.count(lambda: list(engine.local_state()))
+
+
+@pytest.mark.parametrize("num_micro", [1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_step_communicates_and_waits_as_little_as_possible(two_ranks, tiny_model, zero_stage, num_micro):
+    """Texts, InfoNCE's sums, status and gradients; ZeRO 2 also gathers weights and adds up the norm of the gradients.
+
+    Each micro-batch gathers its texts and sums, and ZeRO 2 adds up its gradients. The host waits for the status, and to know
+    whether the gradients are finite; DeepSpeed asks that twice.
+    """
+    step, state = two_ranks.run(counts_on_a_rank, tiny_model, zero_stage, num_micro)[0]
+    assert step.collectives <= (6 + 3 * (num_micro - 1) if zero_stage else 4 + 2 * (num_micro - 1))
+    assert step.host_waits <= (3 if zero_stage else 2)
+    assert state == (0, 0), "no rank waits for a checkpoint's tensors"

@@ -133,9 +133,9 @@ def rank_states(rank: int, config: PretrainConfig, folder: str) -> tuple[int, in
         engine.update(step)
     uploader = AsyncUploader(folder, rank, "t", lambda: None)
     assignment, tensors = TensorAssignment(torch.distributed.get_world_size()), {}
-    for name, tensor in engine.state():
-        if assignment.owner(tensor) == rank:
-            tensors[name] = contiguous_on_cpu(tensor)
+    for key, tensor, is_replicated in engine.local_state():
+        if not is_replicated or assignment.owner(tensor) == rank:
+            tensors[key] = contiguous_on_cpu(tensor)
     uploader.upload(2, tensors, {}, RankState.capture({}, LossHistory()))
     uploader.wait()
     torch.distributed.barrier()

@@ -30,6 +30,7 @@ from ray_platform.train.checkpoint_format import (
 )
 from ray_platform.train.checkpointing import AsyncUploader, TensorAssignment, TrainState, find_checkpoint
 from ray_platform.train.config import TrainConfig
+from ray_platform.train.tensor_parts import part_key
 
 TENSORS = {f"weights/p{i}": torch.randn(50, generator=torch.Generator().manual_seed(i)) for i in range(6)}
 HISTORY = LossHistory(1.5, 30, 4, 1)
@@ -294,3 +295,23 @@ def test_weights_are_read_without_ranks_and_replace_a_missing_ema(tmp_path):
     plain, _ = save(tmp_path, 20, tensors={"weights/a": torch.zeros(3)})
     with pytest.raises(ConfigError, match="has no ema"):
         dict(read_weights(plain, "ema"))
+
+
+@pytest.mark.parametrize("lost", [None, 0, 1])
+def test_parts_of_a_tensor_are_joined_by_their_positions(tmp_path, lost):
+    whole, cuts = torch.arange(12.0).view(3, 4), [(5, 12), (0, 5)]  # in any order, on two ranks
+    keys = [part_key("weights/a", whole.shape, start, whole.flatten()[start:stop]) for start, stop in cuts]
+    whole_ones = [part_key("weights/b", whole.shape, 0, whole.flatten())]
+    url, _ = save(tmp_path, 10, tensors=dict([key for i, key in enumerate(keys) if i != lost] + whole_ones))
+    if lost is None:
+        assert {name: tensor.tolist() for name, tensor in read_weights(url, "weights")} == dict.fromkeys("ab", whole.tolist())
+    else:
+        with pytest.raises(CorruptCheckpoint, match="weights/a"):
+            dict(read_weights(url, "weights"))
+
+
+@pytest.mark.parametrize("key", ["weights/a@1", "weights/a@x@4", "weights/a@3@2x2", "weights/a@-1@2x2", "weights/a@0@2x2@1"])
+def test_a_damaged_name_of_a_part_is_rejected(tmp_path, key):
+    url, _ = save(tmp_path, 10, tensors={key: torch.zeros(2)})
+    with pytest.raises(CorruptCheckpoint, match="damaged"):
+        dict(read_weights(url, "weights"))

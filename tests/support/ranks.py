@@ -63,6 +63,21 @@ def stop_shared_ranks() -> None:
         group.stop()
 
 
+def whole_state(engine):
+    """Return the state of all ranks, joined from their parts as a checkpoint's are."""
+    from ray_platform.train.checkpoint_format import contiguous_on_cpu
+    from ray_platform.train.collective import gather_objects
+    from ray_platform.train.tensor_parts import TensorJoiner
+
+    joiner, tensors = TensorJoiner(), {}
+    local = {key: contiguous_on_cpu(tensor) for key, tensor, _ in engine.local_state()}
+    for of_rank in gather_objects(local):
+        for key, part in of_rank.items():
+            tensors |= dict(filter(None, [joiner.add(key, part)]))
+    joiner.check_complete()
+    return tensors
+
+
 def _serve(rank, world_size, folder, asked, answered):
     torch.set_num_threads(1)
     os.environ.update(

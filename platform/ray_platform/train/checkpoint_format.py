@@ -1,9 +1,10 @@
 """Format of a checkpoint on storage, its readers, and which checkpoints are used and kept. `checkpointing.py` saves and restores.
 
-A checkpoint is the folder `<output_dir>/checkpoints/<launch>/step_<n>`. It holds whole tensors in safetensors files (weights,
-moments and EMA, named `<state>/<parameter>` and distributed over the ranks that wrote them), one JSON file per rank, the two
-ledgers, and the manifest `complete.json`, written last, which lists the other files with sizes and digests; a folder without
-it is not a checkpoint. Nothing depends on the number of ranks or the ZeRO stage, so any other number and stage can load it.
+A checkpoint is the folder `<output_dir>/checkpoints/<launch>/step_<n>`. It holds tensors in safetensors files (weights, moments,
+EMA and step counts, named `<state>/<parameter>`), one JSON file per rank, the two ledgers, and the manifest `complete.json`,
+written last, which lists the other files with sizes and digests; a folder without it is not a checkpoint. Every rank writes the
+parts of tensors that it updates, and a fraction of what all ranks hold. The parts are joined by name and position, so any number
+of ranks at any ZeRO stage can load them.
 
 Checkpoints form a lineage: a manifest names the checkpoint before it and has a counter above those of all checkpoints that
 existed when its launch started. The counters, and no clock, tell which checkpoint is the newest.
@@ -27,6 +28,7 @@ from ray_platform.contracts import ConfigError, DataError, TrainingFacts, one_li
 from ray_platform.data.ledger import Ledger
 from ray_platform.formats import FileFormat, NewerFormatError
 from ray_platform.names import check_below
+from ray_platform.train.tensor_parts import TensorJoiner
 
 COMPLETE = "complete.json"
 BASE, CONSUMED = "base", "consumed"  # names of the two ledgers
@@ -179,7 +181,7 @@ def tensor_files(manifest: Manifest) -> list[str]:
 
 
 def read_tensors(url: str, manifest: Manifest, names: list[str]) -> dict[str, torch.Tensor]:
-    """Return the tensors of the files `names`, on the CPU, by `<state>/<parameter>`."""
+    """Return the tensors of the files `names`, on the CPU, by the keys of `tensor_parts.part_key`."""
     tensors: dict[str, torch.Tensor] = {}
     for name in names:
         with _corruption_named(url, name):
@@ -206,17 +208,24 @@ def read_weights(url: str, state: str) -> Iterator[tuple[str, torch.Tensor]]:
 
     Parameters and buffers without an EMA (frozen ones) come from the weights. Raises ConfigError when no parameter has an EMA.
     """
-    manifest = read_manifest(url)
+    manifest, joiner = read_manifest(url), TensorJoiner()
     yielded: set[str] = set()
     weights: dict[str, torch.Tensor] = {}
-    for name in tensor_files(manifest):
-        for key, tensor in read_tensors(url, manifest, [name]).items():
-            tensor_state, _, parameter = key.partition("/")
+    for file in tensor_files(manifest):
+        for key, part in read_tensors(url, manifest, [file]).items():
+            tensor_state = key.partition("/")[0]
+            with _corruption_named(url, file):
+                joined = joiner.add(key, part) if tensor_state in ("weights", state) else None
+            if joined is None:
+                continue
+            parameter = joined[0].partition("/")[2]
             if tensor_state == state:
                 yielded.add(parameter)
-                yield parameter, tensor
-            elif tensor_state == "weights":
-                weights[parameter] = tensor
+                yield parameter, joined[1]
+            else:
+                weights[parameter] = joined[1]
+    with _corruption_named(url, COMPLETE):
+        joiner.check_complete()
     if not yielded:
         raise ConfigError(f"{url} has no {state}: it was trained with train.ema_decay 0; use --weights weights")
     yield from ((parameter, tensor) for parameter, tensor in weights.items() if parameter not in yielded)

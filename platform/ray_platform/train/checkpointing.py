@@ -50,6 +50,7 @@ from ray_platform.train.checkpoint_format import (
 from ray_platform.train.collective import collective, gather_objects
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.hang_detector import HeartbeatThread
+from ray_platform.train.tensor_parts import ReadTensors
 
 if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not need it
     from ray_platform.train.engine import Engine
@@ -170,29 +171,10 @@ def restore(loaded: LoadedCheckpoint, engine: "Engine") -> None:
 
     torch's generator on the CPU is restored, too, when the number of ranks is the same. Raises ConfigError for another model.
     """
-    rank, tensors = dist.get_rank(), loaded.tensors
-    parts = gather_objects({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
-    owners = {name: owner for owner, part in enumerate(parts) for name in part}
-
-    def broadcast(name: str, shape: torch.Size) -> torch.Tensor | None:
-        """Return a tensor of the checkpoint on every rank, sent by the one that read it."""
-        if name not in owners:
-            return None
-        owner = owners[name]
-        saved_shape, dtype = parts[owner][name]
-        if tuple(shape) != saved_shape:
-            raise ConfigError(
-                f"model: {name.partition('/')[2]} is {tuple(shape)}, but {saved_shape} in the checkpoint; "
-                "use the model that it was trained with"
-            )
-        device = engine.device
-        tensor = tensors[name].to(device) if owner == rank else torch.empty(saved_shape, dtype=dtype, device=device)
-        dist.broadcast(tensor, src=owner)
-        return tensor
-
+    tensors = ReadTensors(loaded.tensors, engine.device)
     engine.loss_scale.load(loaded.manifest.loss_scale)
-    missing = engine.load_state(loaded.manifest.num_updates, broadcast)
-    if missing and rank == 0:
+    missing = engine.load_state(loaded.manifest.num_updates, tensors.join)
+    if missing and dist.get_rank() == 0:
         logger.warning("%s lacks %d tensors, which stay as built, such as %s", loaded.url, len(missing), missing[0])
     if loaded.manifest.world_size == dist.get_world_size():
         torch.set_rng_state(loaded.rank_states[0].rng_tensor())
@@ -233,7 +215,7 @@ class CheckpointManager:
 
     @collective
     def save(self, manifest: Manifest, consumed: Sequence[ConsumedRange], rank_state: RankState) -> None:
-        """Copy this rank's part of the engine's state, and start to upload it in the background.
+        """Copy this rank's part of the engine's state, and start to upload it in the background. Only ranges are communicated.
 
         Token, lineage and files of the manifest are filled in here. `consumed` is what this rank consumed since the last call.
         """
@@ -245,9 +227,9 @@ class CheckpointManager:
         assignment, tensors, ledgers = TensorAssignment(dist.get_world_size()), {}, {}
         with self.heartbeat.waiting_for_ranks():
             self.state.consumed.add(chain.from_iterable(gather_objects(merge_ranges(consumed))))
-            for name, tensor in self.engine.state():
-                if assignment.owner(tensor) == self.rank:
-                    tensors[name] = contiguous_on_cpu(tensor)
+        for key, tensor, is_replicated in self.engine.local_state():
+            if not is_replicated or assignment.owner(tensor) == self.rank:
+                tensors[key] = contiguous_on_cpu(tensor)
         if self.rank == 0:
             ledgers = {BASE: self.state.base.to_bytes(), CONSUMED: self.state.consumed.to_bytes()}
         self.phase = Phase.UPLOADING
@@ -294,7 +276,7 @@ class CheckpointManager:
 
 
 class TensorAssignment:
-    """Assigns every tensor to the rank that writes it: the one with the fewest bytes so far."""
+    """Assigns every tensor that all ranks hold to the one that writes it: the one with the fewest bytes so far."""
 
     def __init__(self, world_size: int):
         self.num_bytes = [0] * world_size
@@ -358,9 +340,11 @@ class AsyncUploader:
     def _complete(self, url: str, manifest: Manifest, retention: RetentionPolicy, lineage: Lineage) -> None:
         try:
             files: dict[str, tuple[int, str]] = {}
-            for rank in range(manifest.world_size):
-                name = json_name(f"{rank_name(rank)}_files", self.token)
-                files |= json.loads(storage.read_bytes(storage.join(url, name)))
+            names = [json_name(f"{rank_name(rank)}_files", self.token) for rank in range(manifest.world_size)]
+            lists = [storage.join(url, name) for name in names]
+            contents = storage.read_many(lists)
+            for file in lists:  # one that `read_many` left out is read again, with retries
+                files |= json.loads(contents[file] if file in contents else storage.read_bytes(file))
             storage.write_bytes(storage.join(url, COMPLETE), replace(manifest, files=files).to_bytes())
             logger.info("checkpoint %s is complete", url)
         except Exception as error:

@@ -4,10 +4,12 @@
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+from ray_platform.train.optimizer import Fragment
 
 UNTESTED = "ZeRO with an untested optimizer"
 
@@ -25,15 +27,33 @@ def silence_optimizer_warning() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: UNTESTED not in record.getMessage())
 
 
-def link_optimizer_state(optimizer: Any) -> None:
-    """Link the state of the wrapped optimizer to the parameters now (ZeRO 1 and 2), instead of in the first step."""
-    for parameters, shard in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-        lazy_init_hp_params_optimizer_state(parameters, shard, optimizer.state)
+def zero_1_and_2_fragments(optimizer: Any, rank: int) -> list[Fragment]:
+    """Return what this rank updates under ZeRO 1 and 2: an equal part of the flat tensor of which the parameters are views."""
+    fragments = []
+    for parameters, flat, shard in zip(
+        optimizer.bit16_groups, optimizer.bit16_groups_flat, optimizer.single_partition_of_fp32_groups, strict=True
+    ):
+        for parameter in parameters:
+            place = parameter.storage_offset() - flat.storage_offset() - rank * shard.numel()  # relative to the shard's first one
+            start, stop = max(0, -place), min(parameter.numel(), shard.numel() - place)
+            if start < stop:
+                fragments.append(Fragment(parameter, start, shard, place + start, stop - start))
+    return fragments
 
 
-def flat_shards(optimizer: Any) -> list[torch.Tensor]:
-    """Return the float32 tensors that this rank's optimizer updates under ZeRO 3."""
-    return optimizer.fp32_partitioned_groups_flat
+def zero_3_fragments(optimizer: Any, parameters: Iterable[torch.nn.Parameter], rank: int) -> list[Fragment]:
+    """Return what this rank updates under ZeRO 3: an equal part of every parameter, in flat tensors."""
+    fragments = []
+    for parameter in parameters:
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        fragments.append(Fragment(parameter, rank * size, optimizer.fp32_partitioned_groups_flat[group], offset, size))
+    return fragments
+
+
+def partition(parameter: Any, rank: int) -> Fragment:
+    """Return the part of a parameter that this rank holds under ZeRO 3, whether it is trained or not."""
+    part = parameter.ds_tensor
+    return Fragment(parameter, rank * part.numel(), part, 0, part.numel())
 
 
 def set_clipping(optimizer: Any, max_norm: float) -> None:
@@ -46,18 +66,6 @@ def has_overflowed(optimizer: Any) -> bool:
     return optimizer.overflow
 
 
-def refresh_model_weights(optimizer: Any) -> None:
-    """Copy changed float32 weights to the tensors that the module computes with (ZeRO 1 and 2)."""
-    optimizer.update_lp_params()
-
-
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """Return the shape of the whole parameter, of which a rank holds a part under ZeRO 3."""
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def local_part(parameter: Any, value: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
-    """Return this rank's part of `value`, zero-padded, as ZeRO 3 splits `parameter`."""
-    size = parameter.ds_tensor.numel()
-    padded = torch.nn.functional.pad(value.flatten(), (0, size * world_size - value.numel()))
-    return padded[rank * size :][:size]

@@ -1,6 +1,6 @@
 """One optimization step under DeepSpeed ZeRO, and the engine's state as named tensors. No other module imports deepspeed.
 
-The state is addressed by parameter, not by rank: any number of ranks at any ZeRO stage can load it.
+The state is addressed by parameter, and its parts by their elements: any number of ranks at any ZeRO stage can load it.
 """
 
 import contextlib
@@ -19,15 +19,14 @@ import deepspeed
 
 from ray_platform.contracts import Task
 from ray_platform.train import deepspeed_internals
-from ray_platform.train.checkpoint_format import contiguous_on_cpu
 from ray_platform.train.collective import collective
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.optimizer import EMA, AdamW, LossScale, learning_rate_factor
+from ray_platform.train.optimizer import EMA, MOMENTS, STEP, WEIGHTS, AdamW, Fragment, LossScale, learning_rate_factor
+from ray_platform.train.tensor_parts import part_key
 
 deepspeed_internals.disable_inference_kernels(deepspeed)
 deepspeed_internals.silence_optimizer_warning()
 
-WEIGHTS = "weights"  # name of a state; the others are the optimizer's
 TaskInputs = dict[str, torch.Tensor]
 WeightedMetrics = dict[str, torch.Tensor]  # name -> [2]: weighted sum and weight
 
@@ -38,7 +37,8 @@ class Update:
 
     updated: bool  # the weights were changed
     rescaled: bool  # they were not, but the loss scale of fp16 was halved
-    grad_norm: float  # before clipping; NaN when a gradient is not finite
+    # Before clipping; NaN when a gradient is not finite. A scalar on the device, so that the host waits for it only to log it.
+    grad_norm: torch.Tensor
 
 
 class Engine:
@@ -48,9 +48,7 @@ class Engine:
         self.task, self.config = task, config
         if config.activation_checkpointing:
             task.enable_activation_checkpointing()
-        groups = task.parameter_groups()
-        self.base_rates = [group["lr"] for group in groups]
-        self.adam = AdamW(groups, config.ema_decay)
+        self.adam = AdamW(task.parameter_groups(), config.ema_decay)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=task.module,
             optimizer=self.adam,
@@ -59,9 +57,7 @@ class Engine:
         )
         if config.channels_last:  # only now: DeepSpeed broadcasts rank 0's weights, which must be contiguous for that
             self._convert_weights_to_channels_last()
-        self.adam.init_state(self._shards())
-        if config.zero_stage in (1, 2):
-            deepspeed_internals.link_optimizer_state(self.optimizer)
+        self.adam.init_state(self._fragments())
         self.device = torch.device(self.engine.device)
         self.loss_scale = LossScale() if config.precision == "fp16" else LossScale(1.0, is_dynamic=False)
         task.module.forward = self._with_autocast(task.module.forward)
@@ -96,10 +92,9 @@ class Engine:
         """
         scale = self.loss_scale.value
         max_norm = self.config.gradient_clipping * scale
-        for group, rate in zip(self.adam.param_groups, self.base_rates, strict=True):
-            group["lr"] = rate * learning_rate_factor(self.config, step)
-        # On the device of the shards, which may be offloaded: a copy from the accelerator would not be waited for.
-        grad_scale = torch.tensor(scale, device=self._shards()[0].device) if scale != 1 else None
+        self.adam.set_learning_rates(learning_rate_factor(self.config, step))
+        # On the device of the weights, which may be offloaded: a copy from the accelerator would not be waited for.
+        grad_scale = torch.full((), scale, device=self.adam.device) if scale != 1 else None
         if self.config.zero_stage == 0:
             parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -113,13 +108,13 @@ class Engine:
             with self.adam.step_options(skip=skip, grad_scale=grad_scale):
                 self.engine.step()
             finite, norm = not deepspeed_internals.has_overflowed(self.optimizer), self.engine.get_global_grad_norm()
-        grad_norm = float(norm) / scale if finite and norm is not None else float("nan")
+        self.adam.num_updates += finite and not skip
         rescaled = not skip and self.loss_scale.update(finite)
-        return Update(finite and not skip, rescaled, grad_norm)
+        return Update(finite and not skip, rescaled, norm / scale if finite else torch.tensor(float("nan")))
 
     def learning_rates(self) -> dict[str, float]:
         """Return the current learning rate of each of the Task's parameter groups, by name."""
-        return {group["name"]: group["lr"] for group in self.adam.param_groups}
+        return {group["name"]: group["lr"] for group in self.adam.optimizer.param_groups}
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
@@ -165,54 +160,61 @@ class Engine:
 
     # --- state -----------------------------------------------------------------------------------------------------------
 
-    @collective
-    def state(self, names: Sequence[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (`<state>/<parameter>`, whole tensor) of weights, moments and EMA in float32, or only of the states `names`.
+    def local_state(self) -> Iterator[tuple[str, torch.Tensor, bool]]:
+        """Yield (key of `tensor_parts.part_key`, tensor, whether all ranks hold the same) of all that this rank holds.
 
-        Buffers are yielded as weights. Every rank must exhaust the iterator; all see the same tensors, one at a time, valid until
-        the next one (`contiguous_on_cpu` copies).
+        That is its part of the weights, moments and EMA in float32, of the step counts, and of the buffers, which are yielded as
+        weights. No rank waits for another one. A tensor is valid until the next step (`contiguous_on_cpu` copies).
         """
-        names = names or (WEIGHTS, *self.adam.state_names)
-        for parameter_name, parameter in self.engine.module.named_parameters():
-            for name in (WEIGHTS,) if not parameter.requires_grad else names:
-                yield f"{name}/{parameter_name}", self._get(parameter, name)
-        for buffer_name, buffer in self._buffers():
-            yield f"{WEIGHTS}/{buffer_name}", buffer
-
-    @collective
-    def weights(self) -> dict[str, torch.Tensor] | None:
-        """Return the weights to export on rank 0's CPU, by parameter: the EMA if there is one. None on other ranks."""
-        is_rank_0 = torch.distributed.get_rank() == 0
-        weights = {}
-        for name, tensor in self.state((EMA if self.config.ema_decay else WEIGHTS,)):
-            if is_rank_0:
-                weights[name.partition("/")[2]] = contiguous_on_cpu(tensor)
-        return weights if is_rank_0 else None
+        for name, parameter in self.engine.module.named_parameters():
+            shape, fragment = deepspeed_internals.full_shape(parameter), self._frozen_fragment(parameter)
+            states = {WEIGHTS: parameter.detach()}
+            if parameter.requires_grad:
+                if (local := self.adam.local_state(parameter)) is None:
+                    continue
+                fragment, states = local
+            elif fragment is not None:
+                states = {WEIGHTS: fragment.shard}
+            for state, tensor in states.items():
+                if fragment is None or fragment.is_whole:
+                    yield f"{state}/{name}", tensor, True
+                elif state == STEP and fragment.start == 0:
+                    yield f"{state}/{name}", tensor, False
+                elif state != STEP and (part := tensor[: max(0, shape.numel() - fragment.start)]).numel():
+                    yield *part_key(f"{state}/{name}", shape, fragment.start, part), False
+        for name, buffer in self._buffers():
+            yield f"{WEIGHTS}/{name}", buffer, True
 
     @collective
     def load_state(self, num_updates: int, get: Callable[[str, torch.Size], torch.Tensor | None]) -> list[str]:
-        """Load what `state` yielded after `num_updates` changes of the weights. Return the names that were missing.
+        """Load what `local_state` yielded on all ranks after `num_updates` changes of the weights. Return the missing names.
 
         `get` returns the tensor of a name and shape on every rank, or None; that tensor stays as it is, except for a missing EMA,
-        which is initialized with the weights.
+        which is initialized with the weights, and a missing step count: it is that of the run for a parameter with moments.
         """
         missing = []
         self.adam.num_updates = num_updates
-        for parameter_name, parameter in self.engine.module.named_parameters():
+        for name, parameter in self.engine.module.named_parameters():
             shape = deepspeed_internals.full_shape(parameter)
-            weights = get(f"{WEIGHTS}/{parameter_name}", shape)
+            weights = get(f"{WEIGHTS}/{name}", shape)
             if weights is None:
-                missing.append(f"{WEIGHTS}/{parameter_name}")
+                missing.append(f"{WEIGHTS}/{name}")
                 continue
-            self._set(parameter, WEIGHTS, weights)
-            for name in self.adam.state_names if parameter.requires_grad else ():
-                value = get(f"{name}/{parameter_name}", shape)
-                if value is None and name != EMA:
-                    missing.append(f"{name}/{parameter_name}")
+            # The tensor that the module computes with; under ZeRO, the optimizer has a copy of its part.
+            gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.config.zero_stage == 3)
+            with gathered, torch.no_grad():
+                parameter.copy_(weights)
+            if not parameter.requires_grad:
+                continue
+            states = {WEIGHTS: weights}
+            for state in self.adam.state_names:
+                value = get(f"{state}/{name}", shape)
+                if value is None and state != EMA:
+                    missing.append(f"{state}/{name}")
                     continue
-                self._set(parameter, name, weights if value is None else value)
-        if self.config.zero_stage in (1, 2):
-            deepspeed_internals.refresh_model_weights(self.optimizer)
+                states[state] = weights if value is None else value
+            step = get(f"{STEP}/{name}", torch.Size())
+            self.adam.load_parameter(parameter, states, step if step is not None else num_updates * (MOMENTS[0] in states))
         for name, buffer in self._buffers():
             if (value := get(f"{WEIGHTS}/{name}", buffer.shape)) is not None:
                 buffer.copy_(value)
@@ -222,43 +224,20 @@ class Engine:
         parameters = {name for name, _ in self.engine.module.named_parameters()}
         return [(name, buffer) for name, buffer in self.engine.module.state_dict().items() if name not in parameters]
 
-    def _shards(self) -> list[torch.Tensor]:
-        """Return the tensors that the optimizer updates on this rank."""
+    def _fragments(self) -> list[Fragment]:
+        """Return what the optimizer updates on this rank."""
+        rank, parameters = torch.distributed.get_rank(), [p for p in self.engine.module.parameters() if p.requires_grad]
         if self.config.zero_stage == 3:
-            return deepspeed_internals.flat_shards(self.optimizer)
-        return [parameter for group in self.adam.param_groups for parameter in group["params"]]
+            return deepspeed_internals.zero_3_fragments(self.optimizer, parameters, rank)
+        if self.config.zero_stage:
+            return deepspeed_internals.zero_1_and_2_fragments(self.optimizer, rank)
+        return [Fragment(parameter, 0, parameter) for parameter in parameters]
 
-    def _get(self, parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
-        if self.config.zero_stage and parameter.requires_grad:
-            if name == WEIGHTS:
-                return deepspeed.utils.safe_get_full_fp32_param(parameter).detach()
-            return deepspeed.utils.safe_get_full_optimizer_state(parameter, name).detach()
-        if name != WEIGHTS:
-            return self.adam.state[parameter][name]
-        with deepspeed.zero.GatheredParameters([parameter], enabled=self.config.zero_stage == 3):
-            return parameter.detach().float().clone()
-
-    def _set(self, parameter: Any, name: str, value: torch.Tensor) -> None:
-        value = value.to(self.device)
-        if self.config.zero_stage == 3 and parameter.requires_grad:
-            # DeepSpeed's call with the whole tensor fails for a size that the number of ranks does not divide.
-            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            part = deepspeed_internals.local_part(parameter, value, rank, world_size)
-            if name == WEIGHTS:
-                deepspeed.utils.safe_set_local_fp32_param(parameter, part)
-            else:
-                deepspeed.utils.safe_set_local_optimizer_state(parameter, part, name)
-        elif self.config.zero_stage and parameter.requires_grad:
-            if name == WEIGHTS:
-                deepspeed.utils.safe_set_full_fp32_param(parameter, value)
-            else:
-                deepspeed.utils.safe_set_full_optimizer_state(parameter, value, name)
-        elif name != WEIGHTS:
-            self.adam.state[parameter][name].copy_(value)
-        if name == WEIGHTS:  # also the tensor that the module computes with
-            gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.config.zero_stage == 3)
-            with gathered, torch.no_grad():
-                parameter.copy_(value)
+    def _frozen_fragment(self, parameter: torch.nn.Parameter) -> Fragment | None:
+        """Return this rank's part of a frozen parameter under ZeRO 3; None for one that all ranks hold."""
+        if self.config.zero_stage < 3 or parameter.requires_grad:
+            return None
+        return deepspeed_internals.partition(parameter, torch.distributed.get_rank())
 
 
 def deepspeed_config(config: TrainConfig, micro_batch_size: int, num_micro_batches: int) -> Mapping[str, Any]:

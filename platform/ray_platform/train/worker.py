@@ -24,7 +24,7 @@ from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
 from ray_platform.ray_internals import spilled_bytes
 from ray_platform.retry import RETRY_SECONDS
-from ray_platform.train.checkpoint_format import Lineage, LossHistory, Manifest, RankState, RetentionPolicy
+from ray_platform.train.checkpoint_format import Lineage, LossHistory, Manifest, RankState, RetentionPolicy, read_weights
 from ray_platform.train.checkpointing import CheckpointManager, TrainState, add_counts, find_checkpoint, restore
 from ray_platform.train.collective import collective, gather_objects
 from ray_platform.train.config import BatchPlan
@@ -32,6 +32,7 @@ from ray_platform.train.engine import Engine
 from ray_platform.train.fault_tolerance import AcceleratorFull, Interrupted, LossMonitor, StepStatus
 from ray_platform.train.hang_detector import HeartbeatThread
 from ray_platform.train.heldout import generate_previews, score, select_samples
+from ray_platform.train.optimizer import EMA, WEIGHTS
 from ray_platform.train.throughput import ThroughputMeter, count_flops, memory_metrics, start_profiler
 from ray_platform.train.worker_spec import SUMMARY, WorkerSpec
 
@@ -246,7 +247,7 @@ class Trainer:
         if self.meter.sums:
             with self.heartbeat.waiting_for_ranks():
                 metrics = self.meter.reduce(self.engine.device)
-                metrics["train/grad_norm"] = self.grad_norm
+                metrics["train/grad_norm"] = float(self.grad_norm)
                 metrics |= {f"train/lr_{name}": rate for name, rate in self.engine.learning_rates().items()}
                 metrics |= {f"data/skipped_{cause}": float(count) for cause, count in self._gather_skipped().items()}
                 metrics |= memory_metrics(self.engine.device)
@@ -319,9 +320,10 @@ class Trainer:
         if failure := self.checkpoints.wait():
             raise DataError(f"the last checkpoint could not be written: {failure}")
         self.heartbeat.set_phase("exporting the model", is_slow=True)
-        weights = self.engine.weights()
         skipped = self._gather_skipped()
-        if weights is not None:
+        if self.rank == 0:
+            # As the checkpoint has them: no rank has all of them in memory.
+            weights = dict(read_weights(self.checkpoints.uploader.url, EMA if self.config.ema_decay else WEIGHTS))
             with tempfile.TemporaryDirectory(prefix="export_") as folder:
                 try:
                     self.task.save_pretrained(weights, Path(folder), self._manifest().training_facts())

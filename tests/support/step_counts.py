@@ -1,0 +1,40 @@
+"""Counts what a training step costs besides its computations: collective operations, and waits of the host."""
+
+from typing import NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+
+
+class StepCounts(NamedTuple):
+    collectives: int
+    host_waits: int  # operations that would make the host wait for an accelerator, wherever the tensors are
+
+
+class _ToList(TorchFunctionMode):
+    """Counts `Tensor.tolist`, which the profiler does not see on a CPU."""
+
+    num_calls = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.num_calls += function is torch.Tensor.tolist
+        return function(*args, **(kwargs or {}))
+
+
+def count(run) -> StepCounts:
+    """Return the counts of a call of `run` on this rank."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, _ToList() as lists:
+        run()
+    events = profiler.events()
+    return StepCounts(sum(event.name.startswith("c10d::") for event in events), lists.num_calls + sum(map(_is_host_wait, events)))
+
+
+def _is_host_wait(event) -> bool:
+    """Return whether the event reads a number, or computes a shape that depends on values, as boolean indices do.
+
+    Kernels for CPUs read numbers, too, such as the fused AdamW its step counts; those for accelerators do not.
+    """
+    parent = event.cpu_parent.name if event.cpu_parent is not None else ""
+    is_read = event.name == "aten::item" and (not parent.startswith("aten::") or parent == "aten::is_nonzero")
+    return is_read or event.name == "aten::nonzero"
