@@ -80,6 +80,16 @@ def test_a_killed_or_hanging_worker_changes_no_loss(shards, undisturbed, tmp_pat
         assert any("1 of 2 ranks" in r.getMessage() for r in caplog.records), "the hanging rank is named"
 
 
+@pytest.mark.parametrize(("number", "cause"), [(signal.SIGKILL, "killed"), (signal.SIGSEGV, "segmentation fault")])
+def test_the_last_line_names_rank_host_and_cause(shards, ray_cluster, tmp_path, number, cause):
+    run = pixel_run(tmp_path, shards, num_steps=60, max_failures=0)
+    thread = at_step(tmp_path, 20, signal_a_worker(number))
+    with pytest.raises(TrainingError, match=rf"^rank \d \(.*, pid \d+\): {cause} \({number.name}\).*failures.log"):
+        run.fit()
+    thread.join()
+    assert "ActorDiedError" in (tmp_path / "failures.log").read_text()
+
+
 def test_a_run_logs_scores_previews_operations_a_trace_and_keeps_the_best_checkpoint(shards, ray_cluster, tmp_path):
     settings = {"heldout_sources": (str(shards),), "heldout_samples": 11, "heldout_every": 4, "preview_every": 4, "log_every": 4}
     kept = {"checkpoint_every": 4, "keep_checkpoints": 1, "keep_best": "heldout/error", "keep_best_mode": "min"}

@@ -5,6 +5,7 @@ Most tests use one training run, `trained_run`, which lost a worker and was resu
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -37,7 +38,9 @@ def test_losses_follow_the_plain_loop_through_a_kill_and_a_resume(trained_run, e
 def test_every_sample_is_trained_on_exactly_once_per_epoch(trained_run, expected):
     assert trained_run.records.trained_on() == expected[1]
     assert (trained_run.output / "killed").exists()
-    assert trained_run.failure.startswith("worker 1 died")
+    assert re.match(r"rank 1 \([\w.-]+, pid \d+\): killed \(SIGKILL\)", trained_run.failure)
+    assert str(trained_run.output / "failures.log") in trained_run.failure
+    assert "connection error" in (trained_run.output / "failures.log").read_text()
     assert trained_run.records.count() > len(expected[1]), "the killed worker's steps since the last checkpoint are done again"
 
 

@@ -14,11 +14,11 @@ from ray.train import ControllerError
 
 from ray_platform.contracts import ConfigError, DataError, TrainingError
 from ray_platform.storage import StorageError
+from ray_platform.train import failures
 from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.config import TrainConfig
+from ray_platform.train.failures import Diverged, Interrupted, find_cause
 from ray_platform.train.fault_tolerance import (
-    Diverged,
-    Interrupted,
     LossMonitor,
     RestartPolicy,
     Stopped,
@@ -27,6 +27,7 @@ from ray_platform.train.fault_tolerance import (
 )
 from ray_platform.train.optimizer import LossScale
 from ray_platform.train.worker import Trainer, build_task
+from tests.support.messages import check_message
 
 BATCH = SimpleNamespace(keys=("shard/1", "shard/2"), captions=("a cat", "a dog"))
 FLAGS = {"stop": False, "checkpoint_due": True, "uploading": False, "upload_failed": False, "num_bad": 3, "epoch_samples": 9.5}
@@ -129,25 +130,75 @@ DIED = Failed(r0=ConnectionError("peer closed the connection"), r1=ActorDiedErro
 FROM_START = "resuming from where this launch started"
 
 
-def restart_policy(newest="", max_failures=1):
+def restart_policy(newest="", max_failures=1, output_dir="s3://bucket/run"):
     storage = SimpleNamespace(newest=newest)
-    return RestartPolicy(max_failures, lambda: storage.newest), storage
+    return RestartPolicy(max_failures, lambda: storage.newest, str(output_dir)), storage
 
 
-def test_dead_workers_restart_as_long_as_they_make_progress():
-    policy, storage = restart_policy()
-    assert policy.record_failure(DIED, "", False) == f"worker 1 died; {FROM_START}"
+def test_dead_workers_restart_as_long_as_they_make_progress(tmp_path):
+    policy, storage = restart_policy(output_dir=tmp_path)
+    messages = f"Ray's messages are in {tmp_path / 'failures.log'}"
+    assert policy.record_failure(DIED, "", False) == f"rank 1 died; {messages}; {FROM_START}"
     storage.newest = "run/step_20"
     for _ in range(5):  # each attempt gets further
         storage.newest += "0"
-        assert policy.record_failure(DIED, "", False) == f"worker 1 died; resuming from {storage.newest}"
+        assert policy.record_failure(DIED, "", False) == f"rank 1 died; {messages}; resuming from {storage.newest}"
+    assert (tmp_path / "failures.log").read_text().count("training failed") == 6
     drained = Failed(r0=Interrupted("node a1b2 is being drained; saved at step 7"))
     assert policy.record_failure(drained, "", False).startswith("node a1b2")
-    with pytest.raises(TrainingError, match=r"^worker 1 died \(failure 2 without a new checkpoint; train.max_failures\)$"):
+    with pytest.raises(TrainingError, match=r"^rank 1 died; .* \(failure 2 without a new checkpoint; train.max_failures\)$"):
         policy.record_failure(DIED, "", False)
     no_workers = ControllerError(RuntimeError("Gloo connectFullMesh failed:\nConnection refused"))
-    line = f"the workers' controller: RuntimeError: Gloo connectFullMesh failed:; {FROM_START}"
-    assert restart_policy()[0].record_failure(no_workers, "", False) == line
+    line = restart_policy()[0].record_failure(no_workers, "", False)
+    assert line.startswith("the workers' controller: RuntimeError: Gloo connectFullMesh failed:; Ray's messages are in /")
+    assert line.endswith(FROM_START)
+
+
+WORKER = "Worker info: metadata=(hostname='gpu-7', node_id='5009db', node_ip='192.0.2.2', pid=9181)\n"
+CUT_OFF = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
+CUT_OFF += "Worker unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the OOM killer"
+
+
+@pytest.mark.parametrize(
+    ("fault", "report", "evidence", "words"),
+    [
+        ("a library crashes a worker", CUT_OFF, ("SIGSEGV", "LOG", -1), "segmentation fault"),
+        ("the kernel ends a worker, because the host's memory is full", CUT_OFF, ("", "", 3), "memory was full"),
+        ("another process kills a worker", CUT_OFF, ("", "", 0), "not by the kernel"),
+        ("a worker is killed, and its host does not answer", CUT_OFF, ("", "", -1), "dmesg"),
+        (
+            "Ray ends a worker, because the host's memory is full",
+            "1 worker(s) were killed due to the node running low on memory. Used 23.10GB / 24.00GB",
+            None,
+            "23.10GB / 24.00GB",
+        ),
+        ("a library exits", "Worker exit detail: Worker exits with an exit code 7.", None, "exited with code 7"),
+        (
+            "a node is lost",
+            "The actor died because its node has died. Node Id: 5009db\n"
+            "\tthe actor's node was terminated unexpectedly: health check failed due to missing too many heartbeats",
+            None,
+            "its node was lost",
+        ),
+    ],
+)
+def test_the_line_about_a_dead_worker_names_host_rank_cause_and_remedy(monkeypatch, fault, report, evidence, words):
+    monkeypatch.setattr(failures.DeadWorker, "_gather_evidence", lambda worker: evidence)
+    error = Failed(r0=ConnectionError("peer closed the connection"), r3=ActorDiedError())
+    error.worker_failures[3].error_msg = WORKER + report
+    line = find_cause(error)[1]
+    assert line.startswith("rank 3 (gpu-7, pid 9181): ")
+    assert words in line
+    check_message(fault, line, HOST="gpu-7", PID=9181)
+
+
+def test_the_log_of_a_process_shows_the_signal_that_ended_it(tmp_path):
+    (tmp_path / "worker-2-01000000-77.err").write_bytes(b"x" * 2**19 + b"\n*** SIGSEGV received at time=1 on cpu 0 ***\n")
+    (tmp_path / "worker-3-01000000-78.err").write_bytes(b"Fatal Python error: Aborted\n")
+    (tmp_path / "worker-4-01000000-79.err").write_bytes(b"only a warning\n")
+    assert failures.find_signal(tmp_path, "77") == ("SIGSEGV", str(tmp_path / "worker-2-01000000-77.err"), -1)
+    assert failures.find_signal(tmp_path, "78")[0] == "SIGABRT"
+    assert failures.find_signal(tmp_path, "79") is None
 
 
 @pytest.mark.parametrize(
@@ -163,19 +214,19 @@ def test_a_stopped_run_says_from_where_it_can_be_resumed():
     saved = Failed(r0=Interrupted("stopped by SIGTERM; saved at step 20"))
     for error, hang, reason in (
         (saved, "", "stopped by SIGTERM; saved at step 20"),
-        (DIED, "", "stopped by SIGTERM, and could not save at once: worker 1 died"),
-        (DIED, "rank 1 hangs", "stopped by SIGTERM, and could not save at once: rank 1 hangs"),
+        (DIED, "", "stopped by SIGTERM, and could not save at once: rank 1 died; .*"),
+        (DIED, "rank 1 hangs", "stopped by SIGTERM, and could not save at once: rank 1 hangs; .*"),
     ):
         with pytest.raises(Stopped, match=f"^{reason}; resume from run/step_20 with --resume auto$"):
             restart_policy("run/step_20")[0].record_failure(error, hang, True)
-    with pytest.raises(Stopped, match=r"worker 1 died; this launch has saved no checkpoint$"):
+    with pytest.raises(Stopped, match=r"rank 1 died; .*; this launch has saved no checkpoint$"):
         restart_policy()[0].record_failure(DIED, "", True)
 
     def unavailable():
         raise StorageError("s3://bucket: cannot reach", "unavailable")
 
-    with pytest.raises(Stopped, match=r"worker 1 died; its checkpoints cannot be listed \(s3://bucket: cannot reach\)"):
-        RestartPolicy(1, unavailable).record_failure(DIED, "", True)
+    with pytest.raises(Stopped, match=r"rank 1 died; .*; its checkpoints cannot be listed \(s3://bucket: cannot reach\)"):
+        RestartPolicy(1, unavailable, "s3://bucket/run").record_failure(DIED, "", True)
 
 
 @pytest.mark.parametrize("error", [ValueError("objective.freeze:\n no such"), FileNotFoundError("objective.freeze: no such")])

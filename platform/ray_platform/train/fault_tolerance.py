@@ -24,6 +24,7 @@ from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.collective import collective
 from ray_platform.train.config import TrainConfig
+from ray_platform.train.failures import OURS, Diverged, Interrupted, find_cause, save_messages
 
 if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not need it
     from ray_platform.train.engine import Update
@@ -38,18 +39,6 @@ _POLLS_PER_CHECK = 5  # a check needs several calls
 _ANSWER_TIMEOUT_SECONDS = 10.0
 _STOPPED = "stopped by SIGTERM"
 _RESIZE_TIMEOUT_SECONDS = 600.0  # for a checkpoint before a resize; after that the workers restart from an older one
-
-
-class Diverged(Exception):
-    """The loss or its gradient was unusable in too many steps in a row."""
-
-
-class Interrupted(Exception):
-    """The workers were asked to stop. The message says why, and whether they saved a checkpoint."""
-
-
-class AcceleratorFull(Exception):
-    """An accelerator ran out of memory after the first step; a restart may help. The message says what to change."""
 
 
 class Stopped(TrainingError):
@@ -155,9 +144,9 @@ class LossMonitor:
 class RestartPolicy:
     """Decides whether failed workers are restarted: as long as that can help, and until too many failures without progress."""
 
-    def __init__(self, max_failures: int, newest_checkpoint: Callable[[], str]):
+    def __init__(self, max_failures: int, newest_checkpoint: Callable[[], str], output_dir: str):
         """`newest_checkpoint` returns the newest checkpoint of this launch; empty when there is none."""
-        self.max_failures, self.newest_checkpoint = max_failures, newest_checkpoint
+        self.max_failures, self.newest_checkpoint, self.output_dir = max_failures, newest_checkpoint, output_dir
         self.num_failures, self.last_checkpoint = 0, ""
 
     def record_failure(self, error: Exception, hang: str, stopping: bool) -> str:
@@ -173,6 +162,8 @@ class RestartPolicy:
         """
         cause, line = find_cause(error)
         line = hang or line
+        if not isinstance(cause, OURS):
+            line += f"; Ray's messages are in {save_messages(error, self.output_dir)}"
         if stopping and not is_final(cause):
             reason = line if isinstance(cause, Interrupted) else f"stopped by SIGTERM, and could not save at once: {line}"
             raise Stopped(f"{reason}; {self._resume_advice()}") from None
@@ -200,30 +191,6 @@ def is_final(cause: BaseException) -> bool:
     """Return whether a restart would fail in the same way."""
     is_transient = isinstance(cause, storage.StorageError) and cause.kind == "unavailable"
     return isinstance(cause, ConfigError | DataError | Diverged) and not is_transient
-
-
-def find_cause(error: BaseException) -> tuple[BaseException, str]:
-    """Return the error that a rank raised, and one line about it: our own errors' text, or the type of any other error.
-
-    When one rank fails or dies, the collectives of the others fail after it. So our own errors come first, then dead workers.
-    """
-    failures = sorted(getattr(error, "worker_failures", {}).items()) or [(-1, error)]
-    causes = [(rank, _unwrap(failure)) for rank, failure in failures]
-    ours, died = (ConfigError, DataError, Diverged, Interrupted, AcceleratorFull), ray.exceptions.RayActorError
-    rank, cause = next(((r, c) for kind in (ours, died) for r, c in causes if isinstance(c, kind)), causes[0])
-    line = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-    if isinstance(cause, ours):
-        return cause, line
-    who = f"worker {rank}" if rank >= 0 else "the workers' controller"
-    return cause, f"{who} died" if isinstance(cause, died) else f"{who}: {type(cause).__name__}: {line}"
-
-
-def _unwrap(failure: BaseException) -> BaseException:
-    """Return the error inside of Ray's wrappers."""
-    wrappers = ("health_check_failure", "controller_failure", "cause")
-    while inner := next(filter(None, (getattr(failure, name, None) for name in wrappers)), None):
-        failure = inner
-    return failure
 
 
 class SaveBeforeResize(ControllerCallback):

@@ -161,7 +161,9 @@ class Run(RunPlan):
 
     def _run_workers(self, spec: WorkerSpec, monitor: DriverMonitor) -> None:
         """Start the workers, and restart them from the newest checkpoint as long as `RestartPolicy` allows."""
-        restarts = RestartPolicy(self.train.max_failures, lambda: next(iter(list_checkpoints(self.output_dir, spec.launch)), ""))
+        restarts = RestartPolicy(
+            self.train.max_failures, lambda: next(iter(list_checkpoints(self.output_dir, spec.launch)), ""), self.output_dir
+        )
         while True:
             try:
                 self._trainer(spec).fit()

@@ -29,7 +29,8 @@ from ray_platform.train.checkpointing import CheckpointManager, TrainState, add_
 from ray_platform.train.collective import collective, gather_objects
 from ray_platform.train.config import BatchPlan
 from ray_platform.train.engine import Engine
-from ray_platform.train.fault_tolerance import AcceleratorFull, Interrupted, LossMonitor, StepStatus
+from ray_platform.train.failures import AcceleratorFull, Interrupted
+from ray_platform.train.fault_tolerance import LossMonitor, StepStatus
 from ray_platform.train.hang_detector import HeartbeatThread
 from ray_platform.train.heldout import generate_previews, score, select_samples
 from ray_platform.train.optimizer import EMA, WEIGHTS
