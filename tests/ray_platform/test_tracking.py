@@ -40,8 +40,11 @@ JSON_LINES = TrackingConfig(backends=("jsonl",))
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """One output folder for the module: creating the tables takes two seconds."""
-    return str(tmp_path_factory.mktemp("output"))
+    """One output folder for the module: creating the tables takes two seconds. Its name is not a pattern, query or escape."""
+    parent = tmp_path_factory.mktemp("output")
+    (parent / "run[1] q?x a%20b #{y}").mkdir()
+    yield str(parent / "run[1] q?x a%20b #{y}")
+    assert len(list(parent.iterdir())) == 1, "something was written next to the folder"
 
 
 def client_of(output: str) -> MlflowClient:
@@ -158,7 +161,7 @@ def test_what_is_delivered_twice_is_in_mlflow_once(output):
 
 @pytest.mark.parametrize("backend", ["mlflow", "jsonl"])
 def test_a_history_is_by_step_and_has_the_later_of_two_values(tmp_path, output, backend, caplog):
-    config = TrackingConfig(f"sqlite:///{output}/mlflow.db", backends=(backend,))
+    config = TrackingConfig(tracking_uri(TrackingConfig(), output), backends=(backend,))
     with start_run(config, str(tmp_path)) as tracker:
         for step, value in ((1, 0.5), (2, 0.25), (2, 0.125)):
             tracker.log_metrics({"heldout/acc1": value, "loss": 1.0}, step)

@@ -77,7 +77,12 @@ def tracking_uri(config: TrackingConfig, output_dir: str) -> str:
         raise ConfigError(
             f"tracking.uri: empty, but {output_dir} cannot hold MLflow's database; give an MLflow server or a sqlite:/// path"
         )
-    return f"sqlite:///{Path(output_dir).absolute() / 'mlflow.db'}"
+    from sqlalchemy.engine import URL  # late: see `read_run_record`
+
+    path = str(Path(output_dir).absolute() / "mlflow.db")
+    uri = URL.create("sqlite", database=path).render_as_string()
+    # With the shorter scheme, MLflow creates the folder that is named as the quoted path.
+    return uri if uri == f"sqlite:///{path}" else URL.create("sqlite+pysqlite", database=path).render_as_string()
 
 
 def read_run_record(output_dir: str) -> RunRecord | None:

@@ -279,11 +279,13 @@ def open_client(uri: str) -> Any:
 
 def _open_experiment(client: Any, name: str, uri: str) -> str:
     """Return the id of an experiment, created if need be. Artifacts go next to an SQLite file, or where the server puts them."""
+    from sqlalchemy.engine import make_url
+
     if (experiment := client.get_experiment_by_name(name)) is not None:
         return experiment.experiment_id
     artifacts = None
-    if uri.startswith("sqlite:///"):
-        artifacts = str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts")
+    if uri.startswith("sqlite"):
+        artifacts = (Path(make_url(uri).database or "").absolute().parent / "mlartifacts").as_uri()
     try:
         return client.create_experiment(name, artifact_location=artifacts, tags=_KIND)
     except Exception:
