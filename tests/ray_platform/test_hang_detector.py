@@ -1,5 +1,6 @@
 """Which rank is reported for a hang, and which situations are not hangs."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -9,6 +10,7 @@ import ray
 from ray_platform.placement import start_on_this_node
 from ray_platform.train import hang_detector
 from ray_platform.train.hang_detector import HangDetector, Heartbeat, HeartbeatThread
+from tests.support.messages import check_message
 
 EXPORTING = {"phase": "exporting the model", "slow": True}
 
@@ -117,6 +119,9 @@ def test_a_detector_whose_process_is_killed_is_restarted_and_judges_again(ray_cl
     ray.get([detector.record.remote(heartbeat(0, waits=False)), detector.report_progress.remote(5, {"train/loss": 1.0})])
     assert ray.get(detector.find_hang.remote(0.0)).message
     assert ray.get(detector.progress.remote()) == (5, {"train/loss": 1.0})
+    logs = [file.read_text() for file in Path(ray_cluster.address_info["session_dir"], "logs").glob("worker-*.err")]
+    [line] = [line for log in logs for line in log.splitlines() if "hang detector died" in line]
+    check_message("the hang detector is killed", line)
 
 
 def test_a_request_to_stop_reaches_every_rank_until_the_workers_are_gone():

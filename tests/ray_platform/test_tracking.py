@@ -33,6 +33,7 @@ from ray_platform.tracking.journal import Journal
 from ray_platform.tracking.mlflow_tracker import ui_command
 from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.tracking.runs import deliver_journal
+from tests.support.messages import check_message
 
 CONFIG = {"train": {"lr": 3e-4, "betas": [0.9, 0.99]}, "data": {"sources": "x" * 9000}, "folder": Path("/data")}
 JSON_LINES = TrackingConfig(backends=("jsonl",))
@@ -261,6 +262,11 @@ class Flaky(Tracker):
         self.calls.append(status)
 
 
+def placeholders(output_dir: Path) -> dict[str, object]:
+    backend, cause = f"{__name__}:Flaky", "no answer from http://***@host"
+    return {"mlflow": backend, "OUTPUT_DIR": output_dir, "CAUSE": cause, "REASON": "this name is not allowed"}
+
+
 @pytest.fixture
 def flaky(monkeypatch):
     monkeypatch.setattr(Flaky, "calls", [])
@@ -279,14 +285,18 @@ def test_a_service_that_answers_late_receives_everything_in_order(flaky, tmp_pat
         tracker.log_metrics({"loss": 2.0}, 2)
     assert Flaky.calls == [("open", ""), (1, {"loss": 1.0}), (2, {"loss": 2.0}), "FINISHED"]
     assert read_run_record(str(tmp_path))["run_id"] == "first"
-    assert [sum(word in line for line in caplog.messages) for word in ("does not answer", "answers again", "secret")] == [1, 1, 0]
+    assert len(caplog.messages) == 2
+    assert "secret" not in caplog.text
+    for fault, line in zip(("MLflow does not answer", "MLflow answers again"), caplog.messages, strict=True):
+        check_message(fault, line, **placeholders(tmp_path))
 
 
 def test_what_a_run_could_not_deliver_is_delivered_by_the_next_one(flaky, tmp_path, caplog):
     for step in (1, 2):
         with start_run(flaky, str(tmp_path), record=True, resume=True) as tracker:
             tracker.log_metrics({"loss": 1.0}, step)
-    assert sum("--resume auto" in line and "metrics.jsonl" in line for line in caplog.messages) == 2
+    assert [line.endswith("no answer from http://***@host") for line in caplog.messages] == [True] * 4
+    check_message("MLflow does not answer before the end of the run", caplog.messages[-1], **placeholders(tmp_path))
     assert len(deliver_journal(str(tmp_path))) == 1
     Flaky.is_down = False
     assert deliver_journal(str(tmp_path)) == []
@@ -319,7 +329,8 @@ def test_a_call_that_the_service_rejects_is_skipped_and_named_once(flaky, tmp_pa
         for step in range(4):
             tracker.log_metrics({"bad": 1.0} if step in (1, 2) else {"good": 1.0}, step)
     assert [call for call in Flaky.calls if isinstance(call[0], int)] == [(0, {"good": 1.0}), (3, {"good": 1.0})]
-    assert sum("not allowed" in line for line in caplog.messages) == 1
+    [line] = caplog.messages
+    check_message("MLflow rejects a metric", line, **placeholders(tmp_path))
 
 
 def test_a_backend_or_store_that_cannot_be_used_is_named(flaky, tmp_path, caplog):
@@ -345,14 +356,21 @@ def test_bad_metric_values_do_not_affect_others(output, caplog):
     assert "none" in caplog.text
 
 
-@pytest.mark.parametrize("uri", ["sqlite:////proc/no/such/folder/mlflow.db", "http://127.0.0.1:9"])
-def test_an_unusable_store_is_one_warning_and_one_line_at_the_end(uri, flaky, tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize(
+    ("uri", "cause"),
+    [
+        ("sqlite:////proc/no/such/folder/mlflow.db", "'/proc/no/such/folder'"),
+        ("http://127.0.0.1:9", "[Errno 111] Connection refused"),
+    ],
+)
+def test_an_unusable_store_is_one_warning_and_one_line_at_the_end(uri, cause, flaky, tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with start_run(TrackingConfig(uri), str(tmp_path), metadata(**CONFIG), record=True) as tracker:
         assert tracker.run_id() == ""
         tracker.log_metrics({"loss": 1.0}, step=1)
     assert metric_history("", "", "loss", str(tmp_path)) == {1: {"loss": 1.0}}
     assert warnings_of(caplog) == [logging.WARNING] * 2
+    assert {line.rpartition(": ")[2] for line in caplog.messages} == {cause}
 
 
 def test_a_run_that_disappears_while_it_is_written_is_one_warning(output, caplog):
@@ -400,6 +418,9 @@ def test_a_worker_writes_through_an_actor_whose_process_may_be_killed(ray_cluste
         process.kill()
         ray.get(log_from_a_worker.remote(tracker, 3))
         assert tracker.run_id() == run_id
+    logs = [file.read_text() for file in Path(ray_cluster.address_info["session_dir"], "logs").glob("worker-*.err")]
+    [line] = [line for log in logs for line in log.splitlines() if "writes the run died" in line]
+    check_message("the tracker's process is killed", line)
     run = client_of(output).get_run(run_id)
     assert (run.info.status, run.data.params) == ("FINISHED", {"steps": "3"})
     assert history(output, run_id, "loss") == [(step, float(step)) for step in range(6)]

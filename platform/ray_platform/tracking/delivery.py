@@ -202,7 +202,7 @@ class Delivery:
 
     def _report_problem(self, error: Exception) -> None:
         self._num_problems += 1
-        message = redacted(one_line(error, max_length=300))
+        message = redacted(one_line(_root_cause(error), max_length=300))
         if not self.problem:
             logger.warning(
                 "tracking: %s does not answer; the run continues, its metrics are kept in %s and delivered later: %s",
@@ -264,6 +264,13 @@ def _call(tracker: Tracker | None, entry: JsonObject | list[MetricPoint], output
         tracker.register_model(entry["registered_model"], entry["source"], entry["run_id"], entry["tags"])
     elif "status" in entry:
         tracker.end(entry["status"])
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """Return the error that led to `error`: `Connection refused` instead of a paragraph about retries."""
+    while (inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = inner
+    return error
 
 
 def _is_rejection(error: Exception) -> bool:
