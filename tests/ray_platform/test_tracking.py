@@ -15,7 +15,6 @@ from mlflow import MlflowClient
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.storage import StoredFile
 from ray_platform.tracking import (
     RunMetadata,
     TrackedData,
@@ -175,42 +174,35 @@ def test_a_history_is_by_step_and_has_the_later_of_two_values(tmp_path, output, 
     assert "cannot be read" in caplog.text
 
 
-@pytest.fixture(params=["folder", "s3://bucket/run"])
-def journal_output(request, tmp_path, monkeypatch):
-    """An output folder, or a bucket that is simulated by a dict, and a function that reads the files with a prefix."""
-    if request.param == "folder":
-        return str(tmp_path), lambda name: (tmp_path / name).read_bytes()
-    bucket: dict[str, bytes] = {}
-    monkeypatch.setattr(storage, "exists", bucket.__contains__)
-    monkeypatch.setattr(storage, "read_bytes", bucket.__getitem__)
-    monkeypatch.setattr(storage, "read_json", lambda url: json.loads(bucket[url]))
-    monkeypatch.setattr(storage, "write_bytes", bucket.__setitem__)
-    monkeypatch.setattr(storage, "list_folder", lambda folder, _: [StoredFile(url, len(bucket[url])) for url in sorted(bucket)])
-    monkeypatch.setattr(journal, "_OBJECT_BYTES", 300)
-    return request.param, lambda name: b"".join(
-        bucket[url] for url in sorted(bucket) if url.startswith(f"{request.param}/{name}")
-    )
-
-
-def test_the_journal_has_everything_and_no_secret(journal_output):
-    output, read = journal_output
+def check_journal(output: str) -> None:
     with start_run(JSON_LINES, output, metadata(api_key="abc"), record=True) as tracker:
         tracker.log_data([TrackedData("train", "01", "s3://user:secret@bucket/train", "training")])
-        tracker.log_metrics({"loss": math.nan}, step=1)
+        tracker.log_metrics({"loss": math.inf}, step=1)
         tracker.log_system({"node_0/cpu_utilization_percentage": 50.0})
         tracker.log_bytes(b"png", "previews/a.png")
         tracker.log_folder("model", "model")
     with start_run(JSON_LINES, output, resume=True) as again:
         again.log_metrics({"loss": 1.0}, step=2)
-    text = read("metrics.jsonl").decode()
+    text = b"".join(storage.read_bytes(file.url) for file in storage.list_folder(output, "metrics.jsonl*")).decode()
     lines = [json.loads(line) for line in text.splitlines()]
+    assert lines == [entry for entry, _ in Journal(output).entries()]
     assert {line["run"]["run_id"] for line in lines if "run" in line} == {tracker.run_id()} == {again.run_id()}
     assert [(line["step"], line["metrics"]["loss"]) for line in lines if "metrics" in line][1:] == [(2, 1.0)]
     assert [line["status"] for line in lines if "status" in line] == ["FINISHED", "FINISHED"]
     assert all(isinstance(line["time"], float) for line in lines)
-    assert read("artifacts/previews/a.png") == b"png"
+    assert storage.read_bytes(f"{output}/artifacts/previews/a.png") == b"png"
     assert "secret" not in text
     assert '"api_key": "***"' in text
+
+
+def test_the_journal_has_everything_and_no_secret(tmp_path):
+    check_journal(str(tmp_path))
+
+
+def test_a_journal_in_object_storage_consists_of_small_objects(s3_url, monkeypatch):
+    monkeypatch.setattr(journal, "_OBJECT_BYTES", 300)
+    check_journal(f"{s3_url}/run")
+    assert len(storage.list_folder(f"{s3_url}/run", "metrics.jsonl*")) > 2
 
 
 def test_a_journal_survives_a_torn_line_a_full_disk_and_a_call_that_is_repeated(tmp_path, caplog):
