@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,10 @@ def log_restart(message: str) -> None:
     import ray
 
     is_actor = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
-    if is_actor and ray.get_runtime_context().was_current_actor_reconstructed:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the property itself calls a deprecated one
+        is_restarted = is_actor and ray.get_runtime_context().was_current_actor_reconstructed
+    if is_restarted:
         logger.warning(message)
 
 
