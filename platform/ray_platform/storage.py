@@ -36,6 +36,7 @@ __all__ = ["StorageError", "retrying_for"]
 SMALL_BYTES = 64 * 2**20  # limit for files that describe others
 LISTING_BYTES = 2**30  # limit for a file that names every shard of a source
 _DELETES_AT_ONCE = 16
+_READS_AT_ONCE, _SMALL_FILE_RETRY_SECONDS = 32, 5.0  # by read_many
 _READ_AHEAD_BYTES = 2**20  # of a file that is opened on S3
 T = TypeVar("T")
 Entry = dict[str, Any]  # what fsspec knows of a file: its name, type and size
@@ -97,8 +98,11 @@ def _resolve_links(filesystem: Any, entries: Iterable[Entry], deep: bool, seen: 
         if not entry.get("islink"):
             yield entry
             continue
-        with contextlib.suppress(FileNotFoundError):
+        try:
             name, pointed_to = entry["name"], filesystem.info(entry["name"])
+        except FileNotFoundError:
+            yield entry | {"type": "file", "size": 0}  # a file that cannot be read, so that its loss is reported
+        else:
             target, parent = os.path.realpath(name), os.path.realpath(os.path.dirname(name))
             if pointed_to["type"] != "directory":
                 yield pointed_to
@@ -172,14 +176,19 @@ def _read_by_fsspec(filesystem: Any, path: str, start: int, stop: int | None) ->
 
 
 def read_many(urls: Sequence[str]) -> dict[str, bytes]:
-    """Return the contents of many small files, which are read concurrently. Files that cannot be read are left out."""
-    if not urls:
-        return {}
-    with storage_errors(urls[0]):
-        filesystem, _ = _resolve(urls[0])
-        paths = [_resolve(url)[1] for url in urls]
-        contents = filesystem.cat_ranges(paths, None, None, on_error="return")  # `cat` would expand patterns
-        return {url: content for url, content in zip(urls, contents, strict=True) if isinstance(content, bytes)}
+    """Return the contents of many small files, which are read concurrently. Files that cannot be read are left out.
+
+    Threads that read with Arrow take a quarter of the CPU time of s3fs' own concurrency.
+    """
+
+    def read(url: str) -> bytes | None:
+        with retrying_for(_SMALL_FILE_RETRY_SECONDS), contextlib.suppress(StorageError):
+            return read_bytes(url)
+        return None
+
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        contents = pool.map(read, urls)
+        return {url: content for url, content in zip(urls, contents, strict=True) if content is not None}
 
 
 @contextmanager
@@ -354,7 +363,7 @@ def _list_expanded(filesystem: Any, pattern: str) -> tuple[StoredFile, ...]:
     expected = expand_braces(pattern)
     folders = sorted({path.rpartition("/")[0] for path in expected})
     entries = chain.from_iterable(filesystem.ls(folder, detail=True) for folder in folders)
-    existing = {entry["name"]: entry for entry in entries if entry["type"] == "file"}
+    existing = {entry["name"]: entry for entry in _resolve_links(filesystem, entries, deep=False) if entry["type"] == "file"}
     missing = [path for path in expected if path not in existing]
     if missing:
         raise DataError(

@@ -8,10 +8,12 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data import catalog as catalogs
 from ray_platform.data.catalog import Catalog, build_catalog, difference, to_json
+from ray_platform.data.causes import RejectedSample
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Item
 from ray_platform.data.source import open_samples
 from tests.ray_platform.conftest import samples_of, tar_of
+from tests.support.messages import check_message
 
 ENCODERS = {"vae": "a", "text": "b"}
 COMPLETE = {"encoders": ENCODERS, "settings": {}, "complete": True, "shards": {"00000.arrow": 3, "00001.arrow": 4}}
@@ -99,6 +101,24 @@ def test_sources_without_shards(tmp_path, shard_folder):
     assert "it contains 2 × .parquet, 1 × no suffix, such as README" in error_of(tmp_path)
     (tmp_path / "a.tar").write_bytes(b"")
     assert "its shards are empty files" in error_of(tmp_path)
+    (tmp_path / "part-1").mkdir()
+    (tmp_path / "part-1" / "0.tar.gz").write_bytes(b"x")
+    check_message("a source of compressed tars", error_of(tmp_path / "part-1"), SOURCE=tmp_path)
+    (tmp_path / "part-1" / "0.tar").write_bytes(b"x")
+    check_message("a source whose shards are in subfolders", error_of(tmp_path), SOURCE=tmp_path)
+    assert len(catalog_of(f"{tmp_path}/*/*.tar").shards) == 1
+
+
+@pytest.mark.parametrize("source", ["", "*", "{00000..00002}.tar"])
+def test_links_are_followed_and_a_broken_one_is_a_lost_shard(tmp_path, shard_folder, caplog, source):
+    for name, target in (("00000", "00000"), ("00001", "00002"), ("00002", "gone")):
+        (tmp_path / f"{name}.tar").symlink_to(shard_folder / f"{target}.tar")
+    catalog = catalog_of(str(tmp_path / source))
+    sizes = [(shard_folder / name).stat().st_size for name in ("00000.tar", "00002.tar")]
+    assert [shard.size for shard in catalog.shards] == [*sizes, 0]
+    check_message("a link to nothing in a source, in the log", caplog.messages[0], SOURCE=tmp_path)
+    (record,) = open_samples(Item(0, 0, 0, catalog.pools[0][2], []), DataConfig(retry_seconds=0), 0).records
+    assert record == RejectedSample("00002.tar/", "shard_missing")
 
 
 # --------------------------------------------------------------------------------------------------------------- counts

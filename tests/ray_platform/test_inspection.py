@@ -11,14 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ray_platform.contracts import DataError
 from ray_platform.data.catalog import Catalog, Shard, ShardRange, build_catalog
 from ray_platform.data.causes import SHARD_CHANGED, SHARD_CRASHES
 from ray_platform.data.config import DataConfig, FilterConfig
-from ray_platform.data.inspection import EXAMPLES, THUMBNAILS, Histogram, Statistics, inspect_unit, inspect_units, spread_units
+from ray_platform.data.inspection import (
+    EXAMPLES,
+    THUMBNAILS,
+    Histogram,
+    Statistics,
+    inspect_first_samples,
+    inspect_unit,
+    inspect_units,
+    spread_units,
+)
 from ray_platform.data.precomputed import to_arrow
 from ray_platform.report.inspection import InspectionSummary, inspection_page, summarize
 from tests.ray_platform.conftest import png, samples_of, tar_of
 from tests.support.html_page import EVIL, check_poison_is_text
+from tests.support.messages import check_message
 
 CONFIG = DataConfig(image_size=16, retry_seconds=0, filters=FilterConfig(min_size=10))
 
@@ -189,6 +200,23 @@ def test_ray_reads_all_units_and_survives_what_goes_wrong(ray_cluster, mixture, 
     assert "its reader failed" in caplog.text
     alone = merged(inspect_unit(unit, CONFIG) for unit in [*mixture, grown, gone])
     assert (counted.histograms, counted.thumbnails) == (alone.histograms, alone.thumbnails)
+
+
+def test_a_dry_run_tries_shards_all_over_the_source(tmp_path, caplog):
+    for number in range(8):
+        (tmp_path / f"{number}.tar").write_bytes(tar_of(samples_of(number, 2)) if number < 4 else b"<html>")
+    tried = inspect_first_samples(build_catalog(DataConfig(sources=(str(tmp_path),))), CONFIG, 8)
+    assert (tried.num_shards, tried.good, tried.rejected) == (4, 4, {"shard_not_a_tar": 2})
+    assert caplog.text.count("shard_not_a_tar") == 2
+    pools = build_catalog(DataConfig(sources=(f"{tmp_path}/[0-3].tar", f"{tmp_path}/[4-7].tar"), weights=(1, 1)))
+    with pytest.raises(
+        DataError, match=r"\d.tar: no sample tried in this shard and 1 more can be used \(2 × shard_not_a_tar"
+    ) as raised:
+        inspect_first_samples(pools, CONFIG, 8)
+    check_message("a dry run over shards that are HTML pages", raised.value, SOURCE=tmp_path)
+    units = [unit for pool in pools.pools for unit in pool]
+    verdict = summary_of(merged(inspect_unit(unit, CONFIG) for unit in units), units).verdict
+    check_message("an inspection of 8 shards, 4 of which are HTML pages", verdict)
 
 
 def test_units_are_spread_over_every_pool():

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import logging
 import operator
 import posixpath
 from collections import Counter
@@ -19,10 +20,13 @@ from ray_platform.data.precomputed import PrecomputedManifest
 from ray_platform.formats import FileFormat
 from ray_platform.json_values import JsonObject
 
+logger = logging.getLogger(__name__)
+
 CATALOG_FORMAT = FileFormat("catalog")
 PRECOMPUTED_FORMAT = FileFormat("manifest of precomputed shards")
 MANIFEST = "manifest.json"  # in a folder of precomputed shards: which encoders wrote them
 SUFFIXES = (".tar", ".arrow")
+_COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip")
 NOMINAL_BYTES = 40_000  # of a sample whose size is not known
 _MIN_SAMPLE_BYTES = 1024  # in a tar: a header and a block
 _MAX_SIDECAR_BYTES = 2**20
@@ -132,13 +136,15 @@ def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
         files = storage.list_files(source)
         found = [file for file in files if file.url.endswith(SUFFIXES)]
         if not any(file.size for file in found):
-            raise DataError(f"{source}: no .tar shards in it; {_describe_files(files)}; correct the source")
+            raise DataError(f"{source}: no .tar shards in it; {_describe_files(source, files)}; correct the source")
         for file in found:
             if config.weights and source_of.get(file.url, number) != number:
                 raise DataError(f"{file.url}: is in two of the data.sources; with data.weights, name it in one of them")
             source_of.setdefault(file.url, number)
             listed[file.url] = file
         sidecars |= {file.url for file in files if file.url.endswith("_stats.json") and file.size <= _MAX_SIDECAR_BYTES}
+    if lost := [url for url in sorted(listed) if not listed[url].size]:
+        logger.warning("%d of %d shards are empty files or links to nothing, such as %s", len(lost), len(listed), lost[0])
     kinds = {posixpath.splitext(url)[1]: url for url in sorted(listed)}
     if len(kinds) > 1:
         raise DataError(
@@ -270,9 +276,16 @@ def _below(url: str, folder: str) -> str:
     return posixpath.relpath(url.replace("://", ":/"), folder) if folder else url
 
 
-def _describe_files(files: Sequence[storage.StoredFile]) -> str:
+def _describe_files(source: str, files: Sequence[storage.StoredFile]) -> str:
+    if not any(char in source for char in "*?[{"):
+        below = [file.url for file in storage.list_folder(source, "*/*") if file.url.endswith(SUFFIXES)]
+        if below:
+            pattern = storage.join(source, f"*/*{posixpath.splitext(below[0])[1]}")
+            return f"its subfolders have {len(below)}, such as {below[0]}: name them by the pattern {pattern}"
     if not files:
         return "it is empty"
+    if compressed := [file.url for file in files if file.url.endswith(_COMPRESSED)]:
+        return f"it contains {len(compressed)} compressed files, such as {posixpath.basename(compressed[0])}: decompress them"
     if any(file.url.endswith(SUFFIXES) for file in files):
         return "its shards are empty files (0 bytes)"
     suffixes = Counter(posixpath.splitext(file.url)[1] or "no suffix" for file in files)

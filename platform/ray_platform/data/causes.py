@@ -141,8 +141,9 @@ class SkipCounter:
     size: SourceSize
     max_skipped_share: float
     num_good: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)  # cause -> samples
     details: dict[str, str] = field(default_factory=dict)  # cause -> the latest detail
+    _num_rejects: Counter[str] = field(default_factory=Counter)
     _totals: dict[tuple[int, ...], int] = field(default_factory=dict)  # unit -> its samples; 0 if it is truncated
     _num_samples: int = 0  # in these units
     _num_units: int = 0  # of these, those that are not truncated
@@ -173,16 +174,16 @@ class SkipCounter:
             lost = self._estimate_lost(cause, unit)
         elif not cause.startswith("shard_"):
             self._add_unit(unit)
-        before = self.skipped[cause]
         self.skipped[cause] += lost
         if is_filtered(cause):
             self._bad_in_a_row.clear()
             return lost
         if detail:
             self.details[cause] = detail
-        if before < _SHOWN_REJECTS:
+        self._num_rejects[cause] += 1
+        if self._num_rejects[cause] <= _SHOWN_REJECTS:
             more = f" ({detail})" if detail else ""
-            more += "; further ones are only counted" if self.skipped[cause] >= _SHOWN_REJECTS else ""
+            more += "; further ones are only counted" if self._num_rejects[cause] == _SHOWN_REJECTS else ""
             logger.warning("%s skips %s: %s%s", self.reader, key, cause, more)
         self._bad_in_a_row.add(unit[:3])
         if len(self._bad_in_a_row) > _max_in_a_row(self.max_skipped_share):

@@ -63,16 +63,20 @@ def score(*names: str) -> Callable[[Candidate], float]:
 class FilterConfig:
     """Limits for the samples to use; None: no limit. Filtered samples are counted, but they are not bad data.
 
-    The scores are fields of a sample's .json, under LAION's names or img2dataset's. A sample without a score that a filter needs
-    is bad data.
+    The scores are fields of a sample's .json, under the names of LAION, COYO, DataComp or img2dataset. A sample without a score
+    that a filter needs is bad data.
     """
 
     # pixels of the shorter side, before resizing
     min_size: int = measures(lambda sample: min(sample.width, sample.height), "shorter side", 0, reads_image=True)
     # CLIP's, of image and caption
-    min_similarity: float | None = measures(score("similarity", "clip_similarity_vitb32", "SIMILARITY"), "CLIP similarity")
-    max_unsafe: float | None = measures(score("punsafe", "unsafe", "NSFW", "nsfw"), "probability of unsafe content")
-    max_watermark: float | None = measures(score("pwatermark", "watermark"), "probability of a watermark")
+    min_similarity: float | None = measures(
+        score("similarity", "clip_similarity_vitb32", "SIMILARITY", "clip_b32_similarity_score"), "CLIP similarity"
+    )
+    max_unsafe: float | None = measures(
+        score("punsafe", "unsafe", "NSFW", "nsfw", "nsfw_score_opennsfw2", "nsfw_score_gantman"), "probability of unsafe content"
+    )
+    max_watermark: float | None = measures(score("pwatermark", "watermark", "watermark_score"), "probability of a watermark")
     # about 1 to 10
     min_aesthetic: float | None = measures(
         score("AESTHETIC_SCORE", "aesthetic_score", "aesthetic", "aesthetic_score_laion_v2"), "aesthetic score"

@@ -20,8 +20,9 @@ from ray.exceptions import RayError, RayTaskError
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
+from ray_platform.data import filters
 from ray_platform.data.catalog import Catalog, ShardRange
-from ray_platform.data.causes import SHARD_CHANGED, SHARD_CRASHES, RejectedSample, samples_lost
+from ray_platform.data.causes import BAD_DATA, IGNORED, SHARD_CHANGED, SHARD_CRASHES, RejectedSample, samples_lost
 from ray_platform.data.config import DataConfig
 from ray_platform.data.decode import FORMATS, thumbnail_jpeg
 from ray_platform.data.plan import Item
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 EXAMPLES = 5  # keys per cause
 THUMBNAILS = 48
+DRY_RUN_SHARDS = 4
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 _CAPTION_CHARACTERS = 300  # shown per caption; some captions of the web are whole pages
 
@@ -163,8 +165,9 @@ class Statistics:
 
 @dataclass(frozen=True)
 class DryRun:
-    """The first samples of a source, decoded."""
+    """The first samples of some shards of a source, decoded."""
 
+    num_shards: int
     good: int
     rejected: Mapping[str, int]  # cause -> samples
     example: Sample
@@ -172,19 +175,34 @@ class DryRun:
 
 
 def inspect_first_samples(catalog: Catalog, config: DataConfig, limit: int) -> DryRun:
-    """Decode the first `limit` samples of the first shard in this process. Raises DataError if none of them can be used."""
-    first = catalog.pools[0][0]
-    shard = open_samples(Item(0, 0, 0, first, []), config, seed=0)
-    samples = [shard.sample(place) for place in range(min(limit, len(shard)))]
-    good = [sample for sample in samples if isinstance(sample, Sample)]
-    rejected = Counter(sample.cause for sample in samples if isinstance(sample, RejectedSample))
-    if not good:
-        causes = ", ".join(f"{count} × {cause}" for cause, count in rejected.most_common())
-        raise DataError(
-            f"{first.shard.url}: none of its first {len(samples)} samples can be used ({causes}); a sample is an image "
-            "(.jpg, .png or .webp) and a caption (.txt, or `caption` in .json) with the same name: correct the shards"
-        )
-    return DryRun(len(good), dict(rejected), good[0], tuple(sample.caption for sample in good))
+    """Decode `limit` samples in this process: the first ones of a few shards, which are spread over the source.
+
+    Raises DataError if none of the samples of a pool can be used.
+    """
+    units = spread_units(catalog, DRY_RUN_SHARDS)
+    good: list[Sample] = []
+    rejected: Counter[str] = Counter()
+    for pool in catalog.pools:
+        chosen, used = [unit for unit in pool if unit in units], len(good)
+        causes: Counter[str] = Counter()
+        for unit in chosen:
+            shard = open_samples(Item(0, 0, 0, unit, []), config, seed=0)
+            for place in range(min(-(-limit // len(units)), len(shard))):
+                sample = shard.sample(place)
+                if isinstance(sample, Sample):
+                    good.append(sample)
+                else:
+                    causes[sample.cause] += 1
+                    logger.warning("%s cannot be used: %s", sample.key, sample.cause)
+        if len(good) == used:
+            counts = ", ".join(f"{count} × {cause}" for cause, count in causes.most_common())
+            meanings, (main_cause, _) = BAD_DATA | IGNORED | filters.meanings(), causes.most_common()[0]
+            raise DataError(
+                f"{chosen[0].shard.url}: no sample tried in this shard and {len(chosen) - 1} more can be used ({counts}); "
+                f"{main_cause}: {meanings[main_cause]}; correct the shards"
+            )
+        rejected += causes
+    return DryRun(len(units), len(good), dict(rejected), good[0], tuple(sample.caption for sample in good))
 
 
 def spread_units(catalog: Catalog, limit: int) -> list[ShardRange]:

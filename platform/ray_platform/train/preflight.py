@@ -153,6 +153,7 @@ class RunPlan:
             "bytes": catalog.num_bytes,
             "samples_in_source": catalog.num_samples,
             "first_samples": {
+                "shards": samples.num_shards,
                 "good": samples.good,
                 "rejected": dict(samples.rejected),
                 "example": {"key": samples.example.key, "caption": samples.example.caption},

@@ -4,6 +4,7 @@ import pytest
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
+from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set, open_image_set, render_listing
 from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS
 from tests.support.evaluation_sets import (
@@ -113,7 +114,8 @@ def test_links_to_tars_as_in_hugging_faces_cache_and_to_classes_and_images(tmp_p
     (tmp_path / "there" / "b" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (tmp_path / "there" / "b" / "circle").symlink_to(tmp_path / "there" / "b")
     for data in (open_evaluation_set("mine", str(tmp_path / "mine")), open_image_set(str(tmp_path / "mine"))):
-        assert [sample.key for sample in read(data)] == ["a/0.jpg", "b/0.jpg", "b/link.jpg"]
+        assert [sample.key for sample in read(data)] == ["a/0.jpg", "b/0.jpg", "b/gone.jpg", "b/link.jpg"]
+        assert [sample.cause for sample in read(data) if isinstance(sample, RejectedSample)] == ["shard_missing"]
 
 
 def test_the_listing(tmp_path):
