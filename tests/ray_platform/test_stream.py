@@ -223,7 +223,7 @@ def test_lost_shards_are_judged_against_an_epoch_of_all_ranks(write, cause, has_
     with pytest.raises(DataError, match=rf"the run had to skip \d+ of \d+ samples \({cause} \d+.\d%\).*; {cause}: ") as raised:
         check(catalog, config, 2, batch_size=2)
     if not has_counts:
-        check_message(LOST_SHARDS[cause], raised.value)
+        check_message(LOST_SHARDS[cause], raised.value, SOURCE=config.sources[0])
     if cause == "shard_not_a_tar":
         check_message("a shard that is not a tar, in the log", next(line for line in caplog.messages if cause in line))
     # What was lost before a resume counts, too.
