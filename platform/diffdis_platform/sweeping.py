@@ -251,7 +251,7 @@ class TrialRunner:
         url, trials = storage.join(segment.folder, RUN_RECORD), storage.join(self.config.output_dir, "trials")
         if storage.exists(url) or not storage.exists(trials):
             return
-        if earlier := storage.list_files(storage.join(trials, f"{segment.trial}_*", RUN_RECORD)):
+        if earlier := storage.list_folder(trials, f"{segment.trial}_*/{RUN_RECORD}"):
             storage.write_bytes(url, storage.read_bytes(earlier[0].url))
 
 

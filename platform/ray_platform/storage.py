@@ -18,11 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, cast
+from urllib.request import url2pathname
 
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
-from pyarrow.fs import S3FileSystem
+from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem, S3FileSystem
+from pyarrow.fs import LocalFileSystem as ArrowLocalFileSystem
 
 from ray_platform.contracts import DataError, one_line
 from ray_platform.json_values import JsonObject
@@ -38,7 +40,6 @@ LISTING_BYTES = 2**30  # limit for a file that names every shard of a source
 _DELETES_AT_ONCE = 16
 _READS_AT_ONCE, _SMALL_FILE_RETRY_SECONDS = 32, 5.0  # by read_many
 _READ_AHEAD_BYTES = 2**20  # of a file that is opened on S3
-T = TypeVar("T")
 Entry = dict[str, Any]  # what fsspec knows of a file: its name, type and size
 
 
@@ -55,13 +56,14 @@ def list_files(source: str) -> tuple[StoredFile, ...]:
     """Return the files that `source` names, sorted by URL.
 
     That is a file, a folder (without its subfolders), a glob (`s3://bucket/part-*/*.tar`) or a brace pattern
-    (`s3://bucket/{00000..00009}.tar`). Raises StorageError if a file, folder or bucket is missing; an empty folder, and a glob
-    without a match, return ().
+    (`s3://bucket/{00000..00009}.tar`). The name of an existing file or folder is not a pattern. Raises StorageError if a file,
+    folder or bucket is missing; an empty folder, and a glob without a match, return ().
     """
     filesystem, path = _resolve(source)
-    if "{" in path:
+    is_pattern = any(char in path for char in "*?[{") and not filesystem.exists(path)
+    if is_pattern and "{" in path:
         return _list_expanded(filesystem, path)
-    if any(char in path for char in "*?["):
+    if is_pattern:
         matches = filesystem.glob(path, detail=True)
         if not matches:
             # fsspec reports no match where the bucket or folder is missing; listing it raises the right error.
@@ -77,10 +79,12 @@ def list_files(source: str) -> tuple[StoredFile, ...]:
 def list_folder(folder: str, pattern: str = "*") -> tuple[StoredFile, ...]:
     """Return the files below `folder`, which is not a pattern, that match `pattern`, such as `*/step_*/complete.json`.
 
-    Raises StorageError if the folder is missing.
+    `**` stands for all files, at any depth. Raises StorageError if the folder is missing.
     """
     filesystem, path = _resolve(folder)
     entries: list[Entry] = filesystem.ls(path, detail=True)
+    if pattern == "**":
+        return _as_files(filesystem, _resolve_links(filesystem, filesystem.find(path, detail=True).values(), deep=True))
     first, *deeper = pattern.split("/")
     entries = [entry for entry in entries if fnmatch.fnmatchcase(posixpath.basename(entry["name"]), first)]
     for part in deeper:
@@ -256,7 +260,7 @@ def write_bytes(url: str, data: bytes) -> None:
 def create_bytes(url: str, data: bytes) -> bool:
     """Write a file unless one exists, and return whether it was written. Raises StorageError.
 
-    Not every S3 server supports that: AWS does, and one that does not replaces the file.
+    S3 servers that do not support this check write the file, also if another process created it at the same time.
     """
     filesystem, path = _resolve(url)
     try:
@@ -264,7 +268,11 @@ def create_bytes(url: str, data: bytes) -> bool:
     except OSError as error:
         if isinstance(error, FileExistsError) or s3_code(error) in ("PreconditionFailed", "ConditionalRequestConflict"):
             return False
-        raise
+        if s3_code(error) != "NotImplemented":
+            raise
+        if filesystem.exists(path):
+            return False
+        filesystem.pipe_file(path, data)
     return True
 
 
@@ -330,6 +338,12 @@ def exists(url: str) -> bool:
     return True
 
 
+def literal_filesystem(url: str) -> tuple[FileSystem, str]:
+    """Return Arrow's file system of a URL and the path in it, for libraries that would parse a path as a URI."""
+    filesystem, path = _resolve(url)
+    return ArrowLocalFileSystem() if isinstance(filesystem, LocalFileSystem) else PyFileSystem(FSSpecHandler(filesystem)), path
+
+
 def join(url: str, *parts: str) -> str:
     """Return `url` and `parts` joined by single slashes."""
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
@@ -343,7 +357,7 @@ def _resolve(url: str) -> tuple[Any, str]:
     if not separator:
         return LocalFileSystem(auto_mkdir=True), os.path.abspath(os.path.expanduser(url))
     if scheme == "file":
-        return LocalFileSystem(auto_mkdir=True), os.path.abspath(rest)
+        return LocalFileSystem(auto_mkdir=True), os.path.abspath(url2pathname(rest))
     return open_store(url)
 
 

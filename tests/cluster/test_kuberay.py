@@ -51,9 +51,10 @@ def configurations():
     """Return [(job, script, configuration)], where the script's own parser parses the job's entrypoint."""
     found = []
     for job in ray_jobs():
-        python, script, *arguments = arguments_of(job["spec"]["entrypoint"])
-        assert python == "python"
-        found.append((job["metadata"]["name"], script, PARSERS[script.rpartition("/")[2]](arguments).config))
+        *restart, python, script = (words := arguments_of(job["spec"]["entrypoint"]))[:5]
+        assert (restart, python) == (["sh", f"{IMAGE_ROOT}/jobs/restart.sh", "5"], "python")
+        assert "backoffLimit" not in job["spec"], "KubeRay rejects it with clusterSelector, because it replaces the cluster"
+        found.append((job["metadata"]["name"], script, PARSERS[script.rpartition("/")[2]](words[5:]).config))
     return found
 
 

@@ -46,6 +46,8 @@ def job_of(command: Sequence[str]) -> tuple[str, list[str]] | None:
     words = list(command)
     if words[:3] == ["ray", "job", "submit"] and "--" in words:
         words = words[words.index("--") + 1 :]
+    if words[:2] == ["sh", "jobs/restart.sh"]:
+        words = words[3:]
     program, name = Path(words[0]).name, words[1] if len(words) > 1 else ""
     is_job = (program == "diffdis" and name in COMMANDS) or (program in ("python", "python3") and name.startswith("jobs/"))
     return (name, words[2:]) if is_job else None
@@ -132,6 +134,7 @@ def test_commands_are_read_as_a_shell_reads_them():
     assert block.commands() == [["cd", "here"], ["make", "demo"], ["python", "jobs/eval.py", "--a", "b c", "--d", "[1,2]"]]
     submitted = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/eval.py", "--x"]
     assert job_of(submitted) == ("jobs/eval.py", ["--x"])
+    assert job_of([*submitted[:6], "sh", "jobs/restart.sh", "5", *submitted[6:]]) == ("jobs/eval.py", ["--x"])
     assert job_of(["diffdis", "eval", "--x"]) == ("eval", ["--x"])
     with pytest.raises(ConfigError, match="no such field"):
         parse_command("pretrain", ["--train.num_stepz", "1"])

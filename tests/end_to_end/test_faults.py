@@ -11,6 +11,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from PIL import Image
 from ray_platform.contracts import TrainingError
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train import checkpoint_format
+from ray_platform.train.lease import LEASE
 from tests.ray_platform.small_task import PixelTask
 from tests.support.recording import Records
 from tests.support.training import ROOT, at_step, logged_metric, pixel_run, records, wait_for_steps, write_shards
@@ -150,11 +152,11 @@ def test_a_full_disk_delays_a_checkpoint_and_nothing_else(shards, undisturbed, t
 DRIVER = """
 import sys
 from pathlib import Path
-from ray_platform.contracts import TrainingError
+from ray_platform.contracts import UserError
 from tests.support.training import pixel_run
 try:
     pixel_run(Path(sys.argv[1]), sys.argv[2], resume=sys.argv[3]).fit()
-except TrainingError as error:
+except UserError as error:
     sys.exit(f"error: {error}")
 """
 
@@ -167,7 +169,12 @@ def start_driver(ray_cluster, output, shards, resume):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_driver_that_is_stopped_or_killed_can_be_started_again(shards, undisturbed, ray_cluster, tmp_path, number):
-    """On SIGTERM, the run saves a checkpoint of the current step."""
+    """On SIGTERM, the run saves a checkpoint of the current step. After SIGKILL, its lease becomes stale.
+
+    The lease is changed to that of another machine, where nobody can see whether the process has ended. The name of the output
+    folder would be another one if it were a pattern or a URI.
+    """
+    tmp_path = tmp_path / "run[1] {a,b}?x%20ü#"
     run = pixel_run(tmp_path, shards)
     driver = start_driver(ray_cluster, tmp_path, shards, "none")
     wait_for_steps(tmp_path, 60)
@@ -179,12 +186,35 @@ def test_a_driver_that_is_stopped_or_killed_can_be_started_again(shards, undistu
         line = next(line for line in output.splitlines() if line.startswith("error: "))
         assert "SIGTERM" in line
         assert int(line.split("saved at step ")[1].split(";")[0]) >= 30
+        assert not (tmp_path / LEASE).exists()
+    else:
+        change_lease(tmp_path, machine="another machine")
     again = start_driver(ray_cluster, tmp_path, shards, "auto")
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
     if number == signal.SIGTERM:
         assert records(tmp_path).count() == 160, "a step was done twice"
+    else:
+        assert re.search(rf"has a lease of launch .*pid {driver.pid}.*waiting up to 45 s[^$]*taking over", output)
     assert_as_undisturbed(tmp_path, run, undisturbed)
+
+
+def change_lease(output, **fields):
+    file = output / LEASE
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_a_second_launch_is_rejected_and_one_that_lost_its_lease_ends(shards, ray_cluster, tmp_path):
+    first = start_driver(ray_cluster, tmp_path, shards, "none")
+    wait_for_steps(tmp_path, 60)
+    second, _ = start_driver(ray_cluster, tmp_path, shards, "auto").communicate(timeout=120)
+    assert re.search(rf"^error: output_dir: .* is in use by launch .*pid {first.pid}\)", second, re.MULTILINE)
+    change_lease(tmp_path, token="of another launch", host="gpu-7")
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 1
+    assert re.search(r"^error: output_dir: .* was taken over by launch .*gpu-7", output, re.MULTILINE)
+    assert json.loads((tmp_path / LEASE).read_text())["host"] == "gpu-7"
+    assert not (tmp_path / "export").exists()
 
 
 def test_losses_that_cannot_be_used_end_the_run_and_name_the_samples(shards, ray_cluster, tmp_path):

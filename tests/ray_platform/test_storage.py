@@ -67,6 +67,12 @@ def test_the_name_of_a_folder_is_not_a_pattern(base, name):
         storage.list_folder(folder)
 
 
+def test_the_name_of_an_existing_source_is_not_a_pattern(base):
+    fill(base, {"run[1]/{a}.tar": b"0", "run1/b.tar": b"1"})
+    assert names(f"{base}/run[1]") == names(f"{base}/run[1]/{{a}}.tar") == ["run[1]/{a}.tar"]
+    assert names(f"{base}/run[0-9]/*.tar") == ["run1/b.tar"]
+
+
 def test_a_file_is_created_once(base):
     assert [storage.create_bytes(f"{base}/lease", content) for content in (b"first", b"second")] == [True, False]
     assert storage.read_bytes(f"{base}/lease") == b"first"

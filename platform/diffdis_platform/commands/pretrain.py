@@ -40,8 +40,7 @@ def main(argv: Sequence[str]) -> int:
     from ray_platform.local_head import ensure_cluster
 
     ensure_cluster()
-    storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
-    config.run(command.recipe, typed_command()).fit()
+    config.run(command.recipe, typed_command()).fit(command.yaml)
     print(f"done: the model is in {storage.join(config.output_dir, 'export')}")
     return 0
 

@@ -86,7 +86,7 @@ def open_image_files(set_name: str, url: str) -> EvaluationSet | None:
 
 def _image_sizes(url: str, pattern: str = "**") -> dict[str, int]:
     """Return name -> bytes of the images that match a pattern below a folder, without hidden files and folders."""
-    sizes = {file.url.removeprefix(f"{url}/"): file.size for file in storage.list_files(storage.join(url, pattern))}
+    sizes = {file.url.removeprefix(f"{url}/"): file.size for file in storage.list_folder(url, pattern)}
     return {name: size for name, size in sizes.items() if name.lower().endswith(_IMAGE_ENDINGS) and "/." not in f"/{name}"}
 
 

@@ -51,7 +51,7 @@ class ResultCache:
 
     def read(self, keys: Sequence[str]) -> dict[str, Rows]:
         """Return the rows that are stored for `keys`. A damaged file is ignored: its unit is computed again."""
-        stored = {file.url for file in storage.list_files(self.folder)} if storage.exists(self.folder) else set()
+        stored = {file.url for file in storage.list_folder(self.folder)} if storage.exists(self.folder) else set()
         keys_by_url = {url: key for key in keys if (url := self._url(key)) in stored or url.partition("://")[2] in stored}
         urls, results = list(keys_by_url), {}
         for start in range(0, len(urls), _READS_AT_ONCE):

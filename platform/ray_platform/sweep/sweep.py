@@ -115,17 +115,23 @@ class Sweep:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Consider boosting PBT")  # a trial's own process does next to nothing
             self._tuner(path).fit()
-        trials = sorted(tune.ExperimentAnalysis(path).trials, key=lambda trial: (len(str(trial)), str(trial)))
+        filesystem, tune_path = storage.literal_filesystem(path)
+        analysis = tune.ExperimentAnalysis(tune_path, storage_filesystem=filesystem)
+        trials = sorted(analysis.trials, key=lambda trial: (len(str(trial)), str(trial)))
         return [self._record(trial) for trial in trials]
 
     def _tuner(self, path: str) -> tune.Tuner:
         concurrent, uses_optuna = self.concurrency(), self.config.search == "optuna"
+        filesystem, folder = storage.literal_filesystem(self.config.output_dir)
         trainable, points = self._trainable(concurrent), {}
         if not uses_optuna:
             values = enumerate(trial_points(self.config, self.space, self.baseline))
             points = {TRIAL: tune.grid_search([{"number": number, "values": point} for number, point in values])}
         if _has_trials(path):
-            return tune.Tuner.restore(path, trainable, resume_errored=True, param_space=points)
+            tune_path = storage.join(folder, TUNE)
+            return tune.Tuner.restore(
+                tune_path, trainable, resume_errored=True, param_space=points, storage_filesystem=filesystem
+            )
         storage.delete(path)  # of a sweep that was interrupted before its first trial
         return tune.Tuner(
             trainable,
@@ -141,7 +147,8 @@ class Sweep:
             ),
             run_config=tune.RunConfig(
                 name=TUNE,
-                storage_path=self.config.output_dir,
+                storage_path=folder,
+                storage_filesystem=filesystem,
                 failure_config=tune.FailureConfig(max_failures=1),
                 # Without a checkpoint_config's num_to_keep: Tune would delete checkpoints that its saved state still names, and a
                 # sweep that is killed then could not resume their trials. Each is a line of JSON.
@@ -204,7 +211,7 @@ def _has_trials(path: str) -> bool:
     """Return whether Ray Tune can restore the sweep: it starts a new one, of a single trial, if its state has no trials."""
     if not storage.exists(path):
         return False
-    states = storage.list_files(storage.join(path, "experiment_state-*.json"))
+    states = storage.list_folder(path, "experiment_state-*.json")
     return bool(states) and bool(storage.read_json(states[-1].url)["trial_data"])
 
 

@@ -25,6 +25,7 @@ from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.collective import collective
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.failures import OURS, Diverged, Interrupted, find_cause, save_messages
+from ray_platform.train.lease import Lease
 
 if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not need it
     from ray_platform.train.engine import Update
@@ -218,8 +219,8 @@ class SaveBeforeResize(ControllerCallback):
 class DriverMonitor:
     """Watches the workers for the length of a `with` block. Enter it in the main thread, where it handles SIGTERM."""
 
-    def __init__(self, hang_detector: Any, node_metrics: NodeMetrics, train: TrainConfig):
-        self.hang_detector, self.node_metrics, self.train = hang_detector, node_metrics, train
+    def __init__(self, hang_detector: Any, node_metrics: NodeMetrics, train: TrainConfig, lease: Lease):
+        self.hang_detector, self.node_metrics, self.train, self.lease = hang_detector, node_metrics, train, lease
         self.stopping = False  # SIGTERM was received: the workers save, and the run ends
         self.last_hang = ""  # message about the workers killed since the last `reset_workers`
         self._printed_step = -1
@@ -263,8 +264,15 @@ class DriverMonitor:
                 logger.warning("the hang detector does not answer: %s", one_line(error))
 
     def _check_workers(self) -> None:
-        """Have the workers save and restart without a node that is being drained, and kill them all when one hangs."""
+        """Have the workers save and restart without a node that is being drained.
+
+        Kill them all when one hangs, or when another launch took the lease over: it may already train from the same checkpoint.
+        """
         detector = self.hang_detector
+        if self.lease.lost:
+            for actor in ray.get(detector.actors.remote(), timeout=_ANSWER_TIMEOUT_SECONDS):
+                ray.kill(actor)
+            return
         if self.stopping:  # again, for workers that were being started
             detector.request_stop.remote(_STOPPED)
         nodes = ray.get(detector.nodes.remote(), timeout=_ANSWER_TIMEOUT_SECONDS)

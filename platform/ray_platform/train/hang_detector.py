@@ -177,6 +177,9 @@ class HangDetector:
         """Return the step and the metrics that were reported last; step -1 before the first ones."""
         return self._progress
 
+    def actors(self) -> list[Any]:
+        return [rank.heartbeat.actor for rank in self._ranks.values()]
+
     def nodes(self) -> set[str]:
         return {rank.heartbeat.node for rank in self._ranks.values()}
 
@@ -203,4 +206,4 @@ class HangDetector:
             cause = f"{names} {how}; the other {len(ranks) - len(blamed)} of {len(ranks)} ranks wait"
         else:
             cause = f"all {len(ranks)} ranks wait for each other; check the network between their nodes"
-        return Hang(f"no step for {seconds:.0f} s: {cause}", [rank.heartbeat.actor for rank in ranks])
+        return Hang(f"no step for {seconds:.0f} s: {cause}", self.actors())

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_platform import storage
 from ray_platform.connect import connect
-from ray_platform.contracts import Batch
+from ray_platform.contracts import Batch, TrainingError
 from ray_platform.data.catalog import Catalog, build_catalog, to_json
 from ray_platform.data.config import DataConfig
 from ray_platform.placement import label_selector, start_on_this_node
@@ -36,6 +37,7 @@ from ray_platform.train.config import TrainConfig
 from ray_platform.train.fault_tolerance import DriverMonitor, RestartPolicy, SaveBeforeResize
 from ray_platform.train.hang_detector import HangDetector
 from ray_platform.train.heldout import read_heldout
+from ray_platform.train.lease import Lease
 from ray_platform.train.preflight import CATALOG, RunPlan
 from ray_platform.train.worker_spec import WorkerSpec
 
@@ -91,12 +93,22 @@ def choose_gloo_interface() -> None:
 class Run(RunPlan):
     """A training run, which the driver checks and launches."""
 
-    def fit(self) -> RunRecord:
+    def fit(self, config_yaml: str = "") -> RunRecord:
         """Train to the launch's last step, and return the record of the tracked run.
 
-        Raises ConfigError or DataError before anything starts, and TrainingError for a run that failed or was stopped by SIGTERM.
+        `config_yaml` is saved as config.yaml. Raises ConfigError or DataError before anything starts, also if another launch uses
+        the output folder, and TrainingError for a run that failed or was stopped by SIGTERM.
         """
-        catalog, heldout = self.check(), None
+        catalog = self.check()
+        # Unique; people read the time, and nothing depends on it.
+        launch = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+        with Lease(self.output_dir, launch) as lease:
+            if config_yaml:
+                storage.write_bytes(storage.join(self.output_dir, "config.yaml"), config_yaml.encode())
+            return self._fit(catalog, launch, lease)
+
+    def _fit(self, catalog: Catalog, launch: str, lease: Lease) -> RunRecord:
+        heldout = None
         if self.train.heldout_sources:
             heldout = read_heldout(self.data, self.train.heldout_sources, self.train.heldout_samples)
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor per run for what DriverMonitor does
@@ -107,10 +119,11 @@ class Run(RunPlan):
         metadata, resume = self._metadata(catalog, version), self.train.resume != "none"
         with start_run(self.tracking, self.output_dir, metadata, resume=resume, record=True, in_actor=True) as tracker:
             try:
-                self._train(catalog, heldout, tracker, version)
+                self._train(catalog, heldout, tracker, version, launch, lease)
             finally:
-                with contextlib.suppress(storage.StorageError):
-                    storage.delete(self._ray_dir)
+                if not lease.lost:
+                    with contextlib.suppress(storage.StorageError):
+                        storage.delete(self._ray_dir)
             return run_record(self.tracking, self.output_dir, tracker)
 
     def _metadata(self, catalog: Catalog, version: str) -> RunMetadata:
@@ -125,7 +138,9 @@ class Run(RunPlan):
             datasets,
         )
 
-    def _train(self, catalog: Catalog, heldout: Batch | None, tracker: TrackedRun, version: str) -> None:
+    def _train(
+        self, catalog: Catalog, heldout: Batch | None, tracker: TrackedRun, version: str, launch: str, lease: Lease
+    ) -> None:
         """Run the workers to the last step, and store the exported model in the tracker."""
         data = self.data
         if self.train.elastic and not data.placement:
@@ -137,8 +152,7 @@ class Run(RunPlan):
             train=self.train,
             catalog=catalog,
             output_dir=self.output_dir,
-            # The names sort by time, so that a later launch's checkpoints come after those of an earlier one.
-            launch=time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{os.getpid()}",
+            launch=launch,
             tracker=tracker,
             hang_detector=start_on_this_node(HangDetector),
             heldout=ray.put(heldout) if heldout is not None else None,
@@ -146,8 +160,8 @@ class Run(RunPlan):
             code_version=version,
         )
         node_metrics = NodeMetrics(tracker, self.tracking.system_metrics_seconds)
-        with DriverMonitor(spec.hang_detector, node_metrics, self.train) as monitor:
-            self._run_workers(spec, monitor)
+        with DriverMonitor(spec.hang_detector, node_metrics, self.train, lease) as monitor:
+            self._run_workers(spec, monitor, lease)
         if self.train.last_step == self.train.num_steps and self.tracking.log_model:
             if self.package:
                 tracker.log_model(spec.export_dir, self.package)
@@ -159,7 +173,7 @@ class Run(RunPlan):
         """Folder that Ray Train requires for its own checkpoints, of which there are none."""
         return storage.join(self.output_dir, "ray_train")
 
-    def _run_workers(self, spec: WorkerSpec, monitor: DriverMonitor) -> None:
+    def _run_workers(self, spec: WorkerSpec, monitor: DriverMonitor, lease: Lease) -> None:
         """Start the workers, and restart them from the newest checkpoint as long as `RestartPolicy` allows."""
         restarts = RestartPolicy(
             self.train.max_failures, lambda: next(iter(list_checkpoints(self.output_dir, spec.launch)), ""), self.output_dir
@@ -169,6 +183,8 @@ class Run(RunPlan):
                 self._trainer(spec).fit()
                 return
             except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+                if lease.lost:
+                    raise TrainingError(lease.lost) from None
                 logger.warning("%s", restarts.record_failure(error, monitor.last_hang, monitor.stopping))
                 monitor.reset_workers()
 
@@ -177,6 +193,7 @@ class Run(RunPlan):
         resources = {"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})
         if train.elastic and not self.data.placement:
             resources["CPU"] += self.data.reads_per_rank * self.data.cpus_per_read
+        filesystem, folder = storage.literal_filesystem(self._ray_dir)
         return TorchTrainer(
             run_worker,
             train_loop_config=spec,
@@ -190,7 +207,8 @@ class Run(RunPlan):
             ),
             run_config=ray.train.RunConfig(
                 name=f"{spec.launch}-{time.monotonic_ns()}",  # unique: Ray would resume a known name
-                storage_path=self._ray_dir,
+                storage_path=folder,
+                storage_filesystem=filesystem,
                 # Failures are handled by RestartPolicy, which counts those without a new checkpoint.
                 failure_config=ray.train.FailureConfig(max_failures=0),
                 callbacks=[SaveBeforeResize(spec.hang_detector)] if train.elastic else [],
