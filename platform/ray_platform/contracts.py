@@ -5,7 +5,8 @@ A Task comes from outside, as `diffdis.task`, and satisfies `Task` by its shape 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
@@ -35,6 +36,17 @@ class ConfigError(UserError):
 
 class TrainingError(UserError):
     """The training run ended before its last step. The message states the cause in one line."""
+
+
+@contextlib.contextmanager
+def named_field(field: str) -> Iterator[None]:
+    """Add the name of the field to a DataError about its URLs."""
+    try:
+        yield
+    except DataError as error:
+        if str(error).startswith("data."):
+            raise
+        raise DataError(f"{field}: {error}") from error
 
 
 def one_line(error: BaseException | str, max_length: int | None = None) -> str:

@@ -138,5 +138,5 @@ def test_commands_are_read_as_a_shell_reads_them():
     assert job_of(["diffdis", "eval", "--x"]) == ("eval", ["--x"])
     with pytest.raises(ConfigError, match="no such field"):
         parse_command("pretrain", ["--train.num_stepz", "1"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match="no such field"):
         parse_command("jobs/build_demo_shards.py", ["--outputs", "x"])

@@ -6,6 +6,8 @@ Heavy libraries (torch, Ray, diffusers) are imported in `main`, so that `--help`
 import shlex
 import sys
 
+from ray_platform.contracts import ConfigError, named_field
+from ray_platform.data.config import DataConfig
 from ray_platform.redaction import redacted
 
 
@@ -16,6 +18,22 @@ def connect_cluster() -> None:
 
     ensure_cluster()
     connect()
+
+
+def check_exists(field: str, url: str) -> None:
+    """Raise ConfigError if there is no such file or folder, before libraries are imported that take seconds."""
+    from ray_platform import storage
+
+    if not storage.exists(url):
+        raise ConfigError(f"{field}: {url}: no such file or folder; correct the path")
+
+
+def check_sources(field: str, data: DataConfig) -> None:
+    """List the sources of `data`, likewise. Raises DataError."""
+    from ray_platform.data.catalog import build_catalog
+
+    with named_field(field):
+        build_catalog(data)
 
 
 def typed_command() -> str:

@@ -5,27 +5,44 @@ heldout_names/ is every family's drawings of names that train/ does not know. wd
 two for zero-shot classification, in CLIP_benchmark's layout; wds_heldout_pairs is the former for retrieval.
 """
 
-import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from diffdis_platform.config.parse import ParsedCommand, parse
+from ray_platform.contracts import ConfigError
 
 INTERRUPTED = "stopped; the same command starts again"
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="diffdis build-demo-shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclass(frozen=True)
+class BuildDemoConfig:
+    """The folder of the demo data, and what it is built from."""
+
+    output: str = "data/demo"  # folder to fill
+    icons_package: str = ""  # @iconify/json as a folder or .tgz; empty: npm downloads it
+    jobs: int = 0  # drawing processes; 0: one per CPU
+
+    def __post_init__(self) -> None:
+        if self.jobs < 0 or not self.output:
+            raise ConfigError("jobs and output: give 0 or more processes, and a folder")
+
+
+def parse_arguments(argv: Sequence[str]) -> ParsedCommand[BuildDemoConfig]:
+    return parse(
+        BuildDemoConfig,
+        argv,
+        command="build-demo-shards",
+        description="Build the demo's shards and evaluation sets.",
+        aliases={"--icons-package": "--icons_package"},  # the name until 0.3
     )
-    parser.add_argument("--output", type=Path, default=Path("data/demo"), help="folder to fill (default: %(default)s)")
-    parser.add_argument("--icons-package", type=Path, help="@iconify/json as a folder or .tgz (default: npm downloads it)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="drawing processes (default: %(default)s)")
-    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
-    options = parse_arguments(argv)
+    config = parse_arguments(argv).config
     from diffdis_platform.demo.builder import ENTRIES_SHA256, build
 
-    print(build(options.output, options.icons_package, options.jobs, ENTRIES_SHA256))
+    package = Path(config.icons_package) if config.icons_package else None
+    print(build(Path(config.output), package, config.jobs or os.cpu_count() or 1, ENTRIES_SHA256))
     return 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffdis_platform.commands import connect_cluster, typed_command
+from diffdis_platform.commands import check_sources, connect_cluster, typed_command
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.recipes import recipes_of
@@ -18,6 +18,7 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[CompareConfig]:
 
 def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
+    check_sources("pretrain.data.sources", command.config.pretrain.data)
     from diffdis_platform.comparison.run import REPORT, SUMMARY, compare, plan_comparison
     from diffdis_platform.comparison.summary import format_summary
     from ray_platform import storage

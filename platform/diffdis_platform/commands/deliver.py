@@ -2,12 +2,20 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import NoReturn
+
+from ray_platform.contracts import ConfigError
 
 INTERRUPTED = "stopped; the same command continues"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="diffdis deliver", description=__doc__)
+    parser = _Parser(prog="diffdis deliver", description=__doc__)
     parser.add_argument(
         "output_dir", metavar="OUTPUT_DIR", help="folder or s3:// URL of a training, evaluation, sweep or comparison"
     )

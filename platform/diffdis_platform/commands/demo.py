@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffdis_platform.commands.pretrain import parse_arguments
 from diffdis_platform.recipes.demo import DEMO_DATA, PREVIEW_CAPTIONS
 from ray_platform.checkout import checkout_root
 from ray_platform.contracts import UserError
@@ -16,6 +17,7 @@ INTERRUPTED = "stopped; the same command resumes from the last checkpoint"
 
 def main(argv: Sequence[str]) -> int:
     """Arguments are passed on to `diffdis pretrain`."""
+    parse_arguments(["--recipe", "demo", *argv])
     from diffdis_platform.demo.builder import ENTRIES_SHA256, build
     from diffdis_platform.demo.report import SUMMARY, table, write_report
     from ray_platform.tracking.mlflow_tracker import ui_command

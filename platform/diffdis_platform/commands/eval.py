@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from diffdis_platform.commands import check_exists
 from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.parse import ParsedCommand, parse
 from ray_platform.contracts import DataError
@@ -24,6 +25,8 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[EvalConfig]:
 
 def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
+    if "list" not in command.switches:
+        check_exists("checkpoint", command.config.checkpoint)
     from diffdis_platform.evaluation.run import REPORT, evaluate, plan_evaluation, render_results
     from ray_platform import storage
     from ray_platform.connect import connect

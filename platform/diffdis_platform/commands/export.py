@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from diffdis_platform.commands import check_exists
 from diffdis_platform.config.export import ExportConfig
 from diffdis_platform.config.parse import ParsedCommand, parse
 
@@ -12,6 +13,7 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[ExportConfig]:
 
 def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
+    check_exists("checkpoint", command.config.checkpoint)
     from diffdis_platform.exporting import export
 
     print(export(command.config))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from diffdis_platform.commands import check_exists
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.storage_config import StorageConfig
@@ -66,10 +67,11 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[GenerateConfig]:
 
 def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv).config
+    check_exists("model", config.model)
+    captions = config.all_captions()
     from diffdis.image_grid import image_grid
     from ray_platform import storage
 
-    captions = config.all_captions()
     pipeline = _open_model(config)
     images = pipeline.generate(
         captions,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from diffdis_platform.commands import check_sources
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
@@ -63,6 +64,7 @@ def inspect(config: InspectConfig) -> "InspectionSummary":
 
 def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv).config
+    check_sources("data.sources", config.data)
     from ray_platform.connect import connect
     from ray_platform.local_head import ensure_cluster
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from diffdis.config import DiffDisConfig, resolve_encoder_paths
+from diffdis_platform.commands import check_sources
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from diffdis_platform.config.pretrain import PretrainConfig, check_model
 from diffdis_platform.recipes import recipes_of
@@ -82,6 +83,8 @@ def _from_recipe(name: str) -> PrecomputeConfig:
 
 def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv).config
+    check_model(resolve_encoder_paths(config.model), config.data)
+    check_sources("data.sources", config.data)
     from ray_platform.connect import connect
     from ray_platform.data.catalog import build_catalog
     from ray_platform.data.precompute import check, precompute

@@ -19,11 +19,11 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[SizingConfig]:
 
 def predict(config: SizingConfig) -> "tuple[Counts, list[Estimate]]":
     """Return the counts of the model, and a prediction for each number of GPUs. Raises ConfigError."""
+    run = config.run()
     from diffdis_platform.sizing.counts import count
     from diffdis_platform.sizing.estimate import estimate
     from ray_platform.train.config import BatchPlan
 
-    run = config.run()
     size = run.train.micro_batch_size
     plans = [BatchPlan.of(run.train.global_batch_size or n * size, n, size) for n in config.num_gpus]
     counts = count(run, max(plan.num_micro_batches for plan in plans))
@@ -32,9 +32,9 @@ def predict(config: SizingConfig) -> "tuple[Counts, list[Estimate]]":
 
 def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv).config
+    counts, estimates = predict(config)
     from diffdis_platform.sizing.estimate import as_json, report
 
-    counts, estimates = predict(config)
     print(report(config, counts, estimates))
     if config.json:
         Path(config.json).write_text(json.dumps(as_json(config, counts, estimates), indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffdis_platform.commands import connect_cluster, typed_command
+from diffdis_platform.commands import check_sources, connect_cluster, typed_command
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.config.sweep import SweepConfig
 from diffdis_platform.recipes import recipes_of
@@ -18,6 +18,7 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[SweepConfig]:
 
 def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
+    check_sources("pretrain.data.sources", command.config.pretrain.data)
     from diffdis_platform.sweeping import REPORT, format_trials, plan_sweep, rebuild_report, run_sweep
     from ray_platform import storage
 

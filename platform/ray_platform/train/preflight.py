@@ -3,12 +3,11 @@
 Torch and Ray take seconds to import, so they are imported only once everything else is correct.
 """
 
-import contextlib
 import logging
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from urllib.parse import urlsplit
 import requests
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError, Task, UserError, one_line
+from ray_platform.contracts import ConfigError, DataError, Task, UserError, named_field, one_line
 from ray_platform.data import precomputed
 from ray_platform.data.catalog import Catalog, build_catalog, difference
 from ray_platform.data.config import DataConfig
@@ -86,7 +85,7 @@ class RunPlan:
         """Return the source's catalog after comparing it with that of the resumed run."""
         url = storage.join(self.output_dir, CATALOG)
         saved = storage.read_small(url, storage.LISTING_BYTES) if storage.exists(url) else None
-        with _named_field("data.sources"):
+        with named_field("data.sources"):
             catalog = build_catalog(self.data, saved)
         if saved and self.train.resume == "auto" and (changes := difference(saved, catalog)):
             raise DataError(
@@ -100,7 +99,7 @@ class RunPlan:
     def _heldout_catalog(self) -> Catalog | None:
         if not self.train.heldout_sources:
             return None
-        with _named_field("train.heldout_sources"):
+        with named_field("train.heldout_sources"):
             return build_catalog(replace(self.data, sources=self.train.heldout_sources, weights=()))
 
     def _check_resume(self) -> None:
@@ -140,7 +139,7 @@ class RunPlan:
             connect()
             self.check_capacity()
         if heldout := self._heldout_catalog():
-            with _named_field("train.heldout_sources"):
+            with named_field("train.heldout_sources"):
                 inspect_first_samples(heldout, self.data, INSPECTED_SAMPLES)
         samples = inspect_first_samples(catalog, self.data, INSPECTED_SAMPLES)
         starts = candidates(train.resume, self.output_dir, "none yet")
@@ -171,17 +170,6 @@ class RunPlan:
             "output_dir": self.output_dir,
             "weights": self.describe_weights(),
         } | self.describe_captions(samples.captions)
-
-
-@contextlib.contextmanager
-def _named_field(field: str) -> Iterator[None]:
-    """Add the name of the field to errors about its URLs."""
-    try:
-        yield
-    except DataError as error:
-        if str(error).startswith("data."):
-            raise
-        raise DataError(f"{field}: {error}") from error
 
 
 def check_writable(output_dir: str) -> None:
