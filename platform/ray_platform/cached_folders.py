@@ -1,4 +1,4 @@
-"""Local copies of models in `s3://`, for the libraries that open folders only."""
+"""Local copies of models in object stores, for the libraries that open folders only."""
 
 import dataclasses
 import hashlib
@@ -13,21 +13,22 @@ from typing import Any, TypeVar
 import filelock
 
 from ray_platform.contracts import DataError
+from ray_platform.object_store import PACKAGES
 from ray_platform.storage import find_files, get_folder
 
 T = TypeVar("T")
 
 
 def cached_folder(url: str) -> str:
-    """Return a local copy of a folder or file on S3, or `url` itself if it is a path.
+    """Return a local copy of a folder or file in an object store, or `url` itself if it is a path.
 
     The first process of a machine that asks for it fetches it. It is fetched again when it changes. Raises StorageError, and
     DataError when other users could write to the cache.
     """
-    if not url.startswith("s3://"):
+    if url.partition("://")[0] not in ("s3", *PACKAGES):
         return url
     _, path, entries = find_files(url)
-    listing = [(name, entry["size"], entry.get("ETag", "")) for name, entry in sorted(entries.items())]
+    listing = [(name, sorted(entry.items())) for name, entry in sorted(entries.items())]  # each store has other digests and times
     name = hashlib.sha256(repr((url, listing)).encode()).hexdigest()[:24]
     cache = Path(tempfile.gettempdir()) / f"diffdis-cache-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
@@ -43,7 +44,7 @@ def cached_folder(url: str) -> str:
 
 
 def with_cached_folders(build: Callable[..., T], *arguments: Any) -> T:
-    """Return `build(*arguments)`, with every s3:// URL in arguments that are dataclasses replaced by its `cached_folder`."""
+    """Return `build(*arguments)`, with every URL in arguments that are dataclasses replaced by its `cached_folder`."""
     return build(*(_localized(argument) for argument in arguments))
 
 

@@ -98,7 +98,7 @@ def open_store(url: str) -> tuple[Any, str]:
         if not _BUCKET.match(bucket):
             raise DataError(f"{url}: names no bucket; write s3://bucket/folder, without a pattern in the bucket's name")
         return _s3fs(Environment.current(), *_access(bucket)), path.rstrip("/")
-    if scheme not in PACKAGES:
+    if scheme not in PACKAGES or "::" in path:  # fsspec would chain file systems
         stores = ", ".join(f"{name}://" for name in ("s3", *PACKAGES))
         raise DataError(f"{url}: cannot read {scheme}://; name a folder, or a URL of one of {stores}")
     package, module = PACKAGES[scheme]

@@ -37,7 +37,7 @@ __all__ = ["StorageError", "retrying_for"]
 
 SMALL_BYTES = 64 * 2**20  # limit for files that describe others
 LISTING_BYTES = 2**30  # limit for a file that names every shard of a source
-_DELETES_AT_ONCE = 16
+_REQUESTS_AT_ONCE = 16
 _READS_AT_ONCE, _SMALL_FILE_RETRY_SECONDS = 32, 5.0  # by read_many
 _READ_AHEAD_BYTES = 2**20  # of a file that is opened on S3
 Entry = dict[str, Any]  # what fsspec knows of a file: its name, type and size
@@ -284,7 +284,7 @@ def delete(url: str) -> None:
         if isinstance(filesystem, LocalFileSystem):
             filesystem.rm(path, recursive=True)
         else:  # one by one, as its `rm` would expand patterns
-            with ThreadPoolExecutor(_DELETES_AT_ONCE) as pool:
+            with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
                 list(pool.map(filesystem.rm_file, [*reversed(filesystem.find(path, withdirs=True)), path]))
 
 
@@ -363,7 +363,9 @@ def _resolve(url: str) -> tuple[Any, str]:
 
 def _stored_file(filesystem: Any, entry: Entry) -> StoredFile:
     name = entry["name"]
-    return StoredFile(name if isinstance(filesystem, LocalFileSystem) else filesystem.unstrip_protocol(name), int(entry["size"]))
+    return StoredFile(
+        name if isinstance(filesystem, LocalFileSystem) else filesystem.unstrip_protocol(name), int(entry["size"] or 0)
+    )
 
 
 def _as_files(filesystem: Any, entries: Iterable[Entry]) -> tuple[StoredFile, ...]:
@@ -375,8 +377,12 @@ def _as_files(filesystem: Any, entries: Iterable[Entry]) -> tuple[StoredFile, ..
 def _list_expanded(filesystem: Any, pattern: str) -> tuple[StoredFile, ...]:
     """Return the files that a brace pattern names, all of which must exist, with one listing per folder."""
     expected = expand_braces(pattern)
-    folders = sorted({path.rpartition("/")[0] for path in expected})
-    entries = chain.from_iterable(filesystem.ls(folder, detail=True) for folder in folders)
+    if "https" in filesystem.protocol:  # web servers seldom list folders
+        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+            entries = pool.map(filesystem.info, expected)
+    else:
+        folders = sorted({path.rpartition("/")[0] for path in expected})
+        entries = chain.from_iterable(filesystem.ls(folder, detail=True) for folder in folders)
     existing = {entry["name"]: entry for entry in _resolve_links(filesystem, entries, deep=False) if entry["type"] == "file"}
     missing = [path for path in expected if path not in existing]
     if missing:

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 import aiohttp
 from botocore import exceptions as boto  # type: ignore[import-untyped]
 
-from ray_platform.contracts import DataError, UserError, one_line
-from ray_platform.object_store import READ_TIMEOUT_S, open_store, s3_endpoint
+from ray_platform.contracts import DataError, UserError, describe_error, one_line
+from ray_platform.object_store import PACKAGES, READ_TIMEOUT_S, open_store, s3_endpoint
 from ray_platform.redaction import redacted
 
 # Errors of a local disk that no retry can fix.
@@ -118,19 +118,36 @@ def storage_errors(url: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, RecursionError) as error:
-        problem = _s3_problem(url, error) if url.startswith("s3://") else _problem(error)
+    except Exception as error:
+        if url.partition("://")[0] in PACKAGES:
+            problem = _store_problem(error)
+        elif isinstance(error, OSError | boto.BotoCoreError | boto.ClientError | aiohttp.ClientError | RecursionError):
+            problem = _s3_problem(url, error) if url.startswith("s3://") else _problem(error)
+        else:
+            raise
         raise StorageError(f"{url}: {problem.text}", problem.kind, problem.is_transient) from None
 
 
 def _problem(error: BaseException) -> Problem:
-    """Describe an error of a disk, or of a store of which little is known."""
+    """Describe an error of a disk."""
     if isinstance(error, FileNotFoundError):
         return Problem("missing", "no such file or folder; correct the path")
     if isinstance(error, PermissionError):
         return Problem("forbidden", "permission denied; correct the owner or the mode of the file")
     is_transient = getattr(error, "errno", None) not in _PERMANENT
     return Problem("unavailable", f"{one_line(error)}; check that the path can be read and written", is_transient)
+
+
+def _store_problem(error: Exception) -> Problem:
+    """Describe an error of a store other than S3. Each of their clients has exceptions of its own."""
+    status = getattr(error, "status", None) or getattr(error, "status_code", None) or getattr(error, "code", None)
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return _problem(FileNotFoundError())
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return Problem("forbidden", "access denied; check the credentials of this store and their permissions")
+    is_transient = not isinstance(error, NotImplementedError) and not (isinstance(status, int) and 400 <= status < 500)
+    text = f"{describe_error(error)}; check the URL, the credentials of this store and the network"
+    return Problem("unavailable", text, is_transient)
 
 
 def _s3_problem(url: str, error: BaseException) -> Problem:

@@ -187,6 +187,29 @@ def test_buckets_are_named_without_a_scheme():
             StorageConfig(public_buckets=buckets)
 
 
+@pytest.mark.parametrize("supports_ranges", [True, False])
+def test_a_web_server_is_read_by_its_urls(aws, supports_ranges):
+    content = b"0123456789"
+
+    def answer(request: BaseHTTPRequestHandler) -> tuple[int, bytes]:
+        if "denied" in request.path:
+            return 403, b""
+        if "missing" in request.path:
+            return 404, b""
+        start, _, stop = request.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        return (206, content[int(start) : int(stop) + 1]) if supports_ranges and stop else (200, content)
+
+    with serving(answer) as url:
+        shards = tuple(storage.StoredFile(f"{url}/{number}.tar", 10) for number in range(3))
+        assert storage.list_files(f"{url}/{{0..2}}.tar") == shards
+        assert storage.read_bytes(shards[0].url) == content
+        assert storage.read_bytes(shards[0].url, 2, 5) == b"234"
+        for name, kind in (("missing", "missing"), ("denied", "forbidden")):
+            with pytest.raises(storage.StorageError, match=name) as raised:
+                storage.read_bytes(f"{url}/{name}")
+            assert raised.value.kind == kind
+
+
 @pytest.mark.s3
 def test_a_private_authority(s3_url, s3_server, tmp_path, aws, arrow_reads):
     for name, value in s3_server.environment.items():

@@ -15,11 +15,14 @@ from ray_platform.contracts import DataError
 from ray_platform.names import expand_braces
 
 
-@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
-def base(request, tmp_path) -> str:
-    """Empty location to write to: a folder, and an S3 prefix."""
+@pytest.fixture(params=["folder", "memory", pytest.param("s3", marks=pytest.mark.s3)])
+def base(request, tmp_path, monkeypatch) -> str:
+    """Empty location to write to: a folder, an S3 prefix, and one of another store of fsspec, which is in memory."""
     if request.param == "folder":
         return str(tmp_path / "base")
+    if request.param == "memory":
+        monkeypatch.setitem(object_store.PACKAGES, "memory", ("fsspec", "fsspec"))
+        return f"memory://{tmp_path}"
     return storage.join(request.getfixturevalue("s3_url"), request.node.name.replace("[", "-").rstrip("]"))
 
 
@@ -140,18 +143,22 @@ def test_folders_and_files_are_cached_until_they_change(base, tmp_path, monkeypa
     assert (cached / "unet" / "config.json").read_bytes() == b"one"
     assert (single.name, single.read_bytes()) == ("config.json", b"one")
     assert Path(cached_folder(folder)) == cached
-    assert base.startswith("s3://") or str(cached) == folder
+    assert "://" in base or str(cached) == folder
     storage.write_bytes(file, b"another")
     assert (Path(cached_folder(folder)) / "unet" / "config.json").read_bytes() == b"another"
-    if base.startswith("s3://"):
+    if "://" in base:
         with pytest.raises(DataError, match="none: no such file or folder"):
             cached_folder(f"{base}/none")
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/a", "https://host/a", "s3://"])
-def test_urls_that_cannot_be_read(url):
-    with pytest.raises(DataError, match=url):
+@pytest.mark.parametrize(
+    ("url", "word"),
+    [("s3://", "bucket"), ("foo://a/b", "s3://, gs://"), ("gs://a/b", "pip install gcsfs"), ("az://a/b", "adlfs")],
+)
+def test_urls_that_cannot_be_read(url, word):
+    with pytest.raises(DataError, match=url) as raised:
         storage.list_files(url)
+    assert word in str(raised.value)
 
 
 def test_a_failed_write_names_the_file_and_leaves_nothing(tmp_path):

@@ -12,7 +12,7 @@ from ray_platform.placement import check_labels
 class DataConfig:
     """Where the samples are and how they are read. Raises ConfigError for an invalid value."""
 
-    sources: tuple[str, ...] = ()  # folders, globs or brace patterns of shards; local or s3://
+    sources: tuple[str, ...] = ()  # folders, globs or brace patterns of shards; local or URLs
     weights: tuple[float, ...] = ()  # relative number of samples per source; empty: all sources are one pool
     image_size: int = 256  # pixels; side of the square images, or of a square with the area of the aspect_ratios' images
     aspect_ratios: tuple[float, ...] = ()  # width / height of the buckets, such as 0.75, 1, 1.33; empty: all square
@@ -38,7 +38,9 @@ class DataConfig:
         for name in ("sources", "weights", "aspect_ratios"):
             if isinstance(getattr(self, name), str | float | int):
                 raise ConfigError(f"data.{name}: {getattr(self, name)!r} is a single value; give a list")
-        if any("@" in source.rpartition("://")[2].partition("/")[0] for source in self.sources):
+        # The @ of abfs:// is between a container and an account.
+        with_login = [source for source in self.sources if source.startswith(("s3://", "http://", "https://"))]
+        if any("@" in source.rpartition("://")[2].partition("/")[0] for source in with_login):
             raise ConfigError(
                 "data.sources: a URL contains credentials (before an @); leave them out, "
                 "and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
