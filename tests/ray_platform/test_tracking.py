@@ -31,7 +31,7 @@ from ray_platform.tracking import (
 from ray_platform.tracking.journal import Journal
 from ray_platform.tracking.mlflow_tracker import ui_command
 from ray_platform.tracking.node_metrics import NodeMetrics
-from ray_platform.tracking.runs import deliver_journal
+from ray_platform.tracking.runs import deliver_journal, write_run_record
 from tests.support.messages import check_message
 
 CONFIG = {"train": {"lr": 3e-4, "betas": [0.9, 0.99]}, "data": {"sources": "x" * 9000}, "folder": Path("/data")}
@@ -303,6 +303,17 @@ def test_what_a_run_could_not_deliver_is_delivered_by_the_next_one(flaky, tmp_pa
     assert (steps, Flaky.calls[0], Flaky.calls[-1]) == ([1, 2, 3], ("open", ""), "FINISHED")
     assert {call for call in Flaky.calls[1:] if call[0] == "open"} == {("open", "first")}, "one run"
     assert len(Flaky.calls) == 3 + 3 + 3, "nothing is delivered again"
+
+
+def test_a_trial_waits_for_the_run_of_its_sweep(flaky, output, tmp_path):
+    """MLflow did not answer when the sweep started, so its trials know their parent's output folder instead of its id."""
+    parent = f"{tmp_path}/sweep"
+    write_run_record(TrackingConfig(), parent, "")
+    config = TrackingConfig(tracking_uri(TrackingConfig(), output), parent_run_id=parent)
+    with start_run(config, f"{tmp_path}/trial", record=True) as tracker:
+        assert tracker.run_id() == ""
+        write_run_record(TrackingConfig(), parent, "the-sweep")
+    assert client_of(output).get_run(tracker.run_id()).data.tags["mlflow.parentRunId"] == "the-sweep"
 
 
 def test_a_known_run_is_not_forgotten_when_the_service_does_not_answer(flaky, tmp_path):
