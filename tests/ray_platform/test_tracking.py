@@ -247,6 +247,8 @@ class Flaky(Tracker):
         self.check()
         if "bad" in metrics:
             raise ValueError("this name is not allowed")
+        if "broken" in metrics:
+            raise OSError("an error of the service for this metric")
         self.calls.append((step, dict(metrics)))
 
     def end(self, status):
@@ -326,13 +328,18 @@ def test_a_known_run_is_not_forgotten_when_the_service_does_not_answer(flaky, tm
     assert read_run_record(str(tmp_path))["run_id"] == "first"
 
 
-def test_a_call_that_the_service_rejects_is_skipped_and_named_once(flaky, tmp_path, caplog):
+def test_a_call_that_the_service_rejects_is_skipped_and_named_once(flaky, tmp_path, caplog, monkeypatch):
     Flaky.is_down = False
     with start_run(flaky, str(tmp_path)) as tracker:
         for step in range(4):
             tracker.log_metrics({"bad": 1.0} if step in (1, 2) else {"good": 1.0}, step)
     assert [call for call in Flaky.calls if isinstance(call[0], int)] == [(0, {"good": 1.0}), (3, {"good": 1.0})]
     [line] = caplog.messages
+    monkeypatch.setattr(delivery, "_END_SECONDS", 60.0)
+    with start_run(flaky, str(tmp_path)) as tracker:
+        tracker.log_metrics({"broken": 1.0}, 4)
+        tracker.log_metrics({"good": 1.0}, 5)
+    assert Flaky.calls[-2:] == [(5, {"good": 1.0}), "FINISHED"]
     check_message("MLflow rejects a metric", line, **placeholders(tmp_path))
 
 

@@ -25,7 +25,7 @@ _END_SECONDS = 10.0  # at the end of a run, to wait for a service that does not 
 _MAX_END_SECONDS = 3600.0  # to wait for a whole model to be stored
 _SAVE_SECONDS = 5.0  # between two saves of how many metrics were delivered
 _MAX_POINTS = 200  # per call
-_MAX_ATTEMPTS = 3  # of a call that fails although the service answers
+_MAX_ATTEMPTS, _MAX_MODEL_ATTEMPTS = 10, 3  # of a call that fails although the run can be opened
 _REJECTED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_ALREADY_EXISTS"}  # MLflow's error codes
 
 
@@ -160,7 +160,8 @@ class Delivery:
                 self._next_points = 1  # one of them may be rejected
                 return False
             self._num_failures += 1
-            if not _is_rejection(error) and self._num_failures < _MAX_ATTEMPTS:
+            limit = _MAX_MODEL_ATTEMPTS if "model" in entry else _MAX_ATTEMPTS
+            if not _is_rejection(error) and self._num_failures < limit:
                 self._tracker = None
                 raise
             self._report_skipped(entry, error)

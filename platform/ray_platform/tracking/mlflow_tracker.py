@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ _MAX_KEY_LENGTH = 250
 _MAX_PARAMS_PER_CALL, _MAX_METRICS_PER_CALL = 100, 1000
 _MAX_TAG_LENGTH = 5000
 _PARENT_TAG, _NOTE_TAG, _CONTEXT_TAG = "mlflow.parentRunId", "mlflow.note.content", "mlflow.data.context"
+_CONNECTED_TAG = "mlflow.connectedAt"  # MLflow's pages do not show tags of its own prefix
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow then shows the pages of trainings, not those of chats
 _SETTINGS = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 _SETTINGS |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -56,7 +58,8 @@ class MlflowTracker(Tracker):
             logger.warning("tracking: run %s does not exist in MLflow any more; a new one is started", run_id)
             return ""
         self._client.update_run(run_id, status="RUNNING")
-        self._set_tags(run_id, self._config.tags)
+        # A new value: the run counts as open only if the store can be written.
+        self._set_tags(run_id, {**self._config.tags, _CONNECTED_TAG: str(time.time())})
         return run_id
 
     def _start_run(self, uri: str) -> str:

@@ -60,7 +60,7 @@ class Tracker(Protocol):
 
     A class that inherits from it implements only the methods that its service supports; the others do nothing. They are called in
     a thread that may wait, with arguments without secrets. When a method raises, the run is opened again and the call is repeated
-    until the service answers. A call that fails three times, or with a ValueError or TypeError, is skipped with a warning. After
+    until the service answers. A call that fails ten times, or with a ValueError or TypeError, is skipped with a warning. After
     the process was killed, the calls of the last seconds may be repeated.
     """
 
