@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 JsonObject = dict[str, Any]  # of JSON values
@@ -22,17 +22,22 @@ def to_plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def first_difference(a: Any, b: Any, field: str = "") -> tuple[str, str, str] | None:
-    """Return the first field in which two JSON values differ, in the order of `a`, and both its values, shortened."""
+def differences(a: Any, b: Any, field: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield each field in which two JSON values differ, in the order of `a`, and both its values, shortened."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in dict.fromkeys([*a, *b]):
             inner = f"{field}.{key}" if field else key
-            if key not in a or key not in b:
-                return inner, _shorten(a[key]) if key in a else "absent", _shorten(b[key]) if key in b else "absent"
-            if difference := first_difference(a[key], b[key], inner):
-                return difference
-        return None
-    return None if a == b else (field, _shorten(a), _shorten(b))
+            if key in a and key in b:
+                yield from differences(a[key], b[key], inner)
+            else:
+                yield inner, *(_shorten(value[key]) if key in value else "absent" for value in (a, b))  # type: ignore[misc]
+    elif a != b:
+        yield field, _shorten(a), _shorten(b)
+
+
+def first_difference(a: Any, b: Any) -> tuple[str, str, str] | None:
+    """Return the first of `differences`."""
+    return next(differences(a, b), None)
 
 
 def with_defaults(saved: JsonObject, defaults: JsonObject) -> JsonObject:

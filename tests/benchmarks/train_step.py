@@ -5,7 +5,8 @@
 Three contenders take turns training a model like the demo's at 256 px: (a) the worker loop under Ray Train and DeepSpeed, with
 the platform's data loading; (b) the same engine and model in a bare loop over batches in memory; (c) the same model under DDP.
 They are measured once with one worker per core, so that Ray and the reads compete with training, and once with a spare core, as
-on hosts with accelerators. The last line is one JSON object.
+on hosts with accelerators. The collective operations and host waits of a step are counted for each ZeRO stage. The last
+line is one JSON object.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from tests.benchmarks.measuring import in_turns, medians, ratio
 from tests.diffdis.plain_losses import plain_alignment_loss
 from tests.support.ranks import Ranks
 from tests.support.recording import Records, recording
+from tests.support.step_counts import StepCounts, of_a_step
 
 WARM_UP, TIMED = 4, 24  # steps
 FILLING = 60  # additional untimed steps of (a), in which the reads fill their buffers
@@ -159,6 +161,12 @@ def tasks(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[
     return {name: statistics.median(times[2:]) for name, times in seconds.items()}
 
 
+def counts(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[str], zero_stage: int) -> StepCounts:
+    """Return the collective operations of a step, and the places where the host would wait for an accelerator."""
+    task = DiffDisTask(config.model, config.objective)
+    return of_a_step(task, replace(config.train, zero_stage=zero_stage), batches(images, captions, rank, 1))[0]
+
+
 def memory(which: str, global_batch: int) -> float:
     """Return the peak GB for InfoNCE and its gradient, excluding inputs: `contrastive_memory` in a new process."""
     code = f"from tests.benchmarks.train_step import contrastive_memory; contrastive_memory({which!r}, {global_batch})"
@@ -227,7 +235,10 @@ def main() -> None:
         result |= rates(config, Path(folder), images, 1, arguments.rounds, "_with_a_core_to_spare")
         group = Ranks(2)
         seconds = group.run(tasks, config, *images, 16)[0]
+        by_stage = [group.run(counts, config, *images, zero_stage)[0] for zero_stage in range(4)]
         group.stop()
+    result |= {f"collectives_zero_{stage}": number.collectives for stage, number in enumerate(by_stage)}
+    result |= {f"host_waits_zero_{stage}": number.host_waits for stage, number in enumerate(by_stage)}
     result["joint_cost_ratio"] = round(seconds["joint"] / (seconds["generation"] + seconds["alignment"]), 3)
     result |= {f"seconds_a_step_{name}": round(value, 3) for name, value in seconds.items()}
     for which, global_batch in (("chunked", 32768), ("chunked", 16384), ("plain", 16384), ("plain", 8192)):

@@ -180,23 +180,8 @@ def test_operations_are_those_of_the_models_own_work(tiny_model, visibility, nam
 
 
 def counts_on_a_rank(rank, config, zero_stage, num_micro):
-    """Return the counts of a step after the first, which is not typical."""
-    from ray_platform.train.checkpoint_format import LossHistory
-    from ray_platform.train.engine import Engine
-    from ray_platform.train.fault_tolerance import LossMonitor
-
     task, train = build(config), TrainConfig(zero_stage=zero_stage, ema_decay=0.9)
-    engine = Engine(task, train, 2, num_micro)
-    inputs = [task.inputs(batch_of(CAPTIONS[:2]), CPU) for _ in range(num_micro)]
-    monitor = LossMonitor(train, LossHistory(), "")
-
-    def step():
-        loss, _ = engine.backward(inputs, list(range(num_micro)))
-        flags = dict.fromkeys(("stop", "checkpoint_due", "uploading", "upload_failed"), False)
-        engine.update(1, skip=monitor.sync_step_status(loss, **flags).is_bad)
-
-    step()
-    return step_counts.count(step), step_counts.count(lambda: list(engine.local_state()))
+    return step_counts.of_a_step(task, train, [batch_of(CAPTIONS[:2])] * num_micro)
 
 
 @pytest.mark.parametrize("num_micro", [1, 2])

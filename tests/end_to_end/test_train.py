@@ -15,6 +15,7 @@ from diffdis.pipeline import DiffDisPipeline
 from diffdis_platform.config.export import ExportConfig
 from diffdis_platform.exporting import export
 from ray_platform.contracts import ConfigError
+from ray_platform.train.checkpoint_format import read_weights
 from tests.support.training import assert_close_losses, logged_losses, logged_metric, plain_loop
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -55,6 +56,16 @@ def test_an_existing_run_is_not_overwritten(trained_run):
         with_fields(trained_run.plain, resume="none").check()
 
 
+def test_a_complete_run_is_left_alone(trained_run, capsys):
+    def times():
+        return {path: path.stat().st_mtime_ns for path in trained_run.output.rglob("*") if path.is_file()}
+
+    before = times()
+    assert trained_run.run.fit() == trained_run.tracked
+    assert capsys.readouterr().out.startswith("output_dir: ")
+    assert times() == before
+
+
 def test_a_checkpoint_exports_as_the_run_itself_did(trained_run, tmp_path):
     def exported(folder, **fields):
         line = export(ExportConfig(str(trained_run.output), str(folder), **fields))
@@ -81,6 +92,17 @@ def test_a_run_that_was_never_disturbed_has_the_same_losses_to_the_last_bit(trai
         with_fields(run, stop_at_step=last_step).fit()
         assert json.loads((tmp_path / "train_summary.json").read_text())["num_steps"] == last_step
     assert logged_losses(tmp_path) == logged_losses(trained_run.output)
+
+
+@pytest.mark.slow
+def test_a_new_run_starts_from_the_weights_of_a_checkpoint(trained_run, tmp_path):
+    checkpoint = next((trained_run.output / "checkpoints").glob("*/step_00000012"))
+    fields = {"resume": str(checkpoint), "resume_weights_only": True, "num_steps": 2, "seed": 1, "zero_stage": 2}
+    dataclasses.replace(with_fields(trained_run.plain, **fields), output_dir=str(tmp_path)).fit()
+    assert sorted(logged_losses(tmp_path)) == [1, 2]
+    saved = next((tmp_path / "checkpoints").glob("*/step_00000002"))
+    step = dict(read_weights(str(saved), "step"))
+    assert {int(value) for name, value in step.items() if name.endswith("query_out.weight")} == {2}
 
 
 @pytest.mark.slow

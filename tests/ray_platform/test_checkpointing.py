@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ray_platform import retry, storage
-from ray_platform.contracts import ConfigError, ConsumedRange
+from ray_platform.contracts import ConfigError, ConsumedRange, DataError
 from ray_platform.data.ledger import Ledger
 from ray_platform.formats import NewerFormatError
 from ray_platform.train import checkpoint_format, checkpointing
@@ -181,6 +181,9 @@ def test_a_checkpoint_is_loaded_with_all_that_a_run_needs(tmp_path, one_rank):
     state = TrainState.from_checkpoint(loaded, catalog, TrainConfig(seed=3))
     assert (state.step, state.url, state.skipped) == (10, url, {"image_undecodable": 4})
     assert state.base.to_bytes() == state.consumed.to_bytes() == LEDGER.to_bytes()
+    other = find_checkpoint("auto", str(tmp_path), "b", "other shards")
+    with pytest.raises(DataError, match=r"data\.sources: .*step_00000010.*resume_weights_only"):
+        TrainState.from_checkpoint(other, catalog, TrainConfig(seed=3))
     with pytest.raises(ConfigError, match=r"train\.seed: 4, but the checkpoint .*step_00000010 was written with 3"):
         TrainState.from_checkpoint(loaded, catalog, TrainConfig(seed=4))
 

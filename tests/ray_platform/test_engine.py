@@ -151,6 +151,19 @@ def test_the_same_ranks_continue_to_the_last_bit(whole_runs, states, zero_stage)
     assert_equal(tensors, whole_runs[zero_stage][1])
 
 
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_parameter_that_is_trained_from_a_resume_on_starts_with_its_own_step_count(states, zero_stage):
+    """Adam's first update is as large as the learning rate; with the run's step count it would be several times larger."""
+    new, old = "first.weight", {name: t for name, t in states[zero_stage].items() if not name.startswith("step/")}
+    state = {name: tensor for name, tensor in old.items() if name in (f"weights/{new}", f"ema/{new}") or not name.endswith(new)}
+    tensors = train(zero_stage=zero_stage, start=3, stop=4, state=state)[1]
+    assert {name: tensors[name].item() for name in tensors if name.startswith("step/")} == {
+        f"step/{name}": 1 if name == new else 4 for name in ("first.weight", "first.bias", "last.weight", "last.bias")
+    }
+    update = (tensors[f"weights/{new}"] - state[f"weights/{new}"]).abs().max()
+    assert update == pytest.approx(1e-2, rel=0.1), "the rate of this step, and a little weight decay"
+
+
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_a_step_with_an_infinite_gradient_changes_nothing(states, zero_stage):
     """The gradient is infinite on one of two ranks; both skip the step."""

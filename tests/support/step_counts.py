@@ -38,3 +38,22 @@ def _is_host_wait(event) -> bool:
     parent = event.cpu_parent.name if event.cpu_parent is not None else ""
     is_read = event.name == "aten::item" and (not parent.startswith("aten::") or parent == "aten::is_nonzero")
     return is_read or event.name == "aten::nonzero"
+
+
+def of_a_step(task, train, batches) -> tuple[StepCounts, StepCounts]:
+    """Return the counts of a step on this rank, after a first one, which is not typical, and of collecting a checkpoint."""
+    from ray_platform.train.checkpoint_format import LossHistory
+    from ray_platform.train.engine import Engine
+    from ray_platform.train.fault_tolerance import LossMonitor
+
+    engine = Engine(task, train, len(batches[0].captions), len(batches))
+    inputs, seeds = [task.inputs(batch, engine.device) for batch in batches], list(range(len(batches)))
+    monitor = LossMonitor(train, LossHistory(), "")
+
+    def step():
+        loss, _ = engine.backward(inputs, seeds)
+        flags = dict.fromkeys(("stop", "checkpoint_due", "uploading", "upload_failed"), False)
+        engine.update(1, skip=monitor.sync_step_status(loss, **flags).is_bad)
+
+    step()
+    return count(step), count(lambda: list(engine.local_state()))

@@ -61,6 +61,7 @@ class Manifest:
     parent: str = ""  # checkpoint before it, as `Lineage.parent`
     counter: int = 0  # grows along the lineage; 0: written in format 1
     ancestors: list[str] = field(default_factory=list)  # launches from which its launch descends, oldest first
+    rewarm: dict[str, float] = field(default_factory=dict)  # fields of `optimizer.Rewarm`; empty: the schedule never changed
 
     def to_bytes(self) -> bytes:
         return json.dumps(MANIFEST_FORMAT.stamp(asdict(self)), indent=1).encode()

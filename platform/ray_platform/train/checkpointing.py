@@ -50,6 +50,8 @@ from ray_platform.train.checkpoint_format import (
 from ray_platform.train.collective import collective, gather_objects
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.hang_detector import HeartbeatThread
+from ray_platform.train.optimizer import MOMENTS, WEIGHTS
+from ray_platform.train.resuming import other_shards
 from ray_platform.train.tensor_parts import ReadTensors
 
 if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not need it
@@ -140,21 +142,21 @@ class TrainState:
     def from_checkpoint(cls, loaded: LoadedCheckpoint, catalog: Catalog, train: TrainConfig) -> "TrainState":
         """Return the state in which the checkpoint was saved, for any number of ranks.
 
-        The same number of ranks continues its plan, sample by sample. Another number plans the remaining samples anew. Other
-        shards (of a run that starts from another run's checkpoint) are read from their beginning. Raises ConfigError for another
-        seed, as the ledger counts a shard's samples in the order that the seed determines.
+        The same number of ranks continues its plan, sample by sample. Another number plans the remaining samples anew. Raises
+        ConfigError for another seed, as the ledger counts a shard's samples in the order that the seed determines, and DataError
+        for other shards.
         """
         url, manifest = loaded.url, loaded.manifest
         if manifest.seed != train.seed:
             raise ConfigError(
                 f"train.seed: {train.seed}, but the checkpoint {url} was written with {manifest.seed}; resume with that seed"
             )
-        base, consumed = loaded.ledgers or (Ledger(catalog.num_units), Ledger(catalog.num_units))
-        if loaded.ledgers is None and dist.get_rank() == 0:
-            logger.warning("%s was trained on other shards: the data are read from their beginning", url)
+        if loaded.ledgers is None:
+            raise other_shards(url)
+        base, consumed = loaded.ledgers
         if manifest.world_size != dist.get_world_size():
             base = consumed.copy()
-        skipped = add_counts(*(state.skipped for state in loaded.rank_states if loaded.ledgers))
+        skipped = add_counts(*(state.skipped for state in loaded.rank_states))
         batch_size = train.global_batch_size or manifest.global_batch_size
         return cls(manifest.step, manifest.samples_seen, batch_size, base, consumed, skipped, url)
 
@@ -166,16 +168,25 @@ def add_counts(*counts: Mapping[str, int]) -> dict[str, int]:
 
 
 @collective
-def restore(loaded: LoadedCheckpoint, engine: "Engine") -> None:
-    """Load weights, moments, EMA and loss scale into an engine of any number of ranks and any ZeRO stage.
+def restore(loaded: LoadedCheckpoint, engine: "Engine", weights_only: bool = False) -> None:
+    """Load weights, moments, EMA and loss scale into an engine of any number of ranks and any ZeRO stage, or only the weights.
 
     torch's generator on the CPU is restored, too, when the number of ranks is the same. Raises ConfigError for another model.
     """
-    tensors = ReadTensors(loaded.tensors, engine.device)
+    saved, num_updates = loaded.tensors, loaded.manifest.num_updates
+    if weights_only:
+        saved, num_updates = {key: tensor for key, tensor in saved.items() if key.startswith(f"{WEIGHTS}/")}, 0
+    missing = engine.load_state(num_updates, ReadTensors(saved, engine.device).join)
+    new = [name.partition("/")[2] for name in missing if name.startswith(f"{WEIGHTS}/")]
+    untrained = [name.partition("/")[2] for name in missing if name.startswith(f"{MOMENTS[0]}/") and not weights_only]
+    if new and dist.get_rank() == 0:
+        logger.warning("%s lacks %d parameters, which stay as built, such as %s", loaded.url, len(new), new[0])
+    if untrained and dist.get_rank() == 0:
+        message = "%d parameters are newly trained, such as %s; their moments and step counts start at 0"
+        logger.warning(message, len(untrained), untrained[0])
+    if weights_only:
+        return
     engine.loss_scale.load(loaded.manifest.loss_scale)
-    missing = engine.load_state(loaded.manifest.num_updates, tensors.join)
-    if missing and dist.get_rank() == 0:
-        logger.warning("%s lacks %d tensors, which stay as built, such as %s", loaded.url, len(missing), missing[0])
     if loaded.manifest.world_size == dist.get_world_size():
         torch.set_rng_state(loaded.rank_states[0].rng_tensor())
 

@@ -29,6 +29,9 @@ class TrainConfig:
     deepspeed: dict[str, Any] = field(default_factory=dict)  # merged into the generated DeepSpeed configuration
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up; linear and cosine end at 0
     warmup_steps: int = 100
+    # When a run resumes with another schedule, such as more steps: steps over which the rate rises from the one at which it
+    # stopped to that of the schedule. 0: it jumps.
+    rewarm_steps: int = 0
     gradient_clipping: float = 1.0  # maximum global norm of the gradients; 0: no clipping
     ema_decay: float = 0.0  # of the weights that are exported; 0: no EMA
     # A step changes nothing when its loss is not finite or above this factor times the usual loss; max_bad_steps in a row end
@@ -57,6 +60,8 @@ class TrainConfig:
     # auto: resume from the newest checkpoint in output_dir, if any. none: start anew, and reject an output_dir with checkpoints.
     # Anything else: the path of a checkpoint to resume from.
     resume: str = "none"
+    # With the path of a checkpoint in `resume`: take only its weights. Steps, schedule, optimizer and data start anew.
+    resume_weights_only: bool = False
 
     def __post_init__(self) -> None:
         positive = ("num_steps", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps")
@@ -77,6 +82,8 @@ class TrainConfig:
             ("precision", self.precision != "fp16" or self.gpus_per_worker, "needs an accelerator; use fp32 or bf16"),
             ("offload_optimizer", not self.offload_optimizer or self.zero_stage, "needs train.zero_stage 1, 2 or 3"),
             ("ema_decay", 0 <= self.ema_decay < 1, "is not in [0, 1)"),
+            ("resume_weights_only", not self.resume_weights_only or self.resume != "none", "needs train.resume = PATH"),
+            ("rewarm_steps", self.rewarm_steps >= 0, "is negative; use 0 for none"),
             ("max_loss_factor", self.max_loss_factor > 1, "is not above 1"),
             ("heldout_every", not self.heldout_sources or self.heldout_every >= 1, "is below 1; or use no heldout_sources"),
         )

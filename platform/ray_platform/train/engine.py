@@ -21,7 +21,7 @@ from ray_platform.contracts import Task
 from ray_platform.train import deepspeed_internals
 from ray_platform.train.collective import collective
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.optimizer import EMA, MOMENTS, STEP, WEIGHTS, AdamW, Fragment, LossScale, learning_rate_factor
+from ray_platform.train.optimizer import EMA, MOMENTS, STEP, WEIGHTS, AdamW, Fragment, LossScale, Rewarm, learning_rate_factor
 from ray_platform.train.tensor_parts import part_key
 
 deepspeed_internals.disable_inference_kernels(deepspeed)
@@ -44,8 +44,11 @@ class Update:
 class Engine:
     """A Task's module and its optimizer, sharded over the ranks of the current process group."""
 
-    def __init__(self, task: Task, config: TrainConfig, micro_batch_size: int, num_micro_batches: int):
-        self.task, self.config = task, config
+    def __init__(
+        self, task: Task, config: TrainConfig, micro_batch_size: int, num_micro_batches: int, rewarm: Rewarm | None = None
+    ):
+        """`rewarm`: where the learning rate of a resumed run starts to rise to its schedule."""
+        self.task, self.config, self.rewarm = task, config, rewarm
         if config.activation_checkpointing:
             task.enable_activation_checkpointing()
         self.adam = AdamW(task.parameter_groups(), config.ema_decay)
@@ -92,7 +95,7 @@ class Engine:
         """
         scale = self.loss_scale.value
         max_norm = self.config.gradient_clipping * scale
-        self.adam.set_learning_rates(learning_rate_factor(self.config, step))
+        self.adam.set_learning_rates(learning_rate_factor(self.config, step, self.rewarm))
         # On the device of the weights, which may be offloaded: a copy from the accelerator would not be waited for.
         grad_scale = torch.full((), scale, device=self.adam.device) if scale != 1 else None
         if self.config.zero_stage == 0:

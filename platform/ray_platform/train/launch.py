@@ -28,6 +28,8 @@ from ray_platform.tracking import (
     RunRecord,
     TrackedData,
     TrackedRun,
+    read_run_record,
+    tracking_uri,
 )
 from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.tracking.run_metadata import append_command, code_version, dated_name, run_tags
@@ -39,6 +41,7 @@ from ray_platform.train.hang_detector import HangDetector
 from ray_platform.train.heldout import read_heldout
 from ray_platform.train.lease import Lease
 from ray_platform.train.preflight import CATALOG, RunPlan
+from ray_platform.train.resuming import Resumption
 from ray_platform.train.worker_spec import WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -99,15 +102,20 @@ class Run(RunPlan):
         `config_yaml` is saved as config.yaml. Raises ConfigError or DataError before anything starts, also if another launch uses
         the output folder, and TrainingError for a run that failed or was stopped by SIGTERM.
         """
-        catalog = self.check()
+        catalog, resumed = self.check(), Resumption.find(self.train, self.output_dir)
+        if resumed and (line := resumed.completed(self.train, self.output_dir)):
+            print(line, flush=True)
+            record = RunRecord(tracking_uri=tracking_uri(self.tracking, self.output_dir), experiment="", run_id="")
+            return read_run_record(self.output_dir) or record
         # Unique; people read the time, and nothing depends on it.
         launch = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
         with Lease(self.output_dir, launch) as lease:
             if config_yaml:
                 storage.write_bytes(storage.join(self.output_dir, "config.yaml"), config_yaml.encode())
-            return self._fit(catalog, launch, lease)
+            tags = resumed.report(self.params, self.train) if resumed else {}
+            return self._fit(catalog, launch, lease, tags)
 
-    def _fit(self, catalog: Catalog, launch: str, lease: Lease) -> RunRecord:
+    def _fit(self, catalog: Catalog, launch: str, lease: Lease, tags: dict[str, str]) -> RunRecord:
         heldout = None
         if self.train.heldout_sources:
             heldout = read_heldout(self.data, self.train.heldout_sources, self.train.heldout_samples)
@@ -116,7 +124,7 @@ class Run(RunPlan):
         self.check_capacity()
         storage.write_bytes(storage.join(self.output_dir, CATALOG), to_json(catalog))
         version = code_version()
-        metadata, resume = self._metadata(catalog, version), self.train.resume != "none"
+        metadata, resume = self._metadata(catalog, version, tags), self.train.resume != "none"
         with start_run(self.tracking, self.output_dir, metadata, resume=resume, record=True, in_actor=True) as tracker:
             try:
                 self._train(catalog, heldout, tracker, version, launch, lease)
@@ -126,14 +134,14 @@ class Run(RunPlan):
                         storage.delete(self._ray_dir)
             return run_record(self.tracking, self.output_dir, tracker)
 
-    def _metadata(self, catalog: Catalog, version: str) -> RunMetadata:
+    def _metadata(self, catalog: Catalog, version: str, tags: dict[str, str]) -> RunMetadata:
         """Describe the run in the tracker. Raises DataError if a held-out source is missing."""
         recipe, sources = str(self.params.get("recipe", "run")), ", ".join(self.data.sources)
         datasets = tracked_data(catalog, self.data, self.train)
         return RunMetadata(
             f"{dated_name(recipe)}-seed{self.train.seed}",
             describe_run(recipe, self.command, self.train, datasets, self.output_dir),
-            run_tags(recipe, self.output_dir, version) | {"data.sources": sources},
+            run_tags(recipe, self.output_dir, version) | {"data.sources": sources} | tags,
             self.params,
             datasets,
         )

@@ -184,8 +184,27 @@ class LossScale:
             self.value, self.good_steps = state["value"], int(state["good_steps"])
 
 
-def learning_rate_factor(config: TrainConfig, step: int) -> float:
-    """Return the factor of every group's learning rate at `step` (from 0): a linear warm-up, then `train.lr_schedule`."""
+@dataclass(frozen=True)
+class Rewarm:
+    """Where a run that resumed with another schedule starts to raise its learning rate to that schedule."""
+
+    step: int  # the first one with the new schedule
+    factor: float  # of the learning rates in the step before
+
+
+def learning_rate_factor(config: TrainConfig, step: int, rewarm: Rewarm | None = None) -> float:
+    """Return the factor of every group's learning rate at `step` (from 0).
+
+    It is a linear warm-up, then `train.lr_schedule`; from `rewarm.step` on, it moves linearly from `rewarm.factor` to that, in
+    `train.rewarm_steps`.
+    """
+    factor = _schedule_factor(config, step)
+    if rewarm is None or step >= rewarm.step + config.rewarm_steps:
+        return factor
+    return rewarm.factor + (factor - rewarm.factor) * (step - rewarm.step + 1) / config.rewarm_steps
+
+
+def _schedule_factor(config: TrainConfig, step: int) -> float:
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = min(1.0, (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps))

@@ -75,7 +75,7 @@ class RunPlan:
         self.check_capacity()
         for backend in self.tracking.services:
             load_tracker_class(backend)
-        self._check_resume()
+        self._check_resume(catalog)
         for manifest in filter(None, (each.manifest for each in catalogs)):
             precomputed.check_encoders(manifest, self.describe_encoders())
         self.describe_weights()
@@ -102,14 +102,18 @@ class RunPlan:
         with named_field("train.heldout_sources"):
             return build_catalog(replace(self.data, sources=self.train.heldout_sources, weights=()))
 
-    def _check_resume(self) -> None:
+    def _check_resume(self, catalog: Catalog) -> None:
         from ray_platform.train.checkpoint_format import list_checkpoints
+        from ray_platform.train.resuming import Resumption, other_shards
 
         if self.train.resume == "none" and (existing := list_checkpoints(self.output_dir)):
             raise ConfigError(
                 f"output_dir: {self.output_dir} already holds a run (up to {existing[0].rsplit('/', 1)[1]}); "
                 "continue it with --resume auto, or give another output_dir"
             )
+        resumed = Resumption.find(self.train, self.output_dir)
+        if resumed and resumed.manifest.source_digest != catalog.digest:
+            raise other_shards(resumed.url)
 
     def check_capacity(self) -> None:
         """Raise ConfigError if the fewest workers and their reads do not fit: Ray would wait for more nodes without an end.
@@ -133,7 +137,7 @@ class RunPlan:
         catalog, train = self.check(), self.train
         from ray_platform.connect import connect
         from ray_platform.data.inspection import inspect_first_samples
-        from ray_platform.train.checkpoint_format import candidates, read_manifest
+        from ray_platform.train.resuming import Resumption
 
         if os.environ.get("RAY_ADDRESS"):
             connect()
@@ -142,8 +146,8 @@ class RunPlan:
             with named_field("train.heldout_sources"):
                 inspect_first_samples(heldout, self.data, INSPECTED_SAMPLES)
         samples = inspect_first_samples(catalog, self.data, INSPECTED_SAMPLES)
-        starts = candidates(train.resume, self.output_dir, "none yet")
-        saved = read_manifest(starts[0]) if starts else None
+        resumed = Resumption.find(train, self.output_dir)
+        saved = resumed.manifest if resumed else None
         default_batch = saved.global_batch_size if saved else train.max_workers * train.micro_batch_size
         global_batch = train.global_batch_size or default_batch
         num_steps = max(0, train.last_step - (saved.step if saved else 0))
@@ -166,7 +170,8 @@ class RunPlan:
             "epochs_to_train_on": round(num_steps * global_batch / catalog.num_samples, 3) if catalog.num_samples else None,
             "checkpoints_to_write": -(-num_steps // train.checkpoint_every),
             "checkpoints_kept": train.keep_checkpoints + bool(train.keep_best),
-            "starts_from": starts[0] if starts else "the beginning",
+            "starts_from": resumed.url if resumed else "the beginning",
+            "changed_settings": [*resumed.changes(self.params), *resumed.warnings(train)] if resumed else [],
             "output_dir": self.output_dir,
             "weights": self.describe_weights(),
         } | self.describe_captions(samples.captions)

@@ -25,7 +25,7 @@ def parse_part_key(key: str, shape: Sequence[int]) -> tuple[str, int, tuple[int,
     name, *place = key.split("@")
     if not place:
         return name, 0, tuple(shape)
-    start, whole = int(place[0]), tuple(int(size) for size in place[1].split("x"))
+    start, whole = int(place[0]), tuple(int(size) for size in place[-1].split("x"))
     if len(place) != 2 or not 0 <= start <= start + math.prod(shape) <= math.prod(whole):
         raise ValueError(f"{key[:100]!r} is not a part of a tensor")
     return name, start, whole

@@ -8,6 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from ray_platform.train.fault_tolerance import LossMonitor, StepStatus
 from ray_platform.train.hang_detector import HeartbeatThread
 from ray_platform.train.heldout import generate_previews, score, select_samples
 from ray_platform.train.optimizer import EMA, WEIGHTS
+from ray_platform.train.resuming import resumed_rewarm, takes_weights_only
 from ray_platform.train.throughput import ThroughputMeter, count_flops, memory_metrics, start_profiler
 from ray_platform.train.worker_spec import SUMMARY, WorkerSpec
 
@@ -86,26 +88,28 @@ class Trainer:
         self.spec, self.config, self.task, self.heartbeat = spec, config, task, heartbeat
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         loaded = find_checkpoint(config.resume, spec.output_dir, spec.launch, spec.catalog.digest)
-        if loaded is None:
-            self.start, history = TrainState.initial(spec.catalog, config), LossHistory()
+        weights_only = loaded is not None and takes_weights_only(loaded.url, config)
+        if loaded is None or weights_only:
+            self.start, history, rewarm = TrainState.initial(spec.catalog, config), LossHistory(), None
         else:
             self.start = TrainState.from_checkpoint(loaded, spec.catalog, config)
-            history = loaded.loss_history(spec.output_dir, spec.params)
+            history, rewarm = loaded.loss_history(spec.output_dir, spec.params), resumed_rewarm(loaded.manifest, config)
+        self.loaded_url = loaded.url if loaded else ""
         self.plan = BatchPlan.of(self.start.global_batch_size, self.world_size, config.micro_batch_size)
         reader = Reader(config.seed, self.rank, self.world_size, self.start.base, self.start.consumed.copy())
         num_batches = max(0, config.last_step - self.start.step)
         self.first_captions: Sequence[str] = ()
         self.batches = stream(spec.catalog, spec.data, reader, batch_size=self.plan.samples, num_batches=num_batches)
         self.meter = ThroughputMeter(self._count_flops_per_step())
-        self.engine = Engine(task, config, self.plan.micro_batch_size, self.plan.num_micro_batches)
+        self.engine = Engine(task, config, self.plan.micro_batch_size, self.plan.num_micro_batches, rewarm)
         if loaded is not None:
-            restore(loaded, self.engine)
+            restore(loaded, self.engine, weights_only)
         self.loss_monitor = LossMonitor(config, history, spec.output_dir)
         retention = RetentionPolicy(spec.output_dir, config.keep_checkpoints, config.keep_best, config.keep_best_mode)
         lineage = Lineage(spec.launch)
         if self.rank == 0:
             with storage.retrying_for(RETRY_SECONDS):
-                lineage = Lineage.read(spec.output_dir, spec.launch, self.start.url, loaded.manifest if loaded else None)
+                lineage = Lineage.read(spec.output_dir, spec.launch, self.loaded_url, loaded.manifest if loaded else None)
         self.checkpoints = CheckpointManager(lineage, self.engine, self.start, retention, heartbeat)
         self.profiler = start_profiler(spec.output_dir) if config.profile and self.rank == 0 else None
         self.step = self.start.step
@@ -228,7 +232,9 @@ class Trainer:
 
     def _log_run_start(self) -> None:
         plan, requested = self.plan, self.start.global_batch_size
-        origin = f"from step {self.start.step} of {self.start.url}" if self.start.url else "from the beginning"
+        origin = f"from step {self.start.step} of {self.loaded_url}" if self.loaded_url else "from the beginning"
+        if self.loaded_url and not self.start.url:
+            origin = f"from the weights of {self.loaded_url}"
         self.spec.tracker.log_bytes(json.dumps(self.task.describe(self.first_captions), indent=2).encode(), "model.json")
         logger.info(
             f"training {origin}: {plan.world_size} workers, ZeRO {self.config.zero_stage}, {plan.global_batch_size} samples per "
@@ -295,6 +301,7 @@ class Trainer:
             code_version=self.spec.code_version,
             config=self.spec.params,
             files={},
+            rewarm=asdict(self.engine.rewarm) if self.engine.rewarm else {},
         )
 
     @collective
@@ -324,7 +331,8 @@ class Trainer:
         skipped = self._gather_skipped()
         if self.rank == 0:
             # As the checkpoint has them: no rank has all of them in memory.
-            weights = dict(read_weights(self.checkpoints.uploader.url, EMA if self.config.ema_decay else WEIGHTS))
+            url = self.checkpoints.uploader.url or self.start.url
+            weights = dict(read_weights(url, EMA if self.config.ema_decay else WEIGHTS))
             with tempfile.TemporaryDirectory(prefix="export_") as folder:
                 try:
                     self.task.save_pretrained(weights, Path(folder), self._manifest().training_facts())

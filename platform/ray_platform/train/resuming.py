@@ -1,0 +1,102 @@
+"""Resuming a run: the checkpoint that a launch continues, the settings that changed since, and the learning rate between both."""
+
+import contextlib
+import json
+import logging
+from dataclasses import dataclass, replace
+
+from ray_platform import storage
+from ray_platform.contracts import DataError
+from ray_platform.json_values import JsonObject, differences, to_json
+from ray_platform.train.checkpoint_format import CorruptCheckpoint, Manifest, candidates, checkpoints_dir, read_manifest
+from ray_platform.train.config import TrainConfig
+from ray_platform.train.optimizer import Rewarm, learning_rate_factor
+from ray_platform.train.worker_spec import SUMMARY
+
+logger = logging.getLogger(__name__)
+
+# Fields that say where a launch starts and ends, not how it trains.
+UNREPORTED = ("output_dir", "train.resume", "train.resume_weights_only", "train.stop_at_step")
+SCHEDULE_FIELDS = ("num_steps", "warmup_steps", "lr_schedule", "rewarm_steps")
+MAX_TAG = 4000  # characters that MLflow's stores accept
+JUMP = 0.05  # fraction of the peak: a learning rate that grows by more from one step to the next is reported
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """The checkpoint from which a launch continues training."""
+
+    url: str
+    manifest: Manifest
+
+    @classmethod
+    def find(cls, train: TrainConfig, output_dir: str) -> "Resumption | None":
+        """Return the newest readable checkpoint that `train.resume` names; None for a launch that starts with step 0."""
+        for url in candidates(train.resume, output_dir, "none yet"):
+            with contextlib.suppress(CorruptCheckpoint):
+                return None if takes_weights_only(url, train) else cls(url, read_manifest(url))
+        return None
+
+    def completed(self, train: TrainConfig, output_dir: str) -> str:
+        """Return a line that says that nothing is left to do, when that is so; otherwise an empty string."""
+        url = storage.join(output_dir, SUMMARY)
+        is_own = self.url.startswith(storage.join(checkpoints_dir(output_dir), ""))
+        if not is_own or self.manifest.step < train.last_step or not storage.exists(url):
+            return ""
+        if json.loads(storage.read_bytes(url))["num_steps"] < train.last_step:  # a restart has yet to export
+            return ""
+        return (
+            f"output_dir: {output_dir} is complete (step {self.manifest.step} of {train.last_step}); to train longer, raise "
+            "train.num_steps or train.stop_at_step; to train anew, give another output_dir"
+        )
+
+    def changes(self, params: JsonObject) -> list[str]:
+        """Return `field: was …, is …` for each field of the resolved configuration that differs from that of the checkpoint."""
+        saved, current = (json.loads(to_json(config)) for config in (self.manifest.config, params))
+        return [f"{name}: was {was}, is {now}" for name, was, now in differences(saved, current) if name not in UNREPORTED]
+
+    def report(self, params: JsonObject, train: TrainConfig) -> dict[str, str]:
+        """Print `changes` and `warnings`, and return the changes as a tag of the tracked run, whose parameters never change."""
+        changes = self.changes(params)
+        if changes:
+            print("\n  ".join([f"settings changed since {self.url}:", *changes]), flush=True)
+        for line in self.warnings(train):
+            logger.warning("%s", line)
+        return {f"changed_at_step_{self.manifest.step}": "; ".join(changes)[:MAX_TAG]} if changes else {}
+
+    def warnings(self, train: TrainConfig) -> list[str]:
+        """Return a line when the learning rate jumps."""
+        step, rewarm = self.manifest.step, resumed_rewarm(self.manifest, train)
+        rate = learning_rate_factor(train, step, rewarm)
+        if rewarm is None or rewarm.step != step or rate <= rewarm.factor + JUMP:
+            return []
+        return [
+            f"train.rewarm_steps: the learning rate jumps from {rewarm.factor:.2g} to {rate:.2g} of its peak at step {step}, "
+            f"because the schedule changed ({train.rewarm_steps}); set the number of steps over which it should rise, such as "
+            f"{max(100, train.num_steps // 100)}"
+        ]
+
+
+def takes_weights_only(url: str, train: TrainConfig) -> bool:
+    """Return whether only the weights of this checkpoint are used. A restart continues from the launch's own checkpoints."""
+    return train.resume_weights_only and url == train.resume.rstrip("/")
+
+
+def other_shards(url: str) -> DataError:
+    """Return the error of a run that would continue a checkpoint with other shards than it was trained on."""
+    return DataError(
+        f"data.sources: the checkpoint {url} was trained on other shards; restore those, or take only its weights with "
+        "--train.resume_weights_only true"
+    )
+
+
+def resumed_rewarm(manifest: Manifest, train: TrainConfig) -> Rewarm | None:
+    """Return where the learning rate of a resumed run starts to rise to its schedule; None if the schedule never changed."""
+    saved_train = manifest.config.get("train", {})
+    fields = {name: saved_train[name] for name in SCHEDULE_FIELDS if name in saved_train}
+    saved, previous = replace(train, stop_at_step=0, **fields), None
+    if manifest.rewarm:
+        previous = Rewarm(int(manifest.rewarm["step"]), manifest.rewarm["factor"])
+    if manifest.step == 0 or all(getattr(saved, name) == getattr(train, name) for name in SCHEDULE_FIELDS):
+        return previous
+    return Rewarm(manifest.step, learning_rate_factor(saved, manifest.step - 1, previous))

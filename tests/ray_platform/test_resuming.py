@@ -1,0 +1,91 @@
+"""A resumed run reports what changed, joins two learning-rate schedules, and does nothing when it is complete."""
+
+import itertools
+import json
+
+import pytest
+
+from ray_platform.contracts import ConfigError, DataError
+from ray_platform.train.config import TrainConfig
+from ray_platform.train.optimizer import Rewarm, learning_rate_factor
+from ray_platform.train.resuming import Resumption, other_shards, resumed_rewarm
+from tests.ray_platform.test_checkpointing import manifest, save
+
+FINISHED = {"num_steps": 100, "warmup_steps": 10, "lr_schedule": "cosine", "rewarm_steps": 0}
+
+
+def resumption(step=100, config=None, folder="/run", **fields):
+    return Resumption(f"{folder}/checkpoints/a/step", manifest(step, config=config or {"train": FINISHED}, **fields))
+
+
+def factors(steps, train, rewarm):
+    return [learning_rate_factor(train, step, rewarm) for step in steps]
+
+
+def test_each_changed_setting_is_reported(capsys):
+    saved = {"objective": {"lr_unet": 1e-4, "lambda_alignment": 1.0, "freeze": []}, "train": FINISHED | {"resume": "none"}}
+    current = {
+        "objective": {"lr_unet": 2e-4, "lambda_alignment": 1.0, "freeze": ("unet.*",)},
+        "train": FINISHED | {"resume": "auto", "micro_batch_size": 8},
+    }
+    changed = resumption(config=saved)
+    assert changed.changes(current) == [
+        "objective.lr_unet: was 0.0001, is 0.0002",
+        'objective.freeze: was [], is ["unet.*"]',
+        "train.micro_batch_size: was absent, is 8",
+    ]
+    (tag,) = changed.report(current, TrainConfig(**FINISHED)).items()
+    assert tag == ("changed_at_step_100", "; ".join(changed.changes(current)))
+    assert capsys.readouterr().out.count(": was ") == 3
+    assert changed.report(saved, TrainConfig(**FINISHED)) == {}
+    assert capsys.readouterr().out == ""
+
+
+def test_a_finished_run_with_more_steps_jumps_or_rises():
+    """The cosine of 100 steps ends near 0; that of 200 is at half of the peak there."""
+    jumping, rising = (TrainConfig(**FINISHED | {"num_steps": 200, "rewarm_steps": steps}) for steps in (0, 20))
+    old = resumption()
+    assert resumed_rewarm(old.manifest, rising) == Rewarm(100, pytest.approx(0.0003, abs=1e-4))
+    (line,) = old.warnings(jumping)
+    assert line.startswith("train.rewarm_steps")
+    assert "step 100" in line
+    assert old.warnings(rising) == []
+    rewarm = resumed_rewarm(old.manifest, rising)
+    values = factors(range(100, 130), rising, rewarm)
+    assert values[0] == pytest.approx(0.028, abs=0.003)
+    assert max(b - a for a, b in itertools.pairwise(values)) < 0.03
+    assert values[19:] == factors(range(119, 130), rising, None)
+    # A restart in the middle of the rise continues it, with its own checkpoint and settings.
+    middle = resumption(110, {"train": FINISHED | {"num_steps": 200, "rewarm_steps": 20}}, rewarm={"step": 100, "factor": 0.0003})
+    assert resumed_rewarm(middle.manifest, rising) == Rewarm(100, 0.0003)
+    assert middle.warnings(rising) == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"rewarm_steps": 0}, {"num_steps": 90}, {"num_steps": 101, "lr_schedule": "linear"}])
+def test_a_schedule_without_a_jump_is_not_reported(changes):
+    assert resumption(50 if not changes else 100).warnings(TrainConfig(**FINISHED | changes)) == []
+
+
+def test_a_run_is_complete_when_its_summary_is_that_of_the_last_step(tmp_path):
+    done, train = resumption(folder=tmp_path), TrainConfig(**FINISHED)
+    assert done.completed(train, str(tmp_path)) == "", "it has still to export"
+    (tmp_path / "train_summary.json").write_text(json.dumps({"num_steps": 100}))
+    assert done.completed(train, str(tmp_path)).startswith("output_dir: ")
+    assert done.completed(TrainConfig(**FINISHED | {"num_steps": 200}), str(tmp_path)) == ""
+    assert resumption(50, folder=tmp_path).completed(train, str(tmp_path)) == ""
+    assert resumption(folder="/other").completed(train, str(tmp_path)) == "", "it starts from another run's checkpoint"
+    (tmp_path / "train_summary.json").write_text(json.dumps({"num_steps": 50}))
+    assert done.completed(train, str(tmp_path)) == ""
+
+
+def test_weights_of_another_run_start_anew(tmp_path):
+    url, _ = save(tmp_path / "other", 10)
+    full = TrainConfig(resume=url)
+    assert Resumption.find(full, str(tmp_path / "run")).url == url
+    assert Resumption.find(TrainConfig(resume=f"{url}/", resume_weights_only=True), str(tmp_path / "run")) is None
+    own, _ = save(tmp_path / "run", 5)
+    restarted = TrainConfig(resume="auto", resume_weights_only=True)
+    assert Resumption.find(restarted, str(tmp_path / "run")).url == own, "its own checkpoints are continued"
+    with pytest.raises(ConfigError, match=r"train\.resume_weights_only"):
+        TrainConfig(resume_weights_only=True)
+    assert isinstance(other_shards(url), DataError)
