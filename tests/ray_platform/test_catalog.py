@@ -193,6 +193,16 @@ def test_a_large_shard_is_read_in_parts(tmp_path):
     assert keys(parts.pools[0]) == keys([whole]) == [f"large.tar/{number:05d}" for number in range(36)]
 
 
+def test_a_large_shard_whose_samples_are_not_adjacent_says_so(tmp_path):
+    members = samples_of(0, 36, size=160)
+    (tmp_path / "large.tar").write_bytes(tar_of(members[::2] + members[1::2]))  # all images, then all captions
+    for max_read_mb, causes in ((1, {"files_apart"}), (9, set())):
+        config = DataConfig(sources=(str(tmp_path),), image_size=8, max_read_mb=max_read_mb)
+        opened = [open_samples(Item(0, 0, 0, unit, []), config, 0) for unit in build_catalog(config).pools[0]]
+        samples = [unit.sample(place) for unit in opened for place in range(len(unit))]
+        assert {sample.cause for sample in samples if isinstance(sample, RejectedSample)} == causes
+
+
 # ---------------------------------------------------------------------------------------------------------- precomputed
 
 

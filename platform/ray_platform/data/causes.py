@@ -32,6 +32,7 @@ BAD_DATA: dict[str, str] = {
     "json_too_large": "a .json of more than 1 MiB; remove everything but scores and the caption",
     "name_too_long": "a file name of more than 1,024 characters in a tar; rename the file",
     "name_ambiguous": "named like `7.b.jpg` next to a sample `7`, of which it could be a side file; remove the dot",
+    "files_apart": "image or caption missing in a part of a large tar; sort the tar, or raise data.max_read_mb above its size",
     "file_not_stored": "a link, a device or a sparse file in a tar; write it with `tar --hard-dereference -h` and without -S",
     "score_missing": "a filter needs a score that the .json lacks; see data.filters",
     "key_repeated": "the same file name twice in a tar: which caption belongs to which image is unknown",

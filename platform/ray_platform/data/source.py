@@ -53,6 +53,7 @@ class ShardSamples:
     records: Sequence[Record | Sample | RejectedSample]
     config: DataConfig
     seed: str  # of random crops
+    is_part: bool = False  # the unit is a part of a large tar
 
     def __len__(self) -> int:
         return len(self.records)
@@ -70,7 +71,9 @@ class ShardSamples:
             image = decode.image(record.members, self.config, f"{self.seed}/{record.key}")
             return Sample(record.key, caption, {"image": image})
         except SampleError as error:
-            return RejectedSample(record.key, error.cause)
+            # Each half of a sample whose files are not adjacent would be called incomplete.
+            is_half = error.cause == "image_missing" or not record.members.keys() & {"txt", "json"}
+            return RejectedSample(record.key, "files_apart" if self.is_part and is_half else error.cause)
 
 
 def open_samples(item: Item, config: DataConfig, seed: int) -> ShardSamples:
@@ -93,7 +96,7 @@ def open_samples(item: Item, config: DataConfig, seed: int) -> ShardSamples:
     except storage.StorageError as error:
         num_consumed = max((stop for _, stop in item.consumed), default=0)
         records = [RejectedSample(f"{shard.name}/", lost_cause(error), str(error))] * (num_consumed + 1)
-    return ShardSamples(records, config, f"{seed}/{item.epoch}")
+    return ShardSamples(records, config, f"{seed}/{item.epoch}", is_part=not unit.whole)
 
 
 def open_precomputed(data: pa.Buffer, rejected_key: str) -> Sequence[Sample | RejectedSample]:

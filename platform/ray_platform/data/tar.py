@@ -63,9 +63,10 @@ class Record:
     def add(self, suffix: str, content: memoryview | None) -> None:
         if content is None:
             self.cause = "file_not_stored"
-        else:
-            self.cause = self.cause or ("key_repeated" if suffix in self.members else "")
-            self.members[suffix] = content
+            return
+        if suffix in self.members:
+            self.cause = self.cause or "key_repeated"
+        self.members[suffix] = content
 
 
 def read_tar_slice(
@@ -178,12 +179,15 @@ def _grouped(
     rejected: list[RejectedSample] = []
     others: list[Member] = []  # without a known extension after the first dot
     for member in members:
-        suffix = posixpath.basename(member.name).partition(".")[2].lower()
-        if len(member.name) > _MAX_NAME_LENGTH:
-            rejected.append(RejectedSample(f"{shard_name}/{_printable(member.name[:50])}…", "name_too_long"))
+        name = member.name
+        suffix = posixpath.basename(name).partition(".")[2].lower()
+        if len(name) > _MAX_NAME_LENGTH:
+            rejected.append(RejectedSample(f"{shard_name}/{_printable(name[:50])}…", "name_too_long"))
         elif suffix in suffixes:
-            key = _printable(posixpath.join(shard_name, _key(member.name)))
-            records.setdefault(key, Record(key)).add(suffix, member.content)
+            key = _printable(posixpath.join(shard_name, _key(name)))
+            if (record := records.get(key)) is None:
+                record = records[key] = Record(key)
+            record.add(suffix, member.content)
         else:
             others.append(member)
     if others:
@@ -266,13 +270,14 @@ def _members(data: bytes, begin: int) -> tuple[list[Member], Ending]:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every member with all its headers
                 if member.size < 0 or member.offset_data <= at or len(tar.pax_headers) > _MAX_GLOBAL_FIELDS:
                     return members, "garbage"  # a negative size would make tarfile loop forever
-                # A sparse file has fewer bytes in the tar than on a disk.
-                at = end = tar.offset if member.issparse() else member.offset_data + member.size
+                is_sparse = member.issparse()  # it has fewer bytes in the tar than on a disk
+                at = end = tar.offset if is_sparse else member.offset_data + member.size
                 if end > len(data):
                     return members, "cut"
-                content = view[member.offset_data : end] if member.isreg() and not member.issparse() else None
-                if not member.isdir():
-                    members.append(Member(member.name, content, member.offset_data - _BLOCK))
+                if member.isreg() and not is_sparse:
+                    members.append(Member(member.name, view[member.offset_data : end], member.offset_data - _BLOCK))
+                elif not member.isdir():
+                    members.append(Member(member.name, None, member.offset_data - _BLOCK))
             # tarfile also stops at a broken header and at a hole in the file. A valid end is one block of zeros or more.
             left = len(data) - tar.offset
             if left < _BLOCK:
