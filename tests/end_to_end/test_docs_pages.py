@@ -64,7 +64,7 @@ def test_quickstart(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     port, data, demo_run = free_ports(1)[0], tmp_path / "data", tmp_path / "diffdis" / "outputs" / "demo"
     data.mkdir()
-    words = {"REPOSITORY": str(ROOT), "/data/my-": f"{data}/my-", "--port 5000": f"--port {port}"}
+    words = {"REPOSITORY": str(ROOT), "/tmp/my-": f"{data}/my-", "--port 5000": f"--port {port}"}
     shell = Shell(tmp_path, readers_environment(), words)
     demo, run, ui, evaluate, use, tests = blocks_run_by(__file__, "docs/quickstart.md")
 
