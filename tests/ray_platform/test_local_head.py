@@ -75,9 +75,10 @@ def test_a_job_that_fails_has_its_exit_code(head, project):
 
 @pytest.mark.slow
 def test_a_driver_next_to_the_head_finds_it_by_its_environment(head):
-    driver = "from ray_platform.connect import connect; connect(); import ray; print(ray.cluster_resources()['CPU'])"
+    driver = "from ray_platform.connect import connect; connect(); import ray; r = ray.cluster_resources()"
+    driver += "; print(r['CPU'], r['object_store_memory'] > 2**30)"
     printed = subprocess.check_output([sys.executable, "-c", driver], env=head.env | {"PYTHONPATH": PLATFORM}, text=True)
-    assert printed.split() == ["2.0"]
+    assert printed.split() == ["2.0", "True"], "the object store has the size of the machine"
 
 
 def test_the_head_is_reachable_from_this_machine_alone_and_with_its_token_alone(head):
