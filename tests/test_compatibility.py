@@ -1,4 +1,4 @@
-"""Files of earlier versions still load. tests/fixtures/ba8fcc6/README.md describes them."""
+"""Files of earlier versions still load. The README.md of each folder in tests/fixtures describes them."""
 
 import dataclasses
 import gzip
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from diffdis.pipeline import DiffDisPipeline
@@ -18,7 +19,8 @@ from diffdis_platform.commands.compare import parse_arguments as parse_compare
 from diffdis_platform.commands.eval import parse_arguments as parse_eval
 from diffdis_platform.commands.pretrain import parse_arguments as parse_pretrain
 from diffdis_platform.comparison.run import plan_comparison
-from diffdis_platform.exporting import build_task
+from diffdis_platform.config.export import ExportConfig
+from diffdis_platform.exporting import build_task, export
 from diffdis_platform.sweeping import rebuild_report
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data import precomputed
@@ -27,9 +29,12 @@ from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import Histogram
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.results import metrics_for_tracking
+from ray_platform.formats import NewerFormatError
 from ray_platform.report import inspection
 from ray_platform.report.comparison import comparison_page
+from ray_platform.tracking import read_run_record
 from ray_platform.train import checkpoint_format
+from ray_platform.train.lease import Holder
 from tests.support.html_page import Page
 from tests.support.training import logged_losses
 
@@ -97,6 +102,36 @@ def test_a_configuration(old, expected):
     assert_contains(as_json(config), values)
 
 
+def test_removed_fields_are_ignored_in_a_saved_configuration_only(old, tmp_path, caplog):
+    saved = yaml.safe_load((old / "run" / "config.yaml").read_text())
+    saved["train"]["removed"], saved["removed_section"] = 1, {"a": 2}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    parsed = parse_pretrain(["--config", str(tmp_path / "config.yaml"), "--train.num_steps", "7"])
+    expected = parse_pretrain(["--config", str(old / "run" / "config.yaml"), "--train.num_steps=7"])
+    assert parsed.config == expected.config
+    assert "removed_section, train.removed" in caplog.text
+    again = tmp_path / "again.yaml"
+    again.write_text(parsed.yaml)
+    assert parse_pretrain([f"--config={again}"]).config == parsed.config
+    again.write_text("train: {num_stepz: 1}")  # written by a user
+    with pytest.raises(ConfigError, match="num_stepz"):
+        parse_pretrain(["--config", str(again)])
+    again.write_text(parsed.yaml.replace("format_version: 1", "format_version: 9"))
+    with pytest.raises(NewerFormatError, match=r"again\.yaml: .*newer version.*9"):
+        parse_pretrain(["--config", str(again)])
+
+
+def test_a_checkpoint_with_removed_fields_is_exported(old, old_checkpoint, tmp_path):
+    url, _ = old_checkpoint
+    shutil.copytree(url, tmp_path / "checkpoint")
+    values = json.loads((tmp_path / "checkpoint" / "complete.json").read_text().replace(OLD_ROOT, str(old)))
+    values["config"]["model"]["removed"] = values["config"]["objective"]["removed"] = 1
+    (tmp_path / "checkpoint" / "complete.json").write_text(json.dumps(values))
+    export(ExportConfig(checkpoint=str(tmp_path / "checkpoint"), output_dir=str(tmp_path / "export")))
+    states = [DiffDisPipeline.from_pretrained(path).model.state_dict() for path in (tmp_path / "export", old / "run" / "export")]
+    assert digest(states[0]) == digest(states[1])
+
+
 def test_a_checkpoints_manifest_and_ledgers(old_checkpoint, expected):
     url, manifest = old_checkpoint
     exact = expected["exact"]
@@ -153,6 +188,52 @@ def test_a_model_from_mlflow(old, expected):
     result = model.predict(pd.DataFrame({"caption": CAPTIONS}), {"task": "embed"})
     embedding = [list(map(float, row)) for row in result["embedding"]]
     np.testing.assert_allclose(embedding, expected["close"]["mlflow_model embed"], rtol=1e-3, atol=1e-3)
+
+
+def test_files_with_format_versions(tmp_path):
+    folder = Path(__file__).parent / "fixtures" / "2026_11_29"
+    config = parse_pretrain(["--config", str(folder / "config.yaml")]).config
+    assert (config.output_dir, config.train.num_steps, config.data.sources) == ("/data/run", 7, ("/data/shards",))
+    newest, older = checkpoint_format.list_checkpoints(str(folder))
+    assert (newest[-8:], older[-8:]) == ("00000015", "00000020")
+    manifest = checkpoint_format.read_manifest(newest)
+    assert (manifest.counter, manifest.parent) == (3, "20261129-120000-aaaaaa/step_00000020")
+    assert (manifest.ancestors, manifest.seed) == (["20261129-120000-aaaaaa"], 3)
+    weights = {name: tensor.tolist() for name, tensor in checkpoint_format.read_weights(newest, "weights")}
+    assert weights == {"p0": [0, 1, 2, 3], "p1": [1, 2, 3, 4]}
+    assert checkpoint_format.read_rank_state(newest, manifest, 1).skipped == {"image_undecodable": 2}
+    holder = Holder.from_bytes((folder / "lease.json").read_bytes(), "lease.json")
+    assert str(holder) == "launch 20261129-110000-bbbbbb (host gpu-3, pid 812, Ray job raysubmit_1)"
+    assert read_run_record(str(folder))["run_id"] == "0123456789abcdef"
+    (tmp_path / "shards").mkdir()
+    for name, size in (("00000.tar", 2048), ("00001.tar", 4096)):
+        (tmp_path / "shards" / name).write_bytes(bytes(size))
+    catalog = build_catalog(DataConfig(sources=(str(tmp_path / "shards"),)))
+    assert difference((folder / "catalog.json").read_bytes(), catalog) == ""
+    (tmp_path / "shards" / "00001.tar").unlink()
+    smaller = build_catalog(DataConfig(sources=(str(tmp_path / "shards"),)))
+    assert "1 removed (00001.tar)" in difference((folder / "catalog.json").read_bytes(), smaller)
+    shutil.copy(folder / "precomputed" / "manifest.json", tmp_path)
+    (tmp_path / "00000-0000000.arrow").write_bytes(b"x")
+    encoded = build_catalog(DataConfig(sources=(str(tmp_path),), image_size=16))
+    assert (encoded.num_samples, encoded.manifest["encoders"]) == (3, {"autoencoder": {"kind": "haar"}})
+
+
+@pytest.mark.parametrize("name", ["catalog.json", "mlflow.json", "manifest.json"])
+def test_a_file_of_a_newer_version_is_told_apart_from_a_damaged_one(tmp_path, name):
+    (tmp_path / name).write_text('{"format_version": 9}')
+    (tmp_path / "a.arrow").write_bytes(b"x")
+    read = {
+        "catalog.json": lambda: difference((tmp_path / name).read_bytes(), None),
+        "mlflow.json": lambda: read_run_record(str(tmp_path)),
+        "manifest.json": lambda: build_catalog(DataConfig(sources=(str(tmp_path),))),
+    }[name]
+    with pytest.raises(NewerFormatError, match=rf"{name}: .*newer version"):
+        read()
+    (tmp_path / name).write_text("[")
+    with pytest.raises(DataError, match=name) as damaged:
+        read()
+    assert "newer version" not in str(damaged.value)
 
 
 def test_the_data_of_an_old_run_is_recognized(old, expected):

@@ -9,6 +9,8 @@ from diffdis.config import DiffDisConfig, ObjectiveConfig
 from diffdis.task import DiffDisTask
 from diffdis.warm_start import resolve_pretrained
 from diffdis_platform.config.export import ExportConfig
+from diffdis_platform.config.parse import field_types, read_saved
+from diffdis_platform.config.pretrain import PretrainConfig
 from ray_platform import storage
 from ray_platform.cached_folders import with_cached_folders
 from ray_platform.contracts import ConfigError, DataError, describe_error
@@ -43,8 +45,9 @@ def export(config: ExportConfig) -> str:
     """
     url, manifest = find_checkpoint(config.checkpoint)
     try:
-        ema = config.weights == "ema" or (config.weights == "best" and manifest.config["train"]["ema_decay"] > 0)
-        task = build_task(manifest.config)
+        settings = read_saved(manifest.config, field_types(PretrainConfig), f"{url}/{checkpoint_format.COMPLETE}", ("recipe",))
+        ema = config.weights == "ema" or (config.weights == "best" and settings["train"]["ema_decay"] > 0)
+        task = build_task(settings)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
         raise DataError(
             f"{url}: no model can be built from the configuration in it ({describe_error(error)}); take another"

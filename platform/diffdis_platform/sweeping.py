@@ -19,6 +19,7 @@ from diffdis_platform.parent_run import start_parent_run
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.results import metrics_for_tracking
+from ray_platform.formats import FileFormat
 from ray_platform.json_values import first_difference, to_json, with_defaults
 from ray_platform.metric_registry import check_declared
 from ray_platform.placement import ResourceRequest
@@ -34,6 +35,7 @@ from ray_platform.tracking.run_metadata import code_version
 from ray_platform.train import checkpoint_format
 
 REPORT, DETAILS, SETTINGS = "report.html", "details.json", "sweep.json"
+DETAILS_FORMAT = FileFormat("sweep result")
 # Ray Tune's saved state names functions of this code and types of Ray: another version of either cannot resume it.
 VERSION = {"format_version": 2, "ray_version": metadata.version("ray")}
 # Fields that the sweep sets, or that must be equal for all trials.
@@ -298,7 +300,7 @@ def run_sweep(plan: SweepPlan, yaml: str, command: str) -> SweepDetails:
     params = {"recipe": plan.recipe, **asdict(config)}
     with start_parent_run(config, "sweep", plan.recipe, command, params) as (tracker, tracking):
         details = _build_details(plan, plan.sweep(tracking).run(), command, time.monotonic() - start)
-        files = {DETAILS: to_json(details), REPORT: sweep_page(details).encode()}
+        files = {DETAILS: to_json(DETAILS_FORMAT.stamp(details)), REPORT: sweep_page(details).encode()}
         for name, content in files.items():
             storage.write_bytes(storage.join(config.output_dir, name), content)
         _track(tracker, config, details, files | {name: text.encode() for name, text in sweep_files(details).items()})
@@ -323,7 +325,9 @@ def rebuild_report(output_dir: str) -> SweepDetails | None:
             f"output_dir: {output_dir} has an unfinished sweep of another version (format {version['format_version']}, Ray "
             f"{version['ray_version']}); finish it with that version, or give another output_dir"
         )
-    details = cast(SweepDetails, storage.read_json(details_url))
+    values = storage.read_json(details_url)
+    DETAILS_FORMAT.check_version(values, details_url)
+    details = cast(SweepDetails, values)
     storage.write_bytes(storage.join(output_dir, REPORT), sweep_page(details).encode())
     return details
 

@@ -25,6 +25,7 @@ from ray_platform.connect import describe_cluster
 from ray_platform.contracts import ConfigError, DataError, UserError, describe_error
 from ray_platform.evaluate.discovery import open_image_set
 from ray_platform.evaluate.results import metrics_for_tracking
+from ray_platform.formats import FileFormat
 from ray_platform.json_values import first_difference, to_json, with_defaults
 from ray_platform.redaction import redacted_values, restored
 from ray_platform.report.comparison import comparison_page
@@ -38,6 +39,7 @@ from ray_platform.train.worker_spec import SUMMARY as TRAINING_SUMMARY
 logger = logging.getLogger(__name__)
 
 NUM_SAMPLES = 32  # images per arm in the report
+COMPARISON_FORMAT = FileFormat("comparison result")
 REPORT, SUMMARY, RESULT = "report.html", "summary.json", "result.json"
 # Fields that no result depends on, or that name files whose digests are in the identity instead.
 _NOT_IN_IDENTITY = (
@@ -85,7 +87,7 @@ def compare(config: CompareConfig, plan: ComparisonPlan, recipe: str, command: s
 
     def save() -> ComparisonSummary:
         summary = summarize(plan, failures)
-        storage.write_bytes(storage.join(config.output_dir, SUMMARY), to_json(summary))
+        storage.write_bytes(storage.join(config.output_dir, SUMMARY), to_json(COMPARISON_FORMAT.stamp(summary)))
         return summary
 
     params = {"arms": plan.fields, "seeds": list(config.seeds), **plan.identity}
@@ -149,7 +151,7 @@ def measure(config: CompareConfig, identity: Fields, arm: str, seed: int, recipe
         "run_id": tracked["run_id"],
         "code_version": code_version(),
     }
-    storage.write_bytes(storage.join(url, RESULT), to_json(result))
+    storage.write_bytes(storage.join(url, RESULT), to_json(COMPARISON_FORMAT.stamp(result)))
     return figures
 
 
@@ -243,6 +245,7 @@ def _read_summary(config: CompareConfig, identity: Fields) -> tuple[dict[str, Fi
         return {}, {}
     try:
         summary = json.loads(storage.read_small(url))
+        COMPARISON_FORMAT.check_version(summary, url)
         config_of_all = dict(summary["config"])
         fields = config_of_all.pop("arms")
         saved = _with_new_fields(config_of_all)
@@ -263,7 +266,8 @@ def _read_result(config: CompareConfig, identity: Fields, arm: str, seed: int) -
     url = storage.join(config.run_dir(arm, seed), RESULT)
     if not storage.exists(url):
         return None
-    result = json.loads(storage.read_small(url))
+    result = storage.read_json(url)
+    COMPARISON_FORMAT.check_version(result, url)
     is_same = result["fields"] == config.fields_of(arm) and _with_new_fields(result["config"]) == identity
     return result["figures"] if is_same else None
 

@@ -4,11 +4,12 @@ import dataclasses
 import difflib
 import inspect
 import json
+import logging
 import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -17,12 +18,18 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from ray_platform.contracts import ConfigError, one_line
+from ray_platform.formats import VERSION_KEY, FileFormat
+from ray_platform.json_values import JsonObject
 from ray_platform.redaction import is_redacted, redacted_values
 from ray_platform.storage_config import StorageConfig
 
 Config = TypeVar("Config")
+FieldTypes = dict[str, Any]  # by dotted name
 Recipes = Mapping[str, Callable[..., Config]]
 
+logger = logging.getLogger(__name__)
+
+CONFIG_FORMAT = FileFormat("configuration")
 MAX_CONFIG_BYTES = 2**20
 MAX_CONFIG_VALUES = 100_000  # with YAML aliases expanded
 _S3_CREDENTIALS = re.compile(r"s3a?://[^/]*@")
@@ -94,13 +101,14 @@ def parse(
         options.add(f"--{name}")
     parser.add_class_arguments(config_class, default=default)
     fields = field_types(config_class)
-    values, text = _resolve(parser, _normalize(arguments, fields, options))
+    written = {option.removeprefix("--").replace("-", "_") for option in options}  # to a saved configuration, next to the fields
+    values, text = _resolve(parser, _read_config_files(_normalize(arguments, fields, options), fields, written))
     config = config_class(**{name: values[name] for name in _field_names(config_class)})
     given = frozenset(name.replace("-", "_") for name in switches or {} if values[name.replace("-", "_")])
     _set_storage_variables(config)
     if check := getattr(config, "check", None):
         check()
-    return ParsedCommand(config, values["recipe"] if recipes else "", given, text)
+    return ParsedCommand(config, values["recipe"] if recipes else "", given, f"{VERSION_KEY}: {CONFIG_FORMAT.version}\n{text}")
 
 
 def _set_storage_variables(config: Any) -> None:
@@ -131,9 +139,9 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
     return type(config)(**{name: built.get(name, getattr(config, name)) for name in _field_names(type(config))})
 
 
-def field_types(config_class: type, prefix: str = "") -> dict[str, Any]:
+def field_types(config_class: type, prefix: str = "") -> FieldTypes:
     """Return the type of every field by dotted name, including the fields of nested dataclasses."""
-    found: dict[str, Any] = {}
+    found: FieldTypes = {}
     for name, kind in typing.get_type_hints(config_class).items():
         if name in _field_names(config_class):
             found[prefix + name] = kind
@@ -171,7 +179,7 @@ def _last_value(arguments: Sequence[str], flag: str, default: str) -> str:
     return value
 
 
-def _normalize(arguments: Sequence[str], fields: Mapping[str, Any], options: set[str]) -> list[str]:
+def _normalize(arguments: Sequence[str], fields: FieldTypes, options: set[str]) -> list[str]:
     """Reject unknown flags, join the values of a list to one JSON list, and give a lone boolean flag the value true."""
     result: list[str] = []
     rest = list(arguments)
@@ -207,9 +215,6 @@ def _field_argument(flag: str, kind: Any, values: list[str]) -> list[str]:
 
 def _resolve(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Mapping[str, Any], str]:
     """Return the instantiated values, and the same values as YAML without secrets."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        if argument.partition("=")[0] == "--config":
-            _check_config_file(Path(argument.partition("=")[2] or following))
     try:
         values = parser.parse_args(arguments)
     except (ArgumentError, ImportError) as error:  # ImportError: a class_path in a configuration
@@ -225,8 +230,56 @@ def _resolve(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Mapping[
         raise ConfigError(one_line(error)) from error
 
 
-def _check_config_file(path: Path) -> None:
-    """Check that a file is YAML of a reasonable size before anything is built from it."""
+def read_saved(values: JsonObject, fields: FieldTypes, url: str, options: Collection[str] = ()) -> JsonObject:
+    """Return a saved configuration without the fields that no longer exist, which a warning names.
+
+    Args:
+        values: the configuration, with nested sections.
+        fields: result of `field_types`.
+        url: the file, for messages.
+        options: names at the top level that are not fields, such as `recipe`.
+
+    Raises:
+        NewerFormatError: a newer version saved it.
+    """
+    CONFIG_FORMAT.check_version(values, url)
+    unknown: list[str] = []
+
+    def known(section: JsonObject, prefix: str) -> JsonObject:
+        result = {}
+        for key, value in section.items():
+            name = f"{prefix}{key}"
+            if name in fields and dataclasses.is_dataclass(fields[name]) and isinstance(value, dict):
+                result[key] = known(value, f"{name}.")
+            elif name in fields or name in options:
+                result[key] = value
+            elif name != VERSION_KEY:
+                unknown.append(name)
+        return result
+
+    current = known(values, "")
+    if unknown:
+        logger.warning("%s: ignoring fields that no longer exist: %s", url, ", ".join(unknown)[:200])
+    return current
+
+
+def _read_config_files(arguments: Sequence[str], fields: FieldTypes, options: set[str]) -> list[str]:
+    """Replace the path of a saved config.yaml by the fields in it that still exist. In any other file, all fields must exist."""
+    result = []
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        path = argument if previous == "--config" else argument.partition("=")[2] if argument.startswith("--config=") else ""
+        if path:
+            values = yaml.safe_load(_read_config_file(Path(path)))
+            # Only this parser writes options, such as `recipe`, to a file, and since then also the version.
+            if isinstance(values, dict) and (VERSION_KEY in values or values.keys() & options):
+                saved = read_saved(values, fields, path, options)
+                argument = argument.removesuffix(path) + yaml.safe_dump(saved, sort_keys=False)
+        result.append(argument)
+    return result
+
+
+def _read_config_file(path: Path) -> bytes:
+    """Return the content of a file after checking that it is YAML of a reasonable size."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
@@ -242,6 +295,7 @@ def _check_config_file(path: Path) -> None:
         raise ConfigError(
             f"--config: {path} has more than {MAX_CONFIG_VALUES:,} values, because its aliases multiply; write them out"
         )
+    return content
 
 
 def _count_values(node: Any, counts: dict[int, int]) -> int:

@@ -14,10 +14,12 @@ from typing import Any
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
+from ray_platform.formats import FileFormat
 from ray_platform.json_values import first_difference, to_json, to_plain
 from ray_platform.metric_registry import check_declared
 from ray_platform.report.records import DatasetResult, EvaluationDetails
 
+DETAILS_FORMAT = FileFormat("evaluation result")
 _FIRST_COLUMNS = ("dataset", "model", "pretrained", "model_fullname", "task", "language", "n")
 _MAX_MODEL_NAME = 100  # characters in a metric's name, of which a tracking server takes 250 in all
 
@@ -65,7 +67,7 @@ def write_results(details: EvaluationDetails, output_dir: str) -> None:
     writer.writeheader()
     writer.writerows(rows)
     storage.write_bytes(storage.join(output_dir, "results.csv"), buffer.getvalue().encode())
-    storage.write_bytes(storage.join(output_dir, "details.json"), to_json(_without_images(details)))
+    storage.write_bytes(storage.join(output_dir, "details.json"), to_json(DETAILS_FORMAT.stamp(_without_images(details))))
 
 
 def _folder_name(model: str) -> str:

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from ray_platform.contracts import ConfigError
+from ray_platform.formats import FileFormat
 
+RUN_RECORD_FORMAT = FileFormat("run record")
 RUN_RECORD = "mlflow.json"  # in output_dir: a `RunRecord`, from which a resumed job continues in the same run
 JOURNAL_ONLY = "jsonl"  # in `TrackingConfig.backends`: no tracker
 # Import paths, so that only the process that writes a run imports MLflow (a second).
@@ -90,4 +92,6 @@ def read_run_record(output_dir: str) -> RunRecord | None:
     from ray_platform import storage  # late: every configuration imports this module, and pyarrow and fsspec take long
 
     url = storage.join(output_dir, RUN_RECORD)
-    return RunRecord(**storage.read_json(url)) if storage.exists(url) else None  # type: ignore[typeddict-item]
+    if not storage.exists(url):
+        return None
+    return RunRecord(**RUN_RECORD_FORMAT.read(storage.read_json(url), RunRecord.__annotations__, url))  # type: ignore[typeddict-item]

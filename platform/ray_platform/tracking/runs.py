@@ -19,7 +19,7 @@ from ray_platform.json_values import JsonObject
 from ray_platform.placement import log_restart, start_on_this_node
 from ray_platform.redaction import is_redacted, redacted, redacted_values
 from ray_platform.retry import RETRY_SECONDS
-from ray_platform.tracking.config import RUN_RECORD, RunRecord, TrackingConfig, read_run_record, tracking_uri
+from ray_platform.tracking.config import RUN_RECORD, RUN_RECORD_FORMAT, RunRecord, TrackingConfig, read_run_record, tracking_uri
 from ray_platform.tracking.delivery import ARTIFACTS, Delivery, DeliveryState, config_of
 from ray_platform.tracking.journal import JOURNAL_FORMAT, Journal
 from ray_platform.tracking.tracker import ModelPackage, NestedValues, RunMetadata, RunStatus, TrackedData, Tracker
@@ -89,7 +89,8 @@ def start_run(
 def write_run_record(config: TrackingConfig, output_dir: str, run_id: str) -> None:
     """Write `mlflow.json`. Raises StorageError."""
     record = RunRecord(tracking_uri=tracking_uri(config, output_dir), experiment=config.experiment, run_id=run_id)
-    storage.write_bytes(storage.join(output_dir, RUN_RECORD), json.dumps(redacted_values(record), indent=2).encode())
+    content = RUN_RECORD_FORMAT.stamp(redacted_values(record))
+    storage.write_bytes(storage.join(output_dir, RUN_RECORD), json.dumps(content, indent=2).encode())
 
 
 def run_record(config: TrackingConfig, output_dir: str, tracker: Tracker) -> RunRecord:
