@@ -11,6 +11,7 @@ from ray_platform.contracts import ConfigError
 from ray_platform.formats import NewerFormatError
 from ray_platform.train import lease
 from ray_platform.train.lease import LEASE, Holder, Lease
+from tests.support.messages import check_message
 
 ELSEWHERE = replace(Holder.current("first"), host="gpu-3", pid=812, machine="another machine", ray_job="raysubmit_1")
 NO_PID = 2**22 + 1  # above Linux' limit
@@ -64,8 +65,9 @@ def test_a_lease_that_is_renewed_on_another_host_rejects_a_launch(output):
     """Whatever its clock says."""
     write(output, replace(ELSEWHERE, renewed_at="1999-01-01T00:00:00+00:00"))
     waiting = Waiting(lambda: waiting.seconds >= 10 and write(output, replace(ELSEWHERE, renewals=1)))
-    with pytest.raises(ConfigError, match=r"in use by launch first \(host gpu-3, pid 812, Ray job raysubmit_1\)"):
+    with pytest.raises(ConfigError, match=r"in use by launch first \(host gpu-3, pid 812, Ray job raysubmit_1\)") as rejected:
         Lease(output, "second", waiting).__enter__()
+    check_message("a second launch into an output folder in which a run trains", rejected.value, OUTPUT_DIR=output)
     assert waiting.seconds <= lease.RENEWAL_SECONDS
     assert read(output).launch == "first"
 
@@ -80,16 +82,22 @@ def test_a_lease_that_stays_the_same_is_taken_over(tmp_path, caplog, content):
     waited, taken = [record.getMessage() for record in caplog.records]
     assert "waiting up to 45 s" in waited
     assert "taking over" in taken
-    assert content != ELSEWHERE.to_bytes() or "gpu-3" in waited
+    if content == ELSEWHERE.to_bytes():
+        check_message("a launch finds the lease of a driver on another host", waited, OUTPUT_DIR=tmp_path)
+        check_message("that lease is not renewed, because its driver was killed", taken, OUTPUT_DIR=tmp_path)
 
 
 @pytest.mark.parametrize("ended", [{"pid": NO_PID}, {"started": "1"}], ids=["no such process", "another process has its pid"])
-def test_the_lease_of_a_process_that_has_ended_on_this_machine_is_taken_over_at_once(tmp_path, ended):
+def test_the_lease_of_a_process_that_has_ended_on_this_machine_is_taken_over_at_once(tmp_path, caplog, ended):
     write(tmp_path, replace(Holder.current("first"), **ended))
     waiting = Waiting()
     with Lease(str(tmp_path), "second", waiting):
         assert read(tmp_path).launch == "second"
     assert waiting.seconds < lease.RENEWAL_SECONDS
+    (taken,) = caplog.messages
+    if "pid" in ended:
+        places = {"OUTPUT_DIR": tmp_path, "HOST": Holder.current("").host, "PID": NO_PID}
+        check_message("a launch finds the lease of a driver that was killed on its own host", taken, **places)
 
 
 def test_a_lease_that_is_released_meanwhile_is_taken(tmp_path):
@@ -111,6 +119,7 @@ def test_a_launch_learns_that_it_lost_its_lease_and_leaves_it_alone(output):
         write(output, replace(ELSEWHERE, launch="second", token="2"))
         held.renew()
         assert "taken over by launch second (host gpu-3" in held.lost
+        check_message("another launch took the output folder over, while the driver did not answer", held.lost, OUTPUT_DIR=output)
     assert read(output).launch == "second"
     storage.delete(storage.join(output, LEASE))
     with Lease(output, "first") as held:
@@ -121,5 +130,6 @@ def test_a_launch_learns_that_it_lost_its_lease_and_leaves_it_alone(output):
 
 def test_a_lease_of_a_newer_version(tmp_path):
     (tmp_path / LEASE).write_text(json.dumps({"format_version": 2}))
-    with pytest.raises(NewerFormatError, match=r"lease\.json: .*newer version"):
+    with pytest.raises(NewerFormatError, match=r"lease\.json: .*newer version") as newer:
         Lease(str(tmp_path), "second").__enter__()
+    check_message("a file in the output folder was written by a newer version", newer.value, OUTPUT_DIR=tmp_path)
