@@ -195,7 +195,7 @@ class Engine:
         `get` returns the tensor of a name and shape on every rank, or None; that tensor stays as it is, except for a missing EMA,
         which is initialized with the weights, and a missing step count: it is that of the run for a parameter with moments.
         """
-        missing = []
+        missing, steps = [], dict[torch.Tensor, int]()
         self.adam.num_updates = num_updates
         for name, parameter in self.engine.module.named_parameters():
             shape = deepspeed_internals.full_shape(parameter)
@@ -217,7 +217,9 @@ class Engine:
                     continue
                 states[state] = weights if value is None else value
             step = get(f"{STEP}/{name}", torch.Size())
-            self.adam.load_parameter(parameter, states, step if step is not None else num_updates * (MOMENTS[0] in states))
+            steps[parameter] = num_updates * (MOMENTS[0] in states) if step is None else int(step)
+            self.adam.load_parameter(parameter, states)
+        self.adam.load_steps(steps)
         for name, buffer in self._buffers():
             if (value := get(f"{WEIGHTS}/{name}", buffer.shape)) is not None:
                 buffer.copy_(value)

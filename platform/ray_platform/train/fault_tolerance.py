@@ -87,7 +87,7 @@ class LossMonitor:
             ]
         )
         dist.all_reduce(sums)
-        # The only place in a step where the host waits for the accelerator.
+        # The host waits for the accelerator here; elsewhere in a step, only to know whether the gradients are finite.
         total, num_nonfinite, *flag_sums, all_bad, samples, local_nonfinite = torch.cat([sums, nonfinite.double()[None]]).tolist()
         mean = math.nan if num_nonfinite else total / dist.get_world_size()
         is_unusual = self.history.num_good >= _MIN_GOOD_STEPS and mean > self.max_factor * self.history.usual_loss

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ class Fragment:
         """Return whether the shard is the parameter itself."""
         return self.size < 0
 
+    def touches(self, other: "Fragment") -> bool:
+        """Return whether `other` follows in the same shard."""
+        return self.shard is other.shard and not self.is_whole and other.offset == self.offset + self.size
+
     def of_shard(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the view of `tensor`, which has the shape of the shard, that belongs to this fragment."""
         return tensor if self.is_whole else tensor.detach().narrow(0, self.offset, self.size)
@@ -51,13 +55,14 @@ class Fragment:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW per parameter, also where ZeRO passes flat shards, with an exponential moving average (EMA) of the weights.
+    """torch's AdamW by the Task's groups, also where ZeRO passes flat shards, with a moving average (EMA) of the weights.
 
     ema_n = ema_{n-1} + (1 - d_n) (w_n - ema_{n-1}), from ema_0 = the initial weights, with d_n = `ema_decay_at(decay, n)`.
     Under ZeRO the weights are float32 shards, so the EMA is sharded, offloaded and float32, like the moments.
 
-    DeepSpeed sees one group of parameters, because it communicates per group. `optimizer` has the Task's groups, and one tensor
-    and one step count per parameter: those of a parameter that is trained later than the others start at 0, as its moments do.
+    DeepSpeed sees one group of parameters, because it communicates per group. `optimizer` has the Task's groups. Its tensors are
+    runs of neighboring fragments with equal step counts, as one call for a long tensor is faster than many for short ones. A
+    parameter that is trained later than the others has a step count of its own, which starts at 0, as its moments do.
     """
 
     def __init__(self, groups: ParamsT, ema_decay: float):
@@ -67,8 +72,10 @@ class AdamW(torch.optim.AdamW):
         self.ema_decay = ema_decay
         self.num_updates = 0  # steps that changed the weights
         self.optimizer: torch.optim.AdamW
-        self.fragments: dict[torch.Tensor, list[tuple[Fragment, torch.Tensor]]] = {}  # by shard, with the tensor to update
-        self._tensors: dict[torch.nn.Parameter, tuple[Fragment, torch.Tensor]] = {}
+        self._fragments: dict[torch.Tensor, Fragment] = {}  # by parameter
+        self._states: dict[torch.Tensor, dict[str, torch.Tensor]] = {}  # by shard, of its shape
+        self._steps: dict[torch.Tensor, torch.Tensor] = {}  # by parameter; scalars, which the parameters of a run share
+        self._runs: dict[torch.Tensor, list[tuple[Fragment, torch.Tensor]]] = {}  # by shard, with the tensors of `optimizer`
         self._skip = False
         self._grad_scale: torch.Tensor | None = None
 
@@ -79,16 +86,37 @@ class AdamW(torch.optim.AdamW):
 
     def init_state(self, fragments: Sequence[Fragment]) -> None:
         """Create the state of all that this rank updates."""
-        self._tensors = {fragment.parameter: (fragment, fragment.of_shard(fragment.shard)) for fragment in fragments}
-        for fragment, tensor in self._tensors.values():
-            self.fragments.setdefault(fragment.shard, []).append((fragment, tensor))
-        groups = [
-            {**group, "params": [self._tensors[p][1] for p in group["params"] if p in self._tensors]} for group in self.groups
-        ]
+        self._fragments = {fragment.parameter: fragment for fragment in fragments}
+        for shard in {fragment.shard for fragment in fragments}:
+            self._states[shard] = {name: torch.zeros_like(shard) for name in MOMENTS}
+            if self.ema_decay:
+                self._states[shard][EMA] = shard.detach().clone()
+        self._build(dict.fromkeys(self._fragments, 0))
+
+    def _build(self, steps: Mapping[torch.Tensor, int]) -> None:
+        """Build `optimizer` over the runs of fragments that have the same group and step count."""
+        self._runs, groups, run_steps = {}, [], {}
+        for group in self.groups:
+            runs: list[tuple[Fragment, list[torch.Tensor]]] = []  # a fragment that covers the whole run, and its parameters
+            for parameter in (p for p in group["params"] if p in self._fragments):
+                fragment = self._fragments[parameter]
+                if runs and runs[-1][0].touches(fragment) and steps[runs[-1][1][0]] == steps[parameter]:
+                    longer = replace(runs[-1][0], size=runs[-1][0].size + fragment.size)
+                    runs[-1] = longer, [*runs[-1][1], parameter]
+                else:
+                    runs.append((fragment, [parameter]))
+            tensors = []
+            for run, parameters in runs:
+                tensors.append(run.of_shard(run.shard))
+                run_steps[tensors[-1]] = torch.full((), float(steps[parameters[0]]), device=run.shard.device)
+                self._steps |= dict.fromkeys(parameters, run_steps[tensors[-1]])
+                self._runs.setdefault(run.shard, []).append((run, tensors[-1]))
+            groups.append({**group, "params": tensors})
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
-        for _, tensor in self._tensors.values():
-            state = {STEP: torch.zeros((), device=tensor.device)} | {name: torch.zeros_like(tensor) for name in MOMENTS}
-            self.optimizer.state[tensor] = state | ({EMA: tensor.detach().clone()} if self.ema_decay else {})
+        for shard, of_shard in self._runs.items():
+            for run, tensor in of_shard:
+                states = {name: run.of_shard(state) for name, state in self._states[shard].items()}
+                self.optimizer.state[tensor] = {STEP: run_steps[tensor]} | states
 
     def set_learning_rates(self, factor: float) -> None:
         """Set the rate of each group to `factor` times that of the Task."""
@@ -97,24 +125,27 @@ class AdamW(torch.optim.AdamW):
 
     def local_state(self, parameter: torch.nn.Parameter) -> tuple[Fragment, dict[str, torch.Tensor]] | None:
         """Return this rank's range of a trained parameter, and weights and states by name; None when it holds nothing of it."""
-        if parameter not in self._tensors:
+        if (fragment := self._fragments.get(parameter)) is None:
             return None
-        fragment, tensor = self._tensors[parameter]
-        return fragment, {WEIGHTS: tensor, **self.optimizer.state[tensor]}
+        states = {WEIGHTS: fragment.shard} | self._states[fragment.shard]
+        return fragment, {STEP: self._steps[parameter]} | {name: fragment.of_shard(state) for name, state in states.items()}
 
     @torch.no_grad()
-    def load_parameter(self, parameter: torch.nn.Parameter, states: Mapping[str, torch.Tensor], step: torch.Tensor | int) -> None:
-        """Set the states of `local_state` from tensors of the parameter's shape; states that are not given stay as they are."""
+    def load_parameter(self, parameter: torch.nn.Parameter, states: Mapping[str, torch.Tensor]) -> None:
+        """Set weights and states from tensors of the parameter's shape; states that are not given stay as they are."""
         if (local := self.local_state(parameter)) is not None:
             fragment, own = local
-            own[STEP].fill_(step)
             for name, value in states.items():
                 own[name].copy_(fragment.of_parameter(value))
+
+    def load_steps(self, steps: Mapping[torch.Tensor, int]) -> None:
+        """Set the step counts of parameters of which this rank has a part; those that are not given stay as they are."""
+        self._build({parameter: int(steps.get(parameter, own)) for parameter, own in self._steps.items()})
 
     @property
     def device(self) -> torch.device:
         """Device of the weights that are updated, which may be offloaded."""
-        return next((tensor.device for _, tensor in self._tensors.values()), torch.device("cpu"))
+        return next((shard.device for shard in self._states), torch.device("cpu"))
 
     @contextlib.contextmanager
     def step_options(self, *, skip: bool, grad_scale: torch.Tensor | None) -> Iterator[None]:
@@ -131,10 +162,9 @@ class AdamW(torch.optim.AdamW):
             return
         # ZeRO 3 calls once per part of its shards.
         shards = [shard for group in self.param_groups for shard in group["params"] if shard.grad is not None]
-        updated = [pair for shard in shards for pair in self.fragments.get(shard, ())]
-        for fragment, tensor in updated:
-            if fragment.shard.grad is not None:
-                tensor.grad = fragment.of_shard(fragment.shard.grad)
+        updated = [run for shard in shards for run in self._runs.get(shard, ())]
+        for run, tensor in updated:
+            tensor.grad = run.of_shard(run.shard.grad)  # type: ignore[arg-type]
         # torch's fused kernels divide the gradients by it, as for torch.amp.GradScaler.
         self.optimizer.grad_scale = self._grad_scale  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -145,8 +175,8 @@ class AdamW(torch.optim.AdamW):
             average = get_ema_multi_avg_fn(ema_decay_at(self.ema_decay, self.num_updates + 1))
             tensors = [tensor.detach() for _, tensor in updated]
             average([self.optimizer.state[tensor][EMA] for _, tensor in updated], tensors, self.num_updates + 1)
-        for fragment, tensor in updated:
-            if tensor is not fragment.shard:
+        for run, tensor in updated:
+            if tensor is not run.shard:
                 tensor.grad = None
 
 
