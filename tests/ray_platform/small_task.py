@@ -85,7 +85,7 @@ class PixelTask(SmallTask):
         Image.fromarray(np.concatenate([images[place] for place in sorted(images)], axis=1)).save(buffer, format="PNG")
         return buffer.getvalue()
 
-    def save_pretrained(self, state_dict, folder):
+    def save_pretrained(self, state_dict, folder, training=None):
         save_file(dict(state_dict), folder / "model.safetensors")
 
     def describe(self, captions=()):
