@@ -90,6 +90,8 @@ class EvalConfig:
         if not self.checkpoint:
             raise ConfigError("checkpoint: give an exported model, a step_* folder, or a run's output_dir")
         check_output_dir(self.output_dir)
+        if not (self.data_roots or self.allow_missing or self.suite.endswith((".yaml", ".yml"))):
+            raise ConfigError(f"data_roots: empty; give the folders or s3:// URLs that have the sets of the suite {self.suite}")
 
 
 def suite_sets(suite: str) -> dict[str, str]:
