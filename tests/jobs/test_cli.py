@@ -29,7 +29,8 @@ out = ("--output_dir", sys.argv[1])
 for line in (
     ("pretrain", "--dry-run", "--data.sources", "/none", *out), ("pretrain", "--dry-run", "--output_dir", "/proc/x"),
     ("inspect", "--data.sources", "/none", *out), ("precompute", "--data.sources", "/none", *out),
-    ("eval", "--checkpoint", "/none", "--data_roots", "/none", *out), ("export", "--checkpoint", "/none", *out), ("sizing", "--gpu", "H999"),
+    ("eval", "--checkpoint", "/none", "--data_roots", "/none", *out),
+    ("export", "--checkpoint", "/none", *out), ("sizing", "--gpu", "H999"),
     ("generate", "--model", "/none", "--captions", "a", *out), ("sweep", "--pretrain.data.sources", "/none", *out),
     ("compare", "--pretrain.data.sources", "/none", *out),
 ):
