@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
+from urllib.parse import quote
 from urllib.request import url2pathname
 
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
-from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem, S3FileSystem
+from pyarrow.fs import FileSystem, S3FileSystem
 from pyarrow.fs import LocalFileSystem as ArrowLocalFileSystem
 
 from ray_platform.contracts import DataError, one_line
@@ -338,10 +339,16 @@ def exists(url: str) -> bool:
     return True
 
 
-def literal_filesystem(url: str) -> tuple[FileSystem, str]:
-    """Return Arrow's file system of a URL and the path in it, for libraries that would parse a path as a URI."""
+def literal_filesystem(url: str) -> tuple[FileSystem | None, str]:
+    """Return Arrow's file system of a folder and the path in it for Ray, which would parse the path as a URI.
+
+    For an object store, return None, with which Ray opens its own client in every process, and the quoted URI.
+    """
     filesystem, path = _resolve(url)
-    return ArrowLocalFileSystem() if isinstance(filesystem, LocalFileSystem) else PyFileSystem(FSSpecHandler(filesystem)), path
+    if isinstance(filesystem, LocalFileSystem):
+        return ArrowLocalFileSystem(), path
+    scheme, _, rest = url.partition("://")
+    return None, f"{scheme}://{quote(rest)}"
 
 
 def join(url: str, *parts: str) -> str:
