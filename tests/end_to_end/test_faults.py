@@ -155,15 +155,15 @@ from pathlib import Path
 from ray_platform.contracts import UserError
 from tests.support.training import pixel_run
 try:
-    pixel_run(Path(sys.argv[1]), sys.argv[2], resume=sys.argv[3]).fit()
+    pixel_run(Path(sys.argv[1]), sys.argv[2], resume=sys.argv[3], num_steps=int(sys.argv[4])).fit()
 except UserError as error:
     sys.exit(f"error: {error}")
 """
 
 
-def start_driver(ray_cluster, output, shards, resume):
+def start_driver(ray_cluster, output, shards, resume, num_steps=80):
     env = os.environ | PYTHONPATH | {"RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}
-    command = [sys.executable, "-c", DRIVER, str(output), str(shards), resume]
+    command = [sys.executable, "-c", DRIVER, str(output), str(shards), resume, str(num_steps)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -205,7 +205,7 @@ def change_lease(output, **fields):
 
 
 def test_a_second_launch_is_rejected_and_one_that_lost_its_lease_ends(shards, ray_cluster, tmp_path):
-    first = start_driver(ray_cluster, tmp_path, shards, "none")
+    first = start_driver(ray_cluster, tmp_path, shards, "none", num_steps=100_000)
     wait_for_steps(tmp_path, 60)
     second, _ = start_driver(ray_cluster, tmp_path, shards, "auto").communicate(timeout=120)
     assert re.search(rf"^error: output_dir: .* is in use by launch .*pid {first.pid}\)", second, re.MULTILINE)
