@@ -83,6 +83,13 @@ class ConsumedRange(NamedTuple):
     total: int
 
 
+class MixtureState(NamedTuple):
+    """Where a rank's mixture of weighted sources stands after a batch."""
+
+    credits: Sequence[float] = ()  # per pool: samples that it is behind its weight
+    waiting: Sequence[int] = ()  # pools of the samples that wait for a batch of their shape
+
+
 @dataclass(frozen=True)
 class Batch:
     """A batch of a rank's data stream, of B = micro_batch_size samples."""
@@ -95,6 +102,7 @@ class Batch:
     skipped: Mapping[str, int]  # cause -> samples skipped since the stream began, on this rank
     epoch_samples: float = 0.0  # of the whole source, as far as this rank knows
     skip_details: Mapping[str, str] = field(default_factory=dict)  # cause -> the latest error of storage on this rank
+    mixture: MixtureState = field(default_factory=MixtureState)  # after this batch
 
 
 class Encoder(Protocol):

@@ -24,7 +24,7 @@ from diffdis_platform.commands.sizing import parse_arguments, predict
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.sizing.counts import Counts, Encoders, count, measure_step
 from diffdis_platform.sizing.estimate import best_interval, checkpoint_bytes, memory, report, useful_fraction
-from ray_platform.contracts import Batch, ConfigError
+from ray_platform.contracts import Batch, ConfigError, MixtureState
 from ray_platform.data.precomputed import to_arrow
 from ray_platform.train.config import BatchPlan, TrainConfig
 from ray_platform.train.throughput import count_flops
@@ -136,7 +136,7 @@ def rank_states(rank: int, config: PretrainConfig, folder: str) -> tuple[int, in
     for key, tensor, is_replicated in engine.local_state():
         if not is_replicated or assignment.owner(tensor) == rank:
             tensors[key] = contiguous_on_cpu(tensor)
-    uploader.upload(2, tensors, {}, RankState.capture({}, LossHistory()))
+    uploader.upload(2, tensors, {}, RankState.capture({}, LossHistory(), MixtureState()))
     uploader.wait()
     torch.distributed.barrier()
     given = sum(value.untyped_storage().nbytes() for value in inputs.values())

@@ -133,6 +133,10 @@ def test_counts_come_from_the_sidecars_of_img2dataset_and_are_read_once_per_run(
     assert tuple(shard.num_samples for shard in catalog.shards) == counts
     assert catalog.num_samples == 60
     assert tuple(catalog.estimated_samples(unit) for unit in catalog.pools[0]) == counts
+    # Next to the shards, whatever the pattern is.
+    for pattern in ("data/*.tar", "data/{00000..00004}.tar", "*/0000?.tar", "data/*"):
+        assert catalog_of(data.parent / pattern).shards == catalog.shards
+    assert [shard.num_samples for shard in catalog_of(data / "00002.tar").shards] == [13]
 
     (data / "00003_stats.json").unlink()
     cached = to_json(catalog_of(data))

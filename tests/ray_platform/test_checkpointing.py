@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ray_platform import retry, storage
-from ray_platform.contracts import ConfigError, ConsumedRange, DataError
+from ray_platform.contracts import ConfigError, ConsumedRange, DataError, MixtureState
 from ray_platform.data.ledger import Ledger
 from ray_platform.formats import NewerFormatError
 from ray_platform.train import checkpoint_format, checkpointing
@@ -34,7 +34,7 @@ from ray_platform.train.tensor_parts import part_key
 
 TENSORS = {f"weights/p{i}": torch.randn(50, generator=torch.Generator().manual_seed(i)) for i in range(6)}
 HISTORY = LossHistory(1.5, 30, 4, 1)
-STATE = RankState.capture({"image_undecodable": 2}, HISTORY)
+STATE = RankState.capture({"image_undecodable": 2}, HISTORY, MixtureState((0.25, -0.25), (1, 0)))
 LEDGER = Ledger([3])
 LEDGER.add([ConsumedRange(0, 0, 1, 0, 5, 9)])
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError
+from ray_platform.contracts import ConfigError, MixtureState
 from ray_platform.train import checkpoint_format
 from ray_platform.train.checkpoint_format import LossHistory, RankState
 from ray_platform.train.config import BatchPlan, TrainConfig
@@ -226,7 +226,7 @@ def save_checkpoint(manager, step, **metrics):
         token="", step=step, num_updates=step, samples_seen=0, loss_scale={}, world_size=2, zero_stage=0, global_batch_size=4,
         seed=0, source_digest="d", metrics=metrics, code_version="c", config={}, files={},
     )  # fmt: skip
-    manager.save(manifest, [], RankState.capture({}, LossHistory()))
+    manager.save(manifest, [], RankState.capture({}, LossHistory(), MixtureState()))
     return manager.wait()
 
 

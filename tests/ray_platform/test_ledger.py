@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_platform.contracts import ConsumedRange
+from ray_platform.contracts import ConsumedRange, DataError, MixtureState
 from ray_platform.data import source
 from ray_platform.data.catalog import Catalog, Shard, ShardRange
 from ray_platform.data.causes import RejectedSample
@@ -88,27 +88,34 @@ class Run:
 
     def __init__(self, catalog: Catalog, interleave: int, batch_size: int, reads_per_rank: int = 2):
         self.catalog, self.batch_size = catalog, batch_size
-        self.config = DataConfig(image_size=1, interleave=interleave, reads_per_rank=reads_per_rank, max_skipped_share=0.9)
+        sources = tuple(f"source {pool}" for pool in range(len(catalog.pools)))
+        fields = {"image_size": 1, "interleave": interleave, "reads_per_rank": reads_per_rank, "max_skipped_share": 0.9}
+        self.config = DataConfig(sources=sources, weights=catalog.weights, **fields)
         self.base = Ledger(catalog.num_units)
         self.consumed = self.base.copy()
         self.world_size = 0
+        self.mixtures: list[MixtureState] = []  # per rank
         self.seen: Counter[str] = Counter()  # as of the last checkpoint
+        self.keys: list[str] = []  # in the order of their steps
 
     def go_on(self, world_size: int, steps: int, lost_steps: int) -> None:
         """Resume, train, write a checkpoint after `steps`, and crash `lost_steps` later."""
         self.base, self.consumed = (Ledger.from_bytes(ledger.to_bytes()) for ledger in (self.base, self.consumed))
         if world_size != self.world_size:
-            self.base, self.world_size = self.consumed.copy(), world_size
+            self.base, self.world_size, self.mixtures = self.consumed.copy(), world_size, [MixtureState()] * world_size
         streams = [self.batches(rank) for rank in range(world_size)]
         batches = [next(stream) for _ in range(steps) for stream in streams]
         for _ in range(lost_steps):
             for stream in streams:
                 next(stream)
+        if steps:
+            self.mixtures = [batch.mixture for batch in batches[-world_size:]]
         self.consumed.add(part for batch in batches for part in batch.consumed)
-        self.seen.update(key for batch in batches for key in batch.keys)
+        self.keys += [key for batch in batches for key in batch.keys]
+        self.seen = Counter(self.keys)
 
     def batches(self, rank: int):
-        reader = Reader(3, rank, self.world_size, self.base, self.consumed.copy())
+        reader = Reader(3, rank, self.world_size, self.base, self.consumed.copy(), self.mixtures[rank])
         return plain_stream(self.catalog, self.config, reader, self.batch_size)
 
     def good_keys(self, pool: int, epoch: int) -> set[str]:
@@ -138,13 +145,50 @@ def test_every_epoch_gives_every_sample_exactly_once_whatever_crashes(pools, leg
             assert run.good_keys(pool, epoch) <= run.seen.keys(), "a sample lost from an epoch that is over"
 
 
-def test_weights_share_out_the_samples():
-    catalog = catalog_of([[10] * 5, [10] * 5])
-    catalog = Catalog(catalog.shards, catalog.pools, (0.75, 0.25))
-    run = Run(catalog, 2, 8)
-    with mock.patch.object(source, "open_samples", lambda item, config, seed: FakeUnit(item, 10)):
-        run.go_on(2, 60, 0)
-    from_first = sum(key.startswith("0-") for key in run.seen)
-    assert 0.7 < from_first / run.seen.total() < 0.8
+@pytest.mark.parametrize("batch_size", [8, 3])
+def test_weights_are_fractions_of_the_delivered_samples(batch_size):
+    """Whatever the shards contain and the filters drop, with every number of ranks, and after every resume."""
+    catalog = catalog_of([[10] * 5, [90, 30, 200]])
+    # Without counts; the first source has larger samples.
+    units = [[unit._replace(shard=unit.shard._replace(num_samples=-1)) for unit in pool] for pool in catalog.pools]
+    catalog = Catalog(catalog.shards, tuple(map(tuple, units)), (0.7, 0.3))
+    run = Run(catalog, 2, batch_size)
+
+    class Filtered(FakeUnit):
+        def sample(self, place):  # 70 % of the second source
+            if self.name.startswith("1-") and place % 10 >= 3:
+                return RejectedSample(self.name, "filtered_size")
+            return super().sample(place)
+
+    with mock.patch.object(source, "open_samples", lambda item, config, seed: Filtered(item, item.unit.shard.size)):
+        for world_size, steps in ((2, 20), (2, 3), (3, 17), (1, 5)):
+            run.go_on(world_size, steps, 1)
+            first = sum(count for key, count in run.seen.items() if key.startswith("0-"))
+            assert first == pytest.approx(0.7 * run.seen.total(), abs=6)
     assert set(run.seen.values()) == {1}
     assert run.consumed.first_epoch[0] >= 5
+
+
+def test_a_source_of_which_everything_is_filtered_ends_the_run():
+    catalog = catalog_of([[10] * 5, [10] * 5])
+    run = Run(catalog, 2, 8)
+
+    def opened(item, config, seed):
+        unit = FakeUnit(item, 10)
+        if item.pool == 1:
+            unit.sample = lambda place: RejectedSample("1-0.tar/7", "filtered_similarity")
+        return unit
+
+    with mock.patch.object(source, "open_samples", opened), pytest.raises(DataError, match=r"source 1: .*filtered_similarity"):
+        run.go_on(1, 1, 0)
+
+
+def test_a_resumed_mixture_is_the_same_sample_for_sample():
+    """Two shapes: a sample that waits for its batch keeps its turn."""
+    catalog = catalog_of([[10] * 5, [90, 30, 200]])
+    runs = [Run(catalog, 2, 3) for _ in range(2)]
+    with mock.patch.object(source, "open_samples", lambda item, config, seed: FakeUnit(item, item.unit.shard.size)):
+        runs[0].go_on(2, 40, 0)
+        for steps in (1, 7, 32):
+            runs[1].go_on(2, steps, 2)
+    assert runs[0].keys == runs[1].keys

@@ -3,6 +3,7 @@ import os
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -250,14 +251,18 @@ def test_a_shard_that_changed_under_the_run_is_named(write, read, request):
 
 @pytest.mark.usefixtures("ray_cluster")
 class TestWithRay:
-    def test_it_is_what_the_plain_parts_give(self, catalog, config):
-        for rank in range(2):
+    def test_it_is_what_the_plain_parts_give(self, config, shard_folder):
+        sources = str(shard_folder / "0000[01].tar"), str(shard_folder / "0000[2-4].tar")
+        mixed = config_of("", sources=sources, weights=(3.0, 1.0))
+        for rank, used in enumerate([config, mixed]):
+            catalog = build_catalog(used)
             reader = reader_of(catalog, rank, 2, seed=3)
-            whole = with_ray(catalog, config, reader, batch_size=7, num_batches=12)
+            whole = with_ray(catalog, used, reader, batch_size=7, num_batches=12)
             assert all(batch.tensors["image"].flags.writeable for batch in whole)
-            assert_same(whole, without_ray(catalog, config, reader, batch_size=7, num_batches=12))
+            assert_same(whole, without_ray(catalog, used, reader, batch_size=7, num_batches=12))
             reader = reader_of(catalog, rank, 2, seed=3, consumed=after(catalog, whole[:5]))
-            assert_same(with_ray(catalog, config, reader, batch_size=7, num_batches=7), whole[5:])
+            reader = replace(reader, mixture=whole[4].mixture)
+            assert_same(with_ray(catalog, used, reader, batch_size=7, num_batches=7), whole[5:])
 
     def test_one_dataset_after_the_other(self, catalog, config, monkeypatch):
         monkeypatch.setattr("ray_platform.data.stream.DATASET_GROUPS", 3)
@@ -285,7 +290,7 @@ class TestWithRay:
         with pytest.raises(ConfigError, match="6 workers but only 5 shards"):
             stream(catalog, config, reader_of(catalog, 0, 6), batch_size=2, num_batches=1)
         greedy = config_of(shard_folder, reads_per_rank=3, cpus_per_read=1.0)
-        with pytest.raises(ConfigError, match=r"each need 6 CPUs, but the cluster has 4; lower one of these"):
+        with pytest.raises(ConfigError, match=r"need 6 CPUs, but the cluster has 4; lower one of these"):
             stream(catalog, greedy, reader_of(catalog, 0, 2), batch_size=2, num_batches=1)
 
     @pytest.mark.slow

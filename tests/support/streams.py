@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from ray_platform.contracts import Batch
 from ray_platform.data.catalog import Catalog
-from ray_platform.data.causes import SkipCounter
 from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader, groups
@@ -23,10 +22,12 @@ def plain_stream(
 ) -> Iterator[Batch]:
     """Yield the batches of `stream` endlessly."""
 
-    def read_stream(number: int):
-        for group in groups(catalog, reader, config.interleave, config.reads_per_rank):
+    def read_stream(pool: int, number: int):
+        for group in groups(catalog, reader, config.interleave, config.reads_per_pool[pool], pool):
             if group.read_stream == number:
                 yield from read_group(group, config, reader.seed, block_bytes)
 
-    batcher = Batcher(batch_size, SkipCounter(f"rank {reader.rank}", catalog.size, config.max_skipped_share))
-    return batcher.batches(merged([read_stream(number) for number in range(config.reads_per_rank)]))
+    def samples(pool: int):
+        return merged([read_stream(pool, number) for number in range(config.reads_per_pool[pool])])
+
+    return Batcher(batch_size, catalog, config, reader).batches([samples(pool) for pool in range(len(catalog.pools))])

@@ -142,7 +142,7 @@ def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
                 raise DataError(f"{file.url}: is in two of the data.sources; with data.weights, name it in one of them")
             source_of.setdefault(file.url, number)
             listed[file.url] = file
-        sidecars |= {file.url for file in files if file.url.endswith("_stats.json") and file.size <= _MAX_SIDECAR_BYTES}
+        sidecars |= _sidecars(source, files)
     if lost := [url for url in sorted(listed) if not listed[url].size]:
         logger.warning("%d of %d shards are empty files or links to nothing, such as %s", len(lost), len(listed), lost[0])
     kinds = {posixpath.splitext(url)[1]: url for url in sorted(listed)}
@@ -206,6 +206,16 @@ def _units(shard: Shard, max_bytes: int) -> list[ShardRange]:
     if shard.size <= max_bytes or not shard.url.endswith(".tar"):
         return [ShardRange(shard, 0, shard.size)]
     return [ShardRange(shard, start, min(start + max_bytes, shard.size)) for start in range(0, shard.size, max_bytes)]
+
+
+def _sidecars(source: str, files: Sequence[storage.StoredFile]) -> set[str]:
+    """Return the URLs of the `_stats.json` next to the shards of a source, which a pattern of shards does not name."""
+    listed = list(files)
+    if source.endswith(".tar") and not source.startswith(("http://", "https://")):  # web servers seldom list folders
+        for folder in sorted({file.url.rpartition("/")[0] for file in files}):
+            with suppress(storage.StorageError):  # counts are optional
+                listed += storage.list_folder(folder, "*_stats.json")
+    return {file.url for file in listed if file.url.endswith("_stats.json") and file.size <= _MAX_SIDECAR_BYTES}
 
 
 def _counts(listed: Mapping[str, storage.StoredFile], sidecars: set[str], cached: bytes | None) -> dict[str, int]:

@@ -24,8 +24,8 @@ class DataConfig:
     clean_captions: bool = False  # undo HTML, drop tags and control characters, collapse white space
     filters: FilterConfig = field(default_factory=FilterConfig)
     max_skipped_share: float = 0.05  # maximum fraction of bad samples; a run that has to skip more stops
-    # Concurrent read tasks per rank, each with `interleave` shards in memory whose samples are shuffled together. The reads of
-    # all ranks need CPUs in addition to the workers'.
+    # Concurrent read tasks per rank, at least one for each of `weights`. Each has `interleave` shards in memory, whose samples
+    # are shuffled together. The reads of all ranks need CPUs in addition to the workers'.
     reads_per_rank: int = 2
     interleave: int = 2
     cpus_per_read: float = 0.25  # CPUs that a read task requests from Ray
@@ -63,6 +63,12 @@ class DataConfig:
         if self.cpus_per_read < 0 or self.retry_seconds < 0:
             raise ConfigError("data.cpus_per_read, data.retry_seconds: a value is negative; give 0 or more")
         check_labels("data.placement", self.placement)
+
+    @property
+    def reads_per_pool(self) -> list[int]:
+        """The concurrent reads of each rank by pool: `reads_per_rank` divided by weight, but at least one for each."""
+        total = sum(self.weights)
+        return [max(1, round(self.reads_per_rank * weight / total)) for weight in self.weights] or [self.reads_per_rank]
 
     @property
     def target_sizes(self) -> tuple[tuple[int, int], ...]:

@@ -8,7 +8,7 @@ samples, rejected ones included, in the order in which that epoch reads the unit
 import base64
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,8 +58,12 @@ class Ledger:
 
     def ranges(self, pool: int, epoch: int, unit: int) -> Ranges:
         """Return what was consumed of a unit that is not complete."""
+        return list(self.started(pool, epoch).get(unit, []))
+
+    def started(self, pool: int, epoch: int) -> Mapping[int, Ranges]:
+        """Return unit -> what was consumed of it, for the units that are partly consumed."""
         state = self._epochs.get((pool, epoch))
-        return list(state.started.get(unit, [])) if state else []
+        return state.started if state else {}
 
     def remaining(self, pool: int, epoch: int) -> np.ndarray:
         """Return the units of an epoch that are not complete, in ascending order."""

@@ -8,7 +8,7 @@ to resume. Only `_blocks`, `_context` and `_worker_cpus` know Ray.
 import heapq
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain, islice
@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from ray_platform.contracts import Batch, ConsumedRange
+from ray_platform.contracts import Batch, ConsumedRange, DataError, MixtureState
 from ray_platform.data.catalog import Catalog
 from ray_platform.data.causes import SkipCounter
 from ray_platform.data.config import DataConfig
@@ -29,6 +29,7 @@ from ray_platform.ray_internals import set_generator_buffer
 
 DATASET_GROUPS = 1024  # per Ray dataset, over however many epochs: the next dataset starts without prefetched blocks
 TASK_SAMPLES = 8192
+_MIN_EMPTY_UNITS = 100  # read without a good sample before a source counts as empty
 PAUSE_SECONDS, WAITING_PAUSE_SECONDS = 0.05, 0.01
 
 
@@ -40,14 +41,16 @@ def stream(catalog: Catalog, config: DataConfig, reader: Reader, *, batch_size: 
     """
     check_world_size(catalog, reader.world_size)
     check_cpus(config, reader.world_size, _worker_cpus(config))
-    batcher = Batcher(batch_size, SkipCounter(f"rank {reader.rank}", catalog.size, config.max_skipped_share))
+    batcher = Batcher(batch_size, catalog, config, reader)
 
     def run() -> Iterator[Batch]:
         # Every group has at least one sample, so a short run needs no more groups than samples.
         max_groups = min(DATASET_GROUPS, num_batches * batch_size)
         with ExitStack() as stack:
-            streams = [stack.enter_context(closing(blocks)) for blocks in _read_streams(catalog, config, reader, max_groups)]
-            yield from islice(batcher.batches(merged(streams)), num_batches)
+            pools = [_read_streams(catalog, config, reader, max_groups, pool) for pool in range(len(catalog.pools))]
+            for blocks in chain.from_iterable(pools):
+                stack.enter_context(closing(blocks))
+            yield from islice(batcher.batches([merged(streams) for streams in pools]), num_batches)
 
     return run()
 
@@ -60,59 +63,109 @@ def merged(read_streams: Sequence[Iterable[pa.Table]]) -> Iterator[ReadSample]:
     return heapq.merge(*samples, key=lambda sample: (sample.window, sample.sort_key))
 
 
+class Mixture:
+    """Chooses the pool of one good sample after the other, so that the pools have the proportions of their weights.
+
+    Every pool gains its weight per sample, and the pool with the highest credit pays 1 for being chosen (smooth weighted round
+    robin). Only samples for batches count, so the proportions hold whatever the shards contain and the filters drop: each rank is
+    about one sample per pool away from them at any time. A resume with other ranks starts again at that.
+    """
+
+    def __init__(self, weights: Sequence[float], state: MixtureState) -> None:
+        """`state`: of the last batch before a resume. The samples that waited then come first, in the same order."""
+        self.weights = weights
+        self.credits = list(state.credits) if len(state.credits) == len(weights) else [0.0] * len(weights)
+        self._waiting = deque(state.waiting)
+
+    def next_pool(self) -> int:
+        if self._waiting:
+            return self._waiting.popleft()
+        self.credits = [credit + weight for credit, weight in zip(self.credits, self.weights, strict=True)]
+        pool = self.credits.index(max(self.credits))
+        self.credits[pool] -= 1.0
+        return pool
+
+
 class Batcher:
-    """Turns the good samples of blocks, in order, into batches of exactly `batch_size` samples of one shape.
+    """Turns the good samples of all pools, mixed by weight, into batches of exactly `batch_size` samples of one shape.
 
     Samples of other shapes wait for their own batch and are not consumed until it is full. Does not depend on where blocks end.
     """
 
-    def __init__(self, batch_size: int, skips: SkipCounter):
-        self.batch_size, self.skips = batch_size, skips
+    def __init__(self, batch_size: int, catalog: Catalog, config: DataConfig, reader: Reader):
+        self.batch_size, self.num_units = batch_size, catalog.num_units
+        self.pool_names = config.sources if config.weights else ("data.sources",)
+        self.skips = SkipCounter(f"rank {reader.rank}", catalog.size, config.max_skipped_share)
+        self.mixture = Mixture(catalog.weights, reader.mixture)
+        self._passed: list[ReadSample] = []  # skipped since the last batch
 
-    def batches(self, samples: Iterable[ReadSample]) -> Iterator[Batch]:
-        waiting: dict[str, list[ReadSample]] = defaultdict(list)  # shape -> samples
-        passed: list[ReadSample] = []  # skipped since the last batch
-        for sample in samples:
-            if sample.cause:
-                self.skips.count_reject(sample.key, sample.cause, sample.unit, sample.caption)
-                passed.append(sample)
+    def batches(self, pools: Sequence[Iterator[ReadSample]]) -> Iterator[Batch]:
+        """Yield batches of the samples of each pool. Raises DataError for a pool without a good sample."""
+        waiting: list[ReadSample] = []
+        counts: Counter[str] = Counter()  # of the waiting samples, by shape
+        while (sample := self._next_good(pools[self.mixture.next_pool()])) is not None:
+            waiting.append(sample)
+            counts[sample.shape] += 1
+            if counts[sample.shape] < self.batch_size:
                 continue
-            self.skips.count_good(sample.unit)
-            waiting[sample.shape].append(sample)
-            if len(waiting[sample.shape]) == self.batch_size:
-                batch = waiting.pop(sample.shape)
-                yield Batch(
-                    # A copy, so that a batch is writable and does not pin Ray's shared memory.
-                    {name: stack_arrays([sample.tensors[name] for sample in batch]) for name in sample.tensors},
-                    tuple(sample.caption for sample in batch),
-                    tuple(sample.key for sample in batch),
-                    merge_ranges(
-                        ConsumedRange(*sample.unit[:3], sample.order, sample.order + 1, sample.unit.total)
-                        for sample in [*passed, *batch]
-                    ),
-                    dict(self.skips.skipped),
-                    self.skips.epoch_samples,
-                    dict(self.skips.details),
+            batch = [other for other in waiting if other.shape == sample.shape]
+            waiting = [other for other in waiting if other.shape != sample.shape]
+            del counts[sample.shape]
+            yield Batch(
+                # A copy, so that a batch is writable and does not pin Ray's shared memory.
+                {name: stack_arrays([sample.tensors[name] for sample in batch]) for name in sample.tensors},
+                tuple(sample.caption for sample in batch),
+                tuple(sample.key for sample in batch),
+                merge_ranges(
+                    ConsumedRange(*sample.unit[:3], sample.order, sample.order + 1, sample.unit.total)
+                    for sample in [*self._passed, *batch]
+                ),
+                dict(self.skips.skipped),
+                self.skips.epoch_samples,
+                dict(self.skips.details),
+                MixtureState(tuple(self.mixture.credits), tuple(other.unit.pool for other in waiting)),
+            )
+            self._passed.clear()
+
+    def _next_good(self, samples: Iterator[ReadSample]) -> ReadSample | None:
+        """Return the next good sample of a pool and count those before it, which are skipped. None at the end of the samples."""
+        units: set[tuple[int, ...]] = set()  # of the samples that are skipped
+        for sample in samples:
+            if not sample.cause:
+                self.skips.count_good(sample.unit)
+                return sample
+            self.skips.count_reject(sample.key, sample.cause, sample.unit, sample.caption)
+            self._passed.append(sample)
+            units.add(sample.unit[:3])
+            if len(units) > max(_MIN_EMPTY_UNITS, 2 * self.num_units[sample.unit.pool]):
+                raise DataError(
+                    f"{self.pool_names[sample.unit.pool]}: {self.skips.reader} found no sample that can be used, "
+                    f"up to {sample.key} ({sample.cause}); relax data.filters or leave the source out"
                 )
-                passed.clear()
+        return None
 
 
-def _read_streams(catalog: Catalog, config: DataConfig, reader: Reader, max_groups: int) -> list[Generator[pa.Table, None, None]]:
-    """Return a stream of blocks for each concurrent read, or a single one if the order does not matter.
+def _read_streams(
+    catalog: Catalog, config: DataConfig, reader: Reader, max_groups: int, pool: int
+) -> list[Generator[pa.Table, None, None]]:
+    """Return a stream of blocks of a pool for each concurrent read, or a single one if the order does not matter.
 
     In one ordered dataset, all reads but the first would soon wait for it to end, with full buffers.
     """
+    num_reads = config.reads_per_pool[pool]
     if not config.deterministic:
-        return [_blocks(groups(catalog, reader, config.interleave, 1), config, reader, max_groups)]
+        return [_blocks(groups(catalog, reader, config.interleave, 1, pool), config, reader, max_groups, num_reads)]
 
     def read_stream(number: int) -> Iterator[Group]:
-        return (g for g in groups(catalog, reader, config.interleave, config.reads_per_rank) if g.read_stream == number)
+        return (g for g in groups(catalog, reader, config.interleave, num_reads, pool) if g.read_stream == number)
 
-    return [_blocks(read_stream(number), config, reader, max_groups) for number in range(config.reads_per_rank)]
+    return [_blocks(read_stream(number), config, reader, max_groups, 1) for number in range(num_reads)]
 
 
-def _blocks(planned: Iterator[Group], config: DataConfig, reader: Reader, max_groups: int) -> Generator[pa.Table, None, None]:
-    """Yield the blocks of the groups, which one Ray dataset after the other reads, in order if that matters."""
+def _blocks(
+    planned: Iterator[Group], config: DataConfig, reader: Reader, max_groups: int, num_reads: int
+) -> Generator[pa.Table, None, None]:
+    """Yield the blocks of the groups, which one Ray dataset after the other reads, `num_reads` at once; 1 keeps their order."""
     context = _context(config, reader.world_size)
     while True:
         tasks = list(_tasks(islice(planned, max_groups), TASK_SAMPLES if config.deterministic else 0))
@@ -123,7 +176,7 @@ def _blocks(planned: Iterator[Group], config: DataConfig, reader: Reader, max_gr
                 override_num_blocks=len(tasks),
                 num_cpus=config.cpus_per_read,
                 label_selector=label_selector(config.placement),
-                compute=ray.data.TaskPoolStrategy(size=1 if config.deterministic else min(config.reads_per_rank, len(tasks))),
+                compute=ray.data.TaskPoolStrategy(size=min(num_reads, len(tasks))),
             )
         with data_errors():
             blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
@@ -178,7 +231,7 @@ def _context(config: DataConfig, world_size: int) -> ray.data.DataContext:
     set_generator_buffer(context, num_blocks=4)  # so far may a read be ahead of a turn of the scheduling loop
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, SchedulerThrottle]
     # Each dataset assumes that it is alone: by default each would fill half of the object store.
-    datasets = world_size * (config.reads_per_rank if config.deterministic else 1)
+    datasets = world_size * (sum(config.reads_per_pool) if config.deterministic else len(config.reads_per_pool))
     # 0: the nodes that read are still to come.
     if limit := total_resources(config.placement).get("object_store_memory", 0) / 2 / datasets:
         context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=limit)

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError, TrainingFacts, one_line
+from ray_platform.contracts import ConfigError, DataError, MixtureState, TrainingFacts, one_line
 from ray_platform.data.ledger import Ledger
 from ray_platform.formats import FileFormat, NewerFormatError
 from ray_platform.names import check_below
@@ -112,10 +112,11 @@ class RankState:
     skipped: dict[str, int]  # samples skipped by this rank, by cause
     history: LossHistory
     rng: str  # torch's generator on the CPU, base64
+    mixture: MixtureState
 
     @classmethod
-    def capture(cls, skipped: dict[str, int], history: LossHistory) -> "RankState":
-        return cls(skipped, history, base64.b64encode(bytes(torch.get_rng_state().tolist())).decode())
+    def capture(cls, skipped: dict[str, int], history: LossHistory, mixture: MixtureState) -> "RankState":
+        return cls(skipped, history, base64.b64encode(bytes(torch.get_rng_state().tolist())).decode(), mixture)
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -125,7 +126,9 @@ class RankState:
         """Parse what `to_bytes` wrote; `data` may be anything. Raises ValueError, TypeError, KeyError, AttributeError."""
         values = json.loads(data)
         history = {one.name: values["history"][one.name] for one in fields(LossHistory) if one.name in values["history"]}
-        state = cls(dict(values["skipped"]), LossHistory(**history), values["rng"])
+        credits, waiting = values.get("mixture", ((), ()))
+        mixture = MixtureState(tuple(map(float, credits)), tuple(map(int, waiting)))
+        state = cls(dict(values["skipped"]), LossHistory(**history), values["rng"], mixture)
         if not all(isinstance(count, int) for count in state.skipped.values()):
             raise ValueError(f"skipped is {str(state.skipped)[:50]!r}")
         if state.rng_tensor().shape != torch.get_rng_state().shape:

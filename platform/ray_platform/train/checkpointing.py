@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, ConsumedRange, one_line
+from ray_platform.contracts import ConfigError, ConsumedRange, MixtureState, one_line
 from ray_platform.data.catalog import Catalog
 from ray_platform.data.ledger import Ledger, merge_ranges
 from ray_platform.retry import RETRY_SECONDS
@@ -132,6 +132,7 @@ class TrainState:
     consumed: Ledger  # samples of that plan consumed by all ranks until the last checkpoint
     skipped: dict[str, int] = field(default_factory=dict)  # by the ranks that this rank replaces, in the runs before
     url: str = ""  # of the checkpoint
+    mixture: MixtureState = field(default_factory=MixtureState)  # of this rank
 
     @classmethod
     def initial(cls, catalog: Catalog, train: TrainConfig) -> "TrainState":
@@ -154,11 +155,14 @@ class TrainState:
         if loaded.ledgers is None:
             raise other_shards(url)
         base, consumed = loaded.ledgers
-        if manifest.world_size != dist.get_world_size():
+        mixture = MixtureState()
+        if manifest.world_size == dist.get_world_size():
+            mixture = loaded.rank_states[0].mixture
+        else:
             base = consumed.copy()
         skipped = add_counts(*(state.skipped for state in loaded.rank_states))
         batch_size = train.global_batch_size or manifest.global_batch_size
-        return cls(manifest.step, manifest.samples_seen, batch_size, base, consumed, skipped, url)
+        return cls(manifest.step, manifest.samples_seen, batch_size, base, consumed, skipped, url, mixture)
 
 
 def add_counts(*counts: Mapping[str, int]) -> dict[str, int]:

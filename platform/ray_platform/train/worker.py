@@ -96,7 +96,7 @@ class Trainer:
             history, rewarm = loaded.loss_history(spec.output_dir, spec.params), resumed_rewarm(loaded.manifest, config)
         self.loaded_url = loaded.url if loaded else ""
         self.plan = BatchPlan.of(self.start.global_batch_size, self.world_size, config.micro_batch_size)
-        reader = Reader(config.seed, self.rank, self.world_size, self.start.base, self.start.consumed.copy())
+        reader = Reader(config.seed, self.rank, self.world_size, self.start.base, self.start.consumed.copy(), self.start.mixture)
         num_batches = max(0, config.last_step - self.start.step)
         self.first_captions: Sequence[str] = ()
         self.batches = stream(spec.catalog, spec.data, reader, batch_size=self.plan.samples, num_batches=num_batches)
@@ -115,6 +115,7 @@ class Trainer:
         self.step = self.start.step
         self.consumed: list[ConsumedRange] = []  # by this rank since the last checkpoint
         self.skipped = dict(self.start.skipped)  # samples skipped by this rank, by cause
+        self.mixture = self.start.mixture
         self.first_metrics: dict[str, float] = {}  # of the first log line, for the summary
         self.last_metrics: dict[str, float] = {}  # newest value of every metric, for the summary
         self.step_metrics: dict[str, float] = {}  # logged at the current step, for the checkpoint's manifest
@@ -174,6 +175,7 @@ class Trainer:
         self.step_metrics = {}
         self.grad_norm = update.grad_norm
         self.consumed.extend(batch.consumed)
+        self.mixture = batch.mixture
         if update.updated:
             num_words = float(sum(len(caption.split()) for caption in batch.captions))
             metrics["data/caption_words"] = torch.tensor([num_words, float(len(batch.captions))], device=self.engine.device)
@@ -307,7 +309,8 @@ class Trainer:
     @collective
     def _save_checkpoint(self) -> None:
         with self.meter.stalled_time():
-            self.checkpoints.save(self._manifest(), self.consumed, RankState.capture(self.skipped, self.loss_monitor.history))
+            rank_state = RankState.capture(self.skipped, self.loss_monitor.history, self.mixture)
+            self.checkpoints.save(self._manifest(), self.consumed, rank_state)
         self.consumed, self.saved_at = [], time.monotonic()
 
     @collective
