@@ -20,6 +20,8 @@ def test_every_recipe_parses_to_itself(recipe):
 def test_any_field_can_be_overridden():
     config = parse(["--train.zero_stage", "3", "--model.schedule.query_snr=0.5", "--data.sources", "s3://b/x"]).config
     assert (config.train.zero_stage, config.model.schedule.query_snr, config.data.sources) == (3, 0.5, ("s3://b/x",))
+    ranges = parse(["--data.filters.ranges", "{num_faces: [0, 2], words: [5, null]}"]).config.data.filters.ranges
+    assert ranges == {"num_faces": (0, 2), "words": (5, None)}
 
 
 @pytest.mark.parametrize(

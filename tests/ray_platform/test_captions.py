@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from ray_platform.contracts import ConfigError
 from ray_platform.data.captions import caption, clean
 from ray_platform.data.causes import SampleError, is_filtered
 from ray_platform.data.config import DataConfig
 from ray_platform.data.filters import Candidate, FilterConfig, check, meanings
+from tests.support.messages import check_message
 
 PLAIN, CLEAN, BY_FIELD = DataConfig(), DataConfig(clean_captions=True), DataConfig(caption_field="alt")
 DEEP = b"[" * 100_000
@@ -28,7 +30,9 @@ def of_json(**fields) -> dict[str, memoryview]:
         (members(txt=b"\xef\xbb\xbfa byte order mark"), PLAIN, "a byte order mark"),
         (members(txt=b"from txt", json=b'{"caption": "from json"}'), PLAIN, "from txt"),
         (members(txt=b"from txt", json=b"broken"), PLAIN, "from txt"),
-        (of_json(caption="from json", alt="no"), PLAIN, "from json"),
+        (of_json(caption="from json", text="no"), PLAIN, "from json"),
+        (of_json(text="from COYO", caption=None), PLAIN, "from COYO"),
+        (of_json(TEXT="from LAION"), PLAIN, "from LAION"),
         (members(json=b'\xef\xbb\xbf{"caption": "marked"}'), PLAIN, "marked"),
         (members(txt=b"from txt", json=b'{"alt": " from a field "}'), BY_FIELD, "from a field"),
         (members(txt=b"a  &amp; b"), PLAIN, "a  &amp; b"),
@@ -121,7 +125,7 @@ def test_each_score_under_each_of_its_names(limit, value, name, good, bad):
     assert filter_cause_of(of_json(**{name: good}), **{limit: value}) == ""
     assert filter_cause_of(of_json(**{name: bad}), **{limit: value}) == cause
     assert is_filtered(cause)
-    assert limit in meanings()[cause]
+    assert limit in meanings(FilterConfig)[cause]
 
 
 def test_a_score_that_a_filter_needs_must_exist():
@@ -131,3 +135,28 @@ def test_a_score_that_a_filter_needs_must_exist():
     assert filter_cause_of(members(json=DEEP), max_unsafe=0.5) == "json_invalid"
     assert filter_cause_of(of_json(punsafe=None, NSFW="NSFW"), max_unsafe=0.5) == "filtered_unsafe"  # null is skipped
     assert filter_cause_of(members(json=DEEP), min_size=100) == ""  # the JSON is not parsed without a filter on a score
+
+
+COYO = of_json(text="a", num_faces=2, word_count=7, clip_similarity_vitl14=0.25, nsfw_score_gantman=0.1, watermark_score=0.2)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "cause"),
+    [
+        ({"num_faces": (0, 2), "word_count": (7, None)}, ""),
+        ({"word_count": (None, 6)}, "filtered_word_count"),
+        ({"num_faces": (3, None)}, "filtered_num_faces"),
+    ],
+)
+def test_a_range_of_any_number_in_the_json(ranges, cause):
+    assert filter_cause_of(COYO, ranges=ranges, min_similarity=0.2, max_unsafe=0.5, max_watermark=0.5) == cause
+    assert {f"filtered_{name}" for name in ranges} <= meanings(FilterConfig(ranges=ranges)).keys()
+
+
+def test_a_range_of_a_field_that_does_not_exist_names_those_that_do():
+    with pytest.raises(SampleError) as raised:
+        check(Candidate(members=COYO), FilterConfig(ranges={"faces": (0, 2)}), reads_image=False)
+    assert raised.value.cause == "score_missing"
+    check_message("a filter on a field that the .json lacks, in the log", raised.value.detail)
+    with pytest.raises(ConfigError, match=r"data\.filters\.ranges: faces: .*3 is above 2"):
+        FilterConfig(ranges={"faces": (3, 2)})

@@ -10,6 +10,7 @@ from ray_platform.data.config import DataConfig
 from ray_platform.data.filters import json_fields, text
 
 MAX_CAPTION_BYTES = 2**16  # the longest captions of LAION have some thousand
+_JSON_NAMES = ("caption", "text", "TEXT")  # img2dataset's, COYO's and LAION's
 _TAG = re.compile(r"</?[A-Za-z!][^<>]{0,200}>")  # does not match "1 < 2 > 0"
 _JOINERS = "\u200c\u200d"  # invisible, but Persian, Indic scripts and emoji need them
 
@@ -23,7 +24,8 @@ def caption(members: Mapping[str, memoryview], config: DataConfig) -> str:
             raise SampleError("caption_too_long")
         value = text(members["txt"])
     elif "json" in members:
-        value = json_fields(members).get("caption")
+        stored = json_fields(members)
+        value = next((stored[name] for name in _JSON_NAMES if stored.get(name) is not None), None)
     else:
         raise SampleError("caption_missing")
     if value is None:

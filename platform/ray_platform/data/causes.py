@@ -5,6 +5,7 @@ Filters add causes of their own, see `filters`.
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ BAD_DATA: dict[str, str] = {
     "image_empty": "an image file of 0 bytes: a download that failed",
     "image_undecodable": "broken, or not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF whatever its name says",
     "image_too_large": "would take hundreds of megabytes, or minutes, to decode; scale such images down",
-    "caption_missing": "no .txt and no `caption` in a .json, or not the field that data.caption_field names",
+    "caption_missing": "no .txt and no `caption` or `text` in a .json, or not the field that data.caption_field names",
     "caption_empty": "nothing but white space (with data.clean_captions: or HTML)",
     "caption_not_utf8": "text in another encoding; convert it to UTF-8",
     "caption_too_long": "more than 65,536 bytes of text, which is not a caption; shorten it",
@@ -63,6 +64,7 @@ LOST = {
     "unavailable": "shard_unavailable",
 }
 _FILTERED = "filtered_"
+_NO_METRIC_NAME = re.compile(r"[^\w.-]")
 _SHOWN_REJECTS = 3  # warnings per cause
 _ENOUGH_SAMPLES = 100  # the skipped fraction of fewer samples stops no run
 
@@ -73,20 +75,20 @@ class RejectedSample:
 
     key: str
     cause: str
-    detail: str = field(default="", compare=False)  # the error of storage, for a shard that is lost
+    detail: str = field(default="", compare=False)  # the error of storage for a lost shard, or the fields of the .json
 
 
 class SampleError(Exception):
     """Raised while a sample is decoded; becomes its RejectedSample."""
 
-    def __init__(self, cause: str) -> None:
+    def __init__(self, cause: str, detail: str = "") -> None:
         super().__init__(cause)
-        self.cause = cause
+        self.cause, self.detail = cause, detail
 
 
 def filter_cause(field: str) -> str:
     """Return the cause of the samples that a field of `FilterConfig` filters out: `filtered_size` for `min_size`."""
-    return _FILTERED + field.partition("_")[2]
+    return _FILTERED + _NO_METRIC_NAME.sub("_", field.partition("_")[2])
 
 
 def is_filtered(cause: str) -> bool:

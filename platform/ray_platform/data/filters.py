@@ -1,4 +1,4 @@
-"""Data filters: which samples training uses. A new filter is one new field of `FilterConfig`.
+"""Data filters: which samples training uses. A new filter is one new field of `FilterConfig`, or an entry of its `ranges`.
 
 Its name is `min_<quantity>` or `max_<quantity>`, and its metadata says what is measured. The flag `--data.filters.<name>`, the
 check, and the count of the filtered samples under `filtered_<quantity>` follow from that.
@@ -12,10 +12,12 @@ from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
+from ray_platform.contracts import ConfigError
 from ray_platform.data.causes import SampleError, filter_cause
 from ray_platform.json_values import JsonObject
 
 _MAX_JSON_BYTES = 2**20  # img2dataset writes some thousand, including the EXIF data
+_SHOWN_NAMES = 30
 _NSFW_WORDS = {"unlikely": 0.0, "unsure": 0.5, "nsfw": 1.0}  # LAION-400M has words instead of numbers
 
 
@@ -53,7 +55,8 @@ def score(*names: str) -> Callable[[Candidate], float]:
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if math.isnan(number):
-            raise SampleError("score_missing")
+            names_known = ", ".join(sorted(candidate.fields)[:_SHOWN_NAMES]) or "none"
+            raise SampleError("score_missing", f"a filter needs a number `{names[0]}`; the fields of the .json: {names_known}")
         return number
 
     return value
@@ -71,7 +74,8 @@ class FilterConfig:
     min_size: int = measures(lambda sample: min(sample.width, sample.height), "shorter side", 0, reads_image=True)
     # CLIP's, of image and caption
     min_similarity: float | None = measures(
-        score("similarity", "clip_similarity_vitb32", "SIMILARITY", "clip_b32_similarity_score"), "CLIP similarity"
+        score("similarity", "clip_similarity_vitb32", "SIMILARITY", "clip_b32_similarity_score", "clip_similarity_vitl14"),
+        "CLIP similarity",
     )
     max_unsafe: float | None = measures(
         score("punsafe", "unsafe", "NSFW", "nsfw", "nsfw_score_opennsfw2", "nsfw_score_gantman"), "probability of unsafe content"
@@ -81,11 +85,19 @@ class FilterConfig:
     min_aesthetic: float | None = measures(
         score("AESTHETIC_SCORE", "aesthetic_score", "aesthetic", "aesthetic_score_laion_v2"), "aesthetic score"
     )
+    # of numbers in the .json, as {num_faces: [0, 2], word_count: [5, null]}; both ends are allowed, null: no limit
+    ranges: dict[str, tuple[float | None, float | None]] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        for name, limits in self.ranges.items():
+            low, high = (-math.inf if limits[0] is None else limits[0]), (math.inf if limits[1] is None else limits[1])
+            if not low <= high:
+                raise ConfigError(f"data.filters.ranges: {name}: the least value {low} is above {high}; give [least, most]")
 
 
 @functools.lru_cache(maxsize=16)
 def _limits(config: FilterConfig, reads_image: bool) -> list[tuple[Field, float]]:
-    limits = [(filter_, getattr(config, filter_.name)) for filter_ in fields(config)]
+    limits = [(filter_, getattr(config, filter_.name)) for filter_ in fields(config) if filter_.metadata]
     return [(f, limit) for f, limit in limits if limit is not None and f.metadata["reads_image"] == reads_image]
 
 
@@ -98,13 +110,20 @@ def check(candidate: Candidate, config: FilterConfig, *, reads_image: bool) -> N
         measured = filter_.metadata["value"](candidate)
         if measured < limit if filter_.name.startswith("min_") else measured > limit:
             raise SampleError(filter_cause(filter_.name))
+    if not reads_image:
+        for name, (low, high) in config.ranges.items():
+            measured = score(name)(candidate)
+            if (low is not None and measured < low) or (high is not None and measured > high):
+                raise SampleError(filter_cause(f"range_{name}"))
 
 
-def meanings(config_class: type[FilterConfig] = FilterConfig) -> dict[str, str]:
+def meanings(config: FilterConfig | type[FilterConfig]) -> dict[str, str]:
     """Return cause -> meaning of all filters."""
-    return {
+    ranges = {filter_cause(f"range_{name}"): f"{name} outside data.filters.ranges" for name in getattr(config, "ranges", ())}
+    return ranges | {
         filter_cause(f.name): f"{f.metadata['meaning']} {'below' if f.name.startswith('min_') else 'above'} data.filters.{f.name}"
-        for f in fields(config_class)
+        for f in fields(config)
+        if f.metadata
     }
 
 

@@ -185,6 +185,7 @@ def inspect_first_samples(catalog: Catalog, config: DataConfig, limit: int) -> D
     for pool in catalog.pools:
         chosen, used = [unit for unit in pool if unit in units], len(good)
         causes: Counter[str] = Counter()
+        details = BAD_DATA | IGNORED | filters.meanings(config.filters)
         for unit in chosen:
             shard = open_samples(Item(0, 0, 0, unit, []), config, seed=0)
             for place in range(min(-(-limit // len(units)), len(shard))):
@@ -193,13 +194,14 @@ def inspect_first_samples(catalog: Catalog, config: DataConfig, limit: int) -> D
                     good.append(sample)
                 else:
                     causes[sample.cause] += 1
+                    details[sample.cause] = sample.detail or details[sample.cause]
                     logger.warning("%s cannot be used: %s", sample.key, sample.cause)
         if len(good) == used:
             counts = ", ".join(f"{count} × {cause}" for cause, count in causes.most_common())
-            meanings, (main_cause, _) = BAD_DATA | IGNORED | filters.meanings(), causes.most_common()[0]
+            main_cause, _ = causes.most_common()[0]
             raise DataError(
                 f"{chosen[0].shard.url}: no sample tried in this shard and {len(chosen) - 1} more can be used ({counts}); "
-                f"{main_cause}: {meanings[main_cause]}; correct the shards"
+                f"{main_cause}: {details[main_cause]}; correct the shards"
             )
         rejected += causes
     return DryRun(len(units), len(good), dict(rejected), good[0], tuple(sample.caption for sample in good))

@@ -75,7 +75,10 @@ def check_settings(manifest: PrecomputedManifest, config: DataConfig) -> None:
     default, stored = asdict(DataConfig()), manifest["settings"]
     for name in SETTINGS:
         value = json.loads(json.dumps(asdict(config)[name]))
-        if value not in (stored[name], json.loads(json.dumps(default[name]))):
+        written = stored[name]
+        if isinstance(written, dict):  # by an earlier release, which lacked some fields
+            written = json.loads(json.dumps(default[name])) | written
+        if value not in (written, json.loads(json.dumps(default[name]))):
             raise DataError(
                 f"data.{name}: {json.dumps(value)}, but the precomputed shards were written with {json.dumps(stored[name])}; "
                 "leave it out, or run jobs/precompute.py with it"

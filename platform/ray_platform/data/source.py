@@ -73,7 +73,7 @@ class ShardSamples:
         except SampleError as error:
             # Each half of a sample whose files are not adjacent would be called incomplete.
             is_half = error.cause == "image_missing" or not record.members.keys() & {"txt", "json"}
-            return RejectedSample(record.key, "files_apart" if self.is_part and is_half else error.cause)
+            return RejectedSample(record.key, "files_apart" if self.is_part and is_half else error.cause, error.detail)
 
 
 def open_samples(item: Item, config: DataConfig, seed: int) -> ShardSamples:

@@ -144,7 +144,7 @@ def summarize(catalog: Catalog, config: DataConfig, statistics: Statistics, cpus
     other shards have on average.
     """
     of = statistics
-    rejects = _count_causes(of)
+    rejects = _count_causes(of, config)
     filtered = sum(count.samples for cause, count in rejects.items() if is_filtered(cause))
     bad = sum(count.samples for cause, count in rejects.items() if not is_filtered(cause))
     inspected = of.used + filtered + bad
@@ -176,7 +176,7 @@ def summarize(catalog: Catalog, config: DataConfig, statistics: Statistics, cpus
     )
 
 
-def _count_causes(statistics: Statistics) -> dict[str, CauseCounts]:
+def _count_causes(statistics: Statistics, config: DataConfig) -> dict[str, CauseCounts]:
     truncated = statistics.lost_units["tar_truncated"]
     looked_at, units = statistics.looked_at - statistics.truncated_samples - truncated, statistics.readable_units - truncated
     if not units:  # If all shards end early, it is their writer that does not end them, and nothing is missing.
@@ -186,7 +186,7 @@ def _count_causes(statistics: Statistics) -> dict[str, CauseCounts]:
     samples.update({cause: units * samples_per_unit for cause, units in statistics.lost_units.items()})
     if truncated:
         samples["tar_truncated"] = max(truncated, samples["tar_truncated"] - statistics.truncated_samples)
-    total, meanings = max(1, statistics.used + samples.total()), BAD_DATA | IGNORED | filters.meanings()
+    total, meanings = max(1, statistics.used + samples.total()), BAD_DATA | IGNORED | filters.meanings(config.filters)
     return {
         cause: CauseCounts(count, count / total, statistics.lost_units[cause], statistics.examples[cause], meanings[cause])
         for cause, count in sorted(samples.items(), key=lambda item: (-item[1], item[0]))
