@@ -7,6 +7,7 @@ import pytest
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data import catalog as catalogs
+from ray_platform.data import tar
 from ray_platform.data.catalog import Catalog, build_catalog, difference, to_json
 from ray_platform.data.causes import RejectedSample
 from ray_platform.data.config import DataConfig
@@ -197,14 +198,26 @@ def test_a_large_shard_is_read_in_parts(tmp_path):
     assert keys(parts.pools[0]) == keys([whole]) == [f"large.tar/{number:05d}" for number in range(36)]
 
 
-def test_a_large_shard_whose_samples_are_not_adjacent_says_so(tmp_path):
-    members = samples_of(0, 36, size=160)
-    (tmp_path / "large.tar").write_bytes(tar_of(members[::2] + members[1::2]))  # all images, then all captions
-    for max_read_mb, causes in ((1, {"files_apart"}), (9, set())):
-        config = DataConfig(sources=(str(tmp_path),), image_size=8, max_read_mb=max_read_mb)
-        opened = [open_samples(Item(0, 0, 0, unit, []), config, 0) for unit in build_catalog(config).pools[0]]
-        samples = [unit.sample(place) for unit in opened for place in range(len(unit))]
-        assert {sample.cause for sample in samples if isinstance(sample, RejectedSample)} == causes
+def test_files_of_a_sample_that_are_apart_in_a_large_shard_are_joined(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar, "_MIN_STEP_BYTES", 2**20)  # several reads before and after each part
+    ordered = samples_of(0, 36, size=160)
+    orders = {
+        "images first": ordered[::2] + ordered[1::2],
+        "captions first": ordered[1::2] + ordered[::2],
+        "one caption apart": [ordered[0], *ordered[2:], ordered[1]],
+    }
+    for order, members in orders.items():
+        (tmp_path / "large.tar").write_bytes(tar_of(members))
+        for max_read_mb in (1, 9):
+            config = DataConfig(sources=(str(tmp_path),), image_size=8, max_read_mb=max_read_mb)
+            opened = [open_samples(Item(0, 0, 0, unit, []), config, 0) for unit in build_catalog(config).pools[0]]
+            samples = [unit.sample(place) for unit in opened for place in range(len(unit))]
+            good = sorted(sample.caption for sample in samples if not isinstance(sample, RejectedSample))
+            causes = {sample.cause for sample in samples if isinstance(sample, RejectedSample)} - {"ignored_part"}
+            if order == "one caption apart" and max_read_mb == 1:  # so few are not worth reading the shard several times
+                assert (len(good), causes) == (35, {"files_apart"})
+            else:
+                assert (good, causes) == (sorted(f"sample {number}" for number in range(36)), set())
 
 
 # ---------------------------------------------------------------------------------------------------------- precomputed

@@ -28,6 +28,8 @@ _MAX_NAME_LENGTH = 1024  # characters
 _MAX_GLOBAL_FIELDS = 100  # PAX fields that a header sets for all members; each is looked up for every member
 _READ_AHEAD_BYTES = 2**20  # read past the end of a slice, for its last sample
 _MAX_SAMPLE_BYTES = 2**29  # a sample that continues further past the end of its slice is cut off
+_MAX_HALVES = 0.1  # of the samples of a slice may lack their image or text before the rest of the tar is read for them
+_MIN_STEP_BYTES = 2**24  # read at once for that
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # could forge or overwrite lines of a log
 
 # What some downloads and disks hold under the name of a tar, by its first bytes.
@@ -60,6 +62,15 @@ class Record:
     members: dict[str, memoryview] = field(default_factory=dict)  # suffix -> content
     cause: str = ""  # why it cannot be used, when that does not depend on the content
 
+    @property
+    def has_image(self) -> bool:
+        return any(suffix in self.members for suffix in IMAGE_SUFFIXES)
+
+    @property
+    def is_half(self) -> bool:
+        """Return whether there is either an image or a text."""
+        return self.has_image != ("txt" in self.members or "json" in self.members)
+
     def add(self, suffix: str, content: memoryview | None) -> None:
         if content is None:
             self.cause = "file_not_stored"
@@ -75,6 +86,8 @@ def read_tar_slice(
     """Read the samples that begin in bytes start..stop of a tar in storage.
 
     Consecutive slices of a tar together contain each of its samples once. A slice in which no sample begins gives `ignored_part`.
+    If many samples of a slice lack their image or their text, the files of a sample are not adjacent in this tar: then the rest
+    of the tar is read for them. The slice that has the image has the sample, so memory is bounded by the images of two slices.
     Raises DataError if the tar has another size than `size`; StorageError.
 
     Args:
@@ -88,6 +101,33 @@ def read_tar_slice(
         data = storage.read_bytes(url)
         check_size(url, len(data), size)
         return read_tar(data, shard_name, suffixes)
+    records = _read_slice(url, shard_name, size, start, stop, suffixes)
+    samples = {record.key: record for record in records if isinstance(record, Record)}
+    if suffixes == _SUFFIXES and sum(record.is_half for record in samples.values()) > _MAX_HALVES * len(samples):
+        step = max(stop - start, _MIN_STEP_BYTES)
+        for begin, end in ((0, start), (stop, size)):
+            for at in range(begin, end, step):
+                _join(samples, _read_slice(url, shard_name, size, at, min(at + step, end), suffixes))
+        records = [record for record in records if not isinstance(record, Record) or record.key in samples]
+    return records or [RejectedSample(f"{shard_name}/", "ignored_part")]
+
+
+def _join(samples: dict[str, Record], others: Sequence[Record | RejectedSample]) -> None:
+    """Add the texts of another slice to the samples with images, and remove the samples whose images it has."""
+    for other in others:
+        if isinstance(other, Record) and (sample := samples.get(other.key)):
+            if not sample.has_image:
+                if other.has_image:
+                    del samples[other.key]
+                continue
+            for suffix in other.members.keys() - sample.members.keys() - set(IMAGE_SUFFIXES):
+                sample.members[suffix] = memoryview(bytes(other.members[suffix]))  # does not keep the slice in memory
+
+
+def _read_slice(
+    url: str, shard_name: str, size: int, start: int, stop: int, suffixes: Sequence[str]
+) -> list[Record | RejectedSample]:
+    """Return the samples that begin in a slice, and of these the files that are adjacent."""
     data, ahead = b"", _READ_AHEAD_BYTES
     while True:
         end = min(stop + ahead, size)
