@@ -14,9 +14,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 from urllib.parse import quote
@@ -38,8 +36,7 @@ __all__ = ["StorageError", "retrying_for"]
 
 SMALL_BYTES = 64 * 2**20  # limit for files that describe others
 LISTING_BYTES = 2**30  # limit for a file that names every shard of a source
-_REQUESTS_AT_ONCE = 16
-_READS_AT_ONCE, _SMALL_FILE_RETRY_SECONDS = 32, 5.0  # by read_many
+_REQUESTS_AT_ONCE, _READS_AT_ONCE, _SMALL_FILE_RETRY_SECONDS = 16, 32, 5.0  # the latter two by read_many
 _READ_AHEAD_BYTES = 2**20  # of a file that is opened on S3
 Entry = dict[str, Any]  # what fsspec knows of a file: its name, type and size
 
@@ -92,8 +89,9 @@ def list_folder(folder: str, pattern: str = "*") -> tuple[StoredFile, ...]:
         folders, entries = [entry["name"] for entry in entries if entry["type"] == "directory"], []
         for inner in folders:
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                listed = filesystem.ls(inner, detail=True)
-                entries += [entry for entry in listed if fnmatch.fnmatchcase(posixpath.basename(entry["name"]), part)]
+                entries += [
+                    e for e in filesystem.ls(inner, detail=True) if fnmatch.fnmatchcase(posixpath.basename(e["name"]), part)
+                ]
     return _as_files(filesystem, _resolve_links(filesystem, entries, deep=False))
 
 
@@ -196,7 +194,7 @@ def read_many(urls: Sequence[str]) -> dict[str, bytes]:
         return {url: content for url, content in zip(urls, contents, strict=True) if content is not None}
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_read(url: str) -> Iterator[IO[bytes]]:
     """Open a seekable binary file. On S3, the ranges that are read are fetched with `read_bytes`. Raises StorageError."""
     with storage_errors(url):
@@ -285,8 +283,12 @@ def delete(url: str) -> None:
         if isinstance(filesystem, LocalFileSystem):
             filesystem.rm(path, recursive=True)
         else:  # one by one, as its `rm` would expand patterns
+            entries = filesystem.find(path, withdirs=True, detail=True)
+            files = [name for name, entry in entries.items() if entry["type"] == "file"]
             with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-                list(pool.map(filesystem.rm_file, [*reversed(filesystem.find(path, withdirs=True)), path]))
+                list(pool.map(filesystem.rm_file, files))
+            for folder in [*sorted(entries.keys() - files, reverse=True), path]:  # some servers have folders, which must be empty
+                filesystem.rm_file(folder)
 
 
 def put_folder(folder: Path, url: str) -> None:
@@ -389,7 +391,7 @@ def _list_expanded(filesystem: Any, pattern: str) -> tuple[StoredFile, ...]:
             entries = pool.map(filesystem.info, expected)
     else:
         folders = sorted({path.rpartition("/")[0] for path in expected})
-        entries = chain.from_iterable(filesystem.ls(folder, detail=True) for folder in folders)
+        entries = [entry for folder in folders for entry in filesystem.ls(folder, detail=True)]
     existing = {entry["name"]: entry for entry in _resolve_links(filesystem, entries, deep=False) if entry["type"] == "file"}
     missing = [path for path in expected if path not in existing]
     if missing:
