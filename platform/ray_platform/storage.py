@@ -388,7 +388,7 @@ def _list_expanded(filesystem: Any, pattern: str) -> tuple[StoredFile, ...]:
     expected = expand_braces(pattern)
     if "https" in filesystem.protocol:  # web servers seldom list folders
         with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-            entries = pool.map(filesystem.info, expected)
+            entries = list(pool.map(filesystem.info, expected))
     else:
         folders = sorted({path.rpartition("/")[0] for path in expected})
         entries = [entry for folder in folders for entry in filesystem.ls(folder, detail=True)]
