@@ -83,15 +83,13 @@ def list_folder(folder: str, pattern: str = "*") -> tuple[StoredFile, ...]:
     entries: list[Entry] = filesystem.ls(path, detail=True)
     if pattern == "**":
         return _as_files(filesystem, _resolve_links(filesystem, filesystem.find(path, detail=True).values(), deep=True))
-    first, *deeper = pattern.split("/")
-    entries = [entry for entry in entries if fnmatch.fnmatchcase(posixpath.basename(entry["name"]), first)]
-    for part in deeper:
-        folders, entries = [entry["name"] for entry in entries if entry["type"] == "directory"], []
-        for inner in folders:
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                entries += [
-                    e for e in filesystem.ls(inner, detail=True) if fnmatch.fnmatchcase(posixpath.basename(e["name"]), part)
-                ]
+    for depth, part in enumerate(pattern.split("/")):
+        if depth:
+            folders, entries = [entry["name"] for entry in entries if entry["type"] == "directory"], []
+            for inner in folders:
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    entries += filesystem.ls(inner, detail=True)
+        entries = [entry for entry in entries if fnmatch.fnmatchcase(posixpath.basename(entry["name"]), part)]
     return _as_files(filesystem, _resolve_links(filesystem, entries, deep=False))
 
 
