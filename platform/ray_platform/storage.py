@@ -6,6 +6,7 @@ credentials (`storage_errors`). `retry` documents the retries.
 
 import contextlib
 import fnmatch
+import functools
 import io
 import json
 import os
@@ -83,14 +84,24 @@ def list_folder(folder: str, pattern: str = "*") -> tuple[StoredFile, ...]:
     entries: list[Entry] = filesystem.ls(path, detail=True)
     if pattern == "**":
         return _as_files(filesystem, _resolve_links(filesystem, filesystem.find(path, detail=True).values(), deep=True))
-    for depth, part in enumerate(pattern.split("/")):
-        if depth:
-            folders, entries = [entry["name"] for entry in entries if entry["type"] == "directory"], []
-            for inner in folders:
-                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                    entries += filesystem.ls(inner, detail=True)
-        entries = [entry for entry in entries if fnmatch.fnmatchcase(posixpath.basename(entry["name"]), part)]
+    first, *deeper = pattern.split("/")
+    entries = [entry for entry in entries if fnmatch.fnmatchcase(posixpath.basename(entry["name"]), first)]
+    for part in deeper:
+        folders = [entry["name"] for entry in entries if entry["type"] == "directory"]
+        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+            entries = list(chain.from_iterable(pool.map(functools.partial(_matches, filesystem, part), folders)))
     return _as_files(filesystem, _resolve_links(filesystem, entries, deep=False))
+
+
+def _matches(filesystem: Any, pattern: str, folder: str) -> list[Entry]:
+    """Return the entries of `folder` that match `pattern`, without listing all of them if it is a name."""
+    try:
+        if not set(pattern) & set("*?["):
+            return [filesystem.info(f"{folder}/{pattern}")]
+        listed = filesystem.ls(folder, detail=True)
+    except FileNotFoundError:  # removed meanwhile
+        return []
+    return [entry for entry in listed if fnmatch.fnmatchcase(posixpath.basename(entry["name"]), pattern)]
 
 
 def _resolve_links(filesystem: Any, entries: Iterable[Entry], deep: bool, seen: frozenset[str] = frozenset()) -> Iterator[Entry]:

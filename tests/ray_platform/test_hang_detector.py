@@ -48,6 +48,18 @@ def test_the_rank_that_the_others_wait_for_is_named(clock):
     assert detector.find_hang(6.0) is None, "one rank makes progress"
 
 
+def test_many_silent_ranks_are_not_compared_with_each_other(clock, monkeypatch):
+    detector = detector_of(*(heartbeat(rank) for rank in range(50)))
+    clock.wait(20)
+    comparisons = []
+    monkeypatch.setattr(Heartbeat, "__eq__", lambda *pair: comparisons.append(pair))
+    line, actors = detector.find_hang(6.0)
+    assert "rank 7 " in line
+    assert "rank 8 " not in line
+    assert "42 more ranks" in line
+    assert (len(actors), comparisons) == (50, [])
+
+
 @pytest.mark.parametrize("more", [{}, EXPORTING])
 def test_a_silent_rank_is_named_before_busy_ones_and_has_no_more_time(clock, more):
     silent, busy = heartbeat(1, **more), heartbeat(0, waits=bool(more), **more)

@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_platform.contracts import ConfigError, ConsumedRange
+from ray_platform.data import plan
 from ray_platform.data.catalog import Catalog, Shard, ShardRange
+from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader, check_world_size, groups, shuffled
+from ray_platform.data.stream import dataset_groups
 from tests.support.streams import reader_of
 
 
@@ -43,6 +46,18 @@ def test_the_order_differs_by_epoch_and_seed_and_is_part_of_what_a_checkpoint_me
     # Ledgers in checkpoints rely on this order: if it changes, old runs resume with other samples.
     assert first == [6, 7, 3, 1, 0, 2, 5, 4]
     assert shuffled(range(8), 0, 0) == [0, 2, 1, 4, 6, 7, 3, 5]
+
+
+def test_a_rank_plans_few_epochs_ahead(monkeypatch):
+    shuffles = []
+    monkeypatch.setattr(plan, "shuffled", lambda values, *seeds: shuffles.append(seeds) or list(values))
+    for num_samples, num_groups in ((10, 1024), (10_000, 105), (2**21, 8)):
+        units = tuple(ShardRange(Shard(f"/{i}.tar", 1, f"{i}.tar", num_samples), 0, 1) for i in range(2000))
+        large = Catalog(tuple(unit.shard for unit in units), (units,), (1.0,))
+        assert dataset_groups(large, DataConfig(image_size=8)) == num_groups
+    shuffles.clear()
+    list(islice(groups(large, reader_of(large, 0, 100), 2, 1), num_groups))
+    assert len(shuffles) == 1
 
 
 def test_read_streams_divide_each_window_and_no_window_crosses_an_epoch():

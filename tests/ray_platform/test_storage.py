@@ -7,6 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from botocore.exceptions import NoCredentialsError
+from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import AwsStandardS3RetryStrategy
 
 from ray_platform import object_store, retry, storage
@@ -69,6 +70,15 @@ def test_the_name_of_a_folder_is_not_a_pattern(base, name):
     assert [storage.exists(url) for url in (folder, f"{base}/run1/00.json", f"{base}/qax/00.json")] == [False, True, True]
     with pytest.raises(DataError, match="no such file or folder"):
         storage.list_folder(folder)
+
+
+def test_a_file_with_a_name_is_found_without_listing_its_folder(tmp_path, monkeypatch):
+    """A checkpoint of 1,024 ranks has 3,000 files."""
+    fill(tmp_path, {f"a/step_{step}/{name}": b"" for step in range(3) for name in ("complete.json", "rank.json")})
+    listed, ls = [], LocalFileSystem.ls
+    monkeypatch.setattr(LocalFileSystem, "ls", lambda self, path, **options: listed.append(path) or ls(self, path, **options))
+    assert len(storage.list_folder(str(tmp_path), "*/step_*/complete.json")) == 3
+    assert listed == [str(tmp_path), f"{tmp_path}/a"]
 
 
 def test_the_name_of_an_existing_source_is_not_a_pattern(base):

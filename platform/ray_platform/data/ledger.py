@@ -40,7 +40,8 @@ class Ledger:
                 raise ValueError(f"an empty range: {consumed}")
             if self.is_complete(pool, epoch, unit):
                 raise ValueError(f"consumed twice: {consumed} of a complete unit")
-            state = self._epochs.setdefault((pool, epoch), _Epoch(np.zeros(self.num_units[pool], dtype=bool)))
+            if (state := self._epochs.get((pool, epoch))) is None:
+                state = self._epochs[pool, epoch] = _Epoch(np.zeros(self.num_units[pool], dtype=bool))
             state.started[unit] = _insert(state.started.get(unit, []), consumed)
             if state.started[unit] == [(0, consumed.total)]:
                 del state.started[unit]

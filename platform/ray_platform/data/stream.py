@@ -27,7 +27,8 @@ from ray_platform.data.source import ReadSample, ShardSource, data_context, data
 from ray_platform.placement import label_selector, total_resources
 from ray_platform.ray_internals import set_generator_buffer
 
-DATASET_GROUPS = 1024  # per Ray dataset, over however many epochs: the next dataset starts without prefetched blocks
+DATASET_GROUPS = 1024  # at most, per Ray dataset, over however many epochs: the next dataset starts without prefetched blocks
+DATASET_SAMPLES = 2**21  # about, per Ray dataset
 TASK_SAMPLES = 8192
 _MIN_EMPTY_UNITS = 100  # read without a good sample before a source counts as empty
 PAUSE_SECONDS, WAITING_PAUSE_SECONDS = 0.05, 0.01
@@ -45,7 +46,7 @@ def stream(catalog: Catalog, config: DataConfig, reader: Reader, *, batch_size: 
 
     def run() -> Iterator[Batch]:
         # Every group has at least one sample, so a short run needs no more groups than samples.
-        max_groups = min(DATASET_GROUPS, num_batches * batch_size)
+        max_groups = min(dataset_groups(catalog, config), num_batches * batch_size)
         with ExitStack() as stack:
             pools = [_read_streams(catalog, config, reader, max_groups, pool) for pool in range(len(catalog.pools))]
             for blocks in chain.from_iterable(pools):
@@ -53,6 +54,12 @@ def stream(catalog: Catalog, config: DataConfig, reader: Reader, *, batch_size: 
             yield from islice(batcher.batches([merged(streams) for streams in pools]), num_batches)
 
     return run()
+
+
+def dataset_groups(catalog: Catalog, config: DataConfig) -> int:
+    """Return how many groups a Ray dataset reads: fewer of large shards, as with many ranks they would span many epochs."""
+    large = round(DATASET_SAMPLES / (config.interleave * catalog.size.samples_per_unit))
+    return min(DATASET_GROUPS, max(large, 4 * config.reads_per_rank))
 
 
 def merged(read_streams: Sequence[Iterable[pa.Table]]) -> Iterator[ReadSample]:

@@ -6,6 +6,7 @@ The format on storage, its readers, and which checkpoints a run may resume from 
 import contextlib
 import enum
 import hashlib
+import heapq
 import json
 import logging
 import secrets
@@ -294,11 +295,11 @@ class TensorAssignment:
     """Assigns every tensor that all ranks hold to the one that writes it: the one with the fewest bytes so far."""
 
     def __init__(self, world_size: int):
-        self.num_bytes = [0] * world_size
+        self._ranks = [(0, rank) for rank in range(world_size)]  # a heap of (bytes, rank)
 
     def owner(self, tensor: torch.Tensor) -> int:
-        rank = self.num_bytes.index(min(self.num_bytes))
-        self.num_bytes[rank] += tensor.nbytes
+        num_bytes, rank = self._ranks[0]
+        heapq.heapreplace(self._ranks, (num_bytes + tensor.nbytes, rank))
         return rank
 
 

@@ -18,6 +18,7 @@ from ray_platform.placement import log_restart
 HEARTBEAT_SECONDS = 2.0
 _SILENT_SECONDS = 5 * HEARTBEAT_SECONDS  # after this, the process is stopped or its node is lost
 _SLOW_PHASE_FACTOR = 10  # longer timeout of phases that are slow by themselves: building, restoring, scoring, exporting
+_MAX_RANKS_NAMED = 8  # in the message about a hang
 # Files of frames that wait for other ranks, with gloo. NCCL's calls return at once and the next read of a result waits, wherever
 # it is; the trainer marks such places (`HeartbeatThread.waiting_for_ranks`).
 _COLLECTIVE_FRAMES = ("torch/distributed/", "deepspeed/comm/")
@@ -190,18 +191,23 @@ class HangDetector:
         there are none, those that do not wait for other ranks.
         """
         now, ranks = time.monotonic(), self._ranks.values()
-        silent = [rank.heartbeat for rank in ranks if now - rank.received_at > _SILENT_SECONDS]
 
-        def timeout(heartbeat: Heartbeat) -> float:
-            waits_in_vain = heartbeat in silent or (silent and heartbeat.waits_for_ranks)
-            return seconds * (_SLOW_PHASE_FACTOR if heartbeat.is_slow_phase and not waits_in_vain else 1)
+        def is_silent(rank: _Received) -> bool:
+            return now - rank.received_at > _SILENT_SECONDS
 
-        if not ranks or any(now - rank.progressed_at < timeout(rank.heartbeat) for rank in ranks):
+        silent = [rank.heartbeat for rank in ranks if is_silent(rank)]
+
+        def timeout(rank: _Received) -> float:
+            waits_in_vain = is_silent(rank) or (silent and rank.heartbeat.waits_for_ranks)
+            return seconds * (_SLOW_PHASE_FACTOR if rank.heartbeat.is_slow_phase and not waits_in_vain else 1)
+
+        if not ranks or any(now - rank.progressed_at < timeout(rank) for rank in ranks):
             return None
         busy = [rank.heartbeat for rank in ranks if not rank.heartbeat.waits_for_ranks]
         blamed = sorted(silent or busy, key=lambda heartbeat: heartbeat.rank)
         if blamed:
-            names = ", ".join(f"rank {h.rank} ({h.host}, pid {h.pid}) in step {h.step + 1}" for h in blamed)
+            names = ", ".join(f"rank {h.rank} ({h.host}, pid {h.pid}) in step {h.step + 1}" for h in blamed[:_MAX_RANKS_NAMED])
+            names += f" and {len(blamed) - _MAX_RANKS_NAMED} more ranks" if len(blamed) > _MAX_RANKS_NAMED else ""
             how = "sends no heartbeats" if silent else f"hangs while {blamed[0].phase}, at {blamed[0].stack_top}"
             cause = f"{names} {how}; the other {len(ranks) - len(blamed)} of {len(ranks)} ranks wait"
         else:
