@@ -6,7 +6,6 @@ credentials (`storage_errors`). `retry` documents the retries.
 
 import contextlib
 import fnmatch
-import functools
 import io
 import json
 import os
@@ -78,30 +77,20 @@ def list_files(source: str) -> tuple[StoredFile, ...]:
 def list_folder(folder: str, pattern: str = "*") -> tuple[StoredFile, ...]:
     """Return the files below `folder`, which is not a pattern, that match `pattern`, such as `*/step_*/complete.json`.
 
-    `**` stands for all files, at any depth. Raises StorageError if the folder is missing.
+    `**` stands for all files, at any depth; a name is found without a listing. Raises StorageError if the folder is missing.
     """
     filesystem, path = _resolve(folder)
     entries: list[Entry] = filesystem.ls(path, detail=True)
     if pattern == "**":
         return _as_files(filesystem, _resolve_links(filesystem, filesystem.find(path, detail=True).values(), deep=True))
-    first, *deeper = pattern.split("/")
-    entries = [entry for entry in entries if fnmatch.fnmatchcase(posixpath.basename(entry["name"]), first)]
-    for part in deeper:
-        folders = [entry["name"] for entry in entries if entry["type"] == "directory"]
-        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-            entries = list(chain.from_iterable(pool.map(functools.partial(_matches, filesystem, part), folders)))
+    for depth, part in enumerate(pattern.split("/")):
+        if depth:
+            folders, entries = [entry["name"] for entry in entries if entry["type"] == "directory"], []
+            for top in folders:
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    entries += filesystem.ls(top, detail=True) if set("*?[") & set(part) else [filesystem.info(f"{top}/{part}")]
+        entries = [entry for entry in entries if fnmatch.fnmatchcase(posixpath.basename(entry["name"]), part)]
     return _as_files(filesystem, _resolve_links(filesystem, entries, deep=False))
-
-
-def _matches(filesystem: Any, pattern: str, folder: str) -> list[Entry]:
-    """Return the entries of `folder` that match `pattern`, without listing all of them if it is a name."""
-    try:
-        if not set(pattern) & set("*?["):
-            return [filesystem.info(f"{folder}/{pattern}")]
-        listed = filesystem.ls(folder, detail=True)
-    except FileNotFoundError:  # removed meanwhile
-        return []
-    return [entry for entry in listed if fnmatch.fnmatchcase(posixpath.basename(entry["name"]), pattern)]
 
 
 def _resolve_links(filesystem: Any, entries: Iterable[Entry], deep: bool, seen: frozenset[str] = frozenset()) -> Iterator[Entry]:

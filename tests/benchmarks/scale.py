@@ -41,7 +41,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ray_platform import storage
-from ray_platform.contracts import ConsumedRange
+from ray_platform.contracts import ConsumedRange, MixtureState
 from ray_platform.data.catalog import Catalog, Shard, ShardRange
 from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import Ledger
@@ -204,7 +204,7 @@ class Checkpoints:
         self.output_dir, self.num_ranks, self.lineage = output_dir, num_ranks, Lineage("launch")
         folder = storage.join(checkpoints_dir(output_dir), "launch")
         self.uploaders = [AsyncUploader(folder, rank, "token", lambda: None) for rank in range(num_ranks)]
-        self.state = RankState.capture({"image_undecodable": 1}, LossHistory())
+        self.state = RankState.capture({"image_undecodable": 1}, LossHistory(), MixtureState())
         self.save()  # the first one, before which there is none to remove
 
     def save(self) -> float:
