@@ -36,6 +36,7 @@ from ray_platform.tracking import read_run_record
 from ray_platform.train import checkpoint_format
 from ray_platform.train.lease import Holder
 from tests.support.html_page import Page
+from tests.support.messages import check_message
 from tests.support.training import logged_losses
 
 FILES = Path(__file__).parent / "fixtures" / "ba8fcc6" / "files.tar.xz"
@@ -110,6 +111,7 @@ def test_removed_fields_are_ignored_in_a_saved_configuration_only(old, tmp_path,
     expected = parse_pretrain(["--config", str(old / "run" / "config.yaml"), "--train.num_steps=7"])
     assert parsed.config == expected.config
     assert "removed_section, train.removed" in caplog.text
+    check_message("--config with a removed field, in the log", caplog.messages[-1], FILE=tmp_path / "config.yaml")
     again = tmp_path / "again.yaml"
     again.write_text(parsed.yaml)
     assert parse_pretrain([f"--config={again}"]).config == parsed.config

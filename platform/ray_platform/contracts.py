@@ -57,6 +57,13 @@ def one_line(error: BaseException | str, max_length: int | None = None) -> str:
     return text if max_length is None or len(text) <= max_length else f"{text[: max_length - 1]}…"
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """Return the error that led to `error`: `Connection refused` instead of a paragraph about retries."""
+    while (inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = inner
+    return error
+
+
 def describe_error(error: BaseException) -> str:
     """Return `one_line(error)` for a `UserError`; the text of any other error is shortened and preceded by its type."""
     if isinstance(error, UserError):

@@ -1,14 +1,17 @@
 """The command line of pretraining: overrides, saved configurations, and one-line errors for invalid input."""
 
 import json
+import os
 
 import pytest
+import torch
 
 from diffdis_platform.cli import main
 from diffdis_platform.commands.pretrain import parse_arguments as parse
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.recipes import recipes_of
 from ray_platform.contracts import ConfigError, DataError
+from tests.support.messages import check_message
 from tests.support.training import write_shards
 
 
@@ -61,6 +64,12 @@ def test_a_saved_configuration_can_be_started_from_again(tmp_path):
     assert parse(["--config", str(tmp_path / "config.yaml")]).config == first.config
 
 
+BAD_FIELDS = {  # in docs/operations.md
+    "--train.zero_stge": "a field is misspelled",
+    "--objective.lambda_alignment": "a value is out of range",
+}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -87,6 +96,8 @@ def test_bad_fields_are_one_line(arguments, message):
     with pytest.raises(ConfigError, match=message) as raised:
         parse(arguments)
     assert "\n" not in str(raised.value)
+    if fault := BAD_FIELDS.get(arguments[0]):
+        check_message(fault, raised.value)
 
 
 def run_of(tmp_path, *arguments):
@@ -101,6 +112,19 @@ def test_dry_run_says_what_would_run(tmp_path):
     assert plan["weights"]["model.text_encoder.path"]["dtypes"] == ["float32"]
     json.dumps(plan)
     assert not (tmp_path / "out").exists()
+
+
+CANNOT_RUN = {  # by the last two arguments; in docs/operations.md
+    "--data.sources /none": "the data does not exist",
+    "--train.num_workers 9": "more workers than shards",
+    "--output_dir /dev/null/x": "the output folder cannot be written",
+    "--train.heldout_sources /none": "the validation data does not exist",
+    "--train.gpus_per_worker 64": "more GPUs than there are",
+    "--train.cpus_per_worker 1000": "more CPUs than there are",
+    "--model.text_encoder.path /none": "an encoder does not exist",
+    "--model.warm_start /none": "the weights do not exist",
+    "--tracking.uri http://127.0.0.1:9": "a dry run, while MLflow does not answer",
+}
 
 
 @pytest.mark.parametrize(
@@ -136,6 +160,8 @@ def test_what_cannot_run_is_one_line(tmp_path, arguments, error, message):
     with pytest.raises(error, match=message) as raised:
         run_of(tmp_path, *arguments).dry_run()
     assert "\n" not in str(raised.value)
+    if fault := CANNOT_RUN.get(" ".join(arguments[-2:])):
+        check_message(fault, raised.value, RESOURCES=f"{os.cpu_count()} CPUs, {torch.cuda.device_count()} GPUs")
 
 
 def test_a_run_that_cannot_start_ends_with_the_line_and_a_status(capsys):

@@ -31,6 +31,7 @@ from ray_platform.train.checkpoint_format import (
 from ray_platform.train.checkpointing import AsyncUploader, TensorAssignment, TrainState, find_checkpoint
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.tensor_parts import part_key
+from tests.support.messages import check_message
 
 TENSORS = {f"weights/p{i}": torch.randn(50, generator=torch.Generator().manual_seed(i)) for i in range(6)}
 HISTORY = LossHistory(1.5, 30, 4, 1)
@@ -207,9 +208,13 @@ def test_the_one_before_is_taken_whatever_is_damaged(tmp_path, one_rank, caplog,
     assert find_checkpoint("auto", str(tmp_path), "b", "d").url == old
     if (name, damage) != ("complete", "missing"):  # without this file, the folder is not a checkpoint
         assert name in caplog.text
+        line = caplog.messages[-1]
         storage.delete(old)
-        with pytest.raises(CorruptCheckpoint, match=rf"step_00000020: .*{name}.*--resume PATH"):
+        with pytest.raises(CorruptCheckpoint, match=rf"step_00000020: .*{name}.*--resume PATH") as none_left:
             find_checkpoint("auto", str(tmp_path), "b", "d")
+        if damage == "flipped":
+            check_message("the newest checkpoint is damaged, in the log", line, OUTPUT_DIR=tmp_path)
+            check_message("the only checkpoint is damaged", none_left.value, OUTPUT_DIR=tmp_path)
 
 
 def test_the_one_before_is_taken_when_the_newest_is_deleted_meanwhile(tmp_path, one_rank, monkeypatch):
@@ -285,9 +290,11 @@ def test_a_manifest_of_another_version(tmp_path, caplog):
     file.write_text(json.dumps(values | {"of_the_future": 1}))
     assert read_manifest(url) == Manifest.from_bytes(json.dumps(values).encode(), url)
     assert "of_the_future" in caplog.text
+    check_message("a checkpoint has a field of a newer version, in the log", caplog.messages[-1], OUTPUT_DIR=tmp_path)
     file.write_text(json.dumps(values | {"format_version": 99}))
-    with pytest.raises(NewerFormatError, match=r"complete\.json: .*newer version.*99"):
+    with pytest.raises(NewerFormatError, match=r"complete\.json: .*newer version.*99") as newer:
         read_manifest(url)
+    check_message("a checkpoint was written by a newer version", newer.value, OUTPUT_DIR=tmp_path)
 
 
 def test_weights_are_read_without_ranks_and_replace_a_missing_ema(tmp_path):

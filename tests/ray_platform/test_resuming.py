@@ -10,6 +10,7 @@ from ray_platform.train.config import TrainConfig
 from ray_platform.train.optimizer import Rewarm, learning_rate_factor
 from ray_platform.train.resuming import Resumption, other_shards, resumed_rewarm
 from tests.ray_platform.test_checkpointing import manifest, save
+from tests.support.messages import check_message
 
 FINISHED = {"num_steps": 100, "warmup_steps": 10, "lr_schedule": "cosine", "rewarm_steps": 0}
 
@@ -34,6 +35,7 @@ def test_each_changed_setting_is_reported(capsys):
         'objective.freeze: was [], is ["unet.*"]',
         "train.micro_batch_size: was absent, is 8",
     ]
+    check_message("a resume with another learning rate", changed.changes(current)[0])
     (tag,) = changed.report(current, TrainConfig(**FINISHED)).items()
     assert tag == ("changed_at_step_100", "; ".join(changed.changes(current)))
     assert capsys.readouterr().out.count(": was ") == 3
@@ -49,6 +51,7 @@ def test_a_finished_run_with_more_steps_jumps_or_rises():
     (line,) = old.warnings(jumping)
     assert line.startswith("train.rewarm_steps")
     assert "step 100" in line
+    check_message("a finished run is resumed with twice the steps", line)
     assert old.warnings(rising) == []
     rewarm = resumed_rewarm(old.manifest, rising)
     values = factors(range(100, 130), rising, rewarm)
@@ -70,7 +73,9 @@ def test_a_run_is_complete_when_its_summary_is_that_of_the_last_step(tmp_path):
     done, train = resumption(folder=tmp_path), TrainConfig(**FINISHED)
     assert done.completed(train, str(tmp_path)) == "", "it has still to export"
     (tmp_path / "train_summary.json").write_text(json.dumps({"num_steps": 100}))
-    assert done.completed(train, str(tmp_path)).startswith("output_dir: ")
+    line = done.completed(train, str(tmp_path))
+    assert line.startswith("output_dir: ")
+    check_message("a complete run is started again", line, OUTPUT_DIR=tmp_path)
     assert done.completed(TrainConfig(**FINISHED | {"num_steps": 200}), str(tmp_path)) == ""
     assert resumption(50, folder=tmp_path).completed(train, str(tmp_path)) == ""
     assert resumption(folder="/other").completed(train, str(tmp_path)) == "", "it starts from another run's checkpoint"
@@ -89,3 +94,4 @@ def test_weights_of_another_run_start_anew(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.resume_weights_only"):
         TrainConfig(resume_weights_only=True)
     assert isinstance(other_shards(url), DataError)
+    check_message("--resume PATH with other shards", other_shards(url), PATH=url)

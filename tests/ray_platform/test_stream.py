@@ -185,6 +185,8 @@ def test_a_lost_shard_counts_for_its_samples_and_is_consumed(write, caplog):
     assert batches[-1].skipped == {"shard_missing": 20}
     error = f"{last_read.url}: no such file"  # as storage reports it
     assert f"{last_read.name}/: shard_missing ({error}" in caplog.text
+    skipped = next(line for line in caplog.messages if "shard_missing" in line)
+    check_message("one shard is missing, in the log", skipped, SOURCE=config.sources[0], SHARD=last_read.name)
     with pytest.raises(DataError, match=f"; shard_missing: {re.escape(error)}"):
         check_skipped("the run", batches[-1].skipped, 20, 40, 0.1, batches[-1].skip_details)
     assert batches[-1].epoch_samples == 120

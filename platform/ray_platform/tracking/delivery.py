@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, one_line
+from ray_platform.contracts import ConfigError, one_line, root_cause
 from ray_platform.json_values import JsonObject
 from ray_platform.redaction import redacted
 from ray_platform.tracking.config import JOURNAL_ONLY, TRACKERS, TrackingConfig
@@ -203,7 +203,7 @@ class Delivery:
 
     def _report_problem(self, error: Exception) -> None:
         self._num_problems += 1
-        message = redacted(one_line(_root_cause(error), max_length=300))
+        message = redacted(one_line(root_cause(error), max_length=300))
         if not self.problem:
             logger.warning(
                 "tracking: %s does not answer; the run continues, its metrics are kept in %s and delivered later: %s",
@@ -265,13 +265,6 @@ def _call(tracker: Tracker | None, entry: JsonObject | list[MetricPoint], output
         tracker.register_model(entry["registered_model"], entry["source"], entry["run_id"], entry["tags"])
     elif "status" in entry:
         tracker.end(entry["status"])
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """Return the error that led to `error`: `Connection refused` instead of a paragraph about retries."""
-    while (inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
-        error = inner
-    return error
 
 
 def _is_rejection(error: Exception) -> bool:

@@ -176,7 +176,7 @@ def read_file(url: str, manifest: Manifest, name: str) -> bytes:
         size, digest = manifest.files[name]
         data = storage.read_bytes(storage.join(url, name), 0, size + 1)
         if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
-            raise ValueError(f"{len(data)} bytes of {size}")
+            raise ValueError(f"{len(data)} bytes of {size}" if len(data) != size else "its digest differs")
         return data
 
 
@@ -235,20 +235,22 @@ def read_weights(url: str, state: str) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((parameter, tensor) for parameter, tensor in weights.items() if parameter not in yielded)
 
 
+ADVICE = "resume from another checkpoint with --resume PATH"
+
+
 @contextlib.contextmanager
 def _corruption_named(url: str, name: str) -> Iterator[None]:
     """Turn every error in reading the file `name` into a CorruptCheckpoint, except storage that does not answer."""
-    advice = "resume from another checkpoint with --resume PATH"
     try:
         yield
     except storage.StorageError as error:
         if error.kind != "missing":
             raise
-        raise CorruptCheckpoint(f"{url}: {name} is missing; {advice}") from None
+        raise CorruptCheckpoint(f"{url}: {name} is missing; {ADVICE}") from None
     except (CorruptCheckpoint, NewerFormatError):
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, DataError) as error:
-        raise CorruptCheckpoint(f"{url}: {name} is damaged ({one_line(error, 300)}); {advice}") from None
+        raise CorruptCheckpoint(f"{url}: {name} is damaged ({one_line(error, 300)}); {ADVICE}") from None
 
 
 # --- which checkpoint ----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from ray_platform.data.catalog import Catalog
 from ray_platform.data.ledger import Ledger, merge_ranges
 from ray_platform.retry import RETRY_SECONDS
 from ray_platform.train.checkpoint_format import (
+    ADVICE,
     BASE,
     COMPLETE,
     CONSUMED,
@@ -116,7 +117,7 @@ def find_checkpoint(resume: str, output_dir: str, launch: str, source_digest: st
         if not damage:
             return loaded
         if dist.get_rank() == 0:
-            logger.warning("%s", damage)
+            logger.warning("%s; skipping this checkpoint", damage.removesuffix(f"; {ADVICE}"))
     if damage:
         raise CorruptCheckpoint(damage)
     return None

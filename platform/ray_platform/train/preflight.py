@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import requests
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError, Task, UserError, named_field, one_line
+from ray_platform.contracts import ConfigError, DataError, Task, UserError, named_field, one_line, root_cause
 from ray_platform.data import precomputed
 from ray_platform.data.catalog import Catalog, build_catalog, difference
 from ray_platform.data.config import DataConfig
@@ -206,7 +206,7 @@ def check_tracking_server(uri: str) -> None:
     try:
         answer = requests.get(uri.rstrip("/") + "/health", timeout=_SERVER_TIMEOUT_S, verify=server)
     except requests.RequestException as error:
-        reason = one_line(error, max_length=200)
+        reason = one_line(root_cause(error), max_length=200)
     else:
         if answer.status_code < 500:  # a proxy may reject this address, and accept those of MLflow's client
             return
