@@ -140,6 +140,23 @@ def test_filtered_samples_are_counted_but_are_not_bad(write):
     assert batch.skipped.keys() == {"filtered_size"}
 
 
+@pytest.mark.parametrize("pattern", ["", "*.tar", "{0..1}.tar"])
+@pytest.mark.parametrize("has_counts", [True, False])
+def test_weights_are_fractions_of_what_a_real_mixture_delivers(tmp_path, pattern, has_counts):
+    """Of samples of 30 and of 1 kB, where a filter drops 70 % of one source. Estimates by bytes gave 25 and 75 %."""
+    counts = {f"{shard}_stats.json": b'{"successes": 20}' for shard in range(2 * has_counts)}
+    write_shards(tmp_path / "large", {f"{s}.tar": samples_of(20 * s, 20, size=100) for s in range(2)} | counts)
+    small = {f"{s}.tar": [*samples_of(100 * s, 6, size=20), *samples_of(100 * s + 50, 14, size=16)] for s in range(2)}
+    write_shards(tmp_path / "small", small | counts)
+    sources = f"{tmp_path}/large/{pattern}", f"{tmp_path}/small/{pattern}"
+    config = config_of("", sources=sources, weights=(0.5, 0.5), filters=FilterConfig(min_size=20))
+    catalog = build_catalog(config)
+    assert catalog.num_samples == (80 if has_counts else None)
+    ranks = [without_ray(catalog, config, reader_of(catalog, rank, 2), batch_size=5, num_batches=8) for rank in range(2)]
+    from_large = sum(key.startswith("large/") for batches in ranks for batch in batches for key in batch.keys)
+    assert from_large == pytest.approx(40, abs=2)
+
+
 def check(catalog, config, world_size=1, batch_size=10, max_epochs=1.0, past=()):
     """Read up to some epochs with all ranks in step, judge the losses at every step as a run does, and return their causes."""
     streams = [plain_stream(catalog, config, reader_of(catalog, rank, world_size), batch_size) for rank in range(world_size)]
