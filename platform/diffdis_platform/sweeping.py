@@ -279,7 +279,7 @@ def _training_resources(pretrain: PretrainConfig) -> list[ResourceRequest]:
     """Return what the workers need, and what their reads need if those run on other nodes."""
     train, data = pretrain.train, pretrain.data
     cpus, gpus = train.max_workers * train.cpus_per_worker, float(train.max_workers * train.gpus_per_worker)
-    reads = train.max_workers * data.reads_per_rank * data.cpus_per_read
+    reads = train.max_workers * sum(data.reads_per_pool) * data.cpus_per_read
     if data.placement == train.placement:
         return [ResourceRequest(train.placement, {"CPU": cpus + reads, "GPU": gpus})]
     return [ResourceRequest(train.placement, {"CPU": cpus, "GPU": gpus}), ResourceRequest(data.placement, {"CPU": reads})]

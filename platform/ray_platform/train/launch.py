@@ -200,7 +200,7 @@ class Run(RunPlan):
         train = self.train
         resources = {"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})
         if train.elastic and not self.data.placement:
-            resources["CPU"] += self.data.reads_per_rank * self.data.cpus_per_read
+            resources["CPU"] += sum(self.data.reads_per_pool) * self.data.cpus_per_read
         filesystem, folder = storage.literal_filesystem(self._ray_dir)
         return TorchTrainer(
             run_worker,
