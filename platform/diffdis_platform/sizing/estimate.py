@@ -226,12 +226,12 @@ def _gather_seconds(size: float, calls: float, num_gpus: int, c: Constants) -> f
 def _traffic(counts: Counts, train: TrainConfig, plan: BatchPlan, num_draws: int, c: Constants) -> Traffic:
     """Return the communication of a step; without `num_draws`, no InfoNCE is computed.
 
-    InfoNCE gathers queries and caption ids twice per micro-batch, and all-reduces two [draws, B].
+    InfoNCE gathers queries and caption ids once per micro-batch, and all-reduces a [draws, B] of 8 bytes.
     """
     n, size, k = plan.world_size, FULL * counts.trained, plan.num_micro_batches
     batch = plan.micro_batch_size * n
-    rows = _gather_seconds(2 * batch * (FULL * counts.embedding_dim + 8), 4, n, c)
-    info = k * (rows + 2 * _gather_seconds(2 * FULL * num_draws * batch, 2, n, c)) if num_draws else 0.0
+    rows = _gather_seconds(batch * (FULL * counts.embedding_dim + 8), 1, n, c)
+    info = k * (rows + 2 * _gather_seconds(8 * num_draws * batch, 1, n, c)) if num_draws else 0.0
     sent = (n - 1) / n * size
     half = _gather_seconds(size, math.ceil(counts.trained / _reduce_bucket_size(train)), n, c)
     if train.zero_stage == 0:  # after the backward pass
@@ -252,12 +252,12 @@ def checkpoint_bytes(counts: Counts, train: TrainConfig) -> float:
 
 def _faults(counts: Counts, train: TrainConfig, num_gpus: int, step_seconds: float, c: Constants) -> Faults:
     size, nodes = checkpoint_bytes(counts, train), c.num_nodes(num_gpus)
-    gathering = 2 * _gather_seconds(size, (3 + bool(train.ema_decay)) * counts.num_tensors, num_gpus, c)
-    stall = (gathering if train.zero_stage else 0.0) + size / num_gpus / (1e9 * c.host_copy_gb_per_second)
+    stall = size / num_gpus / (1e9 * c.host_copy_gb_per_second)  # every rank copies what it updates
     upload = max(size / nodes / (1e9 * c.s3_gb_per_second), size / num_gpus / (1e6 * c.upload_mb_per_second))
     between = _DAY / (nodes * c.failures_per_node_day) if c.failures_per_node_day else math.inf
-    # The rank that read a tensor sends it to all others.
-    recovery = c.recovery_seconds + 60 * c.minutes_to_replace_node + upload + 0.5 * gathering
+    # The ranks that read a tensor send it to all others.
+    sending = _gather_seconds(size, (3 + bool(train.ema_decay)) * counts.num_tensors, num_gpus, c)
+    recovery = c.recovery_seconds + 60 * c.minutes_to_replace_node + upload + sending
     interval = train.checkpoint_every * step_seconds
     best = max(best_interval(stall, between), upload)  # the next checkpoint waits for the upload of the previous one
     useful, best_useful = (useful_fraction(every, stall, upload, recovery, between) for every in (interval, best))
