@@ -198,38 +198,51 @@ def find_hang(detector: HangDetector) -> float:
 
 
 class Checkpoints:
-    """Checkpoints of a run with `num_ranks` ranks, which are saved one after the other."""
+    """Two checkpoints of a run with `num_ranks` ranks: a complete one, and one after it that is uploaded."""
 
     def __init__(self, output_dir: str, num_ranks: int):
         self.output_dir, self.num_ranks, self.lineage = output_dir, num_ranks, Lineage("launch")
         folder = storage.join(checkpoints_dir(output_dir), "launch")
         self.uploaders = [AsyncUploader(folder, rank, "token", lambda: None) for rank in range(num_ranks)]
-        self.state = RankState.capture({"image_undecodable": 1}, LossHistory(), MixtureState())
-        self.save()  # the first one, before which there is none to remove
+        self.upload()
+        self.complete()
+        self.lineage = self.lineage.after(checkpoint_name(self.step))
+        self.upload()
 
-    def save(self) -> float:
-        """Upload the files of all ranks, complete the checkpoint and remove the one before. Return the time after the upload."""
-        step, ledger = self.lineage.counter + 1, Ledger([1]).to_bytes()
-        for start in range(0, self.num_ranks, 32):  # each has a thread
+    @property
+    def step(self) -> int:
+        return self.lineage.counter + 1
+
+    def upload(self) -> None:
+        """Write the files of all ranks, 32 at a time: each has a thread."""
+        ledger, state = Ledger([1]).to_bytes(), RankState.capture({"image_undecodable": 1}, LossHistory(), MixtureState())
+        for start in range(0, self.num_ranks, 32):
             for uploader in self.uploaders[start : start + 32]:
                 tensors = {f"weights/{uploader.rank}": torch.zeros(4)}
-                uploader.upload(step, tensors, {BASE: ledger, CONSUMED: ledger} if uploader.rank == 0 else {}, self.state)
+                uploader.upload(self.step, tensors, {BASE: ledger, CONSUMED: ledger} if uploader.rank == 0 else {}, state)
             for uploader in self.uploaders[start : start + 32]:
                 uploader.wait()
+
+    def complete(self) -> float:
+        """Complete the newer checkpoint, which may be complete. Nothing is removed."""
         manifest = Manifest(
-            token="token", step=step, num_updates=step, samples_seen=0, loss_scale={}, world_size=self.num_ranks, zero_stage=1,
+            token="token", step=self.step, num_updates=0, samples_seen=0, loss_scale={}, world_size=self.num_ranks, zero_stage=1,
             global_batch_size=self.num_ranks, seed=0, source_digest="digest", metrics={}, code_version="", config={}, files={},
         )  # fmt: skip
 
-        def complete() -> None:
-            self.uploaders[0].finalize(self.lineage.place(manifest), RetentionPolicy(self.output_dir, 1), self.lineage)
+        def finalize() -> None:
+            self.uploaders[0].finalize(self.lineage.place(manifest), RetentionPolicy(self.output_dir, 2), self.lineage)
             self.uploaders[0].wait()
 
-        completed = seconds(complete)
-        self.lineage = self.lineage.after(checkpoint_name(step))
-        if len(list_checkpoints(self.output_dir)) != 1 or self.uploaders[0].failure:
-            raise SystemExit(f"step {step} is not the only complete checkpoint; {self.uploaders[0].failure}")
-        return completed
+        return seconds(finalize)
+
+    def remove(self) -> float:
+        """Remove the older checkpoint, as retention does."""
+        url = self.uploaders[0].url
+        passed = seconds(lambda: RetentionPolicy(self.output_dir, 1).prune(url, self.lineage))
+        if list_checkpoints(self.output_dir) != [url]:
+            raise SystemExit(f"{url} is not the only complete checkpoint; {self.uploaders[0].failure}")
+        return passed
 
     def find(self) -> float:
         """Find and open the newest checkpoint, as a resumed run does."""
@@ -265,11 +278,13 @@ def reading_rank(rank: int, world_size: int) -> Iterator[None]:
 
 def measure_checkpoints(output_dir: str, few: str, many: str, rounds: int, where: str) -> Results:
     runs = {name: Checkpoints(storage.join(output_dir, name), int(name)) for name in (few, many)}
-    complete = in_turns({name: run.save for name, run in runs.items()}, rounds, warm_up=0)
+    complete = in_turns({name: run.complete for name, run in runs.items()}, rounds)
     find = in_turns({name: run.find for name, run in runs.items()}, rounds)
     read = in_turns({name: partial(run.read, run.num_ranks * 1000 // 1024) for name, run in runs.items()}, rounds)
     runs[many].read_everything(runs[many].num_ranks * 1000 // 1024)
+    remove = in_turns({name: run.remove for name, run in runs.items()}, 1, warm_up=0)
     measured = {"complete_checkpoint": complete, "find_checkpoint": find, "read_checkpoint_a_rank": read}
+    measured["remove_checkpoint"] = remove
     return {f"seconds_to_{name}{where}": summarize(values, few, many) for name, values in measured.items()}
 
 
