@@ -52,7 +52,7 @@ def of_a_step(task, train, batches) -> tuple[StepCounts, StepCounts]:
 
     def step():
         loss, _ = engine.backward(inputs, seeds)
-        flags = dict.fromkeys(("stop", "checkpoint_due", "uploading", "upload_failed"), False)
+        flags = dict.fromkeys(("stop", "checkpoint_due", "uploading", "upload_failed", "num_bad", "epoch_samples"), 0)
         engine.update(1, skip=monitor.sync_step_status(loss, **flags).is_bad)
 
     step()
