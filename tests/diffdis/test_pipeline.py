@@ -226,7 +226,8 @@ def test_an_export_gives_the_same_images_in_diffusers(stable_diffusion, batch, c
         theirs = stock(["red heart", "cat"], generator=torch.Generator().manual_seed(3), height=16, width=16, **settings).images
         own = ours(["red heart", "cat"], generator=torch.Generator().manual_seed(3), **settings).images
         np.testing.assert_allclose(own, theirs, atol=1e-4)
-    assert torch.equal(ours.embed_text("cat"), task.text_encoder.encode(["cat"])[1])
+    # Weights from a file may lie at other addresses, where sums of a CPU's kernels differ in the last bit.
+    torch.testing.assert_close(ours.embed_text("cat"), task.text_encoder.encode(["cat"])[1])
     assert ours.embed_image(batch.images, num_steps=2, guidance=1.0).shape == (6, WIDTH)
     names = load_file(export / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in names), "as in all published files"

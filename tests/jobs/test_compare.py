@@ -111,7 +111,7 @@ def test_a_comparison_measures_what_is_missing_and_summarizes_all(measured, conf
     assert summary["failures"] == ["broken, seed 0: objective.freeze: no parameter matches nothing.*"]
     assert summary["arms"]["broken"]["seeds"] == {}
     assert summary["arms"]["joint"]["std"]["fd"] is None, "one seed has no spread"
-    assert summary == read(first, "summary.json")
+    assert summary | {"format_version": 1} == read(first, "summary.json")
 
     larger = dataclasses.replace(first, arms=("joint", "generation", "alignment"), seeds=(0, 1))
     (tmp_path / "summary.json").write_text(json.dumps(summary | {"arms": {}}))

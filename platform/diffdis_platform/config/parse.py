@@ -269,7 +269,7 @@ def _read_config_files(arguments: Sequence[str], fields: FieldTypes, options: se
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         path = argument if previous == "--config" else argument.partition("=")[2] if argument.startswith("--config=") else ""
         if path:
-            values = yaml.safe_load(_read_config_file(Path(path)))
+            values = _read_config_file(Path(path))
             # Only this parser writes options, such as `recipe`, to a file, and since then also the version.
             if isinstance(values, dict) and (VERSION_KEY in values or values.keys() & options):
                 saved = read_saved(values, fields, path, options)
@@ -278,8 +278,8 @@ def _read_config_files(arguments: Sequence[str], fields: FieldTypes, options: se
     return result
 
 
-def _read_config_file(path: Path) -> bytes:
-    """Return the content of a file after checking that it is YAML of a reasonable size."""
+def _read_config_file(path: Path) -> Any:
+    """Return the content of a YAML file of a reasonable size."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
@@ -289,13 +289,13 @@ def _read_config_file(path: Path) -> bytes:
         raise ConfigError(f"--config: {path} has more than {MAX_CONFIG_BYTES:,} bytes; give a saved config.yaml")
     try:
         num_values = _count_values(yaml.compose(content, yaml.SafeLoader), {})
+        if num_values <= MAX_CONFIG_VALUES:
+            return yaml.safe_load(content)
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
         raise ConfigError(f"--config: {path} cannot be read as YAML ({one_line(error)}); give a saved config.yaml") from None
-    if num_values > MAX_CONFIG_VALUES:
-        raise ConfigError(
-            f"--config: {path} has more than {MAX_CONFIG_VALUES:,} values, because its aliases multiply; write them out"
-        )
-    return content
+    raise ConfigError(
+        f"--config: {path} has more than {MAX_CONFIG_VALUES:,} values, because its aliases multiply; write them out"
+    )
 
 
 def _count_values(node: Any, counts: dict[int, int]) -> int:
