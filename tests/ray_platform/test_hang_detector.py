@@ -125,7 +125,8 @@ def test_a_rank_reports_that_it_waits_for_the_others():
 def test_a_detector_whose_process_is_killed_is_restarted_and_judges_again(ray_cluster):
     detector = start_on_this_node(HangDetector)
     assert ray.get(detector.record.remote(heartbeat(0, waits=False))) == ""
-    [process] = [child for child in psutil.Process().children(recursive=True) if "HangDetector" in " ".join(child.cmdline())]
+    processes = [child for child in psutil.Process().children(recursive=True) if "HangDetector" in " ".join(child.cmdline())]
+    process = max(processes, key=psutil.Process.create_time)  # that of an earlier run may not have ended yet
     process.kill()
     assert ray.get(detector.find_hang.remote(0.0)) is None, "it knows no rank yet"
     ray.get([detector.record.remote(heartbeat(0, waits=False)), detector.report_progress.remote(5, {"train/loss": 1.0})])

@@ -424,7 +424,8 @@ def test_a_worker_writes_through_an_actor_whose_process_may_be_killed(ray_cluste
     with start_run(TrackingConfig(), output, metadata(steps=3), in_actor=True) as tracker:
         ray.get(log_from_a_worker.remote(tracker, 0))
         run_id = tracker.run_id()
-        [process] = [child for child in psutil.Process().children(recursive=True) if "RunWriter" in " ".join(child.cmdline())]
+        processes = [child for child in psutil.Process().children(recursive=True) if "RunWriter" in " ".join(child.cmdline())]
+        process = max(processes, key=psutil.Process.create_time)  # that of an earlier run may not have ended yet
         process.kill()
         ray.get(log_from_a_worker.remote(tracker, 3))
         assert tracker.run_id() == run_id
