@@ -1,4 +1,4 @@
-"""Deliver a run's metrics after an outage of MLflow: `python jobs/deliver.py OUTPUT_DIR`; the same as `diffdis deliver`."""
+"""Deliver a run's metrics after an outage of MLflow: `python jobs/deliver.py --output_dir DIR`; the same as `diffdis deliver`."""
 
 import sys
 

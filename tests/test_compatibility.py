@@ -30,11 +30,11 @@ from ray_platform.data.inspection import Histogram
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.results import metrics_for_tracking
 from ray_platform.formats import NewerFormatError
+from ray_platform.lease import Holder
 from ray_platform.report import inspection
 from ray_platform.report.comparison import comparison_page
 from ray_platform.tracking import read_run_record
 from ray_platform.train import checkpoint_format
-from ray_platform.train.lease import Holder
 from tests.support.html_page import Page
 from tests.support.messages import check_message
 from tests.support.training import logged_losses

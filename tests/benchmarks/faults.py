@@ -35,9 +35,9 @@ import psutil
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
+from ray_platform.lease import LEASE
 from ray_platform.tracking import read_run_record
 from ray_platform.tracking.mlflow_tracker import read_history
-from ray_platform.train.lease import LEASE
 from tests.benchmarks.faults_driver import NUM_STEPS
 from tests.support.mlflow_server import MlflowServer
 from tests.support.recording import Records

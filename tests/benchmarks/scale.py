@@ -47,6 +47,7 @@ from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader, groups
 from ray_platform.data.stream import dataset_groups
+from ray_platform.lease import Lease
 from ray_platform.placement import start_on_this_node
 from ray_platform.tracking import RunMetadata, TrackingConfig
 from ray_platform.tracking.node_metrics import NodeMetrics
@@ -70,7 +71,6 @@ from ray_platform.train.checkpointing import AsyncUploader, LoadedCheckpoint
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.fault_tolerance import DriverMonitor
 from ray_platform.train.hang_detector import HangDetector, HeartbeatThread
-from ray_platform.train.lease import Lease
 from tests.benchmarks.measuring import Measured, in_turns, medians, ratio, seconds
 from tests.support.s3_server import S3Server
 

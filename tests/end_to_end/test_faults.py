@@ -25,9 +25,9 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from ray_platform.contracts import TrainingError
+from ray_platform.lease import LEASE
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train import checkpoint_format
-from ray_platform.train.lease import LEASE
 from tests.ray_platform.small_task import PixelTask
 from tests.support.recording import Records
 from tests.support.training import ROOT, at_step, logged_metric, pixel_run, records, wait_for_steps, write_shards
@@ -171,8 +171,8 @@ def start_driver(ray_cluster, output, shards, resume, num_steps=80):
 def test_a_driver_that_is_stopped_or_killed_can_be_started_again(shards, undisturbed, ray_cluster, tmp_path, number):
     """On SIGTERM, the run saves a checkpoint of the current step. After SIGKILL, its lease becomes stale.
 
-    The lease is changed to that of another machine, where nobody can see whether the process has ended. The name of the output
-    folder would be another one if it were a pattern or a URI.
+    The lease is changed to that of another machine, so that no process can see whether its holder has ended. The name of the
+    output folder would be another one if it were a pattern or a URI.
     """
     tmp_path = tmp_path / "run[1] {a,b}?x%20ü#"
     run = pixel_run(tmp_path, shards)

@@ -8,6 +8,7 @@ import pytest
 
 from diffdis import __version__
 from diffdis_platform.cli import COMMANDS, main
+from ray_platform.lease import Lease
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "ray", "mlflow", "diffusers", "transformers", "optuna", "pyarrow"}
@@ -61,6 +62,17 @@ def test_help_version_and_errors(capsys):
     unknown, misspelt = capsys.readouterr().err.splitlines()
     assert unknown.startswith("error: train: no such command; choose one of pretrain")
     assert misspelt == "error: --train.num_stpes: no such field; did you mean --train.num_steps?"
+
+
+def test_the_run_of_an_active_folder_is_not_delivered(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").touch()
+    with Lease(str(tmp_path), "first"):
+        assert main(["deliver", "--output_dir", str(tmp_path)]) == 1
+    assert main(["deliver", "--output_dir", str(tmp_path)]) == main(["deliver", "--output_dir", str(tmp_path / "none")]) == 1
+    active, without_run, missing = capsys.readouterr().err.splitlines()
+    assert "is in use by launch first" in active
+    assert without_run.startswith(f"error: {tmp_path}: has no run")
+    assert missing == f"error: output_dir: {tmp_path / 'none'}: no such file or folder; correct the path"
 
 
 def test_every_script_only_runs_a_command():

@@ -20,6 +20,7 @@ from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.recipes import demo_compare
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
+from ray_platform.lease import Lease
 from ray_platform.tracking import TrackingConfig
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.fault_tolerance import Stopped
@@ -130,6 +131,13 @@ def test_a_comparison_measures_what_is_missing_and_summarizes_all(measured, conf
     parent = client.get_run(read(larger, "mlflow.json")["run_id"])
     assert parent.data.metrics["paired/fd_joint_minus_generation/mean"] == -4.0
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"summary.json", "report.html", "config.yaml"}
+
+
+def test_a_second_comparison_in_an_active_folder_is_rejected(config_of, tmp_path):
+    """A sweep takes the lease at the same place."""
+    with Lease(str(tmp_path), "first"), pytest.raises(ConfigError, match="in use by launch first"):
+        run(config_of(tmp_path))
+    assert not (tmp_path / "summary.json").exists()
 
 
 def test_a_summary_alone_is_enough_to_continue_elsewhere(measured, config_of, tmp_path):

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from ray_platform import storage
+from ray_platform import lease, storage
 from ray_platform.contracts import ConfigError
 from ray_platform.formats import NewerFormatError
-from ray_platform.train import lease
-from ray_platform.train.lease import LEASE, Holder, Lease
+from ray_platform.lease import LEASE, Holder, Lease
 from tests.support.messages import check_message
 
 ELSEWHERE = replace(Holder.current("first"), host="gpu-3", pid=812, machine="another machine", ray_job="raysubmit_1")

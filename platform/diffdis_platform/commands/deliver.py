@@ -1,32 +1,39 @@
-"""`diffdis deliver OUTPUT_DIR`: deliver what MLflow (or another tracker) has not received of the run in an output folder."""
+"""`diffdis deliver`: deliver what MLflow (or another tracker) has not received of the run in an output folder."""
 
-import argparse
 from collections.abc import Sequence
-from typing import NoReturn
+from dataclasses import dataclass, field
 
-from ray_platform.contracts import ConfigError
+from diffdis_platform.commands import check_exists
+from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
+from ray_platform.storage_config import StorageConfig
 
 INTERRUPTED = "stopped; the same command continues"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
+@dataclass(frozen=True)
+class DeliverConfig:
+    """The run to deliver."""
+
+    output_dir: str = ""  # absolute folder or s3:// URL of a training, evaluation, sweep or comparison that has ended
+    uri: str = ""  # the tracking URI, if the run's own contains a secret, which was not saved
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError if the output folder is missing."""
+        check_output_dir(self.output_dir)
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="diffdis deliver", description=__doc__)
-    parser.add_argument(
-        "output_dir", metavar="OUTPUT_DIR", help="folder or s3:// URL of a training, evaluation, sweep or comparison"
-    )
-    parser.add_argument("--uri", default="", help="the tracking URI, if the run's own contains a secret, which was not saved")
-    return parser.parse_args(argv)
+def parse_arguments(argv: Sequence[str]) -> ParsedCommand[DeliverConfig]:
+    return parse(DeliverConfig, argv, command="deliver", description="Deliver what a tracker has not received of a run.")
 
 
 def main(argv: Sequence[str]) -> int:
-    options = parse_arguments(argv)
+    config = parse_arguments(argv).config
+    check_exists("output_dir", config.output_dir)
+    from ray_platform.lease import Lease
     from ray_platform.tracking.runs import deliver_journal
 
-    problems = deliver_journal(options.output_dir, options.uri)
+    with Lease(config.output_dir, "deliver"):  # a run that is active delivers by itself
+        problems = deliver_journal(config.output_dir, config.uri)
     print("\n".join(problems) or "everything is delivered")
     return bool(problems)

@@ -170,7 +170,7 @@ class SkipCounter:
     def count_reject(self, key: str, cause: str, unit: UnitCounts, detail: str = "") -> int:
         """Count a rejection and return how many samples it stands for.
 
-        Raises DataError after so many shards in a row without a good sample that this is no coincidence.
+        Raises DataError after so many shards in a row without a good sample that this is not a coincidence.
         """
         lost = samples_lost(cause, unit.known, unit.total)
         if lost is None:

@@ -194,7 +194,7 @@ class RunWriter:
             self._save()
         return [
             f"{name} has not received the end of the run; {self._journal.url} has everything; deliver it with --resume auto, "
-            f"or with `diffdis deliver {self._output_dir}`: {problem}"
+            f"or with `diffdis deliver --output_dir {self._output_dir}`: {problem}"
             for name, problem in problems.items()
         ]
 

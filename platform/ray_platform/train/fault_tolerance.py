@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ray_platform import storage
 from ray_platform.contracts import Batch, ConfigError, DataError, TrainingError, one_line
+from ray_platform.lease import Lease
 from ray_platform.ray_internals import ControllerCallback, draining_nodes
 from ray_platform.retry import RETRY_SECONDS
 from ray_platform.tracking.node_metrics import NodeMetrics
@@ -25,7 +26,6 @@ from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.collective import collective
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.failures import OURS, Diverged, Interrupted, find_cause, save_messages
-from ray_platform.train.lease import Lease
 
 if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not need it
     from ray_platform.train.engine import Update

@@ -22,6 +22,7 @@ from ray_platform.connect import connect
 from ray_platform.contracts import Batch, TrainingError
 from ray_platform.data.catalog import Catalog, build_catalog, to_json
 from ray_platform.data.config import DataConfig
+from ray_platform.lease import Lease
 from ray_platform.placement import label_selector, start_on_this_node
 from ray_platform.tracking import (
     RunMetadata,
@@ -39,7 +40,6 @@ from ray_platform.train.config import TrainConfig
 from ray_platform.train.fault_tolerance import DriverMonitor, RestartPolicy, SaveBeforeResize
 from ray_platform.train.hang_detector import HangDetector
 from ray_platform.train.heldout import read_heldout
-from ray_platform.train.lease import Lease
 from ray_platform.train.preflight import CATALOG, RunPlan
 from ray_platform.train.resuming import Resumption
 from ray_platform.train.worker_spec import WorkerSpec
