@@ -81,6 +81,9 @@ def test_a_run_is_complete_when_its_summary_is_that_of_the_last_step(tmp_path):
     assert resumption(folder="/other").completed(train, str(tmp_path)) == "", "it starts from another run's checkpoint"
     (tmp_path / "train_summary.json").write_text(json.dumps({"num_steps": 50}))
     assert done.completed(train, str(tmp_path)) == ""
+    (tmp_path / "train_summary.json").write_text('{"num_ste')
+    with pytest.raises(DataError, match=r"train_summary\.json: is not a JSON object"):
+        done.completed(train, str(tmp_path))
 
 
 def test_weights_of_another_run_start_anew(tmp_path):

@@ -43,7 +43,7 @@ class Resumption:
         is_own = self.url.startswith(storage.join(checkpoints_dir(output_dir), ""))
         if not is_own or self.manifest.step < train.last_step or not storage.exists(url):
             return ""
-        if json.loads(storage.read_bytes(url))["num_steps"] < train.last_step:  # a restart has yet to export
+        if storage.read_json(url).get("num_steps", 0) < train.last_step:  # a restart has yet to export
             return ""
         return (
             f"output_dir: {output_dir} is complete (step {self.manifest.step} of {train.last_step}); to train longer, raise "
