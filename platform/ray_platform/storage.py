@@ -38,7 +38,8 @@ SMALL_BYTES = 64 * 2**20  # limit for files that describe others
 LISTING_BYTES = 2**30  # limit for a file that names every shard of a source
 _REQUESTS_AT_ONCE, _READS_AT_ONCE, _SMALL_FILE_RETRY_SECONDS = 16, 32, 5.0  # the latter two by read_many
 _READ_AHEAD_BYTES = 2**20  # of a file that is opened on S3
-Entry = dict[str, Any]  # what fsspec knows of a file: its name, type and size
+_VERSION_FIELDS = ("ETag", "etag", "blob_id", "mtime", "last_modified", "Last-Modified")  # of an Entry, the best first
+Entry = dict[str, Any]  # what fsspec knows of a file: its name, type, size and version
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class StoredFile:
 
     url: str
     size: int
+    version: str = ""  # another one after a change: the ETag, or else the time of the change; empty: unknown
 
 
 @storage_operation(is_query=True)
@@ -369,10 +371,9 @@ def _resolve(url: str) -> tuple[Any, str]:
 
 
 def _stored_file(filesystem: Any, entry: Entry) -> StoredFile:
-    name = entry["name"]
-    return StoredFile(
-        name if isinstance(filesystem, LocalFileSystem) else filesystem.unstrip_protocol(name), int(entry["size"] or 0)
-    )
+    url = entry["name"] if isinstance(filesystem, LocalFileSystem) else filesystem.unstrip_protocol(entry["name"])
+    version = next((entry[name] for name in _VERSION_FIELDS if entry.get(name)), "")
+    return StoredFile(url, int(entry["size"] or 0), str(version))
 
 
 def _as_files(filesystem: Any, entries: Iterable[Entry]) -> tuple[StoredFile, ...]:
@@ -391,8 +392,7 @@ def _list_expanded(filesystem: Any, pattern: str) -> tuple[StoredFile, ...]:
         folders = sorted({path.rpartition("/")[0] for path in expected})
         entries = [entry for folder in folders for entry in filesystem.ls(folder, detail=True)]
     existing = {entry["name"]: entry for entry in _resolve_links(filesystem, entries, deep=False) if entry["type"] == "file"}
-    missing = [path for path in expected if path not in existing]
-    if missing:
+    if missing := [path for path in expected if path not in existing]:
         raise DataError(
             f"{pattern}: {len(missing)} of its {len(expected)} files are missing, the first is {missing[0]}; "
             "correct the range or write the missing files"

@@ -170,7 +170,7 @@ def test_a_public_bucket_needs_no_credentials(s3_url, s3_server, aws, arrow_read
     assert all("storage.public_buckets" in str(error) for error in errors_of(url))
     aws.setenv("DIFFDIS_PUBLIC_BUCKETS", "")  # restored after the test
     StorageConfig(public_buckets=(PUBLIC_BUCKET,)).set_variables()
-    assert storage.list_files(f"s3://{PUBLIC_BUCKET}/folder") == (storage.StoredFile(url, 7),)
+    assert [(file.url, file.size) for file in storage.list_files(f"s3://{PUBLIC_BUCKET}/folder")] == [(url, 7)]
     assert storage.read_bytes(url) == storage.read_many([url])[url] == b"content"
     assert arrow_reads == [f"{PUBLIC_BUCKET}/folder/file"] * 2
     assert "no S3 credentials" in str(errors_of(f"{s3_url}/ready")[0])  # of any other bucket

@@ -40,8 +40,9 @@ def names(source: str) -> list[str]:
 def test_files_are_written_listed_read_and_deleted(base):
     fill(base, {"00000.tar": b"0123456789", "notes/a.txt": b"below a subfolder", "notes/b.txt": b"", "00001.tar": b"old"})
     fill(base, {"00001.tar": b"newer"})
-    files = (storage.StoredFile(f"{base}/00000.tar", 10), storage.StoredFile(f"{base}/00001.tar", 5))
-    assert storage.list_files(base) == storage.list_files(f"{base}/") == files
+    files = storage.list_files(base)
+    assert [(file.url, file.size) for file in files] == [(f"{base}/00000.tar", 10), (f"{base}/00001.tar", 5)]
+    assert storage.list_files(f"{base}/") == files
     assert storage.read_bytes(f"{base}/00001.tar") == b"newer"
     for start, stop, part in ((2, 5, b"234"), (None, 3, b"012"), (8, 99, b"89"), (3, 3, b""), (10, 12, b"")):
         assert storage.read_bytes(f"{base}/00000.tar", start, stop) == part
@@ -85,6 +86,16 @@ def test_the_name_of_an_existing_source_is_not_a_pattern(base):
     fill(base, {"run[1]/{a}.tar": b"0", "run1/b.tar": b"1"})
     assert names(f"{base}/run[1]") == names(f"{base}/run[1]/{{a}}.tar") == ["run[1]/{a}.tar"]
     assert names(f"{base}/run[0-9]/*.tar") == ["run1/b.tar"]
+
+
+def test_a_file_that_is_rewritten_has_another_version(base):
+    fill(base, {"0.tar": b"old", "1.tar": b"same"})
+    before = storage.list_files(base)
+    assert all(file.version for file in before) or base.startswith("memory:")  # the store in memory has none
+    time.sleep(0.01)  # the clock of a file system has ticks of 4 ms
+    fill(base, {"0.tar": b"new"})
+    for after in (storage.list_files(base), storage.list_folder(base, "**"), storage.list_files(f"{base}/*.tar")):
+        assert [a == b for a, b in zip(before, after, strict=True)] == [base.startswith("memory:"), True]
 
 
 def test_a_file_is_created_once(base):

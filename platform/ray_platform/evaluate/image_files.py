@@ -25,6 +25,7 @@ from ray_platform.data.causes import RejectedSample, lost_cause
 from ray_platform.evaluate import sets
 from ray_platform.evaluate.sets import ClassTexts, DatasetSlice, EvaluationSet, EvaluationTask, RawSample, Samples, SlicePart
 from ray_platform.names import check_below
+from ray_platform.storage import StoredFile
 
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _READS_AT_ONCE = 16
@@ -44,8 +45,8 @@ def open_image_folder(set_name: str, url: str) -> EvaluationSet | None:
     Raises:
         DataError: The class list has another length than there are subfolders, or than the known set has classes.
     """
-    sizes = _image_sizes(url)
-    folders = sorted({name.partition("/")[0] for name in sizes if "/" in name})
+    images = _list_images(url)
+    folders = sorted({name.partition("/")[0] for name in images if "/" in name})
     if not folders:
         return None
     sidecars, known = sets.list_sidecars(url), sets.KNOWN_SETS.get(set_name)
@@ -63,8 +64,8 @@ def open_image_folder(set_name: str, url: str) -> EvaluationSet | None:
     else:
         classes = sets.to_published_names(set_name, folders, source)
     texts = sets.class_texts(set_name, classes, source, sidecars, sets.DEFAULT_TEMPLATES)
-    samples = [(name, folders.index(name.partition("/")[0])) for name in sorted(sizes) if "/" in name]
-    return _build_set(set_name, url, "image folder", texts, samples, sizes)
+    samples = [(name, folders.index(name.partition("/")[0])) for name in sorted(images) if "/" in name]
+    return _build_set(set_name, url, "image folder", texts, samples, images)
 
 
 def _check_class_folders(set_name: str, url: str, folders: Sequence[str], expected: Sequence[str]) -> None:
@@ -79,21 +80,21 @@ def _check_class_folders(set_name: str, url: str, folders: Sequence[str], expect
 
 def open_image_files(set_name: str, url: str) -> EvaluationSet | None:
     """Return the set of all image files below a folder, without labels; None when there are none."""
-    sizes = _image_sizes(url)
-    samples = [(name, -1) for name in sorted(sizes)]
-    return _build_set(set_name, url, "image files", ClassTexts(), samples, sizes) if samples else None
+    images = _list_images(url)
+    samples = [(name, -1) for name in sorted(images)]
+    return _build_set(set_name, url, "image files", ClassTexts(), samples, images) if samples else None
 
 
-def _image_sizes(url: str, pattern: str = "**") -> dict[str, int]:
-    """Return name -> bytes of the images that match a pattern below a folder, without hidden files and folders."""
-    sizes = {file.url.removeprefix(f"{url}/"): file.size for file in storage.list_folder(url, pattern)}
-    return {name: size for name, size in sizes.items() if name.lower().endswith(_IMAGE_ENDINGS) and "/." not in f"/{name}"}
+def _list_images(url: str, pattern: str = "**") -> dict[str, StoredFile]:
+    """Return the images that match a pattern below a folder, by name, without hidden files and folders."""
+    files = {file.url.removeprefix(f"{url}/"): file for file in storage.list_folder(url, pattern)}
+    return {name: file for name, file in files.items() if name.lower().endswith(_IMAGE_ENDINGS) and "/." not in f"/{name}"}
 
 
 def _build_set(
-    set_name: str, url: str, layout: str, texts: ClassTexts, samples: LabeledNames, sizes: Mapping[str, int]
+    set_name: str, url: str, layout: str, texts: ClassTexts, samples: LabeledNames, images: Mapping[str, StoredFile]
 ) -> EvaluationSet:
-    """Return the set of `samples`, in order; `sizes` has the files that exist. Raises DataError if a name leads out of `url`."""
+    """Return the set of `samples`, in order; `images` has the files that exist. Raises DataError if a name leads out of `url`."""
     for name, _ in samples:  # an index that was downloaded may name any file of this machine
         check_below(name, url)
     parts = []
@@ -101,10 +102,11 @@ def _build_set(
         part = samples[start : start + sets.IMAGES_PER_SLICE]
         name = part[0][0] if len(part) == 1 else f"{part[0][0]} to {part[-1][0]}"
         parts.append(SlicePart(name, len(part), functools.partial(_read_files, url, part)))
-    files = [(name, sizes.get(name, -1)) for name, _ in samples]
-    num_existing = sum(name in sizes for name, _ in samples)
+    files = {name: images.get(name) for name, _ in samples}
+    num_existing = sum(name in images for name, _ in samples)
     task: EvaluationTask = "zeroshot_classification" if texts.classes else "images"
-    return sets.build_set(set_name, task, url, layout, files, parts, texts, num_existing)
+    labels = [label for _, label in samples]
+    return sets.build_set(set_name, task, url, layout, files, parts, texts, num_existing, labels)
 
 
 def _read_files(folder: str, files: LabeledNames, part: DatasetSlice) -> Samples:
@@ -179,7 +181,7 @@ def _open_index(
             f"{set_name}: {folder}/{invalid[0][0]} has label {invalid[0][1]}, but {source} names {len(names)} classes; "
             "download the set again"
         )
-    return _build_set(set_name, folder, "torchvision", texts, samples, _image_sizes(folder, images))
+    return _build_set(set_name, folder, "torchvision", texts, samples, _list_images(folder, images))
 
 
 def _mat(folder: str, name: str) -> dict:
@@ -209,7 +211,7 @@ def _sun(folder: str) -> tuple[Sequence[str], LabeledNames]:
     """The class of `a/abbey/sun_1.jpg` is "/a/abbey" in ClassName.txt. All images belong to the test split."""
     lines = sets.read_lines(storage.join(folder, "ClassName.txt"))
     labels = {line.strip("/"): label for label, line in enumerate(lines)}
-    names = [name for name in sorted(_image_sizes(folder)) if posixpath.basename(name).startswith("sun_")]
+    names = [name for name in sorted(_list_images(folder)) if posixpath.basename(name).startswith("sun_")]
     return [line[3:] for line in lines], [(name, labels[posixpath.dirname(name)]) for name in names]
 
 
@@ -292,16 +294,16 @@ def _load_cifar(set_name: str, url: str) -> dict:
 
 
 @functools.lru_cache(maxsize=1)  # the next slice of a replica is often in the same file
-def _load_cifar_images(set_name: str, url: str, size: int) -> tuple[np.ndarray, list[int]]:
+def _load_cifar_images(set_name: str, file: StoredFile) -> tuple[np.ndarray, list[int]]:
     """Return images [N, 32, 32, 3] uint8 and N labels. Raises DataError and StorageError."""
-    values = _load_cifar(set_name, url)
+    values = _load_cifar(set_name, file.url)
     match values.get("data"), values.get("labels", values.get("fine_labels")):
         case _Stub(state=(_, _, _, False, bytes(content))), list(labels) if (
             labels and len(content) == len(labels) * np.prod(_CIFAR_SHAPE) and all(isinstance(label, int) for label in labels)
         ):
             return np.frombuffer(content, dtype=np.uint8).reshape(-1, *_CIFAR_SHAPE).transpose(0, 2, 3, 1), labels
     raise DataError(
-        f"{set_name}: {url} does not hold images of 3 x 32 x 32 bytes with one integer as the label of each; "
+        f"{set_name}: {file.url} does not hold images of 3 x 32 x 32 bytes with one integer as the label of each; "
         "download the set again"
     )
 
@@ -315,21 +317,19 @@ def _open_cifar(set_name: str, url: str) -> EvaluationSet:
         raise DataError(f"{set_name}: {meta_url} has no list {field!r}; download the set again")
     classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
     texts = sets.class_texts(set_name, classes, meta_url, {})
-    size = storage.list_files(images_url)[0].size
-    count = len(_load_cifar_images(set_name, images_url, size)[1])
+    (file,) = storage.list_files(images_url)
+    count = len(_load_cifar_images(set_name, file)[1])
     parts = []
     for start in range(0, count, sets.IMAGES_PER_SLICE):
         stop = min(start + sets.IMAGES_PER_SLICE, count)
-        read = functools.partial(_read_cifar, images_url, size, start, stop)
+        read = functools.partial(_read_cifar, file, start, stop)
         parts.append(SlicePart(f"{images_file}[{start}:{stop}]", stop - start, read))
-    return sets.build_set(
-        set_name, "zeroshot_classification", url, "torchvision", [(images_file, size)], parts, texts, known_images=count
-    )
+    return sets.build_set(set_name, "zeroshot_classification", url, "torchvision", {images_file: file}, parts, texts, count)
 
 
-def _read_cifar(url: str, size: int, start: int, stop: int, part: DatasetSlice) -> Samples:
+def _read_cifar(file: StoredFile, start: int, stop: int, part: DatasetSlice) -> Samples:
     """Return images start..stop as uncompressed PNGs: samples are encoded images, and this is the cheapest encoding."""
-    pixels, labels = _load_cifar_images(part.schema.set_name, url, size)
+    pixels, labels = _load_cifar_images(part.schema.set_name, file)
     samples: Samples = []
     for index in range(start, stop):
         buffer = io.BytesIO()

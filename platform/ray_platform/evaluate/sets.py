@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data.causes import RejectedSample, lost_cause
+from ray_platform.storage import StoredFile
 
 # About so many, whatever the number of replicas: small enough for 64 replicas to end together on the twelve sets.
 IMAGES_PER_SLICE = 128
@@ -241,7 +242,9 @@ class EvaluationSet:
     num_files: int
     num_bytes: int
     known_images: int | None  # None: unknown until the tars are read
-    digest: str  # 16 hex digits over classes, templates, names and sizes of the files; independent of the place of the set
+    # 16 hex digits over classes, templates, labels, and names, sizes and versions of the files; independent of the place of the
+    # set, but not of the time of a copy, unless the copy keeps the files' times or ETags.
+    digest: str
 
 
 def build_set(
@@ -249,26 +252,28 @@ def build_set(
     task: EvaluationTask,
     url: str,
     layout: str,
-    files: Sequence[tuple[str, int]],
+    files: Mapping[str, StoredFile | None],
     parts: Iterable[SlicePart],
     texts: ClassTexts = ClassTexts(),  # noqa: B008  (immutable)
     known_images: int | None = None,
+    labels: Sequence[int] = (),
 ) -> EvaluationSet:
     """Return the set of these slices, in order. Raises DataError if there are none.
 
-    `files` are the names in the set and sizes in bytes of all files; a negative size stands for a missing file. `known_images` is
-    the number of images, if it is known before reading.
+    `files` are all files by their names in the set; None stands for a missing file. `known_images` is the number of images, if it
+    is known before reading. `labels` are those that are not in `files`.
     """
     schema = SampleSchema(set_name, task, len(texts.classes), texts.source)
     slices = tuple(DatasetSlice(schema, place, *part) for place, part in enumerate(parts))
     if not slices:
         raise DataError(f"{set_name}: {url} has no images; download the set again")
-    listing = json.dumps([task, texts.classes, texts.templates, sorted(files)])
+    versions = [(name, file.size, file.version) if file else (name, -1, "") for name, file in sorted(files.items())]
+    listing = json.dumps([task, texts.classes, texts.templates, versions, *([labels] if labels else [])])
     known = KNOWN_SETS.get(set_name)
     return EvaluationSet(
         set_name, task, url, layout, texts.classes, texts.templates,
         known=known if known and known.task == task else None, slices=slices, num_files=len(files),
-        num_bytes=sum(max(0, size) for _, size in files), known_images=known_images,
+        num_bytes=sum(file.size for file in files.values() if file), known_images=known_images,
         digest=hashlib.sha256(listing.encode()).hexdigest()[:16],
     )  # fmt: skip
 

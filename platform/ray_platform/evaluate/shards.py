@@ -88,7 +88,7 @@ def open_tars(
             label = name if stop - start == file.size else f"{name}[{start}:{stop}]"
             read = functools.partial(_read_tar, file, name, start, stop)
             parts.append(SlicePart(label, (stop - start) / bytes_per_image, read))
-    return sets.build_set(set_name, task, url, layout, [(name, file.size) for name, file in ordered], parts, texts)
+    return sets.build_set(set_name, task, url, layout, dict(ordered), parts, texts)
 
 
 def _cut(size: int, bytes_per_slice: float) -> list[tuple[int, int]]:
@@ -212,10 +212,10 @@ def open_parquet(set_name: str, url: str) -> EvaluationSet | None:
         )
     texts = sets.class_texts(set_name, classes, source, sidecars, sets.DEFAULT_TEMPLATES)
     parts = [part for file, header in zip(files, headers, strict=True) for part in _cut_parquet(file.url, header, image, label)]
-    sizes = [(posixpath.basename(file.url), file.size) for file in files]
     count = sum(header.num_rows for header in headers)
     folder = posixpath.dirname(files[0].url)
-    return sets.build_set(set_name, "zeroshot_classification", folder, "parquet", sizes, parts, texts, known_images=count)
+    named = {posixpath.basename(file.url): file for file in files}
+    return sets.build_set(set_name, "zeroshot_classification", folder, "parquet", named, parts, texts, known_images=count)
 
 
 def _list_split(set_name: str, url: str) -> list[StoredFile]:

@@ -139,7 +139,10 @@ def test_sets_in_s3(s3_url, tmp_path):
     storage.put_folder(tmp_path, f"{s3_url}/found/sets")
     data = find_evaluation_set([f"{s3_url}/found/sets"], "vtab/cifar10")
     assert (data.url, data.classes) == (f"{s3_url}/found/sets/wds_vtab-cifar10", CIFAR10)
-    assert data.digest == find_evaluation_set([str(tmp_path)], "vtab/cifar10").digest
+    storage.write_bytes(f"{data.url}/test/0.tar", (tmp_path / "wds_vtab-cifar10" / "test" / "0.tar").read_bytes())
+    assert find_evaluation_set([f"{s3_url}/found/sets"], "vtab/cifar10").digest == data.digest, "the same ETag"
+    storage.write_bytes(f"{data.url}/test/0.tar", (tmp_path / "wds_vtab-cifar10" / "test" / "0.tar").read_bytes()[:-1] + b"x")
+    assert find_evaluation_set([f"{s3_url}/found/sets"], "vtab/cifar10").digest != data.digest, "the same size"
     table = render_listing([f"{s3_url}/found/sets", str(tmp_path)])
     assert (table.count(f"{s3_url}/found/sets/wds_"), table.count("not found")) == (2, 12)
     assert f"{s3_url}/found/other: no such folder" in error_of(find_evaluation_set, [f"{s3_url}/found/other"], "vtab/cifar10")

@@ -1,0 +1,85 @@
+"""The keys of an evaluation's units: rows are reused only for the same data, models and settings."""
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from diffdis_platform.config.evaluate import QualityConfig
+from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
+from diffdis_platform.evaluation.models import EvaluationModel
+from diffdis_platform.evaluation.quality import QualityMeasurement
+from ray_platform.evaluate.discovery import find_evaluation_set
+from tests.ray_platform.evaluate.test_image_files import write_aircraft, write_cifar
+from tests.support.evaluation_sets import encoded, picture, write_image, write_own, write_retrieval
+
+MODEL = EvaluationModel("diffdis", "/model", "digest", build=lambda device: None)
+
+
+def write_images(root: Path) -> None:
+    for seed, name in enumerate(("cat/0.jpg", "cat/1.jpg", "dog/0.jpg")):
+        write_image(root / "mine" / name, seed)
+
+
+def write_pairs(root: Path) -> None:
+    write_retrieval(root, "flickr30k", 4)
+
+
+def write_parquet(root: Path) -> None:
+    table = pa.table({"image": [encoded(picture(seed), "PNG") for seed in range(4)], "label": [0, 1, 0, 1]})
+    (root / "mine").mkdir()
+    (root / "mine" / "classnames.txt").write_text("cat\ndog\n")
+    pq.write_table(table, root / "mine" / "test.parquet")
+
+
+# A function that writes a set, its name, a file in it, and bytes of the file to replace by others of the same length.
+CHANGES = {
+    "label in a tar": (write_own, "mine", "wds_mine/test/0.tar", b"\x000\0", b"\x001\0"),
+    "caption in a tar": (write_pairs, "flickr30k", "wds_flickr30k/test/0.tar", b"image 2", b"other 2"),
+    "image of a folder": (write_images, "mine", "mine/cat/1.jpg", b"\xff\xd9", b"\xff\xda"),
+    "parquet": (write_parquet, "mine", "mine/test.parquet", b"IEND", b"IEnD"),
+    "file of CIFAR": (write_cifar, "vtab/cifar10", "cifar-10-batches-py/test_batch", b"K\x07", b"K\x03"),
+    "index of labels": (
+        write_aircraft, "fgvc_aircraft", "fgvc-aircraft-2013b/data/images_variant_test.txt", b"Boeing 70-0", b"Boeing 71-3"
+    ),
+}  # fmt: skip
+
+
+def unit_keys(root: Path, name: str) -> list[str]:
+    data = find_evaluation_set([str(root)], name)
+    measurement = RetrievalMeasurement if data.task == "zeroshot_retrieval" else ZeroShotMeasurement
+    return [unit.key for unit in measurement(MODEL, data).units if not unit.runs_first]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_set_that_changes_at_the_same_size_is_measured_again(tmp_path, change):
+    write, name, file, old, new = CHANGES[change]
+    write(tmp_path)
+    path = tmp_path / file
+    os.utime(path, (0, 0))
+    before = unit_keys(tmp_path, name)
+    assert unit_keys(tmp_path, name) == before, "the same data, the same keys"
+    content = path.read_bytes()
+    assert content.count(old)
+    path.write_bytes(content.replace(old, new, 1))
+    assert not set(unit_keys(tmp_path, name)) & set(before)
+
+
+def test_reference_images_that_change_at_the_same_size_are_measured_again(tmp_path):
+    write_images(tmp_path)
+    path, prompts = tmp_path / "mine" / "cat" / "0.jpg", tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    config = QualityConfig(prompts=str(prompts), reference=str(tmp_path / "mine"), guidance_scales=(1.0,))
+
+    def keys() -> dict[str, str]:
+        return {unit.name: unit.key for unit in QualityMeasurement(MODEL, 32, config, str(tmp_path / "out")).units}
+
+    os.utime(path, (0, 0))
+    before = keys()
+    assert keys() == before
+    path.write_bytes(path.read_bytes().replace(b"\xff\xd9", b"\xff\xda"))
+    after = keys()
+    assert {name for name, key in after.items() if before[name] != key} == {name for name in after if "reference" in name}
+    assert len(after) == 2
