@@ -4,11 +4,14 @@ Marks: [P] from the paper, [D] our decision where the paper is silent.
 """
 
 import dataclasses
+import logging
 import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
 
 TaskName = Literal["joint", "generation", "alignment", "clip"]
 
@@ -153,7 +156,11 @@ class DiffDisConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DiffDisConfig":
-        """Build the configuration from the result of `to_dict`. Raises ValueError for an unknown key or a wrong value."""
+        """Build the configuration from the result of `to_dict`. Unknown keys are ignored with a warning.
+
+        Raises:
+            ValueError: a value is of the wrong type or out of range.
+        """
         return _build(cls, values, "")
 
 
@@ -216,11 +223,10 @@ _MAX_INT = 2**24  # larger than any width, length or count of a model
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"{prefix}{unknown[0]}: no such field; use one of {', '.join(known)}")
+    if unknown := [f"{prefix}{name}" for name in sorted(values) if name not in known]:
+        logger.warning("ignoring unknown fields of a model's configuration: %s", ", ".join(unknown)[:200])
     kwargs = {}
-    for name, value in values.items():
+    for name, value in ((name, value) for name, value in values.items() if name in known):
         kind = known[name].type
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             value = _build(kind, value, f"{prefix}{name}.")

@@ -19,6 +19,8 @@ from diffdis.warm_start import ALIGNMENT_WEIGHTS
 
 CONFIG_NAME = "diffdis.json"
 CARD_NAME = "README.md"
+# Of diffdis.json and the folder's layout. It grows only when older code can no longer read a folder.
+VERSION_KEY, FORMAT_VERSION = "format_version", 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ def save(
     save_file(alignment, folder / ALIGNMENT_WEIGHTS)
     if opens_in_diffusers(config):
         (folder / "model_index.json").write_text(json.dumps(_stable_diffusion_index(text_encoder), indent=2))
-    (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=2))
+    (folder / CONFIG_NAME).write_text(json.dumps({VERSION_KEY: FORMAT_VERSION, **config.to_dict()}, indent=2))
     (folder / CARD_NAME).write_text(model_card(config, training or Training()))
 
 
@@ -64,6 +66,11 @@ def load(path: str, variant: str | None) -> tuple[DiffDisConfig, DiffDis, Autoen
     values = read_json(folder / CONFIG_NAME)
     check_values(folder / CONFIG_NAME, values)
     try:
+        if (version := values.pop(VERSION_KEY, 1)) > FORMAT_VERSION:
+            raise ValueError(
+                f"{folder}: was exported by a newer version of this code (format {version}, this code reads up to "
+                f"{FORMAT_VERSION}); use that version"
+            )
         saved = DiffDisConfig.from_dict(values)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{folder / CONFIG_NAME}: does not describe a model ({error}); export it again") from None

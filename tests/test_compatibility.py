@@ -304,7 +304,7 @@ def test_an_inspections_report(old):
         "epoch": inspection.EpochEstimate(**values["epoch"]),
     }
     summary = inspection.InspectionSummary(**values | records)
-    assert summary.as_dict() == values
+    assert summary.as_dict() == {"format_version": 1, **values}
     assert summary.table.startswith("2 of 2 shards inspected")
     assert "24" in Page(inspection.inspection_page(summary, (), DataConfig(image_size=16))).text
 

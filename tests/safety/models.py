@@ -118,7 +118,8 @@ MODELS = {
     "a U-Net of 100,000 channels": warm_start(setting("unet/config.json", **WIDE)),
     "an exported model that declares 100,000 channels": exported_model(setting("diffdis.json", unet=WIDE)),
     "an exported model whose tensors are cut off": exported_model(cut_off),
-    "an exported model with a field that there is not": exported_model(setting("diffdis.json", evil=1)),
+    "an exported model of a later format": exported_model(setting("diffdis.json", format_version=2)),
+    "an exported model whose format is not a number": exported_model(setting("diffdis.json", format_version="x")),
 }
 
 

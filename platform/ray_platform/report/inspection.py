@@ -11,9 +11,12 @@ from ray_platform.data.catalog import Catalog
 from ray_platform.data.causes import BAD_DATA, IGNORED, is_filtered
 from ray_platform.data.config import DataConfig
 from ray_platform.data.inspection import Histogram, Statistics, Thumbnail
+from ray_platform.formats import FileFormat
 from ray_platform.report.render import render
 from ray_platform.terminal import render_table
 from ray_platform.units import duration_text, size_text
+
+INSPECTION_FORMAT = FileFormat("inspection result")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class InspectionSummary:
     epoch: EpochEstimate
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the content of inspection.json."""
+        return INSPECTION_FORMAT.stamp(asdict(self))
 
     @property
     def verdict(self) -> str:

@@ -124,7 +124,7 @@ class DeadWorker:
         if num_oom_kills > 0:
             return (
                 f"killed (SIGKILL), most likely because its host's memory was full: the kernel has killed {num_oom_kills} "
-                f"processes there for that reason; {_LESS_MEMORY}"
+                f"processes there for that reason since it started; {_LESS_MEMORY}"
             )
         if num_oom_kills == 0:
             return "killed (SIGKILL) by another process, not by the kernel for lack of memory; inspect what else runs on the host"

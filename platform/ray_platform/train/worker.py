@@ -37,7 +37,7 @@ from ray_platform.train.heldout import generate_previews, score, select_samples
 from ray_platform.train.optimizer import EMA, WEIGHTS
 from ray_platform.train.resuming import resumed_rewarm, takes_weights_only
 from ray_platform.train.throughput import ThroughputMeter, count_flops, memory_metrics, start_profiler
-from ray_platform.train.worker_spec import SUMMARY, WorkerSpec
+from ray_platform.train.worker_spec import SUMMARY, SUMMARY_FORMAT, WorkerSpec
 
 logger = logging.getLogger(__name__)
 
@@ -355,7 +355,9 @@ class Trainer:
                 "skipped": skipped,
                 "export_dir": self.spec.export_dir,
             }
-            storage.write_bytes(storage.join(self.spec.output_dir, SUMMARY), json.dumps(summary, indent=2).encode())
+            storage.write_bytes(
+                storage.join(self.spec.output_dir, SUMMARY), json.dumps(SUMMARY_FORMAT.stamp(summary), indent=2).encode()
+            )
         with self.heartbeat.waiting_for_ranks():
             dist.barrier()
 

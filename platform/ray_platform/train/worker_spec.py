@@ -6,10 +6,12 @@ from typing import Any
 from ray_platform import storage
 from ray_platform.data.catalog import Catalog
 from ray_platform.data.config import DataConfig
+from ray_platform.formats import FileFormat
 from ray_platform.tracking import TrackedRun
 from ray_platform.train.config import TrainConfig
 
 SUMMARY = "train_summary.json"  # in output_dir: the result of a finished run
+SUMMARY_FORMAT = FileFormat("summary of a run")
 
 
 @dataclass(frozen=True)
