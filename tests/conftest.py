@@ -13,6 +13,7 @@ import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Ray reads this at its first import, so it is set before any test module is imported. A test cluster on loopback needs no token.
@@ -22,6 +23,10 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # Tests send neither Ray's usage statistics nor requests for credentials to a cloud's metadata service.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+
+# A deadline per example would be a timing assertion.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 ROOT = Path(__file__).parents[1]
 TIERS = ("ray", "ranks", "unit")  # in execution order: the longest first

@@ -30,7 +30,7 @@ def ranges(draw) -> ConsumedRange:
     return ConsumedRange(pool, draw(st.integers(0, 2)), unit, start, draw(st.integers(start + 1, TOTALS[unit])), TOTALS[unit])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(ranges(), max_size=60))
 def test_a_ledger_is_the_set_of_the_consumed_samples(consumed):
     ledger, model = Ledger(NUM_UNITS), set()
@@ -132,7 +132,7 @@ legs = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 6), st.integers(0, 3
 pools = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=7), min_size=1, max_size=2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pools=pools, legs=legs, interleave=st.integers(1, 3), reads=st.integers(1, 3), batch_size=st.integers(1, 4))
 def test_every_epoch_gives_every_sample_exactly_once_whatever_crashes(pools, legs, interleave, reads, batch_size):
     catalog = catalog_of(pools)

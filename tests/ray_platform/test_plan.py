@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_platform.contracts import ConfigError, ConsumedRange
@@ -24,7 +24,6 @@ def catalog_of(num_shards: int, sizes: Sequence[int] = ()) -> Catalog:
     return Catalog(tuple(unit.shard for unit in units), (units,), (1.0,))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**40))
 def test_every_epoch_reads_every_shard_exactly_once(num_shards, world_size, epochs, size, num_streams, seed):
     catalog = catalog_of(num_shards)
