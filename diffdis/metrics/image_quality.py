@@ -1,4 +1,5 @@
-"""Metrics of generated images: KID, CLIPScore, and the Fréchet distance, which is FID with the features of FID's Inception.
+"""Metrics of generated images: the Fréchet distance (FID with the features of FID's Inception), KID, precision and recall, the
+Inception Score, and CLIPScore.
 
 The Fréchet distance is computed in float64 from means and centered second moments: sums of raw squares lose the digits of a
 covariance that is small against the mean.
@@ -16,6 +17,8 @@ import torch
 MAX_ROWS = 4096  # feature vectors that are in memory in float64 at a time
 EXTRAPOLATED_SUBSETS = 15
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+NEIGHBORS = 3  # of precision and recall
+SPLITS, _SPLIT_SEED = 10, 2020  # of the Inception Score; the seed of torch-fidelity
 _ONE_IMAGE = "the covariance of one image is not defined: at least two are needed"
 
 
@@ -195,6 +198,56 @@ def _kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _off_diagonal_sum(kernel: torch.Tensor) -> float:
     return (kernel.sum() - kernel.diagonal().sum()).item()
+
+
+class PrecisionRecall(NamedTuple):
+    precision: float  # fraction of generated images inside the manifold of the real ones: fidelity
+    recall: float  # fraction of real images inside the manifold of the generated ones: diversity
+
+
+def precision_recall(generated: np.ndarray, real: np.ndarray) -> PrecisionRecall:
+    """Return improved precision and recall: Kynkäänniemi et al. (2019), "Improved precision and recall metric".
+
+    The manifold of a set is the union of the balls around its features whose radius is the distance to their third neighbor.
+    Both depend on the numbers of images: compare them for equal numbers only. Raises ValueError for fewer than four features
+    generated [n, d] or real [m, d].
+    """
+    _check_width(generated.shape[1], real.shape[1])
+    if min(len(generated), len(real)) <= NEIGHBORS:
+        raise ValueError(f"precision of {len(generated)} and {len(real)} images: at least {NEIGHBORS + 1} of each are needed")
+    first, second = torch.from_numpy(generated).float(), torch.from_numpy(real).float()
+    return PrecisionRecall(_fraction_inside(first, second), _fraction_inside(second, first))
+
+
+def _fraction_inside(points: torch.Tensor, manifold: torch.Tensor) -> float:
+    """Return the fraction of points [n, d] inside at least one ball of the manifold's features [m, d]."""
+    radii = torch.cat([torch.cdist(rows, manifold).kthvalue(NEIGHBORS + 1).values for rows in manifold.split(MAX_ROWS)])
+    num_inside = sum(int((torch.cdist(rows, manifold) <= radii).any(dim=1).sum()) for rows in points.split(MAX_ROWS))
+    return num_inside / len(points)
+
+
+class InceptionScore(NamedTuple):
+    mean: float
+    std: float  # over the splits
+
+
+def inception_score(logits: np.ndarray) -> InceptionScore:
+    """Return exp of the mean KL divergence of the classes of an image from those of all images of its split.
+
+    Salimans et al. (2016), "Improved techniques for training GANs", with ten splits in torch-fidelity's random order, so that
+    equal logits give its number. `logits` [n, C] are those of FID's Inception, without the bias, as in that tool. Raises
+    ValueError for fewer than ten images.
+    """
+    if len(logits) < SPLITS:
+        raise ValueError(f"Inception Score of {len(logits)} images: at least {SPLITS} are needed")
+    order = np.random.RandomState(_SPLIT_SEED).permutation(len(logits))
+    log_p = torch.from_numpy(logits[order]).double().log_softmax(dim=1)
+    scores = []
+    for i in range(SPLITS):
+        split = log_p[i * len(logits) // SPLITS : (i + 1) * len(logits) // SPLITS]
+        divergence = (split.exp() * (split - split.exp().mean(dim=0).log())).sum(dim=1)
+        scores.append(divergence.mean().exp().item())
+    return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
 
 
 def clip_score(cosines: np.ndarray) -> float:

@@ -114,6 +114,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("kid_{network}", "KID-{network}", "min"),
     Metric("kid_std", "KID, standard deviation", None),
     Metric("kid_{network}_std", "KID-{network}, standard deviation", None),
+    _fraction("precision", "precision"),
+    _fraction("precision_{network}", "precision-{network}"),
+    _fraction("recall", "recall"),
+    _fraction("recall_{network}", "recall-{network}"),
+    Metric("inception_score", "Inception Score", "max"),
+    Metric("inception_score_std", "Inception Score, standard deviation", None),
     Metric("alignment", "alignment", "max"),  # of generated images with their captions: CLIP score
     # Training.
     Metric("loss", "loss", "min"),

@@ -1,4 +1,4 @@
-"""The Fréchet distance, KID and CLIPScore match known values, torchmetrics and torch-fidelity."""
+"""The metrics of generated images match known values, torchmetrics and torch-fidelity."""
 
 import math
 
@@ -13,7 +13,9 @@ from diffdis.metrics.image_quality import (
     extrapolated_distance,
     frechet_distance,
     frechet_distance_of_features,
+    inception_score,
     kernel_distance,
+    precision_recall,
     squared_discrepancy,
 )
 from tests.diffdis.metrics.peers import functions_of
@@ -208,3 +210,41 @@ def broken():
 def test_what_cannot_be_measured_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call(Moments.of(features(100)))
+
+
+# --- Precision, recall and the Inception Score ----------------------------------------------------------------------------------
+
+
+def test_precision_and_recall_equal_torch_fidelitys():
+    peer = functions_of("metric_prc", "calc_cdist_full", "calculate_precision_recall_full")["calculate_precision_recall_full"]
+    generated, real = kid_features(150), kid_features(200, seed=1, shift=0.5)
+    found = precision_recall(generated, real)
+    assert found == pytest.approx(peer(torch.from_numpy(generated), torch.from_numpy(real)))
+    assert 0.1 < found.precision < 0.9
+    assert found.precision != found.recall
+
+
+def test_precision_is_fidelity_and_recall_is_diversity():
+    real = kid_features(200)
+    assert precision_recall(real, real) == (1, 1)
+    assert precision_recall(real + 100, real) == (0, 0)
+    narrow = precision_recall(real.mean(axis=0) + 1e-3 * kid_features(200, seed=1), real)
+    assert narrow.precision == 1
+    assert narrow.recall < 0.05
+
+
+def test_the_inception_score_equals_torch_fidelitys():
+    peer = functions_of("metric_isc", "isc_features_to_metric")
+    peer |= {"KEY_METRIC_ISC_MEAN": "mean", "KEY_METRIC_ISC_STD": "std"}
+    logits = 3 * kid_features(123, width=20)
+    theirs = peer["isc_features_to_metric"](torch.from_numpy(logits))
+    assert inception_score(logits) == pytest.approx((theirs["mean"], theirs["std"]), rel=1e-9)
+    one_class_per_image = 1e3 * np.eye(20, dtype=np.float32)[np.arange(2000) % 20]
+    assert inception_score(one_class_per_image).mean == pytest.approx(20, rel=0.1)
+    assert inception_score(np.zeros((50, 20), dtype=np.float32)).mean == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("metric", "num"), [(lambda x: precision_recall(x, x), 3), (inception_score, 9)])
+def test_too_few_images_are_named(metric, num):
+    with pytest.raises(ValueError, match=f"of {num}.*images: at least {num + 1}"):
+        metric(kid_features(num))
