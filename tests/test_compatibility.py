@@ -264,8 +264,9 @@ def test_an_evaluation(old, expected):
     details = json.loads((folder / "details.json").read_text())
     assert metrics_for_tracking(details) == expected["exact"]["evaluation/metrics_for_tracking"]
     keys = sorted(path.stem for path in (folder / "units").glob("*.npz"))
-    cached = ResultCache(str(folder / "units")).read(keys)
-    assert {key: digest(rows) for key, rows in cached.items()} == expected["exact"]["evaluation/units"]
+    cached = ResultCache(str(folder / "units"), "git-0").read(keys)
+    assert {origin for _, origin in cached.values()} == {("unknown", "unknown")}
+    assert {key: digest(rows) for key, (rows, _) in cached.items()} == expected["exact"]["evaluation/units"]
 
 
 def test_a_comparison_has_nothing_left_to_do(old, expected):

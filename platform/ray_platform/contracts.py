@@ -76,6 +76,13 @@ def describe_error(error: BaseException) -> str:
 Rows = dict[str, "np.ndarray"]
 
 
+class UnitOrigin(NamedTuple):
+    """When a stored unit of work was computed, and by which code."""
+
+    code_version: str
+    created: str  # ISO 8601, local time
+
+
 class ConsumedRange(NamedTuple):
     """Samples start..stop of a unit (a shard, or a part of one) were consumed, unusable ones included; it has `total`.
 

@@ -18,7 +18,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from ray_platform.contracts import Rows, UserError, describe_error, one_line
+from ray_platform.contracts import Rows, UnitOrigin, UserError, describe_error, one_line
 from ray_platform.placement import Labels, ResourceRequest, label_selector
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class UnitWork(Protocol):
 class ResultStore(Protocol):
     """The rows of finished units by their keys, such as `evaluate.result_cache.ResultCache`."""
 
-    def read(self, keys: Sequence[str]) -> dict[str, Rows]: ...
+    def read(self, keys: Sequence[str]) -> dict[str, tuple[Rows, UnitOrigin]]: ...
 
     def write(self, key: str, rows: Rows) -> None: ...
 
@@ -51,7 +51,8 @@ class WorkUnit:
     key: str  # equal keys stand for equal rows
     cost: float  # relative to the other units
     work: UnitWork
-    runs_first: bool = False  # before all other units, because others wait for its rows
+    runs_first: bool = False  # before all other units of its stage, because others wait for its rows
+    stage: int = 0  # units of a stage start after all those of the stages below it
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class UnitResult:
     unit: WorkUnit
     rows: Rows | None
     error: str = ""
+    origin: UnitOrigin | None = None  # of rows that were computed earlier
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,13 @@ class ReplicaSpec:
 
 
 class WorkQueue:
-    """Assigns units to replicas: the most expensive unit first (longest processing time), so that all replicas end together."""
+    """Assigns units to replicas: stage by stage, the most expensive unit of a stage first (longest processing time).
+
+    So all replicas end together, and the first stages are finished long before the last one.
+    """
 
     def __init__(self, units: Iterable[WorkUnit]):
-        self.waiting = deque(sorted(units, key=lambda unit: (not unit.runs_first, -unit.cost)))
+        self.waiting = deque(sorted(units, key=lambda unit: (unit.stage, not unit.runs_first, -unit.cost)))
         self.failed_groups: set[str] = set()
         self._load: dict[Any, int] = {}  # replica -> number of its units in flight
         self._deaths: Counter[str] = Counter()  # unit key -> replicas that died while they ran no other unit
@@ -222,7 +227,8 @@ class ReplicaPool:
         for unit in units:
             if unit.key in cached:
                 self.progress.add(unit, cached=True)
-                yield UnitResult(unit, cached.pop(unit.key))
+                rows, origin = cached.pop(unit.key)
+                yield UnitResult(unit, rows, origin=origin)
         if not remaining:
             return
         replicas, self.queue, self._running = self.queue.replicas, WorkQueue(remaining), {}

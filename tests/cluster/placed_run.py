@@ -106,7 +106,7 @@ def main():
         list(precompute(catalog, config, replace(encoders(count=2), placement=GPU), str(output / "encoded")))
     with ProcessWatcher(raylets) as evaluated:
         fleet = ReplicaSpec(no_replica, 2, cpus=0.5, placement=GPU)
-        with ReplicaPool(fleet, ResultCache(str(output / "kept")), lambda line: None) as workers:
+        with ReplicaPool(fleet, ResultCache(str(output / "kept"), ""), lambda line: None) as workers:
             rows = list(workers.run(squares(range(40))))
     found = {
         "trained": trained.names(),

@@ -5,26 +5,34 @@ import contextlib
 import csv
 import dataclasses
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
 
 from diffdis.config import ObjectiveConfig
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
 from diffdis_platform.commands.eval import parse_arguments as parse
-from diffdis_platform.evaluation.run import evaluate, plan_evaluation, render_results
+from diffdis_platform.evaluation.results import render_results
+from diffdis_platform.evaluation.run import evaluate, plan_evaluation
 from ray_platform.contracts import ConfigError, DataError
+from ray_platform.evaluate.unit_work import GenerateImages
 from tests.support.evaluation_sets import encoded, picture, write_all_twelve, write_wds
 from tests.support.tiny_checkpoints import draw_query_weights, save_clip
 
+ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "blue", "gold", "pink", "grey", "teal", "lime")
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -166,9 +174,60 @@ def test_what_was_done_is_not_done_again_and_a_reference_file_serves_later(expor
     again = run(exported, data, output, "--num_workers", 1, *with_quality(data))
     assert scores(again) == scores(details)
     assert "units" not in capsys.readouterr().out, "every unit was kept"
+    assert again["units"]["num_reused"] == again["units"]["num_units"] == details["units"]["num_units"]
+    assert details["units"]["num_reused"] == 0
+    saved = json.loads((output / "results" / "diffdis" / "mine.json").read_text())["units"]
+    assert saved["num_reused"] == saved["reused"][0]["num_units"] == saved["num_units"] > 1
+    assert saved["reused"][0]["code_version"] == details["code_version"]
     reference = output / "reference_efficientnet_lite0.npz"
     arguments = ("--quality.prompts", data / "prompts.txt", "--quality.reference", reference, *QUALITY)
     assert scores(run(exported, data, tmp_path, "--num_workers", 1, *arguments)) == scores(details)
+
+
+def test_new_weights_at_the_path_of_the_judge_or_a_baseline_are_new_units(exported, data, tmp_path):
+    """Nothing that was computed with the old weights is reused."""
+    clip, keys = save_clip(tmp_path / "clip"), []
+    arguments = ["--checkpoint", exported, "--suite", data / "both.yaml", "--data_roots", data, "--output_dir", tmp_path / "out"]
+    arguments += ["--baselines", f'["{clip}"]', "--quality.clip", clip, *with_quality(data)]
+    for _ in range(2):
+        plan = plan_evaluation(parse([str(argument) for argument in arguments]).config)
+        keys.append({one.group.partition(" num_steps")[0]: {unit.key for unit in one.units} for one in plan.of_sets})
+        keys[-1]["quality"] = {unit.key for unit in plan.quality.units}
+        weights = load_file(clip / "model.safetensors")
+        save_file({name: value * 1.01 for name, value in weights.items()}, clip / "model.safetensors", {"format": "pt"})
+    old, new = keys
+    assert old["diffdis/mine"] == new["diffdis/mine"]
+    assert old["clip/mine"].isdisjoint(new["clip/mine"])
+    generated = [unit for unit in plan.quality.units if isinstance(unit.work, GenerateImages)]
+    assert len(generated) == len(new["quality"] - old["quality"]) > 1
+
+
+@pytest.mark.slow
+def test_an_evaluation_killed_after_two_of_three_sets_leaves_their_results_and_completes(exported, tmp_path, ray_cluster):
+    for name, count in (("one", 60), ("two", 60), ("three", 1500)):
+        texts = {"classes": COLOURS, "templates": ["a {c}."]}
+        write_wds(tmp_path, name, [picture(i) for i in range(count)], labels=[i % 7 for i in range(count)], **texts)
+    (tmp_path / "three.yaml").write_text("sets: [one, two, three]\n")
+    output = tmp_path / "out"
+    arguments = ["--checkpoint", str(exported), "--suite", str(tmp_path / "three.yaml"), "--data_roots", str(tmp_path)]
+    arguments += ["--output_dir", str(output), "--num_workers", "1", "--cpus_per_worker", "0.5"]
+    environment = os.environ | {"RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}
+    process = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "eval.py"), *arguments], env=environment)
+    try:
+        deadline = time.monotonic() + 300
+        while not (output / "results" / "diffdis" / "two.json").exists():
+            assert process.poll() is None, "it ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    assert {path.stem for path in output.glob("results/diffdis/*.json")} == {"one", "two"}
+    config = parse(arguments).config
+    details = evaluate(config, plan_evaluation(config))
+    assert {path.stem for path in output.glob("results/diffdis/*.json")} == {"one", "two", "three"}
+    assert {row["dataset"] for row in csv.DictReader((output / "results.csv").open())} == {"one", "two", "three"}
+    assert 2 <= details["units"]["num_reused"] < details["units"]["num_units"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import heapq
 import random
+from dataclasses import replace
+from datetime import datetime
 
 import numpy as np
 import psutil
@@ -23,7 +25,7 @@ def squares(numbers, **fields):
 
 def pool(folder, num_replicas=2, shown=None):
     spec = ReplicaSpec(no_replica, num_replicas, cpus=0.5)
-    return ReplicaPool(spec, ResultCache(str(folder)), (shown if shown is not None else []).append)
+    return ReplicaPool(spec, ResultCache(str(folder), "git-1"), (shown if shown is not None else []).append)
 
 
 def run(units, *arguments, **options):
@@ -53,10 +55,13 @@ class TestReplicaPool:
         stored = tmp_path / "cache" / f"{done[0].unit.key}.npz"
         stored.write_bytes(stored.read_bytes()[:50])
         for _ in range(2):
-            assert values(run(units, tmp_path / "cache")) == [0, 1, 4, 9, 16, 25]
+            results = run(units, tmp_path / "cache")
+            assert values(results) == [0, 1, 4, 9, 16, 25]
             numbers = [int(note.name.partition("-")[0]) for note in notes.iterdir()]
             assert numbers.count(done[0].unit.work.number) == 2
             assert numbers.count(done[1].unit.work.number) == 1
+        assert {result.origin.code_version for result in results} == {"git-1"}, "every unit came from the cache"
+        assert all(datetime.fromisoformat(result.origin.created) for result in results)
 
     def test_replicas_stay_for_the_next_run_and_end_with_the_block(self, tmp_path, notes):
         def processes(numbers):
@@ -145,6 +150,14 @@ def test_units_that_run_first_precede_the_most_expensive_ones():
     queue = WorkQueue([unit(None, cost=1.0), unit(None, cost=5.0), unit(None, cost=0.5, runs_first=True)])
     queue.add_replica(0)
     assert [unit.cost for unit, _, _ in assigned(queue)] == [0.5, 5.0]
+
+
+def test_the_units_of_a_stage_precede_those_of_later_stages():
+    units = [
+        replace(unit(None, cost=cost, runs_first=first), stage=stage)
+        for cost, first, stage in ((9.0, True, 1), (8.0, False, 1), (1.0, False, 0), (2.0, False, 0), (0.5, True, 0))
+    ]
+    assert [unit.cost for unit in WorkQueue(units).waiting] == [0.5, 2.0, 1.0, 9.0, 8.0]
 
 
 def test_at_the_end_no_replica_holds_back_a_unit_that_another_could_start():

@@ -27,7 +27,8 @@ def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
     if "list" not in command.switches:
         check_exists("checkpoint", command.config.checkpoint)
-    from diffdis_platform.evaluation.run import REPORT, evaluate, plan_evaluation, render_results
+    from diffdis_platform.evaluation.results import render_results
+    from diffdis_platform.evaluation.run import REPORT, evaluate, plan_evaluation
     from ray_platform import storage
     from ray_platform.connect import connect
     from ray_platform.evaluate.discovery import render_listing

@@ -1,22 +1,23 @@
 """Zero-shot accuracy and retrieval of one model on one dataset: units of work, and the results that are made of their rows."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from diffdis.metrics.retrieval import most_similar, retrieval_recalls
 from diffdis.metrics.zero_shot import NO_CLASS, NUM_PREDICTIONS, ZeroShotScores, predict_classes
 from diffdis_platform.evaluation.models import EvaluationModel
-from ray_platform.contracts import DataError, Rows
-from ray_platform.evaluate.result_cache import cache_key
+from diffdis_platform.evaluation.units import build_unit, count_units
+from ray_platform.contracts import DataError, Rows, UnitOrigin
 from ray_platform.evaluate.sets import DatasetSlice, EvaluationSet, check_counts
 from ray_platform.evaluate.unit_work import EmbedClasses, EmbedImages
-from ray_platform.replicas import UnitWork, WorkUnit, join_rows
+from ray_platform.replicas import WorkUnit, join_rows
 from ray_platform.report.records import (
     CaptionQuery,
     ClassRecall,
     Confusion,
+    CurvePoint,
     DatasetResult,
     ImageQuery,
     RetrievalResult,
@@ -31,12 +32,6 @@ _MAX_CONFUSIONS, _MAX_EXAMPLES = 10, 3  # confusions shown per set, and images s
 _NUM_QUERIES, _NUM_RETRIEVED = 4, 5  # queries of each kind in the report, and what is shown for each
 
 
-def build_unit(group: str, name: str, cost: float, work: UnitWork, *, runs_first: bool = False, **identity: Any) -> WorkUnit:
-    """Return a unit; `identity` is everything that its rows depend on, besides the kind of work and the code."""
-    # Renaming a class of work would lose the rows that earlier releases stored.
-    return WorkUnit(name, group, cache_key(work=type(work).__name__, **identity), cost, work, runs_first)
-
-
 class SetMeasurement(ABC):
     """A model measured on one dataset. It receives the rows of its units in any order."""
 
@@ -49,6 +44,7 @@ class SetMeasurement(ABC):
         self._rows: dict[int, Rows] = {}  # place of a slice -> rows
         self.units = [self._image_unit(part) for part in data.slices]
         self.seconds = 0.0  # of replicas
+        self.origins: list[UnitOrigin | None] = []  # of the units that were received
 
     def _image_unit(self, part: DatasetSlice) -> WorkUnit:
         model, data = self.model, self.data
@@ -62,8 +58,22 @@ class SetMeasurement(ABC):
 
     def add(self, unit: WorkUnit, rows: Rows) -> None:
         """Receive the rows of one unit."""
+        self._check_finite(rows.get("embeddings"), rows["keys"][rows["causes"] == ""], "image")
+        self._check_finite(rows.get("text_embeddings"), rows.get("texts"), "text")
         self.seconds += float(rows["seconds"].sum())
         self._rows[self._slices[unit.key].place] = rows
+
+    def _check_finite(self, embeddings: np.ndarray | None, names: Sequence[str] | np.ndarray | None, kind: str) -> None:
+        """Raise DataError, with the first of the `names`, if embeddings [n, D] are not finite: their order means nothing."""
+        if embeddings is None or names is None:
+            return
+        invalid = ~np.isfinite(embeddings).all(axis=1)
+        if invalid.any():
+            raise DataError(
+                f"{self.data.name}: {self.model.name} has NaN embeddings, such as that of the {kind} "
+                f"{str(names[int(invalid.argmax())])[:80]!r}; the training diverged or the weights are damaged: "
+                "evaluate an earlier checkpoint"
+            )
 
     @abstractmethod
     def result(self) -> DatasetResult:
@@ -97,6 +107,7 @@ class SetMeasurement(ABC):
             "url": self.data.url,
             "settings": dict(self.model.settings),
             "metrics": metrics,
+            "units": count_units(self.origins),
             "num_unreadable": len(unreadable),
             "unreadable": unreadable[:_MAX_UNREADABLE],
             "seconds": round(self.seconds, 1),
@@ -126,8 +137,11 @@ class ZeroShotMeasurement(SetMeasurement):
     def add(self, unit: WorkUnit, rows: Rows) -> None:
         if unit.key in self._first_class:
             self.seconds += float(rows["seconds"].sum())
-            self._class_embeddings[self._first_class[unit.key]] = rows["embeddings"]
+            first = self._first_class[unit.key]
+            self._check_finite(rows["embeddings"], self.data.classes[first:], "class")
+            self._class_embeddings[first] = rows["embeddings"]
         else:
+            self._check_finite(rows.get("embeddings"), rows["keys"][rows["causes"] == ""], "image")
             self._waiting.append((unit, rows))
         if len(self._class_embeddings) == len(self._first_class):
             classes = np.concatenate([self._class_embeddings[first] for first in sorted(self._class_embeddings)])  # [C, D]
@@ -165,6 +179,18 @@ class ZeroShotMeasurement(SetMeasurement):
             "chance": 1 / len(data.classes),
             "per_class": per_class,
             "confusions": self._confusions(scores, rows["keys"][rows["labels"] >= 0]),
+        }
+
+    def curve_point(self) -> CurvePoint:
+        """Return the accuracy for the model's steps and draws."""
+        settings = self.model.settings
+        return {
+            "set": self.data.name,
+            "model": self.model.name,
+            "num_steps": int(settings["num_steps"]),
+            "num_draws": int(settings["num_draws"]),
+            "acc1": self.scores().accuracy(),
+            "seconds": round(self.seconds, 1),
         }
 
     def _confusions(self, scores: ZeroShotScores, keys: np.ndarray) -> list[Confusion]:

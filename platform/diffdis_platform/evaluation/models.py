@@ -16,7 +16,7 @@ from diffdis_platform.config.export import ExportConfig
 from diffdis_platform.exporting import export, find_checkpoint
 from ray_platform import storage
 from ray_platform.cached_folders import with_cached_folders
-from ray_platform.contracts import ConfigError
+from ray_platform.contracts import ConfigError, one_line
 from ray_platform.report.records import EvaluatedModel
 from ray_platform.tracking import RUN_RECORD
 from ray_platform.train.worker_spec import SUMMARY
@@ -78,12 +78,26 @@ def open_model(config: EvalConfig) -> EvaluationModel:
 
 def open_baseline(url: str, taken_names: set[str]) -> EvaluationModel:
     """Return a CLIP in transformers' layout; its name is that of its folder."""
-    if not storage.exists(storage.join(url, "config.json")):
-        raise ConfigError(f"baselines: {url} has no config.json; give the folder of a CLIP in transformers' layout")
     name = url.rstrip("/").rsplit("/", 1)[-1]
     if name in taken_names:
         raise ConfigError(f"baselines: two models are named {name}; rename a folder")
+    return _open_clip(url, name, "baselines")
+
+
+def open_judge(url: str) -> EvaluationModel:
+    """Return the CLIP that measures how well generated images fit their prompts."""
+    return _open_clip(url, f"CLIP {url.rstrip('/').rsplit('/', 1)[-1]}", "quality.clip")
+
+
+def _open_clip(url: str, name: str, field_name: str) -> EvaluationModel:
+    """Return a CLIP, after building it once: a folder that cannot be opened is reported before hours of work."""
+    if not storage.exists(storage.join(url, "config.json")):
+        raise ConfigError(f"{field_name}: {url} has no config.json; give the folder of a CLIP in transformers' layout")
     build = functools.partial(with_cached_folders, ClipScorer, url)
+    try:
+        build("cpu")
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(f"{field_name}: {url} cannot be opened ({one_line(error, 300)}); give another folder") from None
     return EvaluationModel(name, url, with_cached_folders(_digest, url), build)
 
 

@@ -20,11 +20,11 @@ from diffdis.metrics.image_quality import (
     kernel_distance,
 )  # fmt: skip
 from diffdis_platform.config.evaluate import QualityConfig
-from diffdis_platform.evaluation.measurements import build_unit
 from diffdis_platform.evaluation.models import EvaluationModel
+from diffdis_platform.evaluation.units import build_unit, count_units
 from ray_platform import storage
 from ray_platform.cached_folders import with_cached_folders
-from ray_platform.contracts import ConfigError, DataError, Rows, one_line
+from ray_platform.contracts import ConfigError, DataError, Rows, UnitOrigin, one_line
 from ray_platform.evaluate.discovery import open_evaluation_set, open_image_set
 from ray_platform.evaluate.result_cache import read_arrays
 from ray_platform.evaluate.results import check_same_protocol
@@ -66,7 +66,17 @@ FEATURE_METRICS: list[FeatureMetric] = [frechet_metrics, kid_metrics]
 
 
 def feature_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """Return all metrics of features. Raises ConfigError if the metric registry lacks one."""
+    """Return all metrics of features.
+
+    Raises ValueError for features that are not finite, and ConfigError if the metric registry lacks a metric.
+    """
+    for kind, features in (("generated", generated), ("reference", real)):
+        invalid = ~np.isfinite(features).all(axis=1)
+        if invalid.any():
+            raise ValueError(
+                f"{invalid.sum():,} of {len(features):,} {kind} images have NaN features, the first is image "
+                f"{int(invalid.argmax()):,}; the feature network or the image is damaged"
+            )
     metrics = {name: value for metric in FEATURE_METRICS for name, value in metric(figure, generated, real).items()}
     check_declared(metrics)
     return metrics
@@ -132,14 +142,18 @@ class ReferenceFeatures:
 
 
 class QualityMeasurement:
-    """The image quality of one model at all guidance scales. It receives the rows of its units in any order."""
+    """The image quality of one model at all guidance scales. It receives the rows of its units in any order.
 
-    group = "image quality"
+    The reference images and each guidance scale are a group of units: one of them may fail without the others.
+    """
 
-    def __init__(self, model: EvaluationModel, image_size: int, config: QualityConfig, output_dir: str):
-        self.model, self.image_size, self.config, self.output_dir = model, image_size, config, output_dir
-        # What measures how well an image fits its prompt: nothing, if there is no CLIP and the model can only generate.
-        self.aligner = config.clip or ("the evaluated model itself" if model.can_score else "")
+    reference_group = "reference images"
+
+    def __init__(
+        self, model: EvaluationModel, judge: EvaluationModel | None, image_size: int, config: QualityConfig, output_dir: str
+    ):
+        """`judge` measures how well an image fits its prompt; None: nothing measures it."""
+        self.model, self.judge, self.image_size, self.config, self.output_dir = model, judge, image_size, config, output_dir
         self.prompts = read_prompts(config)
         try:  # on the driver, so that errors in a name or file are reported before anything is generated
             networks = {name: build("cpu") for name, build in network_builders(config).items()}
@@ -151,6 +165,7 @@ class QualityMeasurement:
         self._real: dict[int, Rows] = {}  # place of a slice -> rows
         self._generated: dict[float, dict[int, Rows]] = {scale: {} for scale in config.guidance_scales}
         self._destinations: dict[str, tuple[dict[int, Rows], int]] = {}  # unit key -> where its rows belong, and at which place
+        self.origins: list[UnitOrigin | None] = []  # of the units that were received
         self.units = [*self._reference_units(), *self._generation_units()]
 
     def _reference_units(self) -> list[WorkUnit]:
@@ -171,7 +186,7 @@ class QualityMeasurement:
                 break
             expected += part.estimated_images
             unit = build_unit(
-                self.group, f"reference {part.name}", part.estimated_images,
+                self.reference_group, f"reference {part.name}", part.estimated_images,
                 MeasureImages(part, config.networks, self.image_size),
                 data=data.digest, slice=part.name, networks=list(self.protocols.values()),
             )  # fmt: skip
@@ -181,22 +196,27 @@ class QualityMeasurement:
 
     def _generation_units(self) -> list[WorkUnit]:
         config, units = self.config, []
-        aligner = "clip" if config.clip else self.model.name if self.aligner else ""
+        judge, judge_digest = (self.judge.name, self.judge.digest) if self.judge else ("", "")
         num_kept = len(self.prompts) if config.keep_images else NUM_SHOWN
         for scale in config.guidance_scales:
             settings = {"num_steps": config.num_steps, "guidance_scale": scale, "seed": config.seed}
             for first in range(0, len(self.prompts), IMAGES_PER_UNIT):
                 prompts, images_dir = tuple(self.prompts[first : first + IMAGES_PER_UNIT]), self.images_dir(scale)
                 unit = build_unit(
-                    self.group, f"images {first}… at guidance {scale:g}", _STEP_COST * config.num_steps * len(prompts),
-                    GenerateImages(self.model.name, prompts, first, settings, config.networks, aligner, images_dir, num_kept),
+                    self.group_of(scale), f"images {first}… at guidance {scale:g}", _STEP_COST * config.num_steps * len(prompts),
+                    GenerateImages(self.model.name, prompts, first, settings, config.networks, judge, images_dir, num_kept),
                     model=self.model.digest, settings=settings, prompts=prompts, first=first, kept=num_kept,
-                    networks=list(self.protocols.values()), aligner=config.clip or aligner,
+                    networks=list(self.protocols.values()), judge=judge_digest,
                     images_dir=images_dir if first < num_kept else "",
                 )  # fmt: skip
                 units.append(unit)
                 self._destinations[unit.key] = (self._generated[scale], first)
         return units
+
+    def _judge_name(self) -> str:
+        if self.judge is None:
+            return ""
+        return "the evaluated model itself" if self.judge is self.model else self.judge.name
 
     def images_dir(self, scale: float) -> str:
         """Return the folder of the images that were generated at a guidance scale."""
@@ -207,26 +227,44 @@ class QualityMeasurement:
         rows_by_place, place = self._destinations[unit.key]
         rows_by_place[place] = rows
 
-    def results(self) -> list[QualityPoint]:
-        """Return one entry of the report per guidance scale. Writes reference_<network>.npz."""
-        if self._real:
+    @staticmethod
+    def group_of(scale: float) -> str:
+        return f"images at guidance {scale:g}"
+
+    def results(self, failures: dict[str, str]) -> list[QualityPoint]:
+        """Return one entry of the report per guidance scale without a failure. Writes reference_<network>.npz.
+
+        A metric that fails is one line in `failures`, and absent in the entry.
+        """
+        if self._real and self.reference_group not in failures:
             real = join_rows(self._real)
             for name in self.config.networks:
                 features = real[f"features/{name}"][: self.config.num_images]
                 self.references[name] = ReferenceFeatures(features, self.protocols[name])
                 self.references[name].write(storage.join(self.output_dir, f"reference_{name}.npz"))
-        return [self._result(scale, join_rows(rows)) for scale, rows in self._generated.items()]
+        points = []
+        for scale, rows in self._generated.items():
+            if self.group_of(scale) not in failures:
+                points.append(self._result(scale, join_rows(rows), failures))
+        return points
 
-    def _result(self, scale: float, rows: Rows) -> QualityPoint:
+    def _result(self, scale: float, rows: Rows, failures: dict[str, str]) -> QualityPoint:
+        group = self.group_of(scale)
         metrics: dict[str, float | None] = {}
-        for name in self.config.networks:
-            metrics |= feature_metrics(self.figures[name], rows[f"features/{name}"], self.references[name].features)
-        if self.aligner:
-            metrics["alignment"] = clip_score(rows["alignment"])
+        for name, reference in self.references.items():
+            try:
+                metrics |= feature_metrics(self.figures[name], rows[f"features/{name}"], reference.features)
+            except (ValueError, RuntimeError) as error:  # torch's linear algebra raises RuntimeErrors
+                failures[f"{group}: {name}"] = f"{group}: {name}: {one_line(error)}"
+        if self.judge:
+            try:
+                metrics["alignment"] = clip_score(rows["alignment"])
+            except ValueError as error:
+                failures[f"{group}: alignment"] = f"{group}: alignment by {self._judge_name()}: {one_line(error)}"
         return {
             "guidance_scale": scale,
             "metrics": metrics,
-            "alignment_by": "CLIP" if self.config.clip else self.aligner,
+            "alignment_by": self._judge_name(),
             "protocol": {
                 "networks": self.protocols,
                 "image_size": self.image_size,
@@ -239,10 +277,12 @@ class QualityMeasurement:
                 "seed": self.config.seed,
                 "reference": self.config.reference,
                 "reference_digests": {name: reference.digest for name, reference in self.references.items()},
-                "alignment_by": self.aligner,
+                "alignment_by": self._judge_name(),
+                "alignment_digest": self.judge.digest if self.judge else "",
             },
             "n": len(self.prompts),
             "num_reference": {name: len(reference.features) for name, reference in self.references.items()},
+            "units": count_units(self.origins),
             "seconds": round(float(rows["seconds"].sum()), 1),
             "samples": stored_samples(self.prompts[:NUM_SHOWN], self.images_dir(scale)),
         }

@@ -4,54 +4,34 @@ import base64
 import functools
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from diffdis.export_folder import CONFIG_NAME
 from diffdis.metrics.zero_shot import ZERO_SHOT_METRICS
 from diffdis_platform.config.evaluate import EvalConfig, suite_sets
-from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement, build_unit
-from diffdis_platform.evaluation.models import EvaluationModel, open_baseline, open_model
+from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
+from diffdis_platform.evaluation.models import EvaluationModel, open_baseline, open_judge, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement, network_builders
+from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults
+from diffdis_platform.evaluation.units import build_unit
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError
+from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.discovery import SetNotFoundError, find_evaluation_set, open_evaluation_set
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.results import metrics_for_tracking, write_results
-from ray_platform.evaluate.sets import PAPER_SETS, PUBLISHED, PUBLISHED_RETRIEVAL, EvaluationSet, check_counts
+from ray_platform.evaluate.sets import EvaluationSet, check_counts
 from ray_platform.evaluate.unit_work import Thumbnails, WorkerModels
 from ray_platform.metric_registry import check_declared
 from ray_platform.redaction import is_redacted, restored
 from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit
 from ray_platform.report.evaluation import evaluation_page
-from ray_platform.report.records import CurvePoint, EvaluationDetails, ExampleImage, QualityPoint, RetrievalResult, ZeroShotResult
-from ray_platform.terminal import render_table
+from ray_platform.report.records import EvaluationDetails, ExampleImage
 from ray_platform.tracking import RUN_RECORD, RunMetadata, TrackedData, start_run
 from ray_platform.tracking.run_metadata import code_version, dated_name, run_tags
 
 UNITS, REPORT = "units", "report.html"
-
-Measurement = ZeroShotMeasurement | RetrievalMeasurement | QualityMeasurement
-
-
-@dataclass
-class EvaluationPlan:
-    """What is measured, with which models and on which sets."""
-
-    model: EvaluationModel
-    baselines: list[EvaluationModel]
-    sets: dict[str, EvaluationSet]
-    zero_shot: list[ZeroShotMeasurement] = field(default_factory=list)
-    retrieval: list[RetrievalMeasurement] = field(default_factory=list)
-    curve: list[ZeroShotMeasurement] = field(default_factory=list)
-    quality: QualityMeasurement | None = None
-    failures: dict[str, str] = field(default_factory=dict)  # measurement's group or missing set -> error
-
-    @property
-    def measurements(self) -> list[Measurement]:
-        return [*self.zero_shot, *self.retrieval, *self.curve, *([self.quality] if self.quality else [])]
 
 
 def plan_evaluation(config: EvalConfig) -> EvaluationPlan:
@@ -76,7 +56,8 @@ def plan_evaluation(config: EvalConfig) -> EvaluationPlan:
         if not model.can_generate:
             raise ConfigError(f"quality.prompts: a model that was trained for {model.task} cannot generate images; remove it")
         image_size = storage.read_json(storage.join(model.url, CONFIG_NAME))["image_size"]
-        plan.quality = QualityMeasurement(model, image_size, config.quality, config.output_dir)
+        judge = open_judge(config.quality.clip) if config.quality.clip else model if model.can_score else None
+        plan.quality = QualityMeasurement(model, judge, image_size, config.quality, config.output_dir)
     return plan
 
 
@@ -119,89 +100,30 @@ def evaluate(config: EvalConfig, plan: EvaluationPlan) -> EvaluationDetails:
     """Measure everything on a running Ray, write results/, results.csv, details.json and report.html, and return the details."""
     started = time.monotonic()
     builders = {model.name: model.build for model in [plan.model, *plan.baselines]} | network_builders(config.quality)
-    if config.quality.clip and plan.quality:
-        builders["clip"] = open_baseline(config.quality.clip, set()).build
+    if plan.quality and plan.quality.judge:
+        builders[plan.quality.judge.name] = plan.quality.judge.build
     build = functools.partial(WorkerModels, builders, max(1, int(config.cpus_per_worker)))
     spec = ReplicaSpec(build, config.num_workers, config.cpus_per_worker, config.gpus_per_worker, config.placement)
-    cache = ResultCache(storage.join(config.output_dir, UNITS))
+    device = "cuda" if config.gpus_per_worker else "cpu"  # their rows differ in the last digits
+    cache = ResultCache(storage.join(config.output_dir, UNITS, device), code_version())
+    results = EvaluationResults(plan)
     with ReplicaPool(spec, cache, functools.partial(print, flush=True)) as pool:
-        _measure(pool, plan)
+        for result in pool.run(results.units):
+            if results.add(result):  # what is finished survives whatever happens to the rest
+                write_outputs(config.output_dir, results.details(), started)
         print("everything is measured; writing the results …", flush=True)
-        details = _details(plan)
+        details = results.finish()
         _add_example_images(pool, plan, details)
-    details["seconds"] = round(time.monotonic() - started, 1)
-    write_results(details, config.output_dir)
-    storage.write_bytes(storage.join(config.output_dir, REPORT), evaluation_page(details).encode())
+    write_outputs(config.output_dir, details, started)
     _track(config, plan.model, plan.sets.values(), details)
     return details
 
 
-def _measure(pool: ReplicaPool, plan: EvaluationPlan) -> None:
-    """Run the units of all measurements in one go. Measurements that need the same unit share it."""
-    receivers: dict[str, list[tuple[Measurement, WorkUnit]]] = {}
-    for measurement in plan.measurements:
-        for unit in measurement.units:
-            receivers.setdefault(unit.key, []).append((measurement, unit))
-    for result in pool.run([pairs[0][1] for pairs in receivers.values()]):
-        for measurement, unit in receivers[result.unit.key]:
-            if result.rows is not None:
-                measurement.add(unit, result.rows)
-            else:
-                plan.failures.setdefault(measurement.group, result.error)
-
-
-def _details(plan: EvaluationPlan) -> EvaluationDetails:
-    """Return the details of the measurements that are complete; the others are listed as failures."""
-    zero_shot: list[ZeroShotResult] = []
-    retrieval: list[RetrievalResult] = []
-    quality: list[QualityPoint] = []
-    curve: list[CurvePoint] = []
-    for measurement in plan.measurements:
-        if measurement.group in plan.failures:
-            continue
-        try:
-            if isinstance(measurement, QualityMeasurement):
-                quality = measurement.results()
-            elif isinstance(measurement, RetrievalMeasurement):
-                retrieval.append(measurement.result())
-            elif measurement in plan.curve:
-                settings = measurement.model.settings
-                curve.append(
-                    {
-                        "set": measurement.data.name,
-                        "model": measurement.model.name,
-                        "num_steps": int(settings["num_steps"]),
-                        "num_draws": int(settings["num_draws"]),
-                        "acc1": measurement.scores().accuracy(),
-                        "seconds": round(measurement.seconds, 1),
-                    }
-                )
-            else:
-                zero_shot.append(measurement.result())
-        except DataError as error:
-            plan.failures[measurement.group] = str(error)
-    models = [plan.model, *plan.baselines]
-    return {
-        "title": f"Evaluation of {plan.model.url}",
-        "created": datetime.now().isoformat(timespec="seconds"),
-        "seconds": 0.0,
-        "code_version": code_version(),
-        "models": [model.describe() for model in models],
-        "zero_shot": zero_shot,
-        "retrieval": retrieval,
-        "curve": curve,
-        "quality": quality,
-        "means": {model.name: _mean(model.name, zero_shot) for model in models},
-        "published": PUBLISHED,
-        "published_retrieval": PUBLISHED_RETRIEVAL,
-        "failures": list(dict.fromkeys(plan.failures.values())),
-    }
-
-
-def _mean(name: str, results: Iterable[ZeroShotResult]) -> float | None:
-    """Return the mean of the main metrics of the 12 sets; None if one is missing."""
-    main = {result["set"]: result["metrics"][result["main_metric"]] for result in results if result["model"] == name}
-    return float(np.mean([main[name] for name in PAPER_SETS])) if all(name in main for name in PAPER_SETS) else None
+def write_outputs(output_dir: str, details: EvaluationDetails, started: float) -> None:
+    """Write the results, the table and the report of what is measured until now."""
+    details["seconds"] = round(time.monotonic() - started, 1)
+    write_results(details, output_dir)
+    storage.write_bytes(storage.join(output_dir, REPORT), evaluation_page(details).encode())
 
 
 def _add_example_images(pool: ReplicaPool, plan: EvaluationPlan, details: EvaluationDetails) -> None:
@@ -215,7 +137,7 @@ def _add_example_images(pool: ReplicaPool, plan: EvaluationPlan, details: Evalua
         for example in (*images, *retrieved["image_examples"]):
             examples.setdefault((retrieved["set"], example["key"]), []).append(example)
     units: dict[str, tuple[str, WorkUnit]] = {}
-    for measurement in [*plan.zero_shot, *plan.retrieval]:
+    for measurement in plan.of_sets:
         data = measurement.data
         for part, keys in measurement.slices_with({key for name, key in examples if name == data.name}).items():
             group, name, work = f"images of {data.name}", f"images of {part.name}", Thumbnails(part, keys)
@@ -262,24 +184,3 @@ def _track(config: EvalConfig, model: EvaluationModel, sets: Iterable[Evaluation
         tracker.log_metrics(metrics_for_tracking(details), model.step or 0)
         tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, REPORT)), f"evaluation/{REPORT}")
         tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, "results.csv")), "evaluation/results.csv")
-
-
-def render_results(details: EvaluationDetails) -> str:
-    """Return a table for the terminal, with a row per set and a column per model, and a line per guidance scale."""
-    names = [model["name"] for model in details["models"]]
-    values: dict[str, dict[str, float | None]] = {}  # row -> model -> metric
-    for result in details.get("zero_shot", ()):
-        values.setdefault(result["set"], {})[result["model"]] = result["metrics"][result["main_metric"]]
-    for way in ("text", "image"):
-        for retrieved in details.get("retrieval", ()):
-            metric = retrieved["metrics"][f"{way}_retrieval_recall@1"]
-            values.setdefault(f"{retrieved['set']} {way} R@1", {})[retrieved["model"]] = metric
-    rows = [
-        [row, *("-" if (value := metrics.get(name)) is None else f"{value:.2%}" for name in names)]
-        for row, metrics in values.items()
-    ]
-    lines = [render_table([["", *names], *rows])]
-    for point in details.get("quality", ()):
-        metrics = "  ".join(f"{name} {value:.4g}" for name, value in point["metrics"].items())
-        lines.append(f"guidance {point['guidance_scale']:g}: {metrics}")
-    return "\n".join(lines)

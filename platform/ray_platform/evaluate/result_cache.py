@@ -5,13 +5,17 @@ import io
 import json
 import zipfile
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 
 from ray_platform import storage
-from ray_platform.contracts import Rows, one_line
+from ray_platform.contracts import DataError, Rows, UnitOrigin, one_line
+from ray_platform.formats import FileFormat
 
+UNIT_FORMAT = FileFormat("cached unit", version=2)  # version 1 had the rows only
+_RECORD = "unit_record"  # array of a file that has its UnitOrigin as JSON
 _READS_AT_ONCE = 64
 
 
@@ -40,27 +44,40 @@ def read_arrays(content: bytes) -> Rows:
 class ResultCache:
     """A folder, local or s3://, with one .npz file per finished unit, named by the unit's key. See `replicas.ResultStore`."""
 
-    def __init__(self, folder: str):
-        self.folder = folder
+    def __init__(self, folder: str, code_version: str):
+        """`code_version` is stored with the rows that are written."""
+        self.folder, self.code_version = folder, code_version
 
     def write(self, key: str, rows: Rows) -> None:
         """Raise StorageError when storage does not answer for two minutes."""
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **rows)
+        buffer, origin = io.BytesIO(), UnitOrigin(self.code_version, datetime.now().isoformat(timespec="seconds"))
+        record = json.dumps(UNIT_FORMAT.stamp(origin._asdict()))
+        np.savez(buffer, allow_pickle=False, **rows, **{_RECORD: np.array(record)})
         storage.write_bytes(self._url(key), buffer.getvalue())
 
-    def read(self, keys: Sequence[str]) -> dict[str, Rows]:
-        """Return the rows that are stored for `keys`. A damaged file is ignored: its unit is computed again."""
+    def read(self, keys: Sequence[str]) -> dict[str, tuple[Rows, UnitOrigin]]:
+        """Return the rows that are stored for `keys`, and where they come from.
+
+        A file that is damaged, or that newer code wrote, is ignored: its unit is computed again.
+        """
         stored = {file.url for file in storage.list_folder(self.folder)} if storage.exists(self.folder) else set()
         keys_by_url = {url: key for key in keys if (url := self._url(key)) in stored or url.partition("://")[2] in stored}
-        urls, results = list(keys_by_url), {}
+        urls = list(keys_by_url)
+        results: dict[str, tuple[Rows, UnitOrigin]] = {}
         for start in range(0, len(urls), _READS_AT_ONCE):
             for url, content in storage.read_many(urls[start : start + _READS_AT_ONCE]).items():
                 try:
-                    results[keys_by_url[url]] = read_arrays(content)
-                except ValueError:
+                    rows = read_arrays(content)
+                    results[keys_by_url[url]] = rows, _origin(rows.pop(_RECORD, None), url)
+                except (ValueError, AttributeError, RecursionError, DataError):
                     continue
         return results
 
     def _url(self, key: str) -> str:
         return storage.join(self.folder, f"{key}.npz")
+
+
+def _origin(record: np.ndarray | None, url: str) -> UnitOrigin:
+    """Return what a file says about itself. Raises ValueError, AttributeError and DataError."""
+    values = UNIT_FORMAT.read(json.loads(str(record)) if record is not None else {}, UnitOrigin._fields, url)
+    return UnitOrigin(*(str(values.get(name) or "unknown") for name in UnitOrigin._fields))

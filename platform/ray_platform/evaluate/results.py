@@ -53,6 +53,7 @@ def write_results(details: EvaluationDetails, output_dir: str) -> None:
             "settings": model["settings"],
             "code_version": details["code_version"],
             "num_unreadable": result["num_unreadable"],
+            **({"units": result["units"]} if "units" in result else {}),
         }
         file = f"{result['set'].replace('/', '-')}.json"
         storage.write_bytes(storage.join(output_dir, "results", _folder_name(model["name"]), file), to_json(content))

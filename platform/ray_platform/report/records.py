@@ -31,6 +31,23 @@ class EvaluatedModel(TypedDict):
     settings: NestedFields
 
 
+class ReusedUnits(TypedDict):
+    """Units whose rows an earlier evaluation computed."""
+
+    code_version: str
+    num_units: int
+    oldest: str  # ISO 8601, local time
+    newest: str
+
+
+class ReuseCounts(TypedDict):
+    """Units of work of a result, and which of them were computed earlier."""
+
+    num_units: int
+    num_reused: int
+    reused: Sequence[ReusedUnits]  # by code version
+
+
 class UnreadableSample(TypedDict):
     key: str
     cause: str
@@ -42,6 +59,7 @@ class DatasetResult(TypedDict):
     url: NotRequired[str]  # folder of the dataset
     settings: NotRequired[NestedFields]  # of the model
     metrics: MetricValues
+    units: NotRequired[ReuseCounts]
     seconds: float
     unreadable: Sequence[UnreadableSample]  # the first ones
     num_unreadable: int
@@ -115,6 +133,7 @@ class QualityPoint(TypedDict):
     protocol: NestedFields
     n: int  # images
     num_reference: NotRequired[Mapping[str, int]]  # feature network -> real images
+    units: NotRequired[ReuseCounts]
     seconds: float
     samples: Sequence[GeneratedSample]
 
@@ -139,6 +158,8 @@ class EvaluationDetails(RunHeader):
     published_retrieval: NotRequired[Mapping[str, Mapping[str, MetricValues]]]  # model -> set -> metrics
     quality: NotRequired[Sequence[QualityPoint]]
     curve: NotRequired[Sequence[CurvePoint]]
+    units: NotRequired[ReuseCounts]
+    unfinished: NotRequired[Sequence[str]]  # sets that were still being measured when this was written
     failures: NotRequired[Sequence[str]]
 
 

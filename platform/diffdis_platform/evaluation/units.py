@@ -1,0 +1,52 @@
+"""Units of an evaluation's work, what their rows depend on, and which of them were computed earlier."""
+
+import functools
+import hashlib
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffdis
+import ray_platform
+from ray_platform.contracts import UnitOrigin
+from ray_platform.evaluate.result_cache import cache_key
+from ray_platform.replicas import UnitWork, WorkUnit
+from ray_platform.report.records import ReuseCounts, ReusedUnits
+
+# Packages whose code computes rows. Their sources are part of every unit's key: a version that someone must raise by hand is
+# forgotten once, and then an evaluation reports the figures of older code as its own.
+ROW_PACKAGES = ("diffdis", "ray_platform.data", "ray_platform.evaluate")
+# Libraries that decode and preprocess images, and that run models.
+ROW_LIBRARIES = ("diffusers", "numpy", "pillow", "pyarrow", "tokenizers", "torch", "transformers")
+
+
+@functools.cache
+def rows_version() -> str:
+    """Return a digest (16 hex digits) of the sources of ROW_PACKAGES and of the versions of ROW_LIBRARIES."""
+    hashed = hashlib.sha256(repr([(name, importlib.metadata.version(name)) for name in ROW_LIBRARIES]).encode())
+    roots = {module.__name__: Path(str(module.__file__)).parent for module in (diffdis, ray_platform)}
+    for package in ROW_PACKAGES:
+        name, *inside = package.split(".")
+        for file in sorted(roots[name].joinpath(*inside).rglob("*.py")):
+            hashed.update(f"{package} {file.relative_to(roots[name])}\n".encode() + file.read_bytes())
+    return hashed.hexdigest()[:16]
+
+
+def build_unit(group: str, name: str, cost: float, work: UnitWork, *, runs_first: bool = False, **identity: Any) -> WorkUnit:
+    """Return a unit; `identity` is everything that its rows depend on, besides the kind of work and the code."""
+    key = cache_key(work=type(work).__name__, code=rows_version(), **identity)
+    return WorkUnit(name, group, key, cost, work, runs_first)
+
+
+def count_units(origins: Sequence[UnitOrigin | None]) -> ReuseCounts:
+    """Return how many units were computed earlier, and by which code; None stands for a unit that was computed now."""
+    dates: dict[str, list[str]] = {}
+    for origin in origins:
+        if origin:
+            dates.setdefault(origin.code_version, []).append(origin.created)
+    reused: list[ReusedUnits] = [
+        {"code_version": version, "num_units": len(created), "oldest": min(created), "newest": max(created)}
+        for version, created in sorted(dates.items())
+    ]
+    return {"num_units": len(origins), "num_reused": sum(map(len, dates.values())), "reused": reused}

@@ -1,0 +1,78 @@
+"""Keys of units of work: everything that rows depend on, and what a report says about units that were computed earlier."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from diffdis_platform.evaluation import units
+from diffdis_platform.evaluation.models import open_judge
+from diffdis_platform.evaluation.units import ROW_PACKAGES, build_unit, count_units, rows_version
+from ray_platform.contracts import ConfigError, UnitOrigin
+from ray_platform.report.evaluation import evaluation_page
+from tests.count_structure import imports, module_name, python_files
+from tests.support.evaluation_details import evaluation
+from tests.support.html_page import Page
+from tests.support.tiny_checkpoints import save_clip
+
+ROOT = Path(__file__).parents[2]
+# What computes rows, and the modules outside of ROW_PACKAGES that it may use: they read and name things, and compute no value.
+WORK = ("ray_platform.evaluate.unit_work", "diffdis.scorer", "diffdis.clip_scorer", "diffdis.feature_networks")
+WITHOUT_VALUES = {
+    *("contracts", "json_values", "names", "object_store", "placement", "ray_internals", "redaction", "retry"),
+    *("storage", "storage_config", "storage_errors", "formats"),
+}
+
+
+def test_the_version_of_the_code_covers_every_module_that_computes_rows():
+    trees = {module_name(ROOT, path): ast.parse(path.read_text()) for path in python_files(ROOT, "diffdis", "platform")}
+    needed, remaining = set(), [*WORK]
+    while remaining:
+        if (name := remaining.pop()) not in needed:
+            needed.add(name)
+            remaining += imports(trees[name], set(trees))
+    outside = {name for name in needed if not any(name == row or name.startswith(f"{row}.") for row in ROW_PACKAGES)}
+    assert outside <= {f"ray_platform.{name}" for name in WITHOUT_VALUES}
+
+
+def test_a_change_of_the_code_gives_every_unit_another_key(monkeypatch, tmp_path):
+    package = tmp_path / "diffdis"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    before = build_unit("group", "unit", 1.0, "work", data="digest").key
+    assert build_unit("group", "unit", 1.0, "work", data="digest").key == before
+    versions = set()
+    for source in ("scale = 1\n", "scale = 2\n"):
+        (package / "scorer.py").write_text(source)
+        monkeypatch.setattr(units.diffdis, "__file__", str(package / "__init__.py"))
+        rows_version.cache_clear()
+        versions |= {rows_version(), build_unit("group", "unit", 1.0, "work", data="digest").key}
+    monkeypatch.undo()
+    rows_version.cache_clear()
+    assert len(versions) == 4
+    assert before not in versions
+    assert build_unit("group", "unit", 1.0, "work", data="digest").key == before
+
+
+def test_a_report_says_which_units_were_computed_earlier():
+    origins = [None, UnitOrigin("git-a", "2026-11-02T10:00:00"), UnitOrigin("git-b", "2026-11-01T10:00:00")]
+    counts = count_units([*origins, UnitOrigin("git-a", "2026-11-01T09:00:00")])
+    assert (counts["num_units"], counts["num_reused"]) == (4, 3)
+    assert counts["reused"][0] == {
+        "code_version": "git-a", "num_units": 2, "oldest": "2026-11-01T09:00:00", "newest": "2026-11-02T10:00:00",
+    }  # fmt: skip
+    text = Page(evaluation_page(evaluation() | {"units": counts})).text
+    assert "3 of 4 units of work were computed earlier: 2 by code git-a, 2026-11-01 09:00:00 to 2026-11-02 10:00:00; 1" in text
+    assert "computed earlier" not in Page(evaluation_page(evaluation() | {"units": count_units([None])})).text
+
+
+def test_a_judge_that_cannot_be_opened_is_reported_before_the_work(tmp_path):
+    folder = save_clip(tmp_path / "judge")
+    before = open_judge(str(folder)).digest
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4] + b"\0\0\0\0")
+    assert open_judge(str(folder)).digest != before
+    weights.write_bytes(content[:2000])
+    with pytest.raises(ConfigError, match=r"quality\.clip: .* cannot be opened"):
+        open_judge(str(folder))
