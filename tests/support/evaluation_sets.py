@@ -82,11 +82,8 @@ def write_own(folder: Path, count: int = 6, **fields) -> Path:
 
 
 def class_names(name: str) -> tuple[str, ...]:
-    """Return the classes of a known set or of CIFAR-10, or placeholders for class names that come with the data."""
-    known = KNOWN_SETS[name]
-    if known.classes:
-        return known.classes
-    return CIFAR10 if known.num_classes == 10 else tuple(f"{name.rpartition('/')[2]} {i}" for i in range(known.num_classes))
+    """Return the classes of a known set."""
+    return KNOWN_SETS[name].classes
 
 
 def write_one(root: Path, name: str, images_per_class: int = 1, samples_per_shard: int = 10_000) -> Path:

@@ -39,11 +39,11 @@ LabeledNames = list[tuple[str, int]]  # (name below the set's folder, label) of 
 def open_image_folder(set_name: str, url: str) -> EvaluationSet | None:
     """Return the set of a folder with one subfolder per class; None when there are none.
 
-    Classes are in the order of the subfolders' names. `classnames.txt`, with names in that order, and
-    `zeroshot_classification_templates.txt` may lie next to the subfolders.
+    Classes are in the order of the subfolders' names, or in the published order for a known set. `classnames.txt`, with names in
+    the order of the subfolders' names, and `zeroshot_classification_templates.txt` may lie next to the subfolders.
 
     Raises:
-        DataError: The class list has another length than there are subfolders, or than the known set has classes.
+        DataError: The class list has another length than there are subfolders, or other classes than the known set.
     """
     images = _list_images(url)
     folders = sorted({name.partition("/")[0] for name in images if "/" in name})
@@ -62,6 +62,7 @@ def open_image_folder(set_name: str, url: str) -> EvaluationSet | None:
         _check_class_folders(set_name, url, folders, known.class_folders)
         classes = known.classes
     else:
+        folders = sets.in_published_order(set_name, folders)
         classes = sets.to_published_names(set_name, folders, source)
     texts = sets.class_texts(set_name, classes, source, sidecars, sets.DEFAULT_TEMPLATES)
     samples = [(name, folders.index(name.partition("/")[0])) for name in sorted(images) if "/" in name]

@@ -7,11 +7,14 @@ import hashlib
 import json
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
@@ -23,10 +26,11 @@ IMAGES_PER_SLICE = 128
 CLASSES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
-_SETS_WITH_JOINED_NAMES = ("food101", "sun397")  # their class names have "_" and "/" in the place of spaces
-# The fraction of classes that must share a word with the published name. Two orders of one list share 0.1 (shifted by one) to
-# 0.34 (Caltech-101).
-_SAME_ORDER = 0.6
+_MIN_SIMILAR = 0.6  # the fraction of classes that must share a word with the published name which takes their place
+# Classes are in another order if names of other classes are more similar by this much, on average over the classes that trade
+# places. Two classes of one list that are swapped reach 0.2 or more; other spellings of all names (ImageNet's, as torchvision and
+# Hugging Face have them) 0.03.
+_MAX_GAIN = 0.1
 
 EvaluationTask = Literal["zeroshot_classification", "zeroshot_retrieval", "images"]
 
@@ -42,7 +46,8 @@ class KnownSet:
     num_images: int
     main_metric: str  # see ray_platform/metric_registry.py
     num_classes: int = 0
-    classes: tuple[str, ...] = ()  # in label order; empty: the class names come with the data
+    classes: tuple[str, ...] = ()  # in label order, as in CLIP_benchmark's copies
+    either_order: tuple[str, ...] = ()  # two classes that copies of the set have in one order or the other
     templates: tuple[str, ...] = ()  # "{c}" stands for the class
     class_folders: tuple[str, ...] = ()  # names of the classes' folders in label order, where they are fixed
     folders: tuple[str, ...] = ()  # where to look for the data below a root, in addition to `wds_<name>`
@@ -173,7 +178,8 @@ def class_texts(
 
     Templates are those of the file next to the data, else of the known set, else `templates`.
 
-    Raises DataError if the list is empty, lacks a name, or has another length than the known set, or if a template is wrong.
+    Raises DataError if the list is empty, lacks a name, or has another length or order than the known set, or if a template is
+    wrong.
     """
     known = KNOWN_SETS.get(set_name)
     if not classes:
@@ -185,6 +191,8 @@ def class_texts(
             f"{set_name}: {source} names {len(classes)} classes, but the set has {known.num_classes}; "
             "correct the list, or download the set again"
         )
+    if known:
+        _check_order(known, classes, source)
     if url := sidecars.get(TEMPLATES_FILE):
         templates = read_lines(url)
         if not templates:
@@ -204,24 +212,86 @@ def class_texts(
 def to_published_names(set_name: str, classes: Sequence[str], source: str) -> tuple[str, ...]:
     """Return the class names with which published scores were measured, for data whose `classes` are in label order.
 
-    Raises DataError if the two lists are in different orders, so that labels would stand for other classes.
+    Raises DataError if they are in another order, so that labels would stand for other classes, or if most have other names.
     """
     known = KNOWN_SETS.get(set_name)
-    if known is None or not known.classes or len(classes) != len(known.classes):
-        return tuple(re.sub("[_/]", " ", name) if set_name in _SETS_WITH_JOINED_NAMES else name for name in classes)
-    pairs = zip(classes, known.classes, strict=True)
-    differing = [(name, published) for name, published in pairs if not _words(name) & _words(published)]
-    if len(differing) > (1 - _SAME_ORDER) * len(classes):
-        name, published = differing[0]
+    if known is None or len(classes) != known.num_classes:
+        return tuple(classes)
+    published = _check_order(known, classes, source)
+    differing = [pair for pair in zip(classes, published, strict=True) if not _words(pair[0]) & _words(pair[1])]
+    if len(differing) > (1 - _MIN_SIMILAR) * len(classes):
+        name, other = differing[0]
         raise DataError(
-            f"{set_name}: {source} has its classes in another order than the published set, such as {name!r} for "
-            f"{published!r}, and {len(differing)} in all; use CLIP_benchmark's copy of the set"
+            f"{set_name}: {source} has other names than the published set, such as {name!r} for {other!r}, and "
+            f"{len(differing)} in all; write a {CLASSES_FILE}, or use CLIP_benchmark's copy of the set"
         )
-    return known.classes
+    return published
+
+
+def in_published_order(set_name: str, folders: Sequence[str]) -> list[str]:
+    """Return the folders of the classes in the order of the published classes that their names fit best."""
+    known = KNOWN_SETS.get(set_name)
+    if known is None or len(folders) != known.num_classes:
+        return list(folders)
+    _, best = linear_sum_assignment(_similarity(known.classes, folders), maximize=True)
+    return [folders[column] for column in best]
+
+
+def _check_order(known: KnownSet, classes: Sequence[str], source: str) -> tuple[str, ...]:
+    """Return the published class names in label order. Raises DataError if another order of them fits `classes` better.
+
+    Names are compared by their words, so that another spelling, such as HerbaceousVegetation, is not another order.
+    """
+    published = list(known.classes)
+    if known.either_order:
+        first, second = map(published.index, known.either_order)
+        if _words(classes[first]) == _words(published[second]) and _words(classes[second]) == _words(published[first]):
+            published[first], published[second] = published[second], published[first]
+    if list(classes) == published:
+        return tuple(published)
+    similarity = _similarity(classes, published)
+    rows, best = linear_sum_assignment(similarity, maximize=True)
+    gain = similarity[rows, best] - similarity.diagonal()
+    moved: list[int] = []
+    for cycle in _cycles(best):
+        if gain[cycle].mean() > _MAX_GAIN:
+            moved += cycle
+    if moved:
+        first = min(moved)
+        raise DataError(
+            f"{known.name}: {source} has its classes in another order than the published set: class {first} is "
+            f"{classes[first]!r} instead of {published[first]!r}, and {len(moved)} are elsewhere in all; correct the list, or "
+            "use CLIP_benchmark's copy of the set"
+        )
+    return tuple(published)
+
+
+def _cycles(permutation: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the cycles of two or more places of a permutation."""
+    seen: set[int] = set()
+    for start in range(len(permutation)):
+        cycle, place = [], start
+        while place not in seen:
+            seen.add(place)
+            cycle.append(place)
+            place = int(permutation[place])
+        if len(cycle) > 1:
+            yield cycle
+
+
+def _similarity(names: Sequence[str], others: Sequence[str]) -> np.ndarray:
+    """Return the fraction of words that each name shares with each other one, [len(names), len(others)] in 0 to 1."""
+    vocabulary = {word: column for column, word in enumerate(sorted({w for name in (*names, *others) for w in _words(name)}))}
+    has_word = np.zeros((2, len(names), len(vocabulary)), dtype=np.float32)
+    for side, list_of_names in enumerate((names, others)):
+        for row, name in enumerate(list_of_names):
+            has_word[side, row, [vocabulary[word] for word in _words(name)]] = 1
+    shared, (lengths, other_lengths) = has_word[0] @ has_word[1].T, has_word.sum(axis=2)
+    return shared / np.maximum(lengths[:, None] + other_lengths[None] - shared, 1)
 
 
 def _words(name: str) -> set[str]:
-    return set(re.findall("[a-z]{2,}", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower()))
+    return set(re.findall(r"[^\W_]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower()))
 
 
 # --- A set whose data was found -------------------------------------------------------------------------------------------------

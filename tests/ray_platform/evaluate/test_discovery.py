@@ -1,5 +1,8 @@
 """Evaluation sets are found by name, root and layout; also covers folders of links and the listing."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 
 from ray_platform import storage
@@ -7,9 +10,12 @@ from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set, open_image_set, render_listing
 from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS
+from tests.ray_platform.evaluate.test_image_files import write_cifar, write_classes, write_lines
+from tests.ray_platform.evaluate.test_shards import build_table, write
 from tests.support.evaluation_sets import (
     CIFAR10,
     class_names,
+    encoded,
     error_of,
     error_of_set,
     picture,
@@ -69,6 +75,44 @@ def test_a_set_of_the_users_own_is_found_by_its_folders_name(tmp_path):
     (tmp_path / "empty").mkdir()
     message = error_of(find_evaluation_set, [str(tmp_path)], "empty")
     assert message.startswith(f"empty: not found below {tmp_path}; looked for wds_empty, wds_empty_test, empty; ")
+
+
+def write_parquet(folder: Path, classes: Sequence[str]) -> Path:
+    table = build_table([encoded(picture(0), "PNG")], {"label": [1]}, {"label": classes})
+    return write(folder / "data", "test-00000-of-00001.parquet", table).parent
+
+
+def write_cifar_files(folder: Path, classes: Sequence[str]) -> Path:
+    write_cifar(folder, classes=classes)
+    return folder
+
+
+def write_with_class_list(folder: Path, classes: Sequence[str]) -> Path:
+    write_classes(folder, CIFAR10)
+    write_lines(folder / "classnames.txt", classes)
+    return folder
+
+
+LAYOUTS = {
+    "wds": lambda folder, classes: write_wds(folder, "cifar10", [picture(0)], labels=[1], classes=classes),
+    "torchvision": write_cifar_files,
+    "parquet": write_parquet,
+    "image folder": write_with_class_list,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_classes_in_another_order_are_rejected_in_every_layout(tmp_path, layout):
+    folder = LAYOUTS[layout](tmp_path / "right", [name.title() for name in CIFAR10])
+    assert open_evaluation_set("vtab/cifar10", str(folder)).layout == layout
+    swapped = (*CIFAR10[:3], "deer", "cat", *CIFAR10[5:])
+    for place, classes, pair in (
+        ("reversed", CIFAR10[::-1], "class 0 is 'truck' instead of 'airplane'"),
+        ("shifted", CIFAR10[1:] + CIFAR10[:1], "class 0 is 'automobile' instead of 'airplane'"),
+        ("swapped", swapped, "class 3 is 'deer' instead of 'cat'"),
+    ):
+        folder = LAYOUTS[layout](tmp_path / place, classes)
+        assert pair in error_of_set("vtab/cifar10", folder, DataError)
 
 
 def test_folders_that_do_not_exist_or_have_no_known_layout(tmp_path):
