@@ -1,11 +1,13 @@
 """Feature networks for the Fréchet distance and KID: uint8 images in, pooled features out.
 
 A distance is called FID only with FID's Inception; with another network it is FD-<network> and comparable with nothing else.
-Add a network by adding an entry to `FEATURE_NETWORKS`, or name the import path of your own function in `quality.networks`.
+Add a network by adding an entry to `FEATURE_NETWORKS`, or name a model's folder or the import path of your own function in
+`quality.networks`.
 """
 
 import hashlib
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from diffdis.encoder import digest_of_folder
+from diffdis.model_folder import NO_CODE, check_model_folder
+from diffdis.pretrained import load_component
 
 EFFICIENTNET_SIZE, EFFICIENTNET_WIDTH = 224, 1280
 INCEPTION_SIZE, INCEPTION_WIDTH = 299, 2048
@@ -68,7 +75,8 @@ def build_feature_network(
     """Return a feature network.
 
     Args:
-        name: A name in `FEATURE_NETWORKS`, or the import path `module:function` of a function with the same arguments.
+        name: A name in `FEATURE_NETWORKS`, the folder of a CLIP, SigLIP or DINOv2 in transformers' layout, or the import path
+            `module:function` of a function with the same arguments.
         path: Inception's weights file; empty for the other networks.
         resize: Inception's way of resizing: "pytorch_fid", "torch_fidelity" or "clean_fid", whose distances for the same images
             differ by up to 6. Empty for the other networks.
@@ -78,6 +86,8 @@ def build_feature_network(
     Raises:
         ValueError: The name is unknown, a file or package is missing, or the weights have another digest.
     """
+    if (Path(name) / "config.json").is_file():
+        return _image_model(torch.device(device), NetworkOptions(name))
     build = FEATURE_NETWORKS.get(name)
     if build is None:
         module, _, function = name.partition(":")
@@ -85,7 +95,8 @@ def build_feature_network(
             build = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError, ValueError):
             raise ValueError(
-                f"feature network {name!r}: unknown; use {', '.join(FEATURE_NETWORKS)}, or the import path module:function"
+                f"feature network {name!r}: unknown; use {', '.join(FEATURE_NETWORKS)}, the folder of a CLIP or DINOv2 in "
+                "transformers' layout, or the import path module:function"
             ) from None
     return build(torch.device(device), NetworkOptions(path, resize, expected_digest))
 
@@ -326,6 +337,45 @@ def _to_efficientnet(images: np.ndarray, device: torch.device) -> torch.Tensor:
     size = (EFFICIENTNET_SIZE, EFFICIENTNET_SIZE)
     resized = F.interpolate(_channels_first(images, device), size, mode="bicubic", align_corners=False, antialias=True)
     return (resized.clamp(0.0, 255.0) - 127.0) / 128.0
+
+
+IMAGE_MODELS = ("clip", "siglip", "dinov2", "dinov2_with_registers")  # transformers' names of the kinds of models
+
+
+def _image_model(device: torch.device, options: NetworkOptions) -> PooledFeatures:
+    """A CLIP, SigLIP or DINOv2 in transformers' layout, with its own image processor.
+
+    Features are the embedding before normalization (CLIP, SigLIP) or the class token (DINOv2), as in Stein et al. (2023),
+    "Exposing flaws of generative model evaluation metrics".
+    """
+    folder = Path(options.path)
+    check_model_folder(folder)
+    config = AutoConfig.from_pretrained(folder, **NO_CODE)
+    if config.model_type not in IMAGE_MODELS:
+        raise ValueError(f"feature network {folder}: a model of type {config.model_type}; use one of {', '.join(IMAGE_MODELS)}")
+    model = load_component(AutoModel, folder).eval().requires_grad_(False).to(device)
+    if not (folder / "preprocessor_config.json").is_file():
+        raise ValueError(f"feature network {folder}: no preprocessor_config.json; download it from the model's repository, too")
+    processor = AutoImageProcessor.from_pretrained(folder, **NO_CODE)
+
+    def to_input(images: np.ndarray, device: torch.device) -> torch.Tensor:
+        processed = processor(list(images), return_tensors="pt", input_data_format="channels_last")
+        return processed["pixel_values"].to(device)
+
+    def pooled(x: torch.Tensor) -> torch.Tensor:
+        embed = getattr(model, "get_image_features", model)
+        return embed(pixel_values=x).pooler_output
+
+    name = re.sub(r"\W+", "_", folder.resolve().name.lower())
+    size = processor.crop_size or processor.size
+    shape = to_input(np.zeros((1, 64, 64, 3), dtype=np.uint8), device)
+    protocol: dict[str, str | int] = {
+        "network": name,
+        "digest": digest_of_folder(folder),
+        "resize": f"transformers' {type(processor).__name__} to {size['height']} x {size['width']}",
+        "dim": pooled(shape).shape[1],
+    }
+    return PooledFeatures(pooled, to_input, device, f"fd_{name}", protocol)
 
 
 FEATURE_NETWORKS: dict[str, Callable[[torch.device, NetworkOptions], PooledFeatures]] = {

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
+from diffdis.clip_scorer import ClipScorer
 from diffdis.feature_networks import INCEPTION_DIGEST, RESIZES, Inception, PooledFeatures, _to_efficientnet, build_feature_network
 from tests.diffdis.metrics import peers
+from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder
 
 CPU = torch.device("cpu")
 
@@ -144,6 +147,38 @@ def test_features_do_not_depend_on_the_batch(name, random_inception):
         assert np.array_equal(network.features(images), whole)
 
 
+def save_dinov2(folder):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+def test_models_in_transformers_layout(tmp_path):
+    images = pictures(3, 48, 40)
+    clip = ClipScorer(save_clip(tmp_path / "CLIP-32"))
+    network = build_feature_network(str(tmp_path / "CLIP-32"))
+    features = network.features(images)
+    embedded = clip.embed_images(np.stack([clip.preprocess(image) for image in images]))
+    np.testing.assert_allclose(features / np.linalg.norm(features, axis=1, keepdims=True), embedded, atol=1e-6)
+    assert network.figure == "fd_clip_32"
+
+    network = build_feature_network(str(save_dinov2(tmp_path / "dinov2")))
+    pixels = [np.asarray(Image.fromarray(image).resize((32, 38), Image.Resampling.BICUBIC))[5:33, 2:30] for image in images]
+    mean, std = np.array([0.481, 0.458, 0.408]), np.array([0.269, 0.261, 0.276])  # BitImageProcessor's, those of CLIP
+    values = torch.tensor((np.stack(pixels) / 255 - mean) / std, dtype=torch.float32).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = Dinov2Model.from_pretrained(tmp_path / "dinov2")(values).last_hidden_state[:, 0]
+    np.testing.assert_allclose(network.features(images), expected, atol=0.02)
+    assert (network.figure, network.protocol["dim"]) == ("fd_dinov2", 32)
+
+
+def test_a_model_that_is_not_of_images_is_named(tmp_path):
+    with pytest.raises(ValueError, match="a model of type bert; use one of clip"):
+        build_feature_network(str(save_mean_pool_encoder(tmp_path)))
+
+
 def test_what_cannot_be_built_is_named(tmp_path, random_inception):
     path, digest = random_inception
     expected = f"{path}: its SHA-256 begins with {digest}, not {INCEPTION_DIGEST}"
@@ -155,7 +190,7 @@ def test_what_cannot_be_built_is_named(tmp_path, random_inception):
         build_feature_network("inception", path=str(tmp_path / "none.pth"), resize="clean_fid")
     with pytest.raises(ValueError, match="it has its own weights"):
         build_feature_network("efficientnet_lite0", path=path)
-    with pytest.raises(ValueError, match="use efficientnet_lite0, inception, or the import path"):
+    with pytest.raises(ValueError, match="use efficientnet_lite0, inception, the folder of a CLIP or DINOv2"):
         build_feature_network("resnet")
     assert build_feature_network(f"{__name__}:brightness").figure == "fd_brightness"
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
