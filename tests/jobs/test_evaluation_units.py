@@ -74,7 +74,7 @@ def test_reference_images_that_change_at_the_same_size_are_measured_again(tmp_pa
     config = QualityConfig(prompts=str(prompts), reference=str(tmp_path / "mine"), guidance_scales=(1.0,))
 
     def keys() -> dict[str, str]:
-        return {unit.name: unit.key for unit in QualityMeasurement(MODEL, 32, config, str(tmp_path / "out")).units}
+        return {unit.name: unit.key for unit in QualityMeasurement(MODEL, None, 32, config, str(tmp_path / "out")).units}
 
     os.utime(path, (0, 0))
     before = keys()

@@ -69,6 +69,8 @@ def open_sets(config: EvalConfig) -> tuple[dict[str, EvaluationSet], dict[str, s
             sets[name] = open_evaluation_set(name, url) if url else find_evaluation_set(config.data_roots, name)
         except SetNotFoundError as error:
             missing[name] = str(error)
+    for warning in (warning for data in sets.values() for warning in data.warnings):
+        print(f"warning: {warning}", flush=True)
     if missing and not config.allow_missing:
         raise ConfigError(f"{'; '.join(missing.values())} (--allow_missing true evaluates the other sets)")
     if not sets and not config.quality.prompts:

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
-from ray_platform.evaluate.image_files import open_image_files, open_image_folder, open_torchvision
+from ray_platform.evaluate.image_files import open_image_files, open_image_folder
 from ray_platform.evaluate.sets import KNOWN_SETS, EvaluationSet
 from ray_platform.evaluate.shards import SPLIT, open_parquet, open_tars, open_wds
+from ray_platform.evaluate.torchvision_folders import open_torchvision
 from ray_platform.terminal import render_table
 from ray_platform.units import size_text
 
@@ -85,6 +86,7 @@ def render_listing(roots: Sequence[str]) -> str:
         try:
             data = find_evaluation_set(roots, name)
             found = (data.url, data.layout, f"{data.num_files:,}", size_text(data.num_bytes))
+            notes += [f"warning: {warning}" for warning in data.warnings]
         except SetNotFoundError:
             pass
         except (ConfigError, DataError) as error:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,7 @@ class ClassTexts(NamedTuple):
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     source: str = ""  # the file with the class names
+    warnings: tuple[str, ...] = ()  # one line each, about classes that cannot be told apart or have no images
 
 
 def list_sidecars(url: str) -> dict[str, str]:
@@ -206,7 +208,11 @@ def class_texts(
             f"{set_name}: no {TEMPLATES_FILE} next to its {CLASSES_FILE}, and the set is not a known one; "
             'write the file, such as "a photo of a {c}."'
         )
-    return ClassTexts(tuple(classes), templates, source)
+    repeated = Counter(classes) - Counter(known.classes if known else set(classes))
+    warnings = [
+        f"{set_name}: {source} names the class {name!r} more than once; no model can tell the two apart" for name in repeated
+    ]
+    return ClassTexts(tuple(classes), templates, source, tuple(warnings))
 
 
 def to_published_names(set_name: str, classes: Sequence[str], source: str) -> tuple[str, ...]:
@@ -312,6 +318,7 @@ class EvaluationSet:
     num_files: int
     num_bytes: int
     known_images: int | None  # None: unknown until the tars are read
+    warnings: tuple[str, ...]  # one line each
     # 16 hex digits over classes, templates, labels, and names, sizes and versions of the files; independent of the place of the
     # set, but not of the time of a copy, unless the copy keeps the files' times or ETags.
     digest: str
@@ -343,7 +350,7 @@ def build_set(
     return EvaluationSet(
         set_name, task, url, layout, texts.classes, texts.templates,
         known=known if known and known.task == task else None, slices=slices, num_files=len(files),
-        num_bytes=sum(file.size for file in files.values() if file), known_images=known_images,
+        num_bytes=sum(file.size for file in files.values() if file), known_images=known_images, warnings=texts.warnings,
         digest=hashlib.sha256(listing.encode()).hexdigest()[:16],
     )  # fmt: skip
 

@@ -166,6 +166,7 @@ def test_the_listing(tmp_path):
     write_one(tmp_path, "vtab/cifar10", samples_per_shard=4)
     (write_one(tmp_path, "vtab/pets") / "test" / "0.tar").unlink()
     header, *lines = render_listing([str(tmp_path)]).splitlines()
+    assert open_evaluation_set("imagenet1k", str(write_one(tmp_path / "other", "imagenet1k"))).warnings == ()  # has two "missile"
     assert header.split() == ["set", "where", "layout", "files", "size", "classes", "images", "metric"]
     rows = {line.split()[0]: line.split() for line in lines[:14]}
     assert list(rows) == list(KNOWN_SETS)

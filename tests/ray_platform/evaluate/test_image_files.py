@@ -14,7 +14,7 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.causes import RejectedSample
 from ray_platform.data.decode import rgb
-from ray_platform.evaluate import image_files, sets
+from ray_platform.evaluate import sets, torchvision_folders
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set, open_image_set
 from ray_platform.evaluate.sets import KNOWN_SETS, read_slice
 from tests.support.evaluation_sets import CIFAR10, class_names, error_of, error_of_set, picture, read, write_image
@@ -49,6 +49,52 @@ def test_a_folder_of_the_users_own_classes(tmp_path):
     assert (data.classes, data.templates) == (("a cat", "a dog", "a great ape"), ("this is {c}",))
     (root / "classnames.txt").write_text("a cat\n")
     assert f"{root}/classnames.txt names 1 classes, but there are 3 subfolders" in error_of_set("mine", root)
+
+
+@pytest.mark.parametrize(
+    ("folders", "used"),
+    [
+        (("train", "val"), "val"),
+        (("Train", "Test", "valid"), "Test"),
+        (("validation",), "validation"),
+        (("train", "test"), "test"),
+    ],
+)
+def test_of_a_folder_with_splits_the_one_to_evaluate_on_is_used(tmp_path, folders, used):
+    for seed, folder in enumerate(folders):
+        write_classes(tmp_path / folder, ["robin", "wren"], seed + 1)
+    (tmp_path / "classnames.txt").write_text("a robin\na wren\n")
+    data, count = open_evaluation_set("birds", str(tmp_path)), folders.index(used) + 1
+    assert (data.url, data.classes) == (f"{tmp_path}/{used}", ("a robin", "a wren"))
+    assert [(sample.key, sample.label) for sample in read(data)] == [
+        (f"{name}/{i}.jpg", label) for label, name in enumerate(("robin", "wren")) for i in range(count)
+    ]
+
+
+def test_a_folder_with_splits_of_which_none_can_be_evaluated_on(tmp_path):
+    write_classes(tmp_path / "train", ["robin", "wren"])
+    assert f"birds: {tmp_path} has the folders train, which are splits and not" in error_of_set("birds", tmp_path, DataError)
+    write_image(tmp_path / "val" / "0.jpg", 0)  # without its class
+    assert "has the folders train, val, which are splits and not classes" in error_of_set("birds", tmp_path, DataError)
+    write_image(tmp_path / "test" / "0.jpg", 0)
+    write_classes(tmp_path / "val", ["robin", "wren"])
+    assert open_evaluation_set("birds", str(tmp_path)).url == f"{tmp_path}/val"
+    write_image(tmp_path / "bird" / "0.jpg", 0)  # so these are names of classes
+    assert open_evaluation_set("birds", str(tmp_path)).classes == ("bird", "test", "train", "val")
+
+
+def test_classes_without_images_and_with_the_same_name_are_reported(tmp_path):
+    root = write_classes(tmp_path / "birds", ["robin", "wren", "crow"])
+    assert open_evaluation_set("birds", str(root)).warnings == ()
+    for name in ("owl", ".cache"):
+        (root / name).mkdir()
+    (root / "classnames.txt").write_text("crow\nrobin\nrobin\n")
+    repeated, empty = open_evaluation_set("birds", str(root)).warnings
+    assert repeated.startswith(f"birds: {root}/classnames.txt names the class 'robin' more than once")
+    assert empty == f"birds: {root} has subfolders without images, which are not classes of the set: owl"
+    for seed in range(6):
+        (root / f"x{seed}").mkdir()
+    assert open_evaluation_set("birds", str(root)).warnings[1].endswith(": owl, x0, x1, x2, x3 and 2 more")
 
 
 def test_a_known_set_as_a_folder_of_classes(tmp_path):
@@ -381,6 +427,6 @@ def test_torchvisions_folders_in_s3(s3_url, tmp_path, monkeypatch):
         assert remote.classes == local.classes
         assert read(remote) == read(local)
     remote = find_evaluation_set([f"{s3_url}/torchvision"], "vtab/cifar10")
-    image_files._load_cifar_images.cache_clear()
+    torchvision_folders._load_cifar_images.cache_clear()
     storage.delete(f"{s3_url}/torchvision/cifar-10-batches-py/test_batch")
     assert read(remote)[0] == RejectedSample("test_batch[0:7]/", "shard_missing")
