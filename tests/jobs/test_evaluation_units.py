@@ -1,8 +1,10 @@
 """The keys of an evaluation's units: rows are reused only for the same data, models and settings."""
 
+import dataclasses
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -10,10 +12,13 @@ import pytest
 from diffdis_platform.config.evaluate import QualityConfig
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import EvaluationModel
-from diffdis_platform.evaluation.quality import QualityMeasurement
+from diffdis_platform.evaluation.quality import QualityMeasurement, network_builders
+from ray_platform.contracts import ConfigError
+from ray_platform.evaluate import sets
 from ray_platform.evaluate.discovery import find_evaluation_set
+from ray_platform.evaluate.unit_work import WorkerModels, choose_sample
 from tests.ray_platform.evaluate.test_image_files import write_aircraft, write_cifar
-from tests.support.evaluation_sets import encoded, picture, write_image, write_own, write_retrieval
+from tests.support.evaluation_sets import encoded, picture, write_image, write_own, write_retrieval, write_wds
 
 MODEL = EvaluationModel("diffdis", "/model", "digest", build=lambda device: None)
 
@@ -65,6 +70,59 @@ def test_a_set_that_changes_at_the_same_size_is_measured_again(tmp_path, change)
     assert content.count(old)
     path.write_bytes(content.replace(old, new, 1))
     assert not set(unit_keys(tmp_path, name)) & set(before)
+
+
+@pytest.mark.parametrize("layout", ["folder", "tars"])
+@pytest.mark.parametrize(("num_reference", "expected"), [(0, 40), (16, 16), (40, 40)])
+def test_the_reference_is_the_whole_folder_or_a_sample_of_all_of_it(tmp_path, monkeypatch, layout, num_reference, expected):
+    """The first images by name would all be of one class."""
+    monkeypatch.setattr(sets, "IMAGES_PER_SLICE", 8)
+    if layout == "folder":
+        for seed in range(40):
+            write_image(tmp_path / "mine" / ("airplane" if seed < 20 else "truck") / f"{seed:02}.jpg", seed)
+    else:
+        write_wds(tmp_path, "mine", [picture(seed) for seed in range(40)], labels=[0] * 40, classes=["a"], samples_per_shard=8)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na bird\n")
+    reference = tmp_path / ("mine" if layout == "folder" else "wds_mine")
+    sizes = {"num_images": 2, "num_reference": num_reference}
+    config = QualityConfig(str(tmp_path / "prompts.txt"), str(reference), guidance_scales=(1.0,), **sizes)
+    measurement = QualityMeasurement(MODEL, None, 32, config, str(tmp_path / "out"))
+    models, measured = WorkerModels(network_builders(config), 1, "cpu"), 0
+    for unit in measurement.units:
+        if unit.group == measurement.reference_group:
+            rows = unit.work.run(models) | {"seconds": np.ones(1)}
+            measured += len(rows["keys"])
+            measurement.add(unit, rows)
+    assert measurement.results({measurement.group_of(1.0): "not generated here"}) == []
+    assert len(measurement.references["efficientnet_lite0"].features) == expected
+    assert measured <= max(expected, 1.25 * expected + 1) or layout == "tars"
+    if layout == "folder" and num_reference == 16:
+        images = {str(key) for rows in measurement._real.values() for key in rows["keys"]}
+        assert 8 <= sum(name.startswith("truck") for name in images) <= 12
+
+
+def test_a_sample_of_more_reference_images_than_there_are_is_a_failure(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    config = QualityConfig(prompts=str(tmp_path / "prompts.txt"), reference=str(tmp_path / "mine"), num_reference=4)
+    measurement = QualityMeasurement(MODEL, None, 32, config, str(tmp_path / "out"))
+    for unit in measurement.units[:1]:
+        measurement.add(unit, {"keys": np.array(["a", "b", "c"]), "causes": np.array([])})
+    failures: dict[str, str] = {}
+    assert measurement.results(failures) == []
+    assert "quality.num_reference: 4 images, but only 3 of" in failures[measurement.reference_group]
+    for wrong in ({"num_reference": 1}, {"num_reference": 9, "reference": "reference_inception.npz"}):
+        with pytest.raises(ConfigError, match=r"quality\.num_reference"):
+            dataclasses.replace(config, **wrong)
+
+
+def test_a_sample_depends_on_the_keys_alone():
+    keys = [f"{number:03}.jpg" for number in range(200)]
+    chosen = choose_sample(keys, 50)
+    assert (len(chosen), chosen) == (50, sorted(set(chosen)))
+    assert {keys[index] for index in chosen} == {keys[::-1][index] for index in choose_sample(keys[::-1], 50)}
+    assert 15 <= sum(index < 100 for index in chosen) <= 35, "not the first ones"
+    assert choose_sample(keys[:3], 50) == [0, 1, 2]
 
 
 def test_reference_images_that_change_at_the_same_size_are_measured_again(tmp_path):

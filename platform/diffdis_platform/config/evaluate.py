@@ -34,7 +34,8 @@ class QualityConfig:
     prompts: str = ""  # text file with one prompt per line, or the folder of a retrieval set, whose first captions are used
     # Real images (a folder, tars), or the reference_<network>.npz that an earlier evaluation wrote.
     reference: str = ""
-    num_images: int = 30_000  # at most; the first prompts, and the first reference images
+    num_images: int = 30_000  # generated images: at most so many of the first prompts
+    num_reference: int = 0  # real images: a random sample of this size, the same for every model and seed; 0: all
     networks: tuple[str, ...] = ("efficientnet_lite0",)  # and inception, which needs `inception`
     inception: str = ""  # pt_inception-2015-12-05-6726825d.pth, local or s3://
     resize: Literal["pytorch_fid", "torch_fidelity", "clean_fid"] = "clean_fid"  # to Inception's 299 px
@@ -51,6 +52,11 @@ class QualityConfig:
             raise ConfigError("quality.inception: the network inception needs its file, pt_inception-2015-12-05-6726825d.pth")
         if self.num_images < 2 or self.num_steps < 1 or not self.guidance_scales or not self.networks:
             raise ConfigError("quality: at least 2 images, 1 step, 1 guidance scale and 1 network")
+        if self.num_reference and (self.num_reference < 2 or self.reference.endswith(".npz")):
+            raise ConfigError(
+                f"quality.num_reference: {self.num_reference} is not 0 (all) or at least 2 of the images in a folder or tars; "
+                "correct it, or leave it out for a reference_<network>.npz"
+            )
 
 
 @dataclass(frozen=True)

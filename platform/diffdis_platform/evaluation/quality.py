@@ -28,8 +28,8 @@ from ray_platform.contracts import ConfigError, DataError, Rows, UnitOrigin, one
 from ray_platform.evaluate.discovery import open_evaluation_set, open_image_set
 from ray_platform.evaluate.result_cache import read_arrays
 from ray_platform.evaluate.results import check_same_protocol
-from ray_platform.evaluate.sets import RawSample, read_slice
-from ray_platform.evaluate.unit_work import GenerateImages, MeasureImages, image_name
+from ray_platform.evaluate.sets import EvaluationSet, RawSample, read_slice
+from ray_platform.evaluate.unit_work import GenerateImages, MeasureImages, choose_sample, image_name
 from ray_platform.metric_registry import check_declared
 from ray_platform.replicas import WorkUnit, join_rows
 from ray_platform.report.records import GeneratedSample, QualityPoint
@@ -180,15 +180,14 @@ class QualityMeasurement:
             self.references = {name: ReferenceFeatures.read(config.reference)}
             check_same_protocol(self.references[name].protocol, self.protocols[name])
             return []
-        data, expected = open_image_set(config.reference), 0.0
-        for part in data.slices:
-            if expected > 1.25 * config.num_images:  # with a margin, since numbers of images are estimates
-                break
-            expected += part.estimated_images
+        data = open_image_set(config.reference)
+        for part, num_sampled in zip(data.slices, sample_sizes(data, config.num_reference), strict=True):
+            if num_sampled == 0:
+                continue
             unit = build_unit(
-                self.reference_group, f"reference {part.name}", part.estimated_images,
-                MeasureImages(part, config.networks, self.image_size),
-                data=data.digest, slice=part.name, networks=list(self.protocols.values()),
+                self.reference_group, f"reference {part.name}", part.estimated_images if num_sampled is None else num_sampled,
+                MeasureImages(part, config.networks, self.image_size, num_sampled),
+                data=data.digest, slice=part.name, num_sampled=num_sampled, networks=list(self.protocols.values()),
             )  # fmt: skip
             units.append(unit)
             self._destinations[unit.key] = (self._real, part.place)
@@ -237,10 +236,16 @@ class QualityMeasurement:
         A metric that fails is one line in `failures`, and absent in the entry.
         """
         if self._real and self.reference_group not in failures:
-            real = join_rows(self._real)
+            real, num_reference = join_rows(self._real), self.config.num_reference
+            if len(real["keys"]) < num_reference:
+                failures[self.reference_group] = (
+                    f"quality.num_reference: {num_reference:,} images, but only {len(real['keys']):,} of {self.config.reference} "
+                    "can be read; use fewer"
+                )
+                return []  # not even the alignment: half of what was asked for looks like all of it
+            chosen = choose_sample([str(key) for key in real["keys"]], num_reference or len(real["keys"]))
             for name in self.config.networks:
-                features = real[f"features/{name}"][: self.config.num_images]
-                self.references[name] = ReferenceFeatures(features, self.protocols[name])
+                self.references[name] = ReferenceFeatures(real[f"features/{name}"][chosen], self.protocols[name])
                 self.references[name].write(storage.join(self.output_dir, f"reference_{name}.npz"))
         points = []
         for scale, rows in self._generated.items():
@@ -269,6 +274,7 @@ class QualityMeasurement:
                 "networks": self.protocols,
                 "image_size": self.image_size,
                 "num_images": len(self.prompts),
+                "num_reference": {name: len(reference.features) for name, reference in self.references.items()},
                 "prompts": self.config.prompts,
                 "prompts_digest": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
                 "sampler": "ddim",
@@ -286,6 +292,18 @@ class QualityMeasurement:
             "seconds": round(float(rows["seconds"].sum()), 1),
             "samples": stored_samples(self.prompts[:NUM_SHOWN], self.images_dir(scale)),
         }
+
+
+def sample_sizes(data: EvaluationSet, num_images: int) -> list[int | None]:
+    """Return how many images of each slice are measured for a sample of `num_images`; None means all of them.
+
+    A quarter more than needed, since some cannot be read, and numbers of images in tars are estimates.
+    """
+    estimates = np.array([part.estimated_images for part in data.slices])
+    fraction = 1.25 * num_images / estimates.sum()
+    if not num_images or fraction >= 1:
+        return [None] * len(estimates)
+    return [int(count) for count in np.diff(np.ceil(estimates.cumsum() * fraction), prepend=0)]
 
 
 def stored_samples(prompts: list[str], images_dir: str) -> list[GeneratedSample]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import hashlib
 import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -162,6 +163,12 @@ class EmbedImages:
         return rows
 
 
+def choose_sample(keys: Sequence[str], count: int) -> list[int]:
+    """Return the indices of `count` of the keys, or of all if there are fewer: a random choice that depends on the keys alone."""
+    order = sorted(range(len(keys)), key=lambda index: hashlib.sha256(keys[index].encode()).digest())
+    return sorted(order[:count])
+
+
 @dataclass(frozen=True)
 class MeasureImages:
     """Extracts features of real images, with which generated ones are compared."""
@@ -169,10 +176,13 @@ class MeasureImages:
     slice: DatasetSlice
     networks: tuple[str, ...]
     image_size: int  # images are first cropped to a square and resized to this size, like the generated ones
+    num_sampled: int | None = None  # None: all images of the slice
 
     def run(self, models: WorkerModels) -> Rows:
         """Return keys [n] and `features/<network>` [n, d] of the n images that can be read, and causes [m] of the others."""
         samples, size = read_slice(self.slice), (self.image_size, self.image_size)
+        if self.num_sampled is not None:
+            samples = [samples[index] for index in choose_sample([sample.key for sample in samples], self.num_sampled)]
         prepared = list(models.pool.map(lambda sample: _prepare(sample, lambda image: resized(image, size)), samples))
         keys = [sample.key for sample, image in zip(samples, prepared, strict=True) if not isinstance(image, str)]
         images = [image for image in prepared if not isinstance(image, str)]
