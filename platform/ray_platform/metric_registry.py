@@ -121,6 +121,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("inception_score", "Inception Score", "max"),
     Metric("inception_score_std", "Inception Score, standard deviation", None),
     Metric("alignment", "alignment", "max"),  # of generated images with their captions: CLIP score
+    # Sizes of what was measured.
+    Metric("num_images", "images", None, "count"),
+    Metric("num_missing", "missing images", None, "count"),
+    Metric("num_unreadable", "unreadable images", None, "count"),
+    Metric("num_reference", "reference images", None, "count"),
     # Training.
     Metric("loss", "loss", "min"),
     Metric("loss_{term}", "loss {term}", "min"),

@@ -1,21 +1,26 @@
 """Results of an evaluation without a cluster: what fails is one line, and every set's results exist when it is finished."""
 
+import csv
+import json
 import time
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from diffdis.metrics import image_quality
 from diffdis_platform.config.evaluate import QualityConfig
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import open_baseline
-from diffdis_platform.evaluation.quality import QualityMeasurement, feature_metrics
+from diffdis_platform.evaluation.quality import QualityMeasurement, feature_metrics, few_images_warning
 from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults
 from diffdis_platform.evaluation.run import write_outputs
-from ray_platform.evaluate.discovery import open_evaluation_set
+from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set
+from ray_platform.evaluate.results import metrics_for_tracking
+from ray_platform.evaluate.sets import KNOWN_SETS
 from ray_platform.evaluate.unit_work import WorkerModels
 from ray_platform.replicas import UnitResult, WorkQueue
-from tests.support.evaluation_sets import write_own, write_retrieval
+from tests.support.evaluation_sets import class_names, encoded, picture, write_own, write_retrieval, write_wds
 from tests.support.tiny_checkpoints import save_clip
 
 
@@ -133,3 +138,45 @@ def test_nan_features_of_one_guidance_scale_leave_the_other_results(models, tmp_
     assert second["metrics"]["fd_efficientnet_lite0"] > 0
     assert list(failures.values())[1].startswith("images at guidance 1: efficientnet_lite0: 1 of 12 generated images have NaN")
     assert list(failures.values())[2].startswith("images at guidance 2: alignment by the evaluated model itself: CLIPScore of 12")
+
+
+@pytest.mark.parametrize(("num_generated", "has_extrapolation", "has_deviation"), [(30, False, False), (40, True, True)])
+def test_distances_of_few_images(num_generated, has_extrapolation, has_deviation, monkeypatch):
+    """5 images a dimension are needed; KID has a deviation only if subsets differ in both sets."""
+    monkeypatch.setattr(image_quality, "KID_SUBSET_SIZE", 35)
+    rng = np.random.default_rng(0)
+    metrics = feature_metrics("fid", *(rng.standard_normal((n, 8)).astype(np.float32) for n in (num_generated, 50)))
+    assert ("fid_infinity" in metrics, "kid_std" in metrics) == (has_extrapolation, has_deviation)
+    warning = few_images_warning("fid", num_generated, 50, 8)
+    expected = "FID: 30 generated and 50 real images in 8 dimensions; with fewer than 40 of either, the distance is biased"
+    assert warning.startswith("" if has_extrapolation else expected)
+    assert bool(warning) != has_extrapolation
+
+
+def test_an_incomplete_set_has_its_shortfall_next_to_every_figure(models, tmp_path):
+    """A known set that lacks images, and one with an image that cannot be read."""
+    names, known = class_names("vtab/cifar10"), KNOWN_SETS["vtab/cifar10"]
+    write_wds(
+        tmp_path, "vtab/cifar10", [picture(i) for i in range(20)], labels=[i % 10 for i in range(20)], classes=names,
+        templates=known.templates,
+    )  # fmt: skip
+    images = [picture(i) for i in range(9)]
+    write_wds(tmp_path, "mine", [encoded(images[0])[:60], *images[1:]], labels=[0] * 9, classes=["a", "b"], templates=["a {c}"])
+    sets = {name: find_evaluation_set([str(tmp_path)], name) for name in ("vtab/cifar10", "mine")}
+    plan = EvaluationPlan(models[0], [], sets)
+    plan.zero_shot = [ZeroShotMeasurement(models[0], data, allow_short=True) for data in sets.values()]
+    results = EvaluationResults(plan)
+    run_units(plan, results)
+    details = results.finish()
+    write_outputs(str(tmp_path / "out"), details, time.monotonic())
+    table = {row["dataset"]: row for row in csv.DictReader((tmp_path / "out" / "results.csv").open())}
+    short, unreadable = table["vtab/cifar10"], table["mine"]
+    sizes = ("n", "num_expected", "num_missing", "num_unreadable", "is_complete")
+    assert [short[field] for field in sizes] == ["20", "10000", "9980", "0", "False"]
+    assert [unreadable[field] for field in sizes] == ["9", "", "0", "1", "False"]
+    saved = json.loads((tmp_path / "out" / "results" / "good" / "vtab-cifar10.json").read_text())
+    assert (saved["n"], saved["num_expected"], saved["num_missing"], saved["is_complete"]) == (20, 10000, 9980, False)
+    metrics = metrics_for_tracking(details)
+    assert (metrics["eval/vtab/cifar10/num_images"], metrics["eval/vtab/cifar10/num_missing"]) == (20, 9980)
+    assert metrics["eval/mine/num_unreadable"] == 1
+    assert details["means"] == {"good": None}

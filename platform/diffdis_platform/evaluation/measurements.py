@@ -97,8 +97,10 @@ class SetMeasurement(ABC):
             raise DataError(f"{self.data.name}: {self.data.url} has sample {keys[counts > 1][0]} twice; download the set again")
         return rows
 
-    def _common_result(self, rows: Rows, metrics: dict[str, float]) -> DatasetResult:
+    def _common_result(self, rows: Rows, metrics: dict[str, float], num_images: int) -> DatasetResult:
         """Return the fields that the results of all tasks have."""
+        expected = self.data.known.num_images if self.data.known else None
+        num_missing = max(0, expected - num_images) if expected else 0
         causes = zip(rows["keys"], rows["causes"], strict=True)
         unreadable: list[UnreadableSample] = [{"key": str(key), "cause": str(cause)} for key, cause in causes if cause]
         return {
@@ -109,6 +111,9 @@ class SetMeasurement(ABC):
             "metrics": metrics,
             "units": count_units(self.origins),
             "num_unreadable": len(unreadable),
+            "num_expected": expected,
+            "num_missing": num_missing,
+            "is_complete": not unreadable and not num_missing,
             "unreadable": unreadable[:_MAX_UNREADABLE],
             "seconds": round(self.seconds, 1),
         }
@@ -173,7 +178,7 @@ class ZeroShotMeasurement(SetMeasurement):
             {"class": name, "count": int(count), "recall": float(recall) if count else None} for name, count, recall in recalls
         ]
         return {
-            **self._common_result(rows, scores.metrics),
+            **self._common_result(rows, scores.metrics, len(scores.labels)),
             "main_metric": data.known.main_metric if data.known else "acc1",
             "n": len(scores.labels),
             "chance": 1 / len(data.classes),
@@ -256,7 +261,7 @@ class RetrievalMeasurement(SetMeasurement):
             for image, retrieved, cosines in found
         ]
         return {
-            **self._common_result(rows, retrieval_recalls(images, embeddings, owners, is_readable=is_readable)),
+            **self._common_result(rows, retrieval_recalls(images, embeddings, owners, is_readable=is_readable), len(images)),
             "n": len(images),
             "num_images": len(images),
             "num_texts": len(texts),

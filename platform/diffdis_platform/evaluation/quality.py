@@ -12,7 +12,7 @@ import numpy as np
 
 from diffdis.feature_networks import PooledFeatures, build_feature_network
 from diffdis.metrics.image_quality import (
-    EXTRAPOLATED_SUBSETS,
+    MIN_IMAGES_PER_DIMENSION,
     Moments,
     clip_score,
     extrapolated_distance,
@@ -30,7 +30,7 @@ from ray_platform.evaluate.result_cache import read_arrays
 from ray_platform.evaluate.results import check_same_protocol
 from ray_platform.evaluate.sets import EvaluationSet, RawSample, read_slice
 from ray_platform.evaluate.unit_work import GenerateImages, MeasureImages, choose_sample, image_name
-from ray_platform.metric_registry import check_declared
+from ray_platform.metric_registry import check_declared, describe_metric
 from ray_platform.replicas import WorkUnit, join_rows
 from ray_platform.report.records import GeneratedSample, QualityPoint
 
@@ -49,7 +49,7 @@ def frechet_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dic
     """Return the Fréchet distance and its extrapolation to infinitely many generated images."""
     reference = Moments.of(real)
     metrics = {figure: frechet_distance_of_features(generated, reference)}
-    if len(generated) >= 2 * EXTRAPOLATED_SUBSETS:  # fewer images do not determine the line that is extrapolated
+    if len(generated) >= MIN_IMAGES_PER_DIMENSION * generated.shape[1]:  # of fewer images, distances do not fall as 1/n yet
         metrics[f"{figure}_infinity"] = extrapolated_distance(generated, reference)
     return metrics
 
@@ -57,7 +57,7 @@ def frechet_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dic
 def kid_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
     """Return the kernel distance and its standard deviation over subsets."""
     kid, suffix = kernel_distance(generated, real), figure.removeprefix("fid").removeprefix("fd")
-    return {f"kid{suffix}": kid.mean, f"kid{suffix}_std": kid.std}
+    return {f"kid{suffix}": kid.mean} | ({} if kid.std is None else {f"kid{suffix}_std": kid.std})
 
 
 # Add a metric of generated images by adding a function here and its names to ray_platform/metric_registry.py. The first metric of
@@ -80,6 +80,17 @@ def feature_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dic
     metrics = {name: value for metric in FEATURE_METRICS for name, value in metric(figure, generated, real).items()}
     check_declared(metrics)
     return metrics
+
+
+def few_images_warning(figure: str, num_generated: int, num_real: int, width: int) -> str:
+    """Return why a Fréchet distance of so few images in `width` dimensions says little; empty if there are enough."""
+    needed = MIN_IMAGES_PER_DIMENSION * width
+    if min(num_generated, num_real) >= needed:
+        return ""
+    return (
+        f"{describe_metric(figure).label}: {num_generated:,} generated and {num_real:,} real images in {width:,} dimensions; "
+        f"with fewer than {needed:,} of either, the distance is biased by the number of images and says little: prefer KID"
+    )
 
 
 # --- Networks, prompts and reference images -------------------------------------------------------------------------------------
@@ -256,7 +267,10 @@ class QualityMeasurement:
     def _result(self, scale: float, rows: Rows, failures: dict[str, str]) -> QualityPoint:
         group = self.group_of(scale)
         metrics: dict[str, float | None] = {}
+        warnings = []
         for name, reference in self.references.items():
+            num_real, width = reference.features.shape
+            warnings.append(few_images_warning(self.figures[name], len(rows[f"features/{name}"]), num_real, width))
             try:
                 metrics |= feature_metrics(self.figures[name], rows[f"features/{name}"], reference.features)
             except (ValueError, RuntimeError) as error:  # torch's linear algebra raises RuntimeErrors
@@ -286,6 +300,7 @@ class QualityMeasurement:
                 "alignment_by": self._judge_name(),
                 "alignment_digest": self.judge.digest if self.judge else "",
             },
+            "warnings": list(filter(None, warnings)),
             "n": len(self.prompts),
             "num_reference": {name: len(reference.features) for name, reference in self.references.items()},
             "units": count_units(self.origins),

@@ -15,7 +15,7 @@ from diffdis_platform.evaluation.units import count_units
 from ray_platform.contracts import UnitOrigin, UserError, describe_error
 from ray_platform.evaluate.sets import PAPER_SETS, PUBLISHED, PUBLISHED_RETRIEVAL, EvaluationSet
 from ray_platform.replicas import UnitResult, WorkUnit
-from ray_platform.report.records import CurvePoint, EvaluationDetails, RetrievalResult, ZeroShotResult
+from ray_platform.report.records import CurvePoint, EvaluationDetails, RetrievalResult, ZeroShotResult, is_complete
 from ray_platform.terminal import render_table
 from ray_platform.tracking.run_metadata import code_version
 
@@ -158,8 +158,9 @@ class EvaluationResults:
 
 
 def _mean(name: str, results: Iterable[ZeroShotResult]) -> float | None:
-    """Return the mean of the main metrics of the 12 sets; None if one is missing."""
-    main = {result["set"]: result["metrics"][result["main_metric"]] for result in results if result["model"] == name}
+    """Return the mean of the main metrics of the 12 sets; None if one is missing or incomplete."""
+    complete = [result for result in results if result["model"] == name and is_complete(result)]
+    main = {result["set"]: result["metrics"][result["main_metric"]] for result in complete}
     return float(np.mean([main[name] for name in PAPER_SETS])) if all(name in main for name in PAPER_SETS) else None
 
 

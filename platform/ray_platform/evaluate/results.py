@@ -21,6 +21,7 @@ from ray_platform.report.records import DatasetResult, EvaluationDetails
 
 DETAILS_FORMAT = FileFormat("evaluation result")
 _FIRST_COLUMNS = ("dataset", "model", "pretrained", "model_fullname", "task", "language", "n")
+_SIZES = ("num_expected", "num_missing", "is_complete")
 _MAX_MODEL_NAME = 100  # characters in a metric's name, of which a tracking server takes 250 in all
 
 
@@ -53,6 +54,7 @@ def write_results(details: EvaluationDetails, output_dir: str) -> None:
             "settings": model["settings"],
             "code_version": details["code_version"],
             "num_unreadable": result["num_unreadable"],
+            **{field: value for field, value in result.items() if field in _SIZES},
             **({"units": result["units"]} if "units" in result else {}),
         }
         file = f"{result['set'].replace('/', '-')}.json"
@@ -85,16 +87,22 @@ def metrics_for_tracking(details: EvaluationDetails) -> dict[str, float]:
     names = [model["name"] for model in details["models"]]
     prefix = {name: f"eval_baseline/{name.replace('/', '-')[:_MAX_MODEL_NAME]}" for name in names}
     prefix[names[0]] = "eval"
-    metrics = {f"{prefix[name]}/zero_shot_mean": mean for name, mean in details.get("means", {}).items()}
-    for result, _, _ in _results(details):
-        for metric, value in result["metrics"].items():
-            metrics[f"{prefix[result['model']]}/{result['set']}/{metric}"] = value
+    metrics: dict[str, float | None] = {f"{prefix[name]}/zero_shot_mean": mean for name, mean in details.get("means", {}).items()}
+    for result, _, num_images in _results(details):
+        name = f"{prefix[result['model']]}/{result['set']}"
+        metrics |= {f"{name}/{metric}": value for metric, value in result["metrics"].items()}
+        if "num_missing" in result:
+            sizes = {"images": num_images, "missing": result["num_missing"], "unreadable": result["num_unreadable"]}
+            metrics |= {f"{name}/num_{size}": float(count) for size, count in sizes.items()}
     for point in details.get("curve", ()):
         name = f"{prefix[point['model']]}/curve/{point['set']}/num_steps_{point['num_steps']}_num_draws_{point['num_draws']}"
         metrics[name] = point["acc1"]
     for quality in details.get("quality", ()):
         for metric, value in quality["metrics"].items():
             metrics[f"eval/{metric}/guidance_{quality['guidance_scale']:g}"] = value
+        if counts := quality.get("num_reference"):
+            scale = f"guidance_{quality['guidance_scale']:g}"
+            metrics |= {f"eval/num_images/{scale}": quality["n"], f"eval/num_reference/{scale}": max(counts.values())}
     check_declared(metrics)
     return {_mlflow_name(name): float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)}
 

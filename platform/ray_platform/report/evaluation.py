@@ -16,6 +16,7 @@ from ray_platform.report.records import (
     QualityPoint,
     RetrievalResult,
     ZeroShotResult,
+    is_complete,
 )
 from ray_platform.report.render import plural, render
 from ray_platform.units import duration_text, is_number, number_text, percent_text
@@ -33,7 +34,7 @@ def evaluation_page(details: EvaluationDetails) -> str:
         "evaluation.html.j2",
         details=details,
         scores=Scores(details),
-        lost=_lost_images([*details.get("zero_shot", ()), *details.get("retrieval", ())]),
+        shortfall_text=_shortfall_text,
         zero_shot_metrics=_METRICS,
         retrieval=details.get("retrieval", ()),
         retrieval_directions=_RETRIEVAL,
@@ -63,16 +64,20 @@ class Scores:
         self.by_set: dict[str, dict[str, ZeroShotResult]] = {}
         for result in details.get("zero_shot", ()):
             self.by_set.setdefault(result["set"], {})[result["model"]] = result
+        results: list[DatasetResult] = [*details.get("zero_shot", ()), *details.get("retrieval", ())]
+        # Sets that lack images, or of which some could not be read, with a result that shows it. The models read the same files.
+        self.incomplete = {result["set"]: result for result in results if not is_complete(result)}
         published = details.get("published", {})
         self.published = {model: values for model, values in published.items() if not values.keys().isdisjoint(self.by_set)}
         self._means = details.get("means", {})
         # Whether every dataset over which the benchmark's mean is defined was measured.
-        self.is_complete = is_number(self._means.get(self.models[0]))
+        self.is_complete = is_number(self._means.get(self.models[0])) and not self.incomplete
+        self.complete_sets = [name for name in self.by_set if name not in self.incomplete]
 
     def main(self, name: str, model: str) -> float | None:
-        """Return the main metric of an evaluated model or of a published one."""
+        """Return the main metric of an evaluated model, or of a published one if the set is complete."""
         if model in self.published:
-            return self.published[model].get(name)
+            return None if name in self.incomplete else self.published[model].get(name)
         result = self.by_set[name].get(model)
         return result["metrics"][result["main_metric"]] if result else None
 
@@ -81,11 +86,11 @@ class Scores:
         return [self.main(name, model) if name else self.mean(model) for model in [*self.models, *self.published]]
 
     def mean(self, model: str) -> float | None:
-        """Return the mean over the benchmark or, if it is not complete, over the report's datasets; None if one is missing."""
+        """Return the mean over the benchmark or, if it is incomplete, over the report's complete sets; None if one is missing."""
         if self.is_complete:
             return self.published[model].get("mean") if model in self.published else self._means.get(model)
-        values = [value for name in self.by_set if is_number(value := self.main(name, model))]
-        return sum(values) / len(values) if values and len(values) == len(self.by_set) else None
+        values = [value for name in self.complete_sets if is_number(value := self.main(name, model))]
+        return sum(values) / len(values) if values and len(values) == len(self.complete_sets) else None
 
 
 def _is_headline(metric: str) -> bool:
@@ -93,13 +98,14 @@ def _is_headline(metric: str) -> bool:
     return metric.startswith(("fid", "fd_")) and not metric.endswith("_infinity")
 
 
-def _lost_images(results: Sequence[DatasetResult]) -> dict[str, int]:
-    """Return how many images of each dataset could not be read; the models read the same files."""
-    lost: dict[str, int] = {}
-    for result in results:
-        if result["num_unreadable"]:
-            lost[result["set"]] = max(lost.get(result["set"], 0), result["num_unreadable"])
-    return lost
+def _shortfall_text(result: DatasetResult) -> str:
+    """Return what a set lacks: `41 of 8,041 images are missing, 11 could not be read`."""
+    parts = []
+    if missing := result.get("num_missing", 0):
+        parts.append(f"{missing:,} of {plural(result.get('num_expected') or 0, 'image')} are missing")
+    if unreadable := result["num_unreadable"]:
+        parts.append(f"{plural(unreadable, 'image')} could not be read" if not parts else f"{unreadable:,} could not be read")
+    return ", ".join(parts)
 
 
 def _unreadable_groups(results: Sequence[DatasetResult]) -> list[list[DatasetResult]]:

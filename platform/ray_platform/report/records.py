@@ -63,6 +63,14 @@ class DatasetResult(TypedDict):
     seconds: float
     unreadable: Sequence[UnreadableSample]  # the first ones
     num_unreadable: int
+    num_expected: NotRequired[int | None]  # images of the published set; None for other sets
+    num_missing: NotRequired[int]  # images that the published set has, and this one lacks
+    is_complete: NotRequired[bool]  # every image was read; only then it is compared with published figures
+
+
+def is_complete(result: DatasetResult) -> bool:
+    """Return whether every image of the set was read; results of earlier releases only know how many could not be read."""
+    return result.get("is_complete", not result["num_unreadable"])
 
 
 class ExampleImage(TypedDict):
@@ -131,6 +139,7 @@ class QualityPoint(TypedDict):
     metrics: MetricValues
     alignment_by: NotRequired[str]  # the model that measured `alignment`
     protocol: NestedFields
+    warnings: NotRequired[Sequence[str]]  # what limits the figures
     n: int  # images
     num_reference: NotRequired[Mapping[str, int]]  # feature network -> real images
     units: NotRequired[ReuseCounts]
