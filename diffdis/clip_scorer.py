@@ -1,4 +1,4 @@
-"""Any CLIP in transformers' layout as a scorer of images and texts: the baseline, and the model of CLIPScore."""
+"""Any CLIP or SigLIP in transformers' layout as a scorer of images and texts: a baseline, and the model of CLIPScore."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,23 +8,35 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    SiglipImageProcessorPil,
+    SiglipModel,
+)
 
 from diffdis.metrics.zero_shot import class_embeddings
 from diffdis.model_folder import NO_CODE, check_model_folder
 from diffdis.pretrained import load_component
 
 TEXT_BATCH_SIZE = 256
+# model_type of config.json -> classes of the model and of its image processor.
+SCORER_TYPES: dict[str, tuple[Any, Any]] = {
+    "clip": (CLIPModel, CLIPImageProcessorPil),
+    "siglip": (SiglipModel, SiglipImageProcessorPil),  # also SigLIP 2 of fixed resolution
+}
 
 
 class ClipScorer:
-    """A CLIP from a folder with config.json, weights and tokenizer; satisfies the platform's Scorer protocol.
+    """A CLIP or SigLIP from a folder with config.json, weights and tokenizer; satisfies the platform's Scorer protocol.
 
     Images are preprocessed by PIL, as for CLIP's published results, as the folder's preprocessor_config.json specifies, or in
-    CLIP's own way at the model's size if there is none.
+    the model's own way at its size if there is none.
 
     Raises:
-        ValueError: The folder has no CLIP, or its preprocessor produces another size than the model's.
+        ValueError: The folder has no CLIP or SigLIP, or its preprocessor produces another size than the model's.
     """
 
     def __init__(self, folder: str | Path, device: str = "cpu"):
@@ -33,15 +45,17 @@ class ClipScorer:
             raise ValueError(f"{folder}: no config.json; give a folder with a CLIP in transformers' layout")
         check_model_folder(folder)
         kind = AutoConfig.from_pretrained(folder, **NO_CODE).model_type
-        if kind != "clip":
-            raise ValueError(f"{folder}: its config.json says model_type {kind}, not clip")
+        if kind not in SCORER_TYPES:
+            raise ValueError(f"{folder}: its config.json says model_type {kind}, not {' or '.join(SCORER_TYPES)}")
+        model_class, processor_class = SCORER_TYPES[kind]
+        self._pads_texts = kind == "siglip"
         self._device = torch.device(device)
-        model = load_component(CLIPModel, folder)
+        model = load_component(model_class, folder)
         self._model = model.eval().requires_grad_(False).to(self._device)
         self._tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
         self._size = self._model.config.vision_config.image_size
-        self._processor = _image_processor(folder, self._size)
-        crop, self._short = self._processor.crop_size, int((self._processor.size or {}).get("shortest_edge") or 0)
+        self._processor = _image_processor(processor_class, folder, self._size)
+        crop, self._short = self._processor.crop_size or {}, int((self._processor.size or {}).get("shortest_edge") or 0)
         # CLIP's own way: resize the shorter side to a length, and crop a square from the center.
         self._is_plain = bool(self._processor.do_resize and self._short and self._processor.do_center_crop) and (
             (crop["height"], crop["width"]) == (self._size, self._size) and self._short >= self._size
@@ -68,6 +82,14 @@ class ClipScorer:
                 f"{folder}: preprocessor_config.json produces images of {shape[0]} x {shape[1]}, but the model takes "
                 f"{self._size} x {self._size}; use the files of one model"
             )
+
+    @property
+    def preprocessing(self) -> str:
+        """What `preprocess` does, for the results."""
+        resample = Image.Resampling(self._processor.resample).name.lower()
+        if self._is_plain:
+            return f"shorter side to {self._short} px, {resample}; {self._size} px from the center"
+        return f"preprocessor_config.json, {resample}, to {self._size} px"
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
         """Return uint8 [S, S, 3] of the model's size for RGB uint8 [H, W, 3]. May be called from several threads."""
@@ -117,11 +139,13 @@ class ClipScorer:
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return [N, D] float32 of unit norm. Texts are truncated to the length that CLIP was trained with (77 tokens).
 
-        Batches have texts of similar length and are padded to the longest one, since most texts have a fifth of CLIP's length:
-        CLIP's text attention is causal and reads the state of the end token, so that padding after it has no effect.
+        SigLIP was trained with every text padded to its length. CLIP's batches have texts of similar length and are padded to the
+        longest one, since most texts have a fifth of CLIP's length: its text attention is causal and reads the state of the end
+        token, so that padding after it has no effect.
         """
         length = self._model.config.text_config.max_position_embeddings
-        tokens = self._tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
+        padding = "max_length" if self._pads_texts else False
+        tokens = self._tokenizer(list(texts), truncation=True, max_length=length, padding=padding)["input_ids"]
         order = sorted(range(len(texts)), key=lambda index: len(tokens[index]))
         embeddings: dict[int, np.ndarray] = {}
         for start in range(0, len(order), TEXT_BATCH_SIZE):
@@ -133,7 +157,8 @@ class ClipScorer:
         return np.stack([embeddings[index] for index in range(len(texts))])
 
 
-def _image_processor(folder: Path, size: int) -> Any:
+def _image_processor(kind: Any, folder: Path, size: int) -> Any:
     if (folder / "preprocessor_config.json").is_file():
-        return CLIPImageProcessorPil.from_pretrained(folder)
-    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+        return kind.from_pretrained(folder)
+    square = {"height": size, "width": size}
+    return kind(size={"shortest_edge": size}, crop_size=square) if kind is CLIPImageProcessorPil else kind(size=square)

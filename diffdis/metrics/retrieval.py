@@ -1,52 +1,71 @@
 """Retrieval between images and texts by their embeddings, where an image may have several texts."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from diffdis.metrics.uncertainty import Outcomes
 from diffdis.metrics.zero_shot import MAX_SIMILARITIES, check_finite, largest
 
+KS = (1, 5, 10)  # of the recalls
 
-def retrieval_recalls(
-    images: np.ndarray,
-    texts: np.ndarray,
-    image_of_text: np.ndarray,
-    ks: Sequence[int] = (1, 5, 10),
-    is_readable: np.ndarray | None = None,
-) -> dict[str, float]:
-    """Return CLIP_benchmark's recalls in both directions.
 
-    `image_retrieval_recall@k` is the fraction of texts whose image is among the k most similar images,
-    `text_retrieval_recall@k` the fraction of images that have one of their texts among the k most similar texts. An image that
-    could not be read is never retrieved, and counts as a failed query, as its texts do. Of equally similar candidates the one
-    with the lower index comes first.
+@dataclass(frozen=True, eq=False)
+class RetrievalRanks:
+    """How many candidates precede the best match of each query, in both directions; all of them if there is no match."""
 
-    Args:
-        images: Embeddings [N, D] of unit norm.
-        texts: Embeddings [M, D] of unit norm.
-        image_of_text: [M] in 0..N-1.
-        ks: The ranks.
-        is_readable: [N] bool; None: all images could be read.
+    texts: np.ndarray  # [M] of texts that look for their image
+    images: np.ndarray  # [N] of images that look for one of their texts
+    image_of_text: np.ndarray  # [M] in 0..N-1
 
-    Raises:
-        ValueError: An embedding is not finite.
-    """
-    num_images = len(images)
-    readable = np.ones(num_images, dtype=bool) if is_readable is None else np.asarray(is_readable, dtype=bool)
-    images = np.where(readable[:, None], images, np.float32(0))
-    check_finite(images, "image")
-    check_finite(texts, "text")
-    image_rows, text_rows, is_candidate = (torch.as_tensor(array) for array in (images, texts, readable))
-    owners, indices = torch.as_tensor(np.asarray(image_of_text, dtype=np.int64)), torch.arange(num_images)
-    ranks_of_texts = _ranks(text_rows, owners, image_rows, indices, is_candidate)
-    ranks_of_images = _ranks(image_rows, indices, text_rows, owners, torch.ones(len(texts), dtype=torch.bool))
-    ranks_of_images[~is_candidate] = len(texts)
-    recalls = {}
-    for k in ks:
-        recalls[f"image_retrieval_recall@{k}"] = _fraction(ranks_of_texts < min(k, num_images))
-        recalls[f"text_retrieval_recall@{k}"] = _fraction(ranks_of_images < min(k, len(texts)))
-    return recalls
+    @classmethod
+    def of(
+        cls, images: np.ndarray, texts: np.ndarray, image_of_text: np.ndarray, is_readable: np.ndarray | None = None
+    ) -> "RetrievalRanks":
+        """Rank embeddings of unit norm.
+
+        An image that could not be read is never retrieved, and counts as a failed query, as its texts do. Of equally similar
+        candidates the one with the lower index comes first.
+
+        Args:
+            images: [N, D].
+            texts: [M, D].
+            image_of_text: [M] in 0..N-1.
+            is_readable: [N] bool; None: all images could be read.
+
+        Raises:
+            ValueError: An embedding is not finite.
+        """
+        num_images = len(images)
+        readable = np.ones(num_images, dtype=bool) if is_readable is None else np.asarray(is_readable, dtype=bool)
+        images = np.where(readable[:, None], images, np.float32(0))
+        check_finite(images, "image")
+        check_finite(texts, "text")
+        image_rows, text_rows, is_candidate = (torch.as_tensor(array) for array in (images, texts, readable))
+        owners, indices = torch.as_tensor(np.asarray(image_of_text, dtype=np.int64)), torch.arange(num_images)
+        ranks_of_texts = _ranks(text_rows, owners, image_rows, indices, is_candidate)
+        ranks_of_images = _ranks(image_rows, indices, text_rows, owners, torch.ones(len(texts), dtype=torch.bool))
+        ranks_of_images[~is_candidate] = len(texts)
+        return cls(ranks_of_texts.numpy(), ranks_of_images.numpy(), owners.numpy())
+
+    def outcomes(self, ks: Sequence[int] = KS) -> dict[str, Outcomes]:
+        """Return the hits of all queries by CLIP_benchmark's names of the recalls. The texts of an image are one cluster."""
+        hits = {}
+        for k in ks:
+            found = self.texts < min(k, len(self.images))
+            hits[f"image_retrieval_recall@{k}"] = Outcomes(found, clusters=self.image_of_text)
+            hits[f"text_retrieval_recall@{k}"] = Outcomes(self.images < min(k, len(self.texts)))
+        return hits
+
+    def recalls(self, ks: Sequence[int] = KS) -> dict[str, float]:
+        """Return CLIP_benchmark's recalls in both directions.
+
+        `image_retrieval_recall@k` is the fraction of texts whose image is among the k most similar images,
+        `text_retrieval_recall@k` the fraction of images that have one of their texts among the k most similar texts.
+        """
+        return {name: int(each.values.sum()) / len(each.values) for name, each in self.outcomes(ks).items()}
 
 
 def most_similar(
@@ -95,7 +114,3 @@ def _ranks(
         precedes = (similarity > best) | ((similarity == best) & (columns < column))
         ranks[part] = torch.where(best[:, 0] == float("-inf"), len(candidates), precedes.sum(dim=1))
     return ranks
-
-
-def _fraction(is_hit: torch.Tensor) -> float:
-    return int(is_hit.sum()) / len(is_hit)

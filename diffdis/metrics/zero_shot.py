@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from diffdis.metrics.uncertainty import Outcomes
+
 MAX_SIMILARITIES = 2**23  # similarities of queries and candidates that are in memory at a time
 NO_CLASS = -1  # in a row of predicted classes: the image could not be read, or there are fewer classes than columns
 NUM_PREDICTIONS = 5  # predicted classes per image
@@ -121,6 +123,13 @@ class ZeroShotScores:
     def metrics(self) -> dict[str, float]:
         """Return all metrics of ZERO_SHOT_METRICS by name."""
         return {name: metric(self) for name, metric in ZERO_SHOT_METRICS.items()}
+
+    @property
+    def outcomes(self) -> dict[str, Outcomes]:
+        """Return the images' outcomes whose means are the metrics, for standard errors and paired differences."""
+        hits = {k: (self.predictions[:, :k] == self.labels[:, None]).any(axis=1) for k in (1, 5)}
+        outcomes = {"acc1": Outcomes(hits[1]), "mean_per_class_recall": Outcomes(hits[1], self.labels.astype(np.int64))}
+        return outcomes | ({"acc5": Outcomes(hits[5])} if self.num_classes >= 5 else {})
 
     def with_shuffled_images(self, seed: int = 0) -> "ZeroShotScores":
         """Return the scores with permuted images: a control whose accuracy must be at chance."""

@@ -121,6 +121,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("inception_score", "Inception Score", "max"),
     Metric("inception_score_std", "Inception Score, standard deviation", None),
     Metric("alignment", "alignment", "max"),  # of generated images with their captions: CLIP score
+    Metric("standard_error_{metric}", "standard error, {metric}", None, "fraction", "%"),
     # Sizes of what was measured.
     Metric("num_images", "images", None, "count"),
     Metric("num_missing", "missing images", None, "count"),

@@ -9,13 +9,13 @@ import pytest
 import torch
 from clip_benchmark.metrics import zeroshot_retrieval
 from PIL import Image
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, SiglipImageProcessorPil, SiglipModel
 
 from diffdis.clip_scorer import ClipScorer
-from diffdis.metrics.retrieval import retrieval_recalls
+from diffdis.metrics.retrieval import RetrievalRanks
 from diffdis.metrics.zero_shot import ZeroShotScores
 from tests.diffdis.metrics.peers import zeroshot_classification
-from tests.support.tiny_checkpoints import save_clip, save_clip_text_encoder
+from tests.support.tiny_checkpoints import save_clip, save_clip_text_encoder, save_siglip
 
 CLASSES = ["cat", "grey horse", "tree", "star", "boat", "red heart", "old house"]
 TEMPLATES = ["a photo of a {c}.", "a drawing of the {c}", "{c}"]
@@ -88,7 +88,7 @@ def test_retrieval_equals_clip_benchmark(folder, scorer):
     batches = [(pixels(images[i : i + 16]), captions[i : i + 16]) for i in range(0, 60, 16)]
     expected = zeroshot_retrieval.evaluate(model, batches, tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10])
     texts = scorer.embed_texts([text for some in captions for text in some])
-    found = retrieval_recalls(embedded(scorer, images, 25), texts, np.repeat(np.arange(60), counts))
+    found = RetrievalRanks.of(embedded(scorer, images, 25), texts, np.repeat(np.arange(60), counts)).recalls()
     assert {name: np.float32(value) for name, value in found.items()} == expected
 
 
@@ -161,3 +161,19 @@ def test_folders_that_hold_no_clip(tmp_path):
     (folder / "preprocessor_config.json").write_text(json.dumps(config | {"crop_size": {"height": 24, "width": 24}}))
     with pytest.raises(ValueError, match=r"produces images of 24 x 24, but the model takes 32 x 32"):
         ClipScorer(folder)
+
+
+def test_a_siglip_gives_what_transformers_gives(tmp_path):
+    """Images are resized to a square without a crop, and texts padded to the length of the training."""
+    folder = save_siglip(tmp_path / "siglip")
+    scorer, model = ClipScorer(folder), SiglipModel.from_pretrained(folder)
+    images, texts = list(pictures(5)), ["a", "a photo of a cat", "a very long text that is cut"]
+    processor, tokenizer = SiglipImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    pixels = torch.from_numpy(np.stack(processor(images)["pixel_values"]))
+    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=16, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = [model.get_image_features(pixels).pooler_output, model.get_text_features(tokens).pooler_output]
+    found = [scorer.embed_images(np.stack([scorer.preprocess(image) for image in images])), scorer.embed_texts(texts)]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, torch.nn.functional.normalize(other, dim=-1).numpy(), atol=1e-6)
+    assert scorer.preprocessing == "preprocessor_config.json, bicubic, to 32 px"

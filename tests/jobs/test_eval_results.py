@@ -3,25 +3,31 @@
 import csv
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from diffdis.config import ObjectiveConfig
 from diffdis.metrics import image_quality
-from diffdis_platform.config.evaluate import QualityConfig
+from diffdis.task import DiffDisTask
+from diffdis_platform.config.evaluate import EvalConfig, QualityConfig
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
-from diffdis_platform.evaluation.models import open_baseline
+from diffdis_platform.evaluation.models import open_baseline, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement, feature_metrics, few_images_warning
 from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults
 from diffdis_platform.evaluation.run import write_outputs
+from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set
-from ray_platform.evaluate.results import metrics_for_tracking
+from ray_platform.evaluate.results import check_not_taken, metrics_for_tracking
 from ray_platform.evaluate.sets import KNOWN_SETS
 from ray_platform.evaluate.unit_work import WorkerModels
 from ray_platform.replicas import UnitResult, WorkQueue
 from tests.support.evaluation_sets import class_names, encoded, picture, write_own, write_retrieval, write_wds
-from tests.support.tiny_checkpoints import save_clip
+from tests.support.html_page import Page
+from tests.support.tiny_checkpoints import draw_query_weights, save_clip, save_siglip
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +186,107 @@ def test_an_incomplete_set_has_its_shortfall_next_to_every_figure(models, tmp_pa
     assert (metrics["eval/vtab/cifar10/num_images"], metrics["eval/vtab/cifar10/num_missing"]) == (20, 9980)
     assert metrics["eval/mine/num_unreadable"] == 1
     assert details["means"] == {"good": None}
+
+
+def evaluated(plan, output):
+    """Run a plan in this process and write its results. Returns the details and the rows of the table by (set, model)."""
+    results = EvaluationResults(plan)
+    run_units(plan, results)
+    details = results.finish()
+    write_outputs(str(output), details, time.monotonic())
+    rows = csv.DictReader((output / "results.csv").open())
+    return details, {(row["dataset"], row["model"]): row for row in rows}
+
+
+def test_every_row_says_what_it_is(models, sets, tmp_path):
+    good, other, _ = models
+    plan = EvaluationPlan(replace(good, step=700, source="s3://runs/a/step_700"), [other], sets)
+    for data in sets.values():
+        for model in (plan.model, other):
+            kind = RetrievalMeasurement if data.task == "zeroshot_retrieval" else ZeroShotMeasurement
+            plan.add(kind(model, data))
+    details, rows = evaluated(plan, tmp_path)
+    row = rows["first", "good"]
+    identity = {
+        "pretrained": "s3://runs/a/step_700", "step": "700", "weights_digest": good.digest, "data_digest": sets["first"].digest,
+        "layout": "wds", "num_templates": "1", "templates": "files of the set", "seed": "", "n": "12",
+        "code_version": details["code_version"], "created": details["created"],
+    }  # fmt: skip
+    assert {field: row[field] for field in identity} == identity
+    assert "32" in row["preprocessing"]
+    p = float(row["acc1"])
+    assert float(row["standard_error_acc1"]) == pytest.approx((p * (1 - p) / 12) ** 0.5)
+    assert metrics_for_tracking(details)["eval/first/standard_error_acc1"] == float(row["standard_error_acc1"])
+    difference = details["zero_shot"][0]["differences"]["other"]["acc1"]
+    assert difference["mean"] == pytest.approx(p - float(rows["first", "other"]["acc1"]))
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    recall = details["retrieval"][0]["differences"]["other"]["image_retrieval_recall@1"]
+    assert (recall["n"], recall["low"] <= recall["high"]) == (9, True)
+    page = Page((tmp_path / "report.html").read_text())
+    assert all(text in page.text for text in (good.digest, sets["first"].digest, "1 template, files of the set"))
+    assert page.rows_of("first")[-1][1:3] == ["other", "acc1"]
+
+
+def test_two_models_in_one_folder_neither_overwrite_each_other_nor_mix(models, sets, tmp_path):
+    good, other, _ = models
+    for model in (good, other):
+        plan = EvaluationPlan(model, [], {"first": sets["first"]}, [ZeroShotMeasurement(model, sets["first"])])
+        _, rows = evaluated(plan, tmp_path)
+    assert {key: row["weights_digest"] for key, row in rows.items()} == {
+        ("first", "good"): good.digest, ("first", "other"): other.digest,
+    }  # fmt: skip
+    for model in (good, other):
+        saved = json.loads((tmp_path / "reports" / model.name / "details.json").read_text())
+        assert [each["name"] for each in saved["models"]] == [model.name]
+        assert model.url in (tmp_path / "reports" / model.name / "report.html").read_text()
+    with pytest.raises(ConfigError, match=r"name: .*results/good has results of other weights .* give another --name"):
+        check_not_taken([replace(other, name="good").describe()], str(tmp_path))
+    check_not_taken([good.describe()], str(tmp_path))
+
+
+def test_the_spread_over_the_noise(exported_model, sets, tmp_path):
+    """Every seed has other noise; seed 0 has the noise of a single measurement."""
+    data = sets["first"]
+    plan = EvaluationPlan(exported_model, [], {"first": data}, [ZeroShotMeasurement(exported_model, data)])
+    plan.repeats = [ZeroShotMeasurement(exported_model, data, seed=seed) for seed in (1, 2)]
+    replica = WorkerModels({exported_model.name: exported_model.build}, 1, "cpu")
+    embeddings = [each.units[-1].work.run(replica)["embeddings"] for each in [*plan.zero_shot, *plan.repeats]]
+    assert len({each.tobytes() for each in embeddings}) == 3
+    details, rows = evaluated(plan, tmp_path)
+    values = details["zero_shot"][0]["seeds"]["acc1"]
+    assert len(values) == 3
+    assert values[0] == details["zero_shot"][0]["metrics"]["acc1"] == float(rows["first", exported_model.name]["acc1"])
+    assert rows["first", exported_model.name]["seed"] == "0"
+    (row,) = [row for row in Page((tmp_path / "report.html").read_text()).rows_of("first") if row[1] == "acc1"]
+    assert row[2:] == [f"{100 * np.mean(values):.1f}", f"{100 * np.std(values, ddof=1):.2f}", "3"]
+
+
+@pytest.fixture(scope="module")
+def exported_model(tiny_model, tmp_path_factory):
+    torch.manual_seed(1)
+    task = DiffDisTask(tiny_model, ObjectiveConfig())
+    draw_query_weights(task.module.model)
+    folder = tmp_path_factory.mktemp("run") / "export"
+    task.save_pretrained(task.module.state_dict(), folder)
+    (folder.parent / "train_summary.json").write_text(json.dumps({"num_steps": 12}))
+    return open_model(EvalConfig(checkpoint=str(folder)))
+
+
+def test_the_name_of_a_model(exported_model):
+    run = exported_model.url.split("/")[-2]
+    assert exported_model.name == f"{run}-step-12"
+    assert open_model(EvalConfig(checkpoint=exported_model.url, name="mine final")).name == "mine final"
+    with pytest.raises(ConfigError, match=r"name: '\.\./x'"):
+        EvalConfig(name="../x")
+
+
+def test_a_clip_or_siglip_is_evaluated_alone(sets, tmp_path):
+    for save in (save_clip, save_siglip):
+        folder = save(tmp_path / save.__name__)
+        model = open_model(EvalConfig(checkpoint=str(folder)))
+        assert (model.name, model.can_generate, model.can_score) == (save.__name__, False, True)
+        plan = EvaluationPlan(model, [], {"first": sets["first"]}, [ZeroShotMeasurement(model, sets["first"])])
+        details, rows = evaluated(plan, tmp_path / "out")
+        assert not details["failures"]
+        assert rows["first", model.name]["n"] == "12"
+    assert len(rows) == 2

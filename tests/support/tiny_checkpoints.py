@@ -19,6 +19,11 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipVisionConfig,
 )
 
 WIDTH = 32
@@ -80,6 +85,21 @@ def save_clip(folder: Path, image_size: int = 32, patch_size: int = 8) -> Path:
     model.save_pretrained(folder)
     size = {"height": image_size, "width": image_size}
     CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=size).save_pretrained(folder)
+    return folder
+
+
+def save_siglip(folder: Path, image_size: int = 32) -> Path:
+    """Save a complete SigLIP: images are resized without a crop, and every text is padded to 16 tokens."""
+    torch.manual_seed(0)
+    text = SiglipTextConfig(vocab_size=save_tokenizer(folder), max_position_embeddings=16, projection_size=WIDTH, **TRANSFORMER)
+    vision = SiglipVisionConfig(image_size=image_size, patch_size=8, **TRANSFORMER)
+    model = SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": image_size, "width": image_size}).save_pretrained(folder)
     return folder
 
 

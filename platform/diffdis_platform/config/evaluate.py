@@ -15,6 +15,7 @@ from ray_platform.tracking import TrackingConfig
 RETRIEVAL = ("flickr30k", "mscoco_captions")
 QUICK = ("vtab/cifar10", "vtab/dtd", "vtab/pets", "vtab/eurosat")
 _SET_NAME = re.compile(r"(?=.{1,100}$)[\w.-]+(/[\w.-]+)*")  # it becomes part of the names of files and metrics
+_MODEL_NAME = re.compile(r"\w[\w. -]{0,99}")  # it becomes a folder of the results
 DEMO = ("heldout_style", "heldout_names", "heldout_pairs")  # which jobs/build_demo_shards.py writes
 
 
@@ -63,15 +64,18 @@ class QualityConfig:
 class EvalConfig:
     """Configuration of an evaluation: model, evaluation sets, settings and workers."""
 
-    checkpoint: str = ""  # an exported model, a step_* folder, or a run's output_dir for its newest checkpoint; local or s3://
+    # An exported model, a step_* folder, a run's output_dir for its newest checkpoint, or a CLIP or SigLIP; local or s3://.
+    checkpoint: str = ""
     weights: Literal["best", "ema", "weights"] = "best"  # of a checkpoint; best: the EMA if it has one
-    output_dir: str = ""  # absolute folder or s3:// URL
+    output_dir: str = ""  # absolute folder or s3:// URL; several models may be evaluated into one
+    name: str = ""  # of the model in the results; empty: its run or folder, and its step
     # paper: the 12 sets and retrieval; quick: four small sets; demo: the demo's sets; or a YAML file, see docs/evaluation.md
     suite: str = "paper"
     data_roots: tuple[str, ...] = ()  # folders or s3:// URLs that are searched for evaluation sets
-    baselines: tuple[str, ...] = ()  # CLIPs in transformers' layout, scored by the same code on the same sets
+    baselines: tuple[str, ...] = ()  # CLIPs and SigLIPs in transformers' layout, scored by the same code on the same sets
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
+    seeds: int = 1  # how often the model is measured, with other noise each time; the results have the spread
     curve_set: str = ""  # set of the suite for the curve of accuracy against steps and draws
     curve_steps: tuple[int, ...] = (1, 2, 5, 10)
     curve_draws: tuple[int, ...] = (1, 4)
@@ -89,6 +93,10 @@ class EvalConfig:
             raise ConfigError("num_workers and gpus_per_worker: at least 0; cpus_per_worker: above 0")
         if self.scoring.num_steps < 1 or self.scoring.num_draws < 1:
             raise ConfigError("scoring.num_steps and scoring.num_draws: at least 1")
+        if self.seeds < 1:
+            raise ConfigError(f"seeds: {self.seeds}; at least 1")
+        if self.name and not _MODEL_NAME.fullmatch(self.name):
+            raise ConfigError(f"name: {self.name[:120]!r}; use up to 100 letters, digits, spaces and . - _")
         check_labels("placement", self.placement)
 
     def check_job(self) -> None:

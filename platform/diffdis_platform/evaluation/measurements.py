@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffdis.metrics.retrieval import most_similar, retrieval_recalls
+from diffdis.metrics.retrieval import RetrievalRanks, most_similar
+from diffdis.metrics.uncertainty import Outcomes
 from diffdis.metrics.zero_shot import NO_CLASS, NUM_PREDICTIONS, ZeroShotScores, predict_classes
 from diffdis_platform.evaluation.models import EvaluationModel
 from diffdis_platform.evaluation.units import build_unit, count_units
 from ray_platform.contracts import DataError, Rows, UnitOrigin
-from ray_platform.evaluate.sets import DatasetSlice, EvaluationSet, check_counts
+from ray_platform.evaluate.sets import DEFAULT_TEMPLATES, DatasetSlice, EvaluationSet, check_counts
 from ray_platform.evaluate.unit_work import EmbedClasses, EmbedImages
 from ray_platform.replicas import WorkUnit, join_rows
 from ray_platform.report.records import (
@@ -20,6 +21,7 @@ from ray_platform.report.records import (
     CurvePoint,
     DatasetResult,
     ImageQuery,
+    PairedDifference,
     RetrievalResult,
     UnreadableSample,
     ZeroShotResult,
@@ -35,23 +37,25 @@ _NUM_QUERIES, _NUM_RETRIEVED = 4, 5  # queries of each kind in the report, and w
 class SetMeasurement(ABC):
     """A model measured on one dataset. It receives the rows of its units in any order."""
 
-    def __init__(self, model: EvaluationModel, data: EvaluationSet, allow_short: bool = False):
-        """`allow_short` accepts a known set that lacks images."""
-        self.model, self.data, self.allow_short = model, data, allow_short
-        settings = "".join(f" {name}={value}" for name, value in model.settings.items())
+    def __init__(self, model: EvaluationModel, data: EvaluationSet, allow_short: bool = False, seed: int = 0):
+        """`allow_short` accepts a known set that lacks images; `seed` is that of the noise."""
+        self.model, self.data, self.allow_short, self.seed = model, data, allow_short, seed
+        settings = "".join(f" {name}={value}" for name, value in model.settings.items()) + (f" seed={seed}" if seed else "")
         self.group = f"{model.name}/{data.name}{settings}"
         self._slices: dict[str, DatasetSlice] = {}  # key of the unit that embeds it -> slice
         self._rows: dict[int, Rows] = {}  # place of a slice -> rows
         self.units = [self._image_unit(part) for part in data.slices]
         self.seconds = 0.0  # of replicas
+        self.outcomes: dict[str, Outcomes] = {}  # of the metrics; set by `result`
+        self._keys = np.empty(0)  # of the samples of the outcomes
         self.origins: list[UnitOrigin | None] = []  # of the units that were received
 
     def _image_unit(self, part: DatasetSlice) -> WorkUnit:
         model, data = self.model, self.data
-        work = EmbedImages(model.name, data.name, part, model.settings)
+        work = EmbedImages(model.name, data.name, part, model.settings, self.seed)
         unit = build_unit(
             self.group, f"{data.name} {part.name}", part.estimated_images, work,
-            model=model.digest, settings=dict(model.settings), set=data.name, data=data.digest, slice=part.name,
+            model=model.digest, settings=dict(model.settings), set=data.name, data=data.digest, slice=part.name, seed=self.seed,
         )  # fmt: skip
         self._slices[unit.key] = part
         return unit
@@ -80,6 +84,16 @@ class SetMeasurement(ABC):
         """Return the dataset's entry in the report. Raises DataError if the dataset cannot be scored."""
         ...
 
+    def differences_to(self, baseline: "SetMeasurement") -> dict[str, PairedDifference]:
+        """Return the paired difference of each metric to a baseline on the same samples. Raises ValueError if they differ."""
+        if not np.array_equal(self._keys, baseline._keys):
+            raise ValueError(f"{self.data.name}: {self.model.name} and {baseline.model.name} read other samples")
+        n, differences = len(self._keys), dict[str, PairedDifference]()
+        for name in self.outcomes.keys() & baseline.outcomes.keys():
+            mean, low, high = self.outcomes[name].minus(baseline.outcomes[name])
+            differences[name] = PairedDifference(mean=mean, low=low, high=high, n=n)
+        return {name: differences[name] for name in self.outcomes if name in differences}
+
     def slices_with(self, keys: set[str]) -> dict[DatasetSlice, tuple[str, ...]]:
         """Return the slices that contain samples of `keys`, with those samples' keys."""
         keys_of_slice = {
@@ -107,8 +121,14 @@ class SetMeasurement(ABC):
             "set": self.data.name,
             "model": self.model.name,
             "url": self.data.url,
+            "data_digest": self.data.digest,
+            "layout": self.data.layout,
+            "num_templates": len(self.data.templates),
+            "templates": self._templates_source(),
+            "seed": self.seed if self.model.settings else None,
             "settings": dict(self.model.settings),
             "metrics": metrics,
+            "standard_errors": {name: outcomes.standard_error for name, outcomes in self.outcomes.items()},
             "units": count_units(self.origins),
             "num_unreadable": len(unreadable),
             "num_expected": expected,
@@ -118,12 +138,24 @@ class SetMeasurement(ABC):
             "seconds": round(self.seconds, 1),
         }
 
+    def _templates_source(self) -> str:
+        if self.data.known and self.data.templates == self.data.known.templates:
+            return "published for the set"
+        return "default" if self.data.templates == DEFAULT_TEMPLATES else "files of the set"
+
 
 class ZeroShotMeasurement(SetMeasurement):
     """Embeds the classes first, and predicts the classes of each slice's images as soon as both embeddings are available."""
 
-    def __init__(self, model: EvaluationModel, data: EvaluationSet, allow_short: bool = False, num_examples: int = _MAX_EXAMPLES):
-        super().__init__(model, data, allow_short)
+    def __init__(
+        self,
+        model: EvaluationModel,
+        data: EvaluationSet,
+        allow_short: bool = False,
+        seed: int = 0,
+        num_examples: int = _MAX_EXAMPLES,
+    ):
+        super().__init__(model, data, allow_short, seed)
         self.num_examples = num_examples
         self._class_embeddings: dict[int, np.ndarray] = {}  # first class of a unit -> embeddings
         self._waiting: list[tuple[WorkUnit, Rows]] = []  # images that were embedded before all classes were
@@ -173,6 +205,7 @@ class ZeroShotMeasurement(SetMeasurement):
 
     def result(self) -> ZeroShotResult:
         rows, data, scores = self._joined_rows(), self.data, self.scores()
+        self.outcomes, self._keys = scores.outcomes, rows["keys"][rows["labels"] >= 0]
         recalls = zip(data.classes, scores.confusion.sum(axis=1), scores.class_recalls, strict=True)
         per_class: list[ClassRecall] = [
             {"class": name, "count": int(count), "recall": float(recall) if count else None} for name, count, recall in recalls
@@ -236,6 +269,8 @@ class RetrievalMeasurement(SetMeasurement):
         embeddings, texts = rows["text_embeddings"], [str(text) for text in rows["texts"]]
         keys = [str(key) for key in rows["keys"][is_sample]]
 
+        ranks = RetrievalRanks.of(images, embeddings, owners, is_readable)
+        self.outcomes, self._keys = ranks.outcomes(), rows["keys"][is_sample]
         queries = _spread(len(texts))
         found = zip(queries, *most_similar(embeddings[queries], images, _NUM_RETRIEVED, is_readable), strict=True)
         examples: list[CaptionQuery] = [
@@ -261,7 +296,7 @@ class RetrievalMeasurement(SetMeasurement):
             for image, retrieved, cosines in found
         ]
         return {
-            **self._common_result(rows, retrieval_recalls(images, embeddings, owners, is_readable=is_readable), len(images)),
+            **self._common_result(rows, ranks.recalls(), len(images)),
             "n": len(images),
             "num_images": len(images),
             "num_texts": len(texts),

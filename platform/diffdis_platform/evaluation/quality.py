@@ -27,7 +27,7 @@ from ray_platform.cached_folders import with_cached_folders
 from ray_platform.contracts import ConfigError, DataError, Rows, UnitOrigin, one_line
 from ray_platform.evaluate.discovery import open_evaluation_set, open_image_set
 from ray_platform.evaluate.result_cache import read_arrays
-from ray_platform.evaluate.results import check_same_protocol
+from ray_platform.evaluate.results import check_same_protocol, results_folder
 from ray_platform.evaluate.sets import EvaluationSet, RawSample, read_slice
 from ray_platform.evaluate.unit_work import GenerateImages, MeasureImages, choose_sample, image_name
 from ray_platform.metric_registry import check_declared, describe_metric
@@ -230,7 +230,7 @@ class QualityMeasurement:
 
     def images_dir(self, scale: float) -> str:
         """Return the folder of the images that were generated at a guidance scale."""
-        return storage.join(self.output_dir, "images", f"guidance_{scale:g}")
+        return storage.join(results_folder(self.output_dir, "images", self.model.name), f"guidance_{scale:g}")
 
     def add(self, unit: WorkUnit, rows: Rows) -> None:
         """Receive the rows of one unit."""

@@ -15,7 +15,7 @@ from diffdis_platform.evaluation.units import count_units
 from ray_platform.contracts import UnitOrigin, UserError, describe_error
 from ray_platform.evaluate.sets import PAPER_SETS, PUBLISHED, PUBLISHED_RETRIEVAL, EvaluationSet
 from ray_platform.replicas import UnitResult, WorkUnit
-from ray_platform.report.records import CurvePoint, EvaluationDetails, RetrievalResult, ZeroShotResult, is_complete
+from ray_platform.report.records import CurvePoint, DatasetResult, EvaluationDetails, RetrievalResult, ZeroShotResult, is_complete
 from ray_platform.terminal import render_table
 from ray_platform.tracking.run_metadata import code_version
 
@@ -33,14 +33,22 @@ class EvaluationPlan:
     sets: dict[str, EvaluationSet]
     zero_shot: list[ZeroShotMeasurement] = field(default_factory=list)
     retrieval: list[RetrievalMeasurement] = field(default_factory=list)
+    repeats: list[SetMeasurement] = field(default_factory=list)  # of the model, with other seeds
     curve: list[ZeroShotMeasurement] = field(default_factory=list)
     quality: QualityMeasurement | None = None
     failures: dict[str, str] = field(default_factory=dict)  # units' group or missing set -> error
 
+    def add(self, measurement: SetMeasurement) -> None:
+        """Add the measurement of a model on a set."""
+        if isinstance(measurement, ZeroShotMeasurement):
+            self.zero_shot.append(measurement)
+        elif isinstance(measurement, RetrievalMeasurement):
+            self.retrieval.append(measurement)
+
     @property
     def of_sets(self) -> list[SetMeasurement]:
         """The measurements of models on sets."""
-        return [*self.zero_shot, *self.retrieval]
+        return [*self.zero_shot, *self.retrieval, *self.repeats]
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -137,6 +145,8 @@ class EvaluationResults:
         """Return what is measured until now. Distances of generated images are computed at the end only."""
         quality = self.plan.quality.results(self.failures) if self.plan.quality and with_quality else []
         models = [self.plan.model, *self.plan.baselines]
+        self._add_differences()
+        self._add_seeds()
         zero_shot = [self.zero_shot[each] for each in self.plan.zero_shot if each in self.zero_shot]
         return {
             "title": f"Evaluation of {self.plan.model.url}",
@@ -148,7 +158,7 @@ class EvaluationResults:
             "retrieval": [self.retrieval[each] for each in self.plan.retrieval if each in self.retrieval],
             "curve": [self._curve[each] for each in self.plan.curve if each in self._curve],
             "quality": quality,
-            "means": {model.name: _mean(model.name, zero_shot) for model in models},
+            "means": {model.name: benchmark_mean(model.name, zero_shot) for model in models},
             "published": PUBLISHED,
             "published_retrieval": PUBLISHED_RETRIEVAL,
             "units": count_units(self._origins),
@@ -156,8 +166,29 @@ class EvaluationResults:
             "failures": list(dict.fromkeys(self.failures.values())),
         }
 
+    def _add_differences(self) -> None:
+        """Add the paired differences of the model to each baseline on the sets that both have."""
+        results: dict[SetMeasurement, DatasetResult] = {**self.zero_shot, **self.retrieval}
+        for measurement in [*self.plan.zero_shot, *self.plan.retrieval]:
+            if measurement.model is not self.plan.model or measurement not in results:
+                continue
+            differences = results[measurement].setdefault("differences", {})
+            for other in results:
+                if other.data is measurement.data and other.model in self.plan.baselines:
+                    with self._failure_of(f"difference of {measurement.group} and {other.group}"):
+                        differences[other.model.name] = measurement.differences_to(other)
 
-def _mean(name: str, results: Iterable[ZeroShotResult]) -> float | None:
+    def _add_seeds(self) -> None:
+        """Add the metrics of all seeds to the results of the first seed, once all of them are measured."""
+        results: dict[SetMeasurement, DatasetResult] = {**self.zero_shot, **self.retrieval}
+        for measurement in [*self.plan.zero_shot, *self.plan.retrieval]:
+            same = [each for each in self.plan.repeats if (each.model, each.data) == (measurement.model, measurement.data)]
+            if same and all(each in results for each in [measurement, *same]):
+                metrics = [results[each]["metrics"] for each in [measurement, *same]]
+                results[measurement]["seeds"] = {name: [each[name] for each in metrics] for name in metrics[0]}
+
+
+def benchmark_mean(name: str, results: Iterable[ZeroShotResult]) -> float | None:
     """Return the mean of the main metrics of the 12 sets; None if one is missing or incomplete."""
     complete = [result for result in results if result["model"] == name and is_complete(result)]
     main = {result["set"]: result["metrics"][result["main_metric"]] for result in complete}

@@ -20,7 +20,7 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.discovery import SetNotFoundError, find_evaluation_set, open_evaluation_set
 from ray_platform.evaluate.result_cache import ResultCache
-from ray_platform.evaluate.results import metrics_for_tracking, write_results
+from ray_platform.evaluate.results import check_not_taken, metrics_for_tracking, results_folder, write_results
 from ray_platform.evaluate.sets import EvaluationSet, check_counts
 from ray_platform.evaluate.unit_work import Thumbnails, WorkerModels
 from ray_platform.metric_registry import check_declared
@@ -42,15 +42,16 @@ def plan_evaluation(config: EvalConfig) -> EvaluationPlan:
     baselines: list[EvaluationModel] = []
     for url in config.baselines:
         baselines.append(open_baseline(url, {model.name, *(baseline.name for baseline in baselines)}))
+    check_not_taken([each.describe() for each in [model, *baselines]], config.output_dir)
     plan = EvaluationPlan(model, baselines, sets, failures=missing)
     for data in sets.values():
         if data.known_images is not None:  # reject a short set before hours of work, if the number is known
             check_counts(data, data.known_images, 0, config.allow_short)
+        measurement = ZeroShotMeasurement if data.task == "zeroshot_classification" else RetrievalMeasurement
         for scorer in [*([model] if model.can_score else []), *baselines]:
-            if data.task == "zeroshot_classification":
-                plan.zero_shot.append(ZeroShotMeasurement(scorer, data, config.allow_short))
-            else:
-                plan.retrieval.append(RetrievalMeasurement(scorer, data, config.allow_short))
+            plan.add(measurement(scorer, data, config.allow_short))
+        if model.can_score and model.settings:  # only a model with settings has noise
+            plan.repeats += [measurement(model, data, config.allow_short, seed) for seed in range(1, config.seeds)]
     plan.curve = _plan_curve(config, plan)
     if config.quality.prompts:
         if not model.can_generate:
@@ -125,7 +126,10 @@ def write_outputs(output_dir: str, details: EvaluationDetails, started: float) -
     """Write the results, the table and the report of what is measured until now."""
     details["seconds"] = round(time.monotonic() - started, 1)
     write_results(details, output_dir)
-    storage.write_bytes(storage.join(output_dir, REPORT), evaluation_page(details).encode())
+    page = evaluation_page(details).encode()
+    # The second copy stays when another model is evaluated into the same folder.
+    for folder in (output_dir, results_folder(output_dir, "reports", details["models"][0]["name"])):
+        storage.write_bytes(storage.join(folder, REPORT), page)
 
 
 def _add_example_images(pool: ReplicaPool, plan: EvaluationPlan, details: EvaluationDetails) -> None:

@@ -9,68 +9,109 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.formats import FileFormat
-from ray_platform.json_values import first_difference, to_json, to_plain
+from ray_platform.json_values import first_difference, to_json
 from ray_platform.metric_registry import check_declared
-from ray_platform.report.records import DatasetResult, EvaluationDetails
+from ray_platform.report.records import DatasetResult, EvaluatedModel, EvaluationDetails
 
 DETAILS_FORMAT = FileFormat("evaluation result")
 _FIRST_COLUMNS = ("dataset", "model", "pretrained", "model_fullname", "task", "language", "n")
-_SIZES = ("num_expected", "num_missing", "is_complete")
+# Fields of a result that are part of its row, in addition to those that every release wrote.
+_RESULT_FIELDS = (
+    *("num_expected", "num_missing", "is_complete", "data_digest", "layout", "num_templates", "templates", "seed"),
+    *("seeds", "differences", "units"),
+)
 _MAX_MODEL_NAME = 100  # characters in a metric's name, of which a tracking server takes 250 in all
 
 
-def write_results(details: EvaluationDetails, output_dir: str) -> None:
-    """Write `results/<model>/<set>.json`, `results.csv` and `details.json`.
+def results_folder(output_dir: str, kind: str, model: str) -> str:
+    """Return the folder of one kind of a model's results: "results", "reports" or "images"."""
+    return storage.join(output_dir, kind, _folder_name(model))
 
-    Raises:
-        ConfigError: Two models would write to the same folder.
-        DataError: Storage does not accept a file.
+
+def check_not_taken(models: Sequence[EvaluatedModel], output_dir: str) -> None:
+    """Raise ConfigError if two models would write to one folder, or if a folder has results of other weights."""
+    taken: dict[str, str] = {}  # folder below results/ -> name of the model
+    for model in models:
+        name, folder = model["name"], results_folder(output_dir, "results", model["name"])
+        if (other := taken.setdefault(folder, name)) != name:
+            raise ConfigError(f"models: {other!r} and {name!r} would both write to {folder}; give them distinct names")
+        files = storage.list_folder(folder, "*.json") if storage.exists(folder) else ()
+        earlier = storage.read_json(files[0].url).get("weights_digest") if files else None
+        if earlier and earlier != model.get("weights_digest"):
+            raise ConfigError(
+                f"name: {folder} has results of other weights than those of {model['pretrained']} (digest {earlier}, not "
+                f"{model.get('weights_digest')}); give another --name, or rename a baseline's folder"
+            )
+
+
+def write_results(details: EvaluationDetails, output_dir: str) -> None:
+    """Write `results/<model>/<set>.json`, and `results.csv` of all such files that the folder has, also of earlier evaluations.
+
+    `details.json` exists twice: in the folder itself for the latest evaluation, and below `reports/<model>`. Raises ConfigError
+    if two models would write to the same folder, and DataError if storage does not accept a file.
     """
     models = {model["name"]: model for model in details["models"]}
-    taken: dict[str, str] = {}  # folder below results/ -> name of the model
-    for name in models:
-        if (other := taken.setdefault(_folder_name(name), name)) != name:
-            raise ConfigError(
-                f"models: {other!r} and {name!r} would both write to results/{_folder_name(name)}; give them distinct names"
-            )
-    rows = []
+    check_not_taken(details["models"], output_dir)
     for result, task, num_images in _results(details):
-        model = models[result["model"]]
-        content = {
-            "dataset": result["set"],
-            "model": model["name"],
-            "pretrained": model["pretrained"],
-            "task": task,
-            "metrics": result["metrics"],
-            "language": "en",
-            "n": num_images,
-            "seconds": result["seconds"],
-            "settings": model["settings"],
-            "code_version": details["code_version"],
-            "num_unreadable": result["num_unreadable"],
-            **{field: value for field, value in result.items() if field in _SIZES},
-            **({"units": result["units"]} if "units" in result else {}),
-        }
+        content = _row(details, models[result["model"]], result, task, num_images)
         file = f"{result['set'].replace('/', '-')}.json"
-        storage.write_bytes(storage.join(output_dir, "results", _folder_name(model["name"]), file), to_json(content))
-        # The rows and columns that `clip_benchmark build` makes of these files, in a fixed order of columns.
-        fullname = f"{model['name']} {model['pretrained']}"
-        rows.append({**to_plain(result["metrics"]), **content, "model_fullname": fullname})
-        del rows[-1]["metrics"]
-    metrics = (metric for result, _, _ in _results(details) for metric in result["metrics"])
+        storage.write_bytes(storage.join(results_folder(output_dir, "results", result["model"]), file), to_json(content))
+    storage.write_bytes(storage.join(output_dir, "results.csv"), _table(output_dir).encode())
+    content_of_details = to_json(DETAILS_FORMAT.stamp(_without_images(details)))
+    for folder in (output_dir, results_folder(output_dir, "reports", details["models"][0]["name"])):
+        storage.write_bytes(storage.join(folder, "details.json"), content_of_details)
+
+
+def _row(
+    details: EvaluationDetails, model: EvaluatedModel, result: DatasetResult, task: str, num_images: int
+) -> Mapping[str, object]:
+    """Return everything that identifies a result, with CLIP_benchmark's fields first. It becomes a row of the table."""
+    settings = {f"scoring_{name}": value for name, value in model["settings"].items()}
+    errors = {f"standard_error_{metric}": error for metric, error in result.get("standard_errors", {}).items()}
+    of_result = {field: value for field, value in result.items() if field in _RESULT_FIELDS}
+    return {
+        "dataset": result["set"],
+        "model": model["name"],
+        "pretrained": model["pretrained"],
+        "task": task,
+        "metrics": result["metrics"],
+        "language": "en",
+        "n": num_images,
+        **errors,
+        "seconds": result["seconds"],
+        "settings": model["settings"],
+        **settings,
+        "step": model["step"],
+        **{field: value for field, value in model.items() if field in ("weights_digest", "preprocessing")},
+        "code_version": details["code_version"],
+        "created": details["created"],
+        "num_unreadable": result["num_unreadable"],
+        **of_result,
+    }
+
+
+def _table(output_dir: str) -> str:
+    """Return the rows and columns that `clip_benchmark build` makes of all results, in a fixed order."""
+    folder = storage.join(output_dir, "results")
+    files = [file.url for file in storage.list_folder(folder, "*/*.json")] if storage.exists(folder) else []
+    contents = storage.read_many(files)
+    rows, metrics = [], dict[str, None]()
+    for url in sorted(contents):
+        row = json.loads(contents[url])
+        metrics |= dict.fromkeys(row["metrics"])
+        rows.append({**row.pop("metrics"), **row, "model_fullname": f"{row['model']} {row['pretrained']}"})
     columns = dict.fromkeys([*_FIRST_COLUMNS, *metrics, *(field for row in rows for field in row)])
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(columns))
     writer.writeheader()
     writer.writerows(rows)
-    storage.write_bytes(storage.join(output_dir, "results.csv"), buffer.getvalue().encode())
-    storage.write_bytes(storage.join(output_dir, "details.json"), to_json(DETAILS_FORMAT.stamp(_without_images(details))))
+    return buffer.getvalue()
 
 
 def _folder_name(model: str) -> str:
@@ -91,6 +132,7 @@ def metrics_for_tracking(details: EvaluationDetails) -> dict[str, float]:
     for result, _, num_images in _results(details):
         name = f"{prefix[result['model']]}/{result['set']}"
         metrics |= {f"{name}/{metric}": value for metric, value in result["metrics"].items()}
+        metrics |= {f"{name}/standard_error_{metric}": error for metric, error in result.get("standard_errors", {}).items()}
         if "num_missing" in result:
             sizes = {"images": num_images, "missing": result["num_missing"], "unreadable": result["num_unreadable"]}
             metrics |= {f"{name}/num_{size}": float(count) for size, count in sizes.items()}

@@ -130,6 +130,7 @@ class EmbedImages:
     set_name: str
     slice: DatasetSlice
     settings: Mapping[str, float]
+    seed: int = 0  # of the noise
 
     def run(self, models: WorkerModels) -> Rows:
         """Return the rows of n samples, r of which could be read.
@@ -148,8 +149,9 @@ class EmbedImages:
         }
         readable = [index for index, image in enumerate(images) if not isinstance(image, str)]
         if readable:
-            # The noise of a sample depends on its set and key, never on a rank or batch.
-            noise_keys = [f"{self.set_name}/{samples[index].key}" for index in readable]
+            # The noise of a sample depends on the seed, its set and key, never on a rank or batch.
+            prefix = f"seed {self.seed}/" if self.seed else ""
+            noise_keys = [f"{prefix}{self.set_name}/{samples[index].key}" for index in readable]
             rows["embeddings"] = models.in_batches(
                 lambda batch, keys: scorer.embed_images(np.stack(batch), keys, **self.settings),
                 [images[index] for index in readable],

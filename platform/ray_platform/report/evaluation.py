@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import mean, median, stdev
 from typing import NamedTuple
 
 from ray_platform.contracts import ConfigError
@@ -29,12 +29,16 @@ def evaluation_page(details: EvaluationDetails) -> str:
     """Return the HTML page of an evaluation. Sections for which `details` has no data are left out."""
     quality = sorted(details.get("quality", ()), key=lambda point: point["guidance_scale"])
     metrics = list(dict.fromkeys(name for point in quality for name in point["metrics"] if not name.endswith("_std")))
+    results: list[DatasetResult] = [*details.get("zero_shot", ()), *details.get("retrieval", ())]
     problem, distance = _protocol_problem(quality), next(filter(_is_headline, metrics), "kid")
     return render(
         "evaluation.html.j2",
         details=details,
         scores=Scores(details),
         shortfall_text=_shortfall_text,
+        with_differences=[result for result in results if result.get("differences")],
+        with_seeds=[result for result in results if result.get("seeds")],
+        stdev=_standard_deviation,
         zero_shot_metrics=_METRICS,
         retrieval=details.get("retrieval", ()),
         retrieval_directions=_RETRIEVAL,
@@ -53,6 +57,7 @@ def evaluation_page(details: EvaluationDetails) -> str:
         is_headline=_is_headline,
         profile=profile,
         median=median,
+        mean=mean,
     )
 
 
@@ -81,6 +86,11 @@ class Scores:
         result = self.by_set[name].get(model)
         return result["metrics"][result["main_metric"]] if result else None
 
+    def error(self, name: str | None, model: str) -> float | None:
+        """Return the standard error of the main metric of an evaluated model on a set; None if it is not known."""
+        result = self.by_set.get(name or "", {}).get(model)
+        return result.get("standard_errors", {}).get(result["main_metric"]) if result else None
+
     def row(self, name: str | None) -> list[float | None]:
         """Return the main metrics of a dataset (their means if `name` is None) of all models and then of the published ones."""
         return [self.main(name, model) if name else self.mean(model) for model in [*self.models, *self.published]]
@@ -96,6 +106,12 @@ class Scores:
 def _is_headline(metric: str) -> bool:
     """Return whether a metric is FID or FD-<network> over the images that were generated, which a report is asked for."""
     return metric.startswith(("fid", "fd_")) and not metric.endswith("_infinity")
+
+
+def _standard_deviation(values: Sequence[float | None]) -> float | None:
+    """Return the standard deviation of several defined values, with n - 1 in the denominator."""
+    numbers = [value for value in values if is_number(value)]
+    return stdev(numbers) if len(numbers) == len(values) > 1 else None
 
 
 def _shortfall_text(result: DatasetResult) -> str:

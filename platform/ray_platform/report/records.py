@@ -29,6 +29,8 @@ class EvaluatedModel(TypedDict):
     task: str
     step: int | None
     settings: NestedFields
+    weights_digest: NotRequired[str]
+    preprocessing: NotRequired[str]  # of images
 
 
 class ReusedUnits(TypedDict):
@@ -53,10 +55,27 @@ class UnreadableSample(TypedDict):
     cause: str
 
 
+class PairedDifference(TypedDict):
+    """Mean difference of paired values, such as two models on one set or two arms over their seeds, and its 95 % interval."""
+
+    mean: float | None
+    low: float | None  # None if one pair does not determine it
+    high: float | None
+    n: int
+
+
 class DatasetResult(TypedDict):
     set: str
     model: str
     url: NotRequired[str]  # folder of the dataset
+    data_digest: NotRequired[str]
+    layout: NotRequired[str]
+    num_templates: NotRequired[int]
+    templates: NotRequired[str]  # where they come from
+    seed: NotRequired[int | None]  # of the noise; None for models without noise
+    standard_errors: NotRequired[MetricValues]  # over the images of the set
+    seeds: NotRequired[Mapping[str, Sequence[float | None]]]  # metric -> values for each seed
+    differences: NotRequired[dict[str, Mapping[str, PairedDifference]]]  # baseline -> metric -> this model minus it
     settings: NotRequired[NestedFields]  # of the model
     metrics: MetricValues
     units: NotRequired[ReuseCounts]
@@ -224,15 +243,6 @@ class ArmResult(TypedDict):
     seeds: Mapping[str, NestedFields]  # seed -> metrics and costs of the run; `environment` is text
     mean: MetricValues
     std: MetricValues  # None with one seed
-
-
-class PairedDifference(TypedDict):
-    """Mean difference of two arms over the seeds that both have, and its 95 % interval."""
-
-    mean: float | None
-    low: float | None  # None with fewer than two seeds
-    high: float | None
-    n: int
 
 
 class ClaimResult(TypedDict):

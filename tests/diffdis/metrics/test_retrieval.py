@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from clip_benchmark.metrics import zeroshot_retrieval
 
 from diffdis.metrics import retrieval
-from diffdis.metrics.retrieval import most_similar, retrieval_recalls
+from diffdis.metrics.retrieval import RetrievalRanks, most_similar
 
 
 def embeddings(num_images, texts_of_image, width=16, seed=0):
@@ -35,7 +35,7 @@ def test_recalls_equal_clip_benchmarks(monkeypatch, num_images, texts_of_image, 
     counts = np.random.default_rng(1).integers(1, 5, num_images) if texts_of_image == "various" else texts_of_image
     images, texts, owners = embeddings(num_images, counts)
     expected = theirs(images, texts, owners, [1, 5, 10])
-    found = retrieval_recalls(images.numpy(), texts.numpy(), owners)
+    found = RetrievalRanks.of(images.numpy(), texts.numpy(), owners).recalls()
     assert found.keys() == expected.keys()
     assert {name: np.float32(value) for name, value in found.items()} == expected  # CLIP_benchmark averages in float32
     assert 0 < found["image_retrieval_recall@1"] < found["image_retrieval_recall@10"]
@@ -44,20 +44,20 @@ def test_recalls_equal_clip_benchmarks(monkeypatch, num_images, texts_of_image, 
 def test_the_order_of_texts_does_not_matter():
     images, texts, owners = embeddings(50, 3)
     mixed = np.random.default_rng(0).permutation(len(owners))
-    expected = retrieval_recalls(images.numpy(), texts.numpy(), owners)
-    assert retrieval_recalls(images.numpy(), texts.numpy()[mixed], owners[mixed]) == expected
+    expected = RetrievalRanks.of(images.numpy(), texts.numpy(), owners).recalls()
+    assert RetrievalRanks.of(images.numpy(), texts.numpy()[mixed], owners[mixed]).recalls() == expected
 
 
 def test_an_unreadable_image_is_never_found_and_fails_with_its_texts():
     images, texts, owners = (np.asarray(part) for part in embeddings(60, 2))
     readable = np.random.default_rng(3).random(60) > 0.3
     broken = np.where(readable[:, None], images, np.nan)
-    found = retrieval_recalls(broken, texts, owners, is_readable=readable)
+    found = RetrievalRanks.of(broken, texts, owners, is_readable=readable).recalls()
     # Equal to the recall over readable images, with all texts as candidates; unreadable images count as 0.
     kept = np.flatnonzero(readable)
     of_readable = readable[owners]
     places = np.searchsorted(kept, owners[of_readable])
-    inner = retrieval_recalls(images[kept], texts[of_readable], places)
+    inner = RetrievalRanks.of(images[kept], texts[of_readable], places).recalls()
     similarity = images[kept] @ texts.T
     for k in (1, 5, 10):
         name = f"image_retrieval_recall@{k}"
@@ -70,13 +70,13 @@ def test_an_unreadable_image_is_never_found_and_fails_with_its_texts():
 def test_of_equal_candidates_the_first_is_found():
     same = np.array([[1, 0], [1, 0]], dtype=np.float32)
     for owner, share in ((0, 1.0), (1, 0.0)):
-        found = retrieval_recalls(same, same[:1], np.array([owner]), ks=(1, 2))
+        found = RetrievalRanks.of(same, same[:1], np.array([owner])).recalls((1, 2))
         assert found["image_retrieval_recall@1"] == share
         assert found["image_retrieval_recall@2"] == 1
-    found = retrieval_recalls(same, same, np.array([1, 0]), ks=(1, 2))  # the first text belongs to the second image
+    found = RetrievalRanks.of(same, same, np.array([1, 0])).recalls((1, 2))  # the first text belongs to the second image
     assert found["text_retrieval_recall@1"] == found["image_retrieval_recall@1"] == 0.5
     images, texts = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)[:2]  # an image without a text
-    found = retrieval_recalls(images, texts, np.array([0, 1]), ks=(1, 10))
+    found = RetrievalRanks.of(images, texts, np.array([0, 1])).recalls((1, 10))
     assert (found["text_retrieval_recall@10"], found["image_retrieval_recall@10"]) == (2 / 3, 1)
 
 
@@ -96,6 +96,6 @@ def test_a_broken_embedding_is_named():
     images, texts, owners = (np.array(part) for part in embeddings(10, 1))
     texts[7, 0] = np.inf
     with pytest.raises(ValueError, match="text 7: its embedding is not finite"):
-        retrieval_recalls(images, texts, owners)
+        RetrievalRanks.of(images, texts, owners).recalls()
     with pytest.raises(ValueError, match="candidate 7"):
         most_similar(images[:1], texts, 3)

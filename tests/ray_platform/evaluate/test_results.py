@@ -45,7 +45,12 @@ def test_a_result_has_the_fields_of_clip_benchmark(output, details):
         "n": 10000,
         "seconds": result["seconds"],
         "settings": {"num_steps": 10, "num_draws": 4, "guidance": 0.0},
+        "scoring_num_steps": 10,
+        "scoring_num_draws": 4,
+        "scoring_guidance": 0.0,
+        "step": 40000,
         "code_version": details["code_version"],
+        "created": details["created"],
         "num_unreadable": 0,
     }
     flickr = json.loads((output / "results" / BASELINE_FOLDER / "flickr30k.json").read_text())
@@ -92,7 +97,7 @@ def test_models_whose_folder_is_the_same_are_rejected(details, tmp_path):
 
 def test_without_a_result_the_table_is_empty(tmp_path):
     write_results({"models": [{"name": "a"}], "failures": ["cars: gone"]}, str(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"details.json", "results.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"details.json", "results.csv", "reports"}
     assert pandas.read_csv(tmp_path / "results.csv").empty
 
 
