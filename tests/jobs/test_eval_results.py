@@ -4,6 +4,7 @@ import csv
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,17 +18,20 @@ from diffdis_platform.config.evaluate import EvalConfig, QualityConfig
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import open_baseline, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement, feature_metrics, few_images_warning
-from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults
-from diffdis_platform.evaluation.run import write_outputs
+from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults, step_scores
+from diffdis_platform.evaluation.run import configs_of_steps, write_outputs
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set
 from ray_platform.evaluate.results import check_not_taken, metrics_for_tracking
 from ray_platform.evaluate.sets import KNOWN_SETS
 from ray_platform.evaluate.unit_work import WorkerModels
 from ray_platform.replicas import UnitResult, WorkQueue
+from ray_platform.report.evaluation import evaluation_page
 from tests.support.evaluation_sets import class_names, encoded, picture, write_own, write_retrieval, write_wds
 from tests.support.html_page import Page
 from tests.support.tiny_checkpoints import draw_query_weights, save_clip, save_siglip
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +135,12 @@ def test_nan_features_of_one_guidance_scale_leave_the_other_results(models, tmp_
     rng = np.random.default_rng(0)
     for unit in measurement.units:
         features = rng.standard_normal((12, 1280)).astype(np.float32)
-        rows = {"features/efficientnet_lite0": features, "alignment": rng.random(12), "seconds": np.ones(1)}
+        rows = {
+            "keys": np.arange(12).astype(str),
+            "features/efficientnet_lite0": features,
+            "alignment": rng.random(12),
+            "seconds": np.ones(1),
+        }
         if unit.group == "images at guidance 1":
             rows["features/efficientnet_lite0"][4] = np.nan
         if unit.group == "images at guidance 2":
@@ -290,3 +299,41 @@ def test_a_clip_or_siglip_is_evaluated_alone(sets, tmp_path):
         assert not details["failures"]
         assert rows["first", model.name]["n"] == "12"
     assert len(rows) == 2
+
+
+@pytest.mark.parametrize(("steps", "expected"), [("all", [20, 40, 60]), ("every:40", [40])])
+def test_the_checkpoints_of_a_run_by_step(tmp_path, steps, expected):
+    """Of equal steps, after a resume, it is the newest one."""
+    write_checkpoints(tmp_path, [("a", 20), ("a", 40), ("b", 40), ("b", 60)])
+    config = EvalConfig(checkpoint=str(tmp_path), steps=steps, name="mine")
+    configs = configs_of_steps(config)
+    assert [each.name for each in configs] == [f"mine-step-{step}" for step in expected]
+    assert "/b/step_00000040" in " ".join(each.checkpoint for each in configs)
+    assert {each.steps for each in configs} == {""}
+    with pytest.raises(ConfigError, match=r"steps: every:7 selects no checkpoint of .*; it has those of steps 20, 40, 60"):
+        configs_of_steps(replace(config, steps="every:7"))
+
+
+def write_checkpoints(run, places):
+    """Write checkpoints that have a manifest only: (launch, step), the oldest first."""
+    origin = ROOT / "tests/fixtures/2026_11_29/checkpoints/20261129-120000-aaaaaa/step_00000020/complete.json"
+    manifest = json.loads(origin.read_text())
+    for counter, (launch, step) in enumerate(places, start=1):
+        folder = run / "checkpoints" / launch / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "complete.json").write_text(json.dumps(manifest | {"step": step, "counter": counter}))
+
+
+def test_the_curve_over_the_training(models, sets, tmp_path):
+    scores = []
+    for step, model in ((10, models[0]), (20, models[1])):
+        model = replace(model, step=step)
+        plan = EvaluationPlan(model, [], {"first": sets["first"]}, [ZeroShotMeasurement(model, sets["first"])])
+        details, rows = evaluated(plan, tmp_path)
+        scores += step_scores(details)
+    assert [(score["step"], score["value"]) for score in scores] == [
+        (step, float(rows["first", name]["acc1"])) for step, name in ((10, "good"), (20, "other"))
+    ]
+    text = Page(evaluation_page(details | {"over_training": scores})).text
+    assert f"first, step 20: acc1 {100 * scores[1]['value']:.1f} ±" in text
+    assert "Over the training" not in Page(evaluation_page(details | {"over_training": scores[:1]})).text

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     if "list" not in command.switches:
         check_exists("checkpoint", command.config.checkpoint)
     from diffdis_platform.evaluation.results import render_results
-    from diffdis_platform.evaluation.run import REPORT, evaluate, plan_evaluation
+    from diffdis_platform.evaluation.run import REPORT, configs_of_steps, evaluate, evaluate_steps, plan_evaluation
     from ray_platform import storage
     from ray_platform.connect import connect
     from ray_platform.evaluate.discovery import render_listing
@@ -38,11 +38,13 @@ def main(argv: Sequence[str]) -> int:
     if "list" in command.switches:
         print(render_listing(config.data_roots))
         return 0
-    plan = plan_evaluation(config)
+    if config.steps:
+        print(f"checkpoints: {', '.join(each.checkpoint for each in configs_of_steps(config))}", flush=True)
+    plan = None if config.steps else plan_evaluation(config)
     ensure_cluster()
     connect()
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
-    details = evaluate(config, plan)
+    details = evaluate(config, plan) if plan else evaluate_steps(config)
     print(f"\n{render_results(details)}\n")
     print(f"done: {storage.join(config.output_dir, REPORT)}, next to results.csv and results/", flush=True)
     if failures := details.get("failures"):

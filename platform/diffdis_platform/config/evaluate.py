@@ -15,6 +15,7 @@ from ray_platform.tracking import TrackingConfig
 RETRIEVAL = ("flickr30k", "mscoco_captions")
 QUICK = ("vtab/cifar10", "vtab/dtd", "vtab/pets", "vtab/eurosat")
 _SET_NAME = re.compile(r"(?=.{1,100}$)[\w.-]+(/[\w.-]+)*")  # it becomes part of the names of files and metrics
+_STEPS = re.compile(r"all|every:[1-9]\d*")
 _MODEL_NAME = re.compile(r"\w[\w. -]{0,99}")  # it becomes a folder of the results
 DEMO = ("heldout_style", "heldout_names", "heldout_pairs")  # which jobs/build_demo_shards.py writes
 
@@ -66,6 +67,7 @@ class EvalConfig:
 
     # An exported model, a step_* folder, a run's output_dir for its newest checkpoint, or a CLIP or SigLIP; local or s3://.
     checkpoint: str = ""
+    steps: str = ""  # of a run's checkpoints: "all", or "every:5000" for multiples of 5000; empty: the newest one
     weights: Literal["best", "ema", "weights"] = "best"  # of a checkpoint; best: the EMA if it has one
     output_dir: str = ""  # absolute folder or s3:// URL; several models may be evaluated into one
     name: str = ""  # of the model in the results; empty: its run or folder, and its step
@@ -93,6 +95,8 @@ class EvalConfig:
             raise ConfigError("num_workers and gpus_per_worker: at least 0; cpus_per_worker: above 0")
         if self.scoring.num_steps < 1 or self.scoring.num_draws < 1:
             raise ConfigError("scoring.num_steps and scoring.num_draws: at least 1")
+        if self.steps and not _STEPS.fullmatch(self.steps):
+            raise ConfigError(f"steps: {self.steps!r}; use all, or every:N for the checkpoints whose step is a multiple of N")
         if self.seeds < 1:
             raise ConfigError(f"seeds: {self.seeds}; at least 1")
         if self.name and not _MODEL_NAME.fullmatch(self.name):

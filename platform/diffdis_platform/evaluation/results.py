@@ -1,7 +1,7 @@
 """What an evaluation measures, and the results, each of which exists as soon as its units are complete."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -15,13 +15,22 @@ from diffdis_platform.evaluation.units import count_units
 from ray_platform.contracts import UnitOrigin, UserError, describe_error
 from ray_platform.evaluate.sets import PAPER_SETS, PUBLISHED, PUBLISHED_RETRIEVAL, EvaluationSet
 from ray_platform.replicas import UnitResult, WorkUnit
-from ray_platform.report.records import CurvePoint, DatasetResult, EvaluationDetails, RetrievalResult, ZeroShotResult, is_complete
+from ray_platform.report.records import (
+    CurvePoint,
+    DatasetResult,
+    EvaluationDetails,
+    RetrievalResult,
+    StepScore,
+    ZeroShotResult,
+    is_complete,
+)
 from ray_platform.terminal import render_table
 from ray_platform.tracking.run_metadata import code_version
 
 logger = logging.getLogger(__name__)
 
 Measurement = SetMeasurement | QualityMeasurement
+RETRIEVAL_METRICS = ("image_retrieval_recall@1", "text_retrieval_recall@1")  # main ones
 
 
 @dataclass
@@ -186,6 +195,27 @@ class EvaluationResults:
             if same and all(each in results for each in [measurement, *same]):
                 metrics = [results[each]["metrics"] for each in [measurement, *same]]
                 results[measurement]["seeds"] = {name: [each[name] for each in metrics] for name in metrics[0]}
+
+
+def step_scores(details: EvaluationDetails) -> list[StepScore]:
+    """Return the main metrics of the evaluated model, a line each in a curve over its training; none if its step is unknown."""
+    model, scores = details["models"][0], list[StepScore]()
+    main: list[tuple[DatasetResult, Sequence[str]]] = [(each, (each["main_metric"],)) for each in details.get("zero_shot", ())]
+    main += [(result, RETRIEVAL_METRICS) for result in details.get("retrieval", ())]
+    for result, metrics in main:
+        if result["model"] == model["name"] and model["step"] is not None:
+            for metric in metrics:
+                error = result.get("standard_errors", {}).get(metric)
+                scores.append(
+                    {
+                        "step": model["step"],
+                        "set": result["set"],
+                        "metric": metric,
+                        "value": result["metrics"][metric],
+                        "standard_error": error,
+                    }
+                )
+    return scores
 
 
 def benchmark_mean(name: str, results: Iterable[ZeroShotResult]) -> float | None:

@@ -3,7 +3,7 @@
 import base64
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from diffdis_platform.config.evaluate import EvalConfig, suite_sets
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import EvaluationModel, open_baseline, open_judge, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement, network_builders
-from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults
+from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults, step_scores
 from diffdis_platform.evaluation.units import build_unit
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
@@ -27,9 +27,10 @@ from ray_platform.metric_registry import check_declared
 from ray_platform.redaction import is_redacted, restored
 from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit
 from ray_platform.report.evaluation import evaluation_page
-from ray_platform.report.records import EvaluationDetails, ExampleImage
+from ray_platform.report.records import EvaluationDetails, ExampleImage, StepScore
 from ray_platform.tracking import RUN_RECORD, RunMetadata, TrackedData, start_run
 from ray_platform.tracking.run_metadata import code_version, dated_name, run_tags
+from ray_platform.train.checkpoint_format import list_checkpoints, read_manifest
 
 UNITS, REPORT = "units", "report.html"
 
@@ -99,8 +100,44 @@ def _plan_curve(config: EvalConfig, plan: EvaluationPlan) -> list[ZeroShotMeasur
     ]  # fmt: skip
 
 
-def evaluate(config: EvalConfig, plan: EvaluationPlan) -> EvaluationDetails:
-    """Measure everything on a running Ray, write results/, results.csv, details.json and report.html, and return the details."""
+def configs_of_steps(config: EvalConfig) -> list[EvalConfig]:
+    """Return a configuration for each checkpoint of the run that `steps` selects, by step.
+
+    Raises ConfigError if there are none.
+    """
+    run = config.checkpoint.rstrip("/")
+    checkpoints = {read_manifest(url).step: url for url in reversed(list_checkpoints(run))}  # of equal steps the newest one
+    interval = 1 if config.steps == "all" else int(config.steps.removeprefix("every:"))
+    selected = {step: url for step, url in sorted(checkpoints.items()) if step % interval == 0}
+    if not selected:
+        existing = ", ".join(map(str, sorted(checkpoints))) or "none"
+        raise ConfigError(f"steps: {config.steps} selects no checkpoint of {run}; it has those of steps {existing}")
+    return [
+        replace(config, checkpoint=url, steps="", name=f"{config.name}-step-{step}" if config.name else "")
+        for step, url in selected.items()
+    ]
+
+
+def evaluate_steps(config: EvalConfig) -> EvaluationDetails:
+    """Evaluate several checkpoints of a run one after another. Return the details of the last one.
+
+    They have the curve over the training, and the failures of all checkpoints.
+    """
+    first, *others = configs_of_steps(config)
+    details = evaluate(first, plan_evaluation(first))
+    failures = [*details.get("failures", ())]
+    for each in others:
+        details = evaluate(each, plan_evaluation(each), details.get("over_training", ()))
+        failures += details.get("failures", ())
+    details["failures"] = list(dict.fromkeys(failures))
+    return details
+
+
+def evaluate(config: EvalConfig, plan: EvaluationPlan, earlier: Sequence[StepScore] = ()) -> EvaluationDetails:
+    """Measure everything on a running Ray, write results/, results.csv, details.json and report.html, and return the details.
+
+    `earlier` are the scores of earlier checkpoints of the run.
+    """
     started = time.monotonic()
     builders = {model.name: model.build for model in [plan.model, *plan.baselines]} | network_builders(config.quality)
     if plan.quality and plan.quality.judge:
@@ -116,6 +153,7 @@ def evaluate(config: EvalConfig, plan: EvaluationPlan) -> EvaluationDetails:
                 write_outputs(config.output_dir, results.details(), started)
         print("everything is measured; writing the results …", flush=True)
         details = results.finish()
+        details["over_training"] = [*earlier, *step_scores(details)]
         _add_example_images(pool, plan, details)
     write_outputs(config.output_dir, details, started)
     _track(config, plan.model, plan.sets.values(), details)

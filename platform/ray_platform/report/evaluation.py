@@ -15,6 +15,7 @@ from ray_platform.report.records import (
     EvaluationDetails,
     QualityPoint,
     RetrievalResult,
+    StepScore,
     ZeroShotResult,
     is_complete,
 )
@@ -52,6 +53,7 @@ def evaluation_page(details: EvaluationDetails) -> str:
         protocols=_protocols(quality),
         curve=details.get("curve", ()),
         curve_chart=_curve_chart,
+        training_chart=_training_chart(details.get("over_training", ())),
         class_bars=_class_bars,
         unreadable_groups=_unreadable_groups,
         is_headline=_is_headline,
@@ -72,12 +74,14 @@ class Scores:
         results: list[DatasetResult] = [*details.get("zero_shot", ()), *details.get("retrieval", ())]
         # Sets that lack images, or of which some could not be read, with a result that shows it. The models read the same files.
         self.incomplete = {result["set"]: result for result in results if not is_complete(result)}
+        self.complete_sets = [name for name in self.by_set if name not in self.incomplete]
         published = details.get("published", {})
-        self.published = {model: values for model, values in published.items() if not values.keys().isdisjoint(self.by_set)}
+        self.published = {
+            model: values for model, values in published.items() if not values.keys().isdisjoint(self.complete_sets)
+        }
         self._means = details.get("means", {})
         # Whether every dataset over which the benchmark's mean is defined was measured.
         self.is_complete = is_number(self._means.get(self.models[0])) and not self.incomplete
-        self.complete_sets = [name for name in self.by_set if name not in self.incomplete]
 
     def main(self, name: str, model: str) -> float | None:
         """Return the main metric of an evaluated model, or of a published one if the set is complete."""
@@ -226,3 +230,17 @@ def _curve_chart(points: Sequence[CurvePoint]) -> Chart | None:
     if not lines or len(steps) < 2:
         return None
     return line_chart(lines, "denoising steps", describe_metric("acc1").axis_label, steps)
+
+
+def _training_chart(scores: Sequence[StepScore]) -> Chart | None:
+    """Return the main metrics by step, a line per set and metric; None of fewer than two checkpoints."""
+    lines: dict[tuple[str, str], list[Point]] = {}
+    for score in sorted(scores, key=lambda score: score["step"]):
+        if is_number(value := score["value"]):
+            label, error = describe_metric(score["metric"]).label, score["standard_error"]
+            margin = f" ± {percent_text(error)}" if is_number(error) else ""
+            tooltip = f"{score['set']}, step {score['step']:,}: {label} {percent_text(value)}{margin} %"
+            lines.setdefault((score["set"], label), []).append(Point(score["step"], 100 * value, "", tooltip))
+    if len({score["step"] for score in scores}) < 2 or not lines:
+        return None
+    return line_chart([Line(f"{name}, {label}", points) for (name, label), points in lines.items()], "step", "main metric, %")

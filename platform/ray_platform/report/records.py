@@ -175,6 +175,16 @@ class CurvePoint(TypedDict):
     seconds: float
 
 
+class StepScore(TypedDict):
+    """Main metric of a set for one checkpoint of a run."""
+
+    step: int
+    set: str
+    metric: str
+    value: float | None
+    standard_error: float | None
+
+
 class EvaluationDetails(RunHeader):
     """`details.json` of an evaluation; the file lacks the images."""
 
@@ -186,6 +196,7 @@ class EvaluationDetails(RunHeader):
     published_retrieval: NotRequired[Mapping[str, Mapping[str, MetricValues]]]  # model -> set -> metrics
     quality: NotRequired[Sequence[QualityPoint]]
     curve: NotRequired[Sequence[CurvePoint]]
+    over_training: NotRequired[Sequence[StepScore]]  # of all checkpoints that were evaluated by one command
     units: NotRequired[ReuseCounts]
     unfinished: NotRequired[Sequence[str]]  # sets that were still being measured when this was written
     failures: NotRequired[Sequence[str]]
