@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from diffdis.model_folder import NO_CODE, check_model_folder
 from diffdis.pretrained import load_component
 
 TEXT_BATCH_SIZE = 256
+Resize = Literal["torch", "pillow"]
+_TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
+_MAX_LONG_SIDE = 32  # of an image that is resized as a whole, relative to the size of the crop
 # model_type of config.json -> classes of the model and of its image processor.
 SCORER_TYPES: dict[str, tuple[Any, Any]] = {
     "clip": (CLIPModel, CLIPImageProcessorPil),
@@ -32,14 +35,15 @@ SCORER_TYPES: dict[str, tuple[Any, Any]] = {
 class ClipScorer:
     """A CLIP or SigLIP from a folder with config.json, weights and tokenizer; satisfies the platform's Scorer protocol.
 
-    Images are preprocessed by PIL, as for CLIP's published results, as the folder's preprocessor_config.json specifies, or in
-    the model's own way at its size if there is none.
+    Images are preprocessed as the folder's preprocessor_config.json specifies, or in the model's own way at its size if there
+    is none. `resize` is "pillow" for the pixels of CLIP's published results, or "torch", which takes a fifth of the time and
+    differs by 1 gray level in about 0.5 % of the values. Filters and layouts that torch does not have use Pillow in any case.
 
     Raises:
         ValueError: The folder has no CLIP or SigLIP, or its preprocessor produces another size than the model's.
     """
 
-    def __init__(self, folder: str | Path, device: str = "cpu"):
+    def __init__(self, folder: str | Path, device: str = "cpu", resize: Resize = "torch"):
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder}: no config.json; give a folder with a CLIP in transformers' layout")
@@ -60,18 +64,15 @@ class ClipScorer:
         self._is_plain = bool(self._processor.do_resize and self._short and self._processor.do_center_crop) and (
             (crop["height"], crop["width"]) == (self._size, self._size) and self._short >= self._size
         )
+        self._torch_mode = _TORCH_MODES.get(self._processor.resample, "") if resize == "torch" else ""
         self._check_size(folder)
-        # The processor's result for each of the 256 values in each channel: its exact numbers, whatever mean, std and factor.
-        levels = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 1, 3))
+        # The processor's result is linear in the pixel: what it makes of 0 and 255 gives the factor and offset of each channel.
+        levels = np.broadcast_to(np.array([0, 255], dtype=np.uint8)[:, None, None], (2, 1, 3))
         normalized = self._processor(levels, do_resize=False, do_center_crop=False, input_data_format="channels_last")
-        self._values = torch.from_numpy(normalized["pixel_values"][0][:, :, 0].copy())  # [3, 256]
-        mean, std = (
-            torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
-            for values in (self._processor.image_mean, self._processor.image_std)
-        )
-        self._scaling = torch.tensor(self._processor.rescale_factor, dtype=torch.float32), mean, std
-        scaled = self._normalize_in_place(torch.arange(256.0).repeat(3, 1)[:, None])  # [3, 1, 256]
-        self._by_arithmetic = torch.equal(scaled[:, 0], self._values)
+        black, white = torch.from_numpy(normalized["pixel_values"][0][:, :, 0].astype(np.float64)).T  # [3]
+        # For a row of S pixels with their three channels side by side.
+        self._factors = ((white - black) / 255).float().repeat(self._size).to(self._device)
+        self._offsets = black.float().repeat(self._size).to(self._device)
         self._buffer = torch.empty(0)
 
     def _check_size(self, folder: Path) -> None:
@@ -88,7 +89,8 @@ class ClipScorer:
         """What `preprocess` does, for the results."""
         resample = Image.Resampling(self._processor.resample).name.lower()
         if self._is_plain:
-            return f"shorter side to {self._short} px, {resample}; {self._size} px from the center"
+            by = "torch" if self._torch_mode else "Pillow"
+            return f"shorter side to {self._short} px, {resample} by {by}; {self._size} px from the center"
         return f"preprocessor_config.json, {resample}, to {self._size} px"
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
@@ -99,26 +101,30 @@ class ClipScorer:
         return np.ascontiguousarray(resized["pixel_values"][0].transpose(1, 2, 0))
 
     def _resize_and_crop(self, image: np.ndarray) -> np.ndarray:
-        """Do what CLIP's own processor does, without its checks and copies."""
+        """Resize the shorter side to `self._short` and crop a square from the center, like CLIP's own processor."""
         size, (height, width) = self._size, image.shape[:2]
         short, long = min(height, width), int(self._short * max(height, width) / min(height, width))
         target = (self._short, long) if width == short else (long, self._short)  # width, height
-        resized = Image.fromarray(image).resize(target, self._processor.resample)
         left, top = (target[0] - size) // 2, (target[1] - size) // 2
-        return np.asarray(resized.crop((left, top, left + size, top + size)))
+        if long > _MAX_LONG_SIDE * size:  # crop first: the whole of a 1 x 60,000 image would have gigabytes
+            scale_x, scale_y = width / target[0], height / target[1]
+            box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
+            return np.asarray(Image.fromarray(image).resize((size, size), self._processor.resample, box=box))
+        if self._torch_mode:
+            # First a batch of one, then permuted: torch treats that as channels-last, for which it has a faster kernel.
+            pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+            resized = F.interpolate(pixels, target[::-1], mode=self._torch_mode, antialias=True)[0].permute(1, 2, 0).numpy()
+            return np.ascontiguousarray(resized[top : top + size, left : left + size])
+        whole = Image.fromarray(image).resize(target, self._processor.resample)
+        return np.asarray(whole.crop((left, top, left + size, top + size)))
 
-    def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return uint8 [B, 3, S, S] as normalized float32, like the processor. The result is valid until the next call."""
-        if not self._by_arithmetic:
-            return torch.stack([self._values[channel][pixels[:, channel].int()] for channel in range(3)], dim=1)
-        if self._buffer.shape != pixels.shape:  # reused, because touching new pages each time costs more than the arithmetic
-            self._buffer = torch.empty(pixels.shape)
-        return self._normalize_in_place(self._buffer.copy_(pixels))
-
-    def _normalize_in_place(self, values: torch.Tensor) -> torch.Tensor:
-        """Normalize [..., 3, S, S] float32 of 0 to 255 in place."""
-        factor, mean, std = self._scaling
-        return values.mul_(factor).sub_(mean).div_(std)
+    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Return uint8 [B, S, S, 3] as normalized float32 [B, 3, S, S], channels last. It is valid until the next call."""
+        rows = images.reshape(-1, 3 * self._size)
+        if self._buffer.shape != rows.shape:  # reused, because touching new pages each time costs more than the arithmetic
+            self._buffer = torch.empty(rows.shape, device=self._device)
+        torch.addcmul(self._offsets, self._buffer.copy_(rows), self._factors, out=self._buffer)
+        return self._buffer.view(images.shape).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def embed_images(self, images: np.ndarray, keys: Sequence[str] = (), **settings: Any) -> np.ndarray:
@@ -126,7 +132,7 @@ class ClipScorer:
 
         CLIP uses no noise and no steps: keys and settings, which other scorers need, have no effect.
         """
-        values = self._normalize(torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)).to(self._device)
+        values = self._normalize(torch.from_numpy(np.array(images)).to(self._device))
         with torch.autocast(self._device.type, enabled=False):
             embedded = self._model.get_image_features(pixel_values=values).pooler_output
         return F.normalize(embedded, dim=-1).cpu().numpy()

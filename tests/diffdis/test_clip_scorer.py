@@ -1,6 +1,7 @@
 """A CLIP in transformers' layout gets the same scores as from CLIP_benchmark."""
 
 import json
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -70,7 +71,9 @@ def embedded(scorer, images, batch_size):
     return np.concatenate([scorer.embed_images(prepared[i : i + batch_size], keys[i : i + batch_size]) for i in batches])
 
 
-def test_zero_shot_equals_clip_benchmark(folder, scorer):
+@pytest.mark.parametrize("resize", ["torch", "pillow"])
+def test_zero_shot_equals_clip_benchmark(folder, resize):
+    scorer = ClipScorer(folder, resize=resize)
     images, labels = list(pictures(200)), np.random.default_rng(1).integers(0, len(CLASSES), 200)
     model, tokenize, pixels = their_parts(folder)
     batches = Batches((pixels(images[i : i + 32]), torch.from_numpy(labels[i : i + 32])) for i in range(0, 200, 32))
@@ -102,7 +105,7 @@ def test_pixels_are_those_of_the_folders_processor(tmp_path, size, resample):
         size=size, crop_size={"height": 32, "width": 32}, resample=resample, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]
     )
     processor.save_pretrained(folder)
-    scorer = ClipScorer(folder)
+    scorer = ClipScorer(folder, resize="pillow")
     images = [*pictures(5), np.zeros((3, 50, 3), dtype=np.uint8) + 7]  # a height of 3 pixels must not be mistaken for channels
     prepared = np.stack([scorer.preprocess(image) for image in images])
     assert prepared.dtype == np.uint8
@@ -112,7 +115,35 @@ def test_pixels_are_those_of_the_folders_processor(tmp_path, size, resample):
     )
     scorer.embed_images(prepared, ["key"] * len(images), num_steps=3)
     expected = processor([Image.fromarray(image) for image in images], return_tensors="pt")["pixel_values"]
-    assert torch.equal(seen[0], expected)
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (91, 60), (32, 32), (20, 70), (333, 500)])
+@pytest.mark.parametrize("resample", [2, 3])
+def test_torch_resizes_like_pillow(folder, tmp_path, shape, resample):
+    own = save_clip(tmp_path)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, resample=resample).save_pretrained(
+        own
+    )
+    coarse = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    image = np.asarray(Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC))
+    by_torch, by_pillow = (ClipScorer(own, resize=resize).preprocess(image).astype(int) for resize in ("torch", "pillow"))
+    assert np.abs(by_torch - by_pillow).max() <= 1
+    assert (by_torch == by_pillow).mean() > 0.97
+
+
+@pytest.mark.parametrize("resize", ["torch", "pillow"])
+@pytest.mark.parametrize("shape", [(60_000, 1), (1, 60_000), (2, 30_000)])
+def test_an_image_of_extreme_shape_takes_bounded_memory(scorer, folder, shape, resize):
+    """The whole of a 1 x 60,000 image, resized to 224 pixels on its shorter side, would have 9 GB."""
+    scorer = ClipScorer(folder, resize=resize)
+    ramp = np.linspace(0, 255, max(shape)).astype(np.uint8)
+    image = np.broadcast_to(ramp[:, None] if shape[0] > shape[1] else ramp[None], shape)[..., None].repeat(3, axis=2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pixels = scorer.preprocess(image)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * 1024  # KiB
+    assert pixels.shape == (32, 32, 3)
+    assert set(np.unique(pixels)) <= {127, 128}, "the center of the ramp"
 
 
 def test_threads_prepare_alike_and_batches_do_not_matter(scorer):

@@ -55,7 +55,8 @@ class SetMeasurement(ABC):
         work = EmbedImages(model.name, data.name, part, model.settings, self.seed)
         unit = build_unit(
             self.group, f"{data.name} {part.name}", part.estimated_images, work,
-            model=model.digest, settings=dict(model.settings), set=data.name, data=data.digest, slice=part.name, seed=self.seed,
+            model=model.digest, preprocessing=model.preprocessing, settings=dict(model.settings), seed=self.seed,
+            set=data.name, data=data.digest, slice=part.name,
         )  # fmt: skip
         self._slices[unit.key] = part
         return unit

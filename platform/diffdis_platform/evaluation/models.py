@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffdis.clip_scorer import SCORER_TYPES, ClipScorer
+from diffdis.clip_scorer import SCORER_TYPES, ClipScorer, Resize
 from diffdis.encoder import digest_of_folder
 from diffdis.export_folder import CONFIG_NAME
 from diffdis.scorer import DiffDisScorer
@@ -69,7 +69,7 @@ def open_model(config: EvalConfig) -> EvaluationModel:
     """
     checkpoint = config.checkpoint.rstrip("/")
     if _is_scorer(checkpoint):
-        return _open_clip(checkpoint, config.name or _default_name(checkpoint, "", None), "checkpoint")
+        return _open_clip(checkpoint, config.name or _default_name(checkpoint, "", None), "checkpoint", config.resize)
     if storage.exists(storage.join(checkpoint, CONFIG_NAME)):
         url, step, source, folders = checkpoint, None, "", [checkpoint, _parent(checkpoint)]
     else:
@@ -116,24 +116,24 @@ def _default_name(checkpoint: str, run_folder: str, step: int | None) -> str:
     return name if step is None else f"{name}-step-{step}"
 
 
-def open_baseline(url: str, taken_names: set[str]) -> EvaluationModel:
+def open_baseline(url: str, taken_names: set[str], resize: Resize = "torch") -> EvaluationModel:
     """Return a CLIP in transformers' layout; its name is that of its folder."""
     name = url.rstrip("/").rsplit("/", 1)[-1]
     if name in taken_names:
         raise ConfigError(f"baselines: two models are named {name}; rename a folder")
-    return _open_clip(url, name, "baselines")
+    return _open_clip(url, name, "baselines", resize)
 
 
-def open_judge(url: str) -> EvaluationModel:
+def open_judge(url: str, resize: Resize = "torch") -> EvaluationModel:
     """Return the CLIP that measures how well generated images fit their prompts."""
-    return _open_clip(url, f"CLIP {url.rstrip('/').rsplit('/', 1)[-1]}", "quality.clip")
+    return _open_clip(url, f"CLIP {url.rstrip('/').rsplit('/', 1)[-1]}", "quality.clip", resize)
 
 
-def _open_clip(url: str, name: str, field_name: str) -> EvaluationModel:
+def _open_clip(url: str, name: str, field_name: str, resize: Resize) -> EvaluationModel:
     """Return a CLIP, after building it once: a folder that cannot be opened is reported before hours of work."""
     if not storage.exists(storage.join(url, "config.json")):
         raise ConfigError(f"{field_name}: {url} has no config.json; give the folder of a CLIP or SigLIP in transformers' layout")
-    build = functools.partial(with_cached_folders, ClipScorer, url)
+    build = functools.partial(with_cached_folders, functools.partial(ClipScorer, resize=resize), url)
     try:
         preprocessing = build("cpu").preprocessing
     except (ValueError, RuntimeError, OSError) as error:

@@ -206,7 +206,7 @@ class QualityMeasurement:
 
     def _generation_units(self) -> list[WorkUnit]:
         config, units = self.config, []
-        judge, judge_digest = (self.judge.name, self.judge.digest) if self.judge else ("", "")
+        judge, judged_by = (self.judge.name, [self.judge.digest, self.judge.preprocessing]) if self.judge else ("", [])
         num_kept = len(self.prompts) if config.keep_images else NUM_SHOWN
         for scale in config.guidance_scales:
             settings = {"num_steps": config.num_steps, "guidance_scale": scale, "seed": config.seed}
@@ -216,7 +216,7 @@ class QualityMeasurement:
                     self.group_of(scale), f"images {first}… at guidance {scale:g}", _STEP_COST * config.num_steps * len(prompts),
                     GenerateImages(self.model.name, prompts, first, settings, config.networks, judge, images_dir, num_kept),
                     model=self.model.digest, settings=settings, prompts=prompts, first=first, kept=num_kept,
-                    networks=list(self.protocols.values()), judge=judge_digest,
+                    networks=list(self.protocols.values()), judge=judged_by,
                     images_dir=images_dir if first < num_kept else "",
                 )  # fmt: skip
                 units.append(unit)
@@ -298,6 +298,7 @@ class QualityMeasurement:
                 "reference": self.config.reference,
                 "reference_digests": {name: reference.digest for name, reference in self.references.items()},
                 "alignment_by": self._judge_name(),
+                "alignment_preprocessing": self.judge.preprocessing if self.judge else "",
                 "alignment_digest": self.judge.digest if self.judge else "",
             },
             "warnings": list(filter(None, warnings)),

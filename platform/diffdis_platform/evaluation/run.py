@@ -42,7 +42,7 @@ def plan_evaluation(config: EvalConfig) -> EvaluationPlan:
     model = open_model(config)
     baselines: list[EvaluationModel] = []
     for url in config.baselines:
-        baselines.append(open_baseline(url, {model.name, *(baseline.name for baseline in baselines)}))
+        baselines.append(open_baseline(url, {model.name, *(baseline.name for baseline in baselines)}, config.resize))
     check_not_taken([each.describe() for each in [model, *baselines]], config.output_dir)
     plan = EvaluationPlan(model, baselines, sets, failures=missing)
     for data in sets.values():
@@ -58,7 +58,9 @@ def plan_evaluation(config: EvalConfig) -> EvaluationPlan:
         if not model.can_generate:
             raise ConfigError(f"quality.prompts: a model that was trained for {model.task} cannot generate images; remove it")
         image_size = storage.read_json(storage.join(model.url, CONFIG_NAME))["image_size"]
-        judge = open_judge(config.quality.clip) if config.quality.clip else model if model.can_score else None
+        judge = model if model.can_score else None
+        if config.quality.clip:
+            judge = open_judge(config.quality.clip, config.resize)
         plan.quality = QualityMeasurement(model, judge, image_size, config.quality, config.output_dir)
     return plan
 

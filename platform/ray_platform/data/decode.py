@@ -96,7 +96,7 @@ def rgb(content: bytes | memoryview) -> np.ndarray:
         with Image.open(io.BytesIO(view), formats=FORMATS) as opened:
             _check_scans(opened, view)
             return np.array(opened.convert("RGB"))
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, MemoryError):
         raise SampleError("image_too_large") from None
     except Exception:
         raise SampleError("image_undecodable") from None
@@ -201,7 +201,7 @@ def _by_pillow(content: memoryview) -> tuple[np.ndarray, tuple[int, int]]:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             pixels = turned(np.array(image.convert("RGB")), orientation)
             return pixels, pixels.shape[:2]
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError, MemoryError):
         raise SampleError("image_too_large") from None
     except Exception:
         # Pillow's plugins raise nearly anything on broken files (OSError, SyntaxError, struct.error, EOFError, …).

@@ -97,6 +97,8 @@ def _prepare(sample: RawSample | RejectedSample, preprocess: Callable[[np.ndarra
         return preprocess(rgb(sample.image))
     except SampleError as error:
         return error.cause
+    except MemoryError:
+        return "image_too_large"
 
 
 @dataclass(frozen=True)
