@@ -188,7 +188,7 @@ def test_new_weights_at_the_path_of_the_judge_or_a_baseline_are_new_units(export
     """Nothing that was computed with the old weights is reused."""
     clip, keys = save_clip(tmp_path / "clip"), []
     arguments = ["--checkpoint", exported, "--suite", data / "both.yaml", "--data_roots", data, "--output_dir", tmp_path / "out"]
-    arguments += ["--baselines", f'["{clip}"]', "--quality.clip", clip, *with_quality(data)]
+    arguments += ["--name", "diffdis", "--baselines", f'["{clip}"]', "--quality.clip", clip, *with_quality(data)]
     for _ in range(2):
         plan = plan_evaluation(parse([str(argument) for argument in arguments]).config)
         keys.append({one.group.partition(" num_steps")[0]: {unit.key for unit in one.units} for one in plan.of_sets})
@@ -285,7 +285,7 @@ def refusal(arguments):
         (["--output_dir", ""], ["output_dir: empty; give an absolute folder"]),
         (["--checkpoint", ""], ["checkpoint: give an exported model"]),
         (["--suite", "none.yaml"], ["none.yaml"]),
-        (["--suite", "huge"], ["suite: huge is none of paper, quick, demo, and not a .yaml file"]),
+        (["--suite", "huge"], ["suite: huge is none of paper, quick, demo, not the name of a known set", "and not a .yaml file"]),
         (["--checkpoint", "{data}"], ["is not a complete checkpoint"]),
         (["--suite", "quick"], ["vtab/cifar10: not found below", "--allow_missing true"]),
         (["--baselines", "{data}"], ["has no config.json"]),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from diffdis.config import ObjectiveConfig
 from diffdis.metrics import image_quality
 from diffdis.task import DiffDisTask
-from diffdis_platform.config.evaluate import EvalConfig, QualityConfig
+from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, suite_sets
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import open_baseline, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement, feature_metrics, few_images_warning
@@ -337,3 +337,28 @@ def test_the_curve_over_the_training(models, sets, tmp_path):
     text = Page(evaluation_page(details | {"over_training": scores})).text
     assert f"first, step 20: acc1 {100 * scores[1]['value']:.1f} ±" in text
     assert "Over the training" not in Page(evaluation_page(details | {"over_training": scores[:1]})).text
+
+
+def test_a_suite_of_named_sets():
+    assert suite_sets("vtab/cifar10, flickr30k") == {"vtab/cifar10": "", "flickr30k": ""}
+    with pytest.raises(ConfigError, match="suite: vtab/cifar is none of paper, quick, demo, not the name of a known set"):
+        suite_sets("vtab/cifar10,vtab/cifar")
+
+
+def test_a_limit_measures_a_random_sample_and_says_so(models, tmp_path):
+    """The sample has images of all parts of the set, and is the same one for every model."""
+    names = class_names("vtab/cifar10")
+    images, labels = [picture(i) for i in range(300)], [i // 30 for i in range(300)]
+    write_wds(tmp_path, "vtab/cifar10", images, labels=labels, classes=names, samples_per_shard=50)
+    data = find_evaluation_set([str(tmp_path)], "vtab/cifar10")
+    plan = EvaluationPlan(models[0], [models[1]], {data.name: data})
+    plan.zero_shot = [ZeroShotMeasurement(model, data, limit=60) for model in models[:2]]
+    details, rows = evaluated(plan, tmp_path / "out")
+    first, second = details["zero_shot"]
+    assert 45 <= first["n"] == second["n"] <= 66, "numbers of images in tars are estimates"
+    assert len([each for each in first["per_class"] if each["count"]]) == 10
+    assert first["differences"]["other"]["acc1"]["n"] == first["n"]
+    assert rows["vtab/cifar10", "good"]["limit"] == "60"
+    assert not first["is_complete"]
+    text = Page((tmp_path / "out" / "report.html").read_text()).text
+    assert "vtab/cifar10 is incomplete: a random sample of 60. It is in no mean, and not compared" in text

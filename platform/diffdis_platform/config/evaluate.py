@@ -71,7 +71,8 @@ class EvalConfig:
     weights: Literal["best", "ema", "weights"] = "best"  # of a checkpoint; best: the EMA if it has one
     output_dir: str = ""  # absolute folder or s3:// URL; several models may be evaluated into one
     name: str = ""  # of the model in the results; empty: its run or folder, and its step
-    # paper: the 12 sets and retrieval; quick: four small sets; demo: the demo's sets; or a YAML file, see docs/evaluation.md
+    # paper: the 12 sets and retrieval; quick: four small sets; demo: the demo's sets; names of known sets, separated by commas;
+    # or a YAML file, see docs/evaluation.md
     suite: str = "paper"
     data_roots: tuple[str, ...] = ()  # folders or s3:// URLs that are searched for evaluation sets
     baselines: tuple[str, ...] = ()  # CLIPs and SigLIPs in transformers' layout, scored by the same code on the same sets
@@ -84,6 +85,7 @@ class EvalConfig:
     curve_set: str = ""  # set of the suite for the curve of accuracy against steps and draws
     curve_steps: tuple[int, ...] = (1, 2, 5, 10)
     curve_draws: tuple[int, ...] = (1, 4)
+    limit: int = 0  # images per set, a random sample; 0: all. A limited set is in no mean and not compared with published figures
     allow_missing: bool = False  # continue without the sets that are not found
     allow_short: bool = False  # score a set with fewer images than published
     num_workers: int = 0  # model replicas; 0: as many as the cluster has resources for
@@ -100,8 +102,8 @@ class EvalConfig:
             raise ConfigError("scoring.num_steps and scoring.num_draws: at least 1")
         if self.steps and not _STEPS.fullmatch(self.steps):
             raise ConfigError(f"steps: {self.steps!r}; use all, or every:N for the checkpoints whose step is a multiple of N")
-        if self.seeds < 1:
-            raise ConfigError(f"seeds: {self.seeds}; at least 1")
+        if self.seeds < 1 or self.limit < 0:
+            raise ConfigError(f"seeds: at least 1 ({self.seeds}); limit: at least 0 ({self.limit})")
         if self.name and not _MODEL_NAME.fullmatch(self.name):
             raise ConfigError(f"name: {self.name[:120]!r}; use up to 100 letters, digits, spaces and . - _")
         check_labels("placement", self.placement)
@@ -118,13 +120,19 @@ class EvalConfig:
 def suite_sets(suite: str) -> dict[str, str]:
     """Return the folder of each set of a suite, or "" for a set below data_roots. Raises ConfigError."""
     from ray_platform import storage
-    from ray_platform.evaluate.sets import PAPER_SETS
+    from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS
 
     suites = {"paper": (*PAPER_SETS, *RETRIEVAL), "quick": QUICK, "demo": DEMO}
     if suite in suites:
         return dict.fromkeys(suites[suite], "")
     if not suite.endswith((".yaml", ".yml")):
-        raise ConfigError(f"suite: {suite} is none of {', '.join(suites)}, and not a .yaml file")
+        names = [name.strip() for name in suite.split(",")]
+        if unknown := [name for name in names if name not in (*KNOWN_SETS, *DEMO)]:
+            raise ConfigError(
+                f"suite: {unknown[0]} is none of {', '.join(suites)}, not the name of a known set (see --list), "
+                "and not a .yaml file"
+            )
+        return dict.fromkeys(names, "")
     try:
         content: Any = yaml.safe_load(storage.read_small(suite, MAX_CONFIG_BYTES))
         sets = content["sets"]

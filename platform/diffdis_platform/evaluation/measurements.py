@@ -9,6 +9,7 @@ from diffdis.metrics.retrieval import RetrievalRanks, most_similar
 from diffdis.metrics.uncertainty import Outcomes
 from diffdis.metrics.zero_shot import NO_CLASS, NUM_PREDICTIONS, ZeroShotScores, predict_classes
 from diffdis_platform.evaluation.models import EvaluationModel
+from diffdis_platform.evaluation.quality import sample_sizes
 from diffdis_platform.evaluation.units import build_unit, count_units
 from ray_platform.contracts import DataError, Rows, UnitOrigin
 from ray_platform.evaluate.sets import DEFAULT_TEMPLATES, DatasetSlice, EvaluationSet, check_counts
@@ -37,26 +38,27 @@ _NUM_QUERIES, _NUM_RETRIEVED = 4, 5  # queries of each kind in the report, and w
 class SetMeasurement(ABC):
     """A model measured on one dataset. It receives the rows of its units in any order."""
 
-    def __init__(self, model: EvaluationModel, data: EvaluationSet, allow_short: bool = False, seed: int = 0):
-        """`allow_short` accepts a known set that lacks images; `seed` is that of the noise."""
-        self.model, self.data, self.allow_short, self.seed = model, data, allow_short, seed
+    def __init__(self, model: EvaluationModel, data: EvaluationSet, allow_short: bool = False, seed: int = 0, limit: int = 0):
+        """`allow_short` accepts a known set that lacks images, `seed` is that of the noise, and `limit` the size of a sample."""
+        self.model, self.data, self.allow_short, self.seed, self.limit = model, data, allow_short, seed, limit
         settings = "".join(f" {name}={value}" for name, value in model.settings.items()) + (f" seed={seed}" if seed else "")
         self.group = f"{model.name}/{data.name}{settings}"
         self._slices: dict[str, DatasetSlice] = {}  # key of the unit that embeds it -> slice
         self._rows: dict[int, Rows] = {}  # place of a slice -> rows
-        self.units = [self._image_unit(part) for part in data.slices]
+        sizes = zip(data.slices, sample_sizes(data, limit, margin=1.0), strict=True)
+        self.units = [self._image_unit(part, size) for part, size in sizes if size != 0]
         self.seconds = 0.0  # of replicas
         self.outcomes: dict[str, Outcomes] = {}  # of the metrics; set by `result`
         self._keys = np.empty(0)  # of the samples of the outcomes
         self.origins: list[UnitOrigin | None] = []  # of the units that were received
 
-    def _image_unit(self, part: DatasetSlice) -> WorkUnit:
+    def _image_unit(self, part: DatasetSlice, num_sampled: int | None) -> WorkUnit:
         model, data = self.model, self.data
-        work = EmbedImages(model.name, data.name, part, model.settings, self.seed)
+        work = EmbedImages(model.name, data.name, part, model.settings, self.seed, num_sampled)
         unit = build_unit(
-            self.group, f"{data.name} {part.name}", part.estimated_images, work,
+            self.group, f"{data.name} {part.name}", part.estimated_images if num_sampled is None else num_sampled, work,
             model=model.digest, preprocessing=model.preprocessing, settings=dict(model.settings), seed=self.seed,
-            set=data.name, data=data.digest, slice=part.name,
+            set=data.name, data=data.digest, slice=part.name, num_sampled=num_sampled,
         )  # fmt: skip
         self._slices[unit.key] = part
         return unit
@@ -112,10 +114,14 @@ class SetMeasurement(ABC):
             raise DataError(f"{self.data.name}: {self.data.url} has sample {keys[counts > 1][0]} twice; download the set again")
         return rows
 
+    def _check_counts(self, num_read: int, num_rejected: int) -> None:
+        if not self.limit:
+            check_counts(self.data, num_read, num_rejected, self.allow_short)
+
     def _common_result(self, rows: Rows, metrics: dict[str, float], num_images: int) -> DatasetResult:
         """Return the fields that the results of all tasks have."""
         expected = self.data.known.num_images if self.data.known else None
-        num_missing = max(0, expected - num_images) if expected else 0
+        num_missing = max(0, expected - num_images) if expected and not self.limit else 0
         causes = zip(rows["keys"], rows["causes"], strict=True)
         unreadable: list[UnreadableSample] = [{"key": str(key), "cause": str(cause)} for key, cause in causes if cause]
         return {
@@ -134,7 +140,8 @@ class SetMeasurement(ABC):
             "num_unreadable": len(unreadable),
             "num_expected": expected,
             "num_missing": num_missing,
-            "is_complete": not unreadable and not num_missing,
+            "is_complete": not unreadable and not num_missing and not self.limit,
+            "limit": self.limit,
             "unreadable": unreadable[:_MAX_UNREADABLE],
             "seconds": round(self.seconds, 1),
         }
@@ -142,7 +149,7 @@ class SetMeasurement(ABC):
     def _templates_source(self) -> str:
         if self.data.known and self.data.templates == self.data.known.templates:
             return "published for the set"
-        return "default" if self.data.templates == DEFAULT_TEMPLATES else "files of the set"
+        return "ImageNet's, the fallback" if self.data.templates == DEFAULT_TEMPLATES else "files of the set"
 
 
 class ZeroShotMeasurement(SetMeasurement):
@@ -154,9 +161,10 @@ class ZeroShotMeasurement(SetMeasurement):
         data: EvaluationSet,
         allow_short: bool = False,
         seed: int = 0,
+        limit: int = 0,
         num_examples: int = _MAX_EXAMPLES,
     ):
-        super().__init__(model, data, allow_short, seed)
+        super().__init__(model, data, allow_short, seed, limit)
         self.num_examples = num_examples
         self._class_embeddings: dict[int, np.ndarray] = {}  # first class of a unit -> embeddings
         self._waiting: list[tuple[WorkUnit, Rows]] = []  # images that were embedded before all classes were
@@ -199,7 +207,7 @@ class ZeroShotMeasurement(SetMeasurement):
         """Return the scores over all samples that have a label. Raises DataError if there are none."""
         rows = self._joined_rows()
         is_labeled = rows["labels"] >= 0  # samples without a label could not be read at all
-        check_counts(self.data, int(is_labeled.sum()), int((~is_labeled).sum()), self.allow_short)
+        self._check_counts(int(is_labeled.sum()), int((~is_labeled).sum()))
         if not is_labeled.any():
             raise DataError(f"{self.data.name}: no sample of {self.data.url} has a label; download the set again")
         return ZeroShotScores(rows["labels"][is_labeled], rows["predictions"][is_labeled], len(self.data.classes))
@@ -262,7 +270,7 @@ class RetrievalMeasurement(SetMeasurement):
         if "embeddings" not in rows or "texts" not in rows:
             raise DataError(f"{data.name}: no image of {data.url} can be read; see jobs/inspect_data.py")
         is_sample = rows["num_texts"] > 0  # the other rows are slices or samples that could not be read at all
-        check_counts(data, int(is_sample.sum()), int((~is_sample).sum()), self.allow_short)
+        self._check_counts(int(is_sample.sum()), int((~is_sample).sum()))
         is_readable = rows["causes"][is_sample] == ""
         images = np.zeros((len(is_readable), rows["embeddings"].shape[1]), dtype=np.float32)  # [N, D]
         images[is_readable] = rows["embeddings"]

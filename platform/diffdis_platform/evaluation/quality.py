@@ -310,13 +310,13 @@ class QualityMeasurement:
         }
 
 
-def sample_sizes(data: EvaluationSet, num_images: int) -> list[int | None]:
+def sample_sizes(data: EvaluationSet, num_images: int, margin: float = 1.25) -> list[int | None]:
     """Return how many images of each slice are measured for a sample of `num_images`; None means all of them.
 
-    A quarter more than needed, since some cannot be read, and numbers of images in tars are estimates.
+    With the margin a quarter more than needed, since some cannot be read, and numbers of images in tars are estimates.
     """
     estimates = np.array([part.estimated_images for part in data.slices])
-    fraction = 1.25 * num_images / estimates.sum()
+    fraction = margin * num_images / estimates.sum()
     if not num_images or fraction >= 1:
         return [None] * len(estimates)
     return [int(count) for count in np.diff(np.ceil(estimates.cumsum() * fraction), prepend=0)]

@@ -50,9 +50,9 @@ def plan_evaluation(config: EvalConfig) -> EvaluationPlan:
             check_counts(data, data.known_images, 0, config.allow_short)
         measurement = ZeroShotMeasurement if data.task == "zeroshot_classification" else RetrievalMeasurement
         for scorer in [*([model] if model.can_score else []), *baselines]:
-            plan.add(measurement(scorer, data, config.allow_short))
+            plan.add(measurement(scorer, data, config.allow_short, limit=config.limit))
         if model.can_score and model.settings:  # only a model with settings has noise
-            plan.repeats += [measurement(model, data, config.allow_short, seed) for seed in range(1, config.seeds)]
+            plan.repeats += [measurement(model, data, config.allow_short, seed, config.limit) for seed in range(1, config.seeds)]
     plan.curve = _plan_curve(config, plan)
     if config.quality.prompts:
         if not model.can_generate:
@@ -95,7 +95,7 @@ def _plan_curve(config: EvalConfig, plan: EvaluationPlan) -> list[ZeroShotMeasur
     return [
         ZeroShotMeasurement(
             replace(plan.model, settings={"num_steps": steps, "num_draws": draws, "guidance": config.scoring.guidance}),
-            data, config.allow_short, num_examples=0,
+            data, config.allow_short, limit=config.limit, num_examples=0,
         )
         for draws in config.curve_draws
         for steps in config.curve_steps

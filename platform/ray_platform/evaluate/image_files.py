@@ -55,7 +55,7 @@ def open_image_folder(set_name: str, url: str) -> EvaluationSet | None:
     else:
         folders = sets.in_published_order(set_name, folders)
         classes = sets.to_published_names(set_name, folders, source)
-    texts = sets.class_texts(set_name, classes, source, sidecars, sets.DEFAULT_TEMPLATES)
+    texts = sets.class_texts(set_name, classes, source, sidecars)
     if empty := _list_local_subfolders(url) - set(folders):
         names = ", ".join(sorted(empty)[:_MAX_NAMED]) + f" and {len(empty) - _MAX_NAMED} more" * (len(empty) > _MAX_NAMED)
         warning = f"{set_name}: {url} has subfolders without images, which are not classes of the set: {names}"

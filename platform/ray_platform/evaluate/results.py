@@ -23,7 +23,7 @@ DETAILS_FORMAT = FileFormat("evaluation result")
 _FIRST_COLUMNS = ("dataset", "model", "pretrained", "model_fullname", "task", "language", "n")
 # Fields of a result that are part of its row, in addition to those that every release wrote.
 _RESULT_FIELDS = (
-    *("num_expected", "num_missing", "is_complete", "data_digest", "layout", "num_templates", "templates", "seed"),
+    *("num_expected", "num_missing", "limit", "is_complete", "data_digest", "layout", "num_templates", "templates", "seed"),
     *("seeds", "differences", "units"),
 )
 _MAX_MODEL_NAME = 100  # characters in a metric's name, of which a tracking server takes 250 in all

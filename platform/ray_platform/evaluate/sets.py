@@ -26,7 +26,6 @@ from ray_platform.storage import StoredFile
 IMAGES_PER_SLICE = 128
 CLASSES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
-DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 _MIN_SIMILAR = 0.6  # the fraction of classes that must share a word with the published name which takes their place
 # Classes are in another order if names of other classes are more similar by this much, on average over the classes that trade
 # places. Two classes of one list that are swapped reach 0.2 or more; other spellings of all names (ImageNet's, as torchvision and
@@ -61,6 +60,8 @@ def _known_set(name: str, **fields: Any) -> KnownSet:
 
 _DATA = json.loads(Path(__file__).with_name("sets.json").read_text(encoding="utf-8"))
 KNOWN_SETS: Mapping[str, KnownSet] = MappingProxyType({name: _known_set(name, **entry) for name, entry in _DATA["sets"].items()})
+# Of a set that brings no templates and has no published ones: those of ImageNet, as in CLIP_benchmark.
+DEFAULT_TEMPLATES = KNOWN_SETS["imagenet1k"].templates
 # The twelve sets whose mean is reported, in this order.
 PAPER_SETS: tuple[str, ...] = tuple(_DATA["paper"])
 # Model -> set -> main metric as a fraction, and the "mean" over PAPER_SETS.
@@ -173,12 +174,10 @@ def read_lines(url: str) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def class_texts(
-    set_name: str, classes: Sequence[str], source: str, sidecars: Mapping[str, str], templates: tuple[str, ...] = ()
-) -> ClassTexts:
+def class_texts(set_name: str, classes: Sequence[str], source: str, sidecars: Mapping[str, str]) -> ClassTexts:
     """Return the classes, which come from the file `source`, with the templates.
 
-    Templates are those of the file next to the data, else of the known set, else `templates`.
+    Templates are those of the file next to the data, else of the known set, else DEFAULT_TEMPLATES.
 
     Raises DataError if the list is empty, lacks a name, or has another length or order than the known set, or if a template is
     wrong.
@@ -201,13 +200,8 @@ def class_texts(
             raise DataError(f'{set_name}: {url} has no templates; write one per line, such as "a photo of a {{c}}."')
         if incomplete := [template for template in templates if "{c}" not in template]:
             raise DataError(f'{set_name}: {url} has a template without "{{c}}", the class ({incomplete[0]!r}); add it')
-    elif known:
-        templates = known.templates
-    elif not templates:
-        raise DataError(
-            f"{set_name}: no {TEMPLATES_FILE} next to its {CLASSES_FILE}, and the set is not a known one; "
-            'write the file, such as "a photo of a {c}."'
-        )
+    else:
+        templates = known.templates if known else DEFAULT_TEMPLATES
     repeated = Counter(classes) - Counter(known.classes if known else set(classes))
     warnings = [
         f"{set_name}: {source} names the class {name!r} more than once; no model can tell the two apart" for name in repeated

@@ -210,7 +210,7 @@ def open_parquet(set_name: str, url: str) -> EvaluationSet | None:
         raise DataError(
             f"{set_name}: {source} does not name its classes; write {url}/{sets.CLASSES_FILE}, one class per line in label order"
         )
-    texts = sets.class_texts(set_name, classes, source, sidecars, sets.DEFAULT_TEMPLATES)
+    texts = sets.class_texts(set_name, classes, source, sidecars)
     parts = [part for file, header in zip(files, headers, strict=True) for part in _cut_parquet(file.url, header, image, label)]
     count = sum(header.num_rows for header in headers)
     folder = posixpath.dirname(files[0].url)

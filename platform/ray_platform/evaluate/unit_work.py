@@ -133,6 +133,7 @@ class EmbedImages:
     slice: DatasetSlice
     settings: Mapping[str, float]
     seed: int = 0  # of the noise
+    num_sampled: int | None = None  # None: all samples of the slice
 
     def run(self, models: WorkerModels) -> Rows:
         """Return the rows of n samples, r of which could be read.
@@ -142,6 +143,8 @@ class EmbedImages:
         """
         scorer: Scorer = models[self.scorer]
         samples = read_slice(self.slice)
+        if self.num_sampled is not None:
+            samples = [samples[index] for index in choose_sample([sample.key for sample in samples], self.num_sampled)]
         images = list(models.pool.map(lambda sample: _prepare(sample, scorer.preprocess), samples))
         raw = [sample if isinstance(sample, RawSample) else None for sample in samples]
         rows: Rows = {

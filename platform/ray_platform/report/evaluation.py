@@ -121,6 +121,8 @@ def _standard_deviation(values: Sequence[float | None]) -> float | None:
 def _shortfall_text(result: DatasetResult) -> str:
     """Return what a set lacks: `41 of 8,041 images are missing, 11 could not be read`."""
     parts = []
+    if limit := result.get("limit"):
+        parts.append(f"a random sample of {limit:,}")
     if missing := result.get("num_missing", 0):
         parts.append(f"{missing:,} of {plural(result.get('num_expected') or 0, 'image')} are missing")
     if unreadable := result["num_unreadable"]:

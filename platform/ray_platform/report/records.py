@@ -84,6 +84,7 @@ class DatasetResult(TypedDict):
     num_unreadable: int
     num_expected: NotRequired[int | None]  # images of the published set; None for other sets
     num_missing: NotRequired[int]  # images that the published set has, and this one lacks
+    limit: NotRequired[int]  # size of a random sample of the set that was measured; 0: all of it
     is_complete: NotRequired[bool]  # every image was read; only then it is compared with published figures
 
 

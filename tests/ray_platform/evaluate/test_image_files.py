@@ -37,7 +37,11 @@ def test_a_folder_of_the_users_own_classes(tmp_path):
     write_image(root / "cat" / "deeper" / "last.JPEG", 9)
     write_image(root / ".hidden" / "0.jpg", 9)
     data = open_evaluation_set("mine", str(root))
-    assert (data.layout, data.classes, data.templates) == ("image folder", ("cat", "dog", "great ape"), ("a photo of a {c}.",))
+    assert (data.layout, data.classes, data.templates) == (
+        "image folder",
+        ("cat", "dog", "great ape"),
+        KNOWN_SETS["imagenet1k"].templates,
+    )
     assert [(sample.key, sample.label) for sample in read(data)] == [
         ("cat/0.jpg", 0), ("cat/1.jpg", 0), ("cat/deeper/last.JPEG", 0), ("dog/0.jpg", 1), ("dog/1.jpg", 1),
         ("great ape/0.jpg", 2), ("great ape/1.jpg", 2),

@@ -233,7 +233,9 @@ def test_class_lists_and_templates(tmp_path):
         assert f"{names}{words}" in error_of_set("vtab/cifar10", folder)
     names.unlink()
     assert "no classnames.txt" in error_of_set("vtab/cifar10", folder)
-    assert "no zeroshot_classification_templates.txt" in error_of_set("mine", write_own(tmp_path, templates=()))
+    own = open_evaluation_set("mine", str(write_own(tmp_path, templates=())))
+    assert own.templates == KNOWN_SETS["imagenet1k"].templates
+    assert len(own.templates) == 80
 
 
 def test_types_of_sets(tmp_path):
@@ -332,7 +334,7 @@ def test_slices_have_each_row_once_and_in_order(tmp_path, monkeypatch, images_pe
 def test_names_and_templates_of_the_users_own_set(tmp_path):
     folder = write_cats_and_dogs(tmp_path / "mine")
     data = open_own(folder)
-    assert (data.classes, data.templates) == (("cat", "dog"), ("a photo of a {c}.",))
+    assert (data.classes, data.templates) == (("cat", "dog"), KNOWN_SETS["imagenet1k"].templates)
     (folder / "classnames.txt").write_text("a cat\na dog\n")
     (folder / "zeroshot_classification_templates.txt").write_text("this is {c}\n")
     data = open_own(folder)
