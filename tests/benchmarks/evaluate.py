@@ -1,8 +1,11 @@
 """Compare the cost of an evaluation with CLIP_benchmark, torchmetrics, torch-fidelity and a diffusion classifier.
 
-    PYTHONPATH=platform:. python tests/benchmarks/evaluate.py [--rounds 5]
+    PYTHONPATH=platform:. python tests/benchmarks/evaluate.py [--rounds 5] [--photographs /data/wds_photographs]
 
 Uses one process with one torch thread per core. The contenders take turns. The last line is one JSON object.
+
+`--photographs` is the folder of a `wds_*` set of real images: `predictions_changed` counts those whose predicted class torch's
+resize changes, compared with Pillow's. `peak_memory_mb` is what a CLIP's preprocessing of a 1 x 60,000 image adds to a process.
 """
 
 import argparse
@@ -10,6 +13,7 @@ import dataclasses
 import io
 import json
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -30,13 +34,13 @@ from transformers import AutoTokenizer, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from diffdis import config as presets
-from diffdis.clip_scorer import ClipScorer
+from diffdis.clip_scorer import ClipScorer, Resize
 from diffdis.metrics.image_quality import Moments, frechet_distance
 from diffdis.metrics.zero_shot import ZeroShotScores, class_embeddings
 from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
-from ray_platform.evaluate.discovery import find_evaluation_set
+from ray_platform.evaluate.discovery import open_evaluation_set
 from ray_platform.evaluate.sets import KNOWN_SETS
 from ray_platform.evaluate.unit_work import BATCH_SIZE, EmbedImages, WorkerModels
 from ray_platform.replicas import UNITS_IN_FLIGHT
@@ -166,15 +170,28 @@ def write_photographs(folder: Path) -> Path:
 
 
 def evaluate_by_us(root: Path, clip: Path) -> Mapping[str, float]:
+    return scores_of(root, clip, "torch").metrics
+
+
+def scores_of(root: Path, clip: Path, resize: Resize) -> ZeroShotScores:
     """Run the work of one evaluation worker on all cores, with UNITS_IN_FLIGHT concurrent units, and the driver's aggregation."""
-    data = find_evaluation_set([str(root.parent)], "photographs")
-    parts = WorkerModels({"clip": lambda device: ClipScorer(clip, device)}, os.cpu_count() or 1, "cpu")
+    data = open_evaluation_set("photographs", str(root))
+    parts = WorkerModels({"clip": lambda device: ClipScorer(clip, device, resize)}, os.cpu_count() or 1, "cpu")
     classes = class_embeddings(parts["clip"].embed_texts, data.classes, data.templates).numpy()
     with ThreadPoolExecutor(UNITS_IN_FLIGHT) as units_under_way:
         rows = list(units_under_way.map(lambda part: EmbedImages("clip", data.name, part, {}).run(parts), data.slices))
     labels = np.concatenate([part["labels"] for part in rows])
     images = np.concatenate([part["embeddings"] for part in rows])
-    return ZeroShotScores.from_embeddings(images, classes, labels).metrics
+    return ZeroShotScores.from_embeddings(images, classes, labels)
+
+
+def memory_of_an_extreme_image(clip: Path) -> float:
+    """Return the MiB by which preprocessing a 1 x 60,000 image raises the peak memory of a process."""
+    scorer, image = ClipScorer(clip), np.zeros((60_000, 1, 3), dtype=np.uint8)
+    scorer.preprocess(np.zeros((500, 375, 3), dtype=np.uint8))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    scorer.preprocess(image)
+    return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1)
 
 
 # CLIP_benchmark's zero-shot loop, on a transformers CLIP and a `wds_*` folder. Its installed functions are used unchanged, except
@@ -223,7 +240,7 @@ def evaluate_by_clip_benchmark(root: Path, clip: Path) -> Mapping[str, float]:
     return zeroshot_classification.evaluate(encoders, loader, tokenize, dataset.classes, templates, "cpu", amp=False)
 
 
-def against_clip_benchmark(folder: Path, num_rounds: int) -> dict[str, Any]:
+def against_clip_benchmark(folder: Path, num_rounds: int, photographs: str) -> dict[str, Any]:
     root, clip = write_photographs(folder), save_clip(folder / "clip", image_size=224, patch_size=32)
     scores: dict[str, Mapping[str, float]] = {}
     # Each contender has a persistent process, so that neither is affected by the other's torch settings and memory.
@@ -239,12 +256,19 @@ def against_clip_benchmark(folder: Path, num_rounds: int) -> dict[str, Any]:
             "peer": partial(evaluate, "peer", peer, evaluate_by_clip_benchmark),
         }
         measured = in_turns(contenders, num_rounds)
+    changes: dict[str, Any] = {}
+    if photographs:
+        by_torch, by_pillow = (scores_of(Path(photographs), clip, resize).predictions[:, 0] for resize in ("torch", "pillow"))
+        changes = {"predictions_changed": int((by_torch != by_pillow).sum()), "predictions_compared": len(by_torch)}
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        changes["peak_memory_mb"] = process.submit(memory_of_an_extreme_image, clip).result()
     rates = {name: round(NUM_JPEGS / value, 1) for name, value in medians(measured, 4).items()}
     return {
         "speedup_vs_clip_benchmark": ratio(measured, "peer", "ours"),
         "accuracy_equal": all(abs(scores["ours"][name] - value) < 1e-9 for name, value in scores["peer"].items()),
         "images_per_second_clip": rates["ours"],
         "images_per_second_clip_benchmark": rates["peer"],
+        **changes,
     }
 
 
@@ -285,7 +309,9 @@ def frechet(num_rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
-    num_rounds = parser.parse_args().rounds
+    parser.add_argument("--photographs", default="", help="folder of a wds_* set of real images")
+    arguments = parser.parse_args()
+    num_rounds = arguments.rounds
     torch.set_num_threads(os.cpu_count() or 1)
     result: dict[str, Any] = {"image_size": IMAGE_SIZE, "num_classes": len(CLASSES), "classifier_draws": CLASSIFIER_DRAWS}
     with tempfile.TemporaryDirectory() as temporary:
@@ -294,7 +320,7 @@ def main() -> None:
         result |= denoising(folder / "text_encoder", IMAGE_SIZE, num_rounds, with_classifier=True)
         result |= denoising(folder / "text_encoder", presets.demo().image_size, num_rounds, with_classifier=False)
         result["k10_flops_ratio_sd_v1"] = flops_ratio_of_sd_v1()
-        result |= against_clip_benchmark(folder, num_rounds)
+        result |= against_clip_benchmark(folder, num_rounds, arguments.photographs)
     result |= frechet(num_rounds)
     print(json.dumps(result))
 

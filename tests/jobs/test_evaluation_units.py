@@ -1,8 +1,11 @@
 """The keys of an evaluation's units: rows are reused only for the same data, models and settings."""
 
 import dataclasses
+import io
 import os
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +16,7 @@ from diffdis_platform.config.evaluate import QualityConfig
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import EvaluationModel
 from diffdis_platform.evaluation.quality import QualityMeasurement, network_builders
-from ray_platform.contracts import ConfigError
+from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate import sets
 from ray_platform.evaluate.discovery import find_evaluation_set
 from ray_platform.evaluate.unit_work import WorkerModels, choose_sample
@@ -70,6 +73,35 @@ def test_a_set_that_changes_at_the_same_size_is_measured_again(tmp_path, change)
     assert content.count(old)
     path.write_bytes(content.replace(old, new, 1))
     assert not set(unit_keys(tmp_path, name)) & set(before)
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ([("png", b""), ("cls", b"cat")], "2 label_invalid (a label that is not a whole number but a text"),
+        ([("png", b""), ("json", b'{"label": 1}')], "2 label_missing (a sample of an evaluation set without a label"),
+        ([("tif", b""), ("cls", b"1")], "2 image_missing (no .jpg, .jpeg, .png or .webp"),
+        ([("png", b""), ("cls", b"1"), ("cls", b"1")], "2 key_repeated (the same file name twice in a tar"),
+    ],
+    ids=["labels are texts", "labels in .json", "images are .tif", "every key twice"],
+)
+def test_the_cause_for_which_no_sample_can_be_used(tmp_path, members, words):
+    folder = write_own(tmp_path)
+    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+        for key in ("0", "1"):
+            for suffix, content in members:
+                entry = tarfile.TarInfo(f"{key}.{suffix}")
+                content = content or encoded(picture(0), "PNG")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    measurement = ZeroShotMeasurement(MODEL, find_evaluation_set([str(tmp_path)], "mine"))
+    scorer = SimpleNamespace(preprocess=lambda image: image, embed_classes=lambda names, templates: np.eye(3, dtype=np.float32))
+    models = WorkerModels({"diffdis": lambda device: scorer}, 1, "cpu")
+    for unit in measurement.units:
+        measurement.add(unit, unit.work.run(models) | {"seconds": np.ones(1)})
+    with pytest.raises(DataError, match="can be used: ") as raised:
+        measurement.scores()
+    assert words in str(raised.value)
 
 
 @pytest.mark.parametrize("layout", ["folder", "tars"])

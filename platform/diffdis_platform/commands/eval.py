@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from diffdis_platform.commands import check_exists
-from diffdis_platform.config.evaluate import EvalConfig
+from diffdis_platform.config.evaluate import EvalConfig, suite_sets
 from diffdis_platform.config.parse import ParsedCommand, parse
 from ray_platform.contracts import DataError
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
     config = command.config
     if "list" in command.switches:
-        print(render_listing(config.data_roots))
+        print(render_listing(config.data_roots, suite_sets(config.suite)))
         return 0
     if config.steps:
         print(f"checkpoints: {', '.join(each.checkpoint for each in configs_of_steps(config))}", flush=True)

@@ -1,6 +1,7 @@
 """Zero-shot accuracy and retrieval of one model on one dataset: units of work, and the results that are made of their rows."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from diffdis_platform.evaluation.models import EvaluationModel
 from diffdis_platform.evaluation.quality import sample_sizes
 from diffdis_platform.evaluation.units import build_unit, count_units
 from ray_platform.contracts import DataError, Rows, UnitOrigin
+from ray_platform.data.causes import BAD_DATA
 from ray_platform.evaluate.sets import DEFAULT_TEMPLATES, DatasetSlice, EvaluationSet, check_counts
 from ray_platform.evaluate.unit_work import EmbedClasses, EmbedImages
 from ray_platform.replicas import WorkUnit, join_rows
@@ -207,9 +209,10 @@ class ZeroShotMeasurement(SetMeasurement):
         """Return the scores over all samples that have a label. Raises DataError if there are none."""
         rows = self._joined_rows()
         is_labeled = rows["labels"] >= 0  # samples without a label could not be read at all
-        self._check_counts(int(is_labeled.sum()), int((~is_labeled).sum()))
         if not is_labeled.any():
-            raise DataError(f"{self.data.name}: no sample of {self.data.url} has a label; download the set again")
+            causes = _describe_causes(rows["causes"])
+            raise DataError(f"{self.data.name}: no sample of {self.data.url} can be used: {causes}")
+        self._check_counts(int(is_labeled.sum()), int((~is_labeled).sum()))
         return ZeroShotScores(rows["labels"][is_labeled], rows["predictions"][is_labeled], len(self.data.classes))
 
     def result(self) -> ZeroShotResult:
@@ -262,13 +265,19 @@ class ZeroShotMeasurement(SetMeasurement):
         return confusions
 
 
+def _describe_causes(causes: np.ndarray) -> str:
+    """Return how many samples had each cause, the most frequent first, and what the first one means."""
+    counts = Counter(str(cause) for cause in causes if cause).most_common()
+    return ", ".join(f"{count:,} {cause}" for cause, count in counts) + f" ({BAD_DATA[counts[0][0]]})"
+
+
 class RetrievalMeasurement(SetMeasurement):
     """Image and text retrieval on a dataset of images with several captions each."""
 
     def result(self) -> RetrievalResult:
         rows, data = self._joined_rows(), self.data
         if "embeddings" not in rows or "texts" not in rows:
-            raise DataError(f"{data.name}: no image of {data.url} can be read; see jobs/inspect_data.py")
+            raise DataError(f"{data.name}: no image of {data.url} can be used: {_describe_causes(rows['causes'])}")
         is_sample = rows["num_texts"] > 0  # the other rows are slices or samples that could not be read at all
         self._check_counts(int(is_sample.sum()), int((~is_sample).sum()))
         is_readable = rows["causes"][is_sample] == ""

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 SHARD_CHANGED = "shard_changed"
 SHARD_CRASHES = "shard_crashes"
 BAD_DATA: dict[str, str] = {
-    "image_missing": "no .jpg, .jpeg, .png or .webp with the caption's name",
+    "image_missing": "no .jpg, .jpeg, .png or .webp with the name of the caption or label; other endings, as .tif, are not read",
     "image_empty": "an image file of 0 bytes: a download that failed",
     "image_undecodable": "broken, or not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF whatever its name says",
     "image_too_large": "would take hundreds of megabytes, or minutes, to decode; scale such images down",
@@ -37,8 +37,8 @@ BAD_DATA: dict[str, str] = {
     "file_not_stored": "a link, a device or a sparse file in a tar; write it with `tar --hard-dereference -h` and without -S",
     "score_missing": "a filter needs a score that the .json lacks; see data.filters",
     "key_repeated": "the same file name twice in a tar: which caption belongs to which image is unknown",
-    "label_missing": "a sample of an evaluation set without a label",
-    "label_invalid": "a label that is not a whole number",
+    "label_missing": "a sample of an evaluation set without a label: write it as a .cls next to the image; a .json is not read",
+    "label_invalid": "a label that is not a whole number but a text; write the number of the class in classnames.txt, from 0",
     "tar_truncated": "the tar ends early or becomes garbage; the samples before that are used. Copy it again",
     "shard_not_a_tar": "HTML, gzip, a git-lfs pointer or another kind of file: download it again, decompress it, `git lfs pull`",
     "shard_empty": "a shard without samples",

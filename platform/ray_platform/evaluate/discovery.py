@@ -2,7 +2,7 @@
 
 import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ray_platform import storage
@@ -15,6 +15,8 @@ from ray_platform.terminal import render_table
 from ray_platform.units import size_text
 
 _REQUESTS_AT_ONCE = 16
+# CLIP_benchmark's copies of the sets.
+_COPIES = "hf download clip-benchmark/wds_{name} --repo-type dataset --local-dir {root}/wds_{name}"
 
 
 class SetNotFoundError(ConfigError):
@@ -77,22 +79,28 @@ def open_image_set(url: str) -> EvaluationSet:
     return data
 
 
-def render_listing(roots: Sequence[str]) -> str:
-    """Return a table of the known sets: where each was found, and what it has."""
+def render_listing(roots: Sequence[str], sets: Mapping[str, str]) -> str:
+    """Return a table of sets and what each has, and for each that is not found where it was looked for and how to get it.
+
+    `sets` are names of sets with their folders; "" stands for a set below the roots.
+    """
     rows = [("set", "where", "layout", "files", "size", "classes", "images", "metric")]
     notes = []
-    for name, known in KNOWN_SETS.items():
+    for name, url in sets.items():
+        known = KNOWN_SETS.get(name)
         found = ("not found", "", "", "")
         try:
-            data = find_evaluation_set(roots, name)
+            data = open_evaluation_set(name, url) if url else find_evaluation_set(roots, name)
             found = (data.url, data.layout, f"{data.num_files:,}", size_text(data.num_bytes))
             notes += [f"warning: {warning}" for warning in data.warnings]
-        except SetNotFoundError:
-            pass
+        except SetNotFoundError as error:
+            source = _COPIES.format(name=name.replace("/", "-"), root=roots[0])
+            notes.append(f"not found: {error}" + f"; or get it: {source}" * bool(known))
         except (ConfigError, DataError) as error:
             found = ("rejected", "", "", "")
             notes.append(f"rejected: {error}")
-        rows.append((name, *found, str(known.num_classes or ""), f"{known.num_images:,}", known.main_metric))
+        expected = (str(known.num_classes or ""), f"{known.num_images:,}", known.main_metric) if known else ("", "", "")
+        rows.append((name, *found, *expected))
     return "\n".join([render_table(rows), *notes])
 
 

@@ -165,7 +165,7 @@ def test_links_to_tars_as_in_hugging_faces_cache_and_to_classes_and_images(tmp_p
 def test_the_listing(tmp_path):
     write_one(tmp_path, "vtab/cifar10", samples_per_shard=4)
     (write_one(tmp_path, "vtab/pets") / "test" / "0.tar").unlink()
-    header, *lines = render_listing([str(tmp_path)]).splitlines()
+    header, *lines = render_listing([str(tmp_path)], dict.fromkeys(KNOWN_SETS, "")).splitlines()
     assert open_evaluation_set("imagenet1k", str(write_one(tmp_path / "other", "imagenet1k"))).warnings == ()  # has two "missile"
     assert header.split() == ["set", "where", "layout", "files", "size", "classes", "images", "metric"]
     rows = {line.split()[0]: line.split() for line in lines[:14]}
@@ -174,7 +174,19 @@ def test_the_listing(tmp_path):
     assert rows["vtab/cifar10"][5:] == ["kB", "10", "10,000", "acc1"]
     assert rows["cars"][1:] == ["not", "found", "196", "8,041", "acc1"]
     assert rows["vtab/pets"][1] == "rejected"
-    assert [line.startswith("rejected: vtab/pets: ") for line in lines[14:]] == [True]
+    notes = {line.split(": ")[1]: line for line in lines[14:]}
+    assert list(notes) == [name for name in KNOWN_SETS if name != "vtab/cifar10"]
+    assert notes["vtab/pets"].startswith("rejected: vtab/pets: ")
+    assert f"not found below {tmp_path}; looked for wds_cars, wds_cars_test, stanford_cars, cars; " in notes["cars"]
+    assert f"hf download clip-benchmark/wds_cars --repo-type dataset --local-dir {tmp_path}/wds_cars" in notes["cars"]
+    own = write_wds(tmp_path / "own", "mine", [picture(0)], labels=[0], classes=["a", "a"], templates=["{c}"])
+    header, *lines = render_listing([str(tmp_path)], {"mine": str(own), "vtab/cifar10": "", "birds": ""}).splitlines()
+    assert [line.split()[:2] for line in lines[:3]] == [
+        ["mine", str(own)],
+        ["vtab/cifar10", f"{tmp_path}/wds_vtab-cifar10"],
+        ["birds", "not"],
+    ]
+    assert [line.partition(":")[0] for line in lines[3:]] == ["warning", "not found"]
 
 
 @pytest.mark.s3
@@ -188,6 +200,6 @@ def test_sets_in_s3(s3_url, tmp_path):
     assert find_evaluation_set([f"{s3_url}/found/sets"], "vtab/cifar10").digest == data.digest, "the same ETag"
     storage.write_bytes(f"{data.url}/test/0.tar", (tmp_path / "wds_vtab-cifar10" / "test" / "0.tar").read_bytes()[:-1] + b"x")
     assert find_evaluation_set([f"{s3_url}/found/sets"], "vtab/cifar10").digest != data.digest, "the same size"
-    table = render_listing([f"{s3_url}/found/sets", str(tmp_path)])
-    assert (table.count(f"{s3_url}/found/sets/wds_"), table.count("not found")) == (2, 12)
+    table = render_listing([f"{s3_url}/found/sets", str(tmp_path)], {"vtab/cifar10": "", "flickr30k": "", "cars": ""})
+    assert [table.count(f"{s3_url}/found/sets/wds_{name} ") for name in ("vtab-cifar10", "flickr30k", "cars")] == [1, 1, 0]
     assert f"{s3_url}/found/other: no such folder" in error_of(find_evaluation_set, [f"{s3_url}/found/other"], "vtab/cifar10")
