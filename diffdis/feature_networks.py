@@ -38,6 +38,7 @@ class PooledFeatures:
         device: torch.device,
         figure: str,
         protocol: Mapping[str, str | int],
+        classifier: np.ndarray | None = None,
     ):
         """Wrap a network on a device.
 
@@ -47,8 +48,9 @@ class PooledFeatures:
             device: Where the network is.
             figure: Name of a distance between its features: "fid" or "fd_<network>".
             protocol: Everything that the features depend on: distances of different protocols cannot be compared.
+            classifier: Weights [C, d] from features to the logits of the Inception Score; None for other networks than Inception.
         """
-        self.figure, self.protocol = figure, protocol
+        self.figure, self.protocol, self.classifier = figure, protocol, classifier
         self._network, self._to_input, self._device = network, to_input, device
 
     @torch.no_grad()
@@ -214,8 +216,8 @@ class Inception(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def _load_inception(path: str, expected_digest: str) -> tuple[Inception, str]:
-    """Return the network in eval mode with the weights of a file, and the file's SHA-256.
+def _load_inception(path: str, expected_digest: str) -> tuple[Inception, np.ndarray | None, str]:
+    """Return the network in eval mode with the weights of a file, its classifier [1008, 2048], and the file's SHA-256.
 
     Raises:
         ValueError: The digest does not begin with `expected_digest` (other weights give values that look like FID and are not),
@@ -229,14 +231,13 @@ def _load_inception(path: str, expected_digest: str) -> tuple[Inception, str]:
             "pytorch-fid's pt_inception-2015-12-05-6726825d.pth or torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
         )
     weights = torch.load(path, map_location="cpu", weights_only=True)
-    weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
-    network = Inception()
+    network, classifier = Inception(), weights.pop("fc.weight", None)
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict({name: value for name, value in weights.items() if name != "fc.bias"})
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not the weights of FID's Inception: {reason}") from None
-    return network.eval().requires_grad_(False), digest
+    return network.eval().requires_grad_(False), None if classifier is None else classifier.numpy(), digest
 
 
 # --- From uint8 images [B, H, W, 3] to Inception's input [B, 3, 299, 299] -------------------------------------------------------
@@ -296,14 +297,14 @@ def _inception(device: torch.device, options: NetworkOptions) -> PooledFeatures:
             f"feature network inception: no such file {options.path!r}; give pytorch-fid's or torch-fidelity's weights file, "
             "or use efficientnet_lite0, whose distance is not called FID"
         )
-    network, digest = _load_inception(options.path, options.expected_digest)
+    network, classifier, digest = _load_inception(options.path, options.expected_digest)
     protocol: dict[str, str | int] = {
         "network": "inception",
         "digest": digest[:16],
         "resize": options.resize,
         "dim": INCEPTION_WIDTH,
     }
-    return PooledFeatures(network.to(device), RESIZES[options.resize], device, "fid", protocol)
+    return PooledFeatures(network.to(device), RESIZES[options.resize], device, "fid", protocol, classifier)
 
 
 def _efficientnet_lite0(device: torch.device, options: NetworkOptions) -> PooledFeatures:

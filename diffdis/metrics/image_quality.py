@@ -44,6 +44,19 @@ class Moments:
             raise ValueError(f"features of image {row} are not finite: the feature network or the image is broken")
         return total
 
+    @classmethod
+    def of_statistics(cls, mean: np.ndarray, covariance: np.ndarray) -> "Moments":
+        """Return the moments with a published mean [d] and covariance [d, d], whose number of images is not known.
+
+        Raises ValueError for other shapes, or values that are not finite.
+        """
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(f"mu {mean.shape} and sigma {covariance.shape}: [d] and [d, d] are needed")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("mu or sigma is not finite")
+        n = 2**31  # large, so that no eigenvalue is left out for lack of images
+        return cls(n, mean.astype(np.float64), covariance.astype(np.float64) * (n - 1))
+
     def merge(self, other: "Moments") -> "Moments":
         """Return the moments of both sets together.
 

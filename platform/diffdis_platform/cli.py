@@ -10,6 +10,7 @@ from ray_platform.contracts import UserError
 COMMANDS = {
     "pretrain": "pretrain a model on image-text shards",
     "eval": "measure zero-shot accuracy, retrieval and image quality",
+    "distance": "measure FID and other distances between two folders of images",
     "generate": "generate images from captions",
     "export": "write the model of a checkpoint as a pipeline folder",
     "inspect": "inspect shards: counts, sizes, rejected samples, time of an epoch",

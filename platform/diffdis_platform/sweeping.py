@@ -8,7 +8,7 @@ from datetime import datetime
 from importlib import metadata
 from typing import Any, cast
 
-from diffdis_platform.config.evaluate import EvalConfig
+from diffdis_platform.config.evaluate import EvalConfig, network_name
 from diffdis_platform.config.parse import with_fields
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.config.sweep import SweepConfig
@@ -221,7 +221,7 @@ class TrialRunner:
         pretrain, evaluation = configure(self.config, segment.values)
         quality, networks = evaluation.quality, evaluation.quality.networks
         # All trials share the features of the real images, which the first evaluation computes; not those of several networks.
-        shared = storage.join(self.config.output_dir, f"reference_{networks[0]}_{pretrain.model.image_size}px.npz")
+        shared = storage.join(self.config.output_dir, f"reference_{network_name(networks[0])}_{pretrain.model.image_size}px.npz")
         is_shared = len(networks) == 1 and storage.exists(shared)
         if quality.prompts and is_shared:
             quality = replace(quality, reference=shared)
@@ -240,7 +240,7 @@ class TrialRunner:
         metrics = metrics_for_tracking(details) | main_metrics
         if missing := [metric for metric in self.config.objectives if metric not in metrics]:
             raise DataError(f"objectives: {missing[0]} was not measured; use one of {', '.join(sorted(metrics))}")
-        computed = storage.join(evaluation.output_dir, f"reference_{networks[0]}.npz")
+        computed = storage.join(evaluation.output_dir, f"reference_{network_name(networks[0])}.npz")
         if len(networks) == 1 and not storage.exists(shared) and storage.exists(computed):
             storage.write_bytes(shared, storage.read_bytes(computed))
         # Under names that are equal for all trials, whatever their guidance scale, so that MLflow can compare them.

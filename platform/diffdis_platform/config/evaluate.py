@@ -117,6 +117,11 @@ class EvalConfig:
             raise ConfigError(f"data_roots: empty; give the folders or s3:// URLs that have the sets of the suite {self.suite}")
 
 
+def network_name(network: str) -> str:
+    """Return the short name of an entry of `quality.networks`: a model in a folder has the folder's name."""
+    return network.rstrip("/").rpartition("/")[2]
+
+
 def suite_sets(suite: str) -> dict[str, str]:
     """Return the folder of each set of a suite, or "" for a set below data_roots. Raises ConfigError."""
     from ray_platform import storage

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +13,15 @@ import numpy as np
 from diffdis.feature_networks import PooledFeatures, build_feature_network
 from diffdis.metrics.image_quality import (
     MIN_IMAGES_PER_DIMENSION,
+    NEIGHBORS,
     Moments,
     clip_score,
     extrapolated_distance,
     frechet_distance_of_features,
     kernel_distance,
+    precision_recall,
 )  # fmt: skip
-from diffdis_platform.config.evaluate import QualityConfig
+from diffdis_platform.config.evaluate import QualityConfig, network_name
 from diffdis_platform.evaluation.models import EvaluationModel
 from diffdis_platform.evaluation.units import build_unit, count_units
 from ray_platform import storage
@@ -60,9 +62,17 @@ def kid_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dict[st
     return {f"kid{suffix}": kid.mean} | ({} if kid.std is None else {f"kid{suffix}_std": kid.std})
 
 
+def precision_recall_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """Return improved precision and recall; nothing for too few images."""
+    if min(len(generated), len(real)) <= NEIGHBORS:
+        return {}
+    found, suffix = precision_recall(generated, real), figure.removeprefix("fid").removeprefix("fd")
+    return {f"precision{suffix}": found.precision, f"recall{suffix}": found.recall}
+
+
 # Add a metric of generated images by adding a function here and its names to ray_platform/metric_registry.py. The first metric of
 # the first entry is the headline.
-FEATURE_METRICS: list[FeatureMetric] = [frechet_metrics, kid_metrics]
+FEATURE_METRICS: list[FeatureMetric] = [frechet_metrics, kid_metrics, precision_recall_metrics]
 
 
 def feature_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
@@ -96,15 +106,24 @@ def few_images_warning(figure: str, num_generated: int, num_real: int, width: in
 # --- Networks, prompts and reference images -------------------------------------------------------------------------------------
 
 
-def network_builders(config: QualityConfig) -> dict[str, Callable[[str], PooledFeatures]]:
-    """Return the functions that build the feature networks on a replica, by name."""
-    if not config.prompts:
-        return {}
-    options = {"inception": (config.inception, config.resize)}  # no other network has a choice of weights or resizing
+def network_builders(networks: Sequence[str], inception: str, resize: str) -> dict[str, Callable[[str], PooledFeatures]]:
+    """Return the functions that build the feature networks on a replica, by their short names."""
+    options = {"inception": (inception, resize)}  # no other network has a choice of weights or resizing
     return {
-        name: functools.partial(with_cached_folders, build_feature_network, name, *options.get(name, ("", "")))
-        for name in config.networks
+        network_name(name): functools.partial(with_cached_folders, build_feature_network, name, *options.get(name, ("", "")))
+        for name in networks
     }
+
+
+def open_networks(field: str, builders: Mapping[str, Callable[[str], PooledFeatures]]) -> dict[str, PooledFeatures]:
+    """Build the networks on the driver, so that errors in a name or file are reported before anything runs on the cluster.
+
+    Raises ConfigError, which begins with `field`.
+    """
+    try:
+        return {name: build("cpu") for name, build in builders.items()}
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{field}: {one_line(error)}") from error
 
 
 def read_prompts(config: QualityConfig) -> list[str]:
@@ -166,10 +185,7 @@ class QualityMeasurement:
         """`judge` measures how well an image fits its prompt; None: nothing measures it."""
         self.model, self.judge, self.image_size, self.config, self.output_dir = model, judge, image_size, config, output_dir
         self.prompts = read_prompts(config)
-        try:  # on the driver, so that errors in a name or file are reported before anything is generated
-            networks = {name: build("cpu") for name, build in network_builders(config).items()}
-        except ValueError as error:
-            raise ConfigError(f"quality.networks: {one_line(error)}") from error
+        networks = open_networks("quality.networks", network_builders(config.networks, config.inception, config.resize))
         self.figures = {name: network.figure for name, network in networks.items()}
         self.protocols = {name: dict(network.protocol) | {"image_size": image_size} for name, network in networks.items()}
         self.references: dict[str, ReferenceFeatures] = {}
@@ -182,12 +198,12 @@ class QualityMeasurement:
     def _reference_units(self) -> list[WorkUnit]:
         config, units = self.config, []
         if config.reference.endswith(".npz"):
-            if len(config.networks) > 1:
+            if len(self.protocols) > 1:
                 raise ConfigError(
                     f"quality.reference: {config.reference} has the features of one network, but quality.networks has "
-                    f"{len(config.networks)}; name one network, or give the real images"
+                    f"{len(self.protocols)}; name one network, or give the real images"
                 )
-            (name,) = config.networks
+            (name,) = self.protocols
             self.references = {name: ReferenceFeatures.read(config.reference)}
             check_same_protocol(self.references[name].protocol, self.protocols[name])
             return []
@@ -197,7 +213,7 @@ class QualityMeasurement:
                 continue
             unit = build_unit(
                 self.reference_group, f"reference {part.name}", part.estimated_images if num_sampled is None else num_sampled,
-                MeasureImages(part, config.networks, self.image_size, num_sampled),
+                MeasureImages(part, tuple(self.protocols), self.image_size, num_sampled),
                 data=data.digest, slice=part.name, num_sampled=num_sampled, networks=list(self.protocols.values()),
             )  # fmt: skip
             units.append(unit)
@@ -214,7 +230,7 @@ class QualityMeasurement:
                 prompts, images_dir = tuple(self.prompts[first : first + IMAGES_PER_UNIT]), self.images_dir(scale)
                 unit = build_unit(
                     self.group_of(scale), f"images {first}… at guidance {scale:g}", _STEP_COST * config.num_steps * len(prompts),
-                    GenerateImages(self.model.name, prompts, first, settings, config.networks, judge, images_dir, num_kept),
+                    GenerateImages(self.model.name, prompts, first, settings, tuple(self.protocols), judge, images_dir, num_kept),
                     model=self.model.digest, settings=settings, prompts=prompts, first=first, kept=num_kept,
                     networks=list(self.protocols.values()), judge=judged_by,
                     images_dir=images_dir if first < num_kept else "",
@@ -255,7 +271,7 @@ class QualityMeasurement:
                 )
                 return []  # not even the alignment: half of what was asked for looks like all of it
             chosen = choose_sample([str(key) for key in real["keys"]], num_reference or len(real["keys"]))
-            for name in self.config.networks:
+            for name in self.protocols:
                 self.references[name] = ReferenceFeatures(real[f"features/{name}"][chosen], self.protocols[name])
                 self.references[name].write(storage.join(self.output_dir, f"reference_{name}.npz"))
         points = []

@@ -141,9 +141,11 @@ def evaluate(config: EvalConfig, plan: EvaluationPlan, earlier: Sequence[StepSco
     `earlier` are the scores of earlier checkpoints of the run.
     """
     started = time.monotonic()
-    builders = {model.name: model.build for model in [plan.model, *plan.baselines]} | network_builders(config.quality)
-    if plan.quality and plan.quality.judge:
-        builders[plan.quality.judge.name] = plan.quality.judge.build
+    builders = {model.name: model.build for model in [plan.model, *plan.baselines]}
+    if plan.quality:
+        builders |= network_builders(config.quality.networks, config.quality.inception, config.quality.resize)
+        if plan.quality.judge:
+            builders[plan.quality.judge.name] = plan.quality.judge.build
     build = functools.partial(WorkerModels, builders, max(1, int(config.cpus_per_worker)))
     spec = ReplicaSpec(build, config.num_workers, config.cpus_per_worker, config.gpus_per_worker, config.placement)
     device = "cuda" if config.gpus_per_worker else "cpu"  # their rows differ in the last digits

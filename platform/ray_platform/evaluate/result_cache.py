@@ -17,6 +17,7 @@ from ray_platform.formats import FileFormat
 UNIT_FORMAT = FileFormat("cached unit", version=2)  # version 1 had the rows only
 _RECORD = "unit_record"  # array of a file that has its UnitOrigin as JSON
 _READS_AT_ONCE = 64
+_MAX_UNCOMPRESSED = 2**28  # bytes of a compressed file: mu and sigma for 2,048 features have 2**25
 
 
 def cache_key(**identity: Any) -> str:
@@ -25,16 +26,18 @@ def cache_key(**identity: Any) -> str:
 
 
 def read_arrays(content: bytes) -> Rows:
-    """Return the arrays of an uncompressed .npz file, which may hold numbers and strings, but no objects.
+    """Return the arrays of an .npz file, which may hold numbers and strings, but no objects.
 
     Raises:
-        ValueError: The content is anything else.
+        ValueError: The content is anything else, or is compressed and has more than 256 MiB uncompressed.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.infolist()
+            is_compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
             # Without compression the arrays cannot be larger than the file.
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("compressed")
+            if is_compressed and sum(entry.file_size for entry in entries) > _MAX_UNCOMPRESSED:
+                raise ValueError("compressed, and too large")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:

@@ -56,11 +56,21 @@ class WorkerModels:
         return np.concatenate(results)[:num_rows]
 
     def extract_features(self, networks: Sequence[str], images: Sequence[np.ndarray] | np.ndarray) -> Rows:
-        """Return `features/<network>` [n, d] of n images of one size."""
+        """Return `features/<network>` [n, d] of n images, in batches of images of one size."""
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            by_size.setdefault(image.shape, []).append(index)
+        places = np.argsort(np.concatenate([np.array(indices, dtype=np.int64) for indices in by_size.values()]))
         rows = {}
         for name in networks:
             network: FeatureNetwork = self[name]
-            rows[f"features/{name}"] = self.in_batches(lambda batch, network=network: network.features(np.stack(batch)), images)
+            parts = [
+                self.in_batches(
+                    lambda batch, network=network: network.features(np.stack(batch)), [images[index] for index in indices]
+                )
+                for indices in by_size.values()
+            ]
+            rows[f"features/{name}"] = np.concatenate(parts)[places]
         return rows
 
 
@@ -178,11 +188,11 @@ def choose_sample(keys: Sequence[str], count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class MeasureImages:
-    """Extracts features of real images, with which generated ones are compared."""
+    """Extracts features of the images of a slice, which are compared with those of other images."""
 
     slice: DatasetSlice
     networks: tuple[str, ...]
-    image_size: int  # images are first cropped to a square and resized to this size, like the generated ones
+    image_size: int  # images are first cropped to a square and resized to this size, like the generated ones; 0: not changed
     num_sampled: int | None = None  # None: all images of the slice
 
     def run(self, models: WorkerModels) -> Rows:
@@ -190,7 +200,8 @@ class MeasureImages:
         samples, size = read_slice(self.slice), (self.image_size, self.image_size)
         if self.num_sampled is not None:
             samples = [samples[index] for index in choose_sample([sample.key for sample in samples], self.num_sampled)]
-        prepared = list(models.pool.map(lambda sample: _prepare(sample, lambda image: resized(image, size)), samples))
+        preprocess = (lambda image: resized(image, size)) if self.image_size else np.asarray
+        prepared = list(models.pool.map(lambda sample: _prepare(sample, preprocess), samples))
         keys = [sample.key for sample, image in zip(samples, prepared, strict=True) if not isinstance(image, str)]
         images = [image for image in prepared if not isinstance(image, str)]
         causes = np.array([image for image in prepared if isinstance(image, str)], dtype=np.str_)

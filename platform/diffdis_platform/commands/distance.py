@@ -1,0 +1,28 @@
+"""`diffdis distance`: compare two existing sets of images. Without RAY_ADDRESS, this machine's CPUs compare them."""
+
+from collections.abc import Sequence
+
+from diffdis_platform.commands import connect_cluster
+from diffdis_platform.config.distance import DistanceConfig
+from diffdis_platform.config.parse import ParsedCommand, parse
+
+INTERRUPTED = "stopped; the same command continues"
+
+
+def parse_arguments(argv: Sequence[str]) -> ParsedCommand[DistanceConfig]:
+    description = "Measure FID, KID, precision, recall and Inception Score between two sets of images."
+    command = parse(DistanceConfig, argv, command="distance", description=description)
+    command.config.check()
+    return command
+
+
+def main(argv: Sequence[str]) -> int:
+    config = parse_arguments(argv).config
+    from diffdis_platform.evaluation.distance import DISTANCE, measure_distance, plan_distance, render_distance
+    from ray_platform import storage
+
+    plan = plan_distance(config)
+    connect_cluster()
+    details = measure_distance(config, plan)
+    print(f"\n{render_distance(details)}\n\ndone: {storage.join(config.output_dir, DISTANCE)}", flush=True)
+    return 0

@@ -1,0 +1,52 @@
+"""Configuration of a comparison of two existing sets of images."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from diffdis_platform.config.evaluate import network_name
+from diffdis_platform.config.parse import check_output_dir
+from ray_platform.contracts import ConfigError
+from ray_platform.placement import check_labels
+from ray_platform.storage_config import StorageConfig
+
+Protocol = Literal["clean-fid", "pytorch-fid", "torch-fidelity"]
+
+
+@dataclass(frozen=True)
+class DistanceConfig:
+    """Two sets of images, the networks whose features are compared, and the workers."""
+
+    generated: str = ""  # folder of images or tars, local or s3://; images are taken as they are
+    reference: str = ""  # likewise, or a published .npz with mu and sigma, of pytorch-fid or clean-fid
+    output_dir: str = ""  # absolute folder or s3:// URL for distance.json; an interrupted command continues there
+    # inception (FID), efficientnet_lite0, the folder of a CLIP or DINOv2 in transformers' layout, or module:function
+    networks: tuple[str, ...] = ("inception",)
+    inception: str = ""  # pt_inception-2015-12-05-6726825d.pth, local or s3://
+    protocol: Protocol = "clean-fid"  # the tool whose FID is computed; they differ in how images are resized for Inception
+    num_workers: int = 0  # 0: as many as the cluster has resources for
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0  # 0.5: two share a GPU; 0: on CPUs
+    placement: dict[str, str] = field(default_factory=dict)  # labels of the workers' nodes, as {pool: gpu}; empty: any
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError for a field that is missing or invalid."""
+        for name, text in (("generated", self.generated), ("reference", self.reference)):
+            if not text:
+                raise ConfigError(f"{name}: give a folder of images or tars" + ", or an .npz" * (name == "reference"))
+        check_output_dir(self.output_dir)
+        if "inception" in self.networks and not self.inception:
+            raise ConfigError(
+                "inception: FID needs the weights pt_inception-2015-12-05-6726825d.pth; without them, use --networks "
+                "'[\"efficientnet_lite0\"]', whose distance is not called FID"
+            )
+        if len({network_name(network) for network in self.networks}) < max(1, len(self.networks)):
+            raise ConfigError("networks: name at least one, and each once")
+        if self.num_workers < 0 or self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:
+            raise ConfigError("num_workers and gpus_per_worker: at least 0; cpus_per_worker: above 0")
+        check_labels("placement", self.placement)
+
+    @property
+    def resize(self) -> str:
+        """The name of the protocol's way to resize for Inception."""
+        return self.protocol.replace("-", "_")
