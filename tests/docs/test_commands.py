@@ -14,6 +14,7 @@ from diffdis_platform.commands.generate import GenerateConfig
 from diffdis_platform.commands.inspect import InspectConfig
 from diffdis_platform.commands.precompute import PrecomputeConfig
 from diffdis_platform.config.compare import CompareConfig
+from diffdis_platform.config.distance import DistanceConfig
 from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.export import ExportConfig
 from diffdis_platform.config.parse import field_types
@@ -29,7 +30,7 @@ PREFIXES = ("export", "cd", "source")  # commands that only prepare a later comm
 SCRIPTS = {"jobs/inspect_data.py": "inspect", "jobs/run_demo.py": "demo"}  # all other scripts are named after their commands
 CONFIGS = (
     PretrainConfig, PrecomputeConfig, InspectConfig, EvalConfig, SweepConfig, CompareConfig, ExportConfig, GenerateConfig,
-    SizingConfig,
+    SizingConfig, DistanceConfig,
 )  # fmt: skip
 OTHER_FLAGS = {"--recipe", "--config", "--dry-run", "--help", "--list", "--demo_data", "--output", "--resume", "--profile"}
 OTHER_FLAGS |= {"--output_format", "--sort"} | {

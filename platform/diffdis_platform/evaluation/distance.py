@@ -4,7 +4,6 @@ import functools
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
 
 from diffdis.feature_networks import PooledFeatures
 from diffdis.metrics.image_quality import SPLITS, Moments, frechet_distance_of_features, inception_score
@@ -18,7 +17,7 @@ from ray_platform.evaluate.result_cache import ResultCache, read_arrays
 from ray_platform.evaluate.sets import EvaluationSet
 from ray_platform.evaluate.unit_work import MeasureImages, WorkerModels
 from ray_platform.formats import FileFormat
-from ray_platform.json_values import to_json
+from ray_platform.json_values import JsonObject, to_json
 from ray_platform.metric_registry import check_declared, describe_metric
 from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit, join_rows
 from ray_platform.terminal import render_table
@@ -58,7 +57,7 @@ class ImageFeatures:
             )
         return joined
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         joined = join_rows(self.rows)
         return {
             "url": self.data.url,
@@ -114,7 +113,7 @@ def _open_images(name: str, url: str) -> EvaluationSet:
         raise ConfigError(f"{name}: {error}") from error
 
 
-def measure_distance(config: DistanceConfig, plan: DistancePlan) -> dict[str, Any]:
+def measure_distance(config: DistanceConfig, plan: DistancePlan) -> JsonObject:
     """Measure on a running Ray, write distance.json, and return its content. Raises DataError."""
     build = functools.partial(
         WorkerModels, network_builders(config.networks, config.inception, config.resize), max(1, int(config.cpus_per_worker))
@@ -164,7 +163,7 @@ def _metrics(plan: DistancePlan) -> dict[str, float]:
     return metrics
 
 
-def render_distance(details: dict[str, Any]) -> str:
+def render_distance(details: JsonObject) -> str:
     """Return the table of the metrics, with the numbers of images."""
     rows = [("metric", "value")]
     rows += [(describe_metric(name).label, describe_metric(name).text(value)) for name, value in details["metrics"].items()]
