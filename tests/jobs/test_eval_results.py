@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -362,3 +363,19 @@ def test_a_limit_measures_a_random_sample_and_says_so(models, tmp_path):
     assert not first["is_complete"]
     text = Page((tmp_path / "out" / "report.html").read_text()).text
     assert "vtab/cifar10 is incomplete: a random sample of 60. It is in no mean, and not compared" in text
+
+
+def test_the_predictions_of_every_sample(models, tmp_path):
+    images = [encoded(picture(0))[:60], *(picture(i) for i in range(1, 9))]
+    write_wds(tmp_path, "mine", images, labels=[i % 3 for i in range(9)], classes=["a", "b", "c"], templates=["a {c}"])
+    data = find_evaluation_set([str(tmp_path)], "mine")
+    plan = EvaluationPlan(models[0], [], {"mine": data}, [ZeroShotMeasurement(models[0], data)])
+    results = EvaluationResults(plan)
+    run_units(plan, results)
+    results.write_predictions(str(tmp_path / "out"))
+    table = pq.read_table(tmp_path / "out" / "predictions" / "good" / "mine.parquet").to_pylist()
+    assert [row["class"] for row in table] == ["a", "b", "c"] * 3
+    assert (table[0]["predicted_class"], table[0]["predictions"], table[0]["cause"]) == (None, [], "image_undecodable")
+    assert all(sorted(row["predictions"]) == [0, 1, 2] for row in table[1:])
+    right = sum(row["predicted_class"] == row["class"] for row in table)
+    assert right / 9 == results.finish()["zero_shot"][0]["metrics"]["acc1"]

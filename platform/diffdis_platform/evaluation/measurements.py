@@ -205,6 +205,11 @@ class ZeroShotMeasurement(SetMeasurement):
             predictions[is_readable] = predict_classes(rows["embeddings"], classes)
         return {name: rows[name] for name in ("keys", "labels", "causes", "seconds")} | {"predictions": predictions}
 
+    def samples(self) -> Rows:
+        """Return keys [N], labels [N] (-1: none), causes [N] ("": the image was read) and predictions [N, 5] of all samples."""
+        rows = self._joined_rows()
+        return {name: rows[name] for name in ("keys", "labels", "causes", "predictions")}
+
     def scores(self) -> ZeroShotScores:
         """Return the scores over all samples that have a label. Raises DataError if there are none."""
         rows = self._joined_rows()

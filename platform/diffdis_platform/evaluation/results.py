@@ -13,6 +13,7 @@ from diffdis_platform.evaluation.models import EvaluationModel
 from diffdis_platform.evaluation.quality import QualityMeasurement
 from diffdis_platform.evaluation.units import count_units
 from ray_platform.contracts import UnitOrigin, UserError, describe_error
+from ray_platform.evaluate.results import write_predictions
 from ray_platform.evaluate.sets import PAPER_SETS, PUBLISHED, PUBLISHED_RETRIEVAL, EvaluationSet
 from ray_platform.replicas import UnitResult, WorkUnit
 from ray_platform.report.records import (
@@ -141,6 +142,12 @@ class EvaluationResults:
             if not isinstance(error, ValueError):
                 logger.exception("%s", group)
             self.failures.setdefault(group, f"{group}: {describe_error(error)}")
+
+    def write_predictions(self, output_dir: str) -> None:
+        """Write the predicted classes of every sample of the finished zero-shot sets."""
+        for each in self.plan.zero_shot:
+            if each in self.zero_shot:
+                write_predictions(output_dir, each.model.name, each.data.name, each.data.classes, each.samples())
 
     def finish(self) -> EvaluationDetails:
         """Return the details after the last unit."""

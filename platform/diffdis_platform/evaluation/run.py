@@ -159,6 +159,7 @@ def evaluate(config: EvalConfig, plan: EvaluationPlan, earlier: Sequence[StepSco
         details = results.finish()
         details["over_training"] = [*earlier, *step_scores(details)]
         _add_example_images(pool, plan, details)
+    results.write_predictions(config.output_dir)
     write_outputs(config.output_dir, details, started)
     _track(config, plan.model, plan.sets.values(), details)
     return details

@@ -12,8 +12,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from ray_platform import storage
-from ray_platform.contracts import ConfigError
+from ray_platform.contracts import ConfigError, Rows
 from ray_platform.formats import FileFormat
 from ray_platform.json_values import first_difference, to_json
 from ray_platform.metric_registry import check_declared
@@ -29,8 +33,32 @@ _RESULT_FIELDS = (
 _MAX_MODEL_NAME = 100  # characters in a metric's name, of which a tracking server takes 250 in all
 
 
+def write_predictions(output_dir: str, model: str, set_name: str, classes: Sequence[str], rows: Rows) -> None:
+    """Write `predictions/<model>/<set>.parquet`, a row per sample: its key, class and predicted classes, the best first.
+
+    `cause` is why an image could not be read; such an image has no predicted classes.
+    """
+    names = pa.array([*classes, None])  # the last one for -1: no label, or no prediction
+    predictions = [[int(each) for each in row if each >= 0] for row in rows["predictions"]]
+    best = [row[0] if row else -1 for row in predictions]
+    table = pa.table(
+        {
+            "key": pa.array([str(key) for key in rows["keys"]]),
+            "label": pa.array(rows["labels"], pa.int32()),
+            "class": names.take(pa.array(np.asarray(rows["labels"]) % len(names))),
+            "predicted_class": names.take(pa.array(np.asarray(best, dtype=np.int64) % len(names))),
+            "predictions": pa.array(predictions, pa.list_(pa.int32())),
+            "cause": pa.array([str(cause) for cause in rows["causes"]]),
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    file = f"{set_name.replace('/', '-')}.parquet"
+    storage.write_bytes(storage.join(results_folder(output_dir, "predictions", model), file), buffer.getvalue())
+
+
 def results_folder(output_dir: str, kind: str, model: str) -> str:
-    """Return the folder of one kind of a model's results: "results", "reports" or "images"."""
+    """Return the folder of one kind of a model's results: "results", "reports", "predictions" or "images"."""
     return storage.join(output_dir, kind, _folder_name(model))
 
 
