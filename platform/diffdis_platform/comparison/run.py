@@ -16,7 +16,7 @@ from diffdis_platform.comparison.summary import CLAIM, ComparisonPlan, Compariso
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.evaluate import QualityConfig
 from diffdis_platform.evaluation.headline import headline
-from diffdis_platform.evaluation.quality import ReferenceFeatures, read_prompts, stored_samples
+from diffdis_platform.evaluation.quality import ReferenceFeatures, images_dir, read_prompts, stored_samples
 from diffdis_platform.evaluation.run import evaluate, open_sets, plan_evaluation
 from diffdis_platform.exporting import build_task
 from diffdis_platform.parent_run import start_parent_run
@@ -301,8 +301,9 @@ def _read_grids(config: CompareConfig) -> list[ImageGrid]:
     grids: list[ImageGrid] = []
     for arm in config.arms if prompts else ():
         for seed in config.seeds:
-            folder = storage.join(config.evaluation_of(arm, seed).output_dir, "images")
-            samples = stored_samples(prompts, storage.join(folder, f"guidance_{quality.guidance_scales[0]:g}"))
+            evaluation = config.evaluation_of(arm, seed)
+            folder = images_dir(evaluation.output_dir, evaluation.name, quality.guidance_scales[0])
+            samples = stored_samples(prompts, folder)
             if samples:
                 grids.append({"arm": arm, "seed": seed, "samples": samples})
                 break

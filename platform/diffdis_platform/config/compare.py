@@ -91,6 +91,7 @@ class CompareConfig:
         return dataclasses.replace(
             self.evaluation,
             checkpoint=f"{url}/export",
+            name=arm,
             output_dir=f"{url}/evaluation",
             quality=quality,
             tracking=self.tracking,

@@ -245,8 +245,7 @@ class QualityMeasurement:
         return "the evaluated model itself" if self.judge is self.model else self.judge.name
 
     def images_dir(self, scale: float) -> str:
-        """Return the folder of the images that were generated at a guidance scale."""
-        return storage.join(results_folder(self.output_dir, "images", self.model.name), f"guidance_{scale:g}")
+        return images_dir(self.output_dir, self.model.name, scale)
 
     def add(self, unit: WorkUnit, rows: Rows) -> None:
         """Receive the rows of one unit."""
@@ -336,6 +335,11 @@ def sample_sizes(data: EvaluationSet, num_images: int, margin: float = 1.25) -> 
     if not num_images or fraction >= 1:
         return [None] * len(estimates)
     return [int(count) for count in np.diff(np.ceil(estimates.cumsum() * fraction), prepend=0)]
+
+
+def images_dir(output_dir: str, model: str, scale: float) -> str:
+    """Return the folder of the images that an evaluation generated with a model at a guidance scale."""
+    return storage.join(results_folder(output_dir, "images", model), f"guidance_{scale:g}")
 
 
 def stored_samples(prompts: list[str], images_dir: str) -> list[GeneratedSample]:
