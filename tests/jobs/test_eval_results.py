@@ -3,6 +3,7 @@
 import csv
 import json
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroS
 from diffdis_platform.evaluation.models import open_baseline, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement, feature_metrics, few_images_warning
 from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults, step_scores
-from diffdis_platform.evaluation.run import configs_of_steps, write_outputs
+from diffdis_platform.evaluation.run import configs_of_steps, open_sets, write_outputs
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set
 from ray_platform.evaluate.results import check_not_taken, metrics_for_tracking
@@ -219,7 +220,9 @@ def test_every_row_says_what_it_is(models, sets, tmp_path):
     row = rows["first", "good"]
     identity = {
         "pretrained": "s3://runs/a/step_700", "step": "700", "weights_digest": good.digest, "data_digest": sets["first"].digest,
-        "layout": "wds", "num_templates": "1", "templates": "files of the set", "seed": "", "n": "12",
+        "layout": "wds", "num_templates": "1", "seed": "", "n": "12",
+        "templates": f"{sets['first'].url}/zeroshot_classification_templates.txt",
+        "class_names": f"{sets['first'].url}/classnames.txt",
         "code_version": details["code_version"], "created": details["created"],
     }  # fmt: skip
     assert {field: row[field] for field in identity} == identity
@@ -233,7 +236,9 @@ def test_every_row_says_what_it_is(models, sets, tmp_path):
     recall = details["retrieval"][0]["differences"]["other"]["image_retrieval_recall@1"]
     assert (recall["n"], recall["low"] <= recall["high"]) == (9, True)
     page = Page((tmp_path / "report.html").read_text())
-    assert all(text in page.text for text in (good.digest, sets["first"].digest, "1 template, files of the set"))
+    texts = f"1 template, {row['templates']} · class names: {row['class_names']}"
+    assert all(text in page.text for text in (good.digest, sets["first"].digest, texts))
+    assert (rows["pairs", "good"]["templates"], rows["pairs", "good"]["class_names"]) == ("", "")
     assert page.rows_of("first")[-1][1:3] == ["other", "acc1"]
 
 
@@ -365,7 +370,7 @@ def test_a_limit_measures_a_random_sample_and_says_so(models, tmp_path):
     assert "vtab/cifar10 is incomplete: a random sample of 60. It is in no mean, and not compared" in text
 
 
-def test_the_predictions_of_every_sample(models, tmp_path):
+def test_the_predictions_of_every_sample_and_the_confusion_matrix(models, tmp_path):
     images = [encoded(picture(0))[:60], *(picture(i) for i in range(1, 9))]
     write_wds(tmp_path, "mine", images, labels=[i % 3 for i in range(9)], classes=["a", "b", "c"], templates=["a {c}"])
     data = find_evaluation_set([str(tmp_path)], "mine")
@@ -379,3 +384,37 @@ def test_the_predictions_of_every_sample(models, tmp_path):
     assert all(sorted(row["predictions"]) == [0, 1, 2] for row in table[1:])
     right = sum(row["predicted_class"] == row["class"] for row in table)
     assert right / 9 == results.finish()["zero_shot"][0]["metrics"]["acc1"]
+    with np.load(tmp_path / "out" / "predictions" / "good" / "mine-confusion.npz") as arrays:
+        confusion, classes = arrays["confusion"], [str(name) for name in arrays["classes"]]
+    counts = Counter((row["class"], row["predicted_class"]) for row in table)
+    assert confusion.tolist() == [[counts[true, other] for other in (*classes, None)] for true in classes]
+    assert (classes, confusion[0, 3], confusion.sum()) == (["a", "b", "c"], 1, 9)
+
+
+def test_class_names_and_templates_by_flag(tmp_path):
+    folder = write_own(tmp_path)
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+    (tmp_path / "templates.txt").write_text("one {c}\ntwo {c}\n")
+    texts = {"class_names": str(tmp_path / "names.txt"), "templates": str(tmp_path / "templates.txt")}
+    for content in ("mine:", f"mine: {folder}"):
+        (tmp_path / "suite.yaml").write_text(f"sets: {{{content}}}\n")
+        config = EvalConfig(suite=str(tmp_path / "suite.yaml"), data_roots=(str(tmp_path),), **texts)
+        data = open_sets(config)[0]["mine"]
+        assert (data.classes, data.templates) == (("ant", "bee", "cat"), ("one {c}", "two {c}"))
+        assert {"class_names": data.classes_source, "templates": data.templates_source} == texts
+        assert open_sets(replace(config, templates=""))[0]["mine"].templates == ("a {c}",)
+
+
+def test_class_names_and_templates_by_flag_are_for_one_set_of_classes(tmp_path):
+    write_own(tmp_path)
+    write_retrieval(tmp_path, "pairs", 2)
+    (tmp_path / "names.txt").write_text("ant\n")
+    for suite, words in (
+        ("[mine, pairs]", "for a suite of one set, but \\S+ has 2"),
+        ("[pairs]", "pairs is a set for retrieval"),
+    ):
+        (tmp_path / "suite.yaml").write_text(f"sets: {suite}\n")
+        config = EvalConfig(suite=str(tmp_path / "suite.yaml"), data_roots=(str(tmp_path),))
+        for field in ("class_names", "templates"):
+            with pytest.raises(ConfigError, match=rf"class_names and templates: {words}"):
+                open_sets(replace(config, **{field: str(tmp_path / "names.txt")}))

@@ -74,6 +74,8 @@ class EvalConfig:
     # paper: the 12 sets and retrieval; quick: four small sets; demo: the demo's sets; names of known sets, separated by commas;
     # or a YAML file, see docs/evaluation.md
     suite: str = "paper"
+    class_names: str = ""  # text file of a suite of one set: a class per line, in label order; empty: the set's own
+    templates: str = ""  # text file of a suite of one set: a template per line, with {c} for the class; empty: the set's own
     data_roots: tuple[str, ...] = ()  # folders or s3:// URLs that are searched for evaluation sets
     baselines: tuple[str, ...] = ()  # CLIPs and SigLIPs in transformers' layout, scored by the same code on the same sets
     scoring: ScoringConfig = field(default_factory=ScoringConfig)

@@ -34,6 +34,7 @@ CLASSES_PER_UNIT = 64
 _TEXT_COST = 0.05  # cost of embedding a text, relative to an image
 _MAX_UNREADABLE = 20  # unreadable samples that are listed in a result
 _MAX_CONFUSIONS, _MAX_EXAMPLES = 10, 3  # confusions shown per set, and images shown per confusion
+_PUBLISHED = "published for the set"  # class names or templates, wherever they were read
 _NUM_QUERIES, _NUM_RETRIEVED = 4, 5  # queries of each kind in the report, and what is shown for each
 
 
@@ -133,7 +134,8 @@ class SetMeasurement(ABC):
             "data_digest": self.data.digest,
             "layout": self.data.layout,
             "num_templates": len(self.data.templates),
-            "templates": self._templates_source(),
+            "templates": self._templates_origin(),
+            "class_names": self._class_names_origin(),
             "seed": self.seed if self.model.settings else None,
             "settings": dict(self.model.settings),
             "metrics": metrics,
@@ -148,10 +150,16 @@ class SetMeasurement(ABC):
             "seconds": round(self.seconds, 1),
         }
 
-    def _templates_source(self) -> str:
-        if self.data.known and self.data.templates == self.data.known.templates:
-            return "published for the set"
-        return "ImageNet's, the fallback" if self.data.templates == DEFAULT_TEMPLATES else "files of the set"
+    def _templates_origin(self) -> str:
+        """Return where the templates come from; "" for a set without classes."""
+        if self.data.classes and self.data.known and self.data.templates == self.data.known.templates:
+            return _PUBLISHED
+        return "ImageNet's, the fallback" if self.data.templates == DEFAULT_TEMPLATES else self.data.templates_source
+
+    def _class_names_origin(self) -> str:
+        """Return where the class names come from; "" for a set without classes."""
+        is_published = self.data.classes and self.data.known and self.data.classes == self.data.known.classes
+        return _PUBLISHED if is_published else self.data.classes_source
 
 
 class ZeroShotMeasurement(SetMeasurement):

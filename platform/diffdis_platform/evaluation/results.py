@@ -13,7 +13,7 @@ from diffdis_platform.evaluation.models import EvaluationModel
 from diffdis_platform.evaluation.quality import QualityMeasurement
 from diffdis_platform.evaluation.units import count_units
 from ray_platform.contracts import UnitOrigin, UserError, describe_error
-from ray_platform.evaluate.results import write_predictions
+from ray_platform.evaluate.results import write_confusion, write_predictions
 from ray_platform.evaluate.sets import PAPER_SETS, PUBLISHED, PUBLISHED_RETRIEVAL, EvaluationSet
 from ray_platform.replicas import UnitResult, WorkUnit
 from ray_platform.report.records import (
@@ -144,10 +144,12 @@ class EvaluationResults:
             self.failures.setdefault(group, f"{group}: {describe_error(error)}")
 
     def write_predictions(self, output_dir: str) -> None:
-        """Write the predicted classes of every sample of the finished zero-shot sets."""
+        """Write the predicted classes of every sample and the confusion matrices of the finished zero-shot sets."""
         for each in self.plan.zero_shot:
             if each in self.zero_shot:
-                write_predictions(output_dir, each.model.name, each.data.name, each.data.classes, each.samples())
+                names = output_dir, each.model.name, each.data.name, each.data.classes
+                write_predictions(*names, each.samples())
+                write_confusion(*names, each.scores().confusion)
 
     def finish(self) -> EvaluationDetails:
         """Return the details after the last unit."""

@@ -21,7 +21,7 @@ from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.discovery import SetNotFoundError, find_evaluation_set, open_evaluation_set
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.results import check_not_taken, metrics_for_tracking, results_folder, write_results
-from ray_platform.evaluate.sets import EvaluationSet, check_counts
+from ray_platform.evaluate.sets import CLASSES_FILE, TEMPLATES_FILE, EvaluationSet, check_counts
 from ray_platform.evaluate.unit_work import Thumbnails, WorkerModels
 from ray_platform.metric_registry import check_declared
 from ray_platform.redaction import is_redacted, restored
@@ -67,12 +67,22 @@ def plan_evaluation(config: EvalConfig) -> EvaluationPlan:
 
 def open_sets(config: EvalConfig) -> tuple[dict[str, EvaluationSet], dict[str, str]]:
     """Return the sets of the suite, and an error per missing set, if missing sets are allowed."""
-    sets, missing = {}, {}
-    for name, url in suite_sets(config.suite).items():
+    sets, missing, suite = {}, {}, suite_sets(config.suite)
+    texts = {CLASSES_FILE: config.class_names, TEMPLATES_FILE: config.templates}
+    overrides = {file: url for file, url in texts.items() if url}
+    if overrides and len(suite) != 1:
+        raise ConfigError(
+            f"class_names and templates: for a suite of one set, but {config.suite} has {len(suite)}; name one set with --suite"
+        )
+    for name, url in suite.items():
         try:
-            sets[name] = open_evaluation_set(name, url) if url else find_evaluation_set(config.data_roots, name)
+            data = open_evaluation_set(name, url, overrides) if url else find_evaluation_set(config.data_roots, name, overrides)
         except SetNotFoundError as error:
             missing[name] = str(error)
+            continue
+        if overrides and data.task != "zeroshot_classification":
+            raise ConfigError(f"class_names and templates: {name} is a set for retrieval, which has no classes; leave them out")
+        sets[name] = data
     for warning in (warning for data in sets.values() for warning in data.warnings):
         print(f"warning: {warning}", flush=True)
     if missing and not config.allow_missing:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate.image_files import open_image_files, open_image_folder
-from ray_platform.evaluate.sets import KNOWN_SETS, EvaluationSet
+from ray_platform.evaluate.sets import KNOWN_SETS, NO_OVERRIDES, EvaluationSet
 from ray_platform.evaluate.shards import SPLIT, open_parquet, open_tars, open_wds
 from ray_platform.evaluate.torchvision_folders import open_torchvision
 from ray_platform.terminal import render_table
@@ -23,10 +23,11 @@ class SetNotFoundError(ConfigError):
     """No root has the set."""
 
 
-def find_evaluation_set(roots: Sequence[str], name: str) -> EvaluationSet:
+def find_evaluation_set(roots: Sequence[str], name: str, overrides: Mapping[str, str] = NO_OVERRIDES) -> EvaluationSet:
     """Return the set of that name from the first root that has it.
 
     A name that is not in KNOWN_SETS is the name of a folder with a set of the user's own, with or without the prefix `wds_`.
+    `overrides` are the URLs of files of class names (CLASSES_FILE) and templates (TEMPLATES_FILE) that replace the set's own.
 
     Raises:
         SetNotFoundError: No root has it.
@@ -38,7 +39,7 @@ def find_evaluation_set(roots: Sequence[str], name: str) -> EvaluationSet:
     without_split: ConfigError | None = None
     for url in _existing_folders(roots, name):
         try:
-            if (data := _open_any_layout(name, url, is_named_by_user=False)) is not None:
+            if (data := _open_any_layout(name, url, overrides, is_named_by_user=False)) is not None:
                 return data
         except ConfigError as error:
             without_split = error
@@ -48,12 +49,15 @@ def find_evaluation_set(roots: Sequence[str], name: str) -> EvaluationSet:
     )
 
 
-def open_evaluation_set(name: str, url: str) -> EvaluationSet:
-    """Return the set in the folder `url`, in whatever layout it is. Raises ConfigError and DataError."""
+def open_evaluation_set(name: str, url: str, overrides: Mapping[str, str] = NO_OVERRIDES) -> EvaluationSet:
+    """Return the set in the folder `url`, in whatever layout it is. Raises ConfigError and DataError.
+
+    `overrides` are those of `find_evaluation_set`.
+    """
     url = _absolute(url)
     if not storage.exists(url):
         raise ConfigError(f"{name}: {url}: no such folder; correct the path")
-    data = _open_any_layout(name, url, is_named_by_user=True)
+    data = _open_any_layout(name, url, overrides, is_named_by_user=True)
     if data is None:
         raise ConfigError(
             f"{name}: {url} has no known layout ({_describe_content(url)}); give a folder with {SPLIT}/*.tar as CLIP_benchmark "
@@ -122,23 +126,23 @@ def _existing_folders(roots: Sequence[str], name: str) -> list[str]:
         return [url for url, exists in zip(urls, pool.map(storage.exists, urls), strict=True) if exists]
 
 
-def _open_any_layout(name: str, url: str, *, is_named_by_user: bool) -> EvaluationSet | None:
+def _open_any_layout(name: str, url: str, overrides: Mapping[str, str], *, is_named_by_user: bool) -> EvaluationSet | None:
     """Return the set in a folder that the user named for it, or in one below a root; None if it has no layout of the set."""
     known = KNOWN_SETS.get(name)
-    layouts: list[Callable[[str, str], EvaluationSet | None]] = [open_wds]
+    layouts: list[Callable[[str, str, Mapping[str, str]], EvaluationSet | None]] = [open_wds]
     if known is None or known.task != "zeroshot_retrieval":
         layouts += [open_torchvision, open_parquet]  # no other folder looks like one of these
         layouts += [_open_validation_folder] * bool(known and known.class_folders)
         layouts += [open_image_folder] * (is_named_by_user or known is None)
-    return next((data for open_layout in layouts if (data := open_layout(name, url)) is not None), None)
+    return next((data for open_layout in layouts if (data := open_layout(name, url, overrides)) is not None), None)
 
 
-def _open_validation_folder(name: str, url: str) -> EvaluationSet | None:
+def _open_validation_folder(name: str, url: str, overrides: Mapping[str, str]) -> EvaluationSet | None:
     """Open ImageNet's validation images, one subfolder per class."""
     for inside in ("val", "validation", ""):
         folder = storage.join(url, inside).rstrip("/")
         if storage.exists(storage.join(folder, KNOWN_SETS[name].class_folders[0])):
-            return open_image_folder(name, folder)
+            return open_image_folder(name, folder, overrides)
     return None
 
 

@@ -22,12 +22,13 @@ MAX_FILE_BYTES = 2**28  # no more is read of a file, so that a larger image cann
 LabeledNames = list[tuple[str, int]]  # (name below the set's folder, label) of images
 
 
-def open_image_folder(set_name: str, url: str) -> EvaluationSet | None:
+def open_image_folder(set_name: str, url: str, overrides: Mapping[str, str]) -> EvaluationSet | None:
     """Return the set of a folder with one subfolder per class, or with such folders as splits; None when there are none.
 
     Of `train/<class>` and `val/<class>`, or `test/<class>`, the split to evaluate on is used. Classes are in the order of the
     subfolders' names, or in the published order for a known set. `classnames.txt`, with names in the order of the subfolders'
-    names, and `zeroshot_classification_templates.txt` may lie next to the subfolders or the splits.
+    names, and `zeroshot_classification_templates.txt` may lie next to the subfolders or the splits. `overrides` are files to
+    use in their place, by their names.
 
     Raises:
         DataError: The class list has another length than there are subfolders, or other classes than the known set; or only a
@@ -40,7 +41,7 @@ def open_image_folder(set_name: str, url: str) -> EvaluationSet | None:
     folders = sorted({name.partition("/")[0] for name in images if "/" in name})
     if not folders:
         return None
-    sidecars, known = sets.list_sidecars(top) | sets.list_sidecars(url), sets.KNOWN_SETS.get(set_name)
+    sidecars, known = sets.list_sidecars(top) | sets.list_sidecars(url, overrides), sets.KNOWN_SETS.get(set_name)
     source = sidecars.get(sets.CLASSES_FILE, f"{url} (one subfolder per class)")
     if sets.CLASSES_FILE in sidecars:
         classes = sets.read_lines(source)

@@ -27,8 +27,8 @@ DETAILS_FORMAT = FileFormat("evaluation result")
 _FIRST_COLUMNS = ("dataset", "model", "pretrained", "model_fullname", "task", "language", "n")
 # Fields of a result that are part of its row, in addition to those that every release wrote.
 _RESULT_FIELDS = (
-    *("num_expected", "num_missing", "limit", "is_complete", "data_digest", "layout", "num_templates", "templates", "seed"),
-    *("seeds", "differences", "units"),
+    *("num_expected", "num_missing", "limit", "is_complete", "data_digest", "layout", "num_templates", "templates"),
+    *("class_names", "seed", "seeds", "differences", "units"),
 )
 _MAX_MODEL_NAME = 100  # characters in a metric's name, of which a tracking server takes 250 in all
 
@@ -53,8 +53,22 @@ def write_predictions(output_dir: str, model: str, set_name: str, classes: Seque
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    file = f"{set_name.replace('/', '-')}.parquet"
-    storage.write_bytes(storage.join(results_folder(output_dir, "predictions", model), file), buffer.getvalue())
+    storage.write_bytes(_predictions_url(output_dir, model, set_name, ".parquet"), buffer.getvalue())
+
+
+def write_confusion(output_dir: str, model: str, set_name: str, classes: Sequence[str], confusion: np.ndarray) -> None:
+    """Write `predictions/<model>/<set>-confusion.npz`: `confusion` [C, C + 1] int64 and the names of the `classes` [C].
+
+    `confusion[i, j]` is the number of images of class i for which class j scored highest; the last column counts those that could
+    not be read.
+    """
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, confusion=confusion, classes=np.array(classes))
+    storage.write_bytes(_predictions_url(output_dir, model, set_name, "-confusion.npz"), buffer.getvalue())
+
+
+def _predictions_url(output_dir: str, model: str, set_name: str, ending: str) -> str:
+    return storage.join(results_folder(output_dir, "predictions", model), f"{set_name.replace('/', '-')}{ending}")
 
 
 def results_folder(output_dir: str, kind: str, model: str) -> str:

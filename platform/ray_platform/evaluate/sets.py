@@ -26,6 +26,7 @@ from ray_platform.storage import StoredFile
 IMAGES_PER_SLICE = 128
 CLASSES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
+NO_OVERRIDES: Mapping[str, str] = MappingProxyType({})
 _MIN_SIMILAR = 0.6  # the fraction of classes that must share a word with the published name which takes their place
 # Classes are in another order if names of other classes are more similar by this much, on average over the classes that trade
 # places. Two classes of one list that are swapped reach 0.2 or more; other spellings of all names (ImageNet's, as torchvision and
@@ -155,12 +156,13 @@ class ClassTexts(NamedTuple):
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     source: str = ""  # the file with the class names
+    templates_source: str = ""  # the file with the templates
     warnings: tuple[str, ...] = ()  # one line each, about classes that cannot be told apart or have no images
 
 
-def list_sidecars(url: str) -> dict[str, str]:
-    """Return the URLs of the files directly in a folder, by their names."""
-    return {posixpath.basename(file.url): file.url for file in storage.list_files(url)}
+def list_sidecars(url: str, overrides: Mapping[str, str] = NO_OVERRIDES) -> dict[str, str]:
+    """Return the URLs of the files directly in a folder, by their names, with those of `overrides` in their place."""
+    return {**{posixpath.basename(file.url): file.url for file in storage.list_files(url)}, **overrides}
 
 
 def read_lines(url: str) -> tuple[str, ...]:
@@ -194,7 +196,7 @@ def class_texts(set_name: str, classes: Sequence[str], source: str, sidecars: Ma
         )
     if known:
         _check_order(known, classes, source)
-    if url := sidecars.get(TEMPLATES_FILE):
+    if url := sidecars.get(TEMPLATES_FILE, ""):
         templates = read_lines(url)
         if not templates:
             raise DataError(f'{set_name}: {url} has no templates; write one per line, such as "a photo of a {{c}}."')
@@ -206,7 +208,7 @@ def class_texts(set_name: str, classes: Sequence[str], source: str, sidecars: Ma
     warnings = [
         f"{set_name}: {source} names the class {name!r} more than once; no model can tell the two apart" for name in repeated
     ]
-    return ClassTexts(tuple(classes), templates, source, tuple(warnings))
+    return ClassTexts(tuple(classes), templates, source, url, tuple(warnings))
 
 
 def to_published_names(set_name: str, classes: Sequence[str], source: str) -> tuple[str, ...]:
@@ -307,6 +309,8 @@ class EvaluationSet:
     layout: str
     classes: tuple[str, ...]
     templates: tuple[str, ...]
+    classes_source: str  # the file or folder with the class names
+    templates_source: str  # the file with the templates; "": those that were published, or DEFAULT_TEMPLATES
     known: KnownSet | None  # None: the set is not in KNOWN_SETS
     slices: tuple[DatasetSlice, ...]
     num_files: int
@@ -342,7 +346,7 @@ def build_set(
     listing = json.dumps([task, texts.classes, texts.templates, versions, *([labels] if labels else [])])
     known = KNOWN_SETS.get(set_name)
     return EvaluationSet(
-        set_name, task, url, layout, texts.classes, texts.templates,
+        set_name, task, url, layout, texts.classes, texts.templates, texts.source, texts.templates_source,
         known=known if known and known.task == task else None, slices=slices, num_files=len(files),
         num_bytes=sum(file.size for file in files.values() if file), known_images=known_images, warnings=texts.warnings,
         digest=hashlib.sha256(listing.encode()).hexdigest()[:16],

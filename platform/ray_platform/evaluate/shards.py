@@ -11,7 +11,7 @@ import math
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,8 +35,10 @@ _INTEGER = re.compile(rb"\s*[+-]?\d{1,9}\s*")
 # --- Tars: CLIP_benchmark's exports, `wds_<name>/`, and DataComp's copies, `wds_<name>_test/` -----------------------------------
 
 
-def open_wds(set_name: str, url: str) -> EvaluationSet | None:
+def open_wds(set_name: str, url: str, overrides: Mapping[str, str]) -> EvaluationSet | None:
     """Return the set that CLIP_benchmark exported to a folder; None when the folder has another layout.
+
+    `overrides` are files that are used in place of those next to the data, by their names.
 
     Raises DataError if a shard is missing, the class list cannot be used, or the set is for a task that is not evaluated.
     """
@@ -50,7 +52,7 @@ def open_wds(set_name: str, url: str) -> EvaluationSet | None:
         return None
     for url_of_count in counts:
         _check_shards(set_name, url_of_count, tars)
-    sidecars = sets.list_sidecars(url)
+    sidecars = sets.list_sidecars(url, overrides)
     task = _read_task(set_name, sidecars.get(_TYPE_FILE))
     if task == "zeroshot_retrieval":
         return open_tars(set_name, task, url, "wds", tars)
@@ -187,18 +189,18 @@ _SPLITS = ("test", "validation", "valid", "val")
 _LABELS = ("label", "fine_label", "labels")  # tried in this order when the schema names no classes
 
 
-def open_parquet(set_name: str, url: str) -> EvaluationSet | None:
+def open_parquet(set_name: str, url: str, overrides: Mapping[str, str]) -> EvaluationSet | None:
     """Return the test split, or else the validation split, of a Hugging Face dataset; None when there is neither.
 
     Class names are those of a `classnames.txt` next to the files, or else the published ones if the file's names are in the same
-    order, or else the file's own.
+    order, or else the file's own. `overrides` are files that are used in place of those next to the data, by their names.
 
     Raises DataError if files, columns or class names are missing.
     """
     files = _list_split(set_name, url)
     if not files:
         return None
-    source, sidecars = files[0].url, sets.list_sidecars(url)
+    source, sidecars = files[0].url, sets.list_sidecars(url, overrides)
     headers = [_read_header(set_name, file.url) for file in files]
     image, label, classes = _find_columns(headers[0].schema.to_arrow_schema(), set_name, source)
     if sets.CLASSES_FILE in sidecars:

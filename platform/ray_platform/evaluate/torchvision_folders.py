@@ -21,10 +21,10 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, describe_error
 from ray_platform.evaluate import sets
 from ray_platform.evaluate.image_files import MAX_FILE_BYTES, LabeledNames, build_image_set, list_images
-from ray_platform.evaluate.sets import DatasetSlice, EvaluationSet, RawSample, Samples, SlicePart
+from ray_platform.evaluate.sets import ClassTexts, DatasetSlice, EvaluationSet, RawSample, Samples, SlicePart
 from ray_platform.storage import StoredFile
 
-OpenFolder = Callable[[str, str], EvaluationSet]  # (name of the set, folder)
+OpenFolder = Callable[[str, str, Mapping[str, str]], EvaluationSet]  # (name of the set, folder, files of class names, templates)
 
 
 class TorchvisionLayout(NamedTuple):
@@ -35,8 +35,10 @@ class TorchvisionLayout(NamedTuple):
     open_folder: OpenFolder
 
 
-def open_torchvision(set_name: str, url: str) -> EvaluationSet | None:
+def open_torchvision(set_name: str, url: str, overrides: Mapping[str, str]) -> EvaluationSet | None:
     """Return the test split in one of torchvision's folders; None when there is none.
+
+    `overrides` are the URLs of a classnames.txt and of a file of templates, by the names that they have in other layouts.
 
     Raises:
         DataError: The index cannot be read.
@@ -52,12 +54,17 @@ def open_torchvision(set_name: str, url: str) -> EvaluationSet | None:
     for inside in layout.folders:
         folder = storage.join(url, inside).rstrip("/")
         if storage.exists(storage.join(folder, layout.marker)):
-            return layout.open_folder(set_name, folder)
+            return layout.open_folder(set_name, folder, overrides)
     return None
 
 
 def _open_index(
-    read_index: Callable[[str], tuple[Sequence[str], LabeledNames]], source: str, images: str, set_name: str, folder: str
+    read_index: Callable[[str], tuple[Sequence[str], LabeledNames]],
+    source: str,
+    images: str,
+    set_name: str,
+    folder: str,
+    overrides: Mapping[str, str],
 ) -> EvaluationSet:
     """Return the set in a folder.
 
@@ -74,13 +81,20 @@ def _open_index(
             f"{set_name}: {storage.join(folder, _LAYOUTS[set_name].marker)} or a file next to it is not as torchvision's dataset "
             f"writes it ({describe_error(error)}); download the set again"
         ) from None
-    texts = sets.class_texts(set_name, sets.to_published_names(set_name, names, source), source, {})
+    texts = _class_texts(set_name, names, source, overrides)
     if invalid := [(name, label) for name, label in samples if not 0 <= label < len(names)]:
         raise DataError(
             f"{set_name}: {folder}/{invalid[0][0]} has label {invalid[0][1]}, but {source} names {len(names)} classes; "
             "download the set again"
         )
     return build_image_set(set_name, folder, "torchvision", texts, samples, list_images(folder, images))
+
+
+def _class_texts(set_name: str, names: Sequence[str], source: str, overrides: Mapping[str, str]) -> ClassTexts:
+    """Return the class names, by default the published ones of `names` from the file `source`, and the templates."""
+    if url := overrides.get(sets.CLASSES_FILE):
+        return sets.class_texts(set_name, sets.read_lines(url), url, overrides)
+    return sets.class_texts(set_name, sets.to_published_names(set_name, names, source), source, overrides)
 
 
 def _mat(folder: str, name: str) -> dict:
@@ -207,7 +221,7 @@ def _load_cifar_images(set_name: str, file: StoredFile) -> tuple[np.ndarray, lis
     )
 
 
-def _open_cifar(set_name: str, url: str) -> EvaluationSet:
+def _open_cifar(set_name: str, url: str, overrides: Mapping[str, str]) -> EvaluationSet:
     """Return the test images of `cifar-10-batches-py` or `cifar-100-python`. Raises DataError for files of another kind."""
     (meta_file, field), images_file = _CIFAR_NAMES[set_name], CIFAR_IMAGES[set_name]
     meta_url, images_url = storage.join(url, meta_file), storage.join(url, images_file)
@@ -215,7 +229,7 @@ def _open_cifar(set_name: str, url: str) -> EvaluationSet:
     if not isinstance(names, list):
         raise DataError(f"{set_name}: {meta_url} has no list {field!r}; download the set again")
     classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
-    texts = sets.class_texts(set_name, classes, meta_url, {})
+    texts = _class_texts(set_name, classes, meta_url, overrides)
     (file,) = storage.list_files(images_url)
     count = len(_load_cifar_images(set_name, file)[1])
     parts = []

@@ -71,7 +71,8 @@ class DatasetResult(TypedDict):
     data_digest: NotRequired[str]
     layout: NotRequired[str]
     num_templates: NotRequired[int]
-    templates: NotRequired[str]  # where they come from
+    templates: NotRequired[str]  # where they come from: "published for the set", "ImageNet's, the fallback", or a file
+    class_names: NotRequired[str]  # where they come from: "published for the set", or a file or folder
     seed: NotRequired[int | None]  # of the noise; None for models without noise
     standard_errors: NotRequired[MetricValues]  # over the images of the set
     seeds: NotRequired[Mapping[str, Sequence[float | None]]]  # metric -> values for each seed

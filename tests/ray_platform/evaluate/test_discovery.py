@@ -9,7 +9,7 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set, open_image_set, render_listing
-from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS
+from ray_platform.evaluate.sets import CLASSES_FILE, KNOWN_SETS, PAPER_SETS, TEMPLATES_FILE
 from tests.ray_platform.evaluate.test_image_files import write_cifar, write_classes, write_lines
 from tests.ray_platform.evaluate.test_shards import build_table, write
 from tests.support.evaluation_sets import (
@@ -51,6 +51,43 @@ def test_other_sets_of_the_same_short_name_are_ignored(tmp_path):
     for name in ("caltech101", "eurosat"):
         write_wds(tmp_path, name, [picture(0)], labels=[0], classes=["a"], templates=["{c}"])
         assert "not found below" in error_of(find_evaluation_set, [str(tmp_path)], f"vtab/{name}")
+
+
+def write_parquet(root: Path) -> None:
+    write(root / "cifar10", "test.parquet", build_table([encoded(picture(0), "PNG")], {"label": [1]}, {"label": CIFAR10}))
+
+
+WRITERS = {
+    "wds": lambda root: write_one(root, "vtab/cifar10"),
+    "parquet": write_parquet,
+    "image folder": lambda root: write_classes(root / "mine", CIFAR10),
+    "torchvision": write_cifar,
+}
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_files_with_class_names_and_templates_replace_those_of_any_layout(tmp_path, layout):
+    WRITERS[layout](tmp_path)
+    name = "mine" if layout == "image folder" else "vtab/cifar10"
+    files = {CLASSES_FILE: tmp_path / "names.txt", TEMPLATES_FILE: tmp_path / "templates.txt"}
+    write_lines(files[CLASSES_FILE], [f"small {each}" for each in CIFAR10])
+    write_lines(files[TEMPLATES_FILE], ["one {c}", "two {c}"])
+    overrides = {file: str(path) for file, path in files.items()}
+    data, other = find_evaluation_set([str(tmp_path)], name, overrides), find_evaluation_set([str(tmp_path)], name)
+    assert (data.layout, data.classes, data.templates) == (
+        layout,
+        tuple(f"small {each}" for each in CIFAR10),
+        ("one {c}", "two {c}"),
+    )
+    assert (data.classes_source, data.templates_source) == tuple(overrides.values())
+    assert sorted(other.classes) == sorted(CIFAR10)
+    assert (len(other.templates), len({data.digest, other.digest})) == (80 if name == "mine" else 18, 2)
+    for file, lines, words in (
+        (CLASSES_FILE, CIFAR10[:9], "names.txt names 9 classes"),
+        (TEMPLATES_FILE, ["one"], 'templates.txt has a template without "{c}"'),
+    ):
+        write_lines(files[file], lines)
+        assert words in error_of(find_evaluation_set, [str(tmp_path)], name, {file: overrides[file]}, kind=DataError)
 
 
 def test_the_first_root_that_has_a_set_is_used(tmp_path):
