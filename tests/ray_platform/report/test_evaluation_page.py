@@ -96,7 +96,7 @@ def test_a_set_that_lacks_images_is_in_no_mean_and_not_compared(details):
         result |= sizes | {"n": 8000} if result["set"] == "cars" else {}
     details["retrieval"][0] |= {"num_expected": 1000, "num_missing": 2, "is_complete": False}
     page = page_of(details | {"failures": []})
-    assert "2 sets not complete" in page.text
+    assert "2 incomplete sets" in page.text
     assert "cars is incomplete: 41 of 8,041 images are missing. It is in no mean, and not compared" in page.text
     assert "Everything that was requested" not in page.text
     (row,) = page.rows_of("cars196 classes · 8,000 images41 of 8,041 images are missing")
