@@ -85,6 +85,7 @@ def test_a_command_on_a_cluster(folders, tmp_path, ray_cluster, capsys):
     table = distance.render_distance(details)
     assert "FD-efficientnet_lite0" in table
     assert "9 generated and 12 reference images, protocol clean-fid" in table
+    assert "with fewer than 6,400 of either" in table
     (folders[0] / "broken.png").write_bytes(b"no image")
     try:
         config = config_of(*folders, tmp_path / "out", *LITE, "--num_workers", "1")

@@ -8,7 +8,7 @@ from datetime import datetime
 from diffdis.feature_networks import PooledFeatures
 from diffdis.metrics.image_quality import SPLITS, Moments, frechet_distance_of_features, inception_score
 from diffdis_platform.config.distance import DistanceConfig
-from diffdis_platform.evaluation.quality import feature_metrics, network_builders, open_networks
+from diffdis_platform.evaluation.quality import feature_metrics, few_images_warning, network_builders, open_networks
 from diffdis_platform.evaluation.units import build_unit
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, Rows, one_line
@@ -132,6 +132,7 @@ def measure_distance(config: DistanceConfig, plan: DistancePlan) -> JsonObject:
     details = DISTANCE_FORMAT.stamp(
         {
             "metrics": _metrics(plan),
+            "warnings": _warnings(plan),
             "generated": plan.generated.describe(),
             "reference": {"url": config.reference, "n": None}
             if isinstance(plan.reference, Moments)
@@ -163,6 +164,15 @@ def _metrics(plan: DistancePlan) -> dict[str, float]:
     return metrics
 
 
+def _warnings(plan: DistancePlan) -> list[str]:
+    """Return a line for each network of which there are too few images."""
+    num_generated = len(plan.generated.join()["keys"])
+    num_real = plan.reference.n if isinstance(plan.reference, Moments) else len(plan.reference.join()["keys"])
+    networks = plan.networks.values()
+    lines = [few_images_warning(one.figure, num_generated, num_real, int(one.protocol["dim"])) for one in networks]
+    return [line for line in lines if line]
+
+
 def render_distance(details: JsonObject) -> str:
     """Return the table of the metrics, with the numbers of images."""
     rows = [("metric", "value")]
@@ -173,4 +183,6 @@ def render_distance(details: JsonObject) -> str:
         for name in ("generated", "reference")
         for cause, count in details[name].get("unreadable", {}).items()
     ]
-    return "\n".join([render_table(rows), f"{' and '.join(counts)} images, protocol {details['protocol']}", *lost])
+    return "\n".join(
+        [render_table(rows), f"{' and '.join(counts)} images, protocol {details['protocol']}", *lost, *details["warnings"]]
+    )
