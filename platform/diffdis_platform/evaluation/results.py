@@ -14,7 +14,14 @@ from diffdis_platform.evaluation.quality import QualityMeasurement
 from diffdis_platform.evaluation.units import count_units
 from ray_platform.contracts import UnitOrigin, UserError, describe_error
 from ray_platform.evaluate.results import write_confusion, write_predictions
-from ray_platform.evaluate.sets import PAPER_SETS, PUBLISHED, PUBLISHED_RETRIEVAL, EvaluationSet
+from ray_platform.evaluate.sets import (
+    PAPER_SETS,
+    PUBLISHED,
+    PUBLISHED_NOTES,
+    PUBLISHED_RETRIEVAL,
+    PUBLISHED_SOURCES,
+    EvaluationSet,
+)
 from ray_platform.replicas import UnitResult, WorkUnit
 from ray_platform.report.records import (
     CurvePoint,
@@ -179,6 +186,8 @@ class EvaluationResults:
             "means": {model.name: benchmark_mean(model.name, zero_shot) for model in models},
             "published": PUBLISHED,
             "published_retrieval": PUBLISHED_RETRIEVAL,
+            "published_sources": PUBLISHED_SOURCES,
+            "published_notes": PUBLISHED_NOTES,
             "units": count_units(self._origins),
             "unfinished": list(self._unfinished),
             "failures": list(dict.fromkeys(self.failures.values())),

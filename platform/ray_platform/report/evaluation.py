@@ -23,6 +23,7 @@ from ray_platform.report.render import plural, render
 from ray_platform.units import duration_text, is_number, number_text, percent_text
 
 _RETRIEVAL = {"image_retrieval_recall": "text → image", "text_retrieval_recall": "image → text"}  # CLIP_benchmark's names
+_NUM_COMPARED = 2  # published models that have a column of their own next to the results
 _METRICS = {"acc1": "acc1", "acc5": "acc5", "mean_per_class_recall": "per class"}  # column heads of a zero-shot result
 
 
@@ -76,8 +77,17 @@ class Scores:
         self.incomplete = {result["set"]: result for result in results if not is_complete(result)}
         self.complete_sets = [name for name in self.by_set if name not in self.incomplete]
         published = details.get("published", {})
-        self.published = {
+        self.all_published = {
             model: values for model, values in published.items() if not values.keys().isdisjoint(self.complete_sets)
+        }
+        # Those with which the results are compared set by set.
+        self.published = dict(list(self.all_published.items())[:_NUM_COMPARED])
+        self.published_sets = [name for name in self.complete_sets if any(name in each for each in published.values())]
+        retrieved = {result["set"] for result in details.get("retrieval", ())} - self.incomplete.keys()
+        self.published_retrieval = {
+            model: values
+            for model, values in details.get("published_retrieval", {}).items()
+            if not values.keys().isdisjoint(retrieved)
         }
         self._means = details.get("means", {})
         # Whether every dataset over which the benchmark's mean is defined was measured.
@@ -85,8 +95,8 @@ class Scores:
 
     def main(self, name: str, model: str) -> float | None:
         """Return the main metric of an evaluated model, or of a published one if the set is complete."""
-        if model in self.published:
-            return None if name in self.incomplete else self.published[model].get(name)
+        if model in self.all_published:
+            return None if name in self.incomplete else self.all_published[model].get(name)
         result = self.by_set[name].get(model)
         return result["metrics"][result["main_metric"]] if result else None
 
@@ -98,6 +108,18 @@ class Scores:
     def row(self, name: str | None) -> list[float | None]:
         """Return the main metrics of a dataset (their means if `name` is None) of all models and then of the published ones."""
         return [self.main(name, model) if name else self.mean(model) for model in [*self.models, *self.published]]
+
+    def ranking(self) -> list[tuple[str, list[float | None], float | None]]:
+        """Return the name of each evaluated and published model, its main metrics on `published_sets`, and their mean.
+
+        The best one comes first. A model without a result on one of the sets has no mean, and comes last.
+        """
+        rows = []
+        for model in [*self.models, *self.all_published]:
+            values = [self.main(name, model) for name in self.published_sets]
+            numbers = [value for value in values if is_number(value)]
+            rows.append((model, values, mean(numbers) if numbers and len(numbers) == len(values) else None))
+        return sorted(rows, key=lambda row: -1.0 if row[2] is None else row[2], reverse=True)
 
     def mean(self, model: str) -> float | None:
         """Return the mean over the benchmark or, if it is incomplete, over the report's complete sets; None if one is missing."""

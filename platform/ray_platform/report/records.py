@@ -196,6 +196,8 @@ class EvaluationDetails(RunHeader):
     published: NotRequired[Mapping[str, Mapping[str, float]]]  # model -> set or "mean" -> main metric
     retrieval: NotRequired[Sequence[RetrievalResult]]
     published_retrieval: NotRequired[Mapping[str, Mapping[str, MetricValues]]]  # model -> set -> metrics
+    published_sources: NotRequired[Mapping[str, Mapping[str, str]]]  # where figures come from -> model -> its name there
+    published_notes: NotRequired[Sequence[str]]  # what else was published
     quality: NotRequired[Sequence[QualityPoint]]
     curve: NotRequired[Sequence[CurvePoint]]
     over_training: NotRequired[Sequence[StepScore]]  # of all checkpoints that were evaluated by one command

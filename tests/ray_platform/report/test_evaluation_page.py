@@ -54,7 +54,7 @@ def test_the_tables_have_every_result(details):
     own, baseline = (page.rows_of(name) for name in (OWN, BASELINE))
     assert own[0] == [OWN, "joint", "40,000", "num steps 10 · num draws 4 · guidance 0.0", "s3://models/run/export"]
     assert baseline[0] == [BASELINE, "clip", "–", "", "/models/clip-vit-base-patch32"]
-    assert len(own) == len(baseline) == 1 + len(SETS) + 1
+    assert len(own) == len(baseline) == 1 + 1 + len(SETS) + 1  # the list of models, the ranking, the sets, and retrieval
     cells = [attrs.get("class") for tag, attrs in page.tags if tag == "td"]
     assert (cells.count("num up"), cells.count("num down")) == (4, 2)  # including the mean and the images that could not be read
     assert cells.count("num best") == 3 + 4  # FID, FID ∞ and alignment; KID is the same at all scales
@@ -102,8 +102,8 @@ def test_a_set_that_lacks_images_is_in_no_mean_and_not_compared(details):
     (row,) = page.rows_of("cars196 classes · 8,000 images41 of 8,041 images are missing")
     assert row[2:7] == ["57.2", "–", "59.7", "–", "–"]
     assert page.rows_of("mean of the 4 complete sets above")
-    assert not page.rows_of("CLIP ViT-L/14, published"), "nothing published is compared with flickr30k"
-    assert page_of(evaluation()).rows_of("CLIP ViT-L/14, published")
+    assert len(page.rows_of("CLIP ViT-L/14, published")) == 1, "nothing published is compared with flickr30k"
+    assert len(page_of(evaluation()).rows_of("CLIP ViT-L/14, published")) == 2
 
 
 def test_the_sizes_and_warnings_of_distances(details):
@@ -116,6 +116,7 @@ def test_the_sizes_and_warnings_of_distances(details):
 
 def test_texts_of_any_script_and_length_stay_text(details):
     evil = poisoned(details, {"created", "jpeg", "png", "main_metric", "models"}, {"published_retrieval", "means"})
+    evil["published_sources"] = {"source" + EVIL: {model + EVIL: "name" + EVIL for model in details["published"]}}
     evil["published"] = {model + EVIL: {name if name == "mean" else name + EVIL: value for name, value in values.items()}
                          for model, values in details["published"].items()}  # fmt: skip
     page = check_poison_is_text(evaluation_page(evil), 2000)
@@ -171,6 +172,22 @@ def test_means_are_over_what_was_measured(details):
     page = page_of(unpublished | {"retrieval": [], "quality": [], "curve": []})
     assert page.rows_of("mine10 classes")[0][2:] == ["91.3", "89.4", "91.3", "99.9", "90.6", "0"]
     assert "published" not in page.text
+
+
+def test_published_models_are_ranked_with_the_results_and_have_their_source(details):
+    details["published"]["SigLIP"] = {"cars": 0.9, "food101": 0.9, "vtab/cifar10": 0.99, "vtab/pets": 0.99, "imagenet1k": 0.99}
+    details["published"]["partial"] = {"cars": 0.95}
+    page = page_of(details)
+    header, *rows = page.rows[page.rows.index(next(row for row in page.rows if row[-1] == "mean")) :][:7]
+    assert header == ["model", "vtab/cifar10", "cars", "vtab/pets", "imagenet1k", "mean"]  # food101 is incomplete
+    order = ["SigLIP, published", "CLIP ViT-L/14, published", OWN, "CLIP ViT-B/32, published", BASELINE, "partial, published"]
+    assert [row[0] for row in rows] == order
+    assert rows[0][1:] == ["99.0", "90.0", "99.0", "99.0", "96.8"]
+    assert rows[-1][1:] == ["–", "95.0", "–", "–", "–"]
+    assert page.text.count("Published figures: a table of open_clip (CLIP ViT-B/32: ViT-B-32, openai; CLIP ViT-L/14") == 2
+    assert "the paper: 1.65 points more" in page.text
+    (cars,) = page.rows_of("cars196 classes")
+    assert len(cars) == len(page_of(evaluation()).rows_of("cars196 classes")[0]), "no column for every published model"
 
 
 def test_only_points_of_one_protocol_are_one_line(details):
