@@ -20,7 +20,7 @@ from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, suite_se
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import open_baseline, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement, feature_metrics, few_images_warning
-from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults, step_scores
+from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults, render_results, step_scores
 from diffdis_platform.evaluation.run import configs_of_steps, open_sets, write_outputs
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set
@@ -188,6 +188,7 @@ def test_an_incomplete_set_has_its_shortfall_next_to_every_figure(models, tmp_pa
     write_outputs(str(tmp_path / "out"), details, time.monotonic())
     table = {row["dataset"]: row for row in csv.DictReader((tmp_path / "out" / "results.csv").open())}
     short, unreadable = table["vtab/cifar10"], table["mine"]
+    assert "vtab/cifar10 (incomplete)" in render_results(details)
     sizes = ("n", "num_expected", "num_missing", "num_unreadable", "is_complete")
     assert [short[field] for field in sizes] == ["20", "10000", "9980", "0", "False"]
     assert [unreadable[field] for field in sizes] == ["9", "", "0", "1", "False"]

@@ -248,7 +248,8 @@ def render_results(details: EvaluationDetails) -> str:
     names = [model["name"] for model in details["models"]]
     values: dict[str, dict[str, float | None]] = {}  # row -> model -> metric
     for result in details.get("zero_shot", ()):
-        values.setdefault(result["set"], {})[result["model"]] = result["metrics"][result["main_metric"]]
+        row = result["set"] if is_complete(result) else f"{result['set']} (incomplete)"
+        values.setdefault(row, {})[result["model"]] = result["metrics"][result["main_metric"]]
     for way in ("text", "image"):
         for retrieved in details.get("retrieval", ()):
             metric = retrieved["metrics"][f"{way}_retrieval_recall@1"]
