@@ -167,13 +167,14 @@ class PoolProgress:
         self.total_cost, self.num_units = self.total_cost - unit.cost, self.num_units - 1
 
     def line(self) -> str:
-        """Return `412/940 units  [########            ]  41 %  left 3:12`."""
+        """Return `412/940 units  [########            ]  41%  left 3:12`; without a time until a unit was computed."""
         fraction = self.done_cost / self.total_cost if self.total_cost else 1.0
         computed, elapsed = self.done_cost - self.cached_cost, time.monotonic() - self.started
-        left = int(elapsed * (self.total_cost - self.done_cost) / computed) if computed else 0
+        seconds = int(elapsed * (self.total_cost - self.done_cost) / computed) if computed else 0
+        left = f"  left {seconds // 60}:{seconds % 60:02d}" if computed else ""
         bar = "#" * round(20 * fraction)
         lost = f"  workers lost {self.replicas_lost}" if self.replicas_lost else ""
-        return f"{self.units_done}/{self.num_units} units  [{bar:<20}]  {fraction:.0%}  left {left // 60}:{left % 60:02d}{lost}"
+        return f"{self.units_done}/{self.num_units} units  [{bar:<20}]  {fraction:.0%}{left}{lost}"
 
 
 class ReplicaActor:
@@ -249,7 +250,7 @@ class ReplicaPool:
         ).remote(self.spec.build, "cuda" if self.spec.gpus else "cpu", self.store)
 
     def _run_queue(self) -> Iterator[UnitResult]:
-        last_shown = time.monotonic()
+        last_shown, last_line = time.monotonic(), ""
         while True:
             self.queue.assign(self._start_unit, self.progress.drop)
             if not self._running:
@@ -259,8 +260,10 @@ class ReplicaPool:
                 if (result := self._collect(call)) is not None:
                     yield result
             if time.monotonic() - last_shown > _POLL_SECONDS:
-                last_shown = time.monotonic()
-                self.show(self.progress.line())
+                line, last_shown = self.progress.line(), time.monotonic()
+                if line != last_line:
+                    self.show(line)
+                last_line = line
 
     def _start_unit(self, unit: WorkUnit, actor: Any, exclusive: bool) -> None:
         self._running[actor.run_unit.remote(unit.key, unit.work)] = unit, actor, exclusive

@@ -207,7 +207,7 @@ def test_rows_are_joined_by_place_and_a_unit_without_rows_adds_none():
 def test_the_progress_bar_counts_stored_rows_as_done_but_not_as_speed():
     progress = PoolProgress(10.0, 4)
     progress.add(unit(Square(1), cost=4.0), cached=True)
-    assert progress.line().startswith("1/4 units  [########            ]  40%  left 0:00")
+    assert progress.line() == "1/4 units  [########            ]  40%"
     progress.started -= 60
     progress.add(unit(Square(2), cost=2.0), cached=False)
     assert progress.line() == "2/4 units  [############        ]  60%  left 2:00"
