@@ -13,8 +13,9 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
@@ -159,6 +160,22 @@ def read_tar(data: bytes, shard_name: str, suffixes: Sequence[str] = _SUFFIXES) 
     if not members and (rejected := _reject_other_format(data, shard_name)):
         return [rejected]
     return _grouped(members, ending != "whole" and data != b"", shard_name, suffixes)
+
+
+def count_images(file: IO[bytes], size: int, suffixes: Sequence[str]) -> int:
+    """Return the number of samples with an image in a tar of `size` bytes, from its headers: contents are skipped by seeking.
+
+    Members of samples have one of `suffixes`. Of a tar that is damaged, the samples before the damage are counted.
+    """
+    members: list[Member] = []
+    with suppress(Exception), tarfile.open(fileobj=file, mode="r:") as tar:  # as in `_members`: garbage raises anything
+        at = 0
+        while (entry := tar.next()) and at < entry.offset_data <= size - entry.size:  # negative sizes lead back
+            at = entry.offset_data
+            tar.members = []  # type: ignore[attr-defined]
+            if entry.isreg() and not entry.issparse():
+                members.append(Member(entry.name, memoryview(b""), at - _BLOCK))
+    return sum(isinstance(record, Record) and record.has_image for record in _grouped(members, False, "", suffixes))
 
 
 def read_part(

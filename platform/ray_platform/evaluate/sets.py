@@ -327,7 +327,7 @@ class EvaluationSet:
     slices: tuple[DatasetSlice, ...]
     num_files: int
     num_bytes: int
-    known_images: int | None  # None: unknown until the tars are read
+    known_images: int | None  # None: unknown until the tars are read, as in object stores
     warnings: tuple[str, ...]  # one line each
     # 16 hex digits over classes, templates, labels, and names, sizes and versions of the files; independent of the place of the
     # set, but not of the time of a copy, unless the copy keeps the files' times or ETags.

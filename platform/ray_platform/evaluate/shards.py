@@ -12,6 +12,7 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,13 +23,15 @@ from ray_platform.contracts import DataError, one_line
 from ray_platform.data.captions import MAX_CAPTION_BYTES
 from ray_platform.data.catalog import NOMINAL_BYTES
 from ray_platform.data.causes import RejectedSample, is_filtered
-from ray_platform.data.tar import IMAGE_SUFFIXES, Record, read_tar_slice
+from ray_platform.data.tar import IMAGE_SUFFIXES, Record, count_images, read_tar_slice
 from ray_platform.evaluate import sets
 from ray_platform.evaluate.sets import ClassTexts, DatasetSlice, EvaluationSet, EvaluationTask, RawSample, Samples, SlicePart
 from ray_platform.storage import StoredFile
 
 SPLIT = "test"
 _TYPE_FILE, _NUM_SHARDS_FILE = "dataset_type.txt", "nshards.txt"
+_SUFFIXES = (*IMAGE_SUFFIXES, "cls", "txt")  # of the members of a sample with a label or captions
+_READS_AT_ONCE = 16
 _MIN_SAMPLE_BYTES = 4 * tarfile.BLOCKSIZE  # two members, each with a header and at least one block
 _INTEGER = re.compile(rb"\s*[+-]?\d{1,9}\s*")
 
@@ -72,7 +75,10 @@ def open_tars(
     tars: Sequence[StoredFile],
     texts: ClassTexts = ClassTexts(),  # noqa: B008  (immutable)
 ) -> EvaluationSet:
-    """Return the set of these tars; large ones have several slices. Raises DataError for an empty file."""
+    """Return the set of these tars; large ones have several slices. Raises DataError for an empty file.
+
+    The images of a known set in local tars are counted.
+    """
     if empty := [file.url for file in tars if not file.size]:
         raise DataError(f"{set_name}: {empty[0]} is empty (0 bytes); download the set again")
     # Names are those below the deepest folder that all tars share: the file names, for tars in one folder.
@@ -81,8 +87,9 @@ def open_tars(
     names = [posixpath.relpath(path, shared) for path in paths]
     ordered = sorted(zip(names, tars, strict=True), key=lambda item: _sort_key(item[0]))
     known = sets.KNOWN_SETS.get(set_name)
-    bytes_per_image = float(NOMINAL_BYTES)
+    bytes_per_image, num_images = float(NOMINAL_BYTES), None
     if known and known.task == task:
+        num_images = _count_images(tars)
         bytes_per_image = max(sum(file.size for file in tars) / known.num_images, _MIN_SAMPLE_BYTES)
     parts = []
     for name, file in ordered:
@@ -90,7 +97,23 @@ def open_tars(
             label = name if stop - start == file.size else f"{name}[{start}:{stop}]"
             read = functools.partial(_read_tar, file, name, start, stop)
             parts.append(SlicePart(label, (stop - start) / bytes_per_image, read))
-    return sets.build_set(set_name, task, url, layout, dict(ordered), parts, texts)
+    return sets.build_set(set_name, task, url, layout, dict(ordered), parts, texts, num_images)
+
+
+def _count_images(tars: Sequence[StoredFile]) -> int | None:
+    """Return the number of images by the headers of the tars; None in an object store, where each header is a request."""
+    if any("://" in file.url for file in tars):
+        return None
+
+    def count(file: StoredFile) -> int:
+        try:
+            with storage.open_read(file.url) as content:
+                return count_images(content, file.size, _SUFFIXES)
+        except storage.StorageError:  # its samples are lost with this cause when they are read
+            return 0
+
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        return sum(pool.map(count, tars))
 
 
 def _cut(size: int, bytes_per_slice: float) -> list[tuple[int, int]]:
@@ -146,7 +169,7 @@ def _read_task(set_name: str, type_url: str | None) -> EvaluationTask:
 
 def _read_tar(file: StoredFile, name: str, start: int, stop: int, part: DatasetSlice) -> Samples:
     """Read the samples that begin in bytes start..stop of a tar; their keys begin with its name in the set."""
-    suffixes = IMAGE_SUFFIXES if part.schema.task == "images" else (*IMAGE_SUFFIXES, "cls", "txt")
+    suffixes = IMAGE_SUFFIXES if part.schema.task == "images" else _SUFFIXES
     records = read_tar_slice(file.url, name, file.size, start, stop, suffixes)
     if records == [RejectedSample(f"{name}/", "shard_empty")]:
         if stop - start == file.size:

@@ -77,7 +77,7 @@ def hundred(tmp_path_factory):
     """CIFAR-100's export in five tars, and all of its samples."""
     folder = write_one(tmp_path_factory.mktemp("hundred"), "vtab/cifar100", samples_per_shard=23)
     data = open_evaluation_set("vtab/cifar100", str(folder))
-    assert (data.num_files, data.known_images) == (5, None)
+    assert (data.num_files, data.known_images) == (5, 100)
     samples = contents(data)
     assert [(key, label) for key, label, _ in samples] == [(f"{i // 23}.tar/s{i:07d}", i) for i in range(100)]
     assert np.array_equal(rgb(samples[57][2]), picture(57))
@@ -190,6 +190,25 @@ def test_a_tar_without_samples_or_that_changes(tmp_path, build_tar):
     assert f"mine: {tar} has no samples" in error_of_set("mine", folder)
     tar.write_bytes(b"")
     assert f"mine: {tar} is empty" in error_of_set("mine", folder)
+
+
+def test_the_images_of_a_known_set_are_counted_by_the_headers_of_its_tars(tmp_path, build_tar):
+    def counts() -> tuple[int | None, int]:
+        data = open_evaluation_set("vtab/cifar10", str(folder))
+        return data.known_images, sum(isinstance(sample, RawSample) for sample in read(data))
+
+    folder, image = write_one(tmp_path, "vtab/cifar10", samples_per_shard=4), encoded(picture(0), "PNG")
+    (folder / "test" / "2.tar").write_bytes(
+        build_tar([("a.png", image), ("a.cls", b"1"), ("b.cls", b"2"), ("v1.5_7.png", image), ("v1.5_7.cls", b"3")])
+    )
+    assert counts() == (10, 10)
+    first = folder / "test" / "0.tar"
+    content = first.read_bytes()
+    for damaged in (content[:6000], b"<html>404</html>" * 100, content[:512] + b"\xff" * 5000):
+        first.write_bytes(damaged)
+        count, num_readable = counts()
+        assert 6 <= num_readable == count < 10
+    assert open_evaluation_set("mine", str(write_own(tmp_path))).known_images is None
 
 
 def test_missing_and_extra_shards(tmp_path):
