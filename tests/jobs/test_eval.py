@@ -166,6 +166,10 @@ def test_the_run_that_made_the_model_has_the_figures_and_the_report(whole, expor
     history = client.get_metric_history(tracked["run_id"], "eval/mine/acc1")
     (entry,) = whole[1]["zero_shot"]
     assert {(metric.step, metric.value) for metric in history} == {(12, entry["metrics"]["acc1"])}
+    tags, (model, *_) = client.get_run(tracked["run_id"]).data.tags, whole[1]["models"]
+    assert (tags["eval/step_12/checkpoint"], tags["eval/step_12/weights_digest"]) == (str(exported), model["weights_digest"])
+    assert tags["eval/step_12/seed"] == "0"
+    assert f"mine {entry['data_digest']}, pairs " in tags["eval/step_12/data_digests"]
     assert {f.path for f in client.list_artifacts(tracked["run_id"], "evaluation")} >= {"evaluation/report.html"}
 
 

@@ -371,6 +371,16 @@ def test_a_limit_measures_a_random_sample_and_says_so(models, tmp_path):
     assert "vtab/cifar10 is incomplete: a random sample of 60. It is in no mean, and not compared" in text
 
 
+def test_warnings_about_a_set_are_in_the_details_and_the_report(models, tmp_path):
+    data = open_evaluation_set("mine", str(write_own(tmp_path, classes=["van", "bus", "van"])))
+    plan = EvaluationPlan(models[0], [], {"mine": data}, [ZeroShotMeasurement(models[0], data)])
+    details, _ = evaluated(plan, tmp_path / "out")
+    (warning,) = json.loads((tmp_path / "out" / "details.json").read_text())["warnings"]
+    assert "names the class 'van' more than once" in warning
+    assert details["warnings"] == [warning]
+    assert warning in Page((tmp_path / "out" / "report.html").read_text()).text
+
+
 def test_the_predictions_of_every_sample_and_the_confusion_matrix(models, tmp_path):
     images = [encoded(picture(0))[:60], *(picture(i) for i in range(1, 9))]
     write_wds(tmp_path, "mine", images, labels=[i % 3 for i in range(9)], classes=["a", "b", "c"], templates=["a {c}"])

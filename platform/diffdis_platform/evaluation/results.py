@@ -190,6 +190,7 @@ class EvaluationResults:
             "published_notes": PUBLISHED_NOTES,
             "units": count_units(self._origins),
             "unfinished": list(self._unfinished),
+            "warnings": [warning for data in self.plan.sets.values() for warning in data.warnings],
             "failures": list(dict.fromkeys(self.failures.values())),
         }
 

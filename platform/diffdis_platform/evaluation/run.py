@@ -20,7 +20,13 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.discovery import SetNotFoundError, find_evaluation_set, open_evaluation_set
 from ray_platform.evaluate.result_cache import ResultCache
-from ray_platform.evaluate.results import check_not_taken, metrics_for_tracking, results_folder, write_results
+from ray_platform.evaluate.results import (
+    check_not_taken,
+    metrics_for_tracking,
+    results_folder,
+    tags_for_tracking,
+    write_results,
+)
 from ray_platform.evaluate.sets import CLASSES_FILE, TEMPLATES_FILE, EvaluationSet, check_counts
 from ray_platform.evaluate.unit_work import Thumbnails, WorkerModels
 from ray_platform.metric_registry import check_declared
@@ -240,6 +246,7 @@ def _track(config: EvalConfig, model: EvaluationModel, sets: Iterable[Evaluation
                 for data in sets
             ]
         )  # fmt: skip
+        tracker.describe("", tags_for_tracking(details))
         tracker.log_metrics(metrics_for_tracking(details), model.step or 0)
         tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, REPORT)), f"evaluation/{REPORT}")
         tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, "results.csv")), "evaluation/results.csv")

@@ -191,6 +191,26 @@ def metrics_for_tracking(details: EvaluationDetails) -> dict[str, float]:
     return {_mlflow_name(name): float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)}
 
 
+def tags_for_tracking(details: EvaluationDetails) -> dict[str, str]:
+    """Return what identifies the results of the evaluated model, as tags of a tracked run.
+
+    Names begin with `eval/step_<n>/`, as the metrics of several checkpoints of a run differ by their step, or with `eval/`.
+    """
+    model = details["models"][0]
+    results = [result for result, _, _ in _results(details) if result["model"] == model["name"]]
+    digests = {result["set"]: result.get("data_digest", "") for result in results}
+    seeds = {str(seed) for result in results if (seed := result.get("seed")) is not None}
+    tags = {
+        "checkpoint": model["pretrained"],
+        "weights_digest": model.get("weights_digest", ""),
+        "data_digests": ", ".join(f"{name} {digest}" for name, digest in digests.items()),
+        "seed": ", ".join(sorted(seeds)),
+        "code_version": details["code_version"],
+    }
+    prefix = "eval" if model["step"] is None else f"eval/step_{model['step']}"
+    return {f"{prefix}/{name}": value for name, value in tags.items() if value}
+
+
 def check_same_protocol(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
     """Raise ConfigError when two results were not measured in the same way; it names the first field that differs."""
     difference = first_difference(json.loads(to_json(a)), json.loads(to_json(b)))

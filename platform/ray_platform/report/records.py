@@ -202,6 +202,7 @@ class EvaluationDetails(RunHeader):
     curve: NotRequired[Sequence[CurvePoint]]
     over_training: NotRequired[Sequence[StepScore]]  # of all checkpoints that were evaluated by one command
     units: NotRequired[ReuseCounts]
+    warnings: NotRequired[Sequence[str]]  # about the sets, such as class names that occur twice
     unfinished: NotRequired[Sequence[str]]  # sets that were still being measured when this was written
     failures: NotRequired[Sequence[str]]
 

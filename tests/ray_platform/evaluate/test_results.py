@@ -7,11 +7,11 @@ import math
 
 import pandas
 import pytest
-from mlflow.utils.validation import _validate_metric_name
+from mlflow.utils.validation import _validate_metric_name, _validate_tag_name
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.evaluate.results import check_same_protocol, metrics_for_tracking, write_results
+from ray_platform.evaluate.results import check_same_protocol, metrics_for_tracking, tags_for_tracking, write_results
 from tests.support.evaluation_details import OWN, SETS, evaluation
 
 FOLDER, BASELINE_FOLDER = "DiffDis-step-40000", "CLIP-ViT-B-32-own-run"
@@ -165,3 +165,20 @@ def test_another_protocol_is_rejected_by_its_first_field_that_differs(details, c
     assert len(str(raised.value)) < 300
     with pytest.raises(ConfigError):
         check_same_protocol(protocol | change, protocol)
+
+
+def test_tags_identify_the_results(details):
+    model, *others = details["models"]
+    results = [result | {"data_digest": f"digest of {result['set']}", "seed": 0} for result in details["zero_shot"][:4]]
+    known = details | {"models": [model | {"weights_digest": "1234"}, *others], "zero_shot": results, "retrieval": []}
+    assert tags_for_tracking(known) == {
+        "eval/step_40000/checkpoint": "s3://models/run/export",
+        "eval/step_40000/weights_digest": "1234",
+        "eval/step_40000/data_digests": "vtab/cifar10 digest of vtab/cifar10, cars digest of cars",
+        "eval/step_40000/seed": "0",
+        "eval/step_40000/code_version": details["code_version"],
+    }
+    unknown = known | {"models": [model | {"step": None}, *others], "zero_shot": []}
+    assert tags_for_tracking(unknown).keys() == {"eval/checkpoint", "eval/code_version"}
+    for name in tags_for_tracking(known):
+        _validate_tag_name(name)

@@ -82,12 +82,15 @@ def test_every_class_image_and_point_is_there(details):
 
 def test_failures_and_lost_images_come_first(details):
     text = page_of(details).text
-    for problem in (details["failures"][0], "food101 is incomplete: 11 images could not be read"):
+    warning = "1 warning " + details["warnings"][0]
+    for problem in (details["failures"][0], "food101 is incomplete: 11 images could not be read", warning):
         assert text.index(problem) < text.index("mean over 4 complete zero-shot sets") < text.index("Zero-shot classif")
     assert f"food101: 11 images could not be read by {OWN}, {BASELINE}" in text  # the same ones are listed once
     assert text.count("0.tar/s0000009 image_undecodable") == 1
     assert "and 1 more" in text
-    assert "Everything that was requested was measured" in page_of(with_every_image(details) | {"failures": []}).text
+    page = page_of(with_every_image(details) | {"failures": [], "warnings": []})
+    assert "Everything that was requested was measured" in page.text
+    assert "warning" not in page.text
 
 
 def test_a_set_that_lacks_images_is_in_no_mean_and_not_compared(details):
