@@ -262,7 +262,7 @@ def test_an_evaluation(old, expected):
     folder = old / "evaluation"
     parse_eval(["--config", str(folder / "config.yaml")])
     details = json.loads((folder / "details.json").read_text())
-    assert metrics_for_tracking(details) == expected["exact"]["evaluation/metrics_for_tracking"]
+    assert expected["exact"]["evaluation/metrics_for_tracking"].items() <= metrics_for_tracking(details).items()
     keys = sorted(path.stem for path in (folder / "units").glob("*.npz"))
     cached = ResultCache(str(folder / "units"), "git-0").read(keys)
     assert {origin for _, origin in cached.values()} == {("unknown", "unknown")}

@@ -48,6 +48,8 @@ _PORT_OPTIONS = (
     *("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port"),
 )
 _PORT_VARIABLES = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")  # these have no command-line options
+# Ray waits 30 s for its own processes, which a busy machine may take longer to start; the second time they are in its file cache.
+_RAY_GAVE_UP = "timed out during startup"
 
 
 class HeadError(UserError):
@@ -82,7 +84,13 @@ class LocalHead:
         if _in_main_thread():
             self._handler = signal.signal(signal.SIGTERM, _exit_on_signal) or signal.SIG_DFL
         try:
-            self._start()
+            try:
+                self._start()
+            except HeadError as error:
+                if _RAY_GAVE_UP not in str(error):
+                    raise
+                self._end_processes()
+                self._start()
         except BaseException:
             self._clean_up()
             raise

@@ -157,7 +157,7 @@ def save_dinov2(folder):
 
 def test_models_in_transformers_layout(tmp_path):
     images = pictures(3, 48, 40)
-    clip = ClipScorer(save_clip(tmp_path / "CLIP-32"))
+    clip = ClipScorer(save_clip(tmp_path / "CLIP-32"), resize="pillow")
     network = build_feature_network(str(tmp_path / "CLIP-32"))
     features = network.features(images)
     embedded = clip.embed_images(np.stack([clip.preprocess(image) for image in images]))

@@ -119,7 +119,7 @@ def test_the_reference_is_the_whole_folder_or_a_sample_of_all_of_it(tmp_path, mo
     sizes = {"num_images": 2, "num_reference": num_reference}
     config = QualityConfig(str(tmp_path / "prompts.txt"), str(reference), guidance_scales=(1.0,), **sizes)
     measurement = QualityMeasurement(MODEL, None, 32, config, str(tmp_path / "out"))
-    models, measured = WorkerModels(network_builders(config), 1, "cpu"), 0
+    models, measured = WorkerModels(network_builders(config.networks, config.inception, config.resize), 1, "cpu"), 0
     for unit in measurement.units:
         if unit.group == measurement.reference_group:
             rows = unit.work.run(models) | {"seconds": np.ones(1)}

@@ -46,6 +46,7 @@ def test_the_report_has_all_numbers(ray_cluster, shards, capsys):
     histogram = dict.fromkeys(("edges", "counts", "least", "most", "p10", "p50", "p90"))
     measured = ("width", "height", "aspect_ratio", "image_bytes", "caption_words", "caption_characters")
     assert names(summary) == {
+        "format_version": None,
         "sources": None,
         "shards": dict.fromkeys(("in_source", "inspected", "unusable", "bytes_in_source", "bytes_inspected")),
         "samples": dict.fromkeys(("inspected", "used", "filtered", "bad", "bad_share", "max_skipped_share", "upscaled")),

@@ -207,7 +207,7 @@ def test_a_web_server_is_read_by_its_urls(aws, supports_ranges):
         return (206, content[int(start) : int(stop) + 1]) if supports_ranges and stop else (200, content)
 
     with serving(answer) as url:
-        shards = tuple(storage.StoredFile(f"{url}/{number}.tar", 10) for number in range(3))
+        shards = tuple(storage.StoredFile(f"{url}/{number}.tar", 10, '"a"') for number in range(3))
         assert storage.list_files(f"{url}/{{0..2}}.tar") == shards
         assert storage.read_bytes(shards[0].url) == content
         assert storage.read_bytes(shards[0].url, 2, 5) == b"234"

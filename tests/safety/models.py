@@ -27,7 +27,7 @@ from ray_platform.data.precomputed import to_arrow
 from ray_platform.data.source import open_precomputed
 from ray_platform.evaluate.discovery import find_evaluation_set
 from ray_platform.evaluate.result_cache import ResultCache
-from ray_platform.evaluate.sets import read_slice
+from ray_platform.evaluate.sets import KNOWN_SETS, read_slice
 from tests.ray_platform.conftest import png, tar_of
 from tests.safety.cases import CANARY, Evil, Feed, line_of
 from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder, save_stable_diffusion
@@ -165,7 +165,7 @@ def cars() -> Feed:
     """Return a case: a set whose index names a file outside the set as an image."""
     annotations = np.array([("../../outside/secret.png", 1), ("b.jpg", 2)], dtype=[("fname", object), ("class", int)])
     files = {
-        "cars/devkit/cars_meta.mat": matlab(class_names=np.array([f"Car {i}" for i in range(196)], dtype=object)),
+        "cars/devkit/cars_meta.mat": matlab(class_names=np.array(KNOWN_SETS["cars"].classes, dtype=object)),
         "cars/cars_test_annos_withlabels.mat": matlab(annotations=annotations),
         "cars/cars_test/b.jpg": b"",
     }

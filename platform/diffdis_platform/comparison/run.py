@@ -204,7 +204,8 @@ def _identity(config: CompareConfig) -> Fields:
     return redacted_values(_shared_fields(config)) | {
         "encoders": json.loads(json.dumps(run.describe_encoders())),
         "training_data": run.check().digest,
-        "sets": {name: data.digest for name, data in sets.items()},
+        # By names and sizes: a comparison continues after a copy of its data, and one of an earlier release is recognized.
+        "sets": {name: data.names_digest for name, data in sets.items()},
         "quality": _quality_digests(config.evaluation.quality),
     }
 
@@ -226,7 +227,7 @@ def _quality_digests(config: QualityConfig) -> dict[str, str]:
         return {}
     prompts = hashlib.sha256("\n".join(read_prompts(config)).encode()).hexdigest()[:16]
     real = ReferenceFeatures.read(config.reference) if config.reference.endswith(".npz") else open_image_set(config.reference)
-    return {"prompts": prompts, "reference": real.digest}
+    return {"prompts": prompts, "reference": real.digest if isinstance(real, ReferenceFeatures) else real.names_digest}
 
 
 def _with_new_fields(identity: Fields) -> Fields:

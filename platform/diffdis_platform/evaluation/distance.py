@@ -23,6 +23,7 @@ from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit, join_rows
 from ray_platform.terminal import render_table
 from ray_platform.tracking.run_metadata import code_version
 
+_MAX_STATISTICS = 2**28  # bytes, uncompressed: mu and sigma of 2,048 features have 2**25
 DISTANCE, DISTANCE_FORMAT = "distance.json", FileFormat("distance")
 
 
@@ -70,7 +71,7 @@ class ImageFeatures:
 def read_statistics(url: str) -> Moments:
     """Return the moments in a published .npz with `mu` and `sigma`. Raises ConfigError."""
     try:
-        arrays = read_arrays(storage.read_bytes(url))
+        arrays = read_arrays(storage.read_bytes(url), _MAX_STATISTICS)
         return Moments.of_statistics(arrays["mu"], arrays["sigma"])
     except (ValueError, KeyError) as error:
         raise ConfigError(

@@ -17,7 +17,6 @@ from ray_platform.formats import FileFormat
 UNIT_FORMAT = FileFormat("cached unit", version=2)  # version 1 had the rows only
 _RECORD = "unit_record"  # array of a file that has its UnitOrigin as JSON
 _READS_AT_ONCE = 64
-_MAX_UNCOMPRESSED = 2**28  # bytes of a compressed file: mu and sigma for 2,048 features have 2**25
 
 
 def cache_key(**identity: Any) -> str:
@@ -25,18 +24,18 @@ def cache_key(**identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read_arrays(content: bytes) -> Rows:
+def read_arrays(content: bytes, max_uncompressed: int = 0) -> Rows:
     """Return the arrays of an .npz file, which may hold numbers and strings, but no objects.
 
     Raises:
-        ValueError: The content is anything else, or is compressed and has more than 256 MiB uncompressed.
+        ValueError: The content is anything else, or is compressed and has more than `max_uncompressed` bytes.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
             is_compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
             # Without compression the arrays cannot be larger than the file.
-            if is_compressed and sum(entry.file_size for entry in entries) > _MAX_UNCOMPRESSED:
+            if is_compressed and sum(entry.file_size for entry in entries) > max_uncompressed:
                 raise ValueError("compressed, and too large")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return dict(arrays)

@@ -332,6 +332,7 @@ class EvaluationSet:
     # 16 hex digits over classes, templates, labels, and names, sizes and versions of the files; independent of the place of the
     # set, but not of the time of a copy, unless the copy keeps the files' times or ETags.
     digest: str
+    names_digest: str  # likewise, without the files' versions and the labels: the digest of earlier releases
 
 
 def build_set(
@@ -355,14 +356,18 @@ def build_set(
     if not slices:
         raise DataError(f"{set_name}: {url} has no images; download the set again")
     versions = [(name, file.size, file.version) if file else (name, -1, "") for name, file in sorted(files.items())]
-    listing = json.dumps([task, texts.classes, texts.templates, versions, *([labels] if labels else [])])
+    sizes = [(name, size) for name, size, _ in versions]
     known = KNOWN_SETS.get(set_name)
     return EvaluationSet(
         set_name, task, url, layout, texts.classes, texts.templates, texts.source, texts.templates_source,
         known=known if known and known.task == task else None, slices=slices, num_files=len(files),
         num_bytes=sum(file.size for file in files.values() if file), known_images=known_images, warnings=texts.warnings,
-        digest=hashlib.sha256(listing.encode()).hexdigest()[:16],
+        digest=_digest_of(task, texts, versions, *([labels] if labels else [])), names_digest=_digest_of(task, texts, sizes),
     )  # fmt: skip
+
+
+def _digest_of(task: EvaluationTask, texts: ClassTexts, *content: object) -> str:
+    return hashlib.sha256(json.dumps([task, texts.classes, texts.templates, *content]).encode()).hexdigest()[:16]
 
 
 def check_counts(data: EvaluationSet, num_read: int, num_rejected: int, allow_short: bool) -> None:
