@@ -109,6 +109,15 @@ def test_a_start_that_fails_shows_the_log_and_leaves_nothing(monkeypatch, progra
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_start_that_ray_gave_up_is_tried_once_more(monkeypatch, tmp_path):
+    starts = tmp_path / "starts"
+    program = f"open({str(starts)!r}, 'a').write('x'); print('The current node timed out during startup.'); raise SystemExit(1)"
+    monkeypatch.setattr(LocalHead, "_command", lambda self: [sys.executable, "-c", program])
+    with pytest.raises(HeadError, match="timed out during startup"), LocalHead():
+        pass
+    assert starts.read_text() == "xx"
+
+
 def start_and_wait(program: str) -> tuple[subprocess.Popen, str, Path]:
     """Run a program that starts a head; return once it has printed its marker and folder."""
     program = f"""
