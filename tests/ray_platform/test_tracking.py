@@ -422,6 +422,7 @@ def log_from_a_worker(tracker: TrackedRun, first: int) -> None:
 def test_a_worker_writes_through_an_actor_whose_process_may_be_killed(ray_cluster, output):
     """What was sent to the process while it was dead is not lost, and nothing is there twice."""
     with start_run(TrackingConfig(), output, metadata(steps=3), in_actor=True) as tracker:
+        assert "run" in json.loads(Path(output, "metrics.jsonl").read_text().splitlines()[0]), "before any worker logs"
         ray.get(log_from_a_worker.remote(tracker, 0))
         run_id = tracker.run_id()
         processes = [child for child in psutil.Process().children(recursive=True) if "RunWriter" in " ".join(child.cmdline())]

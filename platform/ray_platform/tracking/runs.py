@@ -278,6 +278,7 @@ class TrackedRun(Tracker):
         """Begin the run in the journal. `continues`: without a known id it is the one with which the folder's journal ends."""
         tracking = asdict(config) | {"uri": redacted(config.uri)}
         self._append(run=JOURNAL_FORMAT.stamp({"run_id": self._run_id, "continues": continues, "tracking": tracking}))
+        self.flush()  # calls of other processes can overtake this one, and what precedes it in the journal belongs to no run
 
     def run_id(self) -> str:
         """Return the run's id; empty as long as no tracker has answered."""
