@@ -47,8 +47,9 @@ class ImageFeatures:
             units[unit.key] = (self, part.place, unit)
         return units
 
-    def join(self) -> Rows:
-        """Return the features of all images that can be read. Raises DataError for fewer than two."""
+    @functools.cached_property
+    def joined(self) -> Rows:
+        """The features of all images that can be read, once all rows are received. Raises DataError for fewer than two."""
         joined = join_rows(self.rows)
         if len(joined["keys"]) < 2:
             causes = ", ".join(f"{count:,} x {cause}" for cause, count in Counter(joined["causes"].tolist()).items())
@@ -59,7 +60,7 @@ class ImageFeatures:
         return joined
 
     def describe(self) -> JsonObject:
-        joined = join_rows(self.rows)
+        joined = self.joined
         return {
             "url": self.data.url,
             "digest": self.data.digest,
@@ -149,8 +150,8 @@ def measure_distance(config: DistanceConfig, plan: DistancePlan) -> JsonObject:
 
 
 def _metrics(plan: DistancePlan) -> dict[str, float]:
-    generated = plan.generated.join()
-    reference = plan.reference if isinstance(plan.reference, Moments) else plan.reference.join()
+    generated = plan.generated.joined
+    reference = plan.reference if isinstance(plan.reference, Moments) else plan.reference.joined
     metrics: dict[str, float] = {}
     for name, network in plan.networks.items():
         features = generated[f"features/{name}"]
@@ -167,8 +168,8 @@ def _metrics(plan: DistancePlan) -> dict[str, float]:
 
 def _warnings(plan: DistancePlan) -> list[str]:
     """Return a line for each network of which there are too few images."""
-    num_generated = len(plan.generated.join()["keys"])
-    num_real = plan.reference.n if isinstance(plan.reference, Moments) else len(plan.reference.join()["keys"])
+    num_generated = len(plan.generated.joined["keys"])
+    num_real = plan.reference.n if isinstance(plan.reference, Moments) else len(plan.reference.joined["keys"])
     networks = plan.networks.values()
     lines = [few_images_warning(one.figure, num_generated, num_real, int(one.protocol["dim"])) for one in networks]
     return [line for line in lines if line]
