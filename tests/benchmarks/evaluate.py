@@ -31,7 +31,6 @@ from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, CLIPModel
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from diffdis import config as presets
 from diffdis.clip_scorer import ClipScorer, Resize
@@ -45,7 +44,7 @@ from ray_platform.evaluate.sets import KNOWN_SETS
 from ray_platform.evaluate.unit_work import BATCH_SIZE, EmbedImages, WorkerModels
 from ray_platform.replicas import UNITS_IN_FLIGHT
 from tests.benchmarks.measuring import in_turns, medians, ratio, seconds
-from tests.diffdis.metrics.peers import functions_of, zeroshot_classification
+from tests.diffdis.metrics.peers import clip_transform, functions_of, zeroshot_classification
 from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder
 
 # The demo's networks at twice its image size. At the demo's 32 px, encoding an image costs at most as much as 20 query steps (see
@@ -196,21 +195,8 @@ def memory_of_an_extreme_image(clip: Path) -> float:
 
 # CLIP_benchmark's zero-shot loop, on a transformers CLIP and a `wds_*` folder. Its installed functions are used unchanged, except
 # for its data reader: that imports torchvision, which cannot be installed alongside CPU torch. The same pipeline of WebDataset
-# and DataLoader is therefore built here with the same options, and torchvision's transform is reproduced with Pillow.
+# and DataLoader is therefore built here with the same options, and torchvision's transform is reproduced with Pillow (`clip_transform`).
 PEER_WORKERS, PEER_BATCH_SIZE = 4, 64  # the defaults of CLIP_benchmark's command line
-
-
-def transform(image: Image.Image, size: int) -> torch.Tensor:
-    """Resize(size, BICUBIC), CenterCrop(size), convert to RGB, ToTensor, Normalize. -> [3, size, size]"""
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    resized = int(size * long / short)
-    image = image.resize((size, resized) if width <= height else (resized, size), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)).convert("RGB"))
-    scaled = torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous().float() / 255
-    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return (scaled - mean) / std
 
 
 def evaluate_by_clip_benchmark(root: Path, clip: Path) -> Mapping[str, float]:
@@ -225,7 +211,7 @@ def evaluate_by_clip_benchmark(root: Path, clip: Path) -> Mapping[str, float]:
         webdataset.WebDataset(str(root / "test" / f"{{0..{count - 1}}}.tar"), nodesplitter=lambda src: src, shardshuffle=False)
         .decode(webdataset.autodecode.ImageHandler("pil", extensions=["webp", "png", "jpg", "jpeg"]))
         .to_tuple(["webp", "png", "jpg", "jpeg"], "cls")
-        .map_tuple(partial(transform, size=size), None)
+        .map_tuple(partial(clip_transform, size=size), None)
         .batched(PEER_BATCH_SIZE, collation_fn=default_collate)
     )
     dataset.classes = (root / "classnames.txt").read_text().splitlines()

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, Siglip
 from diffdis.clip_scorer import ClipScorer
 from diffdis.metrics.retrieval import RetrievalRanks
 from diffdis.metrics.zero_shot import ZeroShotScores
-from tests.diffdis.metrics.peers import zeroshot_classification
+from tests.diffdis.metrics.peers import clip_transform, zeroshot_classification
 from tests.support.tiny_checkpoints import save_clip, save_clip_text_encoder, save_siglip
 
 CLASSES = ["cat", "grey horse", "tree", "star", "boat", "red heart", "old house"]
@@ -45,13 +45,12 @@ def pictures(num, seed=0):
 def their_parts(folder):
     """Return the inputs of CLIP_benchmark: a model with two methods, a tokenizer and a transform."""
     model, tokenizer = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
-    processor = CLIPImageProcessorPil.from_pretrained(folder)
 
     def tokenize(texts):
         return tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")["input_ids"]
 
     def pixels(images):
-        return processor([Image.fromarray(image) for image in images], return_tensors="pt")["pixel_values"]
+        return torch.stack([clip_transform(Image.fromarray(image), 32) for image in images])
 
     encoders = SimpleNamespace(
         encode_image=lambda pixels: model.get_image_features(pixel_values=pixels).pooler_output,
@@ -106,7 +105,9 @@ def test_pixels_are_those_of_the_folders_processor(tmp_path, size, resample):
     )
     processor.save_pretrained(folder)
     scorer = ClipScorer(folder, resize="pillow")
-    images = [*pictures(5), np.zeros((3, 50, 3), dtype=np.uint8) + 7]  # a height of 3 pixels must not be mistaken for channels
+    # Without those of which transformers crops another part than torchvision.
+    images = [image for image in pictures(8) if int(40 * max(image.shape) / min(image.shape[:2])) % 4 != 3]
+    images += [np.zeros((3, 50, 3), dtype=np.uint8) + 7]  # a height of 3 pixels must not be mistaken for channels
     prepared = np.stack([scorer.preprocess(image) for image in images])
     assert prepared.dtype == np.uint8
     seen = []
@@ -116,6 +117,18 @@ def test_pixels_are_those_of_the_folders_processor(tmp_path, size, resample):
     scorer.embed_images(prepared, ["key"] * len(images), num_steps=3)
     expected = processor([Image.fromarray(image) for image in images], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("resize", ["torch", "pillow"])
+@pytest.mark.parametrize("is_wide", [True, False])
+def test_the_crop_is_that_of_published_scores(folder, resize, is_wide):
+    """torchvision's CenterCrop rounds half a pixel to the even number: of 35 pixels it drops 2 on the left, and 1 on the right."""
+    scorer, starts = ClipScorer(folder, resize=resize), []
+    for extra in range(8):
+        ramp = np.broadcast_to(np.arange(32 + extra, dtype=np.uint8)[None, :, None], (32, 32 + extra, 3))
+        pixels = scorer.preprocess(np.ascontiguousarray(ramp if is_wide else ramp.swapaxes(0, 1)))
+        starts.append(int(pixels[0, 0, 0]))
+    assert starts == [0, 0, 1, 2, 2, 2, 3, 4]
 
 
 @pytest.mark.parametrize("shape", [(60, 90), (91, 60), (32, 32), (20, 70), (333, 500)])

@@ -82,7 +82,7 @@ class EvalConfig:
     quality: QualityConfig = field(default_factory=QualityConfig)
     seeds: int = 1  # how often the model is measured, with other noise each time; the results have the spread
     # How images of CLIPs are resized: pillow gives the pixels of published scores, torch takes a fifth of the time and differs by
-    # 1 gray level in about 0.5 % of the values.
+    # 1 gray level, rarely 2, in about 0.3 % of the values.
     resize: Literal["torch", "pillow"] = "torch"
     curve_set: str = ""  # set of the suite for the curve of accuracy against steps and draws
     curve_steps: tuple[int, ...] = (1, 2, 5, 10)

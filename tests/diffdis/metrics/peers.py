@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from clip_benchmark.metrics import zeroshot_classification
+from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
 def _package_without_its_init(name: str) -> None:
@@ -43,3 +45,18 @@ def _float_of_one_number(value: Any) -> float:
 
 _package_without_its_init("torch_fidelity")
 zeroshot_classification.float = _float_of_one_number
+
+
+def clip_transform(image: Image.Image, size: int) -> torch.Tensor:
+    """Return [3, size, size] as torchvision's transforms of CLIP do, with which scores were published.
+
+    These are Resize(size, BICUBIC), CenterCrop(size), convert to RGB, ToTensor and Normalize. With torchvision 0.28 the pixels
+    are equal, byte by byte, for ten shapes of images.
+    """
+    short, long = min(image.size), int(size * max(image.size) / min(image.size))
+    image = image.resize((size, long) if image.width == short else (long, size), Image.Resampling.BICUBIC)
+    left, top = (int(round((side - size) / 2.0)) for side in image.size)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)).convert("RGB"))
+    scaled = torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous().float() / 255
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (scaled - mean) / std
