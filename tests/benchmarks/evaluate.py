@@ -195,7 +195,7 @@ def memory_of_an_extreme_image(clip: Path) -> float:
 
 # CLIP_benchmark's zero-shot loop, on a transformers CLIP and a `wds_*` folder. Its installed functions are used unchanged, except
 # for its data reader: that imports torchvision, which cannot be installed alongside CPU torch. The same pipeline of WebDataset
-# and DataLoader is therefore built here with the same options, and torchvision's transform is reproduced with Pillow (`clip_transform`).
+# and DataLoader is therefore built here with the same options, and `clip_transform` stands for torchvision's transform.
 PEER_WORKERS, PEER_BATCH_SIZE = 4, 64  # the defaults of CLIP_benchmark's command line
 
 

@@ -122,7 +122,7 @@ def test_pixels_are_those_of_the_folders_processor(tmp_path, size, resample):
 @pytest.mark.parametrize("resize", ["torch", "pillow"])
 @pytest.mark.parametrize("is_wide", [True, False])
 def test_the_crop_is_that_of_published_scores(folder, resize, is_wide):
-    """torchvision's CenterCrop rounds half a pixel to the even number: of 35 pixels it drops 2 on the left, and 1 on the right."""
+    """torchvision rounds half a pixel to the even number: of 35 pixels, it drops 2 on the left and 1 on the right."""
     scorer, starts = ClipScorer(folder, resize=resize), []
     for extra in range(8):
         ramp = np.broadcast_to(np.arange(32 + extra, dtype=np.uint8)[None, :, None], (32, 32 + extra, 3))

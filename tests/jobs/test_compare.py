@@ -166,6 +166,27 @@ def test_a_summary_alone_is_enough_to_continue_elsewhere(measured, config_of, tm
         plan({})
 
 
+def test_a_set_that_changes_between_two_arms_is_noticed(measured, config_of, tmp_path, monkeypatch):
+    """Arms that were evaluated on other data cannot be compared, also if names and sizes of the files are the same."""
+    simulated = comparison.measure
+
+    def measure(config, identity, arm, seed, recipe, tracking):
+        return simulated(config, identity, arm, seed, recipe, tracking) | {"contents": {"mine": arm}}
+
+    monkeypatch.setattr(comparison, "measure", measure)
+    summary = run(config_of(tmp_path, arms=("joint", "generation")))
+    assert summary["failures"] == [
+        "generation, seed 0: mine: its data are not those of joint, seed 0 (content digest generation, not joint); restore them "
+        "and repeat the command, or compare in another output_dir"
+    ]
+    assert summary["arms"]["generation"]["seeds"] == {}
+    result = tmp_path / "runs" / "generation_seed0" / "result.json"
+    saved = json.loads(result.read_text())
+    for contents, pending in (({"mine": "generation"}, [("generation", 0)]), ({"mine": "joint"}, []), ({}, [])):
+        result.write_text(json.dumps(saved | {"figures": saved["figures"] | {"contents": contents}}))
+        assert plan_comparison(config_of(tmp_path, arms=("joint", "generation"))).pending == pending
+
+
 def test_sigterm_ends_the_comparison_and_not_only_the_run(config_of, tmp_path, monkeypatch):
     def stopped(*_):
         raise Stopped("stopped by SIGTERM; saved at step 2")

@@ -227,6 +227,8 @@ def test_an_evaluation_killed_after_two_of_three_sets_leaves_their_results_and_c
         process.kill()
         process.wait()
     assert {path.stem for path in output.glob("results/diffdis/*.json")} == {"one", "two"}
+    predictions = {"one.parquet", "one-confusion.npz", "two.parquet", "two-confusion.npz"}
+    assert {path.name for path in output.glob("predictions/diffdis/*")} == predictions
     config = parse(arguments).config
     details = evaluate(config, plan_evaluation(config))
     assert {path.stem for path in output.glob("results/diffdis/*.json")} == {"one", "two", "three"}

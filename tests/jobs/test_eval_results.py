@@ -19,7 +19,8 @@ from diffdis.task import DiffDisTask
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, suite_sets
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import open_baseline, open_model
-from diffdis_platform.evaluation.quality import QualityMeasurement, feature_metrics, few_images_warning
+from diffdis_platform.evaluation.quality import QualityMeasurement
+from diffdis_platform.evaluation.reference import feature_metrics, few_images_warning
 from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults, render_results, step_scores
 from diffdis_platform.evaluation.run import configs_of_steps, open_sets, write_outputs
 from ray_platform.contracts import ConfigError
@@ -139,6 +140,7 @@ def test_nan_features_of_one_guidance_scale_leave_the_other_results(models, tmp_
         features = rng.standard_normal((12, 1280)).astype(np.float32)
         rows = {
             "keys": np.arange(12).astype(str),
+            "contents": np.arange(12).astype(str),
             "features/efficientnet_lite0": features,
             "alignment": rng.random(12),
             "seconds": np.ones(1),
@@ -234,6 +236,10 @@ def test_every_row_says_what_it_is(models, sets, tmp_path):
     difference = details["zero_shot"][0]["differences"]["other"]["acc1"]
     assert difference["mean"] == pytest.approx(p - float(rows["first", "other"]["acc1"]))
     assert difference["low"] <= difference["mean"] <= difference["high"]
+    ends = [float(row[f"difference_acc1_to_other{end}"]) for end in ("", "_low", "_high")]
+    assert ends == [difference["mean"], difference["low"], difference["high"]]
+    assert json.loads(row["units"]) == details["zero_shot"][0]["units"], "nested values are JSON"
+    assert not [name for name, value in row.items() if value.startswith(("{'", "['"))]
     recall = details["retrieval"][0]["differences"]["other"]["image_retrieval_recall@1"]
     assert (recall["n"], recall["low"] <= recall["high"]) == (9, True)
     page = Page((tmp_path / "report.html").read_text())
@@ -241,6 +247,19 @@ def test_every_row_says_what_it_is(models, sets, tmp_path):
     assert all(text in page.text for text in (good.digest, sets["first"].digest, texts))
     assert (rows["pairs", "good"]["templates"], rows["pairs", "good"]["class_names"]) == ("", "")
     assert page.rows_of("first")[-1][1:3] == ["other", "acc1"]
+
+
+def test_the_content_of_a_set_identifies_it_wherever_it_is(models, tmp_path):
+    """A copy has other times, so another data_digest. A label that changes at the same size changes the content."""
+    digests = []
+    for place, labels in (("a", [0, 1, 2] * 2), ("copy", [0, 1, 2] * 2), ("changed", [0, 1, 1] * 2)):
+        data = open_evaluation_set("mine", str(write_own(tmp_path / place, labels=labels)))
+        plan = EvaluationPlan(models[0], [], {"mine": data}, [ZeroShotMeasurement(models[0], data)])
+        _, rows = evaluated(plan, tmp_path / place / "out")
+        digests.append((rows["mine", "good"]["data_digest"], rows["mine", "good"]["content_digest"]))
+    (first, content), (copy, same), (_, other) = digests
+    assert first != copy
+    assert content == same != other
 
 
 def test_two_models_in_one_folder_neither_overwrite_each_other_nor_mix(models, sets, tmp_path):
@@ -393,6 +412,10 @@ def test_the_predictions_of_every_sample_and_the_confusion_matrix(models, tmp_pa
     assert [row["class"] for row in table] == ["a", "b", "c"] * 3
     assert (table[0]["predicted_class"], table[0]["predictions"], table[0]["cause"]) == (None, [], "image_undecodable")
     assert all(sorted(row["predictions"]) == [0, 1, 2] for row in table[1:])
+    written = tmp_path / "out" / "predictions" / "good" / "mine.parquet"
+    written.write_bytes(b"")
+    results.write_predictions(str(tmp_path / "out"))
+    assert not written.read_bytes(), "each set is written once"
     right = sum(row["predicted_class"] == row["class"] for row in table)
     assert right / 9 == results.finish()["zero_shot"][0]["metrics"]["acc1"]
     with np.load(tmp_path / "out" / "predictions" / "good" / "mine-confusion.npz") as arrays:

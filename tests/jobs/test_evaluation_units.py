@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diffdis.metrics.image_quality import Moments, frechet_distance
 from diffdis_platform.config.evaluate import QualityConfig
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import EvaluationModel
@@ -80,10 +81,10 @@ def test_a_set_that_changes_at_the_same_size_is_measured_again(tmp_path, change)
     [
         ([("png", b""), ("cls", b"cat")], "2 label_invalid (a label that is not a whole number but a text"),
         ([("png", b""), ("json", b'{"label": 1}')], "2 label_missing (a sample of an evaluation set without a label"),
-        ([("tif", b""), ("cls", b"1")], "2 image_missing (no .jpg, .jpeg, .png or .webp"),
+        ([("jp2", b""), ("cls", b"1")], "2 image_missing (no .jpg, .jpeg, .png or .webp (in evaluations also"),
         ([("png", b""), ("cls", b"1"), ("cls", b"1")], "2 key_repeated (the same file name twice in a tar"),
     ],
-    ids=["labels are texts", "labels in .json", "images are .tif", "every key twice"],
+    ids=["labels are texts", "labels in .json", "images are .jp2", "every key twice"],
 )
 def test_the_cause_for_which_no_sample_can_be_used(tmp_path, members, words):
     folder = write_own(tmp_path)
@@ -146,6 +147,42 @@ def test_a_sample_of_more_reference_images_than_there_are_is_a_failure(tmp_path)
     for wrong in ({"num_reference": 1}, {"num_reference": 9, "reference": "reference_inception.npz"}):
         with pytest.raises(ConfigError, match=r"quality\.num_reference"):
             dataclasses.replace(config, **wrong)
+
+
+def test_published_statistics_are_a_reference(tmp_path):
+    """Those of pytorch-fid and clean-fid: mu and sigma, without the number of images. KID needs the features of each image."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(12)))
+    published, generated = Moments.of(rng.standard_normal((50, 1280))), rng.standard_normal((12, 1280)).astype(np.float32)
+    np.savez_compressed(tmp_path / "published.npz", mu=published.mean, sigma=published.covariance)
+    config = QualityConfig(str(tmp_path / "prompts.txt"), str(tmp_path / "published.npz"), guidance_scales=(1.0, 2.0))
+    measurement = QualityMeasurement(MODEL, None, 32, config, str(tmp_path / "out"))
+    for unit in measurement.units:
+        broken = np.where(unit.group == measurement.group_of(2.0), np.nan, 1.0).astype(np.float32)
+        measurement.add(unit, {"features/efficientnet_lite0": generated * broken, "seconds": np.ones(1)})
+    failures: dict[str, str] = {}
+    point, failed = measurement.results(failures)
+    expected = frechet_distance(Moments.of(generated), published)
+    assert point["metrics"] == {"fd_efficientnet_lite0": pytest.approx(expected, rel=1e-6)}
+    assert (point["num_reference"], failed["metrics"]) == ({}, {})
+    assert "12 generated and an unknown number of real images in 1,280 dimensions" in point["warnings"][0]
+    assert ["12 of 12 generated images have NaN features" in line for line in failures.values()] == [True]
+
+
+def test_a_reference_that_does_not_fit_is_one_line(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    config = QualityConfig(str(tmp_path / "prompts.txt"), str(tmp_path / "reference.npz"))
+    for arrays, line in (
+        (
+            {"mu": np.zeros(3), "sigma": np.eye(3)},
+            "has 3 features, but efficientnet_lite0 has 1,280; give the statistics",
+        ),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, "is not an .npz with mu and sigma, nor a reference_<network>.npz"),
+        ({"other": np.zeros(3)}, "is not an .npz with mu and sigma, nor a reference_<network>.npz"),
+    ):
+        np.savez(tmp_path / "reference.npz", **arrays)
+        with pytest.raises(ConfigError, match=rf"^quality\.reference: \S+ {line}"):
+            QualityMeasurement(MODEL, None, 32, config, str(tmp_path / "out"))
 
 
 def test_a_sample_depends_on_the_keys_alone():

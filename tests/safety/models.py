@@ -21,7 +21,7 @@ from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.text_encoder import build_text_encoder
 from diffdis.warm_start import load_warm_start
-from diffdis_platform.evaluation.quality import ReferenceFeatures
+from diffdis_platform.evaluation.reference import read_reference
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.precomputed import to_arrow
 from ray_platform.data.source import open_precomputed
@@ -191,7 +191,7 @@ def unit(content: bytes) -> Feed:
 
 def reference(folder: Path, content: bytes) -> str:
     (folder / "reference.npz").write_bytes(content)
-    return line_of(lambda: ReferenceFeatures.read(str(folder / "reference.npz")), DataError)
+    return line_of(lambda: read_reference("quality.reference", str(folder / "reference.npz")), ConfigError)
 
 
 def pickled_reference(folder: Path) -> str:

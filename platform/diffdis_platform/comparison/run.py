@@ -16,7 +16,8 @@ from diffdis_platform.comparison.summary import CLAIM, ComparisonPlan, Compariso
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.evaluate import QualityConfig
 from diffdis_platform.evaluation.headline import headline
-from diffdis_platform.evaluation.quality import ReferenceFeatures, images_dir, read_prompts, stored_samples
+from diffdis_platform.evaluation.quality import images_dir, read_prompts, stored_samples
+from diffdis_platform.evaluation.reference import read_reference
 from diffdis_platform.evaluation.run import evaluate, open_sets, plan_evaluation
 from diffdis_platform.exporting import build_task
 from diffdis_platform.parent_run import start_parent_run
@@ -66,7 +67,8 @@ def plan_comparison(config: CompareConfig) -> ComparisonPlan:
     for seed in config.seeds:
         for arm in config.arms:
             known = results.setdefault(arm, {})
-            if seed not in known and (figures := _read_result(config, identity, arm, seed)) is not None:
+            figures = None if seed in known else _read_result(config, identity, arm, seed)
+            if figures is not None and not _content_difference(results, figures):
                 known[seed] = figures
             if seed not in known:
                 pending.append((arm, seed))
@@ -97,7 +99,10 @@ def compare(config: CompareConfig, plan: ComparisonPlan, recipe: str, command: s
             print(f"run {number} of {len(plan.pending)}: {arm}, seed {seed}", flush=True)
             try:
                 run_tracking = replace(tracking, run_name=f"{arm} seed {seed}")
-                plan.results[arm][seed] = measure(config, plan.identity, arm, seed, recipe, run_tracking)
+                figures = measure(config, plan.identity, arm, seed, recipe, run_tracking)
+                if difference := _content_difference(plan.results, figures):
+                    raise DataError(difference)
+                plan.results[arm][seed] = figures
             except Stopped:
                 raise
             except Exception as error:  # the other runs continue
@@ -136,7 +141,7 @@ def measure(config: CompareConfig, identity: Fields, arm: str, seed: int, recipe
         raise DataError("; ".join(details["failures"]))
     newest = checkpoint_format.list_checkpoints(url)[0]
     manifest = checkpoint_format.read_manifest(newest)
-    figures = _scores(details) | _costs(manifest, details) | {"environment": describe_cluster()}
+    figures = _scores(details) | _costs(manifest, details) | {"environment": describe_cluster(), "contents": _contents(details)}
     tracked = storage.read_json(storage.join(url, RUN_RECORD))
     curve = metric_history(restored(tracked["tracking_uri"], tracking.uri), tracked["run_id"], "heldout/", url)
     result = {
@@ -153,6 +158,27 @@ def measure(config: CompareConfig, identity: Fields, arm: str, seed: int, recipe
     }
     storage.write_bytes(storage.join(url, RESULT), to_json(COMPARISON_FORMAT.stamp(result)))
     return figures
+
+
+def _contents(details: EvaluationDetails) -> dict[str, str]:
+    """Return the digests of what was read of each set and of the reference images."""
+    contents = {result["set"]: result["content_digest"] for result in [*details["zero_shot"], *details["retrieval"]]}
+    if reference := next((str(entry["protocol"]["reference_content"]) for entry in details["quality"]), ""):
+        contents["quality.reference"] = reference
+    return contents
+
+
+def _content_difference(results: Results, figures: RunFigures) -> str:
+    """Return which data are not those of the earlier runs, so that the arms cannot be compared; "" if all are the same."""
+    for arm, runs in results.items():
+        for seed, earlier in runs.items():
+            for name, digest in figures.get("contents", {}).items():
+                if digest != (before := earlier.get("contents", {}).get(name, digest)):
+                    return (
+                        f"{name}: its data are not those of {arm}, seed {seed} (content digest {digest}, not {before}); restore "
+                        "them and repeat the command, or compare in another output_dir"
+                    )
+    return ""
 
 
 def _scores(details: EvaluationDetails) -> dict[str, float]:
@@ -204,7 +230,8 @@ def _identity(config: CompareConfig) -> Fields:
     return redacted_values(_shared_fields(config)) | {
         "encoders": json.loads(json.dumps(run.describe_encoders())),
         "training_data": run.check().digest,
-        # By names and sizes: a comparison continues after a copy of its data, and one of an earlier release is recognized.
+        # By names and sizes: a comparison continues after a copy of its data, and one of an earlier release is recognized. Each
+        # run's `contents` are compared with those of the others.
         "sets": {name: data.names_digest for name, data in sets.items()},
         "quality": _quality_digests(config.evaluation.quality),
     }
@@ -226,8 +253,9 @@ def _quality_digests(config: QualityConfig) -> dict[str, str]:
     if not config.prompts:
         return {}
     prompts = hashlib.sha256("\n".join(read_prompts(config)).encode()).hexdigest()[:16]
-    real = ReferenceFeatures.read(config.reference) if config.reference.endswith(".npz") else open_image_set(config.reference)
-    return {"prompts": prompts, "reference": real.digest if isinstance(real, ReferenceFeatures) else real.names_digest}
+    if config.reference.endswith(".npz"):
+        return {"prompts": prompts, "reference": read_reference("evaluation.quality.reference", config.reference).digest}
+    return {"prompts": prompts, "reference": open_image_set(config.reference).names_digest}
 
 
 def _with_new_fields(identity: Fields) -> Fields:

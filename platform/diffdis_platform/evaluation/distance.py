@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from diffdis.feature_networks import PooledFeatures
-from diffdis.metrics.image_quality import SPLITS, Moments, frechet_distance_of_features, inception_score
+from diffdis.metrics.image_quality import SPLITS, inception_score
 from diffdis_platform.config.distance import DistanceConfig
-from diffdis_platform.evaluation.quality import feature_metrics, few_images_warning, network_builders, open_networks
+from diffdis_platform.evaluation.quality import network_builders, open_networks
+from diffdis_platform.evaluation.reference import Reference, feature_metrics, few_images_warning, read_reference
 from diffdis_platform.evaluation.units import build_unit
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError, Rows, one_line
+from ray_platform.contracts import ConfigError, DataError, Rows
 from ray_platform.evaluate.discovery import open_image_set
-from ray_platform.evaluate.result_cache import ResultCache, read_arrays
+from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.sets import EvaluationSet
 from ray_platform.evaluate.unit_work import MeasureImages, WorkerModels
 from ray_platform.formats import FileFormat
@@ -23,7 +24,6 @@ from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit, join_rows
 from ray_platform.terminal import render_table
 from ray_platform.tracking.run_metadata import code_version
 
-_MAX_STATISTICS = 2**28  # bytes, uncompressed: mu and sigma of 2,048 features have 2**25
 DISTANCE, DISTANCE_FORMAT = "distance.json", FileFormat("distance")
 
 
@@ -69,40 +69,24 @@ class ImageFeatures:
         }
 
 
-def read_statistics(url: str) -> Moments:
-    """Return the moments in a published .npz with `mu` and `sigma`. Raises ConfigError."""
-    try:
-        arrays = read_arrays(storage.read_bytes(url), _MAX_STATISTICS)
-        return Moments.of_statistics(arrays["mu"], arrays["sigma"])
-    except (ValueError, KeyError) as error:
-        raise ConfigError(
-            f"reference: {url} is not an .npz with mu and sigma ({one_line(error)}); give such a file or images"
-        ) from None
-
-
 @dataclass
 class DistancePlan:
     """What is compared, after all checks that need no cluster."""
 
     networks: dict[str, PooledFeatures]
     generated: ImageFeatures
-    reference: ImageFeatures | Moments
+    reference: ImageFeatures | Reference
 
 
 def plan_distance(config: DistanceConfig) -> DistancePlan:
     """Return the plan. Raises ConfigError and DataError."""
     networks = open_networks("networks", network_builders(config.networks, config.inception, config.resize))
-    reference: ImageFeatures | Moments
+    reference: ImageFeatures | Reference
     if config.reference.endswith(".npz"):
-        reference = read_statistics(config.reference)
         if len(networks) > 1:
             raise ConfigError(f"networks: {config.reference} has the statistics of one network; name that one")
         (network,) = networks.values()
-        if network.protocol["dim"] != len(reference.mean):
-            raise ConfigError(
-                f"reference: {config.reference} has {len(reference.mean):,} features, but {network.protocol['network']} has "
-                f"{network.protocol['dim']:,}; give the statistics of that network"
-            )
+        reference = read_reference("reference", config.reference, dict(network.protocol) | {"image_size": 0})
     else:
         reference = ImageFeatures("reference", _open_images("reference", config.reference))
     return DistancePlan(networks, ImageFeatures("generated", _open_images("generated", config.generated)), reference)
@@ -136,9 +120,9 @@ def measure_distance(config: DistanceConfig, plan: DistancePlan) -> JsonObject:
             "metrics": _metrics(plan),
             "warnings": _warnings(plan),
             "generated": plan.generated.describe(),
-            "reference": {"url": config.reference, "n": None}
-            if isinstance(plan.reference, Moments)
-            else plan.reference.describe(),
+            "reference": plan.reference.describe()
+            if isinstance(plan.reference, ImageFeatures)
+            else {"url": config.reference, "digest": plan.reference.digest, "n": plan.reference.num_images},
             "protocol": config.protocol,
             "networks": {name: dict(network.protocol) for name, network in plan.networks.items()},
             "code_version": code_version(),
@@ -150,15 +134,14 @@ def measure_distance(config: DistanceConfig, plan: DistancePlan) -> JsonObject:
 
 
 def _metrics(plan: DistancePlan) -> dict[str, float]:
-    generated = plan.generated.joined
-    reference = plan.reference if isinstance(plan.reference, Moments) else plan.reference.joined
+    generated, reference = plan.generated.joined, plan.reference
     metrics: dict[str, float] = {}
     for name, network in plan.networks.items():
         features = generated[f"features/{name}"]
-        if isinstance(reference, Moments):
-            metrics[network.figure] = frechet_distance_of_features(features, reference)
+        if isinstance(reference, ImageFeatures):
+            metrics |= feature_metrics(network.figure, features, reference.joined[f"features/{name}"])
         else:
-            metrics |= feature_metrics(network.figure, features, reference[f"features/{name}"])
+            metrics |= reference.metrics(network.figure, features)
         if network.classifier is not None and len(features) >= SPLITS:
             score = inception_score(features @ network.classifier.T)
             metrics |= {"inception_score": score.mean, "inception_score_std": score.std}
@@ -169,7 +152,8 @@ def _metrics(plan: DistancePlan) -> dict[str, float]:
 def _warnings(plan: DistancePlan) -> list[str]:
     """Return a line for each network of which there are too few images."""
     num_generated = len(plan.generated.joined["keys"])
-    num_real = plan.reference.n if isinstance(plan.reference, Moments) else len(plan.reference.joined["keys"])
+    real = plan.reference
+    num_real = len(real.joined["keys"]) if isinstance(real, ImageFeatures) else real.num_images
     networks = plan.networks.values()
     lines = [few_images_warning(one.figure, num_generated, num_real, int(one.protocol["dim"])) for one in networks]
     return [line for line in lines if line]

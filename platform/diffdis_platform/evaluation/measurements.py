@@ -15,7 +15,7 @@ from diffdis_platform.evaluation.units import build_unit, count_units
 from ray_platform.contracts import DataError, Rows, UnitOrigin
 from ray_platform.data.causes import BAD_DATA
 from ray_platform.evaluate.sets import DEFAULT_TEMPLATES, DatasetSlice, EvaluationSet, check_counts
-from ray_platform.evaluate.unit_work import EmbedClasses, EmbedImages
+from ray_platform.evaluate.unit_work import EmbedClasses, EmbedImages, digest_of_contents
 from ray_platform.replicas import WorkUnit, join_rows
 from ray_platform.report.records import (
     CaptionQuery,
@@ -132,6 +132,7 @@ class SetMeasurement(ABC):
             "model": self.model.name,
             "url": self.data.url,
             "data_digest": self.data.digest,
+            "content_digest": digest_of_contents(rows),
             "layout": self.data.layout,
             "num_templates": len(self.data.templates),
             "templates": self._templates_origin(),
@@ -211,7 +212,7 @@ class ZeroShotMeasurement(SetMeasurement):
         predictions = np.full((len(is_readable), NUM_PREDICTIONS), NO_CLASS)
         if is_readable.any():
             predictions[is_readable] = predict_classes(rows["embeddings"], classes)
-        return {name: rows[name] for name in ("keys", "labels", "causes", "seconds")} | {"predictions": predictions}
+        return {name: rows[name] for name in ("keys", "labels", "causes", "contents", "seconds")} | {"predictions": predictions}
 
     def samples(self) -> Rows:
         """Return keys [N], labels [N] (-1: none), causes [N] ("": the image was read) and predictions [N, 5] of all samples."""

@@ -3,36 +3,23 @@
 import base64
 import functools
 import hashlib
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from diffdis.feature_networks import PooledFeatures, build_feature_network
-from diffdis.metrics.image_quality import (
-    MIN_IMAGES_PER_DIMENSION,
-    NEIGHBORS,
-    Moments,
-    clip_score,
-    extrapolated_distance,
-    frechet_distance_of_features,
-    kernel_distance,
-    precision_recall,
-)  # fmt: skip
+from diffdis.metrics.image_quality import clip_score
 from diffdis_platform.config.evaluate import QualityConfig, network_name
 from diffdis_platform.evaluation.models import EvaluationModel
+from diffdis_platform.evaluation.reference import Reference, ReferenceFeatures, few_images_warning, read_reference
 from diffdis_platform.evaluation.units import build_unit, count_units
 from ray_platform import storage
 from ray_platform.cached_folders import with_cached_folders
-from ray_platform.contracts import ConfigError, DataError, Rows, UnitOrigin, one_line
+from ray_platform.contracts import ConfigError, Rows, UnitOrigin, one_line
 from ray_platform.evaluate.discovery import open_evaluation_set, open_image_set
-from ray_platform.evaluate.result_cache import read_arrays
-from ray_platform.evaluate.results import check_same_protocol, results_folder
+from ray_platform.evaluate.results import results_folder
 from ray_platform.evaluate.sets import EvaluationSet, RawSample, read_slice
-from ray_platform.evaluate.unit_work import GenerateImages, MeasureImages, choose_sample, image_name
-from ray_platform.metric_registry import check_declared, describe_metric
+from ray_platform.evaluate.unit_work import GenerateImages, MeasureImages, choose_sample, digest_of_contents, image_name
 from ray_platform.replicas import WorkUnit, join_rows
 from ray_platform.report.records import GeneratedSample, QualityPoint
 
@@ -41,69 +28,7 @@ NUM_SHOWN = 64  # images that are stored for the report in any case
 _STEP_COST = 6.0  # of a denoising step with guidance (two passes of the whole U-Net), relative to a pass of its image branch
 
 
-# --- Metrics of features: generated [n, d] and real [m, d] -> metrics by their full names ---------------------------------------
-
-# `figure` is the name of the network's Fréchet distance: "fid" or "fd_<network>".
-FeatureMetric = Callable[[str, np.ndarray, np.ndarray], Mapping[str, float]]
-
-
-def frechet_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """Return the Fréchet distance and its extrapolation to infinitely many generated images."""
-    reference = Moments.of(real)
-    metrics = {figure: frechet_distance_of_features(generated, reference)}
-    if len(generated) >= MIN_IMAGES_PER_DIMENSION * generated.shape[1]:  # of fewer images, distances do not fall as 1/n yet
-        metrics[f"{figure}_infinity"] = extrapolated_distance(generated, reference)
-    return metrics
-
-
-def kid_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """Return the kernel distance and its standard deviation over subsets."""
-    kid, suffix = kernel_distance(generated, real), figure.removeprefix("fid").removeprefix("fd")
-    return {f"kid{suffix}": kid.mean} | ({} if kid.std is None else {f"kid{suffix}_std": kid.std})
-
-
-def precision_recall_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """Return improved precision and recall; nothing for too few images."""
-    if min(len(generated), len(real)) <= NEIGHBORS:
-        return {}
-    found, suffix = precision_recall(generated, real), figure.removeprefix("fid").removeprefix("fd")
-    return {f"precision{suffix}": found.precision, f"recall{suffix}": found.recall}
-
-
-# Add a metric of generated images by adding a function here and its names to ray_platform/metric_registry.py. The first metric of
-# the first entry is the headline.
-FEATURE_METRICS: list[FeatureMetric] = [frechet_metrics, kid_metrics, precision_recall_metrics]
-
-
-def feature_metrics(figure: str, generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """Return all metrics of features.
-
-    Raises ValueError for features that are not finite, and ConfigError if the metric registry lacks a metric.
-    """
-    for kind, features in (("generated", generated), ("reference", real)):
-        invalid = ~np.isfinite(features).all(axis=1)
-        if invalid.any():
-            raise ValueError(
-                f"{invalid.sum():,} of {len(features):,} {kind} images have NaN features, the first is image "
-                f"{int(invalid.argmax()):,}; the feature network or the image is damaged"
-            )
-    metrics = {name: value for metric in FEATURE_METRICS for name, value in metric(figure, generated, real).items()}
-    check_declared(metrics)
-    return metrics
-
-
-def few_images_warning(figure: str, num_generated: int, num_real: int, width: int) -> str:
-    """Return why a Fréchet distance of so few images in `width` dimensions says little; empty if there are enough."""
-    needed = MIN_IMAGES_PER_DIMENSION * width
-    if min(num_generated, num_real) >= needed:
-        return ""
-    return (
-        f"{describe_metric(figure).label}: {num_generated:,} generated and {num_real:,} real images in {width:,} dimensions; "
-        f"with fewer than {needed:,} of either, the distance is biased by the number of images and says little: prefer KID"
-    )
-
-
-# --- Networks, prompts and reference images -------------------------------------------------------------------------------------
+# --- Networks and prompts -------------------------------------------------------------------------------------------------------
 
 
 def network_builders(networks: Sequence[str], inception: str, resize: str) -> dict[str, Callable[[str], PooledFeatures]]:
@@ -140,34 +65,6 @@ def read_prompts(config: QualityConfig) -> list[str]:
     return prompts[: config.num_images]
 
 
-@dataclass(frozen=True)
-class ReferenceFeatures:
-    """Features of real images and how they were measured."""
-
-    features: np.ndarray  # [n, d]
-    protocol: Mapping[str, str | int]
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(np.ascontiguousarray(self.features).tobytes()).hexdigest()[:16]
-
-    def write(self, url: str) -> None:
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, features=self.features, protocol=np.array(json.dumps(dict(self.protocol))))
-        storage.write_bytes(url, buffer.getvalue())
-
-    @classmethod
-    def read(cls, url: str) -> "ReferenceFeatures":
-        try:
-            arrays = read_arrays(storage.read_bytes(url))
-            return cls(arrays["features"], json.loads(str(arrays["protocol"])))
-        except (ValueError, KeyError, RecursionError) as error:
-            raise DataError(
-                f"quality.reference: {url} is not a reference_<network>.npz of an evaluation ({one_line(error)}); "
-                "give the real images, or such a file"
-            ) from None
-
-
 # --- The measurement ------------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +85,8 @@ class QualityMeasurement:
         networks = open_networks("quality.networks", network_builders(config.networks, config.inception, config.resize))
         self.figures = {name: network.figure for name, network in networks.items()}
         self.protocols = {name: dict(network.protocol) | {"image_size": image_size} for name, network in networks.items()}
-        self.references: dict[str, ReferenceFeatures] = {}
+        self.references: dict[str, Reference] = {}
+        self._reference_content = ""  # digest of the real images; empty: they are in no folder
         self._real: dict[int, Rows] = {}  # place of a slice -> rows
         self._generated: dict[float, dict[int, Rows]] = {scale: {} for scale in config.guidance_scales}
         self._destinations: dict[str, tuple[dict[int, Rows], int]] = {}  # unit key -> where its rows belong, and at which place
@@ -204,8 +102,7 @@ class QualityMeasurement:
                     f"{len(self.protocols)}; name one network, or give the real images"
                 )
             (name,) = self.protocols
-            self.references = {name: ReferenceFeatures.read(config.reference)}
-            check_same_protocol(self.references[name].protocol, self.protocols[name])
+            self.references = {name: read_reference("quality.reference", config.reference, self.protocols[name])}
             return []
         data = open_image_set(config.reference)
         for part, num_sampled in zip(data.slices, sample_sizes(data, config.num_reference), strict=True):
@@ -270,24 +167,30 @@ class QualityMeasurement:
                 )
                 return []  # not even the alignment: half of what was asked for looks like all of it
             chosen = choose_sample([str(key) for key in real["keys"]], num_reference or len(real["keys"]))
+            self._reference_content = digest_of_contents({name: real[name][chosen] for name in ("keys", "contents")})
             for name in self.protocols:
-                self.references[name] = ReferenceFeatures(real[f"features/{name}"][chosen], self.protocols[name])
-                self.references[name].write(storage.join(self.output_dir, f"reference_{name}.npz"))
+                reference = ReferenceFeatures(real[f"features/{name}"][chosen], self.protocols[name])
+                self.references[name] = reference
+                reference.write(storage.join(self.output_dir, f"reference_{name}.npz"))
         points = []
         for scale, rows in self._generated.items():
             if self.group_of(scale) not in failures:
                 points.append(self._result(scale, join_rows(rows), failures))
         return points
 
+    def _num_reference(self) -> dict[str, int]:
+        """Return the number of real images of each reference that says it."""
+        return {name: count for name, reference in self.references.items() if (count := reference.num_images) is not None}
+
     def _result(self, scale: float, rows: Rows, failures: dict[str, str]) -> QualityPoint:
         group = self.group_of(scale)
         metrics: dict[str, float | None] = {}
         warnings = []
         for name, reference in self.references.items():
-            num_real, width = reference.features.shape
-            warnings.append(few_images_warning(self.figures[name], len(rows[f"features/{name}"]), num_real, width))
+            figure, features = self.figures[name], rows[f"features/{name}"]
+            warnings.append(few_images_warning(figure, len(features), reference.num_images, features.shape[1]))
             try:
-                metrics |= feature_metrics(self.figures[name], rows[f"features/{name}"], reference.features)
+                metrics |= reference.metrics(figure, features)
             except (ValueError, RuntimeError) as error:  # torch's linear algebra raises RuntimeErrors
                 failures[f"{group}: {name}"] = f"{group}: {name}: {one_line(error)}"
         if self.judge:
@@ -303,7 +206,7 @@ class QualityMeasurement:
                 "networks": self.protocols,
                 "image_size": self.image_size,
                 "num_images": len(self.prompts),
-                "num_reference": {name: len(reference.features) for name, reference in self.references.items()},
+                "num_reference": self._num_reference(),
                 "prompts": self.config.prompts,
                 "prompts_digest": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
                 "sampler": "ddim",
@@ -311,6 +214,7 @@ class QualityMeasurement:
                 "guidance_scale": scale,
                 "seed": self.config.seed,
                 "reference": self.config.reference,
+                "reference_content": self._reference_content,
                 "reference_digests": {name: reference.digest for name, reference in self.references.items()},
                 "alignment_by": self._judge_name(),
                 "alignment_preprocessing": self.judge.preprocessing if self.judge else "",
@@ -318,7 +222,7 @@ class QualityMeasurement:
             },
             "warnings": list(filter(None, warnings)),
             "n": len(self.prompts),
-            "num_reference": {name: len(reference.features) for name, reference in self.references.items()},
+            "num_reference": self._num_reference(),
             "units": count_units(self.origins),
             "seconds": round(float(rows["seconds"].sum()), 1),
             "samples": stored_samples(self.prompts[:NUM_SHOWN], self.images_dir(scale)),

@@ -80,6 +80,7 @@ class EvaluationResults:
         self.zero_shot: dict[SetMeasurement, ZeroShotResult] = {}
         self.retrieval: dict[SetMeasurement, RetrievalResult] = {}
         self._curve: dict[SetMeasurement, CurvePoint] = {}
+        self._with_predictions: set[SetMeasurement] = set()  # whose predictions are written
         self._origins: list[UnitOrigin | None] = []  # of all units; measurements may share a unit
         self._missing = {measurement: len(measurement.units) for measurement in plan.measurements}
         self._unfinished = {name: [each for each in plan.of_sets if each.data.name == name] for name in plan.sets}
@@ -151,12 +152,13 @@ class EvaluationResults:
             self.failures.setdefault(group, f"{group}: {describe_error(error)}")
 
     def write_predictions(self, output_dir: str) -> None:
-        """Write the predicted classes of every sample and the confusion matrices of the finished zero-shot sets."""
+        """Write the predicted classes of every sample and the confusion matrices of the zero-shot sets finished since."""
         for each in self.plan.zero_shot:
-            if each in self.zero_shot:
+            if each in self.zero_shot and each not in self._with_predictions:
                 names = output_dir, each.model.name, each.data.name, each.data.classes
                 write_predictions(*names, each.samples())
                 write_confusion(*names, each.scores().confusion)
+                self._with_predictions.add(each)
 
     def finish(self) -> EvaluationDetails:
         """Return the details after the last unit."""

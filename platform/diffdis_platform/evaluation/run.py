@@ -170,6 +170,7 @@ def evaluate(config: EvalConfig, plan: EvaluationPlan, earlier: Sequence[StepSco
     with ReplicaPool(spec, cache, functools.partial(print, flush=True)) as pool:
         for result in pool.run(results.units):
             if results.add(result):  # what is finished survives whatever happens to the rest
+                results.write_predictions(config.output_dir)
                 write_outputs(config.output_dir, results.details(), started)
         print("everything is measured; writing the results …", flush=True)
         details = results.finish()

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 SHARD_CHANGED = "shard_changed"
 SHARD_CRASHES = "shard_crashes"
 BAD_DATA: dict[str, str] = {
-    "image_missing": "no .jpg, .jpeg, .png or .webp with the name of the caption or label; other endings, as .tif, are not read",
+    "image_missing": "no .jpg, .jpeg, .png or .webp (in evaluations also .bmp, .gif, .tif, .avif) named as the text or label",
     "image_empty": "an image file of 0 bytes: a download that failed",
     "image_undecodable": "broken, or not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF whatever its name says",
     "image_too_large": "would take hundreds of megabytes, or minutes, to decode; scale such images down",

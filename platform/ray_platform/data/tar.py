@@ -22,6 +22,9 @@ from ray_platform.contracts import DataError
 from ray_platform.data.causes import RejectedSample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+# All usual endings of the formats that `decode` reads. Evaluation sets, which come from many places, have them; in training tars,
+# a .gif or .tif next to the image is a side file.
+ALL_IMAGE_SUFFIXES = (*IMAGE_SUFFIXES, "apng", "avif", "avifs", "bmp", "gif", "jfif", "jpe", "tif", "tiff")
 _SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json")
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_HEADER_BYTES = 2**16  # including the long names and dates that may precede it
@@ -65,7 +68,7 @@ class Record:
 
     @property
     def has_image(self) -> bool:
-        return any(suffix in self.members for suffix in IMAGE_SUFFIXES)
+        return any(suffix in self.members for suffix in ALL_IMAGE_SUFFIXES)
 
     @property
     def is_half(self) -> bool:
@@ -272,7 +275,7 @@ def _sort_out(
         else:
             strays.append((short, _printable(posixpath.join(shard_name, member.name))))
     for key, record in dotted.items():
-        is_sample = len(record.members) > 1 and any(suffix in IMAGE_SUFFIXES for suffix in record.members)
+        is_sample = len(record.members) > 1 and record.has_image
         if short_keys[key] in records and is_sample:
             record.cause = "name_ambiguous"
         elif short_keys[key] in records:

@@ -8,12 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data.causes import RejectedSample, lost_cause
+from ray_platform.data.tar import ALL_IMAGE_SUFFIXES
 from ray_platform.evaluate import sets
 from ray_platform.evaluate.sets import ClassTexts, DatasetSlice, EvaluationSet, EvaluationTask, RawSample, Samples, SlicePart
 from ray_platform.names import check_below
 from ray_platform.storage import StoredFile
 
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+_IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in ALL_IMAGE_SUFFIXES)
+# Of images that are not read: Pillow does not know some of these formats, and reads others by starting a program.
+_OTHER_IMAGE_ENDINGS = (".eps", ".heic", ".heif", ".j2k", ".jp2", ".jxl", ".pgm", ".ppm", ".psd", ".svg", ".tga")
 _SPLITS, _TRAINING_SPLITS = ("test", "val", "valid", "validation"), ("train", "training", "trainval")  # the first is used
 _MAX_NAMED = 5  # subfolders in a message
 _READS_AT_ONCE = 16
@@ -34,7 +37,8 @@ def open_image_folder(set_name: str, url: str, overrides: Mapping[str, str]) -> 
         DataError: The class list has another length than there are subfolders, or other classes than the known set; or only a
             split to train on has classes.
     """
-    top, images = url, list_images(url)
+    files, top = _list_visible(url, "**"), url
+    images, others = _with_ending(files, _IMAGE_ENDINGS), _with_ending(files, _OTHER_IMAGE_ENDINGS)
     if split := _find_split(set_name, url, images):
         url = storage.join(url, split)
         images = {name.partition("/")[2]: file for name, file in images.items() if name.startswith(f"{split}/")}
@@ -60,6 +64,12 @@ def open_image_folder(set_name: str, url: str, overrides: Mapping[str, str]) -> 
     if empty := _list_local_subfolders(url) - set(folders):
         names = ", ".join(sorted(empty)[:_MAX_NAMED]) + f" and {len(empty) - _MAX_NAMED} more" * (len(empty) > _MAX_NAMED)
         warning = f"{set_name}: {url} has subfolders without images, which are not classes of the set: {names}"
+        texts = texts._replace(warnings=(*texts.warnings, warning))
+    if others:
+        warning = (
+            f"{set_name}: {top} has {len(others):,} images in formats that are not read, such as {min(others)}; convert them to "
+            f"PNG (read are {', '.join(_IMAGE_ENDINGS)})"
+        )
         texts = texts._replace(warnings=(*texts.warnings, warning))
     samples = [(name, folders.index(name.partition("/")[0])) for name in sorted(images) if "/" in name]
     return build_image_set(set_name, url, "image folder", texts, samples, images)
@@ -107,8 +117,16 @@ def open_image_files(set_name: str, url: str) -> EvaluationSet | None:
 
 def list_images(url: str, pattern: str = "**") -> dict[str, StoredFile]:
     """Return the images that match a pattern below a folder, by name, without hidden files and folders."""
+    return _with_ending(_list_visible(url, pattern), _IMAGE_ENDINGS)
+
+
+def _list_visible(url: str, pattern: str) -> dict[str, StoredFile]:
     files = {file.url.removeprefix(f"{url}/"): file for file in storage.list_folder(url, pattern)}
-    return {name: file for name, file in files.items() if name.lower().endswith(_IMAGE_ENDINGS) and "/." not in f"/{name}"}
+    return {name: file for name, file in files.items() if "/." not in f"/{name}"}
+
+
+def _with_ending(files: Mapping[str, StoredFile], endings: tuple[str, ...]) -> dict[str, StoredFile]:
+    return {name: file for name, file in files.items() if name.lower().endswith(endings)}
 
 
 def build_image_set(

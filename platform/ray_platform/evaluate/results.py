@@ -27,8 +27,8 @@ DETAILS_FORMAT = FileFormat("evaluation result")
 _FIRST_COLUMNS = ("dataset", "model", "pretrained", "model_fullname", "task", "language", "n")
 # Fields of a result that are part of its row, in addition to those that every release wrote.
 _RESULT_FIELDS = (
-    *("num_expected", "num_missing", "limit", "is_complete", "data_digest", "layout", "num_templates", "templates"),
-    *("class_names", "seed", "seeds", "differences", "units"),
+    *("num_expected", "num_missing", "limit", "is_complete", "data_digest", "content_digest", "layout"),
+    *("num_templates", "templates", "class_names", "seed", "seeds", "differences", "units"),
 )
 _MAX_MODEL_NAME = 100  # characters in a metric's name, of which a tracking server takes 250 in all
 
@@ -147,13 +147,29 @@ def _table(output_dir: str) -> str:
     for url in sorted(contents):
         row = json.loads(contents[url])
         metrics |= dict.fromkeys(row["metrics"])
-        rows.append({**row.pop("metrics"), **row, "model_fullname": f"{row['model']} {row['pretrained']}"})
+        row |= {"model_fullname": f"{row['model']} {row['pretrained']}"} | _difference_columns(row.pop("differences", {}))
+        rows.append(row.pop("metrics") | {name: _cell(value) for name, value in row.items()})
     columns = dict.fromkeys([*_FIRST_COLUMNS, *metrics, *(field for row in rows for field in row)])
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(columns))
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
+
+
+def _difference_columns(differences: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Return `difference_<metric>_to_<baseline>`, and its interval's ends as `..._low` and `..._high`."""
+    columns: dict[str, float] = {}
+    for baseline, by_metric in differences.items():
+        for metric, difference in by_metric.items():
+            name = f"difference_{metric}_to_{baseline}"
+            columns |= {name: difference["mean"], f"{name}_low": difference["low"], f"{name}_high": difference["high"]}
+    return columns
+
+
+def _cell(value: object) -> object:
+    """Return nested values as JSON, which every tool can read."""
+    return json.dumps(value) if isinstance(value, dict | list) else value
 
 
 def _folder_name(model: str) -> str:

@@ -23,14 +23,14 @@ from ray_platform.contracts import DataError, one_line
 from ray_platform.data.captions import MAX_CAPTION_BYTES
 from ray_platform.data.catalog import NOMINAL_BYTES
 from ray_platform.data.causes import RejectedSample, is_filtered
-from ray_platform.data.tar import IMAGE_SUFFIXES, Record, count_images, read_tar_slice
+from ray_platform.data.tar import ALL_IMAGE_SUFFIXES, Record, count_images, read_tar_slice
 from ray_platform.evaluate import sets
 from ray_platform.evaluate.sets import ClassTexts, DatasetSlice, EvaluationSet, EvaluationTask, RawSample, Samples, SlicePart
 from ray_platform.storage import StoredFile
 
 SPLIT = "test"
 _TYPE_FILE, _NUM_SHARDS_FILE = "dataset_type.txt", "nshards.txt"
-_SUFFIXES = (*IMAGE_SUFFIXES, "cls", "txt")  # of the members of a sample with a label or captions
+_SUFFIXES = (*ALL_IMAGE_SUFFIXES, "cls", "txt")  # of the members of a sample with a label or captions
 _READS_AT_ONCE = 16
 _MIN_SAMPLE_BYTES = 4 * tarfile.BLOCKSIZE  # two members, each with a header and at least one block
 _INTEGER = re.compile(rb"\s*[+-]?\d{1,9}\s*")
@@ -169,7 +169,7 @@ def _read_task(set_name: str, type_url: str | None) -> EvaluationTask:
 
 def _read_tar(file: StoredFile, name: str, start: int, stop: int, part: DatasetSlice) -> Samples:
     """Read the samples that begin in bytes start..stop of a tar; their keys begin with its name in the set."""
-    suffixes = IMAGE_SUFFIXES if part.schema.task == "images" else _SUFFIXES
+    suffixes = ALL_IMAGE_SUFFIXES if part.schema.task == "images" else _SUFFIXES
     records = read_tar_slice(file.url, name, file.size, start, stop, suffixes)
     if records == [RejectedSample(f"{name}/", "shard_empty")]:
         if stop - start == file.size:
@@ -181,7 +181,7 @@ def _read_tar(file: StoredFile, name: str, start: int, stop: int, part: DatasetS
 
 def _tar_sample(record: Record, task: EvaluationTask) -> RawSample | RejectedSample:
     members = record.members
-    image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+    image = next((members[suffix] for suffix in ALL_IMAGE_SUFFIXES if suffix in members), None)
     if record.cause:
         return RejectedSample(record.key, record.cause)
     if image is None:

@@ -99,6 +99,15 @@ class EmbedClasses:
             return {"embeddings": scorer.embed_classes(self.class_names, self.templates)}
 
 
+def _content_digest(sample: RawSample | RejectedSample) -> str:
+    """Return 16 hex digits over what is stored of a sample; "" if it could not be read."""
+    if isinstance(sample, RejectedSample):
+        return ""
+    hashed = hashlib.sha256(sample.image)
+    hashed.update(repr((sample.label, sample.captions)).encode())
+    return hashed.hexdigest()[:16]
+
+
 def _prepare(sample: RawSample | RejectedSample, preprocess: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | str:
     """Return the preprocessed image, or the cause for which it cannot be used."""
     if isinstance(sample, RejectedSample):
@@ -148,8 +157,8 @@ class EmbedImages:
     def run(self, models: WorkerModels) -> Rows:
         """Return the rows of n samples, r of which could be read.
 
-        keys [n], labels [n] (-1: none), causes [n] ("": the image was read) and embeddings [r, D]. For a retrieval set also
-        num_texts [n], texts [m] and text_embeddings [m, D], in the order of the samples.
+        keys [n], labels [n] (-1: none), causes [n] ("": the image was read), contents [n] (digests) and embeddings [r, D]. For a
+        retrieval set also num_texts [n], texts [m] and text_embeddings [m, D], in the order of the samples.
         """
         scorer: Scorer = models[self.scorer]
         samples = read_slice(self.slice)
@@ -161,6 +170,7 @@ class EmbedImages:
             "keys": np.array([sample.key for sample in samples], dtype=np.str_),
             "labels": np.array([sample.label if sample else -1 for sample in raw], dtype=np.int32),
             "causes": np.array([image if isinstance(image, str) else "" for image in images], dtype=np.str_),
+            "contents": np.array(list(models.pool.map(_content_digest, samples)), dtype=np.str_),
         }
         readable = [index for index, image in enumerate(images) if not isinstance(image, str)]
         if readable:
@@ -180,6 +190,12 @@ class EmbedImages:
         return rows
 
 
+def digest_of_contents(rows: Rows) -> str:
+    """Return 16 hex digits over the keys and contents of samples. They do not depend on where and when the data were stored."""
+    lines = "\n".join(f"{key} {content}" for key, content in zip(rows["keys"], rows["contents"], strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
 def choose_sample(keys: Sequence[str], count: int) -> list[int]:
     """Return the indices of `count` of the keys, or of all if there are fewer: a random choice that depends on the keys alone."""
     order = sorted(range(len(keys)), key=lambda index: hashlib.sha256(keys[index].encode()).digest())
@@ -196,17 +212,21 @@ class MeasureImages:
     num_sampled: int | None = None  # None: all images of the slice
 
     def run(self, models: WorkerModels) -> Rows:
-        """Return keys [n] and `features/<network>` [n, d] of the n images that can be read, and causes [m] of the others."""
+        """Return keys [n], contents [n] (digests) and `features/<network>` [n, d] of the n images that can be read.
+
+        And causes [m] of the others.
+        """
         samples, size = read_slice(self.slice), (self.image_size, self.image_size)
         if self.num_sampled is not None:
             samples = [samples[index] for index in choose_sample([sample.key for sample in samples], self.num_sampled)]
         preprocess = (lambda image: resized(image, size)) if self.image_size else np.asarray
         prepared = list(models.pool.map(lambda sample: _prepare(sample, preprocess), samples))
-        keys = [sample.key for sample, image in zip(samples, prepared, strict=True) if not isinstance(image, str)]
+        readable = [sample for sample, image in zip(samples, prepared, strict=True) if not isinstance(image, str)]
+        contents = np.array(list(models.pool.map(_content_digest, readable)), dtype=np.str_)
         images = [image for image in prepared if not isinstance(image, str)]
         causes = np.array([image for image in prepared if isinstance(image, str)], dtype=np.str_)
         features = models.extract_features(self.networks, images) if images else {}
-        return {"keys": np.array(keys), "causes": causes, **features}
+        return {"keys": np.array([sample.key for sample in readable]), "contents": contents, "causes": causes, **features}
 
 
 @dataclass(frozen=True)

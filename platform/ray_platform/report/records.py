@@ -68,7 +68,8 @@ class DatasetResult(TypedDict):
     set: str
     model: str
     url: NotRequired[str]  # folder of the dataset
-    data_digest: NotRequired[str]
+    data_digest: NotRequired[str]  # over names, sizes and versions of the files
+    content_digest: NotRequired[str]  # over what was read; it does not depend on where and when the data were stored
     layout: NotRequired[str]
     num_templates: NotRequired[int]
     templates: NotRequired[str]  # where they come from: "published for the set", "ImageNet's, the fallback", or a file

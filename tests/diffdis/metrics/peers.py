@@ -55,7 +55,7 @@ def clip_transform(image: Image.Image, size: int) -> torch.Tensor:
     """
     short, long = min(image.size), int(size * max(image.size) / min(image.size))
     image = image.resize((size, long) if image.width == short else (long, size), Image.Resampling.BICUBIC)
-    left, top = (int(round((side - size) / 2.0)) for side in image.size)
+    left, top = (round((side - size) / 2.0) for side in image.size)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)).convert("RGB"))
     scaled = torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous().float() / 255
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))

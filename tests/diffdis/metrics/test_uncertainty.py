@@ -27,6 +27,21 @@ def test_the_mean_over_classes_has_the_error_of_independent_classes():
     assert outcomes.standard_error == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("value", [0, 1])
+def test_equal_outcomes_have_the_error_of_wilsons_interval(value):
+    """Wilson (1927): 0 of n has the 95 % interval [0, z^2 / (n + z^2)], such as [0, 8.8 %] for 40."""
+    outcomes = Outcomes(np.full(40, value))
+    assert outcomes.mean == value
+    assert 1.959964 * outcomes.standard_error == pytest.approx(0.08762, abs=1e-5)
+    captions = Outcomes(np.full(200, value), clusters=np.repeat(np.arange(40), 5))
+    assert captions.standard_error == outcomes.standard_error, "40 images, not 200 captions"
+    perfect = Outcomes(np.full(40, value), groups=np.repeat(np.arange(10), 4))
+    assert perfect.standard_error == outcomes.standard_error
+    assert outcomes.minus(outcomes) == (0.0, pytest.approx(-0.08762, abs=1e-5), pytest.approx(0.08762, abs=1e-5))
+    other = Outcomes(np.full(40, 1 - value))
+    assert sorted(map(abs, outcomes.minus(other)[1:])) == [pytest.approx(1 - 0.08762, abs=1e-5), 1.0]
+
+
 def test_equal_captions_of_an_image_count_once():
     """Five copies of each outcome have the error of one."""
     hits = np.random.default_rng(0).random(200) < 0.6

@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
+from PIL import Image
 
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.causes import RejectedSample
-from ray_platform.data.decode import rgb
+from ray_platform.data.decode import FORMATS, rgb
+from ray_platform.data.tar import ALL_IMAGE_SUFFIXES
 from ray_platform.evaluate import sets, torchvision_folders
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set, open_image_set
 from ray_platform.evaluate.sets import KNOWN_SETS, read_slice
-from tests.support.evaluation_sets import CIFAR10, class_names, error_of, error_of_set, picture, read, write_image
+from tests.support.evaluation_sets import CIFAR10, class_names, encoded, error_of, error_of_set, picture, read, write_image
 
 IMAGENET = KNOWN_SETS["imagenet1k"].class_folders
 
@@ -136,6 +138,28 @@ def test_slices_have_each_file_once_and_in_order(tmp_path, monkeypatch):
         data = open_evaluation_set("mine", str(root))
         assert read(data) == samples
         assert len(data.slices) == -(-12 // images_per_slice)
+
+
+def test_every_format_that_is_read_has_its_usual_endings():
+    Image.init()
+    usual = {ending[1:] for ending, name in Image.registered_extensions().items() if name in FORMATS}
+    assert set(ALL_IMAGE_SUFFIXES) == usual
+
+
+def test_tiff_images_are_read_and_other_formats_are_named(tmp_path):
+    """EuroSAT comes as .tif. Before, such images were left out without a word if there were others."""
+    for place, name in enumerate(("a/0.tif", "a/1.TIFF", "b/2.gif", "b/3.png")):
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(picture(place), {"gif": "GIF", "png": "PNG"}.get(name[-3:], "TIFF")))
+    (tmp_path / "mine" / "b" / "4.heic").write_bytes(b"x")
+    (tmp_path / "mine" / "b" / "notes.txt").write_bytes(b"x")
+    data = open_evaluation_set("mine", str(tmp_path / "mine"))
+    samples = read(data)
+    assert [(sample.key, sample.label) for sample in samples] == [("a/0.tif", 0), ("a/1.TIFF", 0), ("b/2.gif", 1), ("b/3.png", 1)]
+    np.testing.assert_array_equal(rgb(samples[0].image), picture(0))
+    (warning,) = data.warnings
+    assert "has 1 images in formats that are not read, such as b/4.heic; convert them to PNG" in warning
 
 
 def test_images_without_labels_whatever_their_names(tmp_path):

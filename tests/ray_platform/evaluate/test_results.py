@@ -60,7 +60,7 @@ def test_a_result_has_the_fields_of_clip_benchmark(output, details):
 def test_the_csv_is_what_clip_benchmark_builds_of_the_files(output):
     contents = [json.loads(file.read_text()) for file in (output / "results").glob("*/*.json")]
     rows = [{**content.pop("metrics"), **content} for content in contents]  # as `clip_benchmark build` does
-    built = pandas.DataFrame(rows).assign(settings=lambda table: table["settings"].astype(str))
+    built = pandas.DataFrame(rows).assign(settings=lambda table: table["settings"].map(json.dumps))
     built["model_fullname"] = built["model"] + " " + built["pretrained"]
     own, order = pandas.read_csv(output / "results.csv"), ["model", "dataset"]
     assert set(own.columns) == set(built.columns)

@@ -199,7 +199,7 @@ def test_the_images_of_a_known_set_are_counted_by_the_headers_of_its_tars(tmp_pa
 
     folder, image = write_one(tmp_path, "vtab/cifar10", samples_per_shard=4), encoded(picture(0), "PNG")
     (folder / "test" / "2.tar").write_bytes(
-        build_tar([("a.png", image), ("a.cls", b"1"), ("b.cls", b"2"), ("v1.5_7.png", image), ("v1.5_7.cls", b"3")])
+        build_tar([("a.tif", image), ("a.cls", b"1"), ("b.cls", b"2"), ("v1.5_7.png", image), ("v1.5_7.cls", b"3")])
     )
     assert counts() == (10, 10)
     first = folder / "test" / "0.tar"
