@@ -17,8 +17,8 @@ def _split_heads(attention: Attention, x: torch.Tensor) -> torch.Tensor:
 
 def _merge_heads(attention: Attention, out: torch.Tensor) -> torch.Tensor:
     """Merge [B, heads, n, c] to [B, n, C] and apply the output projection."""
-    out = attention.to_out[0](rearrange(out, "b heads n c -> b n (heads c)"))
-    return attention.to_out[1](out) / attention.rescale_output_factor
+    out = attention.to_out[1](attention.to_out[0](rearrange(out, "b heads n c -> b n (heads c)")))
+    return out if attention.rescale_output_factor == 1 else out / attention.rescale_output_factor
 
 
 def image_attention(attention: Attention, x: torch.Tensor) -> tuple[torch.Tensor, KeysValues]:
@@ -49,6 +49,35 @@ def query_attention(attention: Attention, q: torch.Tensor, image: KeysValues) ->
 
 
 def joint_attention(attention: Attention, x: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Let [image tokens; query] attend to each other: x [B, N, C], q [B, 1, C] -> the residuals of both."""
-    out, _ = image_attention(attention, torch.cat([x, q], dim=1))
-    return out[:, :-1], out[:, -1:]
+    """Let [image tokens; query] attend to each other, for the last B of A + B images; the first A attend to themselves.
+
+    x [A + B, N, C], q [B, 1, C] -> the residuals of both.
+    """
+    num_alone = len(x) - len(q)
+    query, keys, values = (
+        (_split_heads(attention, project(x)), _split_heads(attention, project(q)))
+        for project in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    together = [torch.cat([of_image[num_alone:], of_query], dim=2) for of_image, of_query in (query, keys, values)]
+    out = F.scaled_dot_product_attention(together[0], together[1], together[2])  # [B, heads, N + 1, c]
+    of_images, of_queries = out[:, :, :-1], out[:, :, -1:]
+    if num_alone:
+        alone = F.scaled_dot_product_attention(query[0][:num_alone], keys[0][:num_alone], values[0][:num_alone])
+        of_images = torch.cat([alone, of_images])
+    return _merge_heads(attention, of_images), _merge_heads(attention, of_queries)
+
+
+class AttentionProcessor:
+    """diffusers' attention of Stable Diffusion, to the last bit, without its division by 1, which costs two kernels each time."""
+
+    def __call__(
+        self,
+        attention: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        keys, values = attention.to_k(context), attention.to_v(context)
+        query, keys, values = (_split_heads(attention, x) for x in (attention.to_q(hidden_states), keys, values))
+        return _merge_heads(attention, F.scaled_dot_product_attention(query, keys, values, attn_mask=attention_mask))

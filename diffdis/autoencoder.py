@@ -14,6 +14,7 @@ from torch import nn
 
 from diffdis.config import AutoencoderConfig
 from diffdis.pretrained import component_folder, load_component
+from diffdis.transfer import copy_to
 
 
 class HaarAutoencoder(ModelMixin, ConfigMixin):
@@ -106,7 +107,7 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
 
 def to_latents(autoencoder: Autoencoder, images: np.ndarray, device: torch.device | str) -> torch.Tensor:
     """Encode [B, H, W, 3] uint8 RGB to latents [B, C, h, w] float32, in the autoencoder's dtype even under autocast."""
-    pixels = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2)  # a copy: Arrow's buffers are read-only
+    pixels = copy_to(device, [images])[0].permute(0, 3, 1, 2)
     with torch.autocast(pixels.device.type, enabled=False):
         return autoencoder.encode_image((pixels.float() / 127.5 - 1.0).to(autoencoder.dtype)).float()
 

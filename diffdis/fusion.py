@@ -11,7 +11,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from diffdis.attention import KeysValues, joint_attention, query_attention
+from diffdis.attention import KeysValues, contiguous, image_attention, joint_attention, query_attention
 
 
 class QueryTime(nn.Module):
@@ -72,7 +72,10 @@ class QueryStream(nn.Module):
 
 
 class JointSelfAttention:
-    """Self-attention of `image_features` in which image tokens and query attend to each other; carries the query along."""
+    """Self-attention of `down_path` in which image tokens and query attend to each other; carries the query along.
+
+    There may be more images than queries; the last images have them.
+    """
 
     def __init__(self, stream: QueryStream, noised: torch.Tensor):
         self.blocks, self.noised = stream.blocks, noised  # [B, 1, D]
@@ -88,3 +91,16 @@ class JointSelfAttention:
         if layer == len(block.layers) - 1:
             self.h = block.fc_out(self.q)
         return x
+
+
+class CachingSelfAttention:
+    """Self-attention of `down_path` that keeps the keys and values of the last images, by spatial transformer and layer."""
+
+    def __init__(self, stream: QueryStream, num_images: int):
+        self.num_images = num_images
+        self.cache: list[list[KeysValues]] = [[] for _ in stream.blocks]
+
+    def __call__(self, index: int, layer: int, attention: Attention, x: torch.Tensor) -> torch.Tensor:
+        out, (keys, values) = image_attention(attention, x)
+        self.cache[index].append(contiguous((keys[-self.num_images :], values[-self.num_images :])))
+        return out

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -12,6 +13,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
+from diffdis.attention import AttentionProcessor
 from diffdis.config import UNetConfig
 
 # (index of the spatial transformer, layer, its self-attention, normed input [B, N, C]) -> residual [B, N, C]
@@ -23,25 +25,39 @@ def build_unet(config: UNetConfig, token_dim: int) -> UNet2DConditionModel:
     """Return a U-Net with new weights whose cross-attention takes token states of width `token_dim`."""
     arguments = dataclasses.asdict(config)
     options = arguments.pop("options")
-    return UNet2DConditionModel(**arguments, **options, out_channels=config.in_channels, cross_attention_dim=token_dim)
+    unet = UNet2DConditionModel(**arguments, **options, out_channels=config.in_channels, cross_attention_dim=token_dim)
+    unet.set_attn_processor(AttentionProcessor())
+    return unet
 
 
 def spatial_transformers(unet: UNet2DConditionModel) -> list[Transformer2DModel]:
-    """Return the attention blocks of the down path and of the middle block, in the order in which `image_features` runs them."""
+    """Return the attention blocks of the down path and of the middle block, in the order in which `down_path` runs them."""
     blocks = [b for b in unet.down_blocks if getattr(b, "has_cross_attention", False)] + [unet.mid_block]
     return [transformer for block in blocks for transformer in block.attentions]
 
 
-def image_features(
+class DownPath(NamedTuple):
+    """What `down_path` computed of B images."""
+
+    features: torch.Tensor  # of the middle block, [B, C', H', W']
+    skips: list[torch.Tensor]  # for the up path, each [B, ...]
+    time: torch.Tensor  # embedded timesteps, [B, 4C]
+
+    def first(self, size: int) -> "DownPath":
+        """Return what was computed of the first `size` images."""
+        return DownPath(self.features[:size], [skip[:size] for skip in self.skips], self.time[:size])
+
+
+def down_path(
     unet: UNet2DConditionModel,
     latent: torch.Tensor,
     timestep: torch.Tensor,
     token_states: torch.Tensor,
     self_attention: SelfAttention,
-) -> torch.Tensor:
+) -> DownPath:
     """Run the down path and the middle block with every self-attention replaced by `self_attention`.
 
-    With the self-attention of diffusers, the result equals the output of the stock middle block bit for bit.
+    With the self-attention of diffusers, the features equal the output of the stock middle block bit for bit.
 
     Args:
         unet: diffusers' U-Net.
@@ -49,15 +65,12 @@ def image_features(
         timestep: [B].
         token_states: [B, L, D_c], for cross-attention.
         self_attention: called for every transformer layer.
-
-    Returns:
-        The features of the middle block, [B, C', H', W'].
     """
     # Read once per call: diffusers searches all modules for it, 2 ms at Stable Diffusion's size.
     run = _run_checkpointed if unet.is_gradient_checkpointing and torch.is_grad_enabled() else _run
     time = unet.time_embedding(unet.get_time_embed(sample=latent, timestep=timestep))  # [B, 4C]
     h = unet.conv_in(latent)  # [B, C, H, W]
-    index = 0
+    skips, index = [h], 0
     for block in unet.down_blocks:
         attentions = getattr(block, "attentions", [None] * len(block.resnets))
         for resnet, transformer in zip(block.resnets, attentions, strict=True):
@@ -65,14 +78,34 @@ def image_features(
             if transformer is not None:
                 h = _transformer(run, transformer, index, h, token_states, self_attention)
                 index += 1
+            skips.append(h)
         for downsampler in block.downsamplers or []:
             h = downsampler(h)
+            skips.append(h)
     h = run(unet.mid_block.resnets[0], h, time)
     for transformer, resnet in zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True):
         h = _transformer(run, transformer, index, h, token_states, self_attention)
         index += 1
         h = run(resnet, h, time)
-    return h
+    return DownPath(h, skips, time)
+
+
+def up_path(unet: UNet2DConditionModel, down: DownPath, token_states: torch.Tensor) -> torch.Tensor:
+    """Run the rest of diffusers' forward, [B, C, H, W] of noise or v, from the result of `down_path` on the same images.
+
+    token_states [B, L, D_c].
+    """
+    h, skips = down.features, list(down.skips)
+    for block in unet.up_blocks:
+        own = tuple(skips[-len(block.resnets) :])
+        del skips[-len(block.resnets) :]
+        # The size that the next block needs: halving an odd one and doubling it gives another.
+        size = skips[-1].shape[2:] if skips else None
+        if getattr(block, "has_cross_attention", False):
+            h = block(h, own, down.time, encoder_hidden_states=token_states, upsample_size=size)
+        else:
+            h = block(h, own, down.time, upsample_size=size)
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
 
 
 def _run(part: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,10 @@ from torch import nn
 
 from diffdis import schedule
 from diffdis.alignment_head import AlignmentHead, PooledHead
-from diffdis.attention import KeysValues, contiguous, image_attention
+from diffdis.attention import KeysValues, image_attention
 from diffdis.config import DiffDisConfig
-from diffdis.fusion import JointSelfAttention, QueryStream
-from diffdis.image_branch import SelfAttention, build_unet, image_features, spatial_transformers
+from diffdis.fusion import CachingSelfAttention, JointSelfAttention, QueryStream
+from diffdis.image_branch import SelfAttention, build_unet, down_path, spatial_transformers, up_path
 
 
 class ImageKVCache(NamedTuple):
@@ -101,34 +101,54 @@ class DiffDis(nn.Module):
 
     def encode_image(self, latent: torch.Tensor, null_states: torch.Tensor) -> ImageKVCache:
         """Run the image once (one-way mask). latent [B, C, H, W], null_states [1, L, D_c]."""
-        cache: list[list[KeysValues]] = [[] for _ in self.stream.blocks]
-
-        def attend(index: int, layer: int, attention, x: torch.Tensor) -> torch.Tensor:
-            out, keys_values = image_attention(attention, x)
-            cache[index].append(contiguous(keys_values))
-            return out
-
-        features = self._image_features(latent, null_states, attend)  # [B, N, C']
-        return ImageKVCache(cache, self.head.encode_image(features))
+        attend = CachingSelfAttention(self.stream, len(latent))
+        tokens = self._clean_image_tokens(latent, null_states, attend)
+        return ImageKVCache(attend.cache, self.head.encode_image(tokens))
 
     def predict_query(self, image: ImageCondition, e_t: torch.Tensor, t_e: torch.Tensor) -> torch.Tensor:
         """Return Phi(e_t, t_e, z), the clean query e0_hat, with unit norm.
 
         `image` is the result of `encode_condition`; e_t [B, n, D], t_e [B, n] -> [B, n, D].
         """
-        dtype = self.unet.conv_in.weight.dtype
-        noised = e_t.to(dtype) + self.stream.time(t_e, dtype)
+        noised = self._noised(e_t, t_e)
         if isinstance(image, ImageKVCache):
-            attentions = [[b.attn1 for b in t.transformer_blocks] for t in spatial_transformers(self.unet)]
-            h = self.stream.one_way(noised, attentions, image.unet)
-            out = self.head.one_way(h + noised, image.head)
+            out = self._predict_one_way(image, noised)
         else:
-            joint = JointSelfAttention(self.stream, noised)
-            features = self._image_features(*image, joint)
-            out = self.head.joint(joint.h + noised, features)
-        if self.config.schedule.query_prediction == "epsilon":
-            out = schedule.x0_from_noise(e_t, out, self.alphas_cumprod[t_e], self.config.gamma)
-        return F.normalize(out.float(), dim=-1)
+            attend = JointSelfAttention(self.stream, noised)
+            tokens = self._clean_image_tokens(*image, attend)
+            out = self.head.joint(attend.h + noised, tokens)
+        return self._clean_query(out, e_t, t_e)
+
+    def predict_image_and_query(
+        self,
+        noisy_latent: torch.Tensor,
+        timestep: torch.Tensor,
+        token_states: torch.Tensor,
+        latent: torch.Tensor,
+        null_states: torch.Tensor,
+        e_t: torch.Tensor,
+        t_e: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, ImageCondition]:
+        """Run both passes on B images each, with one call of the down path and middle block for all 2 B.
+
+        The arguments are those of `predict_image`, `encode_condition` and `predict_query`; the results are the predicted noise or
+        v, the predicted clean queries, and the condition.
+        """
+        size, dtype = len(latent), self.unet.conv_in.weight.dtype
+        states = torch.cat([token_states, null_states.expand(size, -1, -1)]).to(dtype)
+        timesteps = torch.cat([timestep, torch.zeros_like(timestep)])
+        noised, is_one_way = self._noised(e_t, t_e), self.config.query_visibility == "one_way"
+        attend = CachingSelfAttention(self.stream, size) if is_one_way else JointSelfAttention(self.stream, noised)
+        down = down_path(self.unet, torch.cat([noisy_latent, latent]).to(dtype), timesteps, states, attend)
+        image = up_path(self.unet, down.first(size), states[:size]).float()
+        tokens = _tokens(down.features[size:])
+        condition: ImageCondition = latent, null_states
+        if isinstance(attend, CachingSelfAttention):
+            condition = ImageKVCache(attend.cache, self.head.encode_image(tokens))
+            out = self._predict_one_way(condition, noised)
+        else:
+            out = self.head.joint(attend.h + noised, tokens)
+        return image, self._clean_query(out, e_t, t_e), condition
 
     def clip_image_embedding(self, latent: torch.Tensor, null_states: torch.Tensor) -> torch.Tensor:
         """Return the unit-norm image embedding of the `clip` task. latent [B, C, H, W], null_states [1, L, D_c] -> [B, D]."""
@@ -136,12 +156,31 @@ class DiffDis(nn.Module):
         def attend(index: int, layer: int, attention, x: torch.Tensor) -> torch.Tensor:
             return image_attention(attention, x)[0]
 
-        return F.normalize(self.pooled(self._image_features(latent, null_states, attend)).float(), dim=-1)
+        return F.normalize(self.pooled(self._clean_image_tokens(latent, null_states, attend)).float(), dim=-1)
 
-    def _image_features(self, latent: torch.Tensor, null_states: torch.Tensor, self_attention: SelfAttention) -> torch.Tensor:
-        """Return the features of the clean image, [B, N, C']."""
+    def _noised(self, e_t: torch.Tensor, t_e: torch.Tensor) -> torch.Tensor:
+        """Return e_t + TimeEmbed(t_e), [B, n, D], in the precision of the weights."""
+        dtype = self.unet.conv_in.weight.dtype
+        return e_t.to(dtype) + self.stream.time(t_e, dtype)
+
+    def _predict_one_way(self, image: ImageKVCache, noised: torch.Tensor) -> torch.Tensor:
+        attentions = [[b.attn1 for b in t.transformer_blocks] for t in spatial_transformers(self.unet)]
+        h = self.stream.one_way(noised, attentions, image.unet)
+        return self.head.one_way(h + noised, image.head)
+
+    def _clean_query(self, out: torch.Tensor, e_t: torch.Tensor, t_e: torch.Tensor) -> torch.Tensor:
+        """Return e0_hat with unit norm from the head's output [B, n, D]."""
+        if self.config.schedule.query_prediction == "epsilon":
+            out = schedule.x0_from_noise(e_t, out, self.alphas_cumprod[t_e], self.config.gamma)
+        return F.normalize(out.float(), dim=-1)
+
+    def _clean_image_tokens(self, latent: torch.Tensor, null_states: torch.Tensor, self_attention: SelfAttention) -> torch.Tensor:
+        """Return the middle block's features of the clean image with an empty text, as tokens [B, N, C']."""
         timestep = torch.zeros(len(latent), dtype=torch.long, device=latent.device)  # t_z = 0 [D]
         dtype = self.unet.conv_in.weight.dtype
         token_states = null_states.to(dtype).expand(len(latent), -1, -1)
-        features = image_features(self.unet, latent.to(dtype), timestep, token_states, self_attention)
-        return rearrange(features, "b c h w -> b (h w) c")
+        return _tokens(down_path(self.unet, latent.to(dtype), timestep, token_states, self_attention).features)
+
+
+def _tokens(features: torch.Tensor) -> torch.Tensor:
+    return rearrange(features, "b c h w -> b (h w) c")

@@ -11,6 +11,7 @@ from diffdis import schedule
 from diffdis.config import ObjectiveConfig
 from diffdis.losses import AlignmentResult, build_alignment_loss, gather_texts, generation_loss, rank_offset
 from diffdis.model import DiffDis, ImageKVCache
+from diffdis.transfer import copy_to
 
 NUM_TIMESTEP_BINS = 4  # of t_e, for the logged loss and accuracy: the shortcut shows as a slope over them
 # Only generation uses these parts of the U-Net: the alignment pass ends behind the middle block.
@@ -28,6 +29,13 @@ class StepNoise(NamedTuple):
     query_timesteps: torch.Tensor  # [B, n]: t_e
     query_noise: torch.Tensor  # [B, n, D]
     drop_image: torch.Tensor  # [B] bool
+
+
+class ImagePrediction(NamedTuple):
+    """Noise or v predicted from the noisy latents of a batch, and the true one, each [B, C, H, W]."""
+
+    predicted: torch.Tensor
+    target: torch.Tensor
 
 
 class QueryPrediction(NamedTuple):
@@ -83,7 +91,12 @@ class Objective(nn.Module):
             self.model.head.gradient_checkpointing = True
 
     def forward(
-        self, inputs: Inputs, seed: int, grad_cache: GradCache | None = None, run: Callable[..., Any] | None = None
+        self,
+        inputs: Inputs,
+        seed: int,
+        grad_cache: GradCache | None = None,
+        control: bool = False,
+        run: Callable[..., Any] | None = None,
     ) -> Any:
         """Return the loss of a micro-batch (scalar) and its metrics, each [sum, weight].
 
@@ -91,6 +104,7 @@ class Objective(nn.Module):
             inputs: the result of `DiffDisTask.inputs`.
             seed: determines all random numbers.
             grad_cache: the alignment's gradient, if it was computed for the whole step.
+            control: also compute the shuffled-image control, a metric that costs an additional pass over the query.
             run: another method to run on the batch. ZeRO 3 fetches parameters in the order in which it saw them since the last
                 call of this module, so every pass over the network starts here.
         """
@@ -99,12 +113,13 @@ class Objective(nn.Module):
             return run(inputs, noise)
         task, terms, metrics = self.objective.task, [], Metrics()
         batch_size = torch.full((), float(len(inputs["latent"])), device=inputs["latent"].device)  # without a copy from the host
-        if task in ("joint", "generation"):
-            generation = self.generation_loss(inputs, noise)  # [B]
+        image, queries = self._predict(inputs, noise)
+        if image is not None:
+            generation = generation_loss(image.predicted, image.target)  # [B]
             terms.append(generation.mean())
             metrics["loss_generation"] = torch.stack([generation.detach().sum(), batch_size])
-        if task != "generation":
-            alignment, alignment_metrics = self.alignment_loss(inputs, noise, grad_cache)
+        if queries is not None:
+            alignment, alignment_metrics = self._alignment_loss(inputs, noise, queries, grad_cache, control)
             terms.append((self.objective.lambda_alignment if task == "joint" else 1.0) * alignment)
             metrics |= alignment_metrics
         loss = torch.stack(terms).sum()
@@ -115,7 +130,7 @@ class Objective(nn.Module):
         """Sample all random numbers of a micro-batch from `seed`.
 
         On the CPU, so that a seed gives the same numbers on every device; and all of them for every task, so that two tasks agree
-        on what they share.
+        on what they share. They reach the device in one copy, for which the host does not wait.
         """
         latents, queries, config = inputs["latent"], inputs["query"], self.objective
         size, num_timesteps = len(latents), self.model.config.schedule.num_timesteps
@@ -134,44 +149,55 @@ class Objective(nn.Module):
             query_noise=torch.randn((size, config.num_draws, queries.shape[-1]), generator=generator),
             drop_image=uniform() < self.model.config.image_dropout,
         )
-        return StepNoise(*(x.to(latents.device, latents.dtype if x.is_floating_point() else None) for x in noise))
+        return StepNoise(*copy_to(latents.device, [x.to(latents.dtype) if x.is_floating_point() else x for x in noise]))
 
-    def generation_loss(self, inputs: Inputs, noise: StepNoise) -> torch.Tensor:
-        """Return L_IG per sample, [B]. The text query is left out; some captions are replaced by the empty one."""
+    def _predict(self, inputs: Inputs, noise: StepNoise) -> tuple[ImagePrediction | None, QueryPrediction | None]:
+        """Predict what the task needs: both passes in one walk for the joint one."""
+        task = self.objective.task
+        if task in ("alignment", "clip"):
+            return None, self._predict_queries(inputs, noise)
         latents, null_states = inputs["latent"], inputs["null_states"]  # [B, C, H, W], [1, L, D_c]
         abar = self.model.alphas_cumprod[noise.timesteps]  # [B]
+        # The text query is left out; some captions are replaced by the empty one.
         token_states = torch.where(noise.drop_caption[:, None, None], null_states, inputs["token_states"])  # [B, L, D_c]
         noisy_latents = schedule.add_noise(latents, noise.noise, abar)  # [B, C, H, W]
         target = noise.noise
         if self.model.config.schedule.prediction_type == "v_prediction":
             target = schedule.v_target(latents, noise.noise, abar)
-        prediction = self.model.predict_image(noisy_latents, noise.timesteps, token_states)  # [B, C, H, W]
-        return generation_loss(prediction, target)
+        generation = noisy_latents, noise.timesteps, token_states
+        if task == "generation":
+            return ImagePrediction(self.model.predict_image(*generation), target), None
+        clean_latents, noisy_queries = self._alignment_inputs(inputs, noise)
+        image, queries, condition = self.model.predict_image_and_query(
+            *generation, clean_latents, null_states, noisy_queries, noise.query_timesteps
+        )
+        return ImagePrediction(image, target), QueryPrediction(queries, condition, noisy_queries)
 
     def predict_queries(self, inputs: Inputs, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the text queries [B, n, D] that `forward` predicts with the same seed, and the scale 1 / temperature."""
         return self(inputs, seed, run=lambda *batch: (self._predict_queries(*batch).queries, self.model.temperature()))
 
     def _predict_queries(self, inputs: Inputs, noise: StepNoise) -> QueryPrediction:
-        """Predict the text queries of the images. The image is clean and its text empty; some images are masked."""
-        latents, null_states = inputs["latent"], inputs["null_states"]  # [B, C, H, W], [1, L, D_c]
+        """Predict the text queries of the images without generation."""
+        null_states = inputs["null_states"]
         if self.objective.task == "clip":
-            embedding = self.model.clip_image_embedding(latents, null_states)[:, None]  # [B, 1, D]
+            embedding = self.model.clip_image_embedding(inputs["latent"], null_states)[:, None]  # [B, 1, D]
             return QueryPrediction(embedding, None, noise.query_noise)
-        latents = latents.masked_fill(noise.drop_image[:, None, None, None], 0.0)
-        noisy_queries = self.model.noise_query(inputs["query"], noise.query_noise, noise.query_timesteps)  # [B, n, D]
+        latents, noisy_queries = self._alignment_inputs(inputs, noise)
         condition = self.model.encode_condition(latents, null_states)
         queries = self.model.predict_query(condition, noisy_queries, noise.query_timesteps)  # [B, n, D]
         return QueryPrediction(queries, condition, noisy_queries)
 
-    def alignment_loss(
-        self, inputs: Inputs, noise: StepNoise, grad_cache: GradCache | None = None
-    ) -> tuple[torch.Tensor, Metrics]:
-        """Return L_ITA over the global batch, and the metrics of this rank's images.
+    def _alignment_inputs(self, inputs: Inputs, noise: StepNoise) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the clean latents [B, C, H, W], of which some are masked, and the noisy text queries [B, n, D]."""
+        latents = inputs["latent"].masked_fill(noise.drop_image[:, None, None, None], 0.0)
+        return latents, self.model.noise_query(inputs["query"], noise.query_noise, noise.query_timesteps)
 
-        In eval mode the shuffled-image control, which is computed for the log alone, is left out.
-        """
-        prediction, scale = self._predict_queries(inputs, noise), self.model.temperature()
+    def _alignment_loss(
+        self, inputs: Inputs, noise: StepNoise, prediction: QueryPrediction, grad_cache: GradCache | None, control: bool
+    ) -> tuple[torch.Tensor, Metrics]:
+        """Return L_ITA over the global batch, and the metrics of this rank's images."""
+        scale = self.model.temperature()
         if grad_cache is None:
             result = self.alignment(prediction.queries, inputs["query"], inputs["caption_ids"], scale)
         else:
@@ -187,7 +213,7 @@ class Objective(nn.Module):
         metrics |= _sums(result, has_image)
         if self.objective.task != "clip":
             metrics |= _sums_by_timestep(result, has_image, noise.query_timesteps.T, self.model.config.schedule.num_timesteps)
-            if self.training:
+            if control:
                 metrics["alignment/retrieval_shuffled_images"] = self._retrieval_with_shuffled_images(
                     prediction, noise, *(result.texts or gather_texts(inputs["query"], inputs["caption_ids"]))
                 )
@@ -264,12 +290,15 @@ def _sums(result: AlignmentResult, has_image: torch.Tensor) -> Metrics:
 
 def _sums_by_timestep(result: AlignmentResult, has_image: torch.Tensor, timesteps: torch.Tensor, num_timesteps: int) -> Metrics:
     """Return the loss, and the retrieval accuracy of the samples with an image [B], by bins of t_e [n, B]."""
-    metrics = {}
     width = -(-num_timesteps // NUM_TIMESTEP_BINS)
-    for low in range(0, num_timesteps, width):
-        in_bin = ((timesteps >= low) & (timesteps < low + width)).float()
+    lows = range(0, num_timesteps, width)
+    bins = torch.arange(len(lows), device=timesteps.device)[:, None, None]
+    in_bin = (timesteps // width == bins).float()  # [bins, n, B]
+    counted = in_bin * has_image.float()
+    parts = torch.stack([in_bin * result.loss, in_bin, counted * result.correct, counted], dim=1)  # [bins, 4, n, B]
+    losses, retrievals = parts.sum(dim=(2, 3)).unflatten(1, (2, 2)).unbind(dim=1)  # [bins, 2] each
+    metrics = Metrics()
+    for low, of_loss, of_retrieval in zip(lows, losses, retrievals, strict=True):
         name = f"t{low:03d}-{min(low + width, num_timesteps):03d}"
-        metrics[f"alignment/loss_{name}"] = torch.stack([(result.loss * in_bin).sum(), in_bin.sum()])
-        counted = in_bin * has_image.float()
-        metrics[f"alignment/retrieval_{name}"] = torch.stack([(result.correct * counted).sum(), counted.sum()])
+        metrics |= {f"alignment/loss_{name}": of_loss, f"alignment/retrieval_{name}": of_retrieval}
     return metrics

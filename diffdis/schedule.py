@@ -25,7 +25,7 @@ def expand_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
     They stay float32: in half precision, 1 - abar_t is 0 at small t. So the results below are float32, too.
     """
-    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)).to(like.device)
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)).to(like.device, non_blocking=True)
 
 
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, abar: torch.Tensor, gamma: float = 1.0) -> torch.Tensor:

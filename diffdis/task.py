@@ -26,6 +26,7 @@ from diffdis.pipeline import DiffDisPipeline
 from diffdis.pretrained import named_field
 from diffdis.query_leak import describe_captions
 from diffdis.text_encoder import build_text_encoder
+from diffdis.transfer import copy_to
 from diffdis.warm_start import load_warm_start, resolve_pretrained
 
 MAX_DIFFERENCE = 0.02  # of pixels in [0, 1] between two libraries; 0.002 is usual in float32
@@ -52,6 +53,7 @@ class DiffDisTask:
         """Return AdamW groups: one rate for the U-Net, one for new parameters; no decay for norms, biases and the temperature.
 
         The temperature has a group of its own with `max_value`, to which the optimizer limits its parameters after each update.
+        It and the parameters of the alignment loss stay float32.
         """
         groups: dict[str, dict[str, Any]] = {}
         for name, parameter in self.module.named_parameters():
@@ -61,7 +63,9 @@ class DiffDisTask:
                 decay, limit = (self.objective.weight_decay if parameter.ndim > 1 else 0.0), {}
                 group = part if parameter.ndim > 1 else f"{part}_no_decay"
                 if name.startswith("model.temperature."):
-                    group, limit = "temperature", {"max_value": MAX_LOG_SCALE}
+                    group, limit = "temperature", {"max_value": MAX_LOG_SCALE, "float32": True}
+                elif not name.startswith("model."):  # of the alignment loss
+                    group, limit = f"loss_{group}", {"float32": True}
                 groups.setdefault(group, {"name": group, "params": [], "lr": rate, "weight_decay": decay} | limit)
                 groups[group]["params"].append(parameter)
         return list(groups.values())
@@ -80,24 +84,27 @@ class DiffDisTask:
             move_encoders(self.config, device, self.autoencoder, self.text_encoder)
             self._null_states = self.text_encoder.encode([""], device)[0]
         if "latent" in batch.tensors:
-            encoded = {name: torch.from_numpy(batch.tensors[name]).to(device).float() for name in PRECOMPUTED}
+            copies = copy_to(device, [batch.tensors[name] for name in PRECOMPUTED])
+            encoded = {name: copy.float() for name, copy in zip(PRECOMPUTED, copies, strict=True)}
         else:
             states, query = self.text_encoder.encode(batch.captions, device)
             latent = to_latents(self.autoencoder, batch.tensors["image"], device)
             encoded = dict(zip(PRECOMPUTED, (latent, states, query), strict=True))
         return encoded | {
-            "caption_ids": torch.tensor([_caption_id(c) for c in batch.captions], device=device),
+            "caption_ids": copy_to(device, [np.array([_caption_id(c) for c in batch.captions], dtype=np.int64)])[0],
             "null_states": self._null_states,
         }
 
-    def precompute_step_loss(self, inputs: Sequence[Inputs], seeds: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+    def precompute_step_loss(
+        self, inputs: Sequence[Inputs], seeds: Sequence[int], control: bool = False
+    ) -> Sequence[Mapping[str, Any]]:
         """With `objective.negatives` = step, compute the alignment's gradient over all micro-batches (gradient caching)."""
         if self.objective.negatives == "micro_batch" or self.objective.task == "generation" or len(inputs) == 1:
-            return [{} for _ in inputs]
+            return [{"control": control} for _ in inputs]
         with torch.no_grad():
             predictions = [self.module.predict_queries(part, seed) for part, seed in zip(inputs, seeds, strict=True)]
         caches = self.module.build_grad_cache(inputs, [queries for queries, _ in predictions], predictions[0][1])
-        return [{"grad_cache": cache} for cache in caches]
+        return [{"grad_cache": cache, "control": control} for cache in caches]
 
     # --- scores and previews: every rank calls them, because under ZeRO 3 the weights are sharded ----------------------------
 

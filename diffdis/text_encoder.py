@@ -22,6 +22,7 @@ from diffdis.pretrained import (
     read_config,
     read_tensor,
 )
+from diffdis.transfer import copy_to
 
 TEXT_PROJECTION = "alignment/text_projection.safetensors"  # in an export, whose text_encoder/ is the one that diffusers calls
 # Tensors of a whole CLIP that its text model does without.
@@ -60,7 +61,8 @@ class TextEncoder(nn.Module):
             fresh = {c: (states[i], pooled[i]) for i, c in enumerate(missing)}
         encoded = [fresh[c] if c in fresh else self._cache[c] for c in captions]
         self._update_cache(fresh)
-        return torch.stack([s for s, _ in encoded]).to(device), torch.stack([e for _, e in encoded]).to(device)
+        states, queries = (torch.stack(parts).to(device, non_blocking=True) for parts in zip(*encoded, strict=True))
+        return states, queries
 
     def truncated(self, captions: Sequence[str]) -> list[str]:
         """Return the captions with more tokens than the encoder takes, which `encode` cuts."""
@@ -76,9 +78,10 @@ class TextEncoder(nn.Module):
     def _encode(self, captions: Sequence[str], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
         # CLIP was trained with every caption padded to its full length; the other encoders mask the padding.
         padding = "max_length" if self.config.kind == "clip" or self.config.cache_size else "longest"
-        tokens = self.tokenizer(
-            list(captions), padding=padding, truncation=True, max_length=self.config.max_length, return_tensors="pt"
-        ).to(device)
+        arrays = self.tokenizer(
+            list(captions), padding=padding, truncation=True, max_length=self.config.max_length, return_tensors="np"
+        )
+        tokens = dict(zip(arrays, copy_to(device, list(arrays.values())), strict=True))
         mask = tokens["attention_mask"]
         if self.config.kind == "clip":
             states = self.model(input_ids=tokens["input_ids"]).last_hidden_state  # [B, L, token_dim]

@@ -142,7 +142,7 @@ class Task(Protocol):
 
     `module(inputs, seed, **more)` returns the loss of a micro-batch and its metrics, with all randomness derived from `seed`. A
     metric is a [2] tensor, a weighted sum and its weight; both are added over ranks, micro-batches and steps, and divided when
-    they are logged.
+    they are logged. With `train.precision` bf16 or fp16 the weights have that type, and `module` converts its inputs to it.
 
     Every rank calls every method that runs `module` equally often, because each call is a collective under ZeRO 3.
     """
@@ -152,7 +152,8 @@ class Task(Protocol):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return AdamW groups over `module`'s trainable parameters: `params`, `lr`, `weight_decay` and a `name` for the log.
 
-        A group may have a `max_value`, to which its parameters are limited after each update.
+        A group may have a `max_value`, to which its parameters are limited after each update, and `float32`: its parameters stay
+        float32 where `train.precision` converts the others to half precision, except under ZeRO 3.
         """
 
     def enable_activation_checkpointing(self) -> None:
@@ -162,11 +163,12 @@ class Task(Protocol):
         """Convert a batch, of images and captions or precomputed, to the inputs of `module`."""
 
     def precompute_step_loss(
-        self, inputs: Sequence[dict[str, torch.Tensor]], seeds: Sequence[int]
+        self, inputs: Sequence[dict[str, torch.Tensor]], seeds: Sequence[int], control: bool
     ) -> Sequence[Mapping[str, Any]]:
         """Return more keyword arguments of `module` for each micro-batch of an optimizer step.
 
-        Called before the first micro-batch runs, so that a loss can depend on all samples of the step.
+        Called before the first micro-batch runs, so that a loss can depend on all samples of the step. `control`: `module` also
+        returns the metrics that cost additional operations, which is so every `train.control_every` steps.
         """
 
     def embed_heldout(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

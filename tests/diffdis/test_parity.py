@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from diffdis import schedule
 from diffdis.attention import image_attention
 from diffdis.config import ObjectiveConfig, ScheduleConfig
-from diffdis.image_branch import image_features
+from diffdis.image_branch import down_path, up_path
 from diffdis.sampling import named_noise
 from diffdis.task import DiffDisTask
 
@@ -19,18 +20,51 @@ from diffdis.task import DiffDisTask
 def test_generation_pass_is_the_stock_unet_bit_for_bit(make_task, batch):
     model = make_task().module.model
     z, t, c = torch.randn(3, 12, 8, 8), torch.tensor([0, 500, 999]), torch.randn(3, 8, 32)
-    assert torch.equal(model.predict_image(z, t, c), model.unet(z, t, c).sample)
+    found = model.predict_image(z, t, c)
+    model.unet.set_attn_processor(AttnProcessor2_0())
+    assert torch.equal(found, model.unet(z, t, c).sample)
 
 
-def test_image_features_equal_the_stock_middle_block_bit_for_bit(make_task):
+@pytest.mark.parametrize("size", [8, 6])
+def test_the_two_halves_of_the_unet_are_the_stock_one_bit_for_bit(make_task, size):
     unet = make_task().module.model.unet
-    z, t, c = torch.randn(3, 12, 8, 8), torch.tensor([0, 500, 999]), torch.randn(3, 8, 32)
+    z, t, c = torch.randn(3, 12, size, size), torch.tensor([0, 500, 999]), torch.randn(3, 8, 32)
     seen = []
     unet.mid_block.register_forward_hook(lambda module, args, output: seen.append(output))
-    unet(z, t, c)
-    assert torch.equal(
-        image_features(unet, z, t, c, lambda index, layer, attention, x: image_attention(attention, x)[0]), seen[0]
+    expected = unet(z, t, c).sample
+    down = down_path(unet, z, t, c, lambda index, layer, attention, x: image_attention(attention, x)[0])
+    assert torch.equal(down.features, seen[0])
+    assert torch.equal(up_path(unet, down, c), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_walk_for_both_passes_equals_two(make_task, batch, visibility, checkpointing):
+    task = make_task(query_visibility=visibility)
+    module = task.module.double()
+    if checkpointing:
+        task.enable_activation_checkpointing()
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in task.inputs(batch, torch.device("cpu")).items()}
+    noise, model = module.sample_noise(inputs, seed=0), module.model
+    latent, null_states, states = inputs["latent"], inputs["null_states"], inputs["token_states"]
+    e_t = model.noise_query(inputs["query"], noise.query_noise, noise.query_timesteps)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def results(image, query, _):
+        gradients = torch.autograd.grad(image.square().sum() + (query * e_t).sum(), parameters, allow_unused=True)
+        return [image, query, *(g for g in gradients if g is not None)]
+
+    condition = model.encode_condition(latent, null_states)
+    apart = results(
+        model.predict_image(noise.noise, noise.timesteps, states),
+        model.predict_query(condition, e_t, noise.query_timesteps),
+        condition,
     )
+    together = results(
+        *model.predict_image_and_query(noise.noise, noise.timesteps, states, latent, null_states, e_t, noise.query_timesteps)
+    )
+    assert len(together) == len(apart) > 50
+    for one, two in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)  # `.float()` of an image is exact to float32's digits
 
 
 def test_exported_unet_opens_in_diffusers_with_the_same_output(make_task, tmp_path):

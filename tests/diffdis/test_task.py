@@ -109,15 +109,17 @@ def test_activations_that_are_computed_again_give_the_same_gradients(make_task, 
 @pytest.mark.parametrize("name", TASKS)
 def test_bfloat16_computes_about_the_same(make_task, batch, visibility, name):
     losses, found = [], []
-    for enabled in (False, True):
+    for half in (False, True):
         task = make_task(ObjectiveConfig(task=name), query_visibility=visibility)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            loss, metrics = task.module(task.inputs(batch, CPU), 3)
+        for group in task.parameter_groups():  # as the trainer does
+            for parameter in group["params"] if half and not group.get("float32") else ():
+                parameter.data = parameter.data.bfloat16()
+        loss, metrics = task.module(task.inputs(batch, CPU), 3, control=True)
         loss.backward()
         assert loss.dtype == torch.float32
         assert all(value.isfinite().all() for value in metrics.values())
         losses.append(loss)
-        found.append(torch.cat([gradient.flatten() for gradient in gradients(task).values()]))
+        found.append(torch.cat([gradient.float().flatten() for gradient in gradients(task).values()]))
     torch.testing.assert_close(losses[1], losses[0], rtol=0.01, atol=0)
     assert found[1].isfinite().all()
     assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.999
@@ -131,7 +133,7 @@ def test_a_wrong_image_is_one_of_another_caption(make_task, batch):
     alike = inputs | {"caption_ids": torch.zeros_like(inputs["caption_ids"])}
     alone = {k: v if k == "null_states" else v[:1] for k, v in inputs.items()}
     control = "alignment/retrieval_shuffled_images"
-    counts = [task.module(part, 0)[1][control].tolist()[1] for part in (inputs, alike, alone)]
+    counts = [task.module(part, 0, control=True)[1][control].tolist()[1] for part in (inputs, alike, alone)]
     assert counts == [2.0, 0.0, 0.0]
 
 
@@ -141,11 +143,17 @@ def accumulated(task, inputs, num_parts):
     parts = [{k: v if k == "null_states" else v[i * size : (i + 1) * size] for k, v in inputs.items()} for i in range(num_parts)]
     seeds = list(range(num_parts))
     losses = []
-    for part, seed, more in zip(parts, seeds, task.precompute_step_loss(parts, seeds), strict=True):
+    for part, seed, more in zip(parts, seeds, task.precompute_step_loss(parts, seeds, control=False), strict=True):
         loss, metrics = task.module(part, seed, **more)
         (loss / num_parts).backward()
         losses.append((loss.item(), (metrics["loss_alignment"][0] / metrics["loss_alignment"][1]).item()))
     return losses, gradients(task), [task.module.sample_noise(part, seed) for part, seed in zip(parts, seeds, strict=True)]
+
+
+def with_noise(task, inputs, noise):
+    """Return the loss and the metrics of a batch with the given random numbers."""
+    task.module.sample_noise = lambda *_: noise
+    return task.module(inputs, 0)
 
 
 def make_alignment_task(make_task, negatives="step", task="alignment", **fields):
@@ -159,11 +167,11 @@ def test_gradient_caching_equals_one_large_batch(make_task, batch, name, num_dra
     losses, found, noise = accumulated(task, inputs, 3)
     whole = make_alignment_task(make_task, task=name, num_draws=num_draws)
     together = type(noise[0])(*(torch.cat(values) for values in zip(*noise, strict=True)))
-    alignment, _ = whole.module.alignment_loss(inputs, together)
-    loss = alignment + whole.module.generation_loss(inputs, together).mean() if name == "joint" else alignment
+    loss, metrics = with_noise(whole, inputs, together)
     loss.backward()
     torch.testing.assert_close(sum(total for total, _ in losses) / 3, loss.item(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(sum(logged for _, logged in losses) / 3, alignment.item(), rtol=1e-5, atol=1e-6)
+    alignment = (metrics["loss_alignment"][0] / metrics["loss_alignment"][1]).item()
+    torch.testing.assert_close(sum(logged for _, logged in losses) / 3, alignment, rtol=1e-5, atol=1e-6)
     assert_gradients_close(found, gradients(whole))
     alone = make_alignment_task(make_task, "micro_batch", name, num_draws=num_draws)
     assert accumulated(alone, inputs, 3)[0][0][1] < losses[0][1], "fewer negatives are easier"
@@ -187,7 +195,7 @@ def test_a_loss_with_parameters_is_injected_by_name(make_task, batch, tmp_path, 
     found = accumulated(task, inputs, 3)
     whole = make_alignment_task(make_task, alignment_loss="weighted")
     noise = type(found[2][0])(*(torch.cat(values) for values in zip(*found[2], strict=True)))
-    whole.module.alignment_loss(inputs, noise)[0].backward()
+    with_noise(whole, inputs, noise)[0].backward()
     assert_gradients_close(found[1], gradients(whole))
     assert "alignment.weight" in found[1]
     assert any(group["name"].startswith("new") and len(group["params"]) for group in task.parameter_groups())
@@ -288,8 +296,8 @@ def test_a_temperature_above_the_limit_returns(make_task):
 
     task = make_task(ObjectiveConfig(temperature=0.02, lr_new=0.1))
     temperature = task.module.model.temperature
-    optimizer = AdamW(task.parameter_groups(), ema_decay=0.0)
-    optimizer.init_state([Fragment(parameter, 0, parameter) for parameter in task.module.parameters() if parameter.requires_grad])
+    optimizer = AdamW([group for group in task.parameter_groups() if group["name"] == "temperature"], ema_decay=0.0)
+    optimizer.init_state([Fragment(temperature.log_scale, 0, temperature.log_scale, 0, 1)])
     reference = nn.Parameter(temperature.log_scale.detach().clone())
     clip = torch.optim.AdamW([reference], lr=0.1, weight_decay=0.0)
     scales = []
@@ -312,7 +320,7 @@ def test_samples_without_their_image_do_not_count_as_retrieval(make_task, batch)
     noise = task.module.sample_noise(inputs, 4)
     kept = (~noise.drop_image).sum().item()
     assert 0 < kept < len(batch.captions)
-    _, metrics = task.module.alignment_loss(inputs, noise)
+    _, metrics = with_noise(task, inputs, noise)
     assert metrics["alignment/retrieval"][1] == kept
     assert sum(value[1] for name, value in metrics.items() if name.startswith("alignment/retrieval_t")) == kept
     assert metrics["loss_alignment"][1] == len(batch.captions)

@@ -1,5 +1,6 @@
 """Counts what a training step costs besides its computations: collective operations, and waits of the host."""
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -12,22 +13,30 @@ class StepCounts(NamedTuple):
     host_waits: int  # operations that would make the host wait for an accelerator, wherever the tensors are
 
 
-class _ToList(TorchFunctionMode):
-    """Counts `Tensor.tolist`, which the profiler does not see on a CPU."""
+class _Waits(TorchFunctionMode):
+    """Counts calls that the profiler does not see on a CPU: `Tensor.tolist`, and our copies to a device that the host waits for.
+
+    DeepSpeed's calls of `to` are left out, as its tensors are on the device already.
+    """
 
     num_calls = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         self.num_calls += function is torch.Tensor.tolist
-        return function(*args, **(kwargs or {}))
+        if sys._getframe(1).f_globals["__name__"].startswith(("diffdis.", "ray_platform.")):
+            moves = any(isinstance(value, torch.device | str) for value in [*args[1:], kwargs.get("device")])
+            is_copy = function is torch.tensor or (function is torch.Tensor.to and not kwargs.get("non_blocking"))
+            self.num_calls += moves and is_copy
+        return function(*args, **kwargs)
 
 
 def count(run) -> StepCounts:
     """Return the counts of a call of `run` on this rank."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler, _ToList() as lists:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, _Waits() as waits:
         run()
     events = profiler.events()
-    return StepCounts(sum(event.name.startswith("c10d::") for event in events), lists.num_calls + sum(map(_is_host_wait, events)))
+    return StepCounts(sum(event.name.startswith("c10d::") for event in events), waits.num_calls + sum(map(_is_host_wait, events)))
 
 
 def _is_host_wait(event) -> bool:
@@ -47,11 +56,11 @@ def of_a_step(task, train, batches) -> tuple[StepCounts, StepCounts]:
     from ray_platform.train.fault_tolerance import LossMonitor
 
     engine = Engine(task, train, len(batches[0].captions), len(batches))
-    inputs, seeds = [task.inputs(batch, engine.device) for batch in batches], list(range(len(batches)))
+    seeds = list(range(len(batches)))
     monitor = LossMonitor(train, LossHistory(), "")
 
     def step():
-        loss, _ = engine.backward(inputs, seeds)
+        loss, _ = engine.backward([task.inputs(batch, engine.device) for batch in batches], seeds)
         flags = dict.fromkeys(("stop", "checkpoint_due", "uploading", "upload_failed", "num_bad", "epoch_samples"), 0)
         engine.update(1, skip=monitor.sync_step_status(loss, **flags).is_bad)
 

@@ -153,13 +153,14 @@ def plain_loop(run):
         samples = [module.sample_noise(part, step_seed(config.seed, step, rank, 0)) for rank, part in enumerate(inputs)]
         noise = StepNoise(*(torch.cat(values) for values in zip(*samples, strict=True)))
         whole = {name: torch.cat([i[name] for i in inputs]) for name in inputs[0]} | {"null_states": inputs[0]["null_states"]}
-        generation = module.generation_loss(whole, noise).mean()
-        alignment, _ = module.alignment_loss(whole, noise)
-        losses[step + 1] = (generation.item(), alignment.item())
+        module.sample_noise = lambda *_, noise=noise: noise
+        loss, metrics = module(whole, 0)
+        losses[step + 1] = tuple((metrics[n][0] / metrics[n][1]).item() for n in ("loss_generation", "loss_alignment"))
+        del module.sample_noise
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * learning_rate_factor(config, step)
         optimizer.zero_grad()
-        (generation + module.objective.lambda_alignment * alignment).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.gradient_clipping)
         optimizer.step()
     return losses, keys

@@ -118,14 +118,15 @@ def measure_step(module: Objective, inputs: dict[str, torch.Tensor], half: bool)
 
     The gradients of weights are dropped immediately, because they are counted with the optimizer states.
     """
+    for name, parameter in module.named_parameters() if half else ():  # as ray_platform.train.precision does
+        if not name.startswith("model.temperature."):
+            parameter.data = parameter.data.to(torch.bfloat16)
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
     def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-            loss, _ = module(inputs, 0)
-        loss.backward()
+        module(inputs, 0)[0].backward()
 
     return _measure(module, inputs.values(), step)
 

@@ -3,7 +3,8 @@
 A collective over n ranks on S bytes takes, when bandwidth bounds it, 2 (n - 1) / n S / B for an all-reduce, and half of that for
 an all-gather or reduce-scatter (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009; B is nccl-tests' bus bandwidth),
 plus 2, or 1, times log2(n) latencies, as in a tree. ZeRO 1 and 2 move twice the bytes of the gradients per step, ZeRO 3 three
-times (Rajbhandari et al., arXiv 1910.02054, sections 5 and 7). Weights, gradients and optimizer are float32 at every precision.
+times (Rajbhandari et al., arXiv 1910.02054, sections 5 and 7). Weights and gradients have the precision of the run, the optimizer
+float32.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import Any
 
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.sizing.config import Constants, DatasetSize, SizingConfig
-from diffdis_platform.sizing.counts import Counts
+from diffdis_platform.sizing.counts import HALF, Counts
 from ray_platform.placement import PEAK_FLOPS
 from ray_platform.terminal import render_table
 from ray_platform.train.config import BatchPlan, TrainConfig
@@ -160,30 +161,38 @@ def estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: Ba
 def memory(counts: Counts, train: TrainConfig, plan: BatchPlan, live: bool) -> Memory:
     """Return the bytes on one GPU.
 
-    With W = 4 bytes per trained parameter, n ranks, and k = 2 moments (3 with an EMA), the states are: stage 0: W weights
-    + W gradients + k W; 1 and 2: W + (W gradients + W master weights + k W) / n, and 1 takes W more when gradients are
-    accumulated over micro-batches; 3: (W + W gradients + W master weights + k W) / n, and up to `stage3_max_live_parameters`
-    of other ranks' weights. Offloading moves master weights and moments to the host. The buffers are DeepSpeed's buckets:
-    two if stages 1 and 2 overlap; stage 0 copies gradients by buckets.
+    With w = 2 or 4 bytes per trained parameter in `train.precision`, W = 4, n ranks, and k = 2 moments (3 with an EMA), the
+    states are: stage 0: w weights + the gradients, at most 2 w or w + W, + W master weights in half precision + k W; 1 and 2:
+    w + (w gradients + W gradients + W master weights + k W) / n, and 1 takes W more when gradients are accumulated over
+    micro-batches; 3: (w + w gradients + W master weights + k W) / n, and up to `stage3_max_live_parameters` of other ranks'
+    weights. Offloading moves master weights and moments to the host. The buffers are DeepSpeed's buckets: two if stages 1 and 2
+    overlap.
     """
-    n, stage = plan.world_size, train.zero_stage
-    trained, frozen, bucket = FULL * counts.trained, FULL * counts.frozen, FULL * _reduce_bucket_size(train)
+    n, stage, width = plan.world_size, train.zero_stage, number_bytes(train)
+    trained, weights, frozen = FULL * counts.trained, width * counts.trained, width * counts.frozen
+    is_half = width < FULL
     optimizer = (2 + bool(train.ema_decay)) * trained
     sharded = 0 if train.offload_optimizer else (trained + optimizer) / n
-    gathered, buffers = 0.0, bucket
+    gathered, buffers = 0.0, width * _reduce_bucket_size(train)
     if stage == 0:
-        states: float = 2 * trained + optimizer + frozen
-        buffers = min(bucket, trained) if n > 1 else 0.0
+        gradients = weights + (trained if is_half else weights)
+        states: float = weights + gradients + is_half * trained + optimizer + frozen
+        buffers = 0.0
     elif stage < 3:
         accumulated = trained if stage == 1 and plan.num_micro_batches > 1 else 0
-        states = trained + accumulated + trained / n + sharded + frozen
-        buffers = (2 if _zero_setting(train, "overlap_comm", True) else 1) * bucket
+        states = weights + accumulated + (weights + is_half * trained) / n + sharded + frozen
+        buffers *= 2 if _zero_setting(train, "overlap_comm", True) else 1
     else:
-        states = 2 * trained / n + sharded + frozen / n
+        states = 2 * weights / n + sharded + frozen / n
         live_parameters = _zero_setting(train, "stage3_max_live_parameters", 1e9)
-        gathered = FULL * min(counts.trained + counts.frozen, live_parameters) * (n - 1) / n
+        gathered = width * min(counts.trained + counts.frozen, live_parameters) * (n - 1) / n
     activations = max(counts.activation_bytes, counts.encoders.peak_bytes if live else 0)
     return Memory(states + gathered, buffers, activations, FULL * counts.encoders.parameters)
+
+
+def number_bytes(train: TrainConfig) -> int:
+    """Return the bytes of a weight or a gradient in the module and on the network."""
+    return FULL if train.precision == "fp32" else HALF
 
 
 def _zero_setting(train: TrainConfig, name: str, default: Any) -> Any:
@@ -228,7 +237,7 @@ def _traffic(counts: Counts, train: TrainConfig, plan: BatchPlan, num_draws: int
 
     InfoNCE gathers queries and caption ids once per micro-batch, and all-reduces a [draws, B] of 8 bytes.
     """
-    n, size, k = plan.world_size, FULL * counts.trained, plan.num_micro_batches
+    n, size, k = plan.world_size, number_bytes(train) * counts.trained, plan.num_micro_batches
     batch = plan.micro_batch_size * n
     rows = _gather_seconds(batch * (FULL * counts.embedding_dim + 8), 1, n, c)
     info = k * (rows + 2 * _gather_seconds(8 * num_draws * batch, 1, n, c)) if num_draws else 0.0

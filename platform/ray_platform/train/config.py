@@ -22,7 +22,8 @@ class TrainConfig:
     global_batch_size: int = 0
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False  # keep the optimizer's states and its step on the CPU
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the computation; weights and optimizer states are float32
+    # Of the weights that the model computes with. The optimizer and checkpoints have them in float32.
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     activation_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False  # torch.compile, from the second step on
@@ -43,6 +44,8 @@ class TrainConfig:
     gpus_per_worker: int = 0
     placement: dict[str, str] = field(default_factory=dict)  # labels of the nodes to train on, as {pool: gpu}; empty: any node
     log_every: int = 10  # steps
+    # Steps between the metrics that cost additional operations, as DiffDis's control with shuffled images; 0: log_every.
+    control_every: int = 0
     checkpoint_every: int = 1000  # steps; the last step is always saved
     checkpoint_minutes: float = 0.0  # also save after so many minutes without a checkpoint; 0: by steps only
     keep_checkpoints: int = 2  # number of newest checkpoints to keep
@@ -69,7 +72,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is below 1")
         counts = ("warmup_steps", "gradient_clipping", "preview_every", "max_failures", "cpus_per_worker", "gpus_per_worker")
-        for name in (*counts, "global_batch_size", "hang_seconds"):
+        for name in (*counts, "global_batch_size", "hang_seconds", "control_every"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is negative")
         has_workers = 1 <= self.min_workers <= self.max_workers
@@ -80,6 +83,7 @@ class TrainConfig:
             ("num_workers", has_workers, "is neither a number from 1 nor (min, max)"),
             ("global_batch_size", enough_samples, f"gives {self.max_workers} workers less than one sample each"),
             ("precision", self.precision != "fp16" or self.gpus_per_worker, "needs an accelerator; use fp32 or bf16"),
+            ("deepspeed", not self.deepspeed or self.zero_stage, "needs train.zero_stage 1, 2 or 3, which are DeepSpeed's"),
             ("offload_optimizer", not self.offload_optimizer or self.zero_stage, "needs train.zero_stage 1, 2 or 3"),
             ("ema_decay", 0 <= self.ema_decay < 1, "is not in [0, 1)"),
             ("resume_weights_only", not self.resume_weights_only or self.resume != "none", "needs train.resume = PATH"),
@@ -91,6 +95,10 @@ class TrainConfig:
             if not is_valid:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} {problem}")
         check_labels("train.placement", self.placement)
+
+    def is_control_due(self, step: int) -> bool:
+        """Return whether step `step` (from 1) also computes the metrics that cost additional operations."""
+        return step % (self.control_every or self.log_every) == 0
 
     @property
     def last_step(self) -> int:

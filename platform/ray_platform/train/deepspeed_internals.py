@@ -56,6 +56,11 @@ def partition(parameter: Any, rank: int) -> Fragment:
     return Fragment(parameter, rank * part.numel(), part, 0, part.numel())
 
 
+def reduced_gradients(optimizer: Any) -> list[torch.Tensor]:
+    """Return this rank's part of the averaged gradients under ZeRO 1 and 2, between the last backward pass and the step."""
+    return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
+
+
 def set_clipping(optimizer: Any, max_norm: float) -> None:
     """Set the maximum global norm of the (scaled) gradients of the next step; 0: no clipping."""
     optimizer.clip_grad = max_norm

@@ -1,10 +1,10 @@
 """One optimization step under DeepSpeed ZeRO, and the engine's state as named tensors. No other module imports deepspeed.
 
-The state is addressed by parameter, and its parts by their elements: any number of ranks at any ZeRO stage can load it.
+With `train.precision` bf16 or fp16, the module has weights of that type, and the optimizer float32 copies of them. The state is
+addressed by parameter, and its parts by their elements: any number of ranks at any ZeRO stage can load it.
 """
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,9 @@ from ray_platform.contracts import Task
 from ray_platform.train import deepspeed_internals
 from ray_platform.train.collective import collective
 from ray_platform.train.config import TrainConfig
+from ray_platform.train.data_parallel import DataParallel
 from ray_platform.train.optimizer import EMA, MOMENTS, STEP, WEIGHTS, AdamW, Fragment, LossScale, Rewarm, learning_rate_factor
+from ray_platform.train.precision import convert_weights
 from ray_platform.train.tensor_parts import part_key
 
 deepspeed_internals.disable_inference_kernels(deepspeed)
@@ -51,41 +53,58 @@ class Engine:
         self.task, self.config, self.rewarm = task, config, rewarm
         if config.activation_checkpointing:
             task.enable_activation_checkpointing()
-        self.adam = AdamW(task.parameter_groups(), config.ema_decay)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=task.module,
-            optimizer=self.adam,
-            config=deepspeed_config(config, micro_batch_size, num_micro_batches),
-            dist_init_required=False,
-        )
+        groups = task.parameter_groups()
+        # DeepSpeed's ZeRO 3 takes weights of one type only.
+        kept = [group for group in groups if group.get("float32") and config.zero_stage < 3]
+        self._frozen = convert_weights(task.module, kept, config.precision)  # without rounding
+        self.adam = AdamW(groups, config.ema_decay)
+        self.replicas: DataParallel | None = None
+        self.engine: Any
+        if config.zero_stage == 0:
+            trained = [parameter for group in self.adam.param_groups for parameter in group["params"]]
+            self.engine = self.replicas = DataParallel(task.module, trained, num_micro_batches, config.channels_last)
+            # The optimizer updates the flat weights instead.
+            for group, weights in zip(self.adam.param_groups, self.replicas.weights, strict=True):
+                group["params"] = [weights.master]
+        else:
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=task.module,
+                optimizer=self.adam,
+                config=deepspeed_config(config, micro_batch_size, num_micro_batches),
+                dist_init_required=False,
+            )
         if config.channels_last:  # only now: DeepSpeed broadcasts rank 0's weights, which must be contiguous for that
-            self._convert_weights_to_channels_last()
+            self._convert_frozen_to_channels_last()
         self.adam.init_state(self._fragments())
         self.device = torch.device(self.engine.device)
         self.loss_scale = LossScale() if config.precision == "fp16" else LossScale(1.0, is_dynamic=False)
-        task.module.forward = self._with_autocast(task.module.forward)
 
     # --- a step ----------------------------------------------------------------------------------------------------------
 
     @collective
-    def backward(self, micro_batches: Sequence[TaskInputs], seeds: Sequence[int]) -> tuple[torch.Tensor, WeightedMetrics]:
+    def backward(
+        self, micro_batches: Sequence[TaskInputs], seeds: Sequence[int], control: bool = False
+    ) -> tuple[torch.Tensor, WeightedMetrics]:
         """Run forward and backward of all micro-batches of a step, each with the seed of all its randomness.
+
+        `control`: whether the Task also computes its control metrics, which cost additional operations.
 
         Returns this rank's mean loss (scalar), and its metrics summed over the micro-batches.
         """
         micro_batches = [self._to_channels_last(inputs) for inputs in micro_batches]
-        step_arguments = self.task.precompute_step_loss(micro_batches, seeds)
+        step_arguments = self.task.precompute_step_loss(micro_batches, seeds, control)
         losses: list[torch.Tensor] = []
         metrics: WeightedMetrics = {}
+        scale = self.loss_scale.value
         for inputs, seed, arguments in zip(micro_batches, seeds, step_arguments, strict=True):
             loss, parts = self.engine(inputs, seed, **arguments)
-            self.engine.backward(loss * self.loss_scale.value)
-            if len(losses) < len(micro_batches) - 1:
+            self.engine.backward(loss * scale if scale != 1 else loss)
+            if self.replicas is None and len(losses) < len(micro_batches) - 1:
                 self.engine.step()  # only counts the micro-batch; the step of the last one is in `update`
             losses.append(loss.detach())
             for name, value in parts.items():
                 metrics[name] = metrics[name] + value.detach() if name in metrics else value.detach()
-        return torch.stack(losses).mean(), metrics
+        return (torch.stack(losses).mean() if len(losses) > 1 else losses[0]), metrics
 
     @collective
     def update(self, step: int, skip: bool = False) -> Update:
@@ -94,26 +113,34 @@ class Engine:
         The weights stay as they are with `skip`, or when a gradient is not finite on any rank.
         """
         scale = self.loss_scale.value
-        max_norm = self.config.gradient_clipping * scale
         self.adam.set_learning_rates(learning_rate_factor(self.config, step, self.rewarm))
-        # On the device of the weights, which may be offloaded: a copy from the accelerator would not be waited for.
-        grad_scale = torch.full((), scale, device=self.adam.device) if scale != 1 else None
-        if self.config.zero_stage == 0:
-            parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-            finite = bool(torch.isfinite(norm))
-            if self.config.gradient_clipping:
-                torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-            with self.adam.step_options(skip=skip or not finite, grad_scale=grad_scale):
-                self.engine.step()
+        if _clips_itself(self.config):
+            norm = self._gradient_norm()
+            finite = bool(torch.isfinite(norm))  # the host waits for the accelerator
+            divisor = norm / self.config.gradient_clipping if self.config.gradient_clipping else torch.zeros_like(norm)
+            with self.adam.step_options(skip=skip or not finite, grad_scale=divisor.clamp(min=scale)):
+                if self.replicas is None:
+                    self.engine.step()
+                else:
+                    self.replicas.update(self.adam)
         else:  # ZeRO clips, and skips the step when a gradient is not finite
-            deepspeed_internals.set_clipping(self.optimizer, max_norm)
+            deepspeed_internals.set_clipping(self.optimizer, self.config.gradient_clipping * scale)
+            # On the device of the weights, which may be offloaded: a copy from the accelerator would not be waited for.
+            grad_scale = torch.full((), scale, device=self.adam.device) if scale != 1 else None
             with self.adam.step_options(skip=skip, grad_scale=grad_scale):
                 self.engine.step()
             finite, norm = not deepspeed_internals.has_overflowed(self.optimizer), self.engine.get_global_grad_norm()
         self.adam.num_updates += finite and not skip
         rescaled = not skip and self.loss_scale.update(finite)
         return Update(finite and not skip, rescaled, norm / scale if finite else torch.tensor(float("nan")))
+
+    def _gradient_norm(self) -> torch.Tensor:
+        """Return the norm of the gradients over all ranks, times the loss scale: a scalar on the device."""
+        if self.replicas is not None:
+            return self.replicas.reduce_gradients()
+        squared = torch.nn.utils.get_total_norm(deepspeed_internals.reduced_gradients(self.optimizer)).float().square()
+        torch.distributed.all_reduce(squared)
+        return squared.sqrt()
 
     def learning_rates(self) -> dict[str, float]:
         """Return the current learning rate of each of the Task's parameter groups, by name."""
@@ -124,7 +151,7 @@ class Engine:
         """Switch the module to evaluation without gradients, for calls of the Task inside this block."""
         self.engine.eval()
         try:
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad():
                 yield
         finally:
             self.engine.train()
@@ -133,27 +160,13 @@ class Engine:
         """Compile the module with torch.compile at its next call."""
         self.engine.compile()
 
-    def _autocast(self) -> torch.autocast:
-        """Return a new autocast context: one that is entered within itself would stay on afterwards.
+    def _convert_frozen_to_channels_last(self) -> None:
+        """Convert the frozen convolution weights, unless ZeRO 3 holds them in flat memory.
 
-        Parameters stay float32, so norms, losses and schedules keep their precision.
+        So does ZeRO 1 and 2 with the trained ones, which convolutions convert at each use.
         """
-        dtype = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.config.precision != "fp32")
-
-    def _with_autocast(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
-        def run(*arguments: Any, **options: Any) -> Any:
-            with self._autocast():
-                return forward(*arguments, **options)
-
-        return run
-
-    def _convert_weights_to_channels_last(self) -> None:
-        """Convert convolution weights, except those that ZeRO holds in flat memory, which convolutions convert at each use."""
         for parameter in self.engine.module.parameters():
-            is_own_tensor = self.config.zero_stage == 0 or (self.config.zero_stage < 3 and not parameter.requires_grad)
-            if is_own_tensor and parameter.ndim == 4:
+            if self.config.zero_stage < 3 and not parameter.requires_grad and parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def _to_channels_last(self, inputs: TaskInputs) -> TaskInputs:
@@ -171,7 +184,7 @@ class Engine:
         """
         for name, parameter in self.engine.module.named_parameters():
             shape, fragment = deepspeed_internals.full_shape(parameter), self._frozen_fragment(parameter)
-            states = {WEIGHTS: parameter.detach()}
+            states = {WEIGHTS: self._frozen.get(name, parameter.detach())}
             if parameter.requires_grad:
                 if (local := self.adam.local_state(parameter)) is None:
                     continue
@@ -179,8 +192,8 @@ class Engine:
             elif fragment is not None:
                 states = {WEIGHTS: fragment.shard}
             for state, tensor in states.items():
-                if fragment is None or fragment.is_whole:
-                    yield f"{state}/{name}", tensor, True
+                if fragment is None or self.replicas is not None:
+                    yield f"{state}/{name}", fragment.shaped(tensor) if fragment and state != STEP else tensor, True
                 elif state == STEP and fragment.start == 0:
                     yield f"{state}/{name}", tensor, False
                 elif state != STEP and (part := tensor[: max(0, shape.numel() - fragment.start)]).numel():
@@ -207,6 +220,8 @@ class Engine:
             gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.config.zero_stage == 3)
             with gathered, torch.no_grad():
                 parameter.copy_(weights)
+            if name in self._frozen:
+                self._frozen[name].copy_(weights)
             if not parameter.requires_grad:
                 continue
             states = {WEIGHTS: weights}
@@ -234,26 +249,40 @@ class Engine:
         rank, parameters = torch.distributed.get_rank(), [p for p in self.engine.module.parameters() if p.requires_grad]
         if self.config.zero_stage == 3:
             return deepspeed_internals.zero_3_fragments(self.optimizer, parameters, rank)
-        if self.config.zero_stage:
+        if self.replicas is None:
             return deepspeed_internals.zero_1_and_2_fragments(self.optimizer, rank)
-        return [Fragment(parameter, 0, parameter) for parameter in parameters]
+        return [fragment for weights in self.replicas.weights for fragment in weights.fragments]
 
     def _frozen_fragment(self, parameter: torch.nn.Parameter) -> Fragment | None:
         """Return this rank's part of a frozen parameter under ZeRO 3; None for one that all ranks hold."""
-        if self.config.zero_stage < 3 or parameter.requires_grad:
+        if self.config.zero_stage < 3 or parameter.requires_grad or self._frozen:
             return None
         return deepspeed_internals.partition(parameter, torch.distributed.get_rank())
 
 
+def _clips_itself(config: TrainConfig) -> bool:
+    """Return whether the engine computes the norm of the gradients. For DeepSpeed's, the host starts a kernel per tensor."""
+    return config.zero_stage < 3 and not config.offload_optimizer
+
+
 def deepspeed_config(config: TrainConfig, micro_batch_size: int, num_micro_batches: int) -> Mapping[str, Any]:
-    """Return DeepSpeed's configuration, generated from `config` and extended by `train.deepspeed`."""
+    """Return DeepSpeed's configuration, generated from `config` and extended by `train.deepspeed`.
+
+    Its own `bf16` and `fp16` stay off: they would convert all weights, and keep another loss scale.
+    """
     has_gpu = torch.cuda.is_available()
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": has_gpu}} if config.offload_optimizer else {}
+    clips_itself = _clips_itself(config)
+    zero = {"stage": config.zero_stage, "overlap_comm": has_gpu, **offload}
     generated = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
-        "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": has_gpu, **offload},
+        "gradient_clipping": 0.0 if clips_itself else config.gradient_clipping,
+        "zero_optimization": zero | ({"compute_grad_norm": False} if clips_itself else {}),
+        "fp16": {"enabled": False, "loss_scale": 1.0},
+        "communication_data_type": config.precision,
+        # The sum of many small gradients would lose them in half precision.
+        "data_types": {"grad_accum_dtype": "fp32" if num_micro_batches > 1 else config.precision},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW has a CPU kernel, too
         "steps_per_print": 10**9,  # DriverMonitor prints the progress

@@ -80,12 +80,9 @@ class LossMonitor:
         """Combine this rank's loss (scalar), flags and counts with those of all ranks, in one small all-reduce."""
         nonfinite = ~torch.isfinite(loss)
         flags = [stop, checkpoint_due, uploading, upload_failed, num_bad, epoch_samples]
-        sums = torch.cat(
-            [
-                torch.stack([loss.masked_fill(nonfinite, 0.0).double(), nonfinite.double()]),
-                torch.tensor(flags, dtype=torch.float64).to(loss.device),
-            ]
-        )
+        of_host = torch.tensor(flags, dtype=torch.float64, pin_memory=loss.device.type != "cpu")
+        losses = torch.stack([loss.masked_fill(nonfinite, 0.0).double(), nonfinite.double()])
+        sums = torch.cat([losses, of_host.to(loss.device, non_blocking=True)])
         dist.all_reduce(sums)
         # The host waits for the accelerator here; elsewhere in a step, only to know whether the gradients are finite.
         total, num_nonfinite, *flag_sums, all_bad, samples, local_nonfinite = torch.cat([sums, nonfinite.double()[None]]).tolist()

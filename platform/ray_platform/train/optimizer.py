@@ -25,50 +25,56 @@ def ema_decay_at(decay: float, num_updates: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Fragment:
-    """The part of a parameter that this rank updates: all of it without ZeRO, otherwise a range of its elements."""
+    """The part of a parameter that this rank updates: a range of its elements, as they lie in memory."""
 
     parameter: torch.nn.Parameter  # of the module
     start: int  # first element in the flattened parameter
-    shard: torch.Tensor  # what DeepSpeed passes to the optimizer; under ZeRO, many fragments one after the other
-    offset: int = 0  # first element in the shard
-    size: int = -1  # number of elements, which may include padding behind those of the parameter; -1: all of the shard
-
-    @property
-    def is_whole(self) -> bool:
-        """Return whether the shard is the parameter itself."""
-        return self.size < 0
+    shard: torch.Tensor  # flat float32 tensor that the optimizer updates, with many fragments one after the other
+    offset: int  # first element in the shard
+    size: int  # number of elements, which may include padding behind those of the parameter
+    channels_last: bool = False  # the elements of an image filter [O, I, h, w] lie in the order (O, h, w, I)
 
     def touches(self, other: "Fragment") -> bool:
         """Return whether `other` follows in the same shard."""
-        return self.shard is other.shard and not self.is_whole and other.offset == self.offset + self.size
+        return self.shard is other.shard and other.offset == self.offset + self.size
 
     def of_shard(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the view of `tensor`, which has the shape of the shard, that belongs to this fragment."""
-        return tensor if self.is_whole else tensor.detach().narrow(0, self.offset, self.size)
+        return tensor.detach().narrow(0, self.offset, self.size)
 
     def of_parameter(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return this fragment's part of `tensor`, which has the shape of the parameter, zero-padded."""
-        if self.is_whole:
-            return tensor
-        part = tensor.flatten()[self.start :][: self.size]
+        flat = (tensor.permute(0, 2, 3, 1) if self.channels_last else tensor).flatten()
+        part = flat[self.start :][: self.size]
         return torch.nn.functional.pad(part, (0, self.size - part.numel()))
+
+    def shaped(self, elements: torch.Tensor) -> torch.Tensor:
+        """Return a view, with the parameter's shape, of all of its elements."""
+        shape = self.parameter.shape
+        if not self.channels_last:
+            return elements.view(shape)
+        return elements.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW by the Task's groups, also where ZeRO passes flat shards, with a moving average (EMA) of the weights.
+    """torch's AdamW by the Task's groups on flat float32 shards, with a moving average (EMA) of the weights.
 
     ema_n = ema_{n-1} + (1 - d_n) (w_n - ema_{n-1}), from ema_0 = the initial weights, with d_n = `ema_decay_at(decay, n)`.
-    Under ZeRO the weights are float32 shards, so the EMA is sharded, offloaded and float32, like the moments.
+    The shards have the float32 weights, also of a module in half precision. EMA and moments are sharded and offloaded with them.
 
-    DeepSpeed sees one group of parameters, because it communicates per group. `optimizer` has the Task's groups. Its tensors are
-    runs of neighboring fragments with equal step counts, as one call for a long tensor is faster than many for short ones. A
-    parameter that is trained later than the others has a step count of its own, which starts at 0, as its moments do.
+    DeepSpeed sees one group of parameters per data type, because it communicates per group. `optimizer` has the Task's groups.
+    Its tensors are runs of neighboring fragments with equal step counts, as one call for a long tensor is faster than many for
+    short ones. A parameter that is trained later than the others has a step count of its own, which starts at 0, as its moments
+    do.
     """
 
     def __init__(self, groups: ParamsT, ema_decay: float):
-        """`ema_decay` 0: no EMA."""
+        """`groups` of the Task, with their parameters in the data types of the module. `ema_decay` 0: no EMA."""
         self.groups: list[Any] = list(groups)
-        super().__init__([p for group in self.groups for p in group["params"]], fused=True)
+        by_type: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+        for parameter in (p for group in self.groups for p in group["params"]):
+            by_type.setdefault(parameter.dtype, []).append(parameter)
+        super().__init__([{"params": parameters} for parameters in by_type.values()], fused=True)
         self.ema_decay = ema_decay
         self.num_updates = 0  # steps that changed the weights
         self.optimizer: torch.optim.AdamW
@@ -158,9 +164,9 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the shards that have a gradient. ZeRO calls it once per data type, ZeRO 3 once per part of its shards."""
         if self._skip:
             return
-        # ZeRO 3 calls once per part of its shards.
         shards = [shard for group in self.param_groups for shard in group["params"] if shard.grad is not None]
         updated = [run for shard in shards for run in self._runs.get(shard, ())]
         for run, tensor in updated:

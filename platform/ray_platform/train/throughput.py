@@ -4,7 +4,8 @@ import contextlib
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -39,15 +40,15 @@ class ThroughputMeter:
         self._reset()
 
     def _reset(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.steps, self.samples, self.waited, self.worked, self.stalled = 0, 0, 0.0, 0.0, 0.0
+        self.sums: dict[tuple[str, ...], torch.Tensor] = {}  # names of metrics that occur together -> [number, 2]
+        self.steps, self.samples, self.words, self.waited, self.worked, self.stalled = 0, 0, 0, 0.0, 0.0, 0.0
 
-    def add(self, metrics: dict[str, torch.Tensor], *, samples: int, waited: float, worked: float) -> None:
-        """Add a step: metrics as [2] tensors (weighted sum, weight), this rank's samples, and the seconds of both kinds."""
-        for name, value in metrics.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.steps, self.samples = self.steps + 1, self.samples + samples
+    def add(self, metrics: dict[str, torch.Tensor], *, captions: Sequence[str], waited: float, worked: float) -> None:
+        """Add a step: metrics as [2] tensors (weighted sum, weight), this rank's captions, and the seconds of both kinds."""
+        names, values = tuple(metrics), torch.stack([value.detach() for value in metrics.values()]).double()
+        self.sums[names] = self.sums[names] + values if names in self.sums else values
+        self.steps, self.samples = self.steps + 1, self.samples + len(captions)
+        self.words += sum(len(caption.split()) for caption in captions)
         self.waited, self.worked = self.waited + waited, self.worked + worked
 
     @contextlib.contextmanager
@@ -63,13 +64,17 @@ class ThroughputMeter:
     def reduce(self, device: torch.device) -> dict[str, float]:
         """Return means over all ranks and the steps since the last call (at least one), and start anew."""
         world_size = dist.get_world_size()
-        names = sorted(self.sums)
-        times = torch.tensor([self.waited, self.worked, self.stalled], dtype=torch.float64, device=device)
-        totals = torch.cat([torch.stack([self.sums[name] for name in names]).flatten(), times])
+        of_host = torch.tensor([self.waited, self.worked, self.stalled, self.words], dtype=torch.float64, device=device)
+        totals = torch.cat([*(self.sums[names].flatten() for names in sorted(self.sums)), of_host])
         dist.all_reduce(totals)
         values = totals.tolist()
-        waited, worked, stalled = (seconds / world_size for seconds in values[-3:])
-        metrics = {n: s / w for n, s, w in zip(names, values[:-3:2], values[1:-3:2], strict=True) if w > 0}
+        waited, worked, stalled, words = (value / world_size for value in values[-4:])
+        sums: dict[str, tuple[float, float]] = {}
+        for name, value, weight in zip(chain.from_iterable(sorted(self.sums)), values[:-4:2], values[1:-4:2], strict=True):
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = before[0] + value, before[1] + weight
+        metrics = {name: value / weight for name, (value, weight) in sums.items() if weight > 0}
+        metrics["data/caption_words"] = words / self.samples
         samples, seconds = self.samples * world_size, waited + worked
         self.total_samples, self.total_seconds = self.total_samples + samples, self.total_seconds + seconds
         metrics["train/samples_per_second"] = samples / seconds

@@ -154,7 +154,7 @@ class Trainer:
         parts = [select_samples(batch, range(i * size, (i + 1) * size)) for i in range(num_micro)]
         micro_batches = [self.task.inputs(part, self.engine.device) for part in parts]
 
-        loss, metrics = self.engine.backward(micro_batches, seeds)
+        loss, metrics = self.engine.backward(micro_batches, seeds, control=self.config.is_control_due(self.step + 1))
 
         uploader = self.checkpoints.uploader
         self.skipped, self.skip_details = add_counts(self.start.skipped, batch.skipped), batch.skip_details
@@ -177,10 +177,8 @@ class Trainer:
         self.consumed.extend(batch.consumed)
         self.mixture = batch.mixture
         if update.updated:
-            num_words = float(sum(len(caption.split()) for caption in batch.captions))
-            metrics["data/caption_words"] = torch.tensor([num_words, float(len(batch.captions))], device=self.engine.device)
             seconds = time.perf_counter() - started
-            self.meter.add(metrics, samples=len(batch.captions), waited=seconds_waited, worked=seconds)
+            self.meter.add(metrics, captions=batch.captions, waited=seconds_waited, worked=seconds)
         self.loss_monitor.record(status, update, self.step, batch)
         self.checkpoints.finalize_checkpoint(status.any_uploading, status.any_upload_failed)
         self._check_skipped(status)
