@@ -27,6 +27,7 @@ from diffdis.transfer import copy_to
 TEXT_PROJECTION = "alignment/text_projection.safetensors"  # in an export, whose text_encoder/ is the one that diffusers calls
 # Tensors of a whole CLIP that its text model does without.
 _OTHER_HALF = (r"^vision_model\.", r"^visual_projection\.", r"^text_projection\.", r"^logit_scale$")
+LENGTH_STEP = 4  # cached captions are padded to multiples of so many tokens
 _ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart")
 
 
@@ -47,18 +48,18 @@ class TextEncoder(nn.Module):
     def encode(self, captions: Sequence[str], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Return the token states c [B, L, token_dim] and the unit-norm text queries e [B, embedding_dim] of B captions.
 
-        Equal captions are encoded once, and in the model's own precision even under autocast: a score or a preview must not leave
-        other numbers in the cache than training does. With a cache, all captions are padded to one length, because the batch in
-        which a caption first occurs, which a resume changes, must not matter either. On CPUs the encoding of a caption is then
-        the same to the last bit in every batch (measured: MiniLM, batches of 1 to 64, 1 and 2 threads). On accelerators, kernels
-        and thus the last bits depend on the batch size.
+        Equal captions are encoded once, and in the model's own precision even under autocast: a score or a preview must not
+        leave other numbers in the cache than training does. With a cache, the length to which a caption is padded depends on
+        that caption alone, because the batch in which it first occurs, which a resume changes, must not matter either. On CPUs
+        the encoding of a caption is then the same to the last bit in every batch (measured: MiniLM, batches of 1 to 64, 1 and 2
+        threads). On accelerators, kernels and thus the last bits depend on the batch size.
         """
         missing = [c for c in dict.fromkeys(captions) if c not in self._cache]
         fresh = {}
-        if missing:
-            with torch.autocast(torch.device(device).type, enabled=False):
-                states, pooled = self._encode(missing, device)
-            fresh = {c: (states[i], pooled[i]) for i, c in enumerate(missing)}
+        with torch.autocast(torch.device(device).type, enabled=False):
+            for length, group in self._group_by_length(missing).items():
+                states, pooled = self._encode(group, length, device)
+                fresh |= {c: (states[i], pooled[i]) for i, c in enumerate(group)}
         encoded = [fresh[c] if c in fresh else self._cache[c] for c in captions]
         self._update_cache(fresh)
         states, queries = (torch.stack(parts).to(device, non_blocking=True) for parts in zip(*encoded, strict=True))
@@ -75,11 +76,27 @@ class TextEncoder(nn.Module):
             if len(self._cache) > self.config.cache_size:
                 self._cache.popitem(last=False)
 
-    def _encode(self, captions: Sequence[str], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        # CLIP was trained with every caption padded to its full length; the other encoders mask the padding.
-        padding = "max_length" if self.config.kind == "clip" or self.config.cache_size else "longest"
+    def _group_by_length(self, captions: Sequence[str]) -> dict[int, list[str]]:
+        """Return the captions of each batch of `_encode` by the length to which they are padded; 0: that of the longest one."""
+        lengths = [0] * len(captions)
+        if self.config.kind == "clip":  # it was trained with every caption padded to its full length; the others mask the padding
+            lengths = [self.config.max_length] * len(captions)
+        elif self.config.cache_size and captions:
+            tokens = self.tokenizer(list(captions), verbose=False)["input_ids"]
+            # In steps, because one length for each number of tokens would give many small batches.
+            lengths = [min(-(-len(ids) // LENGTH_STEP) * LENGTH_STEP, self.config.max_length) for ids in tokens]
+        groups: dict[int, list[str]] = {}
+        for caption, length in zip(captions, lengths, strict=True):
+            groups.setdefault(length, []).append(caption)
+        return groups
+
+    def _encode(self, captions: Sequence[str], length: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
         arrays = self.tokenizer(
-            list(captions), padding=padding, truncation=True, max_length=self.config.max_length, return_tensors="np"
+            list(captions),
+            padding="max_length" if length else "longest",
+            truncation=True,
+            max_length=length or self.config.max_length,
+            return_tensors="np",
         )
         tokens = dict(zip(arrays, copy_to(device, list(arrays.values())), strict=True))
         mask = tokens["attention_mask"]
@@ -92,7 +109,7 @@ class TextEncoder(nn.Module):
                 pooled = F.linear(pooled, self.projection)
             return states.float(), F.normalize(pooled.float(), dim=-1)
         # Padding states become 0: without biases in the U-Net's to_k and to_v they add a constant key and no value.
-        states = self.model(**tokens).last_hidden_state.float() * mask.unsqueeze(-1)  # [B, longest or L, D]
+        states = self.model(**tokens).last_hidden_state.float() * mask.unsqueeze(-1)  # [B, padded length, D]
         pooled = states.sum(dim=1) / mask.sum(dim=1, keepdim=True)
         states = F.pad(states, (0, 0, 0, self.config.max_length - states.shape[1]))  # [B, L, D]
         return states, F.normalize(pooled, dim=-1)

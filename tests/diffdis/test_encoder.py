@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from diffdis.encoder import FrozenEncoder
+from diffdis.text_encoder import LENGTH_STEP
 
 
 def test_a_precomputed_batch_gives_the_inputs_of_its_images(make_task, tiny_model, batch):
@@ -28,3 +29,19 @@ def test_a_score_in_half_precision_leaves_training_the_same_inputs(make_task, ti
     expected = make_task(text_encoder=cached).inputs(batch, cpu)
     for found in (scored, task.inputs(batch, cpu)):
         assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_cached_captions_are_padded_by_their_own_length_alone(make_task, tiny_model):
+    """Otherwise the batch in which a caption first occurs would matter, and most of the encoder's work would be padding."""
+    captions = ["red", "red heart", "a red heart on a green leaf in a blue circle", "cat", ""]
+    cached = dataclasses.replace(tiny_model.text_encoder, cache_size=10)
+    encoder = make_task(text_encoder=cached).text_encoder
+    widths = []
+    encoder.model.register_forward_pre_hook(lambda _, __, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    states, queries = encoder.encode(captions)
+    assert sorted(widths) == [LENGTH_STEP, cached.max_length]
+    alone = [make_task(text_encoder=cached).text_encoder.encode([caption]) for caption in captions]
+    assert torch.equal(states, torch.cat([s for s, _ in alone]))
+    assert torch.equal(queries, torch.cat([q for _, q in alone]))
+    expected = make_task().text_encoder.encode(captions)
+    torch.testing.assert_close((states, queries), expected, rtol=1e-4, atol=1e-5)
