@@ -16,6 +16,8 @@ from diffdis_platform.demo import builder, icons
 from diffdis_platform.demo.builder import ENTRIES_SHA256, HELDOUT_FAMILY, SPLITS, build, is_heldout_name
 from diffdis_platform.demo.icons import FAMILIES, VERSION, caption_of
 from ray_platform.contracts import DataError
+from ray_platform.data.catalog import build_catalog
+from ray_platform.data.config import DataConfig
 from ray_platform.evaluate.discovery import open_evaluation_set
 from ray_platform.evaluate.sets import read_slice
 
@@ -132,6 +134,11 @@ def test_pairs_have_img2datasets_layout(built):
         assert (pair["width"], pair["height"], pair["licence"]) == (64, 64, "CC-BY-4.0")
     groups = {pair["name"]: pair["group"] for pair in pairs}
     assert (groups["snake"], groups["spoon"]) == ("Animals & Nature", "")
+
+
+def test_a_reader_knows_the_number_of_samples_from_the_files_next_to_the_shards(built):
+    catalog = build_catalog(DataConfig(sources=(str(built / "train"),)))
+    assert catalog.num_samples == len(read_pairs(built / "train"))
 
 
 def test_same_concept_has_one_name_in_every_family(built):

@@ -14,7 +14,7 @@ from ray_platform.data.catalog import Catalog, Shard, ShardRange
 from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import Reader, check_world_size, groups, shuffled
-from ray_platform.data.stream import dataset_groups
+from ray_platform.data.stream import dataset_groups, enough_groups
 from tests.support.streams import reader_of
 
 
@@ -57,6 +57,18 @@ def test_a_rank_plans_few_epochs_ahead(monkeypatch):
     shuffles.clear()
     list(islice(groups(large, reader_of(large, 0, 100), 2, 1), num_groups))
     assert len(shuffles) == 1
+
+
+def test_a_dataset_reads_no_more_groups_than_a_run_needs():
+    """Tiny images fit in the object store by the epoch: the demo's readers decoded many times what its 640 steps consume."""
+    units = tuple(ShardRange(Shard(f"/{i}.tar", 1, f"{i}.tar", 500), 0, 1) for i in range(10))
+    catalog = Catalog(tuple(unit.shard for unit in units), (units,), (1.0,))
+    reader = reader_of(catalog)
+    planned = list(enough_groups(20_480, groups(catalog, reader, 4, 1)))
+    assert [len(group.items) for group in planned] == [4, 4, 2] * 4 + [4]  # 20,000 samples in four epochs of three groups
+    first = planned[0].items[0]
+    reader.consumed.add([ConsumedRange(0, 0, first.number, 0, 300, 500)])
+    assert len(list(enough_groups(2000, groups(catalog, reader, 4, 1)))) == 2  # the first group has 1,700 left
 
 
 def test_read_streams_divide_each_window_and_no_window_crosses_an_epoch():

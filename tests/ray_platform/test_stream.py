@@ -114,6 +114,13 @@ def test_the_stream_does_not_depend_on_where_blocks_end(catalog, config):
     assert_same(without_ray(catalog, config, reader_of(catalog), batch_size=9, num_batches=10, block_bytes=600), whole)
 
 
+def test_one_read_of_four_shards_gives_the_stream_of_two_reads_of_two(catalog, config):
+    """The demo's one read per rank, instead of the default's two, must not change what it learns."""
+    two, one = (replace(config, reads_per_rank=reads, interleave=shards) for reads, shards in ((2, 2), (1, 4)))
+    streams = [without_ray(catalog, used, reader_of(catalog), batch_size=9, num_batches=20) for used in (two, one)]
+    assert_same(*streams)
+
+
 def test_rejects_are_counted_as_of_the_batch_and_shown_by_key(write, caplog):
     members = samples_of(0, 40)
     members[1] = ("00000.txt", b"")

@@ -16,7 +16,7 @@ from diffdis_platform.demo.icons import FAMILIES, NAME, SIZE, VERSION, Pair, fin
 from ray_platform.contracts import DataError
 
 # Increase this number when a build writes other data: older data are then built again instead of being reused.
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 CACHE = ".cache"
 SPLITS = ("train", "heldout_style", "heldout_names")
 RETRIEVAL = "wds_heldout_pairs"
@@ -138,7 +138,7 @@ def _digest(text: str) -> str:
 
 
 def _write_pairs(folder: Path, pairs: Sequence[Pair], min_shards: int) -> None:
-    """Write `folder/00000.tar ...` with key.json, key.png and key.txt, keyed by shard and index."""
+    """Write `folder/00000.tar ...` with key.json, key.png and key.txt, keyed by shard and index, and their numbers of samples."""
     folder.mkdir(parents=True)
     for shard, part in enumerate(_shards(pairs, min_shards)):
         samples: list[TarSample] = []
@@ -150,6 +150,7 @@ def _write_pairs(folder: Path, pairs: Sequence[Pair], min_shards: int) -> None:
             }  # fmt: skip
             samples.append({"__key__": key, "json": info, "png": pair.png, "txt": pair.caption})
         _write_tar(folder / f"{shard:05d}.tar", samples)
+        (folder / f"{shard:05d}_stats.json").write_text(json.dumps({"successes": len(samples)}), encoding="utf-8")
 
 
 def _write_zero_shot(folder: Path, pairs: Sequence[Pair]) -> None:

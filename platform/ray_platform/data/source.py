@@ -227,14 +227,14 @@ class ShardSource(Datasource):
 
     def __init__(self, tasks: Sequence[Sequence[Group]], config: DataConfig, seed: int, block_bytes: int = BLOCK_BYTES):
         super().__init__()
-        self._tasks, self._read = tasks, functools.partial(read_group, config=config, seed=seed, block_bytes=block_bytes)
+        self.tasks, self._read = tasks, functools.partial(read_group, config=config, seed=seed, block_bytes=block_bytes)
 
     def estimate_inmemory_data_size(self) -> None:
         return None
 
     def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(functools.partial(_read_groups, self._read, groups), unknown) for groups in self._tasks]
+        return [ReadTask(functools.partial(_read_groups, self._read, groups), unknown) for groups in self.tasks]
 
 
 def _read_groups(read: Callable[[Group], Iterator[pa.Table]], groups: Sequence[Group]) -> Iterator[pa.Table]:

@@ -6,6 +6,7 @@ to resume. Only `_blocks`, `_context` and `_worker_cpus` know Ray.
 """
 
 import heapq
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -30,8 +31,10 @@ from ray_platform.ray_internals import set_generator_buffer
 DATASET_GROUPS = 1024  # at most, per Ray dataset, over however many epochs: the next dataset starts without prefetched blocks
 DATASET_SAMPLES = 2**21  # about, per Ray dataset
 TASK_SAMPLES = 8192
+READ_AHEAD_SAMPLES = 4096  # at most, per concurrent read; of tiny images the object store would hold whole epochs
+SPARE_SAMPLES = 1.05  # a stream reads so many times the samples that it needs, as some are skipped
 _MIN_EMPTY_UNITS = 100  # read without a good sample before a source counts as empty
-PAUSE_SECONDS, WAITING_PAUSE_SECONDS = 0.05, 0.01
+PAUSE_SECONDS, WAITING_PAUSE_SECONDS = 0.5, 0.01
 
 
 def stream(catalog: Catalog, config: DataConfig, reader: Reader, *, batch_size: int, num_batches: int) -> Iterator[Batch]:
@@ -45,12 +48,12 @@ def stream(catalog: Catalog, config: DataConfig, reader: Reader, *, batch_size: 
     batcher = Batcher(batch_size, catalog, config, reader)
 
     def run() -> Iterator[Batch]:
-        # Every group has at least one sample, so a short run needs no more groups than samples.
-        max_groups = min(dataset_groups(catalog, config), num_batches * batch_size)
+        num_samples = SPARE_SAMPLES * num_batches * batch_size
         with ExitStack() as stack:
-            pools = [_read_streams(catalog, config, reader, max_groups, pool) for pool in range(len(catalog.pools))]
+            pools = [_read_streams(catalog, config, reader, num_samples * weight, n) for n, weight in enumerate(catalog.weights)]
             for blocks in chain.from_iterable(pools):
                 stack.enter_context(closing(blocks))
+            stack.callback(SchedulerThrottle.rank_waits.set)  # so that no scheduling loop pauses before it sees its end
             yield from islice(batcher.batches([merged(streams) for streams in pools]), num_batches)
 
     return run()
@@ -153,42 +156,51 @@ class Batcher:
 
 
 def _read_streams(
-    catalog: Catalog, config: DataConfig, reader: Reader, max_groups: int, pool: int
+    catalog: Catalog, config: DataConfig, reader: Reader, num_samples: float, pool: int
 ) -> list[Generator[pa.Table, None, None]]:
     """Return a stream of blocks of a pool for each concurrent read, or a single one if the order does not matter.
 
-    In one ordered dataset, all reads but the first would soon wait for it to end, with full buffers.
+    In one ordered dataset, all reads but the first would soon wait for it to end, with full buffers. `num_samples` are needed.
     """
-    num_reads = config.reads_per_pool[pool]
-    if not config.deterministic:
-        return [_blocks(groups(catalog, reader, config.interleave, 1, pool), config, reader, max_groups, num_reads)]
+    num_reads, max_groups = config.reads_per_pool[pool], dataset_groups(catalog, config)
+    num_streams = num_reads if config.deterministic else 1
 
-    def read_stream(number: int) -> Iterator[Group]:
-        return (g for g in groups(catalog, reader, config.interleave, num_reads, pool) if g.read_stream == number)
+    def read_stream(number: int) -> Generator[pa.Table, None, None]:
+        planned = (g for g in groups(catalog, reader, config.interleave, num_streams, pool) if g.read_stream == number)
+        context = _context(catalog, config, reader.world_size)
+        while True:
+            part = islice(enough_groups(num_samples / num_streams, planned), max_groups)
+            tasks = list(_tasks(part, TASK_SAMPLES if config.deterministic else 0))
+            yield from _blocks(ShardSource(tasks, config, reader.seed), config, context, num_reads // num_streams)
 
-    return [_blocks(read_stream(number), config, reader, max_groups, 1) for number in range(num_reads)]
+    return [read_stream(number) for number in range(num_streams)]
 
 
 def _blocks(
-    planned: Iterator[Group], config: DataConfig, reader: Reader, max_groups: int, num_reads: int
+    source: ShardSource, config: DataConfig, context: ray.data.DataContext, num_reads: int
 ) -> Generator[pa.Table, None, None]:
-    """Yield the blocks of the groups, which one Ray dataset after the other reads, `num_reads` at once; 1 keeps their order."""
-    context = _context(config, reader.world_size)
-    while True:
-        tasks = list(_tasks(islice(planned, max_groups), TASK_SAMPLES if config.deterministic else 0))
-        # A dataset copies the context in which it is created, so other datasets keep theirs.
-        with ray.data.DataContext.current(context):
-            dataset = ray.data.read_datasource(
-                ShardSource(tasks, config, reader.seed),
-                override_num_blocks=len(tasks),
-                num_cpus=config.cpus_per_read,
-                label_selector=label_selector(config.placement),
-                compute=ray.data.TaskPoolStrategy(size=min(num_reads, len(tasks))),
-            )
-        with data_errors():
-            blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
-            while (block := _next(blocks)) is not None:
-                yield block
+    """Yield the blocks that a Ray dataset reads, `num_reads` tasks at once; 1 keeps their order."""
+    # A dataset copies the context in which it is created, so other datasets keep theirs.
+    with ray.data.DataContext.current(context):
+        dataset = ray.data.read_datasource(
+            source,
+            override_num_blocks=len(source.tasks),
+            num_cpus=config.cpus_per_read,
+            label_selector=label_selector(config.placement),
+            compute=ray.data.TaskPoolStrategy(size=min(num_reads, len(source.tasks))),
+        )
+    with data_errors():
+        blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+        while (block := _next(blocks)) is not None:
+            yield block
+
+
+def enough_groups(num_samples: float, planned: Iterator[Group]) -> Iterator[Group]:
+    """Yield the first groups with about `num_samples` samples that are left to read."""
+    while num_samples > 0:
+        group = next(planned)
+        num_samples -= _samples_left(group)
+        yield group
 
 
 def _tasks(planned: Iterable[Group], min_samples: int) -> Iterator[list[Group]]:
@@ -197,12 +209,18 @@ def _tasks(planned: Iterable[Group], min_samples: int) -> Iterator[list[Group]]:
     samples = 0
     for group in planned:
         task.append(group)
-        samples += sum(max(item.unit.known_samples, 0) or item.unit.nominal_samples for item in group.items)
+        samples += _samples_left(group)
         if samples >= min_samples:
             yield task
             task, samples = [], 0
     if task:
         yield task
+
+
+def _samples_left(group: Group) -> int:
+    """Return the number of samples that are left to read, or an estimate by the shards' sizes; at least 1."""
+    total = sum(max(item.unit.known_samples, 0) or item.unit.nominal_samples for item in group.items)
+    return max(1, total - sum(stop - start for item in group.items for start, stop in item.consumed))
 
 
 def _next(blocks: Iterator[pa.Table]) -> pa.Table | None:
@@ -232,15 +250,19 @@ class SchedulerThrottle:
     before_execution_starts = after_execution_succeeds = after_execution_fails = _do_nothing
 
 
-def _context(config: DataConfig, world_size: int) -> ray.data.DataContext:
+def _context(catalog: Catalog, config: DataConfig, world_size: int) -> ray.data.DataContext:
     context = data_context()
     context.execution_options.preserve_order = config.deterministic
     set_generator_buffer(context, num_blocks=4)  # so far may a read be ahead of a turn of the scheduling loop
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, SchedulerThrottle]
     # Each dataset assumes that it is alone: by default each would fill half of the object store.
     datasets = world_size * (sum(config.reads_per_pool) if config.deterministic else len(config.reads_per_pool))
-    # 0: the nodes that read are still to come.
-    if limit := total_resources(config.placement).get("object_store_memory", 0) / 2 / datasets:
+    # inf: the nodes that read are still to come.
+    limit = total_resources(config.placement).get("object_store_memory", math.inf) / 2 / datasets
+    if catalog.manifest is None:  # else samples are what the encoders return
+        reads = 1 if config.deterministic else config.reads_per_rank
+        limit = min(limit, reads * READ_AHEAD_SAMPLES * max(3 * height * width for height, width in config.target_sizes))
+    if limit < math.inf:
         context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=limit)
     return context
 
