@@ -55,7 +55,7 @@ class TextEncoder(nn.Module):
         threads). On accelerators, kernels and thus the last bits depend on the batch size.
         """
         missing = [c for c in dict.fromkeys(captions) if c not in self._cache]
-        fresh = {}
+        fresh: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         with torch.autocast(torch.device(device).type, enabled=False):
             for length, group in self._group_by_length(missing).items():
                 states, pooled = self._encode(group, length, device)
