@@ -5,7 +5,9 @@
 Uses one process with one torch thread per core. The contenders take turns. The last line is one JSON object.
 
 `--photographs` is the folder of a `wds_*` set of real images: `predictions_changed` counts those whose predicted class torch's
-resize changes, compared with Pillow's. `peak_memory_mb` is what a CLIP's preprocessing of a 1 x 60,000 image adds to a process.
+resize changes, compared with Pillow's, for a CLIP of random weights. The margin of an image is the similarity of its best class
+minus that of the second: `margin_of_changed` is the largest margin of a changed image, next to the `margin_median`.
+`peak_memory_mb` is what a CLIP's preprocessing of a 1 x 60,000 image adds to a process.
 """
 
 import argparse
@@ -169,11 +171,14 @@ def write_photographs(folder: Path) -> Path:
 
 
 def evaluate_by_us(root: Path, clip: Path) -> Mapping[str, float]:
-    return scores_of(root, clip, "torch").metrics
+    return scores_of(root, clip, "torch")[0].metrics
 
 
-def scores_of(root: Path, clip: Path, resize: Resize) -> ZeroShotScores:
-    """Run the work of one evaluation worker on all cores, with UNITS_IN_FLIGHT concurrent units, and the driver's aggregation."""
+def scores_of(root: Path, clip: Path, resize: Resize) -> tuple[ZeroShotScores, np.ndarray]:
+    """Return the scores and the margins of the images [n].
+
+    Runs the work of one evaluation worker on all cores, with UNITS_IN_FLIGHT concurrent units, and the driver's aggregation.
+    """
     data = open_evaluation_set("photographs", str(root))
     parts = WorkerModels({"clip": lambda device: ClipScorer(clip, device, resize)}, os.cpu_count() or 1, "cpu")
     classes = class_embeddings(parts["clip"].embed_texts, data.classes, data.templates).numpy()
@@ -181,7 +186,8 @@ def scores_of(root: Path, clip: Path, resize: Resize) -> ZeroShotScores:
         rows = list(units_under_way.map(lambda part: EmbedImages("clip", data.name, part, {}).run(parts), data.slices))
     labels = np.concatenate([part["labels"] for part in rows])
     images = np.concatenate([part["embeddings"] for part in rows])
-    return ZeroShotScores.from_embeddings(images, classes, labels)
+    second, best = np.sort(images @ classes.T, axis=1)[:, -2:].T
+    return ZeroShotScores.from_embeddings(images, classes, labels), best - second
 
 
 def memory_of_an_extreme_image(clip: Path) -> float:
@@ -244,8 +250,14 @@ def against_clip_benchmark(folder: Path, num_rounds: int, photographs: str) -> d
         measured = in_turns(contenders, num_rounds)
     changes: dict[str, Any] = {}
     if photographs:
-        by_torch, by_pillow = (scores_of(Path(photographs), clip, resize).predictions[:, 0] for resize in ("torch", "pillow"))
-        changes = {"predictions_changed": int((by_torch != by_pillow).sum()), "predictions_compared": len(by_torch)}
+        (by_torch, _), (by_pillow, margins) = (scores_of(Path(photographs), clip, resize) for resize in ("torch", "pillow"))
+        changed = by_torch.predictions[:, 0] != by_pillow.predictions[:, 0]
+        changes = {
+            "predictions_changed": int(changed.sum()),
+            "predictions_compared": len(changed),
+            "margin_of_changed": float(margins[changed].max(initial=0.0)),
+            "margin_median": float(np.median(margins)),
+        }
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         changes["peak_memory_mb"] = process.submit(memory_of_an_extreme_image, clip).result()
     rates = {name: round(NUM_JPEGS / value, 1) for name, value in medians(measured, 4).items()}
