@@ -12,9 +12,10 @@ from diffdis_platform.config.evaluate import EvalConfig, network_name
 from diffdis_platform.config.parse import with_fields
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.config.sweep import SweepConfig
+from diffdis_platform.evaluation.datasets import open_sets
 from diffdis_platform.evaluation.headline import RETRIEVAL_METRICS, headline
 from diffdis_platform.evaluation.quality import read_prompts
-from diffdis_platform.evaluation.run import evaluate, open_sets, plan_evaluation
+from diffdis_platform.evaluation.run import evaluate, plan_evaluation
 from diffdis_platform.parent_run import start_parent_run
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError

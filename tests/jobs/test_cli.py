@@ -26,7 +26,7 @@ for command in COMMANDS:
     misspelled = run(command, "--zutput_dri", "x")
     assert misspelled.startswith("error: ") and misspelled.count(chr(10)) == 1, command
 print(sorted({HEAVY!r} & sys.modules.keys()))
-out = ("--output_dir", sys.argv[1])
+out, roots = ("--output_dir", sys.argv[1]), ("--data_roots", sys.argv[1])
 for line in (
     ("pretrain", "--dry-run", "--data.sources", "/none", *out), ("pretrain", "--dry-run", "--output_dir", "/proc/x"),
     ("inspect", "--data.sources", "/none", *out), ("precompute", "--data.sources", "/none", *out),
@@ -34,6 +34,10 @@ for line in (
     ("export", "--checkpoint", "/none", *out), ("sizing", "--gpu", "H999"),
     ("generate", "--model", "/none", "--captions", "a", *out), ("sweep", "--pretrain.data.sources", "/none", *out),
     ("compare", "--pretrain.data.sources", "/none", *out),
+    ("eval", "--checkpoint", "/", "--data_roots", "/none", *out), ("eval", "--checkpoint", "/", "--suite", "cifar", *roots, *out),
+    ("eval", "--checkpoint", "/", "--suite", "quick", *roots, *out),
+    ("eval", "--checkpoint", "/", *roots, "--output_dir", "/proc/x"),
+    ("distance", "--generated", "/none", "--reference", "/", "--networks", "[efficientnet_lite0]", *out),
 ):
     print(run(*line), end="")
 print(sorted({HEAVY!r} & sys.modules.keys()))
@@ -48,7 +52,11 @@ def test_help_and_commands_with_errors_need_no_heavy_library(tmp_path):
     parsed, *errors, failed = done.stdout.splitlines()
     fields = ["data.sources", "output_dir", "data.sources", "data.sources", "checkpoint", "checkpoint", "gpu", "model"]
     assert [line.split(": ")[:2] for line in errors] == [
-        ["error", field] for field in (*fields, "pretrain.data.sources", "pretrain.data.sources")
+        ["error", field]
+        for field in (
+            *(*fields, "pretrain.data.sources", "pretrain.data.sources"),
+            *("data_roots", "suite", "data_roots", "output_dir", "generated"),
+        )
     ]
     assert (parsed, failed) == ("[]", "['pyarrow']"), "storage is needed to find a file"
 

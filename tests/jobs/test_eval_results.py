@@ -17,12 +17,13 @@ from diffdis.config import ObjectiveConfig
 from diffdis.metrics import image_quality
 from diffdis.task import DiffDisTask
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, suite_sets
+from diffdis_platform.evaluation.datasets import open_sets
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import open_baseline, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement
 from diffdis_platform.evaluation.reference import feature_metrics, few_images_warning
 from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults, render_results, step_scores
-from diffdis_platform.evaluation.run import configs_of_steps, open_sets, write_outputs
+from diffdis_platform.evaluation.run import configs_of_steps, write_outputs
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set
 from ray_platform.evaluate.results import check_not_taken, metrics_for_tracking

@@ -28,6 +28,13 @@ def check_exists(field: str, url: str) -> None:
         raise ConfigError(f"{field}: {url}: no such file or folder; correct the path")
 
 
+def check_writable(output_dir: str) -> None:
+    """Raise ConfigError if `output_dir` cannot be written to, likewise."""
+    from ray_platform.train import preflight
+
+    preflight.check_writable(output_dir)
+
+
 def check_sources(field: str, data: DataConfig) -> None:
     """List the sources of `data`, likewise. Raises DataError."""
     from ray_platform.data.catalog import build_catalog

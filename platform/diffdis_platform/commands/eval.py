@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffdis_platform.commands import check_exists
+from diffdis_platform.commands import check_exists, check_writable
 from diffdis_platform.config.evaluate import EvalConfig, suite_sets
 from diffdis_platform.config.parse import ParsedCommand, parse
 from ray_platform.contracts import DataError
@@ -25,22 +25,26 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[EvalConfig]:
 
 def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
-    if "list" not in command.switches:
-        check_exists("checkpoint", command.config.checkpoint)
+    config = command.config
+    if "list" in command.switches:
+        from ray_platform.evaluate.discovery import render_listing
+
+        print(render_listing(config.data_roots, suite_sets(config.suite)))
+        return 0
+    check_exists("checkpoint", config.checkpoint)
+    check_writable(config.output_dir)
+    from diffdis_platform.evaluation.datasets import open_sets
+
+    opened = open_sets(config)
     from diffdis_platform.evaluation.results import render_results
     from diffdis_platform.evaluation.run import REPORT, configs_of_steps, evaluate, evaluate_steps, plan_evaluation
     from ray_platform import storage
     from ray_platform.connect import connect
-    from ray_platform.evaluate.discovery import render_listing
     from ray_platform.local_head import ensure_cluster
 
-    config = command.config
-    if "list" in command.switches:
-        print(render_listing(config.data_roots, suite_sets(config.suite)))
-        return 0
     if config.steps:
         print(f"checkpoints: {', '.join(each.checkpoint for each in configs_of_steps(config))}", flush=True)
-    plan = None if config.steps else plan_evaluation(config)
+    plan = None if config.steps else plan_evaluation(config, opened)
     ensure_cluster()
     connect()
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())

@@ -15,10 +15,11 @@ from diffdis.image_grid import image_grid
 from diffdis_platform.comparison.summary import CLAIM, ComparisonPlan, ComparisonSummary, Fields, Results, RunFigures, summarize
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.evaluate import QualityConfig
+from diffdis_platform.evaluation.datasets import open_sets
 from diffdis_platform.evaluation.headline import headline
 from diffdis_platform.evaluation.quality import images_dir, read_prompts, stored_samples
 from diffdis_platform.evaluation.reference import read_reference
-from diffdis_platform.evaluation.run import evaluate, open_sets, plan_evaluation
+from diffdis_platform.evaluation.run import evaluate, plan_evaluation
 from diffdis_platform.exporting import build_task
 from diffdis_platform.parent_run import start_parent_run
 from ray_platform import storage

@@ -10,7 +10,8 @@ import numpy as np
 
 from diffdis.export_folder import CONFIG_NAME
 from diffdis.metrics.zero_shot import ZERO_SHOT_METRICS
-from diffdis_platform.config.evaluate import EvalConfig, suite_sets
+from diffdis_platform.config.evaluate import EvalConfig
+from diffdis_platform.evaluation.datasets import OpenedSets, open_sets
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import EvaluationModel, open_baseline, open_judge, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement, network_builders
@@ -18,7 +19,6 @@ from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResult
 from diffdis_platform.evaluation.units import build_unit
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.evaluate.discovery import SetNotFoundError, find_evaluation_set, open_evaluation_set
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.results import (
     check_not_taken,
@@ -27,7 +27,7 @@ from ray_platform.evaluate.results import (
     tags_for_tracking,
     write_results,
 )
-from ray_platform.evaluate.sets import CLASSES_FILE, TEMPLATES_FILE, EvaluationSet, check_counts
+from ray_platform.evaluate.sets import EvaluationSet
 from ray_platform.evaluate.unit_work import Thumbnails, WorkerModels
 from ray_platform.metric_registry import check_declared
 from ray_platform.redaction import is_redacted, restored
@@ -41,10 +41,13 @@ from ray_platform.train.checkpoint_format import list_checkpoints, read_manifest
 UNITS, REPORT = "units", "report.html"
 
 
-def plan_evaluation(config: EvalConfig) -> EvaluationPlan:
-    """Return the plan after every check that needs no cluster. Raises ConfigError and DataError."""
+def plan_evaluation(config: EvalConfig, opened: OpenedSets | None = None) -> EvaluationPlan:
+    """Return the plan after every check that needs no cluster; `opened` are the sets, if they are already open.
+
+    Raises ConfigError and DataError.
+    """
     check_declared(ZERO_SHOT_METRICS)
-    sets, missing = open_sets(config)
+    sets, missing = opened or open_sets(config)
     model = open_model(config)
     baselines: list[EvaluationModel] = []
     for url in config.baselines:
@@ -52,8 +55,6 @@ def plan_evaluation(config: EvalConfig) -> EvaluationPlan:
     check_not_taken([each.describe() for each in [model, *baselines]], config.output_dir)
     plan = EvaluationPlan(model, baselines, sets, failures=missing)
     for data in sets.values():
-        if data.known_images is not None and not config.limit:  # reject a short set before hours of work, if the number is known
-            check_counts(data, data.known_images, 0, config.allow_short)
         measurement = ZeroShotMeasurement if data.task == "zeroshot_classification" else RetrievalMeasurement
         for scorer in [*([model] if model.can_score else []), *baselines]:
             plan.add(measurement(scorer, data, config.allow_short, limit=config.limit))
@@ -69,34 +70,6 @@ def plan_evaluation(config: EvalConfig) -> EvaluationPlan:
             judge = open_judge(config.quality.clip, config.resize)
         plan.quality = QualityMeasurement(model, judge, image_size, config.quality, config.output_dir)
     return plan
-
-
-def open_sets(config: EvalConfig) -> tuple[dict[str, EvaluationSet], dict[str, str]]:
-    """Return the sets of the suite, and an error per missing set, if missing sets are allowed."""
-    sets, missing, suite = {}, {}, suite_sets(config.suite)
-    texts = {CLASSES_FILE: config.class_names, TEMPLATES_FILE: config.templates}
-    overrides = {file: url for file, url in texts.items() if url}
-    if overrides and len(suite) != 1:
-        raise ConfigError(
-            f"class_names and templates: for a suite of one set, but {config.suite} has {len(suite)}; name one set with --suite"
-        )
-    for name, url in suite.items():
-        try:
-            data = open_evaluation_set(name, url, overrides) if url else find_evaluation_set(config.data_roots, name, overrides)
-        except SetNotFoundError as error:
-            missing[name] = str(error)
-            continue
-        if overrides and data.task != "zeroshot_classification":
-            raise ConfigError(f"class_names and templates: {name} is a set for retrieval, which has no classes; leave them out")
-        sets[name] = data
-    for warning in (warning for data in sets.values() for warning in data.warnings):
-        print(f"warning: {warning}", flush=True)
-    if missing and not config.allow_missing:
-        raise ConfigError(f"{'; '.join(missing.values())} (--allow_missing true evaluates the other sets)")
-    if not sets and not config.quality.prompts:
-        folders = ", ".join(config.data_roots) or "any data_roots"
-        raise ConfigError(f"suite: none of the sets of {config.suite} is below {folders}; correct data_roots")
-    return sets, missing
 
 
 def _plan_curve(config: EvalConfig, plan: EvaluationPlan) -> list[ZeroShotMeasurement]:
