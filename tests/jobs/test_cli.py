@@ -36,7 +36,9 @@ for line in (
     ("compare", "--pretrain.data.sources", "/none", *out),
     ("eval", "--checkpoint", "/", "--data_roots", "/none", *out), ("eval", "--checkpoint", "/", "--suite", "cifar", *roots, *out),
     ("eval", "--checkpoint", "/", "--suite", "quick", *roots, *out),
-    ("eval", "--checkpoint", "/", *roots, "--output_dir", "/proc/x"),
+    ("eval", "--checkpoint", "/", *roots, "--output_dir", "/proc/x"), ("eval", "--checkpoint", "/", "--suite", "/no.yaml", *out),
+    ("eval", "--checkpoint", "/", *roots, "--class_names", "/none", *out),
+    ("eval", "--checkpoint", "/", *roots, "--quality.prompts", "/none", "--quality.reference", "/", *out),
     ("distance", "--generated", "/none", "--reference", "/", "--networks", "[efficientnet_lite0]", *out),
 ):
     print(run(*line), end="")
@@ -55,7 +57,8 @@ def test_help_and_commands_with_errors_need_no_heavy_library(tmp_path):
         ["error", field]
         for field in (
             *(*fields, "pretrain.data.sources", "pretrain.data.sources"),
-            *("data_roots", "suite", "data_roots", "output_dir", "generated"),
+            *("data_roots", "suite", "data_roots", "output_dir", "suite", "class_names"),
+            *("quality.prompts", "generated"),
         )
     ]
     assert (parsed, failed) == ("[]", "['pyarrow']"), "storage is needed to find a file"

@@ -291,6 +291,8 @@ def refusal(arguments):
         (["--suite", "none.yaml"], ["none.yaml"]),
         (["--suite", "huge"], ["suite: huge is none of paper, quick, demo, not the name of a known set", "and not a .yaml file"]),
         (["--checkpoint", "{data}"], ["is not a complete checkpoint"]),
+        (["--suite", "cifar10,vtab/pets"], ["suite: cifar10 is none of", "did you mean vtab/cifar10?"]),
+        (["--suite", "vtab/cifar1O"], ["did you mean vtab/cifar10?"]),
         (["--suite", "quick"], ["vtab/cifar10: not found below", "--allow_missing true"]),
         (["--baselines", "{data}"], ["has no config.json"]),
         (["--curve_set", "pairs"], ["curve_set: pairs is not a zero-shot set"]),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffdis_platform.commands import check_exists, check_writable, connect_cluster
+from diffdis_platform.commands import check_exists, check_writable, connect_cluster, is_pattern
 from diffdis_platform.config.distance import DistanceConfig
 from diffdis_platform.config.parse import ParsedCommand, parse
 
@@ -19,7 +19,7 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[DistanceConfig]:
 def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv).config
     for name, url in (("generated", config.generated), ("reference", config.reference)):
-        if not set("*?[{") & set(url):
+        if not is_pattern(url):
             check_exists(name, url)
     check_writable(config.output_dir)
     from diffdis_platform.evaluation.distance import DISTANCE, measure_distance, plan_distance, render_distance

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffdis_platform.commands import check_exists, check_writable
+from diffdis_platform.commands import check_exists, check_writable, is_pattern
 from diffdis_platform.config.evaluate import EvalConfig, suite_sets
 from diffdis_platform.config.parse import ParsedCommand, parse
 from ray_platform.contracts import DataError
@@ -23,6 +23,20 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[EvalConfig]:
     return command
 
 
+def _check_files(config: EvalConfig) -> None:
+    """Raise ConfigError for the first field whose file or folder does not exist."""
+    quality = config.quality
+    files = [("checkpoint", config.checkpoint), ("class_names", config.class_names), ("templates", config.templates)]
+    files += [("suite", config.suite)] * config.suite.endswith((".yaml", ".yml"))
+    files += [("baselines", url) for url in config.baselines]
+    if quality.prompts:
+        files += [("quality.prompts", quality.prompts), ("quality.inception", quality.inception), ("quality.clip", quality.clip)]
+        files += [] if is_pattern(quality.reference) else [("quality.reference", quality.reference)]
+    for field, url in files:
+        if url:
+            check_exists(field, url)
+
+
 def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
     config = command.config
@@ -31,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
         print(render_listing(config.data_roots, suite_sets(config.suite)))
         return 0
-    check_exists("checkpoint", config.checkpoint)
+    _check_files(config)
     check_writable(config.output_dir)
     from diffdis_platform.evaluation.datasets import open_sets
 

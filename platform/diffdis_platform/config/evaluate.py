@@ -1,5 +1,6 @@
 """Configuration of an evaluation."""
 
+import difflib
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -135,9 +136,11 @@ def suite_sets(suite: str) -> dict[str, str]:
     if not suite.endswith((".yaml", ".yml")):
         names = [name.strip() for name in suite.split(",")]
         if unknown := [name for name in names if name not in (*KNOWN_SETS, *DEMO)]:
+            short_names = {name.rpartition("/")[2]: name for name in [*suites, *KNOWN_SETS]}
+            near = difflib.get_close_matches(unknown[0].rpartition("/")[2].lower(), short_names, 1)
             raise ConfigError(
                 f"suite: {unknown[0]} is none of {', '.join(suites)}, not the name of a known set (see --list), "
-                "and not a .yaml file"
+                "and not a .yaml file" + (f"; did you mean {short_names[near[0]]}?" if near else "")
             )
         return dict.fromkeys(names, "")
     try:
