@@ -4,10 +4,12 @@ B images, C x H x W latents, L tokens of width D_c, text queries of width D, n q
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.resnet import ResnetBlock2D
 from einops import rearrange
 from torch import nn
 
@@ -30,6 +32,8 @@ class ImageKVCache(NamedTuple):
 ImageCondition = ImageKVCache | tuple[torch.Tensor, torch.Tensor]
 
 
+# Shapes of blocks that are compiled: Stable Diffusion has about 30. Above torch's limit of 8, the others would stay as they are.
+MAX_SHAPES = 64
 MAX_LOG_SCALE = math.log(100.0)  # of the temperature's scale, as in CLIP
 
 
@@ -72,6 +76,20 @@ class DiffDis(nn.Module):
         if self._alphas_cumprod.device != (device := self.unet.conv_in.weight.device):
             self._alphas_cumprod = self._alphas_cumprod.to(device)
         return self._alphas_cumprod
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the residual blocks, the feed-forward layers and the up path's transformer blocks at their next call.
+
+        Blocks of equal shapes share the compiled code, so that compilation takes seconds; the whole network takes minutes. What
+        lies between them stays as it is: random numbers, the loss, and self-attention, which carries the query along under the
+        joint mask. `options`: of torch.compile.
+        """
+        torch._dynamo.config.recompile_limit = MAX_SHAPES
+        up = {block for part in self.unet.up_blocks for block in part.modules() if isinstance(block, BasicTransformerBlock)}
+        within = {module for block in up for module in block.modules() if module is not block}
+        for block in self.modules():
+            if block in up or (isinstance(block, ResnetBlock2D | FeedForward) and block not in within):
+                block.compile(fullgraph=True, dynamic=False, **options)
 
     # --- pass A: generation, without the query. This is exactly Stable Diffusion. --------------------------------------
 

@@ -74,6 +74,10 @@ class DiffDisTask:
         """Recompute activations in the backward pass instead of keeping them."""
         self.module.enable_activation_checkpointing()
 
+    def compile(self) -> None:
+        """Compile the blocks of the network with torch.compile at their next call."""
+        self.module.model.compile_blocks()
+
     @torch.no_grad()
     def inputs(self, batch: Any, device: torch.device) -> Inputs:
         """Convert a batch, of images [B, H, W, 3] uint8 or precomputed, to the inputs of `module`.

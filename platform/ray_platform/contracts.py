@@ -159,6 +159,9 @@ class Task(Protocol):
     def enable_activation_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
 
+    def compile(self) -> None:
+        """Compile `module`, or its parts, with torch.compile at their next call."""
+
     def inputs(self, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
         """Convert a batch, of images and captions or precomputed, to the inputs of `module`."""
 

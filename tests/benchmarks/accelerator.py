@@ -147,7 +147,7 @@ def measure(setting: Setting, config: PretrainConfig) -> dict[str, float]:
     step()
     if config.train.compile:
         begun = time.perf_counter()
-        engine.compile()
+        task.compile()
         step()
         wait()
         found["compile_seconds"] = time.perf_counter() - begun

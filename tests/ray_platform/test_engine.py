@@ -55,7 +55,7 @@ def rank_loop(rank, fields, world_size, num_micro, start, stop, state, bad_at):
         if fields["zero_stage"] == 3:
             assert not [name for name, p in task.module.named_parameters() if p.numel()], "every rank holds them whole"
         if engine.config.compile and step == start:
-            engine.compile()
+            task.compile()
     return losses, whole_state(engine), changed, update.grad_norm if start < stop else 0.0
 
 
@@ -464,7 +464,7 @@ def test_a_global_batch_is_divided_into_micro_batches(arguments, expected):
         {"num_workers": (4, 2)}, {"num_workers": 0}, {"global_batch_size": 1, "num_workers": 2}, {"precision": "fp16"},
         {"offload_optimizer": True, "zero_stage": 0}, {"ema_decay": 1.0}, {"max_loss_factor": 1.0}, {"stop_at_step": -1},
         {"checkpoint_minutes": -1.0}, {"heldout_every": 0, "heldout_sources": ("a",)}, {"log_every": 0},
-        {"zero_stage": 0, "deepspeed": {"wall_clock_breakdown": True}},
+        {"zero_stage": 0, "deepspeed": {"wall_clock_breakdown": True}}, {"zero_stage": 3, "compile": True},
     ],
 )  # fmt: skip
 def test_invalid_fields_are_named(fields):

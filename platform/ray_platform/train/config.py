@@ -26,7 +26,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     activation_checkpointing: bool = False
     channels_last: bool = False
-    compile: bool = False  # torch.compile, from the second step on
+    compile: bool = False  # torch.compile of the model's blocks, from the second step on; not under ZeRO 3
     deepspeed: dict[str, Any] = field(default_factory=dict)  # merged into the generated DeepSpeed configuration
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up; linear and cosine end at 0
     warmup_steps: int = 100
@@ -84,6 +84,7 @@ class TrainConfig:
             ("global_batch_size", enough_samples, f"gives {self.max_workers} workers less than one sample each"),
             ("precision", self.precision != "fp16" or self.gpus_per_worker, "needs an accelerator; use fp32 or bf16"),
             ("deepspeed", not self.deepspeed or self.zero_stage, "needs train.zero_stage 1, 2 or 3, which are DeepSpeed's"),
+            ("compile", not self.compile or self.zero_stage < 3, "needs train.zero_stage 0, 1 or 2"),
             ("offload_optimizer", not self.offload_optimizer or self.zero_stage, "needs train.zero_stage 1, 2 or 3"),
             ("ema_decay", 0 <= self.ema_decay < 1, "is not in [0, 1)"),
             ("resume_weights_only", not self.resume_weights_only or self.resume != "none", "needs train.resume = PATH"),

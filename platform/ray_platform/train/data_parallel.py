@@ -109,6 +109,3 @@ class DataParallel:
 
     def train(self) -> None:
         self.module.train()
-
-    def compile(self) -> None:
-        self.module.compile()

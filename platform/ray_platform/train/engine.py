@@ -156,10 +156,6 @@ class Engine:
         finally:
             self.engine.train()
 
-    def compile(self) -> None:
-        """Compile the module with torch.compile at its next call."""
-        self.engine.compile()
-
     def _convert_frozen_to_channels_last(self) -> None:
         """Convert the frozen convolution weights, unless ZeRO 3 holds them in flat memory.
 

@@ -183,7 +183,7 @@ class Trainer:
         self.checkpoints.finalize_checkpoint(status.any_uploading, status.any_upload_failed)
         self._check_skipped(status)
         if self.config.compile and self.step == self.start.step + 1:
-            self.engine.compile()
+            self.task.compile()
         if self.profiler:
             self.profiler.step()
         return status

@@ -1,0 +1,51 @@
+"""Compiled blocks compute the same, without graph breaks, and are compiled once."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from diffdis.model import MAX_SHAPES
+
+CPU = torch.device("cpu")
+
+
+def steps(task, batch, before_second):
+    """Return losses and gradients of three steps, and the number of compiled graphs after each."""
+    losses, gradients, graphs = [], [], []
+    for seed in range(3):
+        if seed == 1:
+            before_second()
+        task.module.zero_grad()
+        loss, _ = task.module(task.inputs(batch, CPU), seed)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in task.module.parameters() if p.grad is not None]))
+        graphs.append(counters["stats"]["unique_graphs"])
+    return losses, gradients, graphs
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_compute_the_same_and_are_compiled_in_one_step(make_task, batch, visibility, checkpointing):
+    """Compiled without code generation, which takes minutes: what is compiled, and that it is one graph each, does not differ."""
+    torch.compiler.reset()
+    counters.clear()
+    tasks = [make_task(query_visibility=visibility) for _ in range(2)]
+    for task in tasks:
+        if checkpointing:
+            task.enable_activation_checkpointing()
+    expected, expected_gradients, _ = steps(tasks[0], batch, lambda: None)
+    losses, gradients, graphs = steps(tasks[1], batch, lambda: tasks[1].module.model.compile_blocks(backend="aot_eager"))
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+    for found, value in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-6)
+    assert graphs[0] == 0
+    assert 5 < graphs[1] == graphs[2] < MAX_SHAPES, "the third step compiles nothing"
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_generated_code_computes_the_same(make_task, batch):
+    tasks = [make_task() for _ in range(2)]
+    expected, _, _ = steps(tasks[0], batch, lambda: None)
+    losses, _, _ = steps(tasks[1], batch, tasks[1].compile)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
