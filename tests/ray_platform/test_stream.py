@@ -18,7 +18,7 @@ from ray_platform.data.config import DataConfig
 from ray_platform.data.filters import FilterConfig
 from ray_platform.data.ledger import Ledger
 from ray_platform.data.plan import groups
-from ray_platform.data.stream import stream
+from ray_platform.data.stream import reading_context, stream
 from ray_platform.train.checkpointing import add_counts
 from tests.ray_platform.conftest import png, samples_of, tar_of, write_shards
 from tests.support.messages import check_message
@@ -119,6 +119,17 @@ def test_one_read_of_four_shards_gives_the_stream_of_two_reads_of_two(catalog, c
     two, one = (replace(config, reads_per_rank=reads, interleave=shards) for reads, shards in ((2, 2), (1, 4)))
     streams = [without_ray(catalog, used, reader_of(catalog), batch_size=9, num_batches=20) for used in (two, one)]
     assert_same(*streams)
+
+
+def test_reads_are_few_samples_ahead_even_of_tiny_images(catalog, config):
+    """The object store would hold 300,000 of the demo's images for each read, which decoded that many at the start."""
+    for fields, reads in (({}, 1), ({"deterministic": False, "reads_per_rank": 3}, 3)):
+        limits = reading_context(catalog, replace(config, **fields), world_size=2).execution_options.resource_limits
+        assert limits.object_store_memory == reads * 4096 * 8 * 8 * 3
+    precomputed = replace(catalog, manifest={"complete": True})  # its samples have other sizes than images
+    assert reading_context(precomputed, config, world_size=2).execution_options.resource_limits.object_store_memory == float(
+        "inf"
+    )
 
 
 def test_rejects_are_counted_as_of_the_batch_and_shown_by_key(write, caplog):

@@ -2,7 +2,7 @@
 
 Ray Data runs `source.read_group` for the rank's groups, several at a time, and `merged` puts their samples into one order,
 however fast each read was: with one seed and world_size, the stream is the same sample for sample, and a `Ledger` records where
-to resume. Only `_blocks`, `_context` and `_worker_cpus` know Ray.
+to resume. Only `_blocks`, `reading_context` and `_worker_cpus` know Ray.
 """
 
 import heapq
@@ -167,7 +167,7 @@ def _read_streams(
 
     def read_stream(number: int) -> Generator[pa.Table, None, None]:
         planned = (g for g in groups(catalog, reader, config.interleave, num_streams, pool) if g.read_stream == number)
-        context = _context(catalog, config, reader.world_size)
+        context = reading_context(catalog, config, reader.world_size)
         while True:
             part = islice(enough_groups(num_samples / num_streams, planned), max_groups)
             tasks = list(_tasks(part, TASK_SAMPLES if config.deterministic else 0))
@@ -250,7 +250,8 @@ class SchedulerThrottle:
     before_execution_starts = after_execution_succeeds = after_execution_fails = _do_nothing
 
 
-def _context(catalog: Catalog, config: DataConfig, world_size: int) -> ray.data.DataContext:
+def reading_context(catalog: Catalog, config: DataConfig, world_size: int) -> ray.data.DataContext:
+    """Return the settings of the Ray dataset of a read stream."""
     context = data_context()
     context.execution_options.preserve_order = config.deterministic
     set_generator_buffer(context, num_blocks=4)  # so far may a read be ahead of a turn of the scheduling loop
