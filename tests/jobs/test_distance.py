@@ -101,7 +101,7 @@ def test_a_command_on_a_cluster(folders, tmp_path, ray_cluster, capsys):
     [
         (("--generated", ""), "generated: give a folder of images or tars"),
         (("--networks", '["inception"]'), "inception: FID needs the weights pt_inception-2015-12-05-6726825d.pth; without them"),
-        (("--generated", "{tmp}/none"), "generated: {tmp}/none: has no images (no such folder)"),
+        (("--generated", "{tmp}/none"), "generated: {tmp}/none: no such file or folder; correct the path"),
         (("--reference", "{tmp}/other.npz"), "reference: {tmp}/other.npz is not an .npz with mu and sigma"),
         (("--reference", "{tmp}/small.npz"), "reference: {tmp}/small.npz has 3 features, but efficientnet_lite0 has 1,280"),
         (("--networks", '["resnet"]'), "networks: feature network 'resnet': unknown; use efficientnet_lite0"),
