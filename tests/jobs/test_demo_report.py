@@ -46,6 +46,7 @@ def test_a_perfect_model_scores_one_and_its_shuffled_images_do_not(data):
     assert scores["chance"] == 1 / 60
 
 
+@pytest.mark.ranks
 def test_the_report_of_an_untrained_model_is_complete_and_at_chance(data, tiny_model, tmp_path):
     import torch
 
