@@ -83,3 +83,11 @@ def s3_url(s3_server, monkeypatch) -> str:
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return "s3://tests"
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """Losses, weights and EMA of `engine_runs.plain_run`."""
+    from tests.ray_platform.engine_runs import plain_run
+
+    return plain_run()

@@ -9,67 +9,16 @@ import pytest
 import torch
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, MixtureState
+from ray_platform.contracts import MixtureState
 from ray_platform.train import checkpoint_format
 from ray_platform.train.checkpoint_format import LossHistory, RankState
-from ray_platform.train.config import BatchPlan, TrainConfig
-from ray_platform.train.optimizer import ema_decay_at
+from ray_platform.train.config import TrainConfig
 from ray_platform.train.tensor_parts import TensorJoiner
-from tests.ray_platform.small_task import PictureTask, PixelTask, SmallTask, samples
+from tests.ray_platform.engine_runs import STAGES, STEPS, assert_equal, train
+from tests.ray_platform.small_task import PictureTask, PixelTask, SmallTask
 from tests.support.ranks import shared_ranks, whole_state
 
-GLOBAL_BATCH, STEPS = 16, 6
-# Otherwise ZeRO 3 keeps full copies of small parameters on every rank and does not shard a small model at all.
-SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-BASE = {"num_steps": 12, "warmup_steps": 3, "gradient_clipping": 0.5, "ema_decay": 0.9, "zero_stage": 0}
-STAGES = (0, 1, 2, 3)
-
 pytestmark = pytest.mark.ranks
-
-
-def rank_loop(rank, fields, world_size, num_micro, start, stop, state, bad_at):
-    """Run steps start..stop of one rank, from a state or from the beginning.
-
-    Returns:
-        (losses, full state, whether each step changed it, last gradient norm).
-    """
-    from ray_platform.train.engine import Engine
-
-    task = SmallTask()
-    size = GLOBAL_BATCH // world_size // num_micro
-    engine = Engine(task, TrainConfig(**fields, deepspeed=SHARDED if fields["zero_stage"] == 3 else {}), size, num_micro)
-    assert not fields["zero_stage"] or hasattr(engine.optimizer, "clip_grad"), "`deepspeed_internals.set_clipping` sets it"
-    if state is not None:
-        engine.load_state(start, lambda name, shape: state.get(name))
-    losses, changed = [], []
-    for step in range(start, stop):
-        batch = samples(step, GLOBAL_BATCH)
-        if step == bad_at and rank == 0:
-            batch["y"][0] = math.inf
-        parts = [{k: v[(rank * num_micro + m) * size :][:size] for k, v in batch.items()} for m in range(num_micro)]
-        loss, _ = engine.backward(parts, [step * 100 + rank * num_micro + m for m in range(num_micro)])
-        torch.distributed.all_reduce(loss)
-        losses.append(loss.item() / world_size)
-        update = engine.update(step)
-        changed.append(update.updated)
-        if fields["zero_stage"] == 3:
-            assert not [name for name, p in task.module.named_parameters() if p.numel()], "every rank holds them whole"
-        if engine.config.compile and step == start:
-            task.compile()
-    return losses, whole_state(engine), changed, update.grad_norm if start < stop else 0.0
-
-
-def train(world_size=2, *, num_micro=2, start=0, stop=STEPS, state=None, bad_at=-1, **fields):
-    results = shared_ranks(world_size).run(rank_loop, BASE | fields, world_size, num_micro, start, stop, state, bad_at)
-    for _, tensors, *_ in results[1:]:
-        assert_equal(tensors, results[0][1])
-    return results[0]
-
-
-def assert_equal(tensors, expected):
-    assert tensors.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensors[name], tensor), name
 
 
 @pytest.fixture(scope="module")
@@ -86,34 +35,6 @@ def states():
 
 def test_a_host_that_trains_for_the_first_time_compiles_nothing(whole_runs):
     assert not shared_ranks(2).extensions.exists()
-
-
-@pytest.fixture(scope="module")
-def reference():
-    """Losses, weights and EMA of a plain loop with AdamW, clipping, schedule and EMA written out."""
-    task = SmallTask()
-    module, config = task.module, TrainConfig(**BASE)
-    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    ema = {n: p.detach().clone() for n, p in trained.items()}
-    optimizer = torch.optim.AdamW(task.parameter_groups(), betas=(0.9, 0.999))
-    rates = [group["lr"] for group in optimizer.param_groups]
-    losses = []
-    for step in range(STEPS):
-        batch, size = samples(step, GLOBAL_BATCH), GLOBAL_BATCH // 4
-        optimizer.zero_grad()
-        parts = [module({k: v[i * size :][:size] for k, v in batch.items()}, step * 100 + i)[0] for i in range(4)]
-        loss = torch.stack(parts).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), 0.5)
-        progress = (step - 3) / (config.num_steps - 3)
-        factor = (step + 1) / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * progress))
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        optimizer.step()
-        losses.append(loss.item())
-        for name, parameter in trained.items():
-            ema[name].lerp_(parameter.detach(), 1 - ema_decay_at(0.9, step + 1))
-    return losses, module.state_dict(), ema
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
@@ -178,80 +99,6 @@ def test_a_step_with_an_infinite_gradient_changes_nothing(states, zero_stage):
 def test_offload_and_another_layout_train_as_well(reference, zero_stage, fields):
     losses, *_ = train(zero_stage=zero_stage, **fields)
     torch.testing.assert_close(losses, reference[0], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("num_micro", [1, 2])
-@pytest.mark.parametrize("zero_stage", STAGES)
-def test_weights_in_half_precision_have_float32_copies(reference, zero_stage, num_micro):
-    """They train about as well, and a checkpoint has what is not rounded, of the frozen weights, too."""
-    losses, tensors, *_ = train(num_micro=num_micro, zero_stage=zero_stage, precision="bf16")
-    if num_micro == 2:  # the batches of the reference
-        torch.testing.assert_close(losses, reference[0], rtol=0.03, atol=1e-6)
-    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
-    trained = tensors["weights/first.weight"]
-    assert not torch.equal(trained, trained.bfloat16().float())
-    for name in ("frozen.weight", "frozen.bias"):
-        assert torch.equal(tensors[f"weights/{name}"], reference[1][name]), name
-
-
-@pytest.mark.parametrize(("first", "then"), [(0, 2), (2, 3), (3, 0)])
-def test_a_state_of_half_precision_is_loaded_to_the_last_bit(first, then):
-    state = train(zero_stage=first, precision="bf16", stop=3)[1]
-    for precision in ("bf16", "fp32"):
-        assert_equal(train(zero_stage=then, precision=precision, start=3, stop=3, state=state)[1], state)
-
-
-class ScaledTask(SmallTask):
-    """With a parameter that stays float32, and with the type in which the module uses each parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.module.log_scale = torch.nn.Parameter(torch.zeros(1))
-        forward = self.module.forward
-
-        def scaled(inputs, seed):
-            loss, metrics = forward(inputs, seed)
-            self.used = {name: parameter.dtype for name, parameter in self.module.named_parameters()}
-            return loss * self.module.log_scale.exp().squeeze(), metrics
-
-        self.module.forward = scaled
-
-    def parameter_groups(self):
-        own = self.module.log_scale
-        others = [group | {"params": [p for p in group["params"] if p is not own]} for group in super().parameter_groups()]
-        return [*others, {"name": "scale", "params": [own], "lr": 1e-3, "weight_decay": 0.0, "float32": True}]
-
-
-def scaled_step(rank, zero_stage):
-    from ray_platform.train.engine import Engine
-
-    task = ScaledTask()
-    shards = SHARDED if zero_stage == 3 else {}
-    engine = Engine(task, TrainConfig(zero_stage=zero_stage, precision="bf16", warmup_steps=0, deepspeed=shards), 4, 1)
-    for step in range(2):
-        engine.backward([samples(step, 8) | {}], [step])
-        assert engine.update(step).updated
-    return task.used, whole_state(engine)
-
-
-@pytest.mark.parametrize("zero_stage", STAGES)
-def test_a_group_stays_in_float32_except_under_zero_3(two_ranks, zero_stage):
-    (used, state), (_, other) = two_ranks.run(scaled_step, zero_stage)
-    assert {name for name, dtype in used.items() if dtype == torch.float32} == ({"log_scale"} if zero_stage < 3 else set())
-    assert state["weights/log_scale"].item() == pytest.approx(-2e-3, rel=0.01), "two steps down, at the rate of its group"
-    assert_equal(other, state)
-
-
-@pytest.mark.parametrize("zero_stage", [0, 1, 3])
-def test_fp16_scales_its_loss_and_finds_a_scale(reference, zero_stage):
-    """The initial scale overflows; those steps are skipped."""
-    losses, tensors, changed, grad_norm = train(zero_stage=zero_stage, precision="fp16", gpus_per_worker=1, stop=16)
-    assert changed.count(True) >= 4
-    first = changed.index(True)
-    torch.testing.assert_close(losses[: first + 1], [reference[0][0]] * (first + 1), rtol=0.3, atol=0)
-    assert losses[-1] < losses[first]
-    assert 0 < grad_norm < 10, "as if there were no scale"
-    assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 @pytest.mark.slow
@@ -428,45 +275,3 @@ def test_deepspeed_does_not_warn_of_our_optimizer():
         logger.warning(text)
     logger.removeHandler(handler)
     assert [record.getMessage() for record in shown] == ["another warning"]
-
-
-@pytest.mark.parametrize(("fields", "steps"), [({"log_every": 4}, [4, 8, 12]), ({"log_every": 4, "control_every": 6}, [6, 12])])
-def test_control_metrics_are_computed_with_the_log_or_at_their_own_interval(fields, steps):
-    config = TrainConfig(**fields)
-    assert [step for step in range(1, 13) if config.is_control_due(step)] == steps
-
-
-def test_the_configuration_of_deepspeed_can_be_extended():
-    from ray_platform.train.engine import deepspeed_config
-
-    more = {"zero_optimization": {"reduce_bucket_size": 7}, "wall_clock_breakdown": True}
-    config = deepspeed_config(TrainConfig(zero_stage=2, deepspeed=more), 4, 2)
-    assert (config["zero_optimization"]["stage"], config["zero_optimization"]["reduce_bucket_size"]) == (2, 7)
-    assert config["wall_clock_breakdown"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ((128, 8, 16), (16, 1)), ((128, 4, 16), (16, 2)), ((128, 7, 16), (9, 2)), ((8, 1, 4), (4, 2)), ((3, 4, 4), (1, 1)),
-        # The smallest number of micro-batches would lose samples; slightly more do not. A prime number of samples must lose some.
-        ((50, 1, 16), (10, 5)), ((25, 1, 10), (5, 5)), ((37, 1, 16), (12, 3)),
-    ],
-)  # fmt: skip
-def test_a_global_batch_is_divided_into_micro_batches(arguments, expected):
-    plan = BatchPlan.of(*arguments)
-    assert (plan.micro_batch_size, plan.num_micro_batches) == expected
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"num_workers": (4, 2)}, {"num_workers": 0}, {"global_batch_size": 1, "num_workers": 2}, {"precision": "fp16"},
-        {"offload_optimizer": True, "zero_stage": 0}, {"ema_decay": 1.0}, {"max_loss_factor": 1.0}, {"stop_at_step": -1},
-        {"checkpoint_minutes": -1.0}, {"heldout_every": 0, "heldout_sources": ("a",)}, {"log_every": 0},
-        {"zero_stage": 0, "deepspeed": {"wall_clock_breakdown": True}}, {"zero_stage": 3, "compile": True},
-    ],
-)  # fmt: skip
-def test_invalid_fields_are_named(fields):
-    with pytest.raises(ConfigError, match=f"train.{next(iter(fields))}"):
-        TrainConfig(**fields)

@@ -1,0 +1,48 @@
+"""The fields of a training run, the division of its batches, and DeepSpeed's configuration."""
+
+import pytest
+
+from ray_platform.contracts import ConfigError
+from ray_platform.train.config import BatchPlan, TrainConfig
+
+
+@pytest.mark.parametrize(("fields", "steps"), [({"log_every": 4}, [4, 8, 12]), ({"log_every": 4, "control_every": 6}, [6, 12])])
+def test_control_metrics_are_computed_with_the_log_or_at_their_own_interval(fields, steps):
+    config = TrainConfig(**fields)
+    assert [step for step in range(1, 13) if config.is_control_due(step)] == steps
+
+
+def test_the_configuration_of_deepspeed_can_be_extended():
+    from ray_platform.train.engine import deepspeed_config
+
+    more = {"zero_optimization": {"reduce_bucket_size": 7}, "wall_clock_breakdown": True}
+    config = deepspeed_config(TrainConfig(zero_stage=2, deepspeed=more), 4, 2)
+    assert (config["zero_optimization"]["stage"], config["zero_optimization"]["reduce_bucket_size"]) == (2, 7)
+    assert config["wall_clock_breakdown"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((128, 8, 16), (16, 1)), ((128, 4, 16), (16, 2)), ((128, 7, 16), (9, 2)), ((8, 1, 4), (4, 2)), ((3, 4, 4), (1, 1)),
+        # The smallest number of micro-batches would lose samples; slightly more do not. A prime number of samples must lose some.
+        ((50, 1, 16), (10, 5)), ((25, 1, 10), (5, 5)), ((37, 1, 16), (12, 3)),
+    ],
+)  # fmt: skip
+def test_a_global_batch_is_divided_into_micro_batches(arguments, expected):
+    plan = BatchPlan.of(*arguments)
+    assert (plan.micro_batch_size, plan.num_micro_batches) == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_workers": (4, 2)}, {"num_workers": 0}, {"global_batch_size": 1, "num_workers": 2}, {"precision": "fp16"},
+        {"offload_optimizer": True, "zero_stage": 0}, {"ema_decay": 1.0}, {"max_loss_factor": 1.0}, {"stop_at_step": -1},
+        {"checkpoint_minutes": -1.0}, {"heldout_every": 0, "heldout_sources": ("a",)}, {"log_every": 0},
+        {"deepspeed": {"wall_clock_breakdown": True}, "zero_stage": 0}, {"compile": True, "zero_stage": 3},
+    ],
+)  # fmt: skip
+def test_invalid_fields_are_named(fields):
+    with pytest.raises(ConfigError, match=f"train.{next(iter(fields))}"):
+        TrainConfig(**fields)
