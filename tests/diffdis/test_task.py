@@ -106,14 +106,31 @@ def test_activations_that_are_computed_again_give_the_same_gradients(make_task, 
     assert kept[1] < 0.7 * kept[0]
 
 
+def to_bfloat16(task):
+    """Convert the weights as the trainer does."""
+    for group in task.parameter_groups():
+        for parameter in group["params"] if not group.get("float32") else ():
+            parameter.data = parameter.data.bfloat16()
+
+
+def test_scores_and_previews_of_weights_in_bfloat16_are_about_the_same(make_task, batch, visibility):
+    whole, half = (make_task(query_visibility=visibility) for _ in range(2))
+    to_bfloat16(half)
+    with torch.no_grad():
+        rows = [task.embed_heldout(task.inputs(batch, CPU))["predicted"] for task in (whole, half)]
+        images = [task.preview(0, 1) for task in (whole, half)]
+    assert torch.nn.functional.cosine_similarity(*rows).min() > 0.99
+    for place, image in images[0].items():
+        assert np.abs(image.astype(int) - images[1][place]).mean() < 4
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_bfloat16_computes_about_the_same(make_task, batch, visibility, name):
     losses, found = [], []
     for half in (False, True):
         task = make_task(ObjectiveConfig(task=name), query_visibility=visibility)
-        for group in task.parameter_groups():  # as the trainer does
-            for parameter in group["params"] if half and not group.get("float32") else ():
-                parameter.data = parameter.data.bfloat16()
+        if half:
+            to_bfloat16(task)
         loss, metrics = task.module(task.inputs(batch, CPU), 3, control=True)
         loss.backward()
         assert loss.dtype == torch.float32

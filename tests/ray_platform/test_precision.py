@@ -6,7 +6,7 @@ import torch
 from ray_platform.train.config import TrainConfig
 from tests.ray_platform.engine_runs import SHARDED, STAGES, assert_equal, train
 from tests.ray_platform.small_task import SmallTask, samples
-from tests.support.ranks import whole_state
+from tests.support.ranks import shared_ranks, whole_state
 
 pytestmark = pytest.mark.ranks
 
@@ -83,3 +83,28 @@ def test_fp16_scales_its_loss_and_finds_a_scale(reference, zero_stage):
     assert losses[-1] < losses[first]
     assert 0 < grad_norm < 10, "as if there were no scale"
     assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def large_norm(rank, zero_stage):
+    """Run a step whose gradients are finite in fp16, and their norm, times the loss scale, is above its range."""
+    from ray_platform.train import deepspeed_internals
+    from ray_platform.train.engine import Engine
+
+    found = []
+    for scale in (1.0, None):
+        engine = Engine(SmallTask(), TrainConfig(zero_stage=zero_stage, precision="fp16", gpus_per_worker=1), 8, 1)
+        engine.loss_scale.value = scale or 6e4 / found[0][0]
+        engine.backward([samples(0, 8)], [0])
+        gradients = deepspeed_internals.reduced_gradients(engine.optimizer)
+        largest = max(gradient.abs().max().item() for gradient in gradients)
+        update = engine.update(0)
+        found.append((largest, update.updated, update.grad_norm.item(), engine.loss_scale.value))
+    return found
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_the_norm_of_gradients_may_exceed_the_range_of_fp16(zero_stage):
+    (_, _, norm, _), (largest, updated, same_norm, scale) = shared_ranks(1).run(large_norm, zero_stage)[0]
+    assert largest < 65504 < same_norm * scale
+    assert updated
+    assert same_norm == pytest.approx(norm, rel=0.01)

@@ -138,7 +138,9 @@ class Engine:
         """Return the norm of the gradients over all ranks, times the loss scale: a scalar on the device."""
         if self.replicas is not None:
             return self.replicas.reduce_gradients()
-        squared = torch.nn.utils.get_total_norm(deepspeed_internals.reduced_gradients(self.optimizer)).float().square()
+        # Joined, so that the norm of gradients in half precision is a float32, which their squares need, in one kernel.
+        joined = torch.cat([part.flatten() for part in deepspeed_internals.reduced_gradients(self.optimizer)])
+        squared = torch.linalg.vector_norm(joined, dtype=torch.float32).square()
         torch.distributed.all_reduce(squared)
         return squared.sqrt()
 
