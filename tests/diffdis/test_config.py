@@ -2,8 +2,9 @@ import json
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
-from diffdis.config import DiffDisConfig, ObjectiveConfig, UNetConfig, sd_v1, tiny
+from diffdis.config import DiffDisConfig, ObjectiveConfig, UNetConfig, sd_v1, sd_v2, tiny
 from diffdis.model import DiffDis
 from diffdis.objective import Objective
 
@@ -23,8 +24,34 @@ def test_sd_v1_builds_at_full_size_on_the_meta_device():
     assert count["temperature"] == 1
 
 
-def test_a_config_survives_json():
-    config = tiny(query_visibility="joint")
+# unet/config.json of Stable Diffusion 2.0 and 2.1 base, without what diffusers has as default
+SD_2_BASE = {
+    "attention_head_dim": [5, 10, 20, 20],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 1024,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "layers_per_block": 2,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "use_linear_projection": True,
+}
+
+
+def test_sd_v2_is_the_published_u_net_with_heads_of_width_64():
+    with torch.device("meta"):
+        published, ours = UNet2DConditionModel(**SD_2_BASE), DiffDis(sd_v2()).unet
+    shapes = [{name: p.shape for name, p in unet.state_dict().items()} for unet in (published, ours)]
+    assert shapes[0] == shapes[1]
+    assert sum(p.numel() for p in ours.parameters()) == 865_910_724  # the size of Stable Diffusion 2 base
+    widths = [
+        {part.inner_dim // part.heads for name, part in unet.named_modules() if name.endswith((".attn1", ".attn2"))}
+        for unet in (published, ours)
+    ]
+    assert widths == [{64}, {64}]
+
+
+@pytest.mark.parametrize("config", [tiny(query_visibility="joint"), sd_v2()])
+def test_a_config_survives_json(config):
     assert DiffDisConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

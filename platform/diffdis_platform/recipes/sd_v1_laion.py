@@ -22,7 +22,7 @@ def sd_v1_laion() -> PretrainConfig:
             num_workers=8,
             gpus_per_worker=1,
             cpus_per_worker=4,
-            micro_batch_size=24,  # fills an 80 GB GPU, so that it does not wait for its host: docs/sizing.md
+            micro_batch_size=24,  # fits an 80 GB GPU, which then does not wait for its host: docs/sizing.md
             precision="bf16",
             # The optimizer's states fit a GPU of 80 GB, and a step costs the host a third less than under ZeRO 2: docs/sizing.md.
             zero_stage=0,

@@ -10,9 +10,10 @@ from diffdis_platform.recipes import recipes_of
 from ray_platform.contracts import ConfigError
 from ray_platform.placement import PEAK_FLOPS
 
+_RENAMED = {"issue_us": "launch_us, the host's microseconds per kernel instead of those per parameter tensor and pass"}
 _FRACTIONS = ("mfu", "encoder_mfu", "overlap", "memory_reserve")
 _MAY_BE_ZERO = (
-    "issue_us", "latency_us", "failures_per_node_day", "minutes_to_replace_node", "overlap", "memory_reserve",
+    "launch_us", "latency_us", "failures_per_node_day", "minutes_to_replace_node", "overlap", "memory_reserve",
     "gpu_hour", "cpu_node_hour", "storage_tb_month",
 )  # fmt: skip
 
@@ -21,9 +22,9 @@ _MAY_BE_ZERO = (
 class Constants:
     """Properties of machines, network, storage and prices that the model uses; `--constants` replaces any of them."""
 
-    # Measured on one H100 with 16 cores: tests/benchmarks/accelerator.py.
+    # Measured on one H100 with 16 cores, with the step of commit ba8fcc6: tests/benchmarks/accelerator.py.
     mfu: float = 0.155  # fraction of the 16-bit peak that training reaches when the GPU is the bottleneck
-    issue_us: float = 260.0  # microseconds of the host per parameter tensor and pass, forward and backward, at any batch size
+    launch_us: float = 42.0  # microseconds that the host takes to launch a kernel: 390 ms for 9,225 of them
     encoder_mfu: float = 0.095  # fraction of the peak that the frozen encoders reach, in float32 and TF32
     host_copy_gb_per_second: float = 2.1  # from a GPU to the memory of its host
     memory_reserve: float = 0.15  # fraction of the memory that CUDA, NCCL, cuDNN and fragmentation take
@@ -58,6 +59,8 @@ class Constants:
         """Return the constants with other values. Raises ConfigError for an unknown name or an impossible value."""
         names = [field.name for field in fields(self)]
         for name, value in values.items():
+            if name in _RENAMED:
+                raise ConfigError(f"constants: {name} was replaced; give {_RENAMED[name]}")
             if name not in names:
                 raise ConfigError(f"constants: {name} is unknown; choose from {', '.join(names)}")
             if not 0 <= value < math.inf or (value == 0 and name not in _MAY_BE_ZERO):

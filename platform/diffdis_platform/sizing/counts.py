@@ -30,6 +30,11 @@ from ray_platform.contracts import ConfigError, one_line
 from ray_platform.train.throughput import count_flops, operation_counter
 
 HALF = 2  # bytes of a number
+# Operations besides views that launch no kernel on an accelerator.
+_NO_KERNEL = {
+    f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view",
+                                 "lift_fresh", "_local_scalar_dense", "is_same_size", "set_", "resize_")
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Encoders:
     """Counts of the frozen autoencoder and text encoder, which compute the inputs."""
 
     parameters: int
+    weight_bytes: int  # in `model.encoder_dtype`
     autoencoder_flops: float  # per sample, forward
     text_encoder_flops: float
     peak_bytes: int  # of one micro-batch, in addition to the parameters
@@ -52,7 +58,8 @@ class Counts:
 
     trained: int  # parameters
     frozen: int
-    num_tensors: int
+    num_tensors: int  # parameters' tensors
+    launches: int  # of kernels, by the forward and backward pass of one micro-batch
     flops: float  # per sample, forward and backward, as train/flops_per_second counts them
     executed_flops: float  # per sample, including recomputed activations, gradient caching and logged values
     activation_bytes: int  # peak of one micro-batch, in addition to weights, their gradients and optimizer states
@@ -82,16 +89,17 @@ def _count(model: DiffDisConfig, objective: ObjectiveConfig, size: int, half: bo
     flops = count_flops(module, _inputs(model, 2), seed=0) / 2  # two samples, as the trainer counts
     if again:
         module.enable_activation_checkpointing()
-    executed, peak = measure_step(module, _inputs(model, size), half)
+    executed, launches, peak = measure_step(module, _inputs(model, size), half)
     if objective.negatives == "step" and objective.task != "generation" and accumulating:
-        with operation_counter() as counter, torch.no_grad():
-            module.predict_queries(_inputs(model, size), 0)
-        executed += counter.get_total_flops()
+        with torch.no_grad():
+            more, more_launches, _ = _measure(module, (), lambda: module.predict_queries(_inputs(model, size), 0))
+        executed, launches = executed + more, launches + more_launches
     row = _inputs(model, 1)
     return Counts(
         trained=trained,
         frozen=sum(p.numel() for p in module.parameters()) - trained,
         num_tensors=len(list(module.parameters())),
+        launches=launches,
         flops=flops,
         executed_flops=executed / size,
         activation_bytes=peak,
@@ -113,8 +121,8 @@ def _inputs(config: DiffDisConfig, size: int) -> dict[str, torch.Tensor]:
     }
 
 
-def measure_step(module: Objective, inputs: dict[str, torch.Tensor], half: bool) -> tuple[int, int]:
-    """Return the operations and the peak bytes of the forward and backward pass of one micro-batch, in training mode.
+def measure_step(module: Objective, inputs: dict[str, torch.Tensor], half: bool) -> tuple[int, int, int]:
+    """Return operations, launches and peak bytes of the forward and backward pass of one micro-batch, in training mode.
 
     The gradients of weights are dropped immediately, because they are counted with the optimizer states.
     """
@@ -133,15 +141,20 @@ def measure_step(module: Objective, inputs: dict[str, torch.Tensor], half: bool)
 
 def _encoders(config: DiffDisConfig, size: int) -> Encoders:
     autoencoder, text_encoder = _autoencoder(config.autoencoder), _text_encoder(config.text_encoder)
-    pixels = torch.randn(size, 3, config.image_size, config.image_size)
+    dtype = getattr(torch, config.encoder_dtype)
+    for module in filter(None, (autoencoder, text_encoder)):
+        for parameter in module.parameters():  # fake parameters refuse Module.to
+            parameter.data = parameter.data.to(dtype)
+    pixels = torch.randn(size, 3, config.image_size, config.image_size, dtype=dtype)
     ids = torch.zeros(size, config.text_encoder.max_length, dtype=torch.long)
     image_flops, image_bytes, parameters = 0, 0, sum(p.numel() for p in text_encoder.parameters())
     with torch.no_grad():
         if autoencoder is not None:
-            image_flops, image_bytes = _measure(autoencoder.eval(), (), lambda: autoencoder.encode(pixels).latent_dist.mode())
+            image_flops, _, image_bytes = _measure(autoencoder.eval(), (), lambda: autoencoder.encode(pixels).latent_dist.mode())
             parameters += sum(p.numel() for p in autoencoder.parameters())
-        text_flops, text_bytes = _measure(text_encoder.eval(), (), lambda: text_encoder(input_ids=ids))
-    return Encoders(parameters, image_flops / size, text_flops / size, max(image_bytes, text_bytes) + pixels.nbytes)
+        text_flops, _, text_bytes = _measure(text_encoder.eval(), (), lambda: text_encoder(input_ids=ids))
+    weight_bytes = parameters * dtype.itemsize
+    return Encoders(parameters, weight_bytes, image_flops / size, text_flops / size, max(image_bytes, text_bytes) + pixels.nbytes)
 
 
 def _autoencoder(config: AutoencoderConfig) -> Any:
@@ -165,7 +178,7 @@ def stable_diffusion_autoencoder() -> AutoencoderKL:
 
 
 def _text_encoder(config: TextEncoderConfig) -> Any:
-    """Return the text encoder, of CLIP ViT-L/14's shape if no path is given."""
+    """Return the text encoder, of CLIP's shape if no path is given."""
     if Path(config.path or "-").exists():
         config_of_path = AutoConfig.from_pretrained(component_folder(config.path, "text_encoder"))
         if config.kind == "clip":
@@ -177,12 +190,12 @@ def _text_encoder(config: TextEncoderConfig) -> Any:
 
 
 def clip_text_encoder(config: TextEncoderConfig, **special_tokens: int) -> CLIPTextModelWithProjection:
-    """Return a text encoder of CLIP ViT-L/14's shape, with random weights."""
+    """Return a text encoder of CLIP ViT-L/14's shape, or of OpenCLIP ViT-H/14's in Stable Diffusion 2; with random weights."""
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             hidden_size=config.token_dim,
             intermediate_size=4 * config.token_dim,
-            num_hidden_layers=12,
+            num_hidden_layers=23 if config.token_dim == 1024 else 12,
             num_attention_heads=config.token_dim // 64,
             projection_dim=config.embedding_dim,
             vocab_size=49408,
@@ -191,8 +204,8 @@ def clip_text_encoder(config: TextEncoderConfig, **special_tokens: int) -> CLIPT
     )
 
 
-def _measure(module: torch.nn.Module, inputs: Iterable[torch.Tensor], run: Callable[[], Any]) -> tuple[int, int]:
-    """Return the operations of `run`, and the peak bytes of the tensors that it creates."""
+def _measure(module: torch.nn.Module, inputs: Iterable[torch.Tensor], run: Callable[[], Any]) -> tuple[int, int, int]:
+    """Return the operations of `run`, the kernels that it launches, and the peak bytes of the tensors that it creates."""
     with operation_counter() as counter:
         run()
     # In a second pass: the counter's hooks on modules keep tensors alive that activation checkpointing frees.
@@ -200,16 +213,19 @@ def _measure(module: torch.nn.Module, inputs: Iterable[torch.Tensor], run: Calla
     was_collecting = gc.isenabled()
     gc.disable()  # its time differs between runs
     try:
-        with LiveBytes([*module.parameters(), *module.buffers(), *inputs]) as live:
+        with Tracker([*module.parameters(), *module.buffers(), *inputs]) as tracker:
             run()
     finally:
         if was_collecting:
             gc.enable()
-    return counter.get_total_flops(), live.peak
+    return counter.get_total_flops(), tracker.launches, tracker.peak
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counter of the bytes of all storages that are created inside the context, without those of the `known` tensors.
+class Tracker(TorchDispatchMode):
+    """Counter of the kernels launched inside the context, and of the bytes of all storages created there.
+
+    An operation is one launch unless it is a view or an allocation, although some, such as a norm, launch a few kernels.
+    Storages of the `known` tensors are not counted.
 
     torch's tracker (torch.distributed._tools.mem_tracker) fails for sizes that depend on data, such as InfoNCE's diagonal under
     fake tensors; such storages, which are indices, are not counted.
@@ -217,11 +233,13 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: Iterable[torch.Tensor]):
         super().__init__()
-        self.now, self.peak = 0, 0  # bytes that are alive
+        self.launches, self.now, self.peak = 0, 0, 0  # now, peak: bytes that are alive
         self._seen: dict[int, Any] = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in known)}
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        name = func._schema.name  # type: ignore[attr-defined]
+        self.launches += name.startswith("aten::") and not func.is_view and name not in _NO_KERNEL  # type: ignore[attr-defined]
         for value in result if isinstance(result, list | tuple) else [result]:
             if isinstance(value, torch.Tensor):
                 self._add(value.untyped_storage())

@@ -21,6 +21,7 @@ from ray_platform.train.config import BatchPlan, TrainConfig
 
 FULL = 4  # bytes of a number
 _DAY = 86_400.0  # seconds
+_DEEPSPEED_LAUNCHES = 2  # per parameter tensor and micro-batch under ZeRO 1 to 3: tests/benchmarks/host_step.py
 _KEY_AND_CAPTION_BYTES = 100.0  # of a precomputed row, in addition to its tensors; approximate
 _LOADER_PX, _LOADER_TARGET_PX = 448, 256  # of the files and the outputs in tests/benchmarks/loader.py
 
@@ -103,8 +104,7 @@ def estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: Ba
 
     # A step: the GPU computes while its host issues the kernels; the network partly hides behind the backward pass.
     compute = plan.samples * counts.executed_flops / (peak * c.mfu)
-    passes = plan.num_micro_batches * (2 if task == "joint" else 1) * counts.executed_flops / counts.flops
-    issue = passes * counts.num_tensors * 1e-6 * c.issue_us
+    issue = 1e-6 * c.launch_us * launches(counts, train, plan)
     encode = plan.samples * counts.encoders.flops / (peak * c.encoder_mfu) if live else 0.0
     sent = _traffic(counts, train, plan, 0 if task == "generation" else run.objective.num_draws, c)
     hidden = min(c.overlap * sent.backward, max(compute, issue) * 2 / 3)  # two thirds of the operations are backward
@@ -158,28 +158,33 @@ def estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: Ba
     )
 
 
+def launches(counts: Counts, train: TrainConfig, plan: BatchPlan) -> int:
+    """Return the kernels that the host launches in a step, without the few dozen of an update on flat tensors."""
+    of_deepspeed = _DEEPSPEED_LAUNCHES * counts.num_tensors if train.zero_stage else 0
+    return plan.num_micro_batches * (counts.launches + of_deepspeed)
+
+
 def memory(counts: Counts, train: TrainConfig, plan: BatchPlan, live: bool) -> Memory:
     """Return the bytes on one GPU.
 
     With w = 2 or 4 bytes per trained parameter in `train.precision`, W = 4, n ranks, and k = 2 moments (3 with an EMA), the
     states are: stage 0: w weights + the gradients, at most 2 w or w + W, + W master weights in half precision + k W; 1 and 2:
-    w + (w gradients + W gradients + W master weights + k W) / n, and 1 takes W more when gradients are accumulated over
-    micro-batches; 3: (w + w gradients + W master weights + k W) / n, and up to `stage3_max_live_parameters` of other ranks'
-    weights. Offloading moves master weights and moments to the host. The buffers are DeepSpeed's buckets: two if stages 1 and 2
-    overlap.
+    w + (w gradients + W gradients + W master weights + k W) / n; 3: (w + w gradients + W master weights + k W) / n, and up to
+    `stage3_max_live_parameters` of other ranks' weights. 0 and 1 take W more when gradients are accumulated over micro-batches.
+    Offloading moves master weights and moments to the host. The buffers are DeepSpeed's buckets: two if stages 1 and 2 overlap.
     """
     n, stage, width = plan.world_size, train.zero_stage, number_bytes(train)
     trained, weights, frozen = FULL * counts.trained, width * counts.trained, width * counts.frozen
     is_half = width < FULL
     optimizer = (2 + bool(train.ema_decay)) * trained
     sharded = 0 if train.offload_optimizer else (trained + optimizer) / n
+    accumulated = trained if stage < 2 and plan.num_micro_batches > 1 else 0
     gathered, buffers = 0.0, width * _reduce_bucket_size(train)
     if stage == 0:
         gradients = weights + (trained if is_half else weights)
-        states: float = weights + gradients + is_half * trained + optimizer + frozen
+        states: float = weights + gradients + accumulated + is_half * trained + optimizer + frozen
         buffers = 0.0
     elif stage < 3:
-        accumulated = trained if stage == 1 and plan.num_micro_batches > 1 else 0
         states = weights + accumulated + (weights + is_half * trained) / n + sharded + frozen
         buffers *= 2 if _zero_setting(train, "overlap_comm", True) else 1
     else:
@@ -187,7 +192,7 @@ def memory(counts: Counts, train: TrainConfig, plan: BatchPlan, live: bool) -> M
         live_parameters = _zero_setting(train, "stage3_max_live_parameters", 1e9)
         gathered = width * min(counts.trained + counts.frozen, live_parameters) * (n - 1) / n
     activations = max(counts.activation_bytes, counts.encoders.peak_bytes if live else 0)
-    return Memory(states + gathered, buffers, activations, FULL * counts.encoders.parameters)
+    return Memory(states + gathered, buffers, activations, counts.encoders.weight_bytes)
 
 
 def number_bytes(train: TrainConfig) -> int:
@@ -243,8 +248,9 @@ def _traffic(counts: Counts, train: TrainConfig, plan: BatchPlan, num_draws: int
     info = k * (rows + 2 * _gather_seconds(8 * num_draws * batch, 1, n, c)) if num_draws else 0.0
     sent = (n - 1) / n * size
     half = _gather_seconds(size, math.ceil(counts.trained / _reduce_bucket_size(train)), n, c)
-    if train.zero_stage == 0:  # after the backward pass
-        return Traffic(0.0, 2 * half + info, info, 2 * sent)
+    if train.zero_stage == 0:  # one all-reduce after the backward pass, in float32 if gradients were accumulated
+        wider = FULL / number_bytes(train) if k > 1 else 1.0
+        return Traffic(0.0, 2 * wider * _gather_seconds(size, 1, n, c) + info, info, 2 * wider * sent)
     if train.zero_stage == 1:  # gradients once per step, in the last micro-batch's backward pass; then the weights
         return Traffic(half, half + info, info, 2 * sent)
     if train.zero_stage == 2:  # gradients at every micro-batch
