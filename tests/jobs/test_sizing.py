@@ -19,7 +19,7 @@ from diffdis_platform.cli import run_command
 from diffdis_platform.commands import pretrain
 from diffdis_platform.commands.sizing import parse_arguments, predict
 from diffdis_platform.config.pretrain import PretrainConfig
-from diffdis_platform.sizing.counts import Counts, Encoders, Tracker, count, measure_step
+from diffdis_platform.sizing.counts import Counts, Encoders, KernelCounter, count, measure_step
 from diffdis_platform.sizing.estimate import best_interval, checkpoint_bytes, memory, report, useful_fraction
 from ray_platform.contracts import Batch, ConfigError, MixtureState
 from ray_platform.data.precomputed import to_arrow
@@ -81,11 +81,11 @@ def test_operations_parameters_and_activations_are_those_of_a_real_step(recipe, 
 
 def test_views_and_allocations_launch_nothing():
     weight = torch.ones(3, requires_grad=True)
-    with Tracker([weight]) as tracker:
+    with KernelCounter([weight]) as tracker:
         product = weight.view(1, 3).expand(2, 3) * torch.empty(2, 3)  # one
         product.transpose(0, 1)[:1].add_(1)  # one
     assert tracker.launches == 2
-    with Tracker([weight]) as tracker:
+    with KernelCounter([weight]) as tracker:
         product.mul(2)  # one
     assert tracker.launches == 1
 

@@ -213,7 +213,7 @@ def _measure(module: torch.nn.Module, inputs: Iterable[torch.Tensor], run: Calla
     was_collecting = gc.isenabled()
     gc.disable()  # its time differs between runs
     try:
-        with Tracker([*module.parameters(), *module.buffers(), *inputs]) as tracker:
+        with KernelCounter([*module.parameters(), *module.buffers(), *inputs]) as tracker:
             run()
     finally:
         if was_collecting:
@@ -221,7 +221,7 @@ def _measure(module: torch.nn.Module, inputs: Iterable[torch.Tensor], run: Calla
     return counter.get_total_flops(), tracker.launches, tracker.peak
 
 
-class Tracker(TorchDispatchMode):
+class KernelCounter(TorchDispatchMode):
     """Counter of the kernels launched inside the context, and of the bytes of all storages created there.
 
     An operation is one launch unless it is a view or an allocation, although some, such as a norm, launch a few kernels.
@@ -238,7 +238,7 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = func._schema.name  # type: ignore[attr-defined]
+        name = func.name().partition(".")[0]  # type: ignore[attr-defined]
         self.launches += name.startswith("aten::") and not func.is_view and name not in _NO_KERNEL  # type: ignore[attr-defined]
         for value in result if isinstance(result, list | tuple) else [result]:
             if isinstance(value, torch.Tensor):
