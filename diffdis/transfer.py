@@ -11,7 +11,7 @@ _ALIGNMENT = 16  # bytes, at least the size of a number
 def copy_to(device: torch.device | str, arrays: Sequence[np.ndarray | torch.Tensor]) -> list[torch.Tensor]:
     """Return copies on `device` of arrays or tensors of the host, of any types, in one transfer.
 
-    It starts from pinned memory, so that the host goes on at once; torch keeps that memory until the transfer has ended.
+    It starts from pinned memory, so that the host continues at once; torch keeps that memory until the transfer has ended.
     """
     types = [array.dtype if isinstance(array, torch.Tensor) else torch.from_numpy(array[:0].copy()).dtype for array in arrays]
     starts, total = [], 0

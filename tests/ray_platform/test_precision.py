@@ -25,6 +25,15 @@ def test_weights_in_half_precision_have_float32_copies(reference, zero_stage, nu
         assert torch.equal(tensors[f"weights/{name}"], reference[1][name]), name
 
 
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_training_in_half_precision_starts_from_the_weights_before_they_are_rounded(zero_stage):
+    """As for a warm start, whose weights a checkpoint and the EMA would otherwise have in half precision only."""
+    tensors = train(zero_stage=zero_stage, precision="bf16", stop=0)[1]
+    for name, value in SmallTask().module.named_parameters():
+        for state in ("weights", "ema") if value.requires_grad else ("weights",):
+            assert torch.equal(tensors[f"{state}/{name}"], value), f"{state}/{name}"
+
+
 @pytest.mark.parametrize(("first", "then"), [(0, 2), (2, 3), (3, 0)])
 def test_a_state_of_half_precision_is_loaded_to_the_last_bit(first, then):
     state = train(zero_stage=first, precision="bf16", stop=3)[1]

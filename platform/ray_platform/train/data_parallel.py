@@ -66,9 +66,6 @@ class DataParallel:
         for parameter in trained:
             by_type.setdefault(parameter.dtype, []).append(parameter)
         self.weights = [FlatWeights(parameters, channels_last) for parameters in by_type.values()]
-        for parameter in module.parameters():
-            if channels_last and parameter.ndim == 4 and not parameter.requires_grad:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._gradients: list[torch.Tensor] = []
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:

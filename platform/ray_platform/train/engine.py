@@ -56,7 +56,7 @@ class Engine:
         groups = task.parameter_groups()
         # DeepSpeed's ZeRO 3 takes weights of one type only.
         kept = [group for group in groups if group.get("float32") and config.zero_stage < 3]
-        self._frozen = convert_weights(task.module, kept, config.precision)  # without rounding
+        originals = convert_weights(task.module, kept, config.precision)
         self.adam = AdamW(groups, config.ema_decay)
         self.replicas: DataParallel | None = None
         self.engine: Any
@@ -77,7 +77,26 @@ class Engine:
             self._convert_frozen_to_channels_last()
         self.adam.init_state(self._fragments())
         self.device = torch.device(self.engine.device)
+        self._frozen = self._load_originals(originals)  # frozen weights in half precision by name, without rounding
         self.loss_scale = LossScale() if config.precision == "fp16" else LossScale(1.0, is_dynamic=False)
+
+    @collective
+    def _load_originals(self, originals: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Give the optimizer the weights as they were before they were rounded, on every rank those of rank 0.
+
+        Return those of the frozen parameters, on the CPU.
+        """
+        frozen = {}
+        for name, parameter in self.engine.module.named_parameters():
+            if name in originals:
+                original = originals[name].to(self.device)
+                torch.distributed.broadcast(original, 0)
+                if parameter.requires_grad:
+                    names = [state for state in (WEIGHTS, EMA) if state == WEIGHTS or state in self.adam.state_names]
+                    self.adam.load_parameter(parameter, dict.fromkeys(names, original))
+                else:
+                    frozen[name] = original.cpu()
+        return frozen
 
     # --- a step ----------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ import torch
 def convert_weights(module: torch.nn.Module, kept: Sequence[Mapping[str, Any]], precision: str) -> dict[str, torch.Tensor]:
     """Convert the weights to `train.precision`, except those of the parameter groups `kept`.
 
-    Return the original values of the frozen weights by name, on the CPU: a checkpoint has them without rounding.
+    Return the original values of the converted weights by name, on the CPU: the optimizer starts from them, and a checkpoint has
+    them, without rounding.
     """
     if precision == "fp32":
         return {}
@@ -18,7 +19,6 @@ def convert_weights(module: torch.nn.Module, kept: Sequence[Mapping[str, Any]], 
     originals = {}
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and parameter not in stay:
-            if not parameter.requires_grad:
-                originals[name] = parameter.detach().to("cpu", torch.float32, copy=True)
+            originals[name] = parameter.detach().to("cpu", torch.float32, copy=True)
             parameter.data = parameter.data.to(dtype)
     return originals
