@@ -24,14 +24,23 @@ class UNetConfig:
     """
 
     in_channels: int = 4
-    sample_size: int = 64  # of the latent, not of the image
+    """Channels of the latent."""
+    sample_size: int = 64
+    """Side of the latent (not of the image), in latent pixels."""
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    """Channels of each level, from the finest to the coarsest."""
     layers_per_block: int = 2
+    """Residual blocks per level."""
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    """diffusers' class of each down block."""
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    attention_head_dim: int | tuple[int, ...] = 8  # diffusers' name; it is the *number* of heads, of all levels or of each
+    """diffusers' class of each up block."""
+    attention_head_dim: int | tuple[int, ...] = 8
+    """Number of attention heads, of all levels or of each one. (The name is diffusers'; it is not a width.)"""
     norm_num_groups: int = 32
-    options: dict[str, Any] = field(default_factory=dict, hash=False)  # other arguments, such as use_linear_projection
+    """Groups of the group normalizations."""
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Other arguments of UNet2DConditionModel, such as '{"use_linear_projection": true}'."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +48,15 @@ class AutoencoderConfig:
     """Frozen autoencoder. `kl`: diffusers' AutoencoderKL from `path`. `haar`: a fixed invertible transform without weights."""
 
     kind: Literal["kl", "haar"] = "kl"
-    path: str = ""  # a folder (or its `vae/` subfolder) in diffusers' layout; unused by haar
+    """`kl` is diffusers' AutoencoderKL from `path`; `haar` is a fixed invertible transform without weights."""
+    path: str = ""
+    """Folder of the autoencoder (or one with the subfolder vae/) in diffusers' layout, or a hub name. Not used by haar."""
     haar_levels: int = 1
-    # Statistics of the Haar channels over the training images: latents then have mean 0 and variance 1 per channel.
+    """Levels of the Haar transform; each one halves the side of the latent."""
     haar_mean: tuple[float, ...] = ()
+    """Mean of each Haar channel over the training images, so that latents have mean 0."""
     haar_std: tuple[float, ...] = ()
+    """Standard deviation of each Haar channel over the training images, so that latents have variance 1."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +64,17 @@ class TextEncoderConfig:
     """Frozen text encoder. `clip`: the query is the projected EOS state. `mean_pool`: any encoder, masked mean of its states."""
 
     kind: Literal["clip", "mean_pool"] = "clip"
-    path: str = ""  # a folder in transformers' layout (tokenizer in it or in `tokenizer/`), or a hub name
-    max_length: int = 77  # tokens; longer captions are cut
-    # Widths. If both have their default and `path` is given, they are read from there.
+    """`clip`: the query is the projected EOS state. `mean_pool`: any encoder; the query is the masked mean of its states."""
+    path: str = ""
+    """Folder of the text encoder in transformers' layout (tokenizer in it or in tokenizer/), or a hub name."""
+    max_length: int = 77
+    """Maximum length of a caption in tokens; longer captions are truncated."""
     token_dim: int = 768
-    embedding_dim: int = 768  # D of the text query e
-    cache_size: int = 0  # captions whose encoding is kept in memory: for datasets that repeat their captions
+    """Width of the encoder's token states. If this and embedding_dim have their defaults, both are read from `path`."""
+    embedding_dim: int = 768
+    """Width D of the text query."""
+    cache_size: int = 0
+    """Number of captions whose encoding is kept in memory, for datasets that repeat their captions."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +82,11 @@ class HeadConfig:
     """Transformer of the alignment head [P: 6 x 768, 12 heads]."""
 
     num_layers: int = 6
+    """Transformer layers of the alignment head."""
     width: int = 768
+    """Width of the alignment head."""
     num_heads: int = 12
+    """Attention heads of the alignment head."""
 
 
 @dataclass(frozen=True)
@@ -76,41 +97,51 @@ class ScheduleConfig:
     """
 
     num_timesteps: int = 1000
+    """Number of timesteps of the diffusion."""
     beta_start: float = 0.00085
+    """Noise variance (beta) of the first timestep."""
     beta_end: float = 0.012
+    """Noise variance (beta) of the last timestep."""
     beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
-    zero_terminal_snr: bool = False  # rescaled so that abar_{T-1} = 0 (Lin et al. 2024, algorithm 1); needs v_prediction
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"  # of the image stream
-    timestep_spacing: Literal["leading", "trailing"] = "leading"  # of image sampling
-    # Signal strength of the text query: standard deviation of its signal, relative to that of its noise, before any noise is
-    # added [D; LOG.md]. The paper's gamma is query_snr / sqrt(D); query_snr means the same for every width D.
-    query_snr: float = 2.0
-    gamma: float = 0.0  # deprecated, use query_snr; DiffDisConfig converts it
-    query_prediction: Literal["x0", "epsilon"] = "x0"  # x0 [P]
+    """How beta rises: `scaled_linear` is linear in its square root, as in Stable Diffusion."""
+    zero_terminal_snr: bool = False
+    """Rescale the betas so that the last timestep has no signal (Lin et al. 2024, algorithm 1). Needs v_prediction."""
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    """What the image stream predicts: the noise, or the velocity v."""
+    timestep_spacing: Literal["leading", "trailing"] = "leading"
+    """How image sampling chooses its timesteps; diffusers' name."""
+    query_snr: float = 2.0  # [D; LOG.md]
+    """Signal strength of the text query: standard deviation of its signal relative to that of its noise, before noise is added.
+    The paper's gamma is query_snr / sqrt(D); query_snr means the same for every width D."""
+    gamma: float = 0.0
+    """Deprecated; use query_snr, which is gamma * sqrt(D)."""
+    query_prediction: Literal["x0", "epsilon"] = "x0"  # [P]
+    """What the text stream predicts: the clean query (as in the paper), or the noise."""
 
 
 @dataclass(frozen=True)
 class DiffDisConfig:
     """Model configuration: everything that inference needs. Saved as `diffdis.json` in an exported folder."""
 
-    image_size: int = 512  # pixels
+    image_size: int = 512
+    """Side of the images in pixels."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    # joint: every token attends to every other [P]. one_way: image tokens do not attend to the query, so that the image
-    # branch runs once for any number of denoising steps and noise samples.
     query_visibility: Literal["joint", "one_way"] = "joint"
-    image_dropout: float = 0.1  # fraction of samples whose image is masked in training, for guidance over the image [D]
-    # dtype of the autoencoder and the text encoder on accelerators; on CPUs they compute in float32.
+    """`joint`: every token attends to every other one, as in the paper. `one_way`: image tokens do not attend to the query, so
+    that the image branch runs once for any number of denoising steps and noise samples."""
+    image_dropout: float = 0.1  # [D]
+    """Fraction of samples whose image is masked in training, for guidance over the image."""
     encoder_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    # Weights that the training starts from: a folder in Stable Diffusion's layout (v1 or v2), of a U-Net alone, or a model that
-    # DiffDis exported. Its autoencoder and text encoder are used unless other paths are given.
+    """dtype of the autoencoder and the text encoder on accelerators; on CPUs they use float32."""
     warm_start: str = ""
-    # What the model can do; training sets it to objective.task. clip: the image features are pooled and projected, and no query
-    # is denoised.
+    """Weights that training starts from: a folder in Stable Diffusion's layout (v1 or v2), a U-Net alone, or a model that DiffDis
+    exported. Its autoencoder and text encoder are used unless other paths are given."""
     trained_for: TaskName = "joint"
+    """What the model can do; training sets it to objective.task."""
 
     def __post_init__(self) -> None:
         unet, width = self.unet, self.text_encoder.embedding_dim
@@ -168,22 +199,32 @@ class DiffDisConfig:
 class ObjectiveConfig:
     """Training objective of Algorithm 1: noise, loss weights and learning rates [D where not marked]."""
 
-    # generation and alignment are the two halves of the joint task alone. clip: the same image encoder, pooled and projected,
-    # with the same loss and no diffusion. Everything else is shared, so that a comparison differs in the task only.
     task: TaskName = "joint"
-    lambda_alignment: float = 1.0  # L = L_IG + lambda * L_ITA [P]
-    alignment_loss: str = "infonce"  # an entry of diffdis.losses.ALIGNMENT_LOSSES; infonce [P]
-    caption_dropout: float = 0.1  # fraction of captions replaced by the empty one, for guidance
-    query_timestep_min: int = 0  # t_e is uniform over [min, T): a floor keeps the query too noisy to be copied
-    num_draws: int = 1  # query noise samples (t_e, eps_e) per image; more than one needs query_visibility = one_way
-    temperature: float = 0.07  # initial value of the learnable temperature
-    # The negatives of an image: the texts of one micro-batch of all ranks or, with gradient accumulation, of the whole step, at
-    # the price of a second forward pass of the alignment (gradient caching).
+    """What the model learns. `generation` and `alignment` are the two halves of `joint`. `clip` is a baseline: the same image
+    encoder, pooled and projected, with the same loss and no diffusion."""
+    lambda_alignment: float = 1.0  # [P]
+    """Weight of the alignment loss: L = L_generation + lambda * L_alignment."""
+    alignment_loss: str = "infonce"  # [P]
+    """Loss of the alignment, an entry of diffdis.losses.ALIGNMENT_LOSSES. infonce is the paper's."""
+    caption_dropout: float = 0.1
+    """Fraction of captions that are replaced by the empty one, for classifier-free guidance."""
+    query_timestep_min: int = 0
+    """Lowest timestep of the text query, which is uniform over [min, T). A floor keeps the query too noisy to be copied."""
+    num_draws: int = 1
+    """Noise samples of the text query per image. More than one needs model.query_visibility = one_way."""
+    temperature: float = 0.07
+    """Initial value of the learnable temperature of the alignment loss."""
     negatives: Literal["micro_batch", "step"] = "micro_batch"
-    freeze: tuple[str, ...] = ()  # patterns of parameters that are not trained, such as unet.down_blocks.*
+    """Negatives of an image: the texts of one micro-batch of all ranks, or those of the whole step. With gradient accumulation,
+    `step` costs a second forward pass of the alignment (gradient caching)."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters that are not trained, such as unet.down_blocks.*"""
     lr_unet: float = 1e-5
+    """Learning rate of the U-Net."""
     lr_new: float = 1e-4
+    """Learning rate of the new parameters: alignment head, projections, temperature and the loss's own."""
     weight_decay: float = 0.01
+    """Weight decay of AdamW."""
 
     def __post_init__(self) -> None:
         zero = ("lambda_alignment", "lr_unet", "lr_new", "weight_decay", "query_timestep_min")

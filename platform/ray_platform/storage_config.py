@@ -18,8 +18,10 @@ REQUESTER_PAYS_BUCKETS = "DIFFDIS_REQUESTER_PAYS_BUCKETS"
 class StorageConfig:
     """How buckets of S3 are accessed. Raises ConfigError for an invalid name."""
 
-    public_buckets: tuple[str, ...] = ()  # are read without credentials
-    requester_pays_buckets: tuple[str, ...] = ()  # charge your account for requests and transfers
+    public_buckets: tuple[str, ...] = ()
+    """S3 buckets that are read without credentials."""
+    requester_pays_buckets: tuple[str, ...] = ()
+    """S3 buckets that charge your account for requests and transfers."""
 
     def __post_init__(self) -> None:
         for name in ("public_buckets", "requester_pays_buckets"):

@@ -20,9 +20,12 @@ INTERRUPTED = "stopped; the same command starts again"
 class BuildDemoConfig:
     """The folder of the demo data, and what it is built from."""
 
-    output: str = "data/demo"  # folder to fill
-    icons_package: str = ""  # @iconify/json as a folder or .tgz; empty: npm downloads it
-    jobs: int = 0  # drawing processes; 0: one per CPU
+    output: str = "data/demo"
+    """Folder to write the data to."""
+    icons_package: str = ""
+    """Package @iconify/json as a folder or .tgz. Empty: npm downloads it."""
+    jobs: int = 0
+    """Number of processes that draw. 0: one per CPU."""
 
     def __post_init__(self) -> None:
         if self.jobs < 0 or not self.output:

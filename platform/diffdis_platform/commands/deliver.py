@@ -14,8 +14,10 @@ INTERRUPTED = "stopped; the same command continues"
 class DeliverConfig:
     """The run to deliver."""
 
-    output_dir: str = ""  # absolute folder or s3:// URL of a training, evaluation, sweep or comparison that has ended
-    uri: str = ""  # the tracking URI, if the run's own contains a secret, which was not saved
+    output_dir: str = ""
+    """Absolute folder or s3:// URL of a training, evaluation, sweep or comparison that has ended."""
+    uri: str = ""
+    """Tracking URI, if the run's own contains a secret, which was not saved. Empty: the run's own."""
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def check(self) -> None:

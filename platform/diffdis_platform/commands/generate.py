@@ -22,21 +22,36 @@ _MAX_GRID_IMAGES = 64
 class GenerateConfig:
     """The model, the captions, and the folder of the images."""
 
-    model: str = ""  # folder of an exported model, or of a run that finished; local or s3://
-    output_dir: str = ""  # absolute folder or s3:// URL
+    model: str = ""
+    """Folder of an exported model, or of a run that has finished; local or s3://."""
+    output_dir: str = ""
+    """Absolute folder or s3:// URL of the images."""
     captions: tuple[str, ...] = ()
-    captions_file: str = ""  # text file with one caption per line; local or s3://
-    negative_prompt: str = ""  # what guidance leads away from
+    """Captions of the images."""
+    captions_file: str = ""
+    """Text file with one caption per line, instead of captions; local or s3://."""
+    negative_prompt: str = ""
+    """Text that guidance leads away from."""
     num_images_per_prompt: int = 1
-    num_steps: int = 50  # of the sampler
-    scheduler: str = ""  # a sampler of diffusers, such as DPMSolverMultistepScheduler; empty: DDIM
+    """Images per caption."""
+    num_steps: int = 50
+    """Steps of the sampler."""
+    scheduler: str = ""
+    """Sampler of diffusers, such as DPMSolverMultistepScheduler. Empty: DDIM."""
     guidance_scale: float = 7.5
-    height: int = 0  # pixels; 0: the model's size
+    """Classifier-free guidance. 1: no guidance."""
+    height: int = 0
+    """Height in pixels. 0: the model's size."""
     width: int = 0
+    """Width in pixels. 0: the model's size."""
     seed: int = 0
+    """Seed. An image depends on it and on its index, not on the batch."""
     batch_size: int = 16
-    device: str = ""  # empty: an accelerator if there is one
+    """Images per forward pass."""
+    device: str = ""
+    """Device, such as cuda or cpu. Empty: an accelerator if there is one."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """dtype of the model."""
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def check(self) -> None:

@@ -23,8 +23,10 @@ _PROGRESS_SECONDS = 10.0  # between two lines
 class InspectConfig:
     """The data to inspect, and the folder of the report."""
 
-    output_dir: str = ""  # absolute folder or s3:// URL for inspection.json and inspection.html
-    max_shards: int = 32  # shards to inspect, spread over the source; a part of a very large shard counts as one; 0: all
+    output_dir: str = ""
+    """Absolute folder or s3:// URL for inspection.json and inspection.html."""
+    max_shards: int = 32
+    """Number of shards to inspect, spread over the source. A part of a very large shard counts as one. 0: all."""
     data: DataConfig = field(default_factory=DataConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
 

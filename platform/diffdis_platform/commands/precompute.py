@@ -30,12 +30,18 @@ _PROGRESS_SECONDS = 10.0  # between two lines
 class PrecomputeConfig:
     """The data, the encoders of a model, and the folder of the precomputed shards."""
 
-    output_dir: str = ""  # absolute folder or s3:// URL of the precomputed shards
-    num_encoders: int = 1  # actors that encode in parallel
-    gpus_per_encoder: float = 0.0  # 0.5: two share a GPU; 0: on CPUs
+    output_dir: str = ""
+    """Absolute folder or s3:// URL of the precomputed shards."""
+    num_encoders: int = 1
+    """Number of actors that encode in parallel."""
+    gpus_per_encoder: float = 0.0
+    """GPUs per actor. 0.5: two share a GPU; 0: CPUs only."""
     cpus_per_encoder: float = 1.0
-    placement: dict[str, str] = field(default_factory=dict)  # labels of the nodes that encode, as {pool: gpu}; empty: any
-    batch_size: int = 64  # images per forward pass of an encoder
+    """CPUs per actor."""
+    placement: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes that encode, such as '{"pool": "gpu"}'. Empty: any node."""
+    batch_size: int = 64
+    """Images per forward pass of an encoder."""
     model: DiffDisConfig = field(default_factory=DiffDisConfig)
     data: DataConfig = field(default_factory=DataConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)

@@ -24,12 +24,18 @@ ARMS: dict[str, dict[str, Any]] = {
 class CompareConfig:
     """Arms and seeds of a comparison, and the config that all runs share."""
 
-    output_dir: str = ""  # absolute folder or s3:// URL
-    arms: tuple[str, ...] = TASKS  # of TASKS, joint_mask, one_way_mask and own_arms
-    own_arms: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {field of model.* or objective.*: value}
-    seeds: tuple[int, ...] = (0, 1, 2)  # the arms of a seed are trained on the same samples in the same order
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)  # of all arms; an arm changes some fields
-    evaluation: EvalConfig = field(default_factory=EvalConfig)  # arms that cannot generate images skip evaluation.quality
+    output_dir: str = ""
+    """Absolute folder or s3:// URL of the comparison."""
+    arms: tuple[str, ...] = TASKS
+    """Arms to compare: joint, generation, alignment, clip, joint_mask, one_way_mask, and names from own_arms."""
+    own_arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Your own arms, as '{"name": {"objective.num_draws": 1}}'; an arm sets fields of model and objective."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds. The arms of a seed are trained on the same samples in the same order."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """Training of all arms; an arm changes some of its fields."""
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation of every run. Arms that cannot generate images skip evaluation.quality."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

@@ -16,17 +16,27 @@ Protocol = Literal["clean-fid", "pytorch-fid", "torch-fidelity"]
 class DistanceConfig:
     """Two sets of images, the networks whose features are compared, and the workers."""
 
-    generated: str = ""  # folder of images or tars, local or s3://; images are taken as they are
-    reference: str = ""  # likewise, or a published .npz with mu and sigma, of pytorch-fid or clean-fid
-    output_dir: str = ""  # absolute folder or s3:// URL for distance.json; an interrupted command continues there
-    # inception (FID), efficientnet_lite0, the folder of a CLIP or DINOv2 in transformers' layout, or module:function
+    generated: str = ""
+    """Generated images: a folder or tars, local or s3://. Images are used as they are."""
+    reference: str = ""
+    """Reference images, likewise, or a published .npz with mu and sigma from pytorch-fid or clean-fid."""
+    output_dir: str = ""
+    """Absolute folder or s3:// URL for distance.json. An interrupted command continues there."""
     networks: tuple[str, ...] = ("inception",)
-    inception: str = ""  # pt_inception-2015-12-05-6726825d.pth, local or s3://
-    protocol: Protocol = "clean-fid"  # the tool whose FID is computed; they differ in how images are resized for Inception
-    num_workers: int = 0  # 0: as many as the cluster has resources for
+    """Feature networks: inception (FID), efficientnet_lite0, the folder of a CLIP or DINOv2 in transformers' layout, or
+    module:function."""
+    inception: str = ""
+    """File pt_inception-2015-12-05-6726825d.pth, local or s3://."""
+    protocol: Protocol = "clean-fid"
+    """Tool whose FID is computed. The tools differ in how images are resized for Inception."""
+    num_workers: int = 0
+    """Workers. 0: as many as the cluster has resources for."""
     cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0  # 0.5: two share a GPU; 0: on CPUs
-    placement: dict[str, str] = field(default_factory=dict)  # labels of the workers' nodes, as {pool: gpu}; empty: any
+    """CPUs per worker."""
+    gpus_per_worker: float = 0.0
+    """GPUs per worker. 0.5: two share a GPU; 0: CPUs only."""
+    placement: dict[str, str] = field(default_factory=dict)
+    """Labels of the workers' nodes, such as '{"pool": "gpu"}'. Empty: any node."""
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def check(self) -> None:

@@ -26,27 +26,42 @@ class ScoringConfig:
     """Settings of the denoising of an image's text query."""
 
     num_steps: int = 10
-    num_draws: int = 1  # averaged; with the one-way mask they share one pass over the image
-    guidance: float = 0.0  # the paper's w, over the image; needs a model trained with image_dropout
+    """Denoising steps of an image's text query."""
+    num_draws: int = 1
+    """Noise samples that are averaged per image. With the one-way mask they share one pass over the image."""
+    guidance: float = 0.0
+    """Guidance over the image (the paper's w). Needs a model that was trained with image_dropout."""
 
 
 @dataclass(frozen=True)
 class QualityConfig:
     """Prompts, reference and networks of the image quality. Without prompts, no images are generated."""
 
-    prompts: str = ""  # text file with one prompt per line, or the folder of a retrieval set, whose first captions are used
-    # Real images (a folder, tars), or the reference_<network>.npz that an earlier evaluation wrote.
+    prompts: str = ""
+    """Text file with one prompt per line, or the folder of a retrieval set, whose first captions are used. Empty: no images are
+    generated."""
     reference: str = ""
-    num_images: int = 30_000  # generated images: at most so many of the first prompts
-    num_reference: int = 0  # real images: a random sample of this size, the same for every model and seed; 0: all
-    networks: tuple[str, ...] = ("efficientnet_lite0",)  # and inception, which needs `inception`
-    inception: str = ""  # pt_inception-2015-12-05-6726825d.pth, local or s3://
-    resize: Literal["pytorch_fid", "torch_fidelity", "clean_fid"] = "clean_fid"  # to Inception's 299 px
-    clip: str = ""  # a CLIP in transformers' layout for CLIPScore; empty: the evaluated model judges its own images
-    guidance_scales: tuple[float, ...] = (3.0,)  # several give a curve of distance against alignment
-    num_steps: int = 50  # of DDIM
+    """Real images (a folder or tars), or the reference_<network>.npz that an earlier evaluation wrote."""
+    num_images: int = 30_000
+    """Maximum number of generated images; the first prompts are used."""
+    num_reference: int = 0
+    """Number of real images: a random sample, the same for every model and seed. 0: all."""
+    networks: tuple[str, ...] = ("efficientnet_lite0",)
+    """Feature networks of the distances: efficientnet_lite0, inception (FID), or your own as module:function."""
+    inception: str = ""
+    """File pt_inception-2015-12-05-6726825d.pth, local or s3://, which the network inception needs."""
+    resize: Literal["pytorch_fid", "torch_fidelity", "clean_fid"] = "clean_fid"
+    """How images are resized to Inception's 299 px: as the tool of this name does it."""
+    clip: str = ""
+    """Folder of a CLIP in transformers' layout for CLIPScore. Empty: the evaluated model scores its own images."""
+    guidance_scales: tuple[float, ...] = (3.0,)
+    """Guidance scales of the generation. Several give a curve of distance against alignment."""
+    num_steps: int = 50
+    """Steps of the DDIM sampler."""
     seed: int = 0
-    keep_images: bool = False  # keep all images; the report always keeps the first 64
+    """Seed of the generated images."""
+    keep_images: bool = False
+    """Keep all generated images. The report always keeps the first 64."""
 
     def __post_init__(self) -> None:
         if self.prompts and not self.reference:
@@ -66,37 +81,58 @@ class QualityConfig:
 class EvalConfig:
     """Configuration of an evaluation: model, evaluation sets, settings and workers."""
 
-    # An exported model, a step_* folder, a run's output_dir for its newest checkpoint, or a CLIP or SigLIP; local or s3://.
     checkpoint: str = ""
-    steps: str = ""  # of a run's checkpoints: "all", or "every:5000" for multiples of 5000; empty: the newest one
-    weights: Literal["best", "ema", "weights"] = "best"  # of a checkpoint; best: the EMA if it has one
-    output_dir: str = ""  # absolute folder or s3:// URL; several models may be evaluated into one
-    name: str = ""  # of the model in the results; empty: its run or folder, and its step
-    # paper: the 12 sets and retrieval; quick: four small sets; demo: the demo's sets; names of known sets, separated by commas;
-    # or a YAML file, see docs/evaluation.md
+    """What to evaluate: an exported model, a step_* folder, a run's output_dir for its newest checkpoint, or a CLIP or SigLIP;
+    local or s3://."""
+    steps: str = ""
+    """Which checkpoints of a run: `all`, or `every:5000` for multiples of 5000. Empty: the newest one."""
+    weights: Literal["best", "ema", "weights"] = "best"
+    """Which weights of a checkpoint; `best` is the EMA if it has one."""
+    output_dir: str = ""
+    """Absolute folder or s3:// URL of the report. Several models may be evaluated into one folder."""
+    name: str = ""
+    """Name of the model in the results. Empty: its run or folder, and its step."""
     suite: str = "paper"
-    class_names: str = ""  # text file of a suite of one set: a class per line, in label order; empty: the set's own
-    templates: str = ""  # text file of a suite of one set: a template per line, with {c} for the class; empty: the set's own
-    data_roots: tuple[str, ...] = ()  # folders or s3:// URLs that are searched for evaluation sets
-    baselines: tuple[str, ...] = ()  # CLIPs and SigLIPs in transformers' layout, scored by the same code on the same sets
+    """Evaluation sets: paper (12 sets and retrieval), quick (four small sets), demo, names of known sets separated by commas, or
+    a YAML file (see docs/evaluation.md)."""
+    class_names: str = ""
+    """Text file with one class per line, in label order, for a suite of one set. Empty: the set's own."""
+    templates: str = ""
+    """Text file with one template per line, with {c} for the class, for a suite of one set. Empty: the set's own."""
+    data_roots: tuple[str, ...] = ()
+    """Folders or s3:// URLs that are searched for evaluation sets."""
+    baselines: tuple[str, ...] = ()
+    """Folders of CLIPs and SigLIPs in transformers' layout, scored by the same code on the same sets."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
-    seeds: int = 1  # how often the model is measured, with other noise each time; the results have the spread
-    # How images of CLIPs are resized: pillow gives the pixels of published scores, torch takes a fifth of the time and differs by
-    # 1 gray level, rarely 2, in about 0.3 % of the values.
+    seeds: int = 1
+    """How often the model is measured, each time with other noise; the results contain the spread."""
     resize: Literal["torch", "pillow"] = "torch"
-    curve_set: str = ""  # set of the suite for the curve of accuracy against steps and draws
+    """How images of CLIPs are resized. `pillow` gives the pixels of published scores; `torch` takes a fifth of the time and
+    differs by 1 gray level, rarely 2, in about 0.3 % of the values."""
+    curve_set: str = ""
+    """Set of the suite for the curve of accuracy against steps and draws. Empty: no curve."""
     curve_steps: tuple[int, ...] = (1, 2, 5, 10)
+    """Denoising steps of the curve."""
     curve_draws: tuple[int, ...] = (1, 4)
-    limit: int = 0  # images per set, a random sample; 0: all. A limited set is in no mean and not compared with published figures
-    allow_missing: bool = False  # continue without the sets that are not found
-    allow_short: bool = False  # score a set with fewer images than published
-    num_workers: int = 0  # model replicas; 0: as many as the cluster has resources for
+    """Noise samples of the curve."""
+    limit: int = 0
+    """Images per set, a random sample. 0: all. A limited set is part of no mean and is not compared with published figures."""
+    allow_missing: bool = False
+    """Continue without the sets that are not found."""
+    allow_short: bool = False
+    """Score a set with fewer images than published."""
+    num_workers: int = 0
+    """Model replicas. 0: as many as the cluster has resources for."""
     cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0  # 0.5: two share a GPU; 0: on CPUs
-    placement: dict[str, str] = field(default_factory=dict)  # labels of the workers' nodes, as {pool: gpu}; empty: any
+    """CPUs per replica."""
+    gpus_per_worker: float = 0.0
+    """GPUs per replica. 0.5: two share a GPU; 0: CPUs only."""
+    placement: dict[str, str] = field(default_factory=dict)
+    """Labels of the replicas' nodes, such as '{"pool": "gpu"}'. Empty: any node."""
     storage: StorageConfig = field(default_factory=StorageConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)  # used if the run of the checkpoint is unknown
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Tracking of the evaluation, used if the run of the checkpoint is unknown."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 0 or self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:

@@ -12,9 +12,12 @@ from ray_platform.storage_config import StorageConfig
 class ExportConfig:
     """The checkpoint to export, and the folder of the exported model."""
 
-    checkpoint: str = ""  # a step_* folder, or a run's output_dir for its newest checkpoint; local or s3://
-    output_dir: str = ""  # absolute folder or s3:// URL
-    weights: Literal["best", "ema", "weights"] = "best"  # best: the EMA if the checkpoint has one
+    checkpoint: str = ""
+    """A step_* folder, or a run's output_dir for its newest checkpoint; local or s3://."""
+    output_dir: str = ""
+    """Absolute folder or s3:// URL of the exported model."""
+    weights: Literal["best", "ema", "weights"] = "best"
+    """Which weights; `best` is the EMA if the checkpoint has one."""
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def check(self) -> None:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class PretrainConfig:
     """Configuration of a pretraining run; it is saved in the run's folder as config.yaml."""
 
-    output_dir: str = ""  # absolute folder or s3:// URL for checkpoints, the exported model and the tracker's default store
+    output_dir: str = ""
+    """Absolute folder or s3:// URL for checkpoints, the exported model and the metrics."""
     model: DiffDisConfig = field(default_factory=DiffDisConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -32,6 +33,7 @@ class PretrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     preview_captions: tuple[str, ...] = ("a red apple", "a blue car", "a green tree", "a yellow sun")
+    """Captions of the images that are generated during training."""
 
     def run(self, recipe: str, command: str = "") -> "Run":
         """Return the run of this configuration, with the arguments and errors of `plan`."""

@@ -34,11 +34,18 @@ class SweepConfig(SearchConfig):
     """
 
     space: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(SPACE))
+    """Fields to search, each with {"values": [...]} or {"low": ..., "high": ..., "log": true}. They are fields of pretrain
+    (objective.temperature) or of evaluation (evaluation.scoring.num_draws)."""
     objectives: dict[str, Direction] = field(default_factory=lambda: directions("accuracy", "fd_efficientnet_lite0"))
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)  # of all trials; the baseline trial has its values
-    evaluation: EvalConfig = field(default_factory=EvalConfig)  # of a trial at each milestone
-    registered_model: str = "diffdis-sweep"  # MLflow model whose versions are the best trials and the front; empty: none
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)  # of the sweep's run and the runs of its trials
+    """Metrics to optimize, each with max or min. The scheduler compares the first one."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """Training of all trials. The baseline trial has these values."""
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation of a trial at each milestone."""
+    registered_model: str = "diffdis-sweep"
+    """MLflow model whose versions are the best trials and the front. Empty: none."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Tracking of the sweep's run and of the runs of its trials."""
 
     def check(self) -> None:
         """Raise ConfigError for an output_dir that a job cannot write to."""

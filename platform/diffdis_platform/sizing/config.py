@@ -98,18 +98,30 @@ DATASETS = {
 class SizingConfig:
     """The run whose size is predicted, the numbers of GPUs, and the constants of the model. Raises ConfigError."""
 
-    recipe: str = "sd_v1_laion"  # recipe of the run
-    run_config: str = ""  # config.yaml of the run, instead of a recipe; `diffdis pretrain --dry-run` prints one
+    recipe: str = "sd_v1_laion"
+    """Recipe of the run."""
+    run_config: str = ""
+    """config.yaml of the run, instead of a recipe; `diffdis pretrain --dry-run` prints one."""
     num_gpus: tuple[int, ...] = (1, 8, 64, 256, 1024)
-    image_size: int = 0  # pixels; 0: that of the run
-    micro_batch_size: int = 0  # samples per GPU; 0: that of the run
-    dataset: str = "laion_400m"  # or laion_5b
-    num_pairs: float = 0.0  # 0: those of the dataset
+    """Numbers of GPUs to predict for."""
+    image_size: int = 0
+    """Side of the images in pixels. 0: that of the run."""
+    micro_batch_size: int = 0
+    """Samples per GPU and forward pass. 0: those of the run."""
+    dataset: str = "laion_400m"
+    """Size of the dataset: laion_400m or laion_5b."""
+    num_pairs: float = 0.0
+    """Number of image-text pairs. 0: those of the dataset."""
     epochs: float = 1.0
+    """Passes over the dataset."""
     inputs: Literal["live", "precomputed"] = "live"
+    """Whether training encodes images and captions (live) or reads precomputed ones."""
     gpu: str = "H100"
-    constants: dict[str, float] = field(default_factory=dict)  # other values of the model's constants, as {mfu: 0.2}
-    json: str = ""  # file for all figures
+    """Type of the GPUs."""
+    constants: dict[str, float] = field(default_factory=dict)
+    """Other values of the model's constants, such as '{"mfu": 0.2}'."""
+    json: str = ""
+    """File to write all figures to. Empty: none."""
 
     def __post_init__(self) -> None:
         if not self.num_gpus or min(self.num_gpus) < 1:

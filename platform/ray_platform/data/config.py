@@ -12,27 +12,42 @@ from ray_platform.placement import check_labels
 class DataConfig:
     """Where the samples are and how they are read. Raises ConfigError for an invalid value."""
 
-    sources: tuple[str, ...] = ()  # folders, globs or brace patterns of shards; local or URLs
-    weights: tuple[float, ...] = ()  # relative number of samples per source; empty: all sources are one pool
-    image_size: int = 256  # pixels; side of the square images, or of a square with the area of the aspect_ratios' images
-    aspect_ratios: tuple[float, ...] = ()  # width / height of the buckets, such as 0.75, 1, 1.33; empty: all square
-    size_step: int = 64  # pixels; the sides of the buckets' images are multiples of it
-    crop: Literal["centre", "random"] = "centre"  # which part of an image of another shape is used
-    # fast: scaled decoding of JPEGs at least twice the target's size; 1.5 to 6 gray levels from exact (13 in fine print)
+    sources: tuple[str, ...] = ()
+    """Training data: folders, globs or brace patterns of shards; local paths or URLs (s3://, https://)."""
+    weights: tuple[float, ...] = ()
+    """Relative number of samples per source, one value for each. Empty: all sources form one pool."""
+    image_size: int = 256
+    """Side of the square images in pixels. With aspect_ratios: the side of a square with the same area."""
+    aspect_ratios: tuple[float, ...] = ()
+    """Width / height of the buckets, such as 0.75 1 1.33. Empty: all images are square."""
+    size_step: int = 64
+    """The sides of the buckets' images are multiples of this, in pixels."""
+    crop: Literal["centre", "random"] = "centre"
+    """Which part of an image of another shape is used."""
     decoder: Literal["exact", "fast"] = "exact"
-    caption_field: str = ""  # of the .json; empty: the .txt, or else `caption` of the .json
-    clean_captions: bool = False  # undo HTML, drop tags and control characters, collapse white space
+    """JPEG decoder. `fast` scales while decoding if the image is at least twice the target's size; its pixels differ from `exact`
+    by 1.5 to 6 gray levels (13 in fine print)."""
+    caption_field: str = ""
+    """Field of the .json that contains the caption. Empty: the .txt, or else `caption` of the .json."""
+    clean_captions: bool = False
+    """Clean captions: undo HTML, drop tags and control characters, collapse white space."""
     filters: FilterConfig = field(default_factory=FilterConfig)
-    max_skipped_share: float = 0.05  # maximum fraction of bad samples; a run that has to skip more stops
-    # Concurrent read tasks per rank, at least one for each of `weights`. Each has `interleave` shards in memory, whose samples
-    # are shuffled together. The reads of all ranks need CPUs in addition to the workers'.
+    max_skipped_share: float = 0.05
+    """Maximum fraction of bad samples. A run that has to skip more stops."""
     reads_per_rank: int = 2
+    """Concurrent read tasks per rank; at least one for each of data.weights. They need CPUs in addition to the workers'."""
     interleave: int = 2
-    cpus_per_read: float = 0.25  # CPUs that a read task requests from Ray
-    placement: dict[str, str] = field(default_factory=dict)  # labels of the nodes that read, as {pool: cpu}; empty: any
-    max_read_mb: int = 256  # larger shards are read in parts of this size
-    retry_seconds: float = 120.0  # how long reading a shard is retried while storage does not answer
-    deterministic: bool = True  # batches depend on the seed alone; false: the samples of faster reads come first
+    """Shards that a read task has in memory at a time; their samples are shuffled together."""
+    cpus_per_read: float = 0.25
+    """CPUs that a read task requests from Ray."""
+    placement: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes that read, such as '{"pool": "cpu"}'. Empty: any node."""
+    max_read_mb: int = 256
+    """Larger shards are read in parts of this size, in MB."""
+    retry_seconds: float = 120.0
+    """How long reading a shard is retried while storage does not answer, in seconds."""
+    deterministic: bool = True
+    """Batches depend on the seed alone. With false, the samples of faster reads come first."""
 
     def __post_init__(self) -> None:
         for name in ("sources", "weights", "aspect_ratios"):

@@ -70,23 +70,26 @@ class FilterConfig:
     that a filter needs is bad data.
     """
 
-    # pixels of the shorter side, before resizing
     min_size: int = measures(lambda sample: min(sample.width, sample.height), "shorter side", 0, reads_image=True)
-    # CLIP's, of image and caption
+    """Minimum shorter side of an image in pixels, before resizing."""
     min_similarity: float | None = measures(
         score("similarity", "clip_similarity_vitb32", "SIMILARITY", "clip_b32_similarity_score", "clip_similarity_vitl14"),
         "CLIP similarity",
     )
+    """Minimum CLIP similarity of image and caption."""
     max_unsafe: float | None = measures(
         score("punsafe", "unsafe", "NSFW", "nsfw", "nsfw_score_opennsfw2", "nsfw_score_gantman"), "probability of unsafe content"
     )
+    """Maximum probability of unsafe content."""
     max_watermark: float | None = measures(score("pwatermark", "watermark", "watermark_score"), "probability of a watermark")
-    # about 1 to 10
+    """Maximum probability of a watermark."""
     min_aesthetic: float | None = measures(
         score("AESTHETIC_SCORE", "aesthetic_score", "aesthetic", "aesthetic_score_laion_v2"), "aesthetic score"
     )
-    # of numbers in the .json, as {num_faces: [0, 2], word_count: [5, null]}; both ends are allowed, null: no limit
+    """Minimum aesthetic score, which is about 1 to 10."""
     ranges: dict[str, tuple[float | None, float | None]] = field(default_factory=dict, hash=False)
+    """Allowed ranges of numbers in the .json, as '{"num_faces": [0, 2], "word_count": [5, null]}'. Both ends are allowed; null:
+    no limit."""
 
     def __post_init__(self) -> None:
         for name, limits in self.ranges.items():

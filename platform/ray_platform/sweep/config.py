@@ -68,18 +68,29 @@ def describe_space(space: Space) -> FieldValues:
 class SearchConfig:
     """Search space, search algorithm, trial scheduler and the budget of a trial."""
 
-    output_dir: str = ""  # absolute folder or s3:// URL
-    # Config fields, each with {values: [...]} or {low: ..., high: ..., log: true}.
+    output_dir: str = ""
+    """Absolute folder or s3:// URL of the sweep."""
     space: dict[str, dict[str, Any]] = field(default_factory=dict)
-    search: SearchName = "optuna"  # optuna: TPE on all objectives at once; a grid needs a list of values for every field
-    scheduler: SchedulerName = "asha"  # which trials continue at a milestone; pbt: the lowest quarter clones the highest
-    reduction: int = 2  # of ASHA: the upper 1 / reduction continue at a milestone; its milestones grow by this factor
-    num_trials: int = 12  # including the baseline, which has the recipe's values; of a grid: 0, or its number of points
-    samples: int = 1_000_000  # budget of a complete trial; train.num_steps follows from it
-    num_milestones: int = 3  # evaluations per trial; the last one is at the end of its budget
-    objectives: dict[str, Direction] = field(default_factory=dict)  # metric -> max or min; the scheduler compares the first one
-    seed: int = 0  # of the search; every trial trains with pretrain.train.seed
-    max_concurrent: int = 0  # trials that run at the same time; 0: as many as the cluster has resources for
+    """Fields to search, each with {"values": [...]} or {"low": ..., "high": ..., "log": true}."""
+    search: SearchName = "optuna"
+    """Search algorithm. `optuna` is TPE on all objectives at once; `grid` needs a list of values for every field."""
+    scheduler: SchedulerName = "asha"
+    """Which trials continue at a milestone: the best ones (`asha`) or all (`none`). With `pbt`, the lowest quarter of the trials
+    clones the highest."""
+    reduction: int = 2
+    """Reduction factor of ASHA: the best 1 / reduction of the trials continue, and its milestones grow by this factor."""
+    num_trials: int = 12
+    """Number of trials, including the baseline, which has the recipe's values. Of a grid: 0, or its number of points."""
+    samples: int = 1_000_000
+    """Budget of a complete trial in samples; train.num_steps follows from it."""
+    num_milestones: int = 3
+    """Evaluations per trial. The last one is at the end of its budget."""
+    objectives: dict[str, Direction] = field(default_factory=dict)
+    """Metrics to optimize, each with max or min. The scheduler compares the first one."""
+    seed: int = 0
+    """Seed of the search. Every trial trains with pretrain.train.seed."""
+    max_concurrent: int = 0
+    """Maximum number of trials that run at the same time. 0: as many as the cluster has resources for."""
 
     def __post_init__(self) -> None:
         if self.reduction < 2 or self.num_milestones < 1 or self.samples < 1 or self.max_concurrent < 0:

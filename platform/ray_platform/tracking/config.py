@@ -18,32 +18,27 @@ TRACKERS = {
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where metrics go, and how the run is called there.
-
-    Attributes:
-        uri: an MLflow server or `sqlite:////absolute/path.db`; empty: `mlflow.db` in the run's output folder.
-        experiment: the MLflow experiment.
-        run_name: the run's name; empty: the recipe, its start time and its seed.
-        parent_run_id: the MLflow run of the same store that shows this one below itself, or the output folder of that run; empty:
-            none.
-        tags: your own tags, such as '{"team": "vision"}'.
-        log_model: store the exported model there too, so that MLflow can load and serve it.
-        registered_model: the registered model of which the run's model becomes a version; empty: none.
-        system_metrics_seconds: interval between two samples of the CPUs, memory, disks, network and GPUs of every node; 0: none.
-        backends: the trackers that receive the run: `mlflow`, or your own as `module:Class`. `metrics.jsonl` in the output folder
-            always has everything; `jsonl` alone: nothing else. The id of the run is that of MLflow, or else
-            of the first tracker that has one.
-    """
+    """Where metrics go, and how the run is called there."""
 
     uri: str = ""
+    """MLflow server or sqlite:////absolute/path.db. Empty: mlflow.db in the run's output folder."""
     experiment: str = "diffdis"
+    """MLflow experiment."""
     run_name: str = ""
+    """Name of the run. Empty: the recipe, its start time and its seed."""
     parent_run_id: str = ""
+    """MLflow run of the same store that shows this one below itself, or the output folder of that run. Empty: none."""
     tags: dict[str, str] = field(default_factory=dict)
+    """Your own tags, such as '{"team": "vision"}'."""
     log_model: bool = True
+    """Store the exported model in MLflow too, so that MLflow can load and serve it."""
     registered_model: str = ""
+    """Registered model of which the run's model becomes a version. Empty: none."""
     system_metrics_seconds: float = 10.0
+    """Seconds between two samples of the CPUs, memory, disks, network and GPUs of every node. 0: none."""
     backends: tuple[str, ...] = ("mlflow",)
+    """Trackers that receive the run: mlflow, or your own as module:Class. metrics.jsonl in the output folder always has
+    everything; `jsonl` alone means no tracker. The ID of the run is that of MLflow, or else of the first tracker that has one."""
 
     def __post_init__(self) -> None:
         for backend in self.backends:

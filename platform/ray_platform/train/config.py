@@ -11,60 +11,90 @@ from ray_platform.placement import check_labels
 class TrainConfig:
     """How a Task is trained. Raises ConfigError for invalid values."""
 
-    num_workers: int | tuple[int, int] = 1  # (min, max): elastic, as many workers as the cluster has room for at any time
+    num_workers: int | tuple[int, int] = 1
+    """Workers that train, one GPU (or a part of the CPUs) each. (min, max), such as '[2, 8]', trains with as many as the cluster
+    has room for at any time."""
     num_steps: int = 100_000
-    # End this launch at that step, with a checkpoint and an export; the schedule still spans num_steps. --resume auto continues.
-    # 0: at num_steps.
+    """Optimizer steps of the run."""
     stop_at_step: int = 0
-    micro_batch_size: int = 32  # samples per worker and forward pass
-    # Samples per optimizer step over all workers; more than num_workers * micro_batch_size is reached by gradient accumulation.
-    # 0: num_workers * micro_batch_size, or the value of the checkpoint from which the run resumes.
+    """End this launch at this step, with a checkpoint and an export; --resume auto continues. The schedule still spans num_steps.
+    0: at num_steps."""
+    micro_batch_size: int = 32
+    """Samples per worker and forward pass."""
     global_batch_size: int = 0
+    """Samples per optimizer step over all workers. More than num_workers * micro_batch_size is reached by gradient accumulation.
+    0: num_workers * micro_batch_size, or the value of the checkpoint from which the run resumes."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    offload_optimizer: bool = False  # keep the optimizer's states and its step on the CPU
-    # Of the weights that the model computes with. The optimizer and checkpoints have them in float32.
+    """ZeRO stage: what is sharded over the workers. 0: nothing, 1: optimizer states, 2: gradients too, 3: weights too."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's states and its step on the CPU."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the weights that the model computes with. The optimizer and checkpoints keep them in float32."""
     activation_checkpointing: bool = False
+    """Recompute activations in the backward pass, which saves memory and costs time."""
     channels_last: bool = False
-    compile: bool = False  # torch.compile of the model's blocks, from the second step on; not under ZeRO 3
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # merged into the generated DeepSpeed configuration
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up; linear and cosine end at 0
+    """Store images and convolution weights in the channels-last memory format, which is faster on GPUs."""
+    compile: bool = False
+    """Compile the model's blocks with torch.compile, from the second step on. Not with ZeRO 3."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Settings that are merged into the generated DeepSpeed configuration, as JSON."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warm-up; `linear` and `cosine` end at 0."""
     warmup_steps: int = 100
-    # When a run resumes with another schedule, such as more steps: steps over which the rate rises from the one at which it
-    # stopped to that of the schedule. 0: it jumps.
+    """Steps over which the learning rate rises from 0."""
     rewarm_steps: int = 0
-    gradient_clipping: float = 1.0  # maximum global norm of the gradients; 0: no clipping
-    ema_decay: float = 0.0  # of the weights that are exported; 0: no EMA
-    # A step changes nothing when its loss is not finite or above this factor times the usual loss; max_bad_steps in a row end
-    # the run.
+    """When a run resumes with another schedule (such as more steps): steps over which the rate rises from the one at which it
+    stopped to that of the new schedule. 0: it jumps."""
+    gradient_clipping: float = 1.0
+    """Maximum global norm of the gradients. 0: no clipping."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average (EMA) of the weights, which is then exported. 0: no EMA."""
     max_loss_factor: float = 10.0
+    """A step is skipped if its loss is not finite or above this factor times the usual loss."""
     max_bad_steps: int = 10
+    """Number of skipped steps in a row that end the run."""
     seed: int = 0
+    """Seed of the weights, the data order and the noise."""
     cpus_per_worker: float = 1.0
+    """CPUs that a worker requests from Ray."""
     gpus_per_worker: int = 0
-    placement: dict[str, str] = field(default_factory=dict)  # labels of the nodes to train on, as {pool: gpu}; empty: any node
-    log_every: int = 10  # steps
-    # Steps between the metrics that cost additional operations, as DiffDis's control with shuffled images; 0: log_every.
+    """GPUs per worker: 1, or 0 to train on CPUs."""
+    placement: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes to train on, such as '{"pool": "gpu"}'. Empty: any node."""
+    log_every: int = 10
+    """Steps between two logged values of the metrics."""
     control_every: int = 0
-    checkpoint_every: int = 1000  # steps; the last step is always saved
-    checkpoint_minutes: float = 0.0  # also save after so many minutes without a checkpoint; 0: by steps only
-    keep_checkpoints: int = 2  # number of newest checkpoints to keep
-    keep_best: str = ""  # also keep the checkpoint with the best value of this metric, which must be logged at the same step
+    """Steps between the metrics that cost additional operations, such as the control with shuffled images. 0: log_every."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints. The last step is always saved."""
+    checkpoint_minutes: float = 0.0
+    """Also save after this many minutes without a checkpoint. 0: by steps only."""
+    keep_checkpoints: int = 2
+    """Number of newest checkpoints to keep."""
+    keep_best: str = ""
+    """Also keep the checkpoint with the best value of this metric, which must be logged at the same step."""
     keep_best_mode: Literal["max", "min"] = "max"
-    preview_every: int = 1000  # steps; 0: no previews
-    heldout_sources: tuple[str, ...] = ()  # shards whose first samples are scored during training
+    """Whether a higher or a lower value of keep_best is better."""
+    preview_every: int = 1000
+    """Steps between two grids of generated images. 0: none."""
+    heldout_sources: tuple[str, ...] = ()
+    """Shards of validation data; their first samples are scored during training."""
     heldout_samples: int = 512
-    heldout_every: int = 1000  # steps
-    profile: bool = False  # save a torch profiler trace of a few steps of rank 0 to output_dir/profile
-    max_failures: int = 3  # restarts of the workers without a new checkpoint before the run fails
-    # Seconds without a step on any rank after which the hung rank is reported and all workers restart; ten times as long while
-    # building, scoring, generating previews or exporting.
+    """Number of validation samples."""
+    heldout_every: int = 1000
+    """Steps between two scores of the validation samples."""
+    profile: bool = False
+    """Save a torch profiler trace of a few steps of rank 0 to output_dir/profile."""
+    max_failures: int = 3
+    """Restarts of the workers without a new checkpoint before the run fails."""
     hang_seconds: float = 600.0
-    # auto: resume from the newest checkpoint in output_dir, if any. none: start anew, and reject an output_dir with checkpoints.
-    # Anything else: the path of a checkpoint to resume from.
+    """Seconds without a step on any rank after which the hung rank is reported and all workers restart. Ten times as long while
+    building, scoring, generating previews or exporting."""
     resume: str = "none"
-    # With the path of a checkpoint in `resume`: take only its weights. Steps, schedule, optimizer and data start anew.
+    """`auto`: resume from the newest checkpoint in output_dir, if any. `none`: start anew, and reject an output_dir with
+    checkpoints. Anything else: path of a checkpoint to resume from."""
     resume_weights_only: bool = False
+    """With the path of a checkpoint in `resume`: load its weights only. Steps, schedule, optimizer and data start anew."""
 
     def __post_init__(self) -> None:
         positive = ("num_steps", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps")
