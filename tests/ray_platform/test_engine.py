@@ -3,6 +3,9 @@
 import inspect
 import logging
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -260,10 +263,11 @@ def test_what_stalls_a_run_is_a_fraction_of_its_own(two_ranks):
 
 
 def test_deepspeed_does_not_warn_of_our_optimizer():
+    from ray_platform.train import deepspeed_internals
+
+    deepspeed_internals.import_deepspeed()  # sets the filter
     from deepspeed.runtime import engine
     from deepspeed.utils import logger
-
-    from ray_platform.train.engine import deepspeed_internals  # the engine sets the filter
 
     untested = deepspeed_internals.UNTESTED
     assert untested in inspect.getsource(engine), "DeepSpeed has another text; change the filter"
@@ -275,3 +279,8 @@ def test_deepspeed_does_not_warn_of_our_optimizer():
         logger.warning(text)
     logger.removeHandler(handler)
     assert [record.getMessage() for record in shown] == ["another warning"]
+
+
+def test_zero_stage_0_does_not_spend_time_on_deepspeed():
+    code = "import sys; from ray_platform.train import engine; assert 'deepspeed' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": "platform"})

@@ -1,10 +1,13 @@
-"""All uses of DeepSpeed's undocumented attributes; test_engine.py fails when a new version changes them.
+"""DeepSpeed's import and all uses of its undocumented attributes; test_engine.py fails when a new version changes them.
 
 `optimizer` is the wrapper that `deepspeed.initialize` returns for ZeRO 1 to 3.
 """
 
+import functools
 import logging
+import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,17 +17,24 @@ from ray_platform.train.optimizer import Fragment
 UNTESTED = "ZeRO with an untested optimizer"
 
 
-def disable_inference_kernels(deepspeed: Any) -> None:
-    """Clear the table of kernels that DeepSpeed would compile at its first use, although only inference needs them.
+@functools.cache
+def import_deepspeed() -> Any:
+    """Return the package deepspeed, whose import takes seconds that ZeRO 0 does not need to spend."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, at the import
+    import deepspeed
 
-    That takes half a minute and a compiler on every new host, and a process killed meanwhile leaves a lock on which others wait.
-    """
+    # DeepSpeed would compile the kernels of this table at its first use, although only inference needs them. That takes half a
+    # minute and a compiler on every new host, and a process killed meanwhile leaves a lock on which others wait.
     deepspeed.ops.__compatible_ops__ = {}
-
-
-def silence_optimizer_warning() -> None:
-    """Drop DeepSpeed's warning that AdamW is an "untested optimizer". There is no setting: the one that allows it logs it."""
+    # There is no setting for this warning: the one that allows an optimizer logs it.
     logging.getLogger("DeepSpeed").addFilter(lambda record: UNTESTED not in record.getMessage())
+    return deepspeed
+
+
+def whole_on_rank_0(parameter: torch.nn.Parameter) -> AbstractContextManager[None]:
+    """Gather a parameter of ZeRO 3 for a block, after which every rank has its part of what rank 0 wrote to it."""
+    return import_deepspeed().zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def zero_1_and_2_fragments(optimizer: Any, rank: int) -> list[Fragment]:

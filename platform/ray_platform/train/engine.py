@@ -1,21 +1,15 @@
-"""One optimization step under DeepSpeed ZeRO, and the engine's state as named tensors. No other module imports deepspeed.
+"""One optimization step under DeepSpeed ZeRO, and the engine's state as named tensors.
 
 With `train.precision` bf16 or fp16, the module has weights of that type, and the optimizer float32 copies of them. The state is
 addressed by parameter, and its parts by their elements: any number of ranks at any ZeRO stage can load it.
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, at deepspeed's import
-
-import deepspeed
 
 from ray_platform.contracts import Task
 from ray_platform.train import deepspeed_internals
@@ -25,9 +19,6 @@ from ray_platform.train.data_parallel import DataParallel
 from ray_platform.train.optimizer import EMA, MOMENTS, STEP, WEIGHTS, AdamW, Fragment, LossScale, Rewarm, learning_rate_factor
 from ray_platform.train.precision import convert_weights
 from ray_platform.train.tensor_parts import part_key
-
-deepspeed_internals.disable_inference_kernels(deepspeed)
-deepspeed_internals.silence_optimizer_warning()
 
 TaskInputs = dict[str, torch.Tensor]
 WeightedMetrics = dict[str, torch.Tensor]  # name -> [2]: weighted sum and weight
@@ -67,7 +58,7 @@ class Engine:
             for group, weights in zip(self.adam.param_groups, self.replicas.weights, strict=True):
                 group["params"] = [weights.master]
         else:
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            self.engine, self.optimizer, _, _ = deepspeed_internals.import_deepspeed().initialize(
                 model=task.module,
                 optimizer=self.adam,
                 config=deepspeed_config(config, micro_batch_size, num_micro_batches),
@@ -234,7 +225,7 @@ class Engine:
                 missing.append(f"{WEIGHTS}/{name}")
                 continue
             # The tensor that the module computes with; under ZeRO, the optimizer has a copy of its part.
-            gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.config.zero_stage == 3)
+            gathered = deepspeed_internals.whole_on_rank_0(parameter) if self.config.zero_stage == 3 else contextlib.nullcontext()
             with gathered, torch.no_grad():
                 parameter.copy_(weights)
             if name in self._frozen:
