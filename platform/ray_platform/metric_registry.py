@@ -137,9 +137,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("seconds", "training time", "min", "duration", is_cost=True),
     Metric("parameters", "parameters", "min", "quantity", is_cost=True),
     Metric("flops", "FLOPs", "min", "quantity", is_cost=True),
-    Metric("flops_a_sample", "FLOPs per sample", "min", "quantity", is_cost=True),
+    Metric("flops_per_sample", "FLOPs per sample", "min", "quantity", is_cost=True),
     Metric("scoring_seconds", "scoring time", "min", "duration", is_cost=True),
-    Metric("drawing_seconds", "image generation time", "min", "duration", is_cost=True),
+    Metric("generation_seconds", "image generation time", "min", "duration", is_cost=True),
 )
 
 _exact: dict[str, Metric] = {}

@@ -110,15 +110,15 @@ def measured(jobs: Sequence[tuple[str, PretrainConfig | None]], smoke: bool, end
 def with_predictions(found: dict[str, Any], config: PretrainConfig) -> dict[str, Any]:
     """Return the measured values together with the values that sizing predicts and assumes."""
     counts, size = count(config), config.train.micro_batch_size
-    rate, plan = size / found["seconds_a_step"], BatchPlan.of(size, 1, size)
+    rate, plan = size / found["seconds_per_step"], BatchPlan.of(size, 1, size)
     result = {"samples_per_second": rate, "tflops_per_second": rate * counts.executed_flops / 1e12} | found
     result["memory_gb_predicted"] = memory(counts, config.train, plan, live=False).total / 1e9
     result["launches"] = launches(counts, config.train, plan)
     peak = peak_flops(torch.device("cuda")) if torch.cuda.is_available() else 0.0
     if peak:
         result["mfu"] = rate * counts.executed_flops / peak
-    if peak and "encode_seconds_a_sample" in found:
-        result["encoder_mfu"] = counts.encoders.flops / found["encode_seconds_a_sample"] / peak
+    if peak and "encode_seconds_per_sample" in found:
+        result["encoder_mfu"] = counts.encoders.flops / found["encode_seconds_per_sample"] / peak
     return result
 
 
@@ -134,8 +134,8 @@ def rounded(value: Any) -> Any:
 def for_sizing(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Return constants for sizing: `mfu` of the setting with the highest, and `launch_us` of steps with few samples."""
     found = {"mfu": max((result.get("mfu", 0.0) for result in results.values()), default=0.0)}
-    for whole in (result for result in results.values() if "host_seconds_a_step" in result):
-        found["launch_us"] = 1e6 * whole["host_seconds_a_step"] / whole["launches"]
+    for whole in (result for result in results.values() if "host_seconds_per_step" in result):
+        found["launch_us"] = 1e6 * whole["host_seconds_per_step"] / whole["launches"]
         found["encoder_mfu"] = whole.get("encoder_mfu", 0.0)
         found["host_copy_gb_per_second"] = whole["checkpoint_gb"] / whole["checkpoint_copy_seconds"]
     return {name: rounded(value) for name, value in found.items() if value}
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         configs = {name: configuration(SETTINGS[name], folder, options.smoke) for name in options.only}
         jobs = [*((name, None) for name in KERNELS), *configs.items()]
         for name, found in measured(jobs, options.smoke, end):
-            results[name] = with_predictions(found, configs[name]) if "seconds_a_step" in found else found
+            results[name] = with_predictions(found, configs[name]) if "seconds_per_step" in found else found
             print(json.dumps({"name": name} | rounded(results[name])), flush=True)
     last = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -195,7 +195,7 @@ def measure_step(config: PretrainConfig, smoke: bool, in_full: bool) -> dict[str
         found["compile_seconds"] = time.perf_counter() - begun
     for _ in range(1 if smoke else 5):
         step()
-    found["seconds_a_step"] = seconds(step, 2 if smoke else 15)
+    found["seconds_per_step"] = seconds(step, 2 if smoke else 15)
     if has_gpu:
         found["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         found["memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
@@ -207,8 +207,8 @@ def _in_full(step: Stepper, smoke: bool) -> dict[str, Any]:
 
     task, engine, rounds = step.task, step.engine, 1 if smoke else 5
     found: dict[str, Any] = {"kernels": top_kernels(step)}
-    found["host_seconds_a_step"] = seconds(step.with_few_samples, rounds)
-    found["encode_seconds_a_sample"] = seconds(lambda: task.inputs(step.pictures[0], engine.device), rounds) / step.size
+    found["host_seconds_per_step"] = seconds(step.with_few_samples, rounds)
+    found["encode_seconds_per_sample"] = seconds(lambda: task.inputs(step.pictures[0], engine.device), rounds) / step.size
     wait()
     begun = time.perf_counter()
     num_bytes = sum(contiguous_on_cpu(tensor).nbytes for _, tensor, _ in engine.local_state())

@@ -51,7 +51,7 @@ def main() -> None:
         finally:
             server.stop()
     speeds = medians(rates, 0)
-    result = {"mb_per_second": speeds, "cpu_seconds_a_gigabyte": medians({n: v[1:] for n, v in cpu_seconds.items()})}
+    result = {"mb_per_second": speeds, "cpu_seconds_per_gigabyte": medians({n: v[1:] for n, v in cpu_seconds.items()})}
     print(json.dumps(result | {"ratio_s3fs_to_pyarrow": round(speeds["s3fs"] / speeds["pyarrow"], 2)}))
 
 

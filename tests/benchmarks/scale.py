@@ -170,7 +170,7 @@ def measure_actors(few: str, many: str, rounds: int, window: float) -> Results:
         actors = Actors(stack, folder)
         in_turns({name: partial(actors.measure, int(name), window) for name in (few, many)}, rounds)
         actors.cpu = {name: {n: values[1:] for n, values in measured.items()} for name, measured in actors.cpu.items()}
-        cpu = {f"cpu_seconds_a_minute_{name}": summarize(measured, few, many, 2) for name, measured in actors.cpu.items()}
+        cpu = {f"cpu_seconds_per_minute_{name}": summarize(measured, few, many, 2) for name, measured in actors.cpu.items()}
         memory = {f"memory_mb_{name}": summarize(measured, few, many, 0) for name, measured in actors.memory.items()}
         return cpu | memory
 

@@ -85,7 +85,7 @@ def main() -> None:
         "mean_kb": {str(side): round(statistics.mean(map(len, c)) / 1e3, 1) for side, c in contents.items()},
         "decode_ms_a_b": [round(1e3 * float(x), 3) for x in np.polyfit(megapixels, list(seconds.values()), 1)[::-1]],
         "upload_mb_per_second": round(rate / 1e6),
-        "upload_cpu_seconds_a_gigabyte": round(cpu, 2),
+        "upload_cpu_seconds_per_gigabyte": round(cpu, 2),
     }
     print(json.dumps(result))
 

@@ -240,7 +240,7 @@ def main() -> None:
     result |= {f"collectives_zero_{stage}": number.collectives for stage, number in enumerate(by_stage)}
     result |= {f"host_waits_zero_{stage}": number.host_waits for stage, number in enumerate(by_stage)}
     result["joint_cost_ratio"] = round(seconds["joint"] / (seconds["generation"] + seconds["alignment"]), 3)
-    result |= {f"seconds_a_step_{name}": round(value, 3) for name, value in seconds.items()}
+    result |= {f"seconds_per_step_{name}": round(value, 3) for name, value in seconds.items()}
     for which, global_batch in (("chunked", 32768), ("chunked", 16384), ("plain", 16384), ("plain", 8192)):
         result[f"contrastive_gb_{which}_{global_batch // 1024}k"] = memory(which, global_batch)
     print(json.dumps(result | {"contrastive_local_batch": LOCAL, "contrastive_width": WIDTH}))

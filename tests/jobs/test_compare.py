@@ -228,8 +228,8 @@ def test_a_real_comparison_that_is_interrupted_after_the_training_of_its_second_
     for figures in (joint, generation):
         assert figures["samples"] == NUM_STEPS * BATCH_SIZE
         assert figures["seconds"] > 0
-        assert figures["flops"] == pytest.approx(figures["flops_a_sample"] * figures["samples"], rel=1e-6)
-    assert all(joint[cost] > generation[cost] for cost in ("flops_a_sample", "parameters"))
+        assert figures["flops"] == pytest.approx(figures["flops_per_sample"] * figures["samples"], rel=1e-6)
+    assert all(joint[cost] > generation[cost] for cost in ("flops_per_sample", "parameters"))
     assert summary["paired"]["fd_joint_minus_generation"]["mean"] == joint["fd"] - generation["fd"]
 
     result = read(config, "runs", "joint_seed0", "result.json")

@@ -71,6 +71,6 @@ def test_the_report_of_an_untrained_model_is_complete_and_at_chance(data, tiny_m
         # 60 images of 60 classes: at chance, 8 or more correct images have a probability of 1e-5.
         assert max(scores[name] for name in ("acc1", "acc1_shuffled_images", "acc1_untrained")) < 8 / 60
         assert scores["num_classes"] == scores["num_images"] == 60
-    assert 0 <= summary["colour"]["share_nearer_to_own"] <= 1
+    assert 0 <= summary["color"]["fraction_nearer_to_own"] <= 1
     assert "heldout_names" in table(summary)
     assert Image.open(summary["grid"]).width > 100

@@ -49,8 +49,8 @@ def test_the_report_has_all_numbers(ray_cluster, shards, capsys):
         "format_version": None,
         "sources": None,
         "shards": dict.fromkeys(("in_source", "inspected", "unusable", "bytes_in_source", "bytes_inspected")),
-        "samples": dict.fromkeys(("inspected", "used", "filtered", "bad", "bad_share", "max_skipped_share", "upscaled")),
-        "rejects": {"image_missing": dict.fromkeys(("samples", "share", "shards_of_unknown_count", "examples", "meaning"))},
+        "samples": dict.fromkeys(("inspected", "used", "filtered", "bad", "bad_fraction", "max_skipped_fraction", "upscaled")),
+        "rejects": {"image_missing": dict.fromkeys(("samples", "fraction", "shards_of_unknown_count", "examples", "meaning"))},
         "shapes": {"16x16": None},
         "histograms": dict.fromkeys(measured, histogram),
         "epoch": dict.fromkeys((
@@ -58,8 +58,8 @@ def test_the_report_has_all_numbers(ray_cluster, shards, capsys):
             "cpus", "samples", "used", "seconds", "samples_per_second",
         )),
     }  # fmt: skip
-    assert summary["samples"] | {"bad_share": 0} == {
-        "inspected": 17, "used": 15, "filtered": 0, "bad": 2, "bad_share": 0, "max_skipped_share": 0.05, "upscaled": 0,
+    assert summary["samples"] | {"bad_fraction": 0} == {
+        "inspected": 17, "used": 15, "filtered": 0, "bad": 2, "bad_fraction": 0, "max_skipped_fraction": 0.05, "upscaled": 0,
     }  # fmt: skip
     # An epoch is estimated for the entire source.
     summary = inspect(parse(arguments(shards, "--max_shards", "1")).config).as_dict()
@@ -73,11 +73,11 @@ def test_the_report_has_all_numbers(ray_cluster, shards, capsys):
 def test_bad_samples_are_an_error_after_the_report_but_filtered_ones_are_not(ray_cluster, shards, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # not used: this process is attached to a cluster
     assert error_of("inspect", *arguments(shards)) == (
-        "error: 2 of 17 samples are bad (image_missing 11.8%), more than data.max_skipped_share = 5.0%; "
-        "a run would stop: correct the shards or raise data.max_skipped_share"
+        "error: 2 of 17 samples are bad (image_missing 11.8%), more than data.max_skipped_fraction = 5.0%; "
+        "a run would stop: correct the shards or raise data.max_skipped_fraction"
     )
     assert (shards.parent / "out" / "inspection.html").exists()
-    assert error_of("inspect", *arguments(shards, "--data.max_skipped_share", "0.2")) is None
+    assert error_of("inspect", *arguments(shards, "--data.max_skipped_fraction", "0.2")) is None
     (shards / "2.tar").write_bytes(tar_of(samples_of(30, 9, size=8)))
     assert error_of("inspect", *arguments(shards, "--data.filters.min_size", "10")) is None
     with pytest.raises(DataError, match="none: no such file or folder"):

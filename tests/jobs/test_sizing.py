@@ -317,10 +317,10 @@ def test_the_benchmark_of_an_accelerator_prints_what_sizing_takes(capsys):
     assert [line["name"] for line in lines] == ["convolution", "attention", "group_norm_silu", "512"]
     assert [(row["head_width"], row["tokens"]) for row in lines[1]["rows"][:4]] == [(40, 16), (40, 17), (64, 16), (64, 17)]
     step = lines[3]
-    assert step["samples_per_second"] == pytest.approx(4 / step["seconds_a_step"], rel=0.01)
+    assert step["samples_per_second"] == pytest.approx(4 / step["seconds_per_step"], rel=0.01)
     assert len(step["kernels"]) == 15
     assert last["skipped"] == []
-    assert last["sizing"]["launch_us"] == pytest.approx(1e6 * step["host_seconds_a_step"] / step["launches"], rel=0.01)
+    assert last["sizing"]["launch_us"] == pytest.approx(1e6 * step["host_seconds_per_step"] / step["launches"], rel=0.01)
     parse_arguments(["--constants", json.dumps(last["sizing"])])
 
 

@@ -255,7 +255,7 @@ def stalled(rank):
         meter.add({"loss": torch.tensor([6.0, 2.0])}, captions=["a b", "c"], waited=1.5, worked=1.5)
     meter.stalled += 1 + 2 * rank
     metrics = meter.reduce(torch.device("cpu"))
-    return [round(metrics[name], 4) for name in ("train/share_stalled", "data/share_waiting", "loss")] + [meter.stalled]
+    return [round(metrics[name], 4) for name in ("train/stalled_fraction", "data/waiting_fraction", "loss")] + [meter.stalled]
 
 
 def test_what_stalls_a_run_is_a_fraction_of_its_own(two_ranks):

@@ -240,7 +240,7 @@ def test_a_task_that_cannot_be_built_is_not_tried_again(error):
 
 
 def test_the_progress_line_shows_what_stalls():
-    metrics = {"train/loss": 1.0, "train/loss_alignment": 2.5, "train/samples_per_second": 113.4, "data/share_waiting": 0.02}
-    line = progress_line(3, 9, metrics | {"train/share_stalled": 0.034, "train/seconds_left": 61.0})
+    metrics = {"train/loss": 1.0, "train/loss_alignment": 2.5, "train/samples_per_second": 113.4, "data/waiting_fraction": 0.02}
+    line = progress_line(3, 9, metrics | {"train/stalled_fraction": 0.034, "train/seconds_left": 61.0})
     assert line == "step 3/9  loss_alignment 2.500  113 samples/s  waiting for data 2%  stalled 3%  left 1:01"
-    assert "stalled" not in progress_line(3, 9, metrics | {"train/share_stalled": 0.009})
+    assert "stalled" not in progress_line(3, 9, metrics | {"train/stalled_fraction": 0.009})

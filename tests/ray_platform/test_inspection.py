@@ -97,7 +97,7 @@ def test_a_known_mixture_is_counted_exactly(mixture):
     }  # fmt: skip
     samples, bad = summary.samples, 10 + 3 * lost - cut
     assert (samples.used, samples.filtered, samples.bad) == (30 + cut, 2, bad)
-    assert samples.bad_share == bad / (30 + cut + bad)
+    assert samples.bad_fraction == bad / (30 + cut + bad)
     assert summary.verdict.startswith(
         f"{bad} of {30 + cut + bad} samples are bad (shard_empty {lost / (30 + cut + bad):.1%}, shard_not"
     )

@@ -90,7 +90,7 @@ class Run:
     def __init__(self, catalog: Catalog, interleave: int, batch_size: int, reads_per_rank: int = 2):
         self.catalog, self.batch_size = catalog, batch_size
         sources = tuple(f"source {pool}" for pool in range(len(catalog.pools)))
-        fields = {"image_size": 1, "interleave": interleave, "reads_per_rank": reads_per_rank, "max_skipped_share": 0.9}
+        fields = {"image_size": 1, "interleave": interleave, "reads_per_rank": reads_per_rank, "max_skipped_fraction": 0.9}
         self.config = DataConfig(sources=sources, weights=catalog.weights, **fields)
         self.base = Ledger(catalog.num_units)
         self.consumed = self.base.copy()

@@ -130,7 +130,7 @@ def test_bad_samples_are_counted_and_too_many_end_it(tmp_path):
     manifest = manifest_of(tmp_path / "out")
     assert (manifest["samples"], manifest["rejected"]) == (120, {"image_undecodable": 1})
     with pytest.raises(DataError, match=r"precompute had to skip .*image_undecodable"):
-        run(folder, tmp_path / "other", encoders(), max_skipped_share=0.001)
+        run(folder, tmp_path / "other", encoders(), max_skipped_fraction=0.001)
     write_shards(folder, {"0.tar": b"garbage", "1.tar": b"garbage"})
     with pytest.raises(DataError, match="no sample can be used"):
         run(folder, tmp_path / "none", encoders())
@@ -139,7 +139,7 @@ def test_bad_samples_are_counted_and_too_many_end_it(tmp_path):
 @pytest.mark.slow
 def test_a_lost_shard_is_tried_again_by_the_next_run(tmp_path):
     folder = write_shards(tmp_path / "data", {f"{number}.tar": samples_of(10 * number, 10) for number in range(3)})
-    config = DataConfig(sources=(str(folder),), image_size=16, max_skipped_share=0.5)
+    config = DataConfig(sources=(str(folder),), image_size=16, max_skipped_fraction=0.5)
     catalog = build_catalog(config)
     hidden = (folder / "1.tar").rename(tmp_path / "hidden")
     list(precompute(catalog, config, encoders(), str(tmp_path / "out")))

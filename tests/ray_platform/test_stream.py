@@ -100,7 +100,7 @@ def test_a_stream_resumes_with_the_very_same_bytes(write, fields, batch_size):
         for n in range(60)
     ]
     shards = {f"{s}.tar": [member for sample in samples[s::4] for member in sample] for s in range(4)}
-    catalog, config = write(shards, max_skipped_share=0.5, **fields)
+    catalog, config = write(shards, max_skipped_fraction=0.5, **fields)
     whole = without_ray(catalog, config, reader_of(catalog), batch_size=batch_size, num_batches=25)
     for done in (1, 8, 24):
         reader = reader_of(catalog, consumed=Ledger.from_bytes(after(catalog, whole[:done]).to_bytes()))
@@ -136,7 +136,7 @@ def test_rejects_are_counted_as_of_the_batch_and_shown_by_key(write, caplog):
     members = samples_of(0, 40)
     members[1] = ("00000.txt", b"")
     members[20] = ("00010.png", b"no image")
-    catalog, config = write({"a.tar": members}, max_skipped_share=0.5)
+    catalog, config = write({"a.tar": members}, max_skipped_fraction=0.5)
     with caplog.at_level(logging.WARNING):
         batches = without_ray(catalog, config, reader_of(catalog), batch_size=2, num_batches=190)
     assert "a.tar/00000: caption_empty" in caplog.text
@@ -152,7 +152,7 @@ def test_rejects_are_counted_as_of_the_batch_and_shown_by_key(write, caplog):
 
 def test_filtered_samples_are_counted_but_are_not_bad(write):
     members = [*samples_of(0, 60), *samples_of(60, 60, size=20)]
-    catalog, config = write({"a.tar": members}, filters=FilterConfig(min_size=20), max_skipped_share=0.0)
+    catalog, config = write({"a.tar": members}, filters=FilterConfig(min_size=20), max_skipped_fraction=0.0)
     (batch,) = without_ray(catalog, config, reader_of(catalog), batch_size=60, num_batches=1)
     assert set(batch.captions) == {f"sample {n}" for n in range(60, 120)}
     assert batch.skipped.keys() == {"filtered_size"}
@@ -184,7 +184,7 @@ def check(catalog, config, world_size=1, batch_size=10, max_epochs=1.0, past=())
         steps, good = steps + 1, good + world_size * batch_size
         skipped = add_counts(*(batch.skipped for batch in batches), dict(past))
         epoch_samples = sum(batch.epoch_samples for batch in batches) / world_size
-        check_skipped("the run", skipped, good, epoch_samples, config.max_skipped_share, batches[0].skip_details)
+        check_skipped("the run", skipped, good, epoch_samples, config.max_skipped_fraction, batches[0].skip_details)
         if good + sum(skipped.values()) >= max_epochs * epoch_samples:
             return skipped
 
@@ -193,12 +193,12 @@ def test_too_many_rejects_stop_the_run(write):
     members = samples_of(0, 150)
     for number in range(0, 300, 30):
         members[number] = (members[number][0], b"no image")
-    catalog, strict = write({"a.tar": members, "b.tar": samples_of(200, 150)}, max_skipped_share=0.02)
+    catalog, strict = write({"a.tar": members, "b.tar": samples_of(200, 150)}, max_skipped_fraction=0.02)
     with pytest.raises(
-        DataError, match=r"had to skip [78] of 300 samples \(image_undecodable 2.\d%\), more than data.max_skipped_share"
+        DataError, match=r"had to skip [78] of 300 samples \(image_undecodable 2.\d%\), more than data.max_skipped_fraction"
     ):
         check(catalog, strict)
-    assert check(catalog, config_of(strict.sources[0], max_skipped_share=0.1))["image_undecodable"] > 6
+    assert check(catalog, config_of(strict.sources[0], max_skipped_fraction=0.1))["image_undecodable"] > 6
 
 
 def test_data_without_a_good_sample_ends_the_run(write):
@@ -208,12 +208,12 @@ def test_data_without_a_good_sample_ends_the_run(write):
     check_message("11 shards in a row without a good sample", raised.value)
     # Where nearly everything may be lost, a longer sequence of losses is a coincidence.
     shards = {f"{n:03}.tar": samples_of(n, 1) if n % 30 == 0 else b"" for n in range(90)}
-    catalog, config = write(shards, max_skipped_share=0.98)
+    catalog, config = write(shards, max_skipped_fraction=0.98)
     assert without_ray(catalog, config, reader_of(catalog), batch_size=1, num_batches=6)[-1].skipped["shard_empty"] > 50
 
 
 def test_a_lost_shard_counts_for_its_samples_and_is_consumed(write, caplog):
-    catalog, config = write({f"{n}.tar": samples_of(100 * n, 20) for n in range(6)}, max_skipped_share=0.3)
+    catalog, config = write({f"{n}.tar": samples_of(100 * n, 20) for n in range(6)}, max_skipped_fraction=0.3)
     last_read = next(groups(catalog, reader_of(catalog), 6, 1)).items[-1].unit.shard
     Path(last_read.url).unlink()
     batches = without_ray(catalog, config, reader_of(catalog), batch_size=51, num_batches=2)

@@ -69,7 +69,7 @@ def expected() -> Counter[str]:
 
 
 def test_a_stream_continues_past_all_hostile_shards(shards, expected):
-    config = DataConfig(sources=(str(shards),), image_size=16, max_skipped_share=0.9)
+    config = DataConfig(sources=(str(shards),), image_size=16, max_skipped_fraction=0.9)
     catalog = build_catalog(config)
     batches = without_ray(catalog, config, reader_of(catalog), batch_size=1, num_batches=expected["used"])
     assert {batch.tensors["image"].shape for batch in batches} == {(1, 16, 16, 3)}

@@ -82,7 +82,7 @@ def zero_shot_result(name: str, model: str) -> dict[str, Any]:
     if name == "food101":
         classes[7] |= {"count": 0, "recall": None}
     examples = [{"key": f"0.tar/s{i:07d}", "jpeg": picture(i)} for i in range(3)]
-    confusions = [{"true": names[i], "predicted": names[i + 1], "count": 9, "share": 0.3 / (i + 1), "examples": examples}
+    confusions = [{"true": names[i], "predicted": names[i + 1], "count": 9, "fraction": 0.3 / (i + 1), "examples": examples}
                   for i in range(3)]  # fmt: skip
     metrics = {"acc1": main - 0.004, "acc5": min(0.999, main + 0.25), "mean_per_class_recall": main - 0.007, main_metric: main}
     return {

@@ -15,6 +15,7 @@ from diffdis.image_grid import image_grid
 from diffdis_platform.comparison.summary import CLAIM, ComparisonPlan, ComparisonSummary, Fields, Results, RunFigures, summarize
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.evaluate import QualityConfig
+from diffdis_platform.config.parse import with_current_names
 from diffdis_platform.evaluation.datasets import open_sets
 from diffdis_platform.evaluation.headline import headline
 from diffdis_platform.evaluation.quality import images_dir, read_prompts, stored_samples
@@ -41,7 +42,9 @@ from ray_platform.train.worker_spec import SUMMARY as TRAINING_SUMMARY
 logger = logging.getLogger(__name__)
 
 NUM_SAMPLES = 32  # images per arm in the report
-COMPARISON_FORMAT = FileFormat("comparison result")
+COMPARISON_FORMAT = FileFormat(
+    "comparison result", renamed={"flops_a_sample": "flops_per_sample", "drawing_seconds": "generation_seconds"}
+)
 REPORT, SUMMARY, RESULT = "report.html", "summary.json", "result.json"
 # Fields that no result depends on, or that name files whose digests are in the identity instead.
 _NOT_IN_IDENTITY = (
@@ -211,13 +214,13 @@ def _costs(manifest: checkpoint_format.Manifest, details: EvaluationDetails) -> 
         "samples": manifest.samples_seen,
         "seconds": round(manifest.samples_seen / metrics["train/samples_per_second_mean"], 1),
         "parameters": sum(part["trained"] for part in parts.values()),
-        "flops_a_sample": round(flops),
+        "flops_per_sample": round(flops),
         "flops": round(flops * manifest.samples_seen),
     }
     if scored := [*details["zero_shot"], *details["retrieval"]]:
         costs["scoring_seconds"] = round(sum(entry["seconds"] for entry in scored), 1)
     if details["quality"]:
-        costs["drawing_seconds"] = round(sum(entry["seconds"] for entry in details["quality"]), 1)
+        costs["generation_seconds"] = round(sum(entry["seconds"] for entry in details["quality"]), 1)
     return costs
 
 
@@ -260,8 +263,8 @@ def _quality_digests(config: QualityConfig) -> dict[str, str]:
 
 
 def _with_new_fields(identity: Fields) -> Fields:
-    """Return an identity that earlier code wrote, with the defaults of the fields that were added since."""
-    filled = with_defaults(identity, _shared_fields(CompareConfig()))
+    """Return an identity that earlier code wrote, with today's names and the defaults of the fields that were added since."""
+    filled = with_defaults(with_current_names(identity), _shared_fields(CompareConfig()))
     model = filled["pretrain"]["model"]
     if gamma := model["schedule"]["gamma"]:  # its deprecated name
         model["schedule"] |= {"gamma": 0.0, "query_snr": gamma * model["text_encoder"]["embedding_dim"] ** 0.5}
@@ -279,7 +282,7 @@ def _read_summary(config: CompareConfig, identity: Fields) -> tuple[dict[str, Fi
         config_of_all = dict(summary["config"])
         fields = config_of_all.pop("arms")
         saved = _with_new_fields(config_of_all)
-        results = {arm: {int(seed): run for seed, run in entry["seeds"].items()} for arm, entry in summary["arms"].items()}
+        results = {arm: {int(s): _with_current_names(run) for s, run in e["seeds"].items()} for arm, e in summary["arms"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"output_dir: {url} is not a summary of a comparison ({error}); remove it") from None
     if difference := first_difference(saved, identity):
@@ -299,7 +302,11 @@ def _read_result(config: CompareConfig, identity: Fields, arm: str, seed: int) -
     result = storage.read_json(url)
     COMPARISON_FORMAT.check_version(result, url)
     is_same = result["fields"] == config.fields_of(arm) and _with_new_fields(result["config"]) == identity
-    return result["figures"] if is_same else None
+    return _with_current_names(result["figures"]) if is_same else None
+
+
+def _with_current_names(figures: RunFigures) -> RunFigures:
+    return {COMPARISON_FORMAT.renamed.get(name, name): value for name, value in figures.items()}
 
 
 # --- The report -----------------------------------------------------------------------------------------------------------------

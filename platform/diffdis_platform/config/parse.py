@@ -9,6 +9,7 @@ import os
 import re
 import types
 import typing
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ Recipes = Mapping[str, Callable[..., Config]]
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FORMAT = FileFormat("configuration")
+CONFIG_FORMAT = FileFormat("configuration", renamed={"data.max_skipped_share": "data.max_skipped_fraction"})
 MAX_CONFIG_BYTES = 2**20
 MAX_CONFIG_VALUES = 100_000  # with YAML aliases expanded
 _S3_CREDENTIALS = re.compile(r"s3a?://[^/]*@")
@@ -150,6 +151,25 @@ def field_types(config_class: type, prefix: str = "") -> FieldTypes:
     return found
 
 
+def current_name(name: str) -> str:
+    """Return today's name of a field, given its dotted name. A former name is deprecated."""
+    for former, current in CONFIG_FORMAT.renamed.items():
+        if f".{name}".endswith(f".{former}"):
+            warnings.warn(f"{former} is deprecated; use {current}", DeprecationWarning, stacklevel=2)
+            return name.removesuffix(former) + current
+    return name
+
+
+def with_current_names(values: JsonObject, prefix: str = "") -> JsonObject:
+    """Return a configuration with nested sections under today's names of its fields."""
+    return {
+        current_name(f"{prefix}{key}").removeprefix(prefix): (
+            with_current_names(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        )
+        for key, value in values.items()
+    }
+
+
 def is_list(kind: Any) -> bool:
     """Return whether `kind` is a tuple of any length."""
     return typing.get_origin(kind) is tuple and typing.get_args(kind)[-1] is Ellipsis
@@ -186,7 +206,7 @@ def _normalize(arguments: Sequence[str], fields: FieldTypes, options: set[str]) 
     while rest:
         argument = rest.pop(0)
         flag, equals, value = argument.partition("=")
-        name = flag.removeprefix("--").rstrip("+")
+        name = current_name(flag.removeprefix("--").rstrip("+"))
         if not flag.startswith("--") or flag in options:
             result.append(argument)
             if flag in ("--config", "--recipe") and not equals and rest:
@@ -198,7 +218,7 @@ def _normalize(arguments: Sequence[str], fields: FieldTypes, options: set[str]) 
             values = [value] if equals else []
             while not equals and rest and not rest[0].startswith("--"):
                 values.append(rest.pop(0))
-            result += _field_argument(flag, fields[name], values)
+            result += _field_argument(f"--{name}{'+' * flag.endswith('+')}", fields[name], values)
     return result
 
 
@@ -257,7 +277,7 @@ def read_saved(values: JsonObject, fields: FieldTypes, url: str, options: Collec
                 unknown.append(name)
         return result
 
-    current = known(values, "")
+    current = known(with_current_names(values), "")
     if unknown:
         logger.warning("%s: ignoring fields that no longer exist: %s", url, ", ".join(unknown)[:200])
     return current
@@ -270,10 +290,11 @@ def _read_config_files(arguments: Sequence[str], fields: FieldTypes, options: se
         path = argument if previous == "--config" else argument.partition("=")[2] if argument.startswith("--config=") else ""
         if path:
             values = _read_config_file(Path(path))
-            # Only this parser writes options, such as `recipe`, to a file, and since then also the version.
-            if isinstance(values, dict) and (VERSION_KEY in values or values.keys() & options):
-                saved = read_saved(values, fields, path, options)
-                argument = argument.removesuffix(path) + yaml.safe_dump(saved, sort_keys=False)
+            if isinstance(values, dict):
+                # Only this parser writes options, such as `recipe`, to a file, and since then also the version.
+                is_saved = VERSION_KEY in values or values.keys() & options
+                current = read_saved(values, fields, path, options) if is_saved else with_current_names(values)
+                argument = argument.removesuffix(path) + yaml.safe_dump(current, sort_keys=False)
         result.append(argument)
     return result
 

@@ -77,7 +77,7 @@ def write_report(output: Path, data: Path, captions: tuple[str, ...]) -> DemoSum
         **{name: {end: training[end][name] for end in ("first", "last")} for name in ("loss_generation", "loss_alignment")},
         "skipped": training["skipped"],
         "zero_shot": scores,
-        "colour": color_agreement(images[len(captions) :], random_captions, sets["heldout_style"]),
+        "color": color_agreement(images[len(captions) :], random_captions, sets["heldout_style"]),
         "mlflow": json.loads((output / "mlflow.json").read_text()),
         "export_dir": training["export_dir"],
         "grid": str(output / "grid.png"),
@@ -146,7 +146,7 @@ def color_agreement(images: Sequence[Image.Image], captions: Sequence[str], real
     return {
         "distance_to_own_caption": float(own.mean()),
         "distance_to_random_caption": float(others.mean()),
-        "share_nearer_to_own": float((own[:, None] < others).mean()),
+        "fraction_nearer_to_own": float((own[:, None] < others).mean()),
         "num_captions": len(captions),
     }
 
@@ -156,7 +156,7 @@ def _track(output: Path, summary: DemoSummary) -> None:
     run = summary["mlflow"]
     scores = {f"zero_shot/{s}/{name}": v for s, values in summary["zero_shot"].items() for name, v in values.items()}
     with start_run(TrackingConfig(run["tracking_uri"], run["experiment"]), str(output), resume=True) as tracker:
-        tracker.log_metrics(scores | {f"colour/{n}": v for n, v in summary["colour"].items()}, summary["num_steps"])
+        tracker.log_metrics(scores | {f"color/{n}": v for n, v in summary["color"].items()}, summary["num_steps"])
         tracker.log_bytes((output / "grid.png").read_bytes(), "grid.png")
 
 
@@ -168,7 +168,7 @@ def table(summary: DemoSummary) -> str:
         counts = [str(s["num_classes"]), str(s["num_images"])]
         rows.append([split, f"{s['acc1']:.2%}", f"{s['acc1'] / s['chance']:.1f}", f"{s['acc5']:.2%}", *controls, *counts])
     losses = [(name, summary[name]) for name in ("loss_generation", "loss_alignment")]
-    color = summary["colour"]
+    color = summary["color"]
     return "\n".join(
         [
             f"{summary['num_samples_seen']} samples in {summary['seconds_training']:.0f} s "
@@ -177,7 +177,7 @@ def table(summary: DemoSummary) -> str:
             "",
             render_table(rows),
             "",
-            f"mean colour: {color['distance_to_own_caption']:.1f} from the caption's own drawing, "
+            f"mean color: {color['distance_to_own_caption']:.1f} from the icon of the caption, "
             f"{color['distance_to_random_caption']:.1f} from another caption's",
             f"grid of generated images: {summary['grid']}",
             f"exported model: {summary['export_dir']}",

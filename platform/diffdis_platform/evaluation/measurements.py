@@ -272,7 +272,7 @@ class ZeroShotMeasurement(SetMeasurement):
                     "true": classes[true],
                     "predicted": classes[other],
                     "count": count,
-                    "share": count / int(scores.confusion[true].sum()),
+                    "fraction": count / int(scores.confusion[true].sum()),
                     "examples": [{"key": str(key)} for key in examples],
                 }
             )

@@ -142,7 +142,7 @@ class SkipCounter:
 
     reader: str  # for messages, such as "rank 3"
     size: SourceSize
-    max_skipped_share: float
+    max_skipped_fraction: float
     num_good: int = 0
     skipped: Counter[str] = field(default_factory=Counter)  # cause -> samples
     details: dict[str, str] = field(default_factory=dict)  # cause -> the latest detail
@@ -189,7 +189,7 @@ class SkipCounter:
             more += "; further ones are only counted" if self._num_rejects[cause] == _SHOWN_REJECTS else ""
             logger.warning("%s skips %s: %s%s", self.reader, key, cause, more)
         self._bad_in_a_row.add(unit[:3])
-        if len(self._bad_in_a_row) > _max_in_a_row(self.max_skipped_share):
+        if len(self._bad_in_a_row) > _max_in_a_row(self.max_skipped_fraction):
             raise DataError(
                 f"{self.reader} found no good sample in {len(self._bad_in_a_row)} shards in a row, up to {key}: {cause}, "
                 f"{detail or BAD_DATA[cause]}; check storage and these shards, then resume with --resume auto"
@@ -213,21 +213,21 @@ class SkipCounter:
         return max(1, round(self._samples_per_unit) - (unit.total - 1)) if self._num_units else 1
 
 
-def _max_in_a_row(max_skipped_share: float) -> int:
+def _max_in_a_row(max_skipped_fraction: float) -> int:
     """Return how many shards in a row may have no good sample. At the allowed fraction, more are rarer than 1 in a million."""
-    return max(10, math.ceil(6 / -math.log10(max_skipped_share))) if max_skipped_share else 10
+    return max(10, math.ceil(6 / -math.log10(max_skipped_fraction))) if max_skipped_fraction else 10
 
 
 def num_bad(skipped: Mapping[str, int]) -> int:
     return sum(count for cause, count in skipped.items() if not is_filtered(cause))
 
 
-def is_too_bad(bad: float, good: float, epoch_samples: float, max_skipped_share: float) -> bool:
+def is_too_bad(bad: float, good: float, epoch_samples: float, max_skipped_fraction: float) -> bool:
     """Return whether too many samples are bad: of those that were read so far, or of an epoch if that is more.
 
     So a shard that is lost early weighs as much as one that is lost late.
     """
-    return bad > max_skipped_share * max(bad + good, epoch_samples, _ENOUGH_SAMPLES)
+    return bad > max_skipped_fraction * max(bad + good, epoch_samples, _ENOUGH_SAMPLES)
 
 
 def check_skipped(
@@ -235,12 +235,12 @@ def check_skipped(
     skipped: Mapping[str, int],
     good: int,
     epoch_samples: float,
-    max_skipped_share: float,
+    max_skipped_fraction: float,
     details: Mapping[str, str],
 ) -> None:
     """Raise DataError if too many samples are bad, with the causes, and the detail or the remedy for the most frequent one."""
     bad = num_bad(skipped)
-    if not is_too_bad(bad, good, epoch_samples, max_skipped_share):
+    if not is_too_bad(bad, good, epoch_samples, max_skipped_fraction):
         return
     total = max(bad + good, round(epoch_samples))
     counts = Counter({cause: count for cause, count in skipped.items() if not is_filtered(cause)}).most_common()
@@ -248,6 +248,6 @@ def check_skipped(
     worst = counts[0][0]
     remedy = details.get(worst) or f"{BAD_DATA[worst]}; correct the shards (the warnings name some)"
     raise DataError(
-        f"{reader} had to skip {bad} of {total} samples ({causes}), more than data.max_skipped_share = {max_skipped_share:.1%}; "
-        f"{worst}: {remedy} or raise data.max_skipped_share"
+        f"{reader} had to skip {bad} of {total} samples ({causes}), more than data.max_skipped_fraction = "
+        f"{max_skipped_fraction:.1%}; {worst}: {remedy} or raise data.max_skipped_fraction"
     )

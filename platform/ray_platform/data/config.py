@@ -32,7 +32,7 @@ class DataConfig:
     clean_captions: bool = False
     """Clean captions: undo HTML, drop tags and control characters, collapse white space."""
     filters: FilterConfig = field(default_factory=FilterConfig)
-    max_skipped_share: float = 0.05
+    max_skipped_fraction: float = 0.05
     """Maximum fraction of bad samples. A run that has to skip more stops."""
     reads_per_rank: int = 2
     """Concurrent read tasks per rank; at least one for each of data.weights. They need CPUs in addition to the workers'."""
@@ -71,9 +71,9 @@ class DataConfig:
                 raise ConfigError(f"data.{name}: {getattr(self, name)} is below 1; give a positive number")
         if any(not 0.1 <= ratio <= 10 for ratio in self.aspect_ratios):
             raise ConfigError("data.aspect_ratios: a ratio is width / height, from 0.1 to 10")
-        if not 0 <= self.max_skipped_share < 1:
+        if not 0 <= self.max_skipped_fraction < 1:
             raise ConfigError(
-                f"data.max_skipped_share: {self.max_skipped_share} is not from 0 to below 1; give a fraction such as 0.05"
+                f"data.max_skipped_fraction: {self.max_skipped_fraction} is not from 0 to below 1; give a fraction such as 0.05"
             )
         if self.cpus_per_read < 0 or self.retry_seconds < 0:
             raise ConfigError("data.cpus_per_read, data.retry_seconds: a value is negative; give 0 or more")

@@ -106,7 +106,7 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: EncoderPool, outp
     """Encode what is not complete yet, and write the manifest at the end. Yields the progress after every unit. Needs Ray.
 
     Raises ConfigError if the encoders do not fit on the cluster, and DataError if `output_dir` contains something else, a shard
-    changed, or more than `max_skipped_share` of the samples were skipped.
+    changed, or more than `max_skipped_fraction` of the samples were skipped.
     """
     check_cluster(encoders, config.placement)
     settings = {name: asdict(config)[name] for name in precomputed.SETTINGS}
@@ -118,13 +118,15 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: EncoderPool, outp
         one, other, *_ = (unit.shard.url for unit in units if stem(unit) == name)
         raise DataError(f"{other}: its precomputed files would have the same names as those of {one}; rename one")
     progress = _resume(output_dir, manifest, stems)
-    skips, started = SkipCounter("precompute", catalog.size, config.max_skipped_share), time.perf_counter()
+    skips, started = SkipCounter("precompute", catalog.size, config.max_skipped_fraction), time.perf_counter()
     left = {number: unit for number, unit in enumerate(units) if number not in progress}
     for record in _records(left, stems, config, encoders, output_dir):
         number = record.unit.unit
         unit = progress.setdefault(number, UnitProgress())
         unit.add(record, skips)
-        check_skipped("precompute", skips.skipped, skips.num_good, skips.epoch_samples, config.max_skipped_share, skips.details)
+        check_skipped(
+            "precompute", skips.skipped, skips.num_good, skips.epoch_samples, config.max_skipped_fraction, skips.details
+        )
         if unit.is_complete:
             if not unit.is_lost:
                 content = json.dumps({"shards": unit.shards, "rejected": unit.rejected}).encode()

@@ -105,7 +105,7 @@ class Batcher:
     def __init__(self, batch_size: int, catalog: Catalog, config: DataConfig, reader: Reader):
         self.batch_size, self.num_units = batch_size, catalog.num_units
         self.pool_names = config.sources if config.weights else ("data.sources",)
-        self.skips = SkipCounter(f"rank {reader.rank}", catalog.size, config.max_skipped_share)
+        self.skips = SkipCounter(f"rank {reader.rank}", catalog.size, config.max_skipped_fraction)
         self.mixture = Mixture(catalog.weights, reader.mixture)
         self._passed: list[ReadSample] = []  # skipped since the last batch
 

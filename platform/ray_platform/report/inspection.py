@@ -38,8 +38,8 @@ class SampleCounts:
     used: int
     filtered: int
     bad: int
-    bad_share: float  # of the used and the bad samples, as a run counts it
-    max_skipped_share: float
+    bad_fraction: float  # of the used and the bad samples, as a run counts it
+    max_skipped_fraction: float
     upscaled: int  # used images smaller than training asks for
 
 
@@ -48,7 +48,7 @@ class CauseCounts:
     """The samples that one cause rejects."""
 
     samples: int
-    share: float  # of all inspected samples
+    fraction: float  # of all inspected samples
     shards_of_unknown_count: int  # lost shards whose number of samples is an estimate
     examples: list[str]  # keys
     meaning: str
@@ -95,13 +95,13 @@ class InspectionSummary:
             return (
                 f"none of the {samples.inspected:,} inspected samples can be used ({causes}); correct the shards or the filters"
             )
-        if samples.bad_share <= samples.max_skipped_share:
+        if samples.bad_fraction <= samples.max_skipped_fraction:
             return ""
         seen = samples.used + samples.bad
         causes = ", ".join(f"{cause} {c.samples / seen:.1%}" for cause, c in self.rejects.items() if not is_filtered(cause))
         return (
-            f"{samples.bad:,} of {seen:,} samples are bad ({causes}), more than data.max_skipped_share = "
-            f"{samples.max_skipped_share:.1%}; a run would stop: correct the shards or raise data.max_skipped_share"
+            f"{samples.bad:,} of {seen:,} samples are bad ({causes}), more than data.max_skipped_fraction = "
+            f"{samples.max_skipped_fraction:.1%}; a run would stop: correct the shards or raise data.max_skipped_fraction"
         )
 
     @property
@@ -127,8 +127,8 @@ class InspectionSummary:
             counts.append([*row, ", ".join(causes) if name != "used" else ""])
         lines = [f"{shards.inspected:,} of {shards.in_source:,} shards inspected, {bytes_read}", "", render_table(counts)]
         if samples.upscaled:
-            share = samples.upscaled / samples.used
-            lines.append(f"scaled up: {samples.upscaled:,} of the used images ({share:.1%}), smaller than training asks for")
+            fraction = samples.upscaled / samples.used
+            lines.append(f"scaled up: {samples.upscaled:,} of the used images ({fraction:.1%}), smaller than training asks for")
         if shards.unusable:
             lines.append(f"shards without a usable sample: {shards.unusable:,}")
         if len(self.shapes) > 1:
@@ -168,11 +168,11 @@ def summarize(catalog: Catalog, config: DataConfig, statistics: Statistics, cpus
         seconds=seconds,
         samples_per_second=samples / max(1e-9, seconds),
     )
-    bad_share = bad / max(1, of.used + bad)
+    bad_fraction = bad / max(1, of.used + bad)
     return InspectionSummary(
         list(config.sources),
         ShardCounts(sum(catalog.num_units), of.units, of.unusable_units, catalog.num_bytes, of.num_bytes),
-        SampleCounts(inspected, of.used, filtered, bad, bad_share, config.max_skipped_share, of.upscaled),
+        SampleCounts(inspected, of.used, filtered, bad, bad_fraction, config.max_skipped_fraction, of.upscaled),
         rejects,
         {f"{width}x{height}": count for (height, width), count in sorted(of.shapes.items())},
         {n: replace(h, p10=h.quantile(0.1), p50=h.quantile(0.5), p90=h.quantile(0.9)) for n, h in of.histograms.items()},

@@ -111,7 +111,7 @@ class Confusion(TypedDict):
     true: str
     predicted: str
     count: int
-    share: float  # of the images of class `true`
+    fraction: float  # of the images of class `true`
     examples: Sequence[ExampleImage]
 
 

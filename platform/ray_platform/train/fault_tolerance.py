@@ -299,9 +299,9 @@ def progress_line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
     names = [name for name in sorted(metrics, reverse=True) if name.startswith("train/loss_")]
     losses = "  ".join(f"{name.removeprefix('train/')} {metrics[name]:.3f}" for name in names)
     minutes, seconds = divmod(int(metrics.get("train/seconds_left", 0)), 60)
-    stalled = metrics.get("train/share_stalled", 0)
+    stalled = metrics.get("train/stalled_fraction", 0)
     return (
         f"step {step}/{num_steps}  {losses}  {metrics.get('train/samples_per_second', 0):.0f} samples/s  "
-        f"waiting for data {metrics.get('data/share_waiting', 0):.0%}  "
+        f"waiting for data {metrics.get('data/waiting_fraction', 0):.0%}  "
         f"{f'stalled {stalled:.0%}  ' if stalled >= 0.01 else ''}left {minutes}:{seconds:02d}"
     )

@@ -79,9 +79,9 @@ class ThroughputMeter:
         self.total_samples, self.total_seconds = self.total_samples + samples, self.total_seconds + seconds
         metrics["train/samples_per_second"] = samples / seconds
         metrics["train/samples_per_second_mean"] = self.total_samples / self.total_seconds
-        metrics["train/seconds_a_step"] = seconds / self.steps
-        metrics["data/share_waiting"] = waited / seconds
-        metrics["train/share_stalled"] = stalled / (seconds + stalled)  # by checkpoints, scores and previews
+        metrics["train/seconds_per_step"] = seconds / self.steps
+        metrics["data/waiting_fraction"] = waited / seconds
+        metrics["train/stalled_fraction"] = stalled / (seconds + stalled)  # by checkpoints, scores and previews
         rate = self.flops_per_step * self.steps / seconds  # of one rank
         metrics["train/flops_per_second"] = rate * world_size
         if peak := peak_flops(device):

@@ -191,7 +191,7 @@ class Trainer:
     @collective
     def _check_skipped(self, status: StepStatus) -> None:
         """Raise DataError on every rank if too many samples are bad: of all ranks, since the run started."""
-        expected, limit = status.epoch_samples, self.spec.data.max_skipped_share
+        expected, limit = status.epoch_samples, self.spec.data.max_skipped_fraction
         if is_too_bad(status.num_bad, self.samples_seen, expected, limit):
             details = dict(chain.from_iterable(details.items() for details in gather_objects(self.skip_details)))
             check_skipped("the run", self._gather_skipped(), self.samples_seen, expected, limit, details)
@@ -262,7 +262,7 @@ class Trainer:
                 metrics["data/spilled_bytes"] = spilled_bytes()
                 metrics["data/epochs_complete"] = float(min(self.start.consumed.first_epoch))
             metrics["train/samples_seen"] = float(self.samples_seen)
-            metrics["train/seconds_left"] = metrics["train/seconds_a_step"] * (self.config.last_step - self.step)
+            metrics["train/seconds_left"] = metrics["train/seconds_per_step"] * (self.config.last_step - self.step)
         self._log_metrics(metrics | {"train/bad_steps": float(self.loss_monitor.history.num_bad)})
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
