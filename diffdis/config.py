@@ -205,7 +205,8 @@ class ObjectiveConfig:
     lambda_alignment: float = 1.0  # [P]
     """Weight of the alignment loss: L = L_generation + lambda * L_alignment."""
     alignment_loss: str = "infonce"  # [P]
-    """Loss of the alignment, an entry of diffdis.losses.ALIGNMENT_LOSSES. infonce is the paper's."""
+    """Loss of the alignment: infonce (the paper's), siglip (with temperature 0.1) or another entry of
+    diffdis.losses.ALIGNMENT_LOSSES."""
     caption_dropout: float = 0.1
     """Fraction of captions that are replaced by the empty one, for classifier-free guidance."""
     query_timestep_min: int = 0

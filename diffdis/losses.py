@@ -1,7 +1,7 @@
 """The losses L_IG and L_ITA of Algorithm 1: tensors in, scalars and per-sample values out.
 
-To add an alignment loss, write a class like `InfoNCE` in a file of its own and enter it in `ALIGNMENT_LOSSES`; docs/extending.md
-shows SigLIP.
+To add an alignment loss, write a class like `SigLIP` in a file of its own and enter it in `ALIGNMENT_LOSSES`; see
+docs/extending.md.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 TEXT_CHUNK = 4096  # the logits of a rank's images and this many texts are in memory together
 
@@ -92,8 +95,41 @@ class InfoNCE:
         return AlignmentResult(mean, loss, correct, (texts, ids))
 
 
+class SigLIP(nn.Module):
+    """Sigmoid loss over the pairs of an image and a text of all ranks, with a trainable bias (Zhai et al. 2023, eq. 1).
+
+    With z_ij = 1 for an image and its own text and -1 for all others, the loss of an image is
+
+    loss_i = -sum_j log sigmoid(z_ij (S_ij + bias))
+
+    Pairs of one caption are neither: they are left out, as in `InfoNCE`. The sum has one term per pair, so the ranks communicate
+    nothing but the texts, and the logits of `TEXT_CHUNK` texts are in memory at a time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor([-10.0]))  # nearly all pairs are negatives
+
+    def forward(
+        self, predicted: torch.Tensor, query: torch.Tensor, caption_ids: torch.Tensor, scale: torch.Tensor
+    ) -> AlignmentResult:
+        texts, ids = gather_texts(query, caption_ids)
+        with torch.autocast(predicted.device.type, enabled=False):
+            images, offset = predicted.float().transpose(0, 1), rank_offset(len(query))  # [n, b, D]
+            arguments = images, texts.float(), ids, scale, offset
+            chunks = [
+                # The backward pass computes the logits of a chunk again.
+                checkpoint(_sigmoid_loss, self.bias.float(), *arguments, start, use_reentrant=False, preserve_rng_state=False)
+                for start in range(0, len(texts), TEXT_CHUNK)
+            ]
+            losses, positives, best_negatives = zip(*chunks, strict=True)
+            loss = torch.stack(losses).sum(dim=0)
+            correct = (torch.cat(positives, dim=1) >= torch.stack(best_negatives).amax(dim=0)).float()
+        return AlignmentResult(loss.mean(), loss.detach(), correct, (texts, ids))
+
+
 # Names for objective.alignment_loss.
-ALIGNMENT_LOSSES: dict[str, Callable[[], AlignmentLoss]] = {"infonce": InfoNCE}
+ALIGNMENT_LOSSES: dict[str, Callable[[], AlignmentLoss]] = {"infonce": InfoNCE, "siglip": SigLIP}
 
 
 def build_alignment_loss(name: str) -> AlignmentLoss:
@@ -173,16 +209,39 @@ class _Diagonal(NamedTuple):
 def _logit_chunks(
     images: torch.Tensor, texts: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor, offset: int
 ) -> Iterator[tuple[int, torch.Tensor, _Diagonal]]:
-    """Yield (index of the first text, scaled logits [n, b, chunk], the chunk's diagonal) for chunks of the texts."""
-    b = images.shape[1]
+    """Yield (index of the first text, *`_logits`) for chunks of the texts."""
     for start in range(0, len(texts), TEXT_CHUNK):
-        chunk = texts[start : start + TEXT_CHUNK]
-        logits = scale.float() * (images @ chunk.T)
-        first, stop = (min(max(own, start), start + len(chunk)) for own in (offset, offset + b))
-        diagonal = _Diagonal(slice(first - offset, stop - offset), slice(first - start, stop - start))
-        same_caption = ids[offset : offset + b, None] == ids[None, start : start + len(chunk)]
-        diagonal.of(same_caption).fill_(False)
-        yield start, logits.masked_fill_(same_caption, float("-inf")), diagonal
+        yield start, *_logits(images, texts, ids, scale, offset, start)
+
+
+def _logits(
+    images: torch.Tensor, texts: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor, offset: int, start: int
+) -> tuple[torch.Tensor, _Diagonal]:
+    """Return the scaled logits [n, b, chunk] of the texts from `start` on, and their diagonal.
+
+    A logit of two samples with the same caption is -inf, except on the diagonal.
+    """
+    b, chunk = images.shape[1], texts[start : start + TEXT_CHUNK]
+    logits = scale.float() * (images @ chunk.T)
+    first, stop = (min(max(own, start), start + len(chunk)) for own in (offset, offset + b))
+    diagonal = _Diagonal(slice(first - offset, stop - offset), slice(first - start, stop - start))
+    same_caption = ids[offset : offset + b, None] == ids[None, start : start + len(chunk)]
+    diagonal.of(same_caption).fill_(False)
+    return logits.masked_fill_(same_caption, float("-inf")), diagonal
+
+
+def _sigmoid_loss(
+    bias: torch.Tensor, images: torch.Tensor, texts: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor, offset: int, start: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the part of a chunk of the texts in the loss of each image [n, b], and two tensors without gradient:
+    the logits of the chunk's diagonal [n, number of pairs], and the highest other logit of each image [n, b]."""
+    logits, diagonal = _logits(images, texts, ids, scale, offset, start)
+    signed = -(logits + bias)  # z_ij (S_ij + bias); a logit that is left out is -inf, and its part of the loss 0
+    diagonal.of(signed).neg_()
+    scores = logits.detach()  # no gradient needs their values
+    positive = diagonal.of(scores).clone()
+    diagonal.of(scores).fill_(float("-inf"))
+    return -F.logsigmoid(signed).sum(dim=2), positive, scores.amax(dim=2)
 
 
 def _logsumexp_over_ranks(column: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

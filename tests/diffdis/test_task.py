@@ -177,12 +177,19 @@ def make_alignment_task(make_task, negatives="step", task="alignment", **fields)
     return make_task(ObjectiveConfig(task=task, negatives=negatives, caption_dropout=0.0, **fields))
 
 
-@pytest.mark.parametrize(("name", "num_draws"), [("alignment", 1), ("alignment", 3), ("joint", 1), ("clip", 1)])
-def test_gradient_caching_equals_one_large_batch(make_task, batch, name, num_draws):
-    task = make_alignment_task(make_task, task=name, num_draws=num_draws)
+@pytest.mark.parametrize(
+    ("name", "num_draws", "loss_name"),
+    [
+        *(("alignment", 1, "infonce"), ("alignment", 3, "infonce"), ("joint", 1, "infonce"), ("clip", 1, "infonce")),
+        *(("alignment", 3, "siglip"), ("joint", 1, "siglip")),
+    ],
+)
+def test_gradient_caching_equals_one_large_batch(make_task, batch, name, num_draws, loss_name):
+    fields = {"task": name, "num_draws": num_draws, "alignment_loss": loss_name}
+    task = make_alignment_task(make_task, **fields)
     inputs = task.inputs(batch, CPU)
     losses, found, noise = accumulated(task, inputs, 3)
-    whole = make_alignment_task(make_task, task=name, num_draws=num_draws)
+    whole = make_alignment_task(make_task, **fields)
     together = type(noise[0])(*(torch.cat(values) for values in zip(*noise, strict=True)))
     loss, metrics = with_noise(whole, inputs, together)
     loss.backward()
@@ -190,7 +197,7 @@ def test_gradient_caching_equals_one_large_batch(make_task, batch, name, num_dra
     alignment = (metrics["loss_alignment"][0] / metrics["loss_alignment"][1]).item()
     torch.testing.assert_close(sum(logged for _, logged in losses) / 3, alignment, rtol=1e-5, atol=1e-6)
     assert_gradients_close(found, gradients(whole))
-    alone = make_alignment_task(make_task, "micro_batch", name, num_draws=num_draws)
+    alone = make_alignment_task(make_task, "micro_batch", **fields)
     assert accumulated(alone, inputs, 3)[0][0][1] < losses[0][1], "fewer negatives are easier"
 
 

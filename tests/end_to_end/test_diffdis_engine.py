@@ -88,11 +88,12 @@ def step_of_one_process(config, objective, num_parts):
 
 
 ARMS = [{"task": name} for name in ("joint", "generation", "alignment", "clip")]
-ZERO_2, ZERO_3 = {"zero_stage": 2}, {"zero_stage": 3}
+ZERO_0, ZERO_2, ZERO_3 = {"zero_stage": 0}, {"zero_stage": 2}, {"zero_stage": 3}
 CASES = [(arm, ZERO_2, 1) for arm in ARMS]
 CASES += [({"task": "joint", "negatives": "step", "num_draws": 2}, ZERO_2, 2)]
 CASES += [({"task": "joint"}, ZERO_2 | {"activation_checkpointing": True}, 1), ({"task": "clip"}, ZERO_3, 1)]
 CASES += [({"task": "joint", "negatives": "step"}, ZERO_3 | {"activation_checkpointing": True}, 2)]
+CASES += [({"task": "joint", "alignment_loss": "siglip", "negatives": "step"}, fields, 2) for fields in (ZERO_0, ZERO_3)]
 
 
 @pytest.mark.parametrize(("objective", "fields", "num_micro"), CASES)
