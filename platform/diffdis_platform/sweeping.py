@@ -32,6 +32,7 @@ from ray_platform.sweep.search import best_point, pareto_front, trial_points
 from ray_platform.sweep.sweep import SegmentResult, Sweep, TrialSegment
 from ray_platform.terminal import render_table
 from ray_platform.tracking import RUN_RECORD, Tracker, TrackingConfig, start_run, tracking_uri
+from ray_platform.tracking.delivery import check_trackers
 from ray_platform.tracking.run_metadata import code_version
 from ray_platform.train import checkpoint_format
 
@@ -75,6 +76,7 @@ def plan_sweep(config: SweepConfig, recipe: str) -> SweepPlan:
             f"samples: {config.samples} give less than a step to the first of {config.num_milestones} milestones; use more"
         )
     tracking_uri(config.tracking, config.output_dir)
+    check_trackers(config.tracking, config.output_dir)
     segment = TrialSegment("", baseline, storage.join(config.output_dir, "trials"), "", 1.0)
     TrialRunner(config, recipe, TrackingConfig()).pretrain_config(segment).run(recipe).check()
     sets, _ = open_sets(config.evaluation)

@@ -11,6 +11,7 @@ import pytest
 from tests.cluster.manifests import CLUSTER, IMAGE_ROOT, ROOT, pinned
 
 DOCKERFILE = CLUSTER / "Dockerfile"
+EXTRAS = "demo,eval,server,tensorboard,wandb"
 
 pytestmark = pytest.mark.ranks
 
@@ -42,14 +43,14 @@ def test_the_linter_finds_nothing():
 
 def test_it_installs_by_make_setup_with_the_pinned_versions():
     (step,) = [arguments for name, arguments in instructions() if name == "RUN" and "pip" in arguments.lower()]
-    assert re.search(r"make setup EXTRAS=demo,eval,server$", step), "a step of its own could drift from the Makefile's"
+    assert step.endswith(f"make setup EXTRAS={EXTRAS}"), "a step of its own could drift from the Makefile's"
     assert 'PIP_EXTRA_INDEX_URL="${TORCH_INDEX}"' in step, "which makes the CPU variant"
-    commands = installed("EXTRAS=demo,eval,server")
-    assert '--editable ".[demo,eval,server]"' in commands
+    commands = installed(f"EXTRAS={EXTRAS}")
+    assert f'--editable ".[{EXTRAS}]"' in commands
     assert commands.count("--constraint constraints.txt") == commands.count("pip --disable-pip-version-check install") == 4
     assert ("clip-benchmark" in commands, "clip-benchmark" in installed()) == (False, True), "the peers come with dev"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {"demo", "eval", "server"} <= extras.keys()
+    assert set(EXTRAS.split(",")) <= extras.keys()
     assert all(pinned(requirement.partition("[")[0]) for requirement in extras["server"])
 
 

@@ -48,7 +48,9 @@ def main(argv: Sequence[str]) -> int:
     _check_files(config)
     check_writable(config.output_dir)
     from diffdis_platform.evaluation.datasets import open_sets
+    from ray_platform.tracking.delivery import check_trackers
 
+    check_trackers(config.tracking, config.output_dir)
     opened = open_sets(config)
     from diffdis_platform.evaluation.results import render_results
     from diffdis_platform.evaluation.run import REPORT, configs_of_steps, evaluate, evaluate_steps, plan_evaluation

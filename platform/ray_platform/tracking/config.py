@@ -13,6 +13,8 @@ JOURNAL_ONLY = "jsonl"  # in `TrackingConfig.backends`: no tracker
 # Import paths, so that only the process that writes a run imports MLflow (a second).
 TRACKERS = {
     "mlflow": "ray_platform.tracking.mlflow_tracker:MlflowTracker",
+    "tensorboard": "ray_platform.tracking.tensorboard_tracker:TensorBoardTracker",
+    "wandb": "ray_platform.tracking.wandb_tracker:WandbTracker",
 }
 
 
@@ -23,7 +25,7 @@ class TrackingConfig:
     uri: str = ""
     """MLflow server or sqlite:////absolute/path.db. Empty: mlflow.db in the run's output folder."""
     experiment: str = "diffdis"
-    """MLflow experiment."""
+    """MLflow experiment, and project of W&B."""
     run_name: str = ""
     """Name of the run. Empty: the recipe, its start time and its seed."""
     parent_run_id: str = ""
@@ -37,8 +39,9 @@ class TrackingConfig:
     system_metrics_seconds: float = 10.0
     """Seconds between two samples of the CPUs, memory, disks, network and GPUs of every node. 0: none."""
     backends: tuple[str, ...] = ("mlflow",)
-    """Trackers that receive the run: mlflow, or your own as module:Class. metrics.jsonl in the output folder always has
-    everything; `jsonl` alone means no tracker. The ID of the run is that of MLflow, or else of the first tracker that has one."""
+    """Trackers that receive the run: mlflow, tensorboard, wandb, or your own as module:Class; all of them receive the same.
+    metrics.jsonl in the output folder always has everything; `jsonl` alone means no tracker. The ID of the run is that of MLflow,
+    or else of the first tracker that has one."""
 
     def __post_init__(self) -> None:
         for backend in self.backends:

@@ -232,16 +232,31 @@ def config_of(header: JsonObject) -> TrackingConfig:
     return TrackingConfig(**known | {"backends": tuple(known["backends"])})
 
 
-def load_tracker_class(backend: str) -> Callable[[TrackingConfig, str, str], Tracker]:
-    """Return the class of an entry of `tracking.backends`. Raises ConfigError if it does not exist."""
+def check_trackers(config: TrackingConfig, output_dir: str) -> None:
+    """Raise ConfigError for a tracker that does not exist, is not installed or cannot work with these settings."""
+    for backend in config.services:
+        load_tracker_class(backend).check(config, output_dir)
+
+
+def load_tracker_class(backend: str) -> type[Tracker]:
+    """Return the class of an entry of `tracking.backends`. Raises ConfigError if it cannot be imported."""
     module, _, name = TRACKERS.get(backend, backend).partition(":")
     try:
         return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if backend in TRACKERS:
+            raise ConfigError(
+                f"tracking.backends: {backend} needs the package {error.name}, which is not installed; install it with "
+                f"pip install 'diffdis-platform[{backend}]'"
+            ) from None
+        raise _no_tracker(backend) from None
     except (ImportError, AttributeError, ValueError, TypeError):
-        names = ", ".join((*TRACKERS, JOURNAL_ONLY))
-        raise ConfigError(
-            f"tracking.backends: no tracker {backend!r}; use {names}, or the import path module:Class of your own"
-        ) from None
+        raise _no_tracker(backend) from None
+
+
+def _no_tracker(backend: str) -> ConfigError:
+    names = ", ".join((*TRACKERS, JOURNAL_ONLY))
+    return ConfigError(f"tracking.backends: no tracker {backend!r}; use {names}, or the import path module:Class of your own")
 
 
 def _call(tracker: Tracker | None, entry: JsonObject | list[MetricPoint], output_dir: str) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from ray_platform.tracking.config import TrackingConfig
+
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 NestedValues = Mapping[str, Any]  # a configuration: numbers, texts, lists and further mappings by field
 Columns = Mapping[str, str | list[str]]  # one of MLflow's types (`string`, `binary`, `double`) per column; in a list: an array
@@ -56,13 +58,21 @@ class RunMetadata:
 
 
 class Tracker(Protocol):
-    """Writer of one run. A class that is called with (config, output_dir, run_id) opens the run, or raises if that fails.
+    """Writer of one run.
 
     A class that inherits from it implements only the methods that its service supports; the others do nothing. They are called in
     a thread that may wait, with arguments without secrets. When a method raises, the run is opened again and the call is repeated
     until the service answers. A call that fails ten times, or with a ValueError or TypeError, is skipped with a warning. After
     the process was killed, the calls of the last seconds may be repeated.
     """
+
+    def __init__(self, config: TrackingConfig, output_dir: str, run_id: str) -> None:
+        """Open the run, or continue `run_id`. May raise any exception if the service does not answer."""
+
+    @classmethod
+    def check(cls, config: TrackingConfig, output_dir: str) -> None:
+        """Raise ConfigError for settings with which the tracker cannot work. Called before a run starts; asks no service."""
+        return
 
     def run_id(self) -> str:
         """Return the id under which the run can be continued; empty if the tracker has none."""

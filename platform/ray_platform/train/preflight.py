@@ -24,7 +24,7 @@ from ray_platform.data.plan import check_cpus, check_world_size
 from ray_platform.json_values import JsonObject
 from ray_platform.placement import ResourceRequest, is_connected
 from ray_platform.tracking import ModelPackage, TrackingConfig, tracking_uri
-from ray_platform.tracking.delivery import load_tracker_class
+from ray_platform.tracking.delivery import check_trackers
 from ray_platform.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,7 @@ class RunPlan:
         check_world_size(catalog, self.train.max_workers)
         catalogs = [catalog, *([heldout] if (heldout := self._heldout_catalog()) else [])]
         self.check_capacity()
-        for backend in self.tracking.services:
-            load_tracker_class(backend)
+        check_trackers(self.tracking, self.output_dir)
         self._check_resume(catalog)
         for manifest in filter(None, (each.manifest for each in catalogs)):
             precomputed.check_encoders(manifest, self.describe_encoders())
