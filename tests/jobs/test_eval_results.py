@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 from diffdis.config import ObjectiveConfig
 from diffdis.metrics import image_quality
 from diffdis.task import DiffDisTask
-from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, suite_sets
-from diffdis_platform.evaluation.datasets import open_sets
+from diffdis_platform.config.evaluate import EvalConfig, QualityConfig
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import open_baseline, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement
 from diffdis_platform.evaluation.reference import feature_metrics, few_images_warning
 from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults, render_results, step_scores
-from diffdis_platform.evaluation.run import configs_of_steps, write_outputs
+from diffdis_platform.evaluation.run import write_outputs
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set
 from ray_platform.evaluate.results import check_not_taken, metrics_for_tracking
@@ -328,29 +327,6 @@ def test_a_clip_or_siglip_is_evaluated_alone(sets, tmp_path):
     assert len(rows) == 2
 
 
-@pytest.mark.parametrize(("steps", "expected"), [("all", [20, 40, 60]), ("every:40", [40])])
-def test_the_checkpoints_of_a_run_by_step(tmp_path, steps, expected):
-    """Of equal steps, after a resume, it is the newest one."""
-    write_checkpoints(tmp_path, [("a", 20), ("a", 40), ("b", 40), ("b", 60)])
-    config = EvalConfig(checkpoint=str(tmp_path), steps=steps, name="mine")
-    configs = configs_of_steps(config)
-    assert [each.name for each in configs] == [f"mine-step-{step}" for step in expected]
-    assert "/b/step_00000040" in " ".join(each.checkpoint for each in configs)
-    assert {each.steps for each in configs} == {""}
-    with pytest.raises(ConfigError, match=r"steps: every:7 selects no checkpoint of .*; it has those of steps 20, 40, 60"):
-        configs_of_steps(replace(config, steps="every:7"))
-
-
-def write_checkpoints(run, places):
-    """Write checkpoints that have a manifest only: (launch, step), the oldest first."""
-    origin = ROOT / "tests/fixtures/2026_11_29/checkpoints/20261129-120000-aaaaaa/step_00000020/complete.json"
-    manifest = json.loads(origin.read_text())
-    for counter, (launch, step) in enumerate(places, start=1):
-        folder = run / "checkpoints" / launch / f"step_{step:08d}"
-        folder.mkdir(parents=True)
-        (folder / "complete.json").write_text(json.dumps(manifest | {"step": step, "counter": counter}))
-
-
 def test_the_curve_over_the_training(models, sets, tmp_path):
     scores = []
     for step, model in ((10, models[0]), (20, models[1])):
@@ -364,12 +340,6 @@ def test_the_curve_over_the_training(models, sets, tmp_path):
     text = Page(evaluation_page(details | {"over_training": scores})).text
     assert f"first, step 20: acc1 {100 * scores[1]['value']:.1f} ±" in text
     assert "Over the training" not in Page(evaluation_page(details | {"over_training": scores[:1]})).text
-
-
-def test_a_suite_of_named_sets():
-    assert suite_sets("vtab/cifar10, flickr30k") == {"vtab/cifar10": "", "flickr30k": ""}
-    with pytest.raises(ConfigError, match="suite: vtab/cifar is none of paper, quick, demo, not the name of a known set"):
-        suite_sets("vtab/cifar10,vtab/cifar")
 
 
 def test_a_limit_measures_a_random_sample_and_says_so(models, tmp_path):
@@ -424,32 +394,3 @@ def test_the_predictions_of_every_sample_and_the_confusion_matrix(models, tmp_pa
     counts = Counter((row["class"], row["predicted_class"]) for row in table)
     assert confusion.tolist() == [[counts[true, other] for other in (*classes, None)] for true in classes]
     assert (classes, confusion[0, 3], confusion.sum()) == (["a", "b", "c"], 1, 9)
-
-
-def test_class_names_and_templates_by_flag(tmp_path):
-    folder = write_own(tmp_path)
-    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
-    (tmp_path / "templates.txt").write_text("one {c}\ntwo {c}\n")
-    texts = {"class_names": str(tmp_path / "names.txt"), "templates": str(tmp_path / "templates.txt")}
-    for content in ("mine:", f"mine: {folder}"):
-        (tmp_path / "suite.yaml").write_text(f"sets: {{{content}}}\n")
-        config = EvalConfig(suite=str(tmp_path / "suite.yaml"), data_roots=(str(tmp_path),), **texts)
-        data = open_sets(config)[0]["mine"]
-        assert (data.classes, data.templates) == (("ant", "bee", "cat"), ("one {c}", "two {c}"))
-        assert {"class_names": data.classes_source, "templates": data.templates_source} == texts
-        assert open_sets(replace(config, templates=""))[0]["mine"].templates == ("a {c}",)
-
-
-def test_class_names_and_templates_by_flag_are_for_one_set_of_classes(tmp_path):
-    write_own(tmp_path)
-    write_retrieval(tmp_path, "pairs", 2)
-    (tmp_path / "names.txt").write_text("ant\n")
-    for suite, words in (
-        ("[mine, pairs]", "for a suite of one set, but \\S+ has 2"),
-        ("[pairs]", "pairs is a set for retrieval"),
-    ):
-        (tmp_path / "suite.yaml").write_text(f"sets: {suite}\n")
-        config = EvalConfig(suite=str(tmp_path / "suite.yaml"), data_roots=(str(tmp_path),))
-        for field in ("class_names", "templates"):
-            with pytest.raises(ConfigError, match=rf"class_names and templates: {words}"):
-                open_sets(replace(config, **{field: str(tmp_path / "names.txt")}))

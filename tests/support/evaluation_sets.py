@@ -1,5 +1,6 @@
 """Small evaluation sets in common layouts. As in CLIP_benchmark, its export is written with webdataset."""
 
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,9 +33,14 @@ def encoded(image: np.ndarray | Image.Image, file_format: str = "WEBP", **option
     return buffer.getvalue()
 
 
+@functools.cache  # tests write thousands of images
+def encoded_picture(seed: int, file_format: str) -> bytes:
+    return encoded(picture(seed), file_format)
+
+
 def write_image(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded(picture(seed), "JPEG"))
+    path.write_bytes(encoded_picture(seed, "JPEG"))
 
 
 def write_wds(
@@ -78,7 +84,7 @@ def write_wds(
 def write_own(folder: Path, count: int = 6, **fields) -> Path:
     """Write a user-defined set of three classes."""
     values = {"labels": [i % 3 for i in range(count)], "classes": ["a", "b", "c"], "templates": ["a {c}"]} | fields
-    return write_wds(folder, "mine", [picture(seed) for seed in range(count)], **values)
+    return write_wds(folder, "mine", [encoded_picture(seed, "WEBP") for seed in range(count)], **values)
 
 
 def class_names(name: str) -> tuple[str, ...]:
@@ -91,7 +97,7 @@ def write_one(root: Path, name: str, images_per_class: int = 1, samples_per_shar
     known = KNOWN_SETS[name]
     labels = list(range(known.num_classes)) * images_per_class
     texts = {"classes": class_names(name), "templates": known.templates}
-    images = [picture(seed) for seed in range(len(labels))]
+    images = [encoded_picture(seed, "WEBP") for seed in range(len(labels))]
     return write_wds(root, name, images, labels=labels, samples_per_shard=samples_per_shard, **texts)
 
 
@@ -103,7 +109,7 @@ def write_all_twelve(root: Path) -> dict[str, Path]:
 def write_retrieval(root: Path, name: str, num_images: int, captions_per_image: int = 5, samples_per_shard: int = 10_000) -> Path:
     """Write a retrieval set whose image i has the captions "image i, caption 0", …"""
     captions = [[f"image {i}, caption {number}" for number in range(captions_per_image)] for i in range(num_images)]
-    images = [picture(seed) for seed in range(num_images)]
+    images = [encoded_picture(seed, "WEBP") for seed in range(num_images)]
     return write_wds(root, name, images, captions=captions, samples_per_shard=samples_per_shard)
 
 
@@ -112,6 +118,14 @@ def read(data: EvaluationSet, **named) -> list[RawSample | RejectedSample]:
     assert [part.place for part in data.slices] == list(range(len(data.slices)))
     assert len({part.name for part in data.slices}) == len(data.slices)
     return [sample for part in data.slices for sample in read_slice(part, **named)]
+
+
+def open_own(folder: Path) -> EvaluationSet:
+    return open_evaluation_set("mine", str(folder))
+
+
+def keys_or_causes(data: EvaluationSet) -> list[str]:
+    return [getattr(sample, "cause", sample.key) for sample in read(data)]
 
 
 def contents(data: EvaluationSet) -> list[tuple[str, int, bytes]]:

@@ -10,8 +10,9 @@ from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.causes import RejectedSample
 from ray_platform.evaluate.discovery import find_evaluation_set, open_evaluation_set, open_image_set, render_listing
 from ray_platform.evaluate.sets import CLASSES_FILE, KNOWN_SETS, PAPER_SETS, TEMPLATES_FILE
-from tests.ray_platform.evaluate.test_image_files import write_cifar, write_classes, write_lines
-from tests.ray_platform.evaluate.test_shards import build_table, write
+from tests.ray_platform.evaluate.test_image_files import write_classes
+from tests.ray_platform.evaluate.test_parquet import build_table, write
+from tests.ray_platform.evaluate.test_torchvision_folders import write_cifar, write_lines
 from tests.support.evaluation_sets import (
     CIFAR10,
     class_names,
