@@ -77,20 +77,6 @@ class DiffDis(nn.Module):
             self._alphas_cumprod = self._alphas_cumprod.to(device)
         return self._alphas_cumprod
 
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile the residual blocks, the feed-forward layers and the up path's transformer blocks at their next call.
-
-        Blocks of equal shapes share the compiled code, so that compilation takes seconds; the whole network takes minutes. What
-        lies between them stays as it is: random numbers, the loss, and self-attention, which carries the query along under the
-        joint mask. `options`: of torch.compile.
-        """
-        torch._dynamo.config.recompile_limit = MAX_SHAPES
-        up = {block for part in self.unet.up_blocks for block in part.modules() if isinstance(block, BasicTransformerBlock)}
-        within = {module for block in up for module in block.modules() if module is not block}
-        for block in self.modules():
-            if block in up or (isinstance(block, ResnetBlock2D | FeedForward) and block not in within):
-                block.compile(fullgraph=True, dynamic=False, **options)
-
     # --- pass A: generation, without the query. This is exactly Stable Diffusion. --------------------------------------
 
     def predict_image(self, latent: torch.Tensor, timestep: torch.Tensor, token_states: torch.Tensor) -> torch.Tensor:
@@ -202,3 +188,19 @@ class DiffDis(nn.Module):
 
 def _tokens(features: torch.Tensor) -> torch.Tensor:
     return rearrange(features, "b c h w -> b (h w) c")
+
+
+def compile_blocks(network: nn.Module, **options: Any) -> None:
+    """Compile the residual blocks, the feed-forward layers and the up path's transformer blocks at their next call.
+
+    Blocks of equal shapes share the compiled code, so that compilation takes seconds; the whole network takes minutes. What lies
+    between them stays as it is: random numbers, the loss, and self-attention, which carries the query along under the joint mask.
+    `options`: of torch.compile.
+    """
+    torch._dynamo.config.recompile_limit = MAX_SHAPES
+    transformers = {name: module for name, module in network.named_modules() if isinstance(module, BasicTransformerBlock)}
+    up = {module for name, module in transformers.items() if "up_blocks." in name}
+    within = {module for block in up for module in block.modules() if module is not block}
+    for block in network.modules():
+        if block in up or (isinstance(block, ResnetBlock2D | FeedForward) and block not in within):
+            block.compile(fullgraph=True, dynamic=False, **options)

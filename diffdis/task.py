@@ -13,14 +13,14 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from diffdis.autoencoder import build_autoencoder, to_latents
+from diffdis.autoencoder import KLAutoencoder, build_autoencoder, to_latents
 from diffdis.config import DiffDisConfig, ObjectiveConfig
 from diffdis.encoder import PRECOMPUTED, move_encoders
 from diffdis.export_folder import Training, opens_in_diffusers
 from diffdis.image_grid import image_grid
 from diffdis.metrics.retrieval import recall_at_k
 from diffdis.metrics.zero_shot import ZeroShotScores
-from diffdis.model import MAX_LOG_SCALE, DiffDis
+from diffdis.model import MAX_LOG_SCALE, DiffDis, compile_blocks
 from diffdis.objective import Inputs, Objective
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.pretrained import named_field
@@ -75,8 +75,10 @@ class DiffDisTask:
         self.module.enable_activation_checkpointing()
 
     def compile(self) -> None:
-        """Compile the blocks of the network with torch.compile at their next call."""
-        self.module.model.compile_blocks()
+        """Compile the blocks of the network and of the encoder of images with torch.compile at their next call."""
+        compile_blocks(self.module.model)
+        if isinstance(self.autoencoder, KLAutoencoder):
+            compile_blocks(self.autoencoder.vae.encoder)
 
     @torch.no_grad()
     def inputs(self, batch: Any, device: torch.device) -> Inputs:

@@ -1,10 +1,12 @@
 """Compiled blocks compute the same, without graph breaks, and are compiled once."""
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from diffdis.model import MAX_SHAPES
+from diffdis.autoencoder import to_latents
+from diffdis.model import MAX_SHAPES, compile_blocks
 
 CPU = torch.device("cpu")
 
@@ -24,7 +26,7 @@ def steps(task, batch, before_second):
     return losses, gradients, graphs
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("visibility", "checkpointing"), [("one_way", True), ("joint", False)])
 def test_compiled_blocks_compute_the_same_and_are_compiled_in_one_step(make_task, batch, visibility, checkpointing):
     """Compiled without code generation, which takes minutes: what is compiled, and that it is one graph each, does not differ."""
     torch.compiler.reset()
@@ -34,12 +36,23 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_in_one_step(make_task
         if checkpointing:
             task.enable_activation_checkpointing()
     expected, expected_gradients, _ = steps(tasks[0], batch, lambda: None)
-    losses, gradients, graphs = steps(tasks[1], batch, lambda: tasks[1].module.model.compile_blocks(backend="aot_eager"))
+    losses, gradients, graphs = steps(tasks[1], batch, lambda: compile_blocks(tasks[1].module.model, backend="aot_eager"))
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     for found, value in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-6)
     assert graphs[0] == 0
     assert 5 < graphs[1] == graphs[2] < MAX_SHAPES, "the third step compiles nothing"
+    assert not counters["graph_break"]
+
+
+def test_a_compiled_encoder_of_images_computes_the_same(small_vae):
+    torch.compiler.reset()
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    expected = to_latents(small_vae, images, CPU)
+    counters.clear()
+    compile_blocks(small_vae.vae.encoder, backend="aot_eager")
+    torch.testing.assert_close(to_latents(small_vae, images, CPU), expected, rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] > 1
     assert not counters["graph_break"]
 
 

@@ -3,9 +3,11 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
-from diffdis.encoder import FrozenEncoder
+from diffdis.autoencoder import to_latents
+from diffdis.encoder import FrozenEncoder, move_encoders
 from diffdis.text_encoder import LENGTH_STEP
 
 
@@ -45,3 +47,15 @@ def test_cached_captions_are_padded_by_their_own_length_alone(make_task, tiny_mo
     assert torch.equal(queries, torch.cat([q for _, q in alone]))
     expected = make_task().text_encoder.encode(captions)
     torch.testing.assert_close((states, queries), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_accelerator_gets_half_precision_and_channels_last_weights(tiny_model, small_vae):
+    """The images of a batch are channels-last already, and other weights would be converted at each use."""
+    seen = []
+    small_vae.vae.encoder.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    to_latents(small_vae, np.zeros((2, 16, 16, 3), np.uint8), torch.device("cpu"))
+    move_encoders(tiny_model, torch.device("meta"), small_vae)
+    weight = small_vae.vae.encoder.conv_in.weight
+    assert weight.dtype == getattr(torch, tiny_model.encoder_dtype)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
