@@ -105,9 +105,10 @@ class ScheduleConfig:
     beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
     """How beta rises: `scaled_linear` is linear in its square root, as in Stable Diffusion."""
     zero_terminal_snr: bool = False
-    """Rescale the betas so that the last timestep has no signal (Lin et al. 2024, algorithm 1). Needs v_prediction."""
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    """What the image stream predicts: the noise, or the velocity v."""
+    """Rescale the betas so that the last timestep has no signal (Lin et al. 2024, algorithm 1). Needs v_prediction or
+    sample, and timestep_spacing trailing."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    """What the image stream predicts: the noise, the velocity v, or the clean latent (`sample` in diffusers)."""
     timestep_spacing: Literal["leading", "trailing"] = "leading"
     """How image sampling chooses its timesteps; diffusers' name."""
     query_snr: float = 2.0  # [D; LOG.md]
@@ -159,7 +160,12 @@ class DiffDisConfig:
         if self.schedule.zero_terminal_snr and "epsilon" in (self.schedule.prediction_type, self.schedule.query_prediction):
             raise ValueError(
                 "model.schedule.zero_terminal_snr: at abar = 0 the noise says nothing about the image or the text; "
-                "use prediction_type v_prediction and query_prediction x0"
+                "use prediction_type v_prediction or sample, and query_prediction x0"
+            )
+        if self.schedule.zero_terminal_snr and self.schedule.timestep_spacing != "trailing":
+            raise ValueError(
+                f"model.schedule.timestep_spacing: {self.schedule.timestep_spacing} never samples the last timestep, which "
+                "zero_terminal_snr is about; use trailing"
             )
         if not 0 <= self.image_dropout < 1:
             raise ValueError(f"model.image_dropout: {self.image_dropout:g} is not in [0, 1); give a fraction such as 0.1")
@@ -209,6 +215,23 @@ class ObjectiveConfig:
     diffdis.losses.ALIGNMENT_LOSSES."""
     caption_dropout: float = 0.1
     """Fraction of captions that are replaced by the empty one, for classifier-free guidance."""
+    generation_weighting: str = "none"
+    """Weight of the generation loss by timestep: `none`, `min_snr`, `inverse_noise` (for prediction_type sample), or another
+    entry of diffdis.schedule.LOSS_WEIGHTINGS."""
+    min_snr_gamma: float = 5.0
+    """Largest signal-to-noise ratio that `min_snr` weights by."""
+    channel_weights: tuple[float, ...] = ()
+    """Relative weight of each latent channel in the generation loss. Empty: equal weights."""
+    noise_offset: float = 0.0
+    """Standard deviation of additional noise that is equal over each channel of an image, such as 0.05, so that the model learns
+    the mean brightness."""
+    timestep_sampling: str = "uniform"
+    """Distribution of the image's timesteps: `uniform` (the paper's), `logit_normal`, or another entry of
+    diffdis.schedule.TIMESTEP_SAMPLINGS."""
+    logit_normal_mean: float = 0.0
+    """Mean of the logit of t / T with `logit_normal`; above 0 means more noise."""
+    logit_normal_std: float = 1.0
+    """Standard deviation of the logit of t / T with `logit_normal`."""
     query_timestep_min: int = 0
     """Lowest timestep of the text query, which is uniform over [min, T). A floor keeps the query too noisy to be copied."""
     num_draws: int = 1
@@ -228,16 +251,24 @@ class ObjectiveConfig:
     """Weight decay of AdamW."""
 
     def __post_init__(self) -> None:
-        zero = ("lambda_alignment", "lr_unet", "lr_new", "weight_decay", "query_timestep_min")
+        zero = ("lambda_alignment", "lr_unet", "lr_new", "weight_decay", "query_timestep_min", "noise_offset")
         checks = [(name, 0 <= getattr(self, name) < math.inf, "a number from 0") for name in zero]
         checks += [
             ("caption_dropout", 0 <= self.caption_dropout <= 1, "a fraction from 0 to 1"),
             ("num_draws", self.num_draws >= 1, "1 or more"),
             ("temperature", 0 < self.temperature < math.inf, "a number above 0, such as 0.07"),
+            ("min_snr_gamma", 0 < self.min_snr_gamma < math.inf, "a number above 0, such as 5"),
+            ("logit_normal_mean", math.isfinite(self.logit_normal_mean), "a number, such as 0"),
+            ("logit_normal_std", 0 < self.logit_normal_std < math.inf, "a number above 0, such as 1"),
         ]
         for name, is_valid, remedy in checks:
             if not is_valid:
                 raise ValueError(f"objective.{name}: {getattr(self, name):g} is out of range; give {remedy}")
+        if self.channel_weights and not (min(self.channel_weights) >= 0 and 0 < sum(self.channel_weights) < math.inf):
+            raise ValueError(
+                f"objective.channel_weights: {self.channel_weights} has a negative weight or none above 0; give one per channel, "
+                "from 0 up"
+            )
 
 
 def resolve_encoder_paths(config: DiffDisConfig) -> DiffDisConfig:

@@ -42,9 +42,12 @@ def rank_offset(num_local: int) -> int:
     return dist.get_rank() * num_local if world_size() > 1 else 0
 
 
-def generation_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return L_IG per sample: the mean squared error over [C, H, W]. [B]"""
-    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+def generation_loss(prediction: torch.Tensor, target: torch.Tensor, channel_weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Return L_IG per sample: the mean squared error over [C, H, W], with weights [C, 1, 1] if they are given. [B]"""
+    error = (prediction.float() - target.float()).square()
+    if channel_weights is not None:
+        error = error * channel_weights
+    return error.flatten(1).mean(dim=1)
 
 
 class AlignmentResult(NamedTuple):

@@ -80,7 +80,7 @@ class DiffDis(nn.Module):
     # --- pass A: generation, without the query. This is exactly Stable Diffusion. --------------------------------------
 
     def predict_image(self, latent: torch.Tensor, timestep: torch.Tensor, token_states: torch.Tensor) -> torch.Tensor:
-        """Return Phi(z_t, t_z, c), the predicted noise or v, in float32.
+        """Return Phi(z_t, t_z, c), the predicted noise, v or z, in float32.
 
         latent [B, C, H, W], timestep [B], token_states [B, L, D_c] -> [B, C, H, W].
         """
@@ -135,8 +135,8 @@ class DiffDis(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, ImageCondition]:
         """Run both passes on B images each, with one call of the down path and middle block for all 2 B.
 
-        The arguments are those of `predict_image`, `encode_condition` and `predict_query`; the results are the predicted noise or
-        v, the predicted clean queries, and the condition.
+        The arguments are those of `predict_image`, `encode_condition` and `predict_query`; the results are the predicted noise,
+        v or z, the predicted clean queries, and the condition.
         """
         size, dtype = len(latent), self.unet.conv_in.weight.dtype
         states = torch.cat([token_states, null_states.expand(size, -1, -1)]).to(dtype)

@@ -11,9 +11,10 @@ from diffdis import schedule
 from diffdis.config import ObjectiveConfig
 from diffdis.losses import AlignmentResult, build_alignment_loss, gather_texts, generation_loss, rank_offset
 from diffdis.model import DiffDis, ImageKVCache
+from diffdis.schedule import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS, uniform_timesteps
 from diffdis.transfer import copy_to
 
-NUM_TIMESTEP_BINS = 4  # of t_e, for the logged loss and accuracy: the shortcut shows as a slope over them
+NUM_TIMESTEP_BINS = 4  # of t_z and t_e, for the logged losses and accuracy: the shortcut shows as a slope over those of t_e
 # Only generation uses these parts of the U-Net: the alignment pass ends behind the middle block.
 _UP_PATH = ("unet.up_blocks.*", "unet.conv_norm_out.*", "unet.conv_out.*")
 Inputs = dict[str, torch.Tensor]
@@ -32,10 +33,11 @@ class StepNoise(NamedTuple):
 
 
 class ImagePrediction(NamedTuple):
-    """Noise or v predicted from the noisy latents of a batch, and the true one, each [B, C, H, W]."""
+    """What the U-Net predicted from the noisy latents of a batch: their noise, v or the clean latents."""
 
-    predicted: torch.Tensor
-    target: torch.Tensor
+    predicted: torch.Tensor  # [B, C, H, W]
+    target: torch.Tensor  # [B, C, H, W]
+    abar: torch.Tensor  # [B]
 
 
 class QueryPrediction(NamedTuple):
@@ -57,6 +59,19 @@ class GradCache(NamedTuple):
     texts: tuple[torch.Tensor, torch.Tensor] | None  # of the micro-batch on all ranks: queries [B, D] and caption ids [B]
 
 
+class _Constants(NamedTuple):
+    """Tensors that no step changes. They are not buffers, which `to(dtype)` would convert."""
+
+    timestep_bins: torch.Tensor  # [bins, T]: 1 where a timestep is in a bin
+    channel_weights: torch.Tensor  # [C, 1, 1], their mean is 1
+
+    @classmethod
+    def of(cls, num_timesteps: int, channel_weights: Sequence[float]) -> "_Constants":
+        bins = torch.tensor([[float(t in part) for t in range(num_timesteps)] for part in _timestep_bins(num_timesteps)])
+        weights = torch.tensor(channel_weights or [1.0])
+        return cls(bins, (weights / weights.mean())[:, None, None])
+
+
 class Objective(nn.Module):
     """The trainable module: a model and its loss. In alignment, the negatives are the texts of all ranks."""
 
@@ -68,8 +83,17 @@ class Objective(nn.Module):
                 f"objective.num_draws: {objective.num_draws} query noise samples per image need the one-way mask; "
                 "set model.query_visibility = one_way"
             )
+        channels, weights = model.config.unet.in_channels, objective.channel_weights
+        if weights and len(weights) != channels:
+            raise ValueError(
+                f"objective.channel_weights: {len(weights)} weights, but latents have {channels} channels; give one for each"
+            )
+        for name, known in (("generation_weighting", ("none", *LOSS_WEIGHTINGS)), ("timestep_sampling", TIMESTEP_SAMPLINGS)):
+            if (value := getattr(objective, name)) not in known:
+                raise ValueError(f"objective.{name}: {value!r} is unknown; use {', '.join(known)}")
         self.model, self.objective = model, objective
         self.alignment = build_alignment_loss(objective.alignment_loss)
+        self._constants = _Constants.of(model.config.schedule.num_timesteps, weights)
 
     def freeze(self) -> None:
         """Freeze the parameters that the task does not use and those that `objective.freeze` names."""
@@ -111,18 +135,15 @@ class Objective(nn.Module):
         noise = self.sample_noise(inputs, seed)
         if run is not None:
             return run(inputs, noise)
-        task, terms, metrics = self.objective.task, [], Metrics()
+        metrics = Metrics()
         batch_size = torch.full((), float(len(inputs["latent"])), device=inputs["latent"].device)  # without a copy from the host
         image, queries = self._predict(inputs, noise)
         if image is not None:
-            generation = generation_loss(image.predicted, image.target)  # [B]
-            terms.append(generation.mean())
-            metrics["loss_generation"] = torch.stack([generation.detach().sum(), batch_size])
+            loss, metrics = self._generation_loss(image, noise, batch_size)
         if queries is not None:
             alignment, alignment_metrics = self._alignment_loss(inputs, noise, queries, grad_cache, control)
-            terms.append((self.objective.lambda_alignment if task == "joint" else 1.0) * alignment)
+            loss = alignment if image is None else loss + self.objective.lambda_alignment * alignment
             metrics |= alignment_metrics
-        loss = torch.stack(terms).sum()
         metrics["loss"] = torch.stack([loss.detach() * batch_size, batch_size])
         return loss, metrics
 
@@ -140,7 +161,7 @@ class Objective(nn.Module):
             return torch.rand((size,), generator=generator)
 
         noise = StepNoise(
-            timesteps=torch.randint(num_timesteps, (size,), generator=generator),
+            timesteps=uniform_timesteps(size, num_timesteps, generator, config),
             noise=torch.randn(latents.shape, generator=generator),
             drop_caption=uniform() < config.caption_dropout,
             query_timesteps=torch.randint(
@@ -149,6 +170,13 @@ class Objective(nn.Module):
             query_noise=torch.randn((size, config.num_draws, queries.shape[-1]), generator=generator),
             drop_image=uniform() < self.model.config.image_dropout,
         )
+        # Last, so that these options leave all other numbers as they are.
+        if config.noise_offset:
+            offset = torch.randn((*latents.shape[:2], 1, 1), generator=generator)
+            noise = noise._replace(noise=noise.noise + config.noise_offset * offset)
+        if config.timestep_sampling != "uniform":
+            timesteps = TIMESTEP_SAMPLINGS[config.timestep_sampling](size, num_timesteps, generator, config)
+            noise = noise._replace(timesteps=timesteps)
         return StepNoise(*copy_to(latents.device, [x.to(latents.dtype) if x.is_floating_point() else x for x in noise]))
 
     def _predict(self, inputs: Inputs, noise: StepNoise) -> tuple[ImagePrediction | None, QueryPrediction | None]:
@@ -161,17 +189,15 @@ class Objective(nn.Module):
         # The text query is left out; some captions are replaced by the empty one.
         token_states = torch.where(noise.drop_caption[:, None, None], null_states, inputs["token_states"])  # [B, L, D_c]
         noisy_latents = schedule.add_noise(latents, noise.noise, abar)  # [B, C, H, W]
-        target = noise.noise
-        if self.model.config.schedule.prediction_type == "v_prediction":
-            target = schedule.v_target(latents, noise.noise, abar)
+        target = schedule.prediction_target(self.model.config.schedule.prediction_type, latents, noise.noise, abar)
         generation = noisy_latents, noise.timesteps, token_states
         if task == "generation":
-            return ImagePrediction(self.model.predict_image(*generation), target), None
+            return ImagePrediction(self.model.predict_image(*generation), target, abar), None
         clean_latents, noisy_queries = self._alignment_inputs(inputs, noise)
         image, queries, condition = self.model.predict_image_and_query(
             *generation, clean_latents, null_states, noisy_queries, noise.query_timesteps
         )
-        return ImagePrediction(image, target), QueryPrediction(queries, condition, noisy_queries)
+        return ImagePrediction(image, target, abar), QueryPrediction(queries, condition, noisy_queries)
 
     def predict_queries(self, inputs: Inputs, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the text queries [B, n, D] that `forward` predicts with the same seed, and the scale 1 / temperature."""
@@ -193,6 +219,31 @@ class Objective(nn.Module):
         latents = inputs["latent"].masked_fill(noise.drop_image[:, None, None, None], 0.0)
         return latents, self.model.noise_query(inputs["query"], noise.query_noise, noise.query_timesteps)
 
+    def _generation_loss(
+        self, prediction: ImagePrediction, noise: StepNoise, batch_size: torch.Tensor
+    ) -> tuple[torch.Tensor, Metrics]:
+        """Return L_IG, and the metrics of the batch. `loss_generation` has no weights, so that runs can be compared by it."""
+        config, constants = self.objective, self._constants_on(prediction.predicted.device)
+        error = generation_loss(prediction.predicted, prediction.target)  # [B]
+        detached, in_bin = error.detach(), constants.timestep_bins[:, noise.timesteps]  # [B], [bins, B]
+        metrics = {"loss_generation": torch.stack([detached.sum(), batch_size])}
+        by_bin = torch.stack([in_bin * detached, in_bin], dim=1).sum(dim=2)  # [bins, 2]
+        metrics |= _named_by_timestep("generation/loss", by_bin, self.model.config.schedule.num_timesteps)
+        if config.generation_weighting == "none" and not config.channel_weights:
+            return error.mean(), metrics
+        weighted = generation_loss(prediction.predicted, prediction.target, constants.channel_weights)  # [B]
+        if config.generation_weighting != "none":
+            weighted = weighted * schedule.loss_weight(
+                self.model.config.schedule.prediction_type, prediction.abar, self.objective
+            )
+        metrics["loss_generation_weighted"] = torch.stack([weighted.detach().sum(), batch_size])
+        return weighted.mean(), metrics
+
+    def _constants_on(self, device: torch.device) -> _Constants:
+        if self._constants.timestep_bins.device != device:
+            self._constants = _Constants(*(constant.to(device) for constant in self._constants))
+        return self._constants
+
     def _alignment_loss(
         self, inputs: Inputs, noise: StepNoise, prediction: QueryPrediction, grad_cache: GradCache | None, control: bool
     ) -> tuple[torch.Tensor, Metrics]:
@@ -212,7 +263,8 @@ class Objective(nn.Module):
         has_image = torch.ones_like(noise.drop_image) if self.objective.task == "clip" else ~noise.drop_image
         metrics |= _sums(result, has_image)
         if self.objective.task != "clip":
-            metrics |= _sums_by_timestep(result, has_image, noise.query_timesteps.T, self.model.config.schedule.num_timesteps)
+            in_bin = self._constants_on(result.loss.device).timestep_bins[:, noise.query_timesteps.T]  # [bins, n, B]
+            metrics |= _sums_by_timestep(result, has_image, in_bin, self.model.config.schedule.num_timesteps)
             if control:
                 metrics["alignment/retrieval_shuffled_images"] = self._retrieval_with_shuffled_images(
                     prediction, noise, *(result.texts or gather_texts(inputs["query"], inputs["caption_ids"]))
@@ -288,17 +340,23 @@ def _sums(result: AlignmentResult, has_image: torch.Tensor) -> Metrics:
     }
 
 
-def _sums_by_timestep(result: AlignmentResult, has_image: torch.Tensor, timesteps: torch.Tensor, num_timesteps: int) -> Metrics:
-    """Return the loss, and the retrieval accuracy of the samples with an image [B], by bins of t_e [n, B]."""
-    width = -(-num_timesteps // NUM_TIMESTEP_BINS)
-    lows = range(0, num_timesteps, width)
-    bins = torch.arange(len(lows), device=timesteps.device)[:, None, None]
-    in_bin = (timesteps // width == bins).float()  # [bins, n, B]
+def _sums_by_timestep(result: AlignmentResult, has_image: torch.Tensor, in_bin: torch.Tensor, num_timesteps: int) -> Metrics:
+    """Return the loss, and the retrieval accuracy of the samples with an image [B], by bins of t_e: `in_bin` [bins, n, B]."""
     counted = in_bin * has_image.float()
     parts = torch.stack([in_bin * result.loss, in_bin, counted * result.correct, counted], dim=1)  # [bins, 4, n, B]
     losses, retrievals = parts.sum(dim=(2, 3)).unflatten(1, (2, 2)).unbind(dim=1)  # [bins, 2] each
-    metrics = Metrics()
-    for low, of_loss, of_retrieval in zip(lows, losses, retrievals, strict=True):
-        name = f"t{low:03d}-{min(low + width, num_timesteps):03d}"
-        metrics |= {f"alignment/loss_{name}": of_loss, f"alignment/retrieval_{name}": of_retrieval}
-    return metrics
+    return _named_by_timestep("alignment/loss", losses, num_timesteps) | _named_by_timestep(
+        "alignment/retrieval", retrievals, num_timesteps
+    )
+
+
+def _timestep_bins(num_timesteps: int) -> list[range]:
+    width = -(-num_timesteps // NUM_TIMESTEP_BINS)
+    return [range(low, min(low + width, num_timesteps)) for low in range(0, num_timesteps, width)]
+
+
+def _named_by_timestep(name: str, sums: torch.Tensor, num_timesteps: int) -> Metrics:
+    """Return the metrics of the bins, whose [sum, weight] are the rows of `sums`."""
+    return {
+        f"{name}_t{part.start:03d}-{part.stop:03d}": row for part, row in zip(_timestep_bins(num_timesteps), sums, strict=True)
+    }

@@ -198,7 +198,7 @@ class DiffDisPipeline:
             null_states, _ = self.text_encoder.encode(negative, self.device)
 
         def predict(latents: torch.Tensor, timestep: int | torch.Tensor) -> torch.Tensor:
-            """Return the guided noise, or v, [B, C, h, w]."""
+            """Return the guided noise, v or x_0, [B, C, h, w]."""
             timesteps = torch.as_tensor(timestep, device=self.device).expand(len(latents))
             out = self.model.predict_image(latents, timesteps, token_states)
             if guidance_scale != 1.0:

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from diffdis import schedule
 from diffdis.config import ScheduleConfig
 
-Predict = Callable[[torch.Tensor, int | torch.Tensor], torch.Tensor]  # (latents [B, C, H, W], timestep) -> noise or v
+Predict = Callable[[torch.Tensor, int | torch.Tensor], torch.Tensor]  # (latents [B, C, H, W], timestep) -> noise, v or x_0
 OnStep = Callable[[int, int, torch.Tensor], torch.Tensor]  # (index of the step, timestep, latents) -> latents
 
 _NOISE_SCHEDULE = (
@@ -58,11 +58,7 @@ def sample_ddim(
     timesteps = schedule.inference_timesteps(num_steps, len(abar), config.timestep_spacing)
     previous = schedule.previous_alphas_cumprod(abar, timesteps, config.timestep_spacing)
     for index, (t, abar_prev) in enumerate(zip(timesteps, previous, strict=True)):
-        out = predict(latents, t)
-        if config.prediction_type == "v_prediction":
-            x0 = schedule.x0_from_v(latents, out, abar[t])
-        else:
-            x0 = schedule.x0_from_noise(latents, out, abar[t])
+        x0 = schedule.predicted_x0(config.prediction_type, latents, predict(latents, t), abar[t])
         latents = on_step(index, t, schedule.ddim_step(latents, x0, abar[t], abar_prev))
     return latents
 

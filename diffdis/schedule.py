@@ -1,8 +1,10 @@
 """Noise schedule of images and text queries, one equation per function. Timesteps count from 0 to T - 1, as in diffusers."""
 
+from collections.abc import Callable
+
 import torch
 
-from diffdis.config import ScheduleConfig
+from diffdis.config import ObjectiveConfig, ScheduleConfig
 
 
 def alphas_cumprod(config: ScheduleConfig) -> torch.Tensor:
@@ -52,6 +54,20 @@ def x0_from_noise(x_t: torch.Tensor, noise: torch.Tensor, abar: torch.Tensor, ga
     return (x_t - (1 - abar).sqrt() * noise) / (gamma * abar.sqrt())
 
 
+def prediction_target(prediction_type: str, x0: torch.Tensor, noise: torch.Tensor, abar: torch.Tensor) -> torch.Tensor:
+    """Return what the network learns to predict from x_t: the noise, v or x_0."""
+    if prediction_type == "v_prediction":
+        return v_target(x0, noise, abar)
+    return x0 if prediction_type == "sample" else noise
+
+
+def predicted_x0(prediction_type: str, x_t: torch.Tensor, prediction: torch.Tensor, abar: torch.Tensor) -> torch.Tensor:
+    """Return x_0 from the network's prediction of the noise, v or x_0."""
+    if prediction_type == "v_prediction":
+        return x0_from_v(x_t, prediction, abar)
+    return prediction if prediction_type == "sample" else x0_from_noise(x_t, prediction, abar)
+
+
 def ddim_step(
     x_t: torch.Tensor, x0: torch.Tensor, abar: torch.Tensor, abar_prev: torch.Tensor, gamma: float = 1.0
 ) -> torch.Tensor:
@@ -97,3 +113,52 @@ def query_steps(abar: torch.Tensor, num_steps: int) -> list[tuple[int, torch.Ten
     timesteps = inference_timesteps(num_steps, len(abar), "trailing")
     following = [*(abar[t] for t in timesteps[1:]), torch.ones_like(abar[0])]
     return [(t, abar[t], after) for t, after in zip(timesteps, following, strict=True)]
+
+
+# --- training: weights of the loss, and sampling of timesteps. Add an entry to a table to add one. ------------------------------
+
+
+def min_snr_weight(abar: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
+    """min(SNR, gamma) with SNR = abar_t / (1 - abar_t) (Hang et al. 2023, section 3.4)."""
+    return (abar / (1 - abar)).clamp(max=config.min_snr_gamma)
+
+
+def inverse_noise_weight(abar: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
+    """1 / max(1 - abar_t, 0.1): the weight that x_0 has in the loss of v, limited at small t."""
+    return 1 / (1 - abar).clamp(min=0.1)
+
+
+# Names for objective.generation_weighting: weight of |x0_hat - x_0|^2 by abar_t, [B] -> [B].
+LOSS_WEIGHTINGS: dict[str, Callable[[torch.Tensor, ObjectiveConfig], torch.Tensor]] = {
+    "min_snr": min_snr_weight,
+    "inverse_noise": inverse_noise_weight,
+}
+
+
+def loss_weight(prediction_type: str, abar: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
+    """Return the weight [B] of the squared error of the network's own prediction at abar_t [B].
+
+    The error of the noise is SNR |x0_hat - x_0|^2, and that of v (SNR + 1) |x0_hat - x_0|^2.
+    """
+    weight = LOSS_WEIGHTINGS[config.generation_weighting](abar, config)
+    if prediction_type == "sample":
+        return weight
+    return weight * (1 - abar) if prediction_type == "v_prediction" else weight * (1 - abar) / abar
+
+
+def uniform_timesteps(size: int, num_timesteps: int, generator: torch.Generator, config: ObjectiveConfig) -> torch.Tensor:
+    """Sample t uniformly from 0 to T - 1 [P]."""
+    return torch.randint(num_timesteps, (size,), generator=generator)
+
+
+def logit_normal_timesteps(size: int, num_timesteps: int, generator: torch.Generator, config: ObjectiveConfig) -> torch.Tensor:
+    """Sample t / T as the sigmoid of a normal variable (Esser et al. 2024, section 3.1)."""
+    normal = config.logit_normal_mean + config.logit_normal_std * torch.randn((size,), generator=generator)
+    return (num_timesteps * normal.sigmoid()).long().clamp(max=num_timesteps - 1)
+
+
+# Names for objective.timestep_sampling: (number of samples B, T, generator, config) -> [B] int64.
+TIMESTEP_SAMPLINGS: dict[str, Callable[[int, int, torch.Generator, ObjectiveConfig], torch.Tensor]] = {
+    "uniform": uniform_timesteps,
+    "logit_normal": logit_normal_timesteps,
+}

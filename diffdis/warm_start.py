@@ -120,8 +120,8 @@ def _resolve_schedule(config: ScheduleConfig, values: dict[str, Any], path: str)
     stored = {name: values[theirs] for name, theirs in names.items() if theirs in values}
     if stored.get("timestep_spacing") == "linspace":  # of some schedulers, which DDIM is not used with
         del stored["timestep_spacing"]
-    if stored.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        raise ValueError(f"{path}: its scheduler has prediction_type {stored['prediction_type']}; give epsilon or v_prediction")
+    if (predicted := stored.get("prediction_type", "epsilon")) not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"{path}: its scheduler has prediction_type {predicted}; give epsilon, v_prediction or sample")
     default = ScheduleConfig()
     for name in [name for name in stored if getattr(config, name) not in (getattr(default, name), stored[name])]:
         logger.warning("model.schedule.%s: %s instead of %s of %s", name, getattr(config, name), stored.pop(name), path)

@@ -164,7 +164,7 @@ def test_sum_of_losses_and_gradients_equal_plain_torch(make_task, batch, visibil
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("num_steps", [1, 7, 50])
 def test_ddim_steps_equal_diffusers(prediction_type, spacing, num_steps):
@@ -186,7 +186,7 @@ def test_ddim_steps_equal_diffusers(prediction_type, spacing, num_steps):
     x = expected = torch.randn(2, 4, 8, 8, generator=generator)
     for t, previous in zip(steps, schedule.previous_alphas_cumprod(abar, steps, spacing), strict=True):
         out = torch.randn(x.shape, generator=generator)
-        x0 = (schedule.x0_from_v if prediction_type == "v_prediction" else schedule.x0_from_noise)(x, out, abar[t])
+        x0 = schedule.predicted_x0(prediction_type, x, out, abar[t])
         x = schedule.ddim_step(x, x0, abar[t], previous)
         expected = theirs.step(out, t, expected).prev_sample
         torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)

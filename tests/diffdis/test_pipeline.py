@@ -14,7 +14,7 @@ from diffdis.config import DiffDisConfig, HeadConfig, ObjectiveConfig, TextEncod
 from diffdis.metrics.zero_shot import ZeroShotScores, subset_accuracy
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask, check_export
-from tests.support.tiny_checkpoints import SD_2, V_PREDICTION, WIDTH, save_clip, save_stable_diffusion
+from tests.support.tiny_checkpoints import SAMPLE, SD_2, V_PREDICTION, WIDTH, ZERO_SNR, save_clip, save_stable_diffusion
 
 
 @pytest.fixture
@@ -212,7 +212,10 @@ def stable_diffusion(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(("clip", "options"), [(False, ()), (True, ()), (False, (SD_2, V_PREDICTION))])
+@pytest.mark.parametrize(
+    ("clip", "options"),
+    [(False, ()), (True, ()), (False, (SD_2, V_PREDICTION)), (False, ({}, SAMPLE)), (False, ({}, SAMPLE | ZERO_SNR))],
+)
 def test_an_export_gives_the_same_images_in_diffusers(stable_diffusion, batch, clip, options):
     task, export, opened = stable_diffusion(clip, *options)
     assert "diffusers' StableDiffusionPipeline" in opened

@@ -18,7 +18,16 @@ from diffdis.pretrained import weight_files
 from diffdis.task import DiffDisTask
 from diffdis.text_encoder import build_text_encoder, text_encoder_widths
 from diffdis.warm_start import resolve_pretrained
-from tests.support.tiny_checkpoints import SD_2, V_PREDICTION, WIDTH, save_clip, save_mean_pool_encoder, save_stable_diffusion
+from tests.support.tiny_checkpoints import (
+    SAMPLE,
+    SD_2,
+    V_PREDICTION,
+    WIDTH,
+    ZERO_SNR,
+    save_clip,
+    save_mean_pool_encoder,
+    save_stable_diffusion,
+)
 
 UNET, TEXT = "unet/diffusion_pytorch_model", "text_encoder/model"
 
@@ -120,7 +129,8 @@ LOADED = {
     "Stable Diffusion 1": ({}, {}, lambda folder: None),
     "Stable Diffusion 2 base": (SD_2, {}, lambda folder: None),
     "Stable Diffusion 2.1": (SD_2, V_PREDICTION, lambda folder: None),
-    "v-prediction with zero terminal SNR": (SD_2, V_PREDICTION | {"rescale_betas_zero_snr": True}, lambda folder: None),
+    "v-prediction with zero terminal SNR": (SD_2, V_PREDICTION | ZERO_SNR, lambda folder: None),
+    "a prediction of x0": ({}, SAMPLE, lambda folder: None),
     "linear betas": ({}, {"beta_schedule": "linear"}, lambda folder: None),
     "another time embedding": ({"flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-3}, {}, lambda folder: None),
     "a variant": ({}, {}, rename_as(".fp16.safetensors")),
@@ -172,7 +182,10 @@ REJECTED = {
     "a U-Net with other parts": (unet_values(encoder_hid_dim=64), "encoder_hid_dim is 64"),
     "another text encoder's U-Net": (unet_values(cross_attention_dim=64), "takes 64"),
     "another noise schedule": (scheduler_values(beta_schedule="squaredcos_cap_v2"), "beta_schedule squaredcos_cap_v2"),
-    "a prediction of x0": (scheduler_values(prediction_type="sample"), "prediction_type sample"),
+    "a prediction of a flow": (scheduler_values(prediction_type="flow_prediction"), "prediction_type flow_prediction"),
+    "zero terminal SNR that is never sampled": (
+        scheduler_values(**SAMPLE, rescale_betas_zero_snr=True), "timestep_spacing: leading",
+    ),
     "other channels": (lambda f: set_values(f / "vae" / "config.json", latent_channels=16), "16 channels"),
     "a pickle": (with_hostile_pickle, r"diffusion_pytorch_model\.bin: not a file of plain tensors"),
     "no weights": (lambda folder: (folder / f"{UNET}.safetensors").unlink(), "no weights"),

@@ -32,6 +32,8 @@ TRANSFORMER = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers
 
 SD_2 = {"use_linear_projection": True, "attention_head_dim": (2, 4), "upcast_attention": True}
 V_PREDICTION = {"prediction_type": "v_prediction"}
+SAMPLE = {"prediction_type": "sample"}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 def draw_query_weights(model) -> None:
