@@ -130,6 +130,9 @@ METRICS: tuple[Metric, ...] = (
     # Training.
     Metric("loss", "loss", "min"),
     Metric("loss_{term}", "loss {term}", "min"),
+    Metric(
+        "loss_generation_weighted", "loss generation, weighted", "min"
+    ),  # what training minimizes; loss_generation has no weights
     Metric("samples_per_second", "samples/s", "max"),
     Metric("mfu", "MFU", "max", "fraction", "%"),
     # What a run cost.
