@@ -247,8 +247,12 @@ class ObjectiveConfig:
     """Learning rate of the U-Net."""
     lr_new: float = 1e-4
     """Learning rate of the new parameters: alignment head, projections, temperature and the loss's own."""
+    lr_overrides: dict[str, float] = field(default_factory=dict)
+    """Learning rates of parameters by patterns of their names, such as '{"unet.mid_block.*": 1e-6}'. The last match applies."""
     weight_decay: float = 0.01
-    """Weight decay of AdamW."""
+    """Weight decay of AdamW for matrices and convolutions. Biases, gains and the temperature have none."""
+    weight_decay_overrides: dict[str, float] = field(default_factory=dict)
+    """Weight decays of parameters by patterns of their names. The last match applies."""
 
     def __post_init__(self) -> None:
         zero = ("lambda_alignment", "lr_unet", "lr_new", "weight_decay", "query_timestep_min", "noise_offset")
@@ -261,6 +265,10 @@ class ObjectiveConfig:
             ("logit_normal_mean", math.isfinite(self.logit_normal_mean), "a number, such as 0"),
             ("logit_normal_std", 0 < self.logit_normal_std < math.inf, "a number above 0, such as 1"),
         ]
+        for name in ("lr_overrides", "weight_decay_overrides"):
+            for pattern, value in getattr(self, name).items():
+                if not 0 <= value < math.inf:
+                    raise ValueError(f"objective.{name}: {value:g} for {pattern} is out of range; give a number from 0")
         for name, is_valid, remedy in checks:
             if not is_valid:
                 raise ValueError(f"objective.{name}: {getattr(self, name):g} is out of range; give {remedy}")

@@ -1,7 +1,7 @@
 """The training loss of a batch: L = L_IG + lambda L_ITA [P, Algorithm 1], either half alone, or the CLIP-style control."""
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -96,17 +96,25 @@ class Objective(nn.Module):
         self._constants = _Constants.of(model.config.schedule.num_timesteps, weights)
 
     def freeze(self) -> None:
-        """Freeze the parameters that the task does not use and those that `objective.freeze` names."""
+        """Freeze the parameters that the task does not use and those that `objective.freeze` names.
+
+        Raises ValueError if nothing is left to train, or if a pattern of a field of the objective matches no parameter.
+        """
         names = [name for name, _ in self.model.named_parameters()]
         unused = _UP_PATH if self.objective.task in ("alignment", "clip") else ()
-        for pattern in self.objective.freeze:
-            if not fnmatch.filter(names, pattern):
-                raise ValueError(f"objective.freeze: no parameter is called {pattern}; there are {names[0]}, …, {names[-1]}")
+        _check_patterns("objective.freeze: no parameter", self.objective.freeze, names)
         for name, parameter in self.model.named_parameters():
             if any(fnmatch.fnmatch(name, pattern) for pattern in (*unused, *self.objective.freeze)):
                 parameter.requires_grad_(False)
-        if not any(parameter.requires_grad for parameter in self.parameters()):
+        trained = list(self.trained_parameters())
+        if not trained:
             raise ValueError(f"objective.freeze: nothing is left to train ({', '.join(self.objective.freeze)}); freeze less")
+        _check_patterns("objective.lr_overrides: no trained parameter", self.objective.lr_overrides, trained)
+        _check_patterns("objective.weight_decay_overrides: no trained parameter", self.objective.weight_decay_overrides, trained)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by their names in patterns: those in the model, and `alignment.<name>` of the loss."""
+        return {name.removeprefix("model."): p for name, p in self.named_parameters() if p.requires_grad}
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute the activations of the U-Net, in both passes, and of the alignment head in the backward pass."""
@@ -330,6 +338,12 @@ class Objective(nn.Module):
         correct = (logits.masked_fill(same_caption, float("-inf")).argmax(dim=1) == own_text).float()
         is_other_image = (ids[own_text] != ids[own_text].roll(1)).float() * ~noise.drop_image[part].roll(1)
         return torch.stack([(correct * is_other_image).sum(), is_other_image.sum()])
+
+
+def _check_patterns(problem: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"{problem} is called {pattern}; there are {names[0]}, …, {names[-1]}")
 
 
 def _sums(result: AlignmentResult, has_image: torch.Tensor) -> Metrics:

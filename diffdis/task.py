@@ -1,10 +1,12 @@
 """The Task of DiffDis for a trainer: loss, parameter groups, scores, previews and export."""
 
 import dataclasses
+import fnmatch
 import hashlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +55,26 @@ class DiffDisTask:
         """Return AdamW groups: one rate for the U-Net, one for new parameters; no decay for norms, biases and the temperature.
 
         The temperature has a group of its own with `max_value`, to which the optimizer limits its parameters after each update.
-        It and the parameters of the alignment loss stay float32.
+        It and the parameters of the alignment loss stay float32. `objective.lr_overrides` and `weight_decay_overrides` apply to
+        all of them.
         """
-        groups: dict[str, dict[str, Any]] = {}
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                part = "unet" if name.startswith("model.unet.") else "new"
-                rate = self.objective.lr_unet if part == "unet" else self.objective.lr_new
-                decay, limit = (self.objective.weight_decay if parameter.ndim > 1 else 0.0), {}
-                group = part if parameter.ndim > 1 else f"{part}_no_decay"
-                if name.startswith("model.temperature."):
-                    group, limit = "temperature", {"max_value": MAX_LOG_SCALE, "float32": True}
-                elif not name.startswith("model."):  # of the alignment loss
-                    group, limit = f"loss_{group}", {"float32": True}
-                groups.setdefault(group, {"name": group, "params": [], "lr": rate, "weight_decay": decay} | limit)
-                groups[group]["params"].append(parameter)
+        objective = self.objective
+        groups: dict[tuple[str, float, float], dict[str, Any]] = {}
+        for name, parameter in self.module.trained_parameters().items():
+            part, rate = ("unet", objective.lr_unet) if name.startswith("unet.") else ("new", objective.lr_new)
+            decay, options = (objective.weight_decay if parameter.ndim > 1 else 0.0), {}
+            group = part if parameter.ndim > 1 else f"{part}_no_decay"
+            if name.startswith("temperature."):
+                group, options = "temperature", {"max_value": MAX_LOG_SCALE, "float32": True}
+            elif name.startswith("alignment."):
+                group, options = f"loss_{group}", {"float32": True}
+            if pattern := _last_match(objective.lr_overrides, name):
+                rate, group = objective.lr_overrides[pattern], f"{group}_{re.sub('[^a-zA-Z0-9_.]', '', pattern).strip('.')}"
+            if pattern := _last_match(objective.weight_decay_overrides, name):
+                decay = objective.weight_decay_overrides[pattern]
+            key = group, rate, decay
+            groups.setdefault(key, {"name": group, "params": [], "lr": rate, "weight_decay": decay} | options)
+            groups[key]["params"].append(parameter)
         return list(groups.values())
 
     def enable_activation_checkpointing(self) -> None:
@@ -253,6 +260,11 @@ def check_export(pipeline: DiffDisPipeline, folder: Path) -> list[str]:
 def _quiet(pipeline: DiffDisPipeline) -> DiffDisPipeline:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _last_match(patterns: Iterable[str], name: str) -> str:
+    """Return the last pattern that matches a parameter's name; empty if none does."""
+    return next((pattern for pattern in reversed(list(patterns)) if fnmatch.fnmatch(name, pattern)), "")
 
 
 def _caption_id(caption: str) -> int:

@@ -89,6 +89,31 @@ def test_frozen_parameters_stay(make_task):
         make_task(ObjectiveConfig(freeze=("*",)))
 
 
+def test_learning_rates_and_weight_decays_by_pattern(make_task):
+    """The last pattern that matches applies; parameters of the loss are called alignment.*."""
+    rates = {"unet.*": 1e-6, "unet.mid_block.*": 2e-6, "alignment.bias": 3e-3}
+    decays = {"*": 0.1, "*.bias": 0.2}
+    task = make_task(ObjectiveConfig(alignment_loss="siglip", lr_overrides=rates, weight_decay_overrides=decays))
+    names = {id(parameter): name for name, parameter in task.module.named_parameters()}
+    groups = task.parameter_groups()
+    found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found.keys() == {name for name, p in task.module.named_parameters() if p.requires_grad}
+    for name, (rate, decay) in found.items():
+        expected = 2e-6 if ".mid_block." in name else 1e-6 if name.startswith("model.unet.") else 1e-4
+        assert rate == (3e-3 if name == "alignment.bias" else expected), name
+        assert decay == (0.2 if name.endswith(".bias") else 0.1), name
+    rates_by_name = {group["name"]: group["lr"] for group in groups}
+    assert rates_by_name["unet_unet.mid_block"] == 2e-6, "the name under which the rate is logged"
+    (temperature,) = (group for group in groups if "max_value" in group)
+    assert (temperature["name"], temperature["lr"]) == ("temperature", 1e-4)
+    for field in ("lr_overrides", "weight_decay_overrides"):
+        frozen = {"freeze": ("unet.conv_in.*",), field: {"unet.conv_in.*": 0.1}}
+        with pytest.raises(ValueError, match=rf"objective\.{field}: no trained parameter is called unet\.conv_in\.\*"):
+            make_task(ObjectiveConfig(**frozen))
+        with pytest.raises(ValueError, match=rf"objective\.{field}: -1 .*unet"):
+            ObjectiveConfig(**{field: {"unet.*": -1.0}})
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_activations_that_are_computed_again_give_the_same_gradients(make_task, batch, visibility, name):
     found, kept = [], []
@@ -316,11 +341,12 @@ def test_a_model_that_was_exported_starts_another_one(make_task, batch, tmp_path
 
 def test_a_temperature_above_the_limit_returns(make_task):
     """Like CLIP's: ten steps of gradients that raise the scale, then fifty that lower it, with AdamW at 0.1."""
+    from ray_platform.train.config import TrainConfig
     from ray_platform.train.optimizer import AdamW, Fragment
 
     task = make_task(ObjectiveConfig(temperature=0.02, lr_new=0.1))
     temperature = task.module.model.temperature
-    optimizer = AdamW([group for group in task.parameter_groups() if group["name"] == "temperature"], ema_decay=0.0)
+    optimizer = AdamW([group for group in task.parameter_groups() if group["name"] == "temperature"], TrainConfig())
     optimizer.init_state([Fragment(temperature.log_scale, 0, temperature.log_scale, 0, 1)])
     reference = nn.Parameter(temperature.log_scale.detach().clone())
     clip = torch.optim.AdamW([reference], lr=0.1, weight_decay=0.0)

@@ -149,6 +149,11 @@ CANNOT_RUN = {  # by the last two arguments; in docs/operations.md
         (["--data.sources", "DATA", "--model.warm_start", "/none"], ConfigError, "model.warm_start: /none"),
         (["--data.sources", "DATA", "--objective.alignment_loss", "infonse"], ConfigError, "objective.alignment_loss: .*infonce"),
         (["--data.sources", "DATA", "--objective.freeze", "unett.*"], ConfigError, "objective.freeze: .*unett"),
+        (
+            ["--data.sources", "DATA", "--objective.lr_overrides", '{"unett.*": 1e-5}'],
+            ConfigError,
+            "objective.lr_overrides: .*unett",
+        ),
         (["--data.sources", "DATA", "--objective.query_timestep_min", "1000"], ConfigError, "objective.query_timestep_min"),
         (["--data.sources", "DATA", "--tracking.uri", "http://127.0.0.1:9"], ConfigError, "tracking.uri: http://127.0.0.1:9 "),
     ],

@@ -14,6 +14,7 @@ from diffdis.config import HeadConfig
 from diffdis.task import DiffDisTask
 from diffdis_platform.recipes.demo import PREVIEW_CAPTIONS
 from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion
+from ray_platform.train.config import TrainConfig
 from ray_platform.train.optimizer import AdamW
 from tests.support.tiny_checkpoints import save_clip_tokenizer, save_stable_diffusion
 
@@ -80,7 +81,7 @@ def test_the_recipe_learns_the_images_and_not_the_shortcut(small_stable_diffusio
         dataclasses.replace(recipe.model, warm_start=str(small_stable_diffusion), **small), recipe.objective, CAPTIONS[:1]
     )
     queries = task.text_encoder.encode(CAPTIONS)[1]
-    optimizer, rng = AdamW(task.parameter_groups(), ema_decay=0.0), np.random.default_rng(0)
+    optimizer, rng = AdamW(task.parameter_groups(), TrainConfig()), np.random.default_rng(0)
 
     def accuracy() -> float:
         """Return the accuracy from pure noise, on images that were not used for training."""

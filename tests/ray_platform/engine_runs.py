@@ -12,7 +12,8 @@ from tests.support.ranks import shared_ranks, whole_state
 GLOBAL_BATCH, STEPS = 16, 6
 # Otherwise ZeRO 3 keeps full copies of small parameters on every rank and does not shard a small model at all.
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-BASE = {"num_steps": 12, "warmup_steps": 3, "gradient_clipping": 0.5, "ema_decay": 0.9, "zero_stage": 0}
+ADAM = {"betas": (0.8, 0.95), "eps": 1e-6}
+BASE = {"num_steps": 12, "warmup_steps": 3, "gradient_clipping": 0.5, "ema_decay": 0.9, "zero_stage": 0, **ADAM}
 STAGES = (0, 1, 2, 3)
 
 
@@ -67,7 +68,7 @@ def plain_run():
     module, config = task.module, TrainConfig(**BASE)
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     ema = {n: p.detach().clone() for n, p in trained.items()}
-    optimizer = torch.optim.AdamW(task.parameter_groups(), betas=(0.9, 0.999))
+    optimizer = torch.optim.AdamW(task.parameter_groups(), **ADAM)
     rates = [group["lr"] for group in optimizer.param_groups]
     losses = []
     for step in range(STEPS):

@@ -238,6 +238,12 @@ def test_the_one_before_is_taken_when_the_newest_is_deleted_meanwhile(tmp_path, 
         ((1, "score", "min"), [("a", 10, None), ("a", 20, 0.5), ("a", 30, 0.5), ("a", 40, float("nan"))], ["a40", "a20"]),
         # The newest checkpoints are those of the later launch, which resumed from an earlier step.
         ((2,), [("a", 10, None), ("a", 20, None), ("b", 12, None), ("b", 14, None)], ["b14", "b12"]),
+        # One every 20 steps is permanent, also of the earlier launch.
+        (
+            (1, "", "max", 20),
+            [("a", step, None) for step in (10, 20, 30)] + [("b", step, None) for step in (40, 50)],
+            ["b50", "b40", "a20"],
+        ),
     ],
 )
 def test_the_newest_and_the_best_are_kept(tmp_path, policy, saved, left):

@@ -75,6 +75,36 @@ def test_the_same_ranks_continue_to_the_last_bit(whole_runs, states, zero_stage)
     assert_equal(tensors, whole_runs[zero_stage][1])
 
 
+WSD = {"lr_schedule": "wsd", "warmup_steps": 2}
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        *({"lr_schedule": name, "min_lr_factor": 0.1} for name in ("constant", "linear", "cosine")),
+        WSD | {"num_steps": STEPS, "cooldown_steps": 2, "min_lr_factor": 0.1},
+    ],
+)
+def test_every_schedule_continues_to_the_last_bit(schedule):
+    losses, tensors, *_ = train(**schedule)
+    first, state, *_ = train(stop=5, **schedule)
+    then, resumed, *_ = train(start=5, state=state, **schedule)
+    assert first + then == losses
+    assert_equal(resumed, tensors)
+
+
+def test_a_branch_cools_down_from_the_constant_phase_and_the_main_run_continues():
+    main = WSD | {"num_steps": 100, "cooldown_steps": 10}
+    whole, branching = train(**main), train(stop=4, **main)[1]
+    cooled = train(start=4, state=branching, **WSD | {"num_steps": STEPS, "cooldown_steps": 2})
+    continued = train(start=4, state=branching, **main)
+    assert continued[0] == whole[0][4:]
+    assert_equal(continued[1], whole[1])
+    assert cooled[0][0] == whole[0][4], "the branch starts from the same weights"
+    changes = [(run[1]["weights/last.weight"] - branching["weights/last.weight"]).norm() for run in (cooled, continued)]
+    assert changes[0] < changes[1], "its second step is smaller"
+
+
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_a_parameter_that_is_trained_from_a_resume_on_starts_with_its_own_step_count(states, zero_stage):
     """Adam's first update is as large as the learning rate; with the run's step count it would be several times larger."""

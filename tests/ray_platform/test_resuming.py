@@ -64,6 +64,33 @@ def test_a_finished_run_with_more_steps_jumps_or_rises():
     assert middle.warnings(rising) == []
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"lr_schedule": "constant"}, [1] * 7),
+        ({"lr_schedule": "linear"}, [1, 1 - 1 / 9, 1 - 2 / 9, 1 - 3 / 9, 0.5, 0, 0]),
+        ({"lr_schedule": "linear", "min_lr_factor": 0.2}, [1, 1 - 0.8 / 9, 1 - 1.6 / 9, 1 - 2.4 / 9, 0.6, 0.2, 0.2]),
+        ({"lr_schedule": "cosine", "min_lr_factor": 0.2}, [1, 0.9759, 0.9064, 0.8, 0.6, 0.2, 0.2]),
+        ({"lr_schedule": "wsd", "cooldown_steps": 60}, [1, 1, 1, 1, 1 - (15 / 60) ** 0.5, 0, 0]),
+        ({"lr_schedule": "wsd", "cooldown_steps": 60, "min_lr_factor": 0.5}, [1, 1, 1, 1, 0.75, 0.5, 0.5]),
+    ],
+)
+def test_schedules_after_the_warm_up(fields, expected):
+    train = TrainConfig(num_steps=100, warmup_steps=10, **fields)
+    assert factors(range(10), train, None) == [(step + 1) / 10 for step in range(10)]
+    assert factors((10, 20, 30, 40, 55, 100, 120), train, None) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_checkpoint_without_new_fields_of_the_schedule_had_their_defaults():
+    assert resumed_rewarm(resumption(50).manifest, TrainConfig(**FINISHED)) is None
+    changed = resumed_rewarm(resumption(50).manifest, TrainConfig(**FINISHED, min_lr_factor=0.5))
+    assert changed.step == 50
+    cooling = TrainConfig(**FINISHED | {"lr_schedule": "wsd", "num_steps": 70, "cooldown_steps": 20}, min_lr_factor=0.1)
+    constant = resumption(50, {"train": FINISHED | {"lr_schedule": "wsd", "cooldown_steps": 10}})
+    assert resumed_rewarm(constant.manifest, cooling) == Rewarm(50, 1.0)
+    assert constant.warnings(cooling) == [], "a branch that cools down from the constant phase"
+
+
 @pytest.mark.parametrize("changes", [{}, {"rewarm_steps": 0}, {"num_steps": 90}, {"num_steps": 101, "lr_schedule": "linear"}])
 def test_a_schedule_without_a_jump_is_not_reported(changes):
     assert resumption(50 if not changes else 100).warnings(TrainConfig(**FINISHED | changes)) == []

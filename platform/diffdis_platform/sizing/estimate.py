@@ -125,7 +125,7 @@ def estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: Ba
     lost = _faults(counts, train, n, plan.global_batch_size / rate, c)
     seconds = config.epochs * data.num_pairs / (rate * lost.useful_fraction) if lost.useful_fraction else math.inf
     held = memory(counts, train, plan, live)
-    kept = train.keep_checkpoints + bool(train.keep_best) + 1  # and the one that is being written
+    kept = train.max_checkpoints + 1  # and the one that is being written
     checkpoints, shards = kept * lost.checkpoint_bytes / 1e12, data.num_pairs * data.pair_bytes / 1e12
     precomputed = 0.0 if live else data.num_pairs * sample_bytes / 1e12
     storage = (checkpoints + (shards if live else precomputed)) * c.storage_tb_month * seconds / (30.44 * _DAY)

@@ -143,6 +143,11 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def checkpoint_step(name: str) -> int:
+    """Return the step of `checkpoint_name`."""
+    return int(name.removeprefix("step_"))
+
+
 def checkpoints_dir(output_dir: str) -> str:
     return storage.join(output_dir, "checkpoints")
 
@@ -350,12 +355,13 @@ def candidates(resume: str, output_dir: str, launch: str) -> list[str]:
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """Checkpoints of a run that are kept: the newest ones, and the best one by a metric."""
+    """Checkpoints of a run that are kept: the newest ones, the best one by a metric, and one every `keep_every` steps."""
 
     output_dir: str
     num_newest: int
     best_metric: str = ""  # empty: none
     best_mode: Literal["max", "min"] = "max"
+    keep_every: int = 0  # steps; 0: none
 
     def prune(self, newest: str, lineage: Lineage) -> None:
         """Delete the other checkpoints of a lineage, after `newest` was finalized and before the next one starts.
@@ -369,9 +375,10 @@ class RetentionPolicy:
         kept = {newest, *ordered[: self.num_newest], *self._best(ordered)}
         for url in _folders(self.output_dir):
             launch, name = split_url(url)
+            is_permanent = self.keep_every and url in existing and checkpoint_step(name) % self.keep_every == 0
             is_past = launch in lineage.ancestors or (launch == lineage.launch and name < split_url(newest)[1])
             is_unfinished = launch in lineage.earlier and url not in existing
-            if url not in kept and (is_past or is_unfinished):
+            if url not in kept and not is_permanent and (is_past or is_unfinished):
                 storage.delete(storage.join(url, COMPLETE))  # first, so that it is no longer listed
                 storage.delete(url)
 

@@ -38,10 +38,18 @@ class TrainConfig:
     """Compile the model's blocks with torch.compile, from the second step on. Not with ZeRO 3."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Settings that are merged into the generated DeepSpeed configuration, as JSON."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after the warm-up; `linear` and `cosine` end at 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decays of the moments. Contrastive training with large batches is more stable with a second one of 0.95 to 0.98."""
+    eps: float = 1e-8
+    """AdamW's term that is added to the denominator."""
+    lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Learning rate after the warm-up. `wsd` (warm-up, stable, decay) is constant until the last cooldown_steps."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from 0."""
+    cooldown_steps: int = 0
+    """With lr_schedule = wsd: last steps of num_steps, over which the rate falls with 1 - sqrt(x)."""
+    min_lr_factor: float = 0.0
+    """Learning rate at the end of `linear`, `cosine` and `wsd`, as a fraction of the peak."""
     rewarm_steps: int = 0
     """When a run resumes with another schedule (such as more steps): steps over which the rate rises from the one at which it
     stopped to that of the new schedule. 0: it jumps."""
@@ -71,6 +79,8 @@ class TrainConfig:
     """Also save after this many minutes without a checkpoint. 0: by steps only."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
+    keep_every: int = 0
+    """Steps between two checkpoints that are never removed, a multiple of checkpoint_every. 0: none."""
     keep_best: str = ""
     """Also keep the checkpoint with the best value of this metric, which must be logged at the same step."""
     keep_best_mode: Literal["max", "min"] = "max"
@@ -107,8 +117,23 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is negative")
         has_workers = 1 <= self.min_workers <= self.max_workers
         enough_samples = not self.global_batch_size or self.global_batch_size >= self.max_workers
+        max_cooldown = self.num_steps - self.warmup_steps
+        has_cooldown = 1 <= self.cooldown_steps <= max_cooldown if self.lr_schedule == "wsd" else not self.cooldown_steps
         checks = (
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "are not two numbers in [0, 1)"),
+            ("eps", self.eps > 0, "is not above 0"),
+            ("min_lr_factor", 0 <= self.min_lr_factor <= 1, "is not a fraction from 0 to 1"),
+            (
+                "cooldown_steps",
+                has_cooldown,
+                f"does not fit train.lr_schedule {self.lr_schedule}; wsd needs 1 to {max_cooldown} steps, the others 0",
+            ),
             ("checkpoint_minutes", self.checkpoint_minutes >= 0, "is negative; use 0 to save by steps only"),
+            (
+                "keep_every",
+                self.keep_every >= 0 and self.keep_every % self.checkpoint_every == 0,
+                f"is not a multiple of train.checkpoint_every, {self.checkpoint_every}",
+            ),
             ("stop_at_step", 0 <= self.stop_at_step <= self.num_steps, f"is not from 0 to train.num_steps, {self.num_steps}"),
             ("num_workers", has_workers, "is neither a number from 1 nor (min, max)"),
             ("global_batch_size", enough_samples, f"gives {self.max_workers} workers less than one sample each"),
@@ -130,6 +155,12 @@ class TrainConfig:
     def is_control_due(self, step: int) -> bool:
         """Return whether step `step` (from 1) also computes the metrics that cost additional operations."""
         return step % (self.control_every or self.log_every) == 0
+
+    @property
+    def max_checkpoints(self) -> int:
+        """Number of checkpoints that are kept at the end of the run."""
+        permanent = self.num_steps // self.keep_every if self.keep_every else 0
+        return permanent + self.keep_checkpoints + bool(self.keep_best)
 
     @property
     def last_step(self) -> int:

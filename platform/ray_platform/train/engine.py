@@ -48,7 +48,7 @@ class Engine:
         # DeepSpeed's ZeRO 3 takes weights of one type only.
         kept = [group for group in groups if group.get("float32") and config.zero_stage < 3]
         originals = convert_weights(task.module, kept, config.precision)
-        self.adam = AdamW(groups, config.ema_decay)
+        self.adam = AdamW(groups, config)
         self.replicas: DataParallel | None = None
         self.engine: Any
         if config.zero_stage == 0:

@@ -68,14 +68,14 @@ class AdamW(torch.optim.AdamW):
     do.
     """
 
-    def __init__(self, groups: ParamsT, ema_decay: float):
-        """`groups` of the Task, with their parameters in the data types of the module. `ema_decay` 0: no EMA."""
+    def __init__(self, groups: ParamsT, config: TrainConfig):
+        """`groups` of the Task, with their parameters in the data types of the module."""
         self.groups: list[Any] = list(groups)
         by_type: dict[torch.dtype, list[torch.nn.Parameter]] = {}
         for parameter in (p for group in self.groups for p in group["params"]):
             by_type.setdefault(parameter.dtype, []).append(parameter)
         super().__init__([{"params": parameters} for parameters in by_type.values()], fused=True)
-        self.ema_decay = ema_decay
+        self.config = config
         self.num_updates = 0  # steps that changed the weights
         self.optimizer: torch.optim.AdamW
         self._fragments: dict[torch.Tensor, Fragment] = {}  # by parameter
@@ -88,14 +88,14 @@ class AdamW(torch.optim.AdamW):
     @property
     def state_names(self) -> tuple[str, ...]:
         """Names of the state tensors that have the shape of their parameter."""
-        return (*MOMENTS, EMA) if self.ema_decay else MOMENTS
+        return (*MOMENTS, EMA) if self.config.ema_decay else MOMENTS
 
     def init_state(self, fragments: Sequence[Fragment]) -> None:
         """Create the state of all that this rank updates."""
         self._fragments = {fragment.parameter: fragment for fragment in fragments}
         for shard in {fragment.shard for fragment in fragments}:
             self._states[shard] = {name: torch.zeros_like(shard) for name in MOMENTS}
-            if self.ema_decay:
+            if self.config.ema_decay:
                 self._states[shard][EMA] = shard.detach().clone()
         self._build(dict.fromkeys(self._fragments, 0))
 
@@ -118,7 +118,7 @@ class AdamW(torch.optim.AdamW):
                 self._steps |= dict.fromkeys(parameters, run_steps[tensors[-1]])
                 self._runs.setdefault(run.shard, []).append((run, tensors[-1]))
             groups.append({**group, "params": tensors})
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+        self.optimizer = torch.optim.AdamW(groups, betas=self.config.betas, eps=self.config.eps, fused=True)
         for shard, of_shard in self._runs.items():
             for run, tensor in of_shard:
                 states = {name: run.of_shard(state) for name, state in self._states[shard].items()}
@@ -177,8 +177,8 @@ class AdamW(torch.optim.AdamW):
         for group in self.optimizer.param_groups:
             for tensor in group["params"] if "max_value" in group else ():
                 tensor.clamp_(max=group["max_value"])
-        if updated and self.ema_decay:
-            average = get_ema_multi_avg_fn(ema_decay_at(self.ema_decay, self.num_updates + 1))
+        if updated and self.config.ema_decay:
+            average = get_ema_multi_avg_fn(ema_decay_at(self.config.ema_decay, self.num_updates + 1))
             tensors = [tensor.detach() for _, tensor in updated]
             average([self.optimizer.state[tensor][EMA] for _, tensor in updated], tensors, self.num_updates + 1)
         for run, tensor in updated:
@@ -243,7 +243,13 @@ def learning_rate_factor(config: TrainConfig, step: int, rewarm: Rewarm | None =
 def _schedule_factor(config: TrainConfig, step: int) -> float:
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps))
-    if config.lr_schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0 - progress if config.lr_schedule == "linear" else 1.0
+    if config.lr_schedule == "constant":
+        return 1.0
+    start = config.num_steps - config.cooldown_steps if config.lr_schedule == "wsd" else config.warmup_steps
+    progress = min(1.0, max(0, step - start) / max(1, config.num_steps - start))
+    decayed = {
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "wsd": 1 - math.sqrt(progress),  # better than linear (Hägele et al. 2024)
+    }[config.lr_schedule]
+    return config.min_lr_factor + (1 - config.min_lr_factor) * decayed

@@ -168,7 +168,7 @@ class RunPlan:
             "samples_to_train_on": num_steps * global_batch,
             "epochs_to_train_on": round(num_steps * global_batch / catalog.num_samples, 3) if catalog.num_samples else None,
             "checkpoints_to_write": -(-num_steps // train.checkpoint_every),
-            "checkpoints_kept": train.keep_checkpoints + bool(train.keep_best),
+            "checkpoints_kept": train.max_checkpoints,
             "starts_from": resumed.url if resumed else "the beginning",
             "changed_settings": [*resumed.changes(self.params), *resumed.warnings(train)] if resumed else [],
             "output_dir": self.output_dir,

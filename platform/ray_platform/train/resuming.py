@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 # Fields that say where a launch starts and ends, not how it trains.
 UNREPORTED = ("output_dir", "train.resume", "train.resume_weights_only", "train.stop_at_step")
-SCHEDULE_FIELDS = ("num_steps", "warmup_steps", "lr_schedule", "rewarm_steps")
+SCHEDULE_FIELDS = ("num_steps", "warmup_steps", "lr_schedule", "rewarm_steps", "cooldown_steps", "min_lr_factor")
 MAX_TAG = 4000  # characters that MLflow's stores accept
 JUMP = 0.05  # fraction of the peak: a learning rate that grows by more from one step to the next is reported
 
@@ -93,7 +93,8 @@ def other_shards(url: str) -> DataError:
 def resumed_rewarm(manifest: Manifest, train: TrainConfig) -> Rewarm | None:
     """Return where the learning rate of a resumed run starts to rise to its schedule; None if the schedule never changed."""
     saved_train = manifest.config.get("train", {})
-    fields = {name: saved_train[name] for name in SCHEDULE_FIELDS if name in saved_train}
+    # A field that a release before this one did not have has its default.
+    fields = {name: saved_train.get(name, getattr(TrainConfig, name)) for name in SCHEDULE_FIELDS if saved_train}
     saved, previous = replace(train, stop_at_step=0, **fields), None
     if manifest.rewarm:
         previous = Rewarm(int(manifest.rewarm["step"]), manifest.rewarm["factor"])

@@ -105,7 +105,8 @@ class Trainer:
         if loaded is not None:
             restore(loaded, self.engine, weights_only)
         self.loss_monitor = LossMonitor(config, history, spec.output_dir)
-        retention = RetentionPolicy(spec.output_dir, config.keep_checkpoints, config.keep_best, config.keep_best_mode)
+        best = config.keep_best, config.keep_best_mode
+        retention = RetentionPolicy(spec.output_dir, config.keep_checkpoints, *best, config.keep_every)
         lineage = Lineage(spec.launch)
         if self.rank == 0:
             with storage.retrying_for(RETRY_SECONDS):
