@@ -8,10 +8,8 @@ import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from diffdis_platform.recipes.comparisons import demo_compare
-from diffdis_platform.recipes.demo import demo
-from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion, sd_v1_laion_joint_mask, sd_v1_laion_one_way
-from diffdis_platform.recipes.sweeps import demo_sweep, sd_v1_laion_sweep
+from diffdis_platform.recipes.demo import demo, demo_compare, demo_sweep
+from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion, sd_v1_laion_joint_mask, sd_v1_laion_one_way, sd_v1_laion_sweep
 
 RecipeConfig = TypeVar("RecipeConfig")
 

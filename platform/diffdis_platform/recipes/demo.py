@@ -1,12 +1,16 @@
-"""The demo: emoji at 32 px, small enough for two CPU cores, with the same code path as a large run."""
+"""The demo: emoji at 32 px, small enough for two CPU cores, with the same code path as a large run; its sweep and comparison."""
 
 import dataclasses
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from diffdis import config as presets
 from diffdis.config import ObjectiveConfig
+from diffdis_platform.config.compare import CompareConfig
+from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.config.sweep import SPACE, SweepConfig
 from ray_platform.checkout import checkout_root
 from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig
@@ -59,4 +63,62 @@ def demo() -> PretrainConfig:
             preview_every=160,
         ),
         preview_captions=PREVIEW_CAPTIONS,
+    )
+
+
+# For a model trained from scratch, the learning rates matter most, and lambda is small (docs/comparison.md).
+DEMO_SPACE: dict[str, dict[str, Any]] = {
+    "objective.lr_unet": {"low": 3e-4, "high": 2e-3, "log": True},
+    "objective.lr_new": {"low": 3e-4, "high": 2e-3, "log": True},
+    "objective.lambda_alignment": {"low": 0.004, "high": 1.0, "log": True},
+    "train.micro_batch_size": {"values": [16, 32, 64]},  # at equal samples: more steps, or more negatives
+    "evaluation.quality.guidance_scales": SPACE["evaluation.quality.guidance_scales"],
+}
+
+
+def demo_sweep() -> SweepConfig:
+    """Return the sweep of the demo, which runs two trials at a time on two CPU cores."""
+    base, heldout = demo(), DEMO_DATA / "wds_heldout_style"
+    return SweepConfig(
+        pretrain=dataclasses.replace(
+            base,
+            data=dataclasses.replace(base.data, sources=(str(DEMO_DATA / "train"),)),
+            train=dataclasses.replace(
+                base.train, num_workers=1, micro_batch_size=64, warmup_steps=30, checkpoint_every=10_000, preview_every=0
+            ),
+        ),
+        evaluation=EvalConfig(
+            suite="demo",
+            data_roots=(str(DEMO_DATA),),
+            scoring=ScoringConfig(num_draws=4),
+            quality=QualityConfig(prompts=str(heldout / "classnames.txt"), reference=str(heldout), num_images=128, num_steps=20),
+        ),
+        space=DEMO_SPACE,
+        num_trials=8,
+        samples=15_360,
+        num_milestones=2,
+    )
+
+
+def demo_compare(demo_data: str = str(DEMO_DATA)) -> CompareConfig:
+    """The demo's model on the demo's data: `demo_data` is the folder that `diffdis build-demo-shards` filled; absolute or s3://."""
+    demo_data = demo_data.rstrip("/")
+    base, pairs = demo(), f"{demo_data}/wds_heldout_pairs"
+    return CompareConfig(
+        pretrain=dataclasses.replace(
+            base,
+            data=dataclasses.replace(base.data, sources=(f"{demo_data}/train",)),
+            train=dataclasses.replace(
+                base.train,
+                preview_every=0,
+                heldout_sources=(f"{demo_data}/heldout_style",),
+                heldout_every=80,
+            ),
+        ),
+        evaluation=EvalConfig(
+            suite="demo",
+            data_roots=(demo_data,),
+            scoring=ScoringConfig(num_steps=10, num_draws=8),
+            quality=QualityConfig(prompts=pairs, reference=pairs, num_steps=20),
+        ),
     )

@@ -4,7 +4,9 @@ import dataclasses
 import warnings
 
 from diffdis.config import ObjectiveConfig, sd_v1
+from diffdis_platform.config.evaluate import EvalConfig, QualityConfig
 from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.config.sweep import SweepConfig
 from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig
 
@@ -47,3 +49,17 @@ def sd_v1_laion_one_way() -> PretrainConfig:
     """Deprecated: the same as sd_v1_laion."""
     warnings.warn("the recipe sd_v1_laion_one_way is deprecated; use sd_v1_laion", DeprecationWarning, stacklevel=2)
     return sd_v1_laion()
+
+
+def sd_v1_laion_sweep() -> SweepConfig:
+    """Return the sweep at the paper's size, with the one-way mask.
+
+    Set the fields of sd_v1_laion, evaluation.data_roots and evaluation.quality.
+    """
+    base = sd_v1_laion()
+    return SweepConfig(
+        pretrain=base,
+        evaluation=EvalConfig(gpus_per_worker=1.0, quality=QualityConfig(num_images=10_000)),
+        samples=2_000_000,
+        num_trials=16,
+    )
