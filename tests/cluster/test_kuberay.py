@@ -229,5 +229,5 @@ def test_kustomize_builds_it_in_one_namespace_with_ones_own_images():
     assert {d["metadata"].get("namespace", "diffdis") for d in found} == {"diffdis"}
     assert len(found) == sum(len(documents(path)) for path in KUBERAY.glob("*.yaml") if path.name != "kustomization.yaml")
     assert set(re.findall(r"image: (\S+)", built)) == {
-        "registry.example.com/diffdis-cpu:0.1.0", "registry.example.com/diffdis-cuda:0.1.0", "postgres:17-alpine"
+        "registry.example.com/diffdis-cpu:0.2.0", "registry.example.com/diffdis-cuda:0.2.0", "postgres:17-alpine"
     }  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.dashboard.modules.job.cli import submit
 from ray.scripts.scripts import start
 
 from diffdis_platform.cli import COMMANDS
@@ -33,9 +34,9 @@ CONFIGS = (
     SizingConfig, DistanceConfig,
 )  # fmt: skip
 OTHER_FLAGS = {"--recipe", "--config", "--dry-run", "--help", "--list", "--demo_data", "--output", "--resume", "--profile"}
-OTHER_FLAGS |= {"--output_format", "--sort"} | {
-    option for parameter in start.params for option in parameter.opts
-}  # of img2dataset and Ray
+OTHER_FLAGS |= {"--output_format", "--sort", "--no-build-isolation"} | {
+    option for command in (start, submit) for parameter in command.params for option in parameter.opts
+}  # of img2dataset, tar, pip and Ray
 
 
 def parse_command(name: str, arguments: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""Parser of README.md and docs/*.md: fenced blocks, their commands, and a shell that runs them as a reader would."""
+"""Parser of the documentation: fenced blocks, their commands, and a shell that runs them as a reader would."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])
 SHELL = ("", "bash", "sh", "shell", "console")  # a block without a language is shell code
 _FENCED = re.compile(
     r"(?:^ *<!-- (?P<mark>[^\n]*) -->\n)?^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S

@@ -1,0 +1,93 @@
+"""The Slurm script starts Ray on every node of a job, runs a command on all of them, and leaves no process behind.
+
+Slurm is not installed. A stand-in for `srun` starts the command once per node on this machine with the variables that Slurm sets.
+"""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ray_platform.local_head import MARKER, marked_processes
+from tests.cluster.manifests import CLUSTER
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+NODES = 3
+SRUN = f"""#!/usr/bin/env bash
+export SLURM_LAUNCH_NODE_IPADDR=127.0.0.1
+nodes={NODES}
+while [ "${{1#--}}" != "$1" ]; do
+    [ "$1" = --nodes=1 ] && nodes=1
+    shift
+done
+trap 'kill $(jobs -p) 2>/dev/null' TERM
+for node in $(seq 0 $((nodes - 1))); do SLURM_NODEID=$node "$@" & done
+wait
+wait
+"""
+COUNT_NODES = """
+import ray, sys
+ray.init(log_to_driver=False)
+@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+def node():
+    return ray.get_runtime_context().get_node_id()
+alive = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
+print("nodes", len(alive), "cpus", ray.cluster_resources()["CPU"])
+sys.exit(7 if len(alive) == int(sys.argv[1]) else 1)
+"""
+WAIT = """
+import pathlib, signal, sys, time
+def stop(*_):
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(1)
+signal.signal(signal.SIGTERM, stop)
+print("training", flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Return start(*command): a process that runs the script as the first node of a Slurm job."""
+    tools = {"srun": SRUN, "scontrol": f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n'}
+    for name, text in tools.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    marker = secrets.token_hex(8)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))} | {
+        MARKER: marker, "SPT_NOENV": "1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_TMPDIR": str(tmp_path),
+        "PATH": os.pathsep.join((str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"])),
+        "SLURM_NNODES": str(NODES), "SLURM_JOB_ID": str(secrets.randbelow(9000)), "SLURM_CPUS_ON_NODE": "2",
+    }  # fmt: skip
+
+    def start(*command: str) -> subprocess.Popen[str]:
+        script = ["bash", str(CLUSTER / "slurm" / "ray.sbatch"), *command]
+        return subprocess.Popen(script, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    yield start
+    remaining = marked_processes(marker)
+    for process in remaining:
+        process.kill()
+    assert not remaining, "the script left processes behind"
+
+
+def test_a_command_runs_on_all_nodes_and_its_status_is_that_of_the_job(job):
+    process = job("python", "-c", COUNT_NODES, str(NODES))
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 7, output
+    assert f"nodes {NODES} cpus {2 * NODES:.1f}" in output
+
+
+def test_before_the_time_limit_the_command_is_stopped_and_the_job_queued_again(job, tmp_path):
+    process = job("python", "-c", WAIT, str(tmp_path / "checkpoint"))
+    while (line := process.stdout.readline()) != "training\n":
+        assert line, "the command did not start"
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, output
+    assert (tmp_path / "checkpoint").read_text() == "saved"
+    assert (tmp_path / "scontrol").read_text().startswith("requeue ")
