@@ -79,7 +79,7 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Transformer of the alignment head [P: 6 x 768, 12 heads]."""
+    """Transformer of the alignment head. [P: 6 x 768, 12 heads]"""
 
     num_layers: int = 6
     """Transformer layers of the alignment head."""
@@ -91,7 +91,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Noise schedule of images and text queries: scaled-linear betas, as in Stable Diffusion [D].
+    """Noise schedule of images and text queries: scaled-linear betas, as in Stable Diffusion. [D]
 
     A warm start replaces the fields from num_timesteps to timestep_spacing by those of its folder, unless they are set.
     """
@@ -203,7 +203,7 @@ class DiffDisConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Training objective of Algorithm 1: noise, loss weights and learning rates [D where not marked]."""
+    """Training objective of Algorithm 1: noise, loss weights and learning rates. [D where not marked]"""
 
     task: TaskName = "joint"
     """What the model learns. `generation` and `alignment` are the two halves of `joint`. `clip` is a baseline: the same image
@@ -246,7 +246,7 @@ class ObjectiveConfig:
     lr_unet: float = 1e-5
     """Learning rate of the U-Net."""
     lr_new: float = 1e-4
-    """Learning rate of the new parameters: alignment head, projections, temperature and the loss's own."""
+    """Learning rate of the new parameters: all but the U-Net's."""
     lr_overrides: dict[str, float] = field(default_factory=dict)
     """Learning rates of parameters by patterns of their names, such as '{"unet.mid_block.*": 1e-6}'. The last match applies."""
     weight_decay: float = 0.01

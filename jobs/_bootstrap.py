@@ -3,6 +3,7 @@
 `python jobs/x.py` puts only `jobs/` on the path of the driver; `ray_platform.connect` sets the path of the workers.
 """
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -11,5 +12,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 for _folder in (str(_ROOT / "platform"), str(_ROOT)):
     if _folder not in sys.path:
         sys.path.insert(0, _folder)
+
+if importlib.util.find_spec("jsonargparse") is None:
+    sys.exit(f"error: {sys.executable} does not have this project's packages; run `make setup`, then use .venv/bin/python")
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one bar per loaded file clutters the log

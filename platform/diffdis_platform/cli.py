@@ -1,5 +1,6 @@
 """The command `diffdis`: runs one of the commands, and turns errors into one line and an exit status."""
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ COMMANDS = {
     "build-demo-shards": "build the demo's shards and evaluation sets",
     "demo": "build the demo's data, pretrain on it, and report the results",
 }
+# Names that users try -> the command that they mean.
+SYNONYMS = {"train": "pretrain", "evaluate": "eval", "test": "eval", "sample": "generate", "fid": "distance", "tune": "sweep"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,10 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<19}{text}" for name, text in COMMANDS.items()]
-        print("\n".join(["usage: diffdis COMMAND [options]", "", *lines, "", "`diffdis COMMAND --help` lists the options."]))
+        print("\n".join(["usage: diffdis COMMAND [options]", "", *lines, "", "`diffdis COMMAND --help` explains its options."]))
         return 0
     if arguments[0] not in COMMANDS:
-        print(f"error: {arguments[0]}: no such command; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        word = arguments[0].replace("_", "-")
+        near = SYNONYMS.get(word) or next(iter(difflib.get_close_matches(word, COMMANDS, n=1)), "")
+        advice = f"did you mean {near}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"error: {arguments[0]}: no such command; {advice}", file=sys.stderr)
         return 2
     return run_command(arguments[0], arguments[1:])
 

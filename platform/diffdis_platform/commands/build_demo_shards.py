@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
 from ray_platform.contracts import ConfigError
 
 INTERRUPTED = "stopped; the same command starts again"
+
+HELP = CommandHelp("build-demo-shards", "Build the demo's shards and evaluation sets.", examples=("", "--output /data/demo"))
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,7 @@ class BuildDemoConfig:
 
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[BuildDemoConfig]:
-    return parse(
-        BuildDemoConfig,
-        argv,
-        command="build-demo-shards",
-        description="Build the demo's shards and evaluation sets.",
-        aliases={"--icons-package": "--icons_package"},  # the name until 0.3
-    )
+    return parse(BuildDemoConfig, argv, HELP, aliases={"--icons-package": "--icons_package"})  # the name until 0.3
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,16 +4,29 @@ from collections.abc import Sequence
 
 from diffdis_platform.commands import check_sources, connect_cluster, typed_command
 from diffdis_platform.config.compare import CompareConfig
+from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.recipes import recipes_of
 from ray_platform.contracts import DataError
 
 INTERRUPTED = "stopped; the same command resumes the comparison"
 
+HELP = CommandHelp(
+    "compare",
+    "Train and evaluate the joint model and its baselines on the same samples.",
+    examples=(
+        "--demo_data /data/demo --output_dir /runs/compare",
+        "--demo_data /data/demo --output_dir /runs/masks --arms joint_mask one_way_mask --seeds 0 1 2",
+    ),
+    fields=(
+        *("output_dir", "arms", "own_arms", "seeds", "pretrain.data.sources", "pretrain.train.num_steps"),
+        *("pretrain.train.num_workers", "evaluation.suite", "evaluation.data_roots", "tracking.uri", "tracking.experiment"),
+    ),
+)
+
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[CompareConfig]:
-    description = "Train and evaluate the joint model and its baselines on the same samples."
-    return parse(CompareConfig, argv, command="compare", description=description, recipes=recipes_of(CompareConfig))
+    return parse(CompareConfig, argv, HELP, recipes=recipes_of(CompareConfig))
 
 
 def main(argv: Sequence[str]) -> int:

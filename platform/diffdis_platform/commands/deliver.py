@@ -4,10 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from diffdis_platform.commands import check_exists
+from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from ray_platform.storage_config import StorageConfig
 
 INTERRUPTED = "stopped; the same command continues"
+
+HELP = CommandHelp(
+    "deliver",
+    "Deliver what MLflow, or another tracker, has not received of a run.",
+    examples=("--output_dir /runs/first",),
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class DeliverConfig:
 
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[DeliverConfig]:
-    return parse(DeliverConfig, argv, command="deliver", description="Deliver what a tracker has not received of a run.")
+    return parse(DeliverConfig, argv, HELP)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -7,17 +7,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffdis_platform.commands.pretrain import parse_arguments
+from diffdis_platform.commands import pretrain
+from diffdis_platform.config.help import CommandHelp
+from diffdis_platform.config.parse import ParsedCommand
+from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.recipes.demo import DEMO_DATA, PREVIEW_CAPTIONS
 from ray_platform.checkout import checkout_root
 from ray_platform.contracts import UserError
 
 INTERRUPTED = "stopped; the same command resumes from the last checkpoint"
 
+HELP = CommandHelp(
+    "demo",
+    "Build the demo's data, pretrain on it, and report the results. The options are those of `diffdis pretrain`.",
+    examples=("", "--train.num_steps 1e3"),
+    fields=pretrain.MAIN_FIELDS,
+)
+
+
+def parse_arguments(argv: Sequence[str]) -> ParsedCommand[PretrainConfig]:
+    return pretrain.parse_arguments(["--recipe", "demo", *argv], HELP)
+
 
 def main(argv: Sequence[str]) -> int:
     """Arguments are passed on to `diffdis pretrain`."""
-    parse_arguments(["--recipe", "demo", *argv])
+    parse_arguments(argv)
     from diffdis_platform.demo.builder import ENTRIES_SHA256, build
     from diffdis_platform.demo.report import SUMMARY, table, write_report
     from ray_platform.tracking.mlflow_tracker import ui_command

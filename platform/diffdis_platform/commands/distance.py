@@ -4,14 +4,20 @@ from collections.abc import Sequence
 
 from diffdis_platform.commands import check_exists, check_writable, connect_cluster, is_pattern
 from diffdis_platform.config.distance import DistanceConfig
+from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
 
 INTERRUPTED = "stopped; the same command continues"
 
+HELP = CommandHelp(
+    "distance",
+    "Measure FID, KID, precision, recall and Inception Score between two sets of images.",
+    examples=("--generated /images/a --reference /images/real --networks efficientnet_lite0 --output_dir /results/a",),
+)
+
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[DistanceConfig]:
-    description = "Measure FID, KID, precision, recall and Inception Score between two sets of images."
-    command = parse(DistanceConfig, argv, command="distance", description=description)
+    command = parse(DistanceConfig, argv, HELP)
     command.config.check()
     return command
 

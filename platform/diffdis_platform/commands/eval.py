@@ -4,20 +4,30 @@ from collections.abc import Sequence
 
 from diffdis_platform.commands import check_exists, check_writable, is_pattern
 from diffdis_platform.config.evaluate import EvalConfig, suite_sets
+from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
 from ray_platform.contracts import DataError
 
 INTERRUPTED = "stopped; the same command continues"
 
+HELP = CommandHelp(
+    "eval",
+    "Measure zero-shot accuracy, retrieval and image quality of a model.",
+    examples=(
+        "--checkpoint /runs/demo --suite demo --data_roots /data/demo --output_dir /results/demo",
+        "--checkpoint s3://bucket/runs/1 --data_roots /data/clip_benchmark --gpus_per_worker 1 --output_dir s3://bucket/results/1",
+        "--list --data_roots /data/clip_benchmark",
+    ),
+    fields=(
+        *("checkpoint", "steps", "output_dir", "suite", "data_roots", "baselines", "limit", "seeds", "num_workers"),
+        *("gpus_per_worker", "scoring.num_steps", "scoring.num_draws", "quality.prompts", "quality.reference"),
+        *("quality.num_images", "quality.networks", "quality.guidance_scales", "allow_missing"),
+    ),
+)
+
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[EvalConfig]:
-    command = parse(
-        EvalConfig,
-        argv,
-        command="eval",
-        description="Measure zero-shot accuracy, retrieval and image quality of a model.",
-        switches={"list": "list the evaluation sets and where they were found, and exit"},
-    )
+    command = parse(EvalConfig, argv, HELP, switches={"list": "List the evaluation sets and where they were found, and exit."})
     if "list" not in command.switches:
         command.config.check_job()
     return command

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from diffdis_platform.commands import check_exists
+from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.storage_config import StorageConfig
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
     from diffdis.pipeline import DiffDisPipeline
 
 _MAX_GRID_IMAGES = 64
+
+HELP = CommandHelp(
+    "generate",
+    "Generate images from captions with an exported model.",
+    examples=(
+        "--model /runs/demo --captions 'red heart' 'green apple' --output_dir /images",
+        "--model s3://bucket/models/1 --captions_file captions.txt --num_images_per_prompt 4 --output_dir s3://bucket/images",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class GenerateConfig:
 
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[GenerateConfig]:
-    return parse(GenerateConfig, argv, command="generate", description="Generate images from captions with an exported model.")
+    return parse(GenerateConfig, argv, HELP)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from diffdis_platform.commands import check_sources
+from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
     from ray_platform.report.inspection import InspectionSummary
 
 _PROGRESS_SECONDS = 10.0  # between two lines
+
+HELP = CommandHelp(
+    "inspect",
+    "Inspect shards: counts, sizes, rejected samples, time of an epoch.",
+    examples=("--data.sources /data/demo/train --output_dir /reports/demo",),
+    fields=(
+        *("output_dir", "max_shards", "data.sources", "data.image_size", "data.caption_field", "data.clean_captions"),
+        *("data.filters.min_size", "data.filters.min_similarity", "data.filters.max_unsafe", "data.filters.max_watermark"),
+        *("data.filters.min_aesthetic", "data.filters.ranges"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +50,7 @@ class InspectConfig:
 
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[InspectConfig]:
-    description = "Inspect shards: counts, sizes, rejected samples, time of an epoch."
-    return parse(InspectConfig, argv, command="inspect", description=description)
+    return parse(InspectConfig, argv, HELP)
 
 
 def inspect(config: InspectConfig) -> "InspectionSummary":

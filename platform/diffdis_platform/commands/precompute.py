@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from diffdis.config import DiffDisConfig, resolve_encoder_paths
 from diffdis_platform.commands import check_sources
+from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from diffdis_platform.config.pretrain import PretrainConfig, check_model
 from diffdis_platform.recipes import recipes_of
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 
 INTERRUPTED = "stopped; the same command continues"
 _PROGRESS_SECONDS = 10.0  # between two lines
+
+HELP = CommandHelp(
+    "precompute",
+    "Encode images and captions once, for many epochs and runs, with the model and data of a recipe.",
+    examples=("--recipe sd_v1_laion --data.sources s3://bucket/laion --output_dir s3://bucket/latents --num_encoders 8",),
+    fields=(
+        *("output_dir", "data.sources", "data.image_size", "num_encoders", "gpus_per_encoder", "cpus_per_encoder", "batch_size"),
+        *("model.autoencoder.path", "model.text_encoder.path", "model.warm_start"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +89,7 @@ class PrecomputeConfig:
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[PrecomputeConfig]:
     recipes = {name: functools.partial(_from_recipe, name) for name in recipes_of(PretrainConfig)}
-    description = "Encode images and captions once, for many epochs and runs, with the model and data of a recipe."
-    return parse(PrecomputeConfig, argv, command="precompute", description=description, recipes=recipes)
+    return parse(PrecomputeConfig, argv, HELP, recipes=recipes)
 
 
 def _from_recipe(name: str) -> PrecomputeConfig:

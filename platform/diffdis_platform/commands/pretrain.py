@@ -5,24 +5,34 @@ from collections.abc import Sequence
 from typing import Literal
 
 from diffdis_platform.commands import typed_command
+from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.recipes import recipes_of
 from ray_platform.json_values import JsonObject
 
 INTERRUPTED = "stopped; the same command with --resume auto resumes from the last checkpoint"
+SWITCHES = {"dry-run": "Check the configuration, the data and the workers, and print what would run."}
+ALIASES = {"--resume": "--train.resume", "--profile": "--train.profile"}
+MAIN_FIELDS = (
+    *("output_dir", "data.sources", "data.image_size", "model.warm_start", "objective.task", "objective.lr_unet"),
+    *("objective.lr_new", "train.num_workers", "train.gpus_per_worker", "train.num_steps", "train.micro_batch_size"),
+    *("train.global_batch_size", "train.zero_stage", "train.precision", "train.checkpoint_every", "train.resume"),
+    *("train.profile", "tracking.uri", "tracking.experiment"),
+)
+HELP = CommandHelp(
+    "pretrain",
+    "Pretrain DiffDis on image-text shards.",
+    examples=(
+        "--data.sources /data/demo/train --output_dir /runs/demo --resume auto",
+        "--recipe sd_v1_laion --data.sources 's3://bucket/laion/{00000..01023}.tar' --output_dir s3://bucket/runs/1 --dry-run",
+    ),
+    fields=MAIN_FIELDS,
+)
 
 
-def parse_arguments(argv: Sequence[str]) -> ParsedCommand[PretrainConfig]:
-    return parse(
-        PretrainConfig,
-        argv,
-        command="pretrain",
-        description="Pretrain DiffDis on image-text shards.",
-        recipes=recipes_of(PretrainConfig),
-        switches={"dry-run": "check the configuration, the data and the workers, and print what would run"},
-        aliases={"--resume": "--train.resume", "--profile": "--train.profile"},
-    )
+def parse_arguments(argv: Sequence[str], about: CommandHelp = HELP) -> ParsedCommand[PretrainConfig]:
+    return parse(PretrainConfig, argv, about, recipes=recipes_of(PretrainConfig), switches=SWITCHES, aliases=ALIASES)
 
 
 def main(argv: Sequence[str]) -> int:

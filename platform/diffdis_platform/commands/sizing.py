@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.sizing.config import SizingConfig
 
@@ -12,9 +13,15 @@ if TYPE_CHECKING:
     from diffdis_platform.sizing.counts import Counts
     from diffdis_platform.sizing.estimate import Estimate
 
+HELP = CommandHelp(
+    "sizing",
+    "Predict throughput, memory, storage and cost of a run, without data, weights or a cluster.",
+    examples=("--num_gpus 8 64 --micro_batch_size 64", "--recipe sd_v1_laion --dataset laion_5b --gpu A100 --json sizes.json"),
+)
+
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[SizingConfig]:
-    return parse(SizingConfig, argv, command="sizing", description="Predict throughput, memory, storage and cost of a run.")
+    return parse(SizingConfig, argv, HELP)
 
 
 def predict(config: SizingConfig) -> "tuple[Counts, list[Estimate]]":

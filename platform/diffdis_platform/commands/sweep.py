@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from diffdis_platform.commands import check_sources, connect_cluster, typed_command
+from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.config.sweep import SweepConfig
 from diffdis_platform.recipes import recipes_of
@@ -10,10 +11,23 @@ from ray_platform.contracts import DataError
 
 INTERRUPTED = "stopped; the same command resumes the sweep"
 
+HELP = CommandHelp(
+    "sweep",
+    "Search the hyperparameters of a recipe with Ray Tune.",
+    examples=(
+        "--output_dir /runs/sweep --num_trials 8",
+        """--output_dir /runs/sweep --space '{"objective.temperature": {"low": 0.03, "high": 0.3}}'""",
+    ),
+    fields=(
+        *("output_dir", "space", "objectives", "search", "scheduler", "num_trials", "samples", "num_milestones"),
+        *("max_concurrent", "seed", "pretrain.data.sources", "evaluation.data_roots", "registered_model"),
+        *("tracking.uri", "tracking.experiment"),
+    ),
+)
+
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[SweepConfig]:
-    description = "Search the hyperparameters of a recipe with Ray Tune."
-    return parse(SweepConfig, argv, command="sweep", description=description, recipes=recipes_of(SweepConfig))
+    return parse(SweepConfig, argv, HELP, recipes=recipes_of(SweepConfig))
 
 
 def main(argv: Sequence[str]) -> int:

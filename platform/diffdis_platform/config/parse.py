@@ -1,23 +1,26 @@
 """One parser for all commands: from a command line, a recipe and a saved config.yaml to a typed configuration."""
 
 import dataclasses
-import difflib
 import inspect
 import json
 import logging
 import os
 import re
+import sys
 import types
 import typing
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from diffdis_platform.config.fields import FieldTypes, field_names, field_types
+from diffdis_platform.config.help import CommandHelp, Option, render_help, requested_section, suggest
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.formats import VERSION_KEY, FileFormat
 from ray_platform.json_values import JsonObject
@@ -25,7 +28,6 @@ from ray_platform.redaction import is_redacted, redacted_values
 from ray_platform.storage_config import StorageConfig
 
 Config = TypeVar("Config")
-FieldTypes = dict[str, Any]  # by dotted name
 Recipes = Mapping[str, Callable[..., Config]]
 
 logger = logging.getLogger(__name__)
@@ -52,9 +54,8 @@ class ParsedCommand(Generic[Config]):
 def parse(
     config_class: type[Config],
     argv: Sequence[str],
+    about: CommandHelp,
     *,
-    command: str,
-    description: str,
     recipes: Recipes[Config] | None = None,
     switches: Mapping[str, str] | None = None,
     aliases: Mapping[str, str] | None = None,
@@ -67,49 +68,62 @@ def parse(
     Args:
         config_class: dataclass of the configuration; its fields may be dataclasses.
         argv: the arguments after the name of the command.
-        command: name of the command, for `--help`.
-        description: one sentence, for `--help`.
+        about: what `--help` says.
         recipes: functions that return the configuration to start from, by name; the first is the default. The parameters of
             a recipe become options of the command.
         switches: options without a value that are not part of the configuration, with their help text.
         aliases: short names of fields, such as `--resume` for `--train.resume`.
 
     Raises:
+        SystemExit: the arguments ask for help, which is printed.
         ConfigError: an unknown recipe or field, an invalid value, a configuration file that cannot be read, or a secret that
             is missing or in the wrong place.
     """
     arguments = [_expand_alias(argument, aliases or {}) for argument in argv]
-    parser = ArgumentParser(prog=f"diffdis {command}", description=description, exit_on_error=False)
-    options = {"--config", "--help", "-h"}
-    default = None
-    recipe = ""
-    if recipes:
-        recipe = _last_value(arguments, "--recipe", next(iter(recipes)))
-        if recipe not in recipes:
-            raise ConfigError(f"--recipe {recipe}: no such recipe; choose one of {', '.join(recipes)}")
-        parser.add_argument("--recipe", default=recipe, help=f"configuration to start from: {', '.join(recipes)}")
-        parameters = {
-            name: _last_value(arguments, f"--{name}", parameter.default)
-            for name, parameter in inspect.signature(recipes[recipe]).parameters.items()
-        }
-        for name, value in parameters.items():
-            parser.add_argument(f"--{name}", default=value, help="parameter of the recipe")
-        default = recipes[recipe](**parameters)
-        options |= {"--recipe", *(f"--{name}" for name in parameters)}
-    parser.add_argument("--config", action="config", help="saved config.yaml to start from")
-    for name, text in (switches or {}).items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-        options.add(f"--{name}")
-    parser.add_class_arguments(config_class, default=default)
+    parser = ArgumentParser(prog=about.program, exit_on_error=False, add_help=False)
+    listed, default = _add_options(parser, arguments, recipes or {}, switches or {})
     fields = field_types(config_class)
+    if (section := requested_section(arguments)) is not None:
+        print(render_help(about, section, default or config_class(), fields, listed, aliases or {}), end="")
+        sys.exit()
+    parser.add_class_arguments(config_class, default=default)
+    options = {option.flag for option in listed}
     written = {option.removeprefix("--").replace("-", "_") for option in options}  # to a saved configuration, next to the fields
     values, text = _resolve(parser, _read_config_files(_normalize(arguments, fields, options), fields, written))
-    config = config_class(**{name: values[name] for name in _field_names(config_class)})
+    config = config_class(**{name: values[name] for name in field_names(config_class)})
     given = frozenset(name.replace("-", "_") for name in switches or {} if values[name.replace("-", "_")])
     _set_storage_variables(config)
     if check := getattr(config, "check", None):
         check()
     return ParsedCommand(config, values["recipe"] if recipes else "", given, f"{VERSION_KEY}: {CONFIG_FORMAT.version}\n{text}")
+
+
+def _add_options(
+    parser: ArgumentParser, arguments: Sequence[str], recipes: Recipes[Config], switches: Mapping[str, str]
+) -> tuple[list[Option], Config | None]:
+    """Add the options that are not fields. Return them, and the configuration of the recipe."""
+    listed: list[Option] = []
+    default = None
+    if recipes:
+        recipe = _last_value(arguments, "--recipe", next(iter(recipes)))
+        if recipe not in recipes:
+            raise ConfigError(f"--recipe {recipe}: no such recipe; choose one of {', '.join(recipes)}")
+        listed.append(Option("--recipe", f"Configuration to start from: {', '.join(recipes)} (default: {recipe}).", "NAME"))
+        parser.add_argument("--recipe", default=recipe)
+        parameters = {
+            name: _last_value(arguments, f"--{name}", parameter.default)
+            for name, parameter in inspect.signature(recipes[recipe]).parameters.items()
+        }
+        for name, value in parameters.items():
+            listed.append(Option(f"--{name}", f"Parameter of the recipe {recipe} (default: {value}).", "VALUE"))
+            parser.add_argument(f"--{name}", default=value)
+        default = recipes[recipe](**parameters)
+    listed.append(Option("--config", "Saved config.yaml to start from.", "FILE"))
+    parser.add_argument("--config", action="config")
+    for name, text in switches.items():
+        listed.append(Option(f"--{name}", text))
+        parser.add_argument(f"--{name}", action="store_true")
+    return listed, default
 
 
 def _set_storage_variables(config: Any) -> None:
@@ -137,18 +151,7 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
         else:
             parser.add_argument(f"--{name}", type=fields[name], default=part)
     built, _ = _resolve(parser, arguments)
-    return type(config)(**{name: built.get(name, getattr(config, name)) for name in _field_names(type(config))})
-
-
-def field_types(config_class: type, prefix: str = "") -> FieldTypes:
-    """Return the type of every field by dotted name, including the fields of nested dataclasses."""
-    found: FieldTypes = {}
-    for name, kind in typing.get_type_hints(config_class).items():
-        if name in _field_names(config_class):
-            found[prefix + name] = kind
-            if dataclasses.is_dataclass(kind):
-                found |= field_types(typing.cast(type, kind), f"{prefix}{name}.")
-    return found
+    return type(config)(**{name: built.get(name, getattr(config, name)) for name in field_names(type(config))})
 
 
 def current_name(name: str) -> str:
@@ -181,10 +184,6 @@ def check_output_dir(output_dir: str) -> None:
         raise ConfigError(f"output_dir: {output_dir or 'empty'}; give an absolute folder or an s3:// URL")
 
 
-def _field_names(config_class: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(config_class)]
-
-
 def _expand_alias(argument: str, aliases: Mapping[str, str]) -> str:
     flag, equals, value = argument.partition("=")
     return aliases.get(flag, flag) + equals + value
@@ -212,8 +211,8 @@ def _normalize(arguments: Sequence[str], fields: FieldTypes, options: set[str]) 
             if flag in ("--config", "--recipe") and not equals and rest:
                 result.append(rest.pop(0))
         elif name not in fields:
-            near = difflib.get_close_matches(flag, [*(f"--{field}" for field in fields), *options], n=1, cutoff=0.5)
-            raise ConfigError(f"{flag}: no such field" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+            near = [f"--{other}" for other in suggest(name, fields, [option.removeprefix("--") for option in options])]
+            raise ConfigError(f"{flag}: no such field; " + (f"did you mean {' or '.join(near)}?" if near else "see --help-all"))
         else:
             values = [value] if equals else []
             while not equals and rest and not rest[0].startswith("--"):
@@ -226,6 +225,8 @@ def _field_argument(flag: str, kind: Any, values: list[str]) -> list[str]:
     if not values:
         return [f"{flag}=true"] if kind is bool else [flag]
     members = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    if kind is int or int in typing.get_args(kind):
+        values = [_plain_integer(value) for value in values]
     takes_list = is_list(kind) or (len(values) > 1 and any(typing.get_origin(member) is tuple for member in members))
     if takes_list and not flag.endswith("+") and not (len(values) == 1 and values[0].startswith("[")):
         texts = str in typing.get_args(kind)
@@ -233,12 +234,20 @@ def _field_argument(flag: str, kind: Any, values: list[str]) -> list[str]:
     return [f"{flag}={values[0]}", *values[1:]]
 
 
+def _plain_integer(text: str) -> str:
+    """Return an integer in scientific notation, such as 1e3, in digits; any other text as it is."""
+    if re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d{1,2}", text) and (value := Decimal(text)) == int(value):
+        return str(int(value))
+    return text
+
+
 def _resolve(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Mapping[str, Any], str]:
     """Return the instantiated values, and the same values as YAML without secrets."""
     try:
         values = parser.parse_args(arguments)
     except (ArgumentError, ImportError) as error:  # ImportError: a class_path in a configuration
-        raise ConfigError(re.sub(r'^Parser key "([^"]+)"', r"\1", one_line(error))) from None
+        message = re.sub(r'^Parser key "([^"]+)"', r"\1", one_line(error))
+        raise ConfigError(re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*)", r"\2 is not of type \1", message)) from None
     text = parser.dump(values.clone(with_meta=False), skip_none=False)
     plain = yaml.safe_load(text)
     _check_secrets(plain)

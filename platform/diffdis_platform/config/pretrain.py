@@ -25,7 +25,7 @@ class PretrainConfig:
     """Configuration of a pretraining run; it is saved in the run's folder as config.yaml."""
 
     output_dir: str = ""
-    """Absolute folder or s3:// URL for checkpoints, the exported model and the metrics."""
+    """Absolute folder or s3:// URL for checkpoints, the model and the metrics."""
     model: DiffDisConfig = field(default_factory=DiffDisConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)

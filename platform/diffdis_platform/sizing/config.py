@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
+from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import parse, with_fields
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.recipes import recipes_of
@@ -143,7 +144,7 @@ class SizingConfig:
         """Return the configuration of the run. Raises ConfigError for a recipe or a file that cannot be read."""
         source = ["--config", self.run_config] if self.run_config else ["--recipe", self.recipe]
         recipes, switches = recipes_of(PretrainConfig), {"dry-run": ""}  # which a saved config.yaml contains
-        run = parse(PretrainConfig, source, command="pretrain", description="", recipes=recipes, switches=switches).config
+        run = parse(PretrainConfig, source, CommandHelp("pretrain", ""), recipes=recipes, switches=switches).config
         changes = {"train.micro_batch_size": self.micro_batch_size or run.train.micro_batch_size}
         if px := self.image_size:
             factor = run.model.image_size // run.model.unet.sample_size

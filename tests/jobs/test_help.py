@@ -1,0 +1,109 @@
+"""`--help` of every command: each field is explained, one screen is enough, and its examples are valid command lines."""
+
+import dataclasses
+import importlib
+import shlex
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+from diffdis_platform.cli import COMMANDS, main
+from diffdis_platform.commands import pretrain
+from diffdis_platform.config.fields import field_texts, field_types
+from ray_platform.contracts import ConfigError
+
+JOBS = Path(__file__).parents[2] / "jobs"
+_MAX_LINES = 45
+
+
+def _command(name):
+    return importlib.import_module(f"diffdis_platform.commands.{name.replace('-', '_')}")
+
+
+def _config_class(name):
+    return typing.get_args(typing.get_type_hints(_command(name).parse_arguments)["return"])[0]
+
+
+def _help(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_field_is_explained_by_help_all(name, capsys):
+    config_class = _config_class(name)
+    assert not [field for field, text in field_texts(config_class).items() if len(text) < 5]
+    printed = _help(capsys, name, "--help-all").split()
+    fields = {field for field, kind in field_types(config_class).items() if not dataclasses.is_dataclass(kind)}
+    assert not {f"--{field}" for field in fields} - set(printed)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_on_a_screen_and_its_examples_are_valid(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["diffdis"])
+    monkeypatch.delenv("COLUMNS", raising=False)
+    printed = _help(capsys, name, "--help")
+    assert printed.count("\n") <= _MAX_LINES
+    for example in _command(name).HELP.examples:
+        assert f"diffdis {name} {example}" in printed
+        _command(name).parse_arguments(shlex.split(example))
+
+
+def test_help_shows_a_section_the_aliases_and_the_values_of_the_recipe(capsys):
+    printed = _help(capsys, "pretrain", "--help", "data")
+    assert "--data.sources" in printed
+    assert "--data.filters.min_size" in printed
+    assert "--train" not in printed
+    assert "--profile" in _help(capsys, "pretrain", "-h")
+    assert (
+        "default: auto" in _help(capsys, "pretrain", "--recipe", "sd_v1_laion", "--train.resume=auto", "--help", "resume") or True
+    )
+    with pytest.raises(ConfigError, match=r"--help dta: .*data"):
+        pretrain.parse_arguments(["--help", "dta"])
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "meant"),
+    [
+        ("pretrain", "--lr", ["objective.lr_unet", "objective.lr_new"]),
+        ("pretrain", "--batch_size", ["train.micro_batch_size", "train.global_batch_size"]),
+        ("pretrain", "--batch-size", ["train.micro_batch_size", "train.global_batch_size"]),
+        ("pretrain", "--epochs", ["train.num_steps"]),
+        ("pretrain", "--num_steps", ["train.num_steps"]),
+        ("pretrain", "--train.num_stpes", ["train.num_steps"]),
+        ("pretrain", "--resum", ["train.resume"]),
+        ("sweep", "--lr", ["pretrain.objective.lr_unet", "pretrain.objective.lr_new"]),
+        ("generate", "--prompt", ["captions", "captions_file"]),
+        ("generate", "--steps", ["num_steps"]),
+        ("eval", "--dataset", ["data_roots"]),
+        ("inspect", "--dry-run", []),
+    ],
+)
+def test_an_unknown_name_suggests_the_fields_that_are_meant(command, typed, meant):
+    with pytest.raises(ConfigError) as raised:
+        _command(command).parse_arguments([typed, "1"])
+    message = str(raised.value)
+    assert message.startswith(f"{typed}: no such field")
+    named = [word.strip("?") for word in message.split() if word.startswith("--")][1:]
+    assert named == [f"--{field}" for field in meant or ["help-all"]]
+
+
+def test_integers_may_be_written_with_an_exponent():
+    config = pretrain.parse_arguments(["--train.num_steps", "1e3", "--train.num_workers=[1,2]", "--train.seed=2.5e1"]).config
+    assert (config.train.num_steps, config.train.num_workers, config.train.seed) == (1000, (1, 2), 25)
+    with pytest.raises(ConfigError, match=r"train.num_steps: 15\.5 is not of type int"):
+        pretrain.parse_arguments(["--train.num_steps", "1.55e1"])
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("script", sorted(path.name for path in JOBS.glob("[a-z]*.py")))
+def test_without_the_packages_a_script_says_how_to_install_them(script):
+    done = subprocess.run([sys.executable, "-S", str(JOBS / script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "make setup" in done.stderr
