@@ -21,7 +21,7 @@ from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate import sets
 from ray_platform.evaluate.discovery import find_evaluation_set
 from ray_platform.evaluate.unit_work import WorkerModels, choose_sample
-from tests.ray_platform.evaluate.test_image_files import write_aircraft, write_cifar
+from tests.ray_platform.evaluate.test_torchvision_folders import write_aircraft, write_cifar
 from tests.support.evaluation_sets import encoded, picture, write_image, write_own, write_retrieval, write_wds
 
 MODEL = EvaluationModel("diffdis", "/model", "digest", build=lambda device: None)
