@@ -197,7 +197,7 @@ def compile_blocks(network: nn.Module, **options: Any) -> None:
     between them stays as it is: random numbers, the loss, and self-attention, which carries the query along under the joint mask.
     `options`: of torch.compile.
     """
-    torch._dynamo.config.recompile_limit = MAX_SHAPES
+    torch.compiler.config.recompile_limit = MAX_SHAPES
     transformers = {name: module for name, module in network.named_modules() if isinstance(module, BasicTransformerBlock)}
     up = {module for name, module in transformers.items() if "up_blocks." in name}
     within = {module for block in up for module in block.modules() if module is not block}

@@ -12,7 +12,7 @@ from diffdis.config import ObjectiveConfig
 from diffdis.objective import StepNoise
 from diffdis.task import DiffDisTask
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.throughput import count_flops
+from ray_platform.train.profiling import count_flops
 from tests.support import step_counts
 from tests.support.ranks import whole_state
 from tests.support.tiny_checkpoints import draw_query_weights

@@ -95,7 +95,8 @@ def test_the_last_line_names_rank_host_and_cause(shards, ray_cluster, tmp_path, 
 def test_a_run_logs_scores_previews_operations_a_trace_and_keeps_the_best_checkpoint(shards, ray_cluster, tmp_path):
     settings = {"heldout_sources": (str(shards),), "heldout_samples": 11, "heldout_every": 4, "preview_every": 4, "log_every": 4}
     kept = {"checkpoint_every": 4, "keep_checkpoints": 1, "keep_best": "heldout/error", "keep_best_mode": "min"}
-    run = pixel_run(tmp_path, shards, num_steps=12, zero_stage=3, profile=True, **settings, **kept)
+    profiled = {"profile": True, "profile_steps": (6, 7), "profile_ranks": (1,)}
+    run = pixel_run(tmp_path, shards, num_steps=12, zero_stage=3, **profiled, **settings, **kept)
     tracked = run.fit()
     client = MlflowClient(tracked["tracking_uri"])
     metrics = client.get_run(tracked["run_id"]).data.metrics
@@ -107,7 +108,9 @@ def test_a_run_logs_scores_previews_operations_a_trace_and_keeps_the_best_checkp
     assert previews == [f"previews/step_{step:08d}.png" for step in (4, 8, 12)]
     page = Image.open(client.download_artifacts(tracked["run_id"], previews[0], str(tmp_path)))
     assert page.size == (12, 4), "three images of 4 px, of both ranks"
-    trace = json.loads(gzip.decompress((tmp_path / "profile" / "rank_00000.json.gz").read_bytes()))
+    [file] = (tmp_path / "profile").glob("*/*.json.gz")
+    assert str(file.relative_to(tmp_path)) == "profile/steps_6-7/rank_00001.json.gz"
+    trace = json.loads(gzip.decompress(file.read_bytes()))
     assert any("aten::addmm" in event["name"] for event in trace["traceEvents"])
     errors = dict(logged_metric(tmp_path, "heldout/error"))
     left = sorted(int(url[-8:]) for url in checkpoint_format.list_checkpoints(str(tmp_path)))

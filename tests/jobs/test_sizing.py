@@ -24,7 +24,7 @@ from diffdis_platform.sizing.estimate import best_interval, checkpoint_bytes, me
 from ray_platform.contracts import Batch, ConfigError, MixtureState
 from ray_platform.data.precomputed import to_arrow
 from ray_platform.train.config import BatchPlan, TrainConfig
-from ray_platform.train.throughput import count_flops
+from ray_platform.train.profiling import count_flops
 from tests.benchmarks import accelerator
 from tests.support.ranks import shared_ranks
 

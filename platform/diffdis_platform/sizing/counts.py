@@ -27,7 +27,7 @@ from diffdis.pretrained import component_folder, read_config
 from diffdis.warm_start import resolve_pretrained
 from diffdis_platform.config.pretrain import PretrainConfig
 from ray_platform.contracts import ConfigError, one_line
-from ray_platform.train.throughput import count_flops, operation_counter
+from ray_platform.train.profiling import count_flops, operation_counter
 
 HALF = 2  # bytes of a number
 # Operations besides views that launch no kernel on an accelerator.

@@ -94,7 +94,12 @@ class TrainConfig:
     heldout_every: int = 1000
     """Steps between two scores of the validation samples."""
     profile: bool = False
-    """Save a torch profiler trace of a few steps of rank 0 to output_dir/profile."""
+    """Save profiles of a few steps to output_dir/profile: a torch profiler trace, a table of operators, and on accelerators a
+    snapshot of the memory."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step to profile. None: the fifth to the seventh of the launch, as the first ones are not typical."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that save a profile."""
     max_failures: int = 3
     """Restarts of the workers without a new checkpoint before the run fails."""
     hang_seconds: float = 600.0
@@ -119,6 +124,8 @@ class TrainConfig:
         enough_samples = not self.global_batch_size or self.global_batch_size >= self.max_workers
         max_cooldown = self.num_steps - self.warmup_steps
         has_cooldown = 1 <= self.cooldown_steps <= max_cooldown if self.lr_schedule == "wsd" else not self.cooldown_steps
+        first, last = self.profile_steps or (1, self.last_step)
+        has_ranks = bool(self.profile_ranks) and all(0 <= rank < self.max_workers for rank in self.profile_ranks)
         checks = (
             ("betas", all(0 <= beta < 1 for beta in self.betas), "are not two numbers in [0, 1)"),
             ("eps", self.eps > 0, "is not above 0"),
@@ -145,6 +152,9 @@ class TrainConfig:
             ("resume_weights_only", not self.resume_weights_only or self.resume != "none", "needs train.resume = PATH"),
             ("rewarm_steps", self.rewarm_steps >= 0, "is negative; use 0 for none"),
             ("max_loss_factor", self.max_loss_factor > 1, "is not above 1"),
+            ("profile_steps", 1 <= first <= last <= self.last_step, f"is not a first and a last step from 1 to {self.last_step}"),
+            ("profile_steps", not self.profile_steps or self.profile, "needs train.profile true"),
+            ("profile_ranks", not self.profile or has_ranks, f"are not ranks from 0 to {self.max_workers - 1}"),
             ("heldout_every", not self.heldout_sources or self.heldout_every >= 1, "is below 1; or use no heldout_sources"),
         )
         for name, is_valid, problem in checks:

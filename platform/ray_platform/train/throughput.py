@@ -1,33 +1,17 @@
-"""Throughput of a run (samples/s, FLOP/s, MFU, time waiting for data), its averaged metrics, its memory, and profiler traces."""
+"""Throughput of a run (samples/s, FLOP/s, MFU, time waiting for data), its averaged metrics and its memory."""
 
 import contextlib
-import logging
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, schedule
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ray_platform import storage
-from ray_platform.contracts import one_line
 from ray_platform.placement import PEAK_FLOPS
 from ray_platform.train.collective import collective, gather_objects
 
-logger = logging.getLogger(__name__)
-
-# Attention on CPUs, which torch's counter does not count: from the shapes of (the result's gradient,) query, key and value.
-_CPU_ATTENTION_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
-    ),
-}
 _MAX_RANKS_SHOWN = 16  # ranks with their own memory metrics
 
 
@@ -90,32 +74,6 @@ class ThroughputMeter:
         return metrics
 
 
-@collective
-def count_flops(module: torch.nn.Module, inputs: dict[str, torch.Tensor], seed: int) -> float:
-    """Return the floating-point operations of one forward and backward pass, which is run for that purpose.
-
-    Matrix products, convolutions and attention are counted. With F the operations of the forward pass, the result is almost 3 F:
-    the gradients by weights and by inputs take F each, less those of frozen weights and of inputs that need none; attention's
-    backward pass counts 2.5 times its forward pass, as its fused kernels recompute the scores. Recomputed activations and
-    gradient caching are not counted, as usual for MFU. The module is in eval mode, without computations for the log.
-
-    Call it before the engine takes the module: counting selects other kernels, which may change the last bits of a real step.
-    """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    training = module.training
-    module.eval()
-    with operation_counter() as counter:
-        loss, _ = module(inputs, seed)
-        torch.autograd.grad(loss, trained, allow_unused=True)
-    module.train(training)
-    return float(counter.get_total_flops())
-
-
-def operation_counter() -> FlopCounterMode:
-    """Return torch's counter of matrix products, convolutions and attention, extended to attention on CPUs."""
-    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION_FLOPS)
-
-
 def peak_flops(device: torch.device) -> float:
     """Return the dense 16-bit peak in FLOP/s of a known accelerator; 0 for others and for CPUs."""
     if device.type != "cuda":
@@ -135,24 +93,3 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
     for rank, part in enumerate(parts[:_MAX_RANKS_SHOWN] if len(parts) > 1 else []):
         metrics |= {f"{name}_rank_{rank}": value for name, value in part.items()}
     return metrics
-
-
-def start_profiler(output_dir: str) -> profile:
-    """Start torch's profiler, whose `step` must be called after every step.
-
-    It records three steps of this rank after the first ones, which are not typical, for Perfetto or chrome://tracing.
-    """
-
-    def write(finished: profile) -> None:
-        try:
-            with tempfile.TemporaryDirectory(prefix="profile_") as folder:
-                finished.export_chrome_trace(str(Path(folder) / "rank_00000.json.gz"))
-                storage.put_folder(Path(folder), storage.join(output_dir, "profile"))
-        except Exception as error:
-            logger.warning("the profiler's trace could not be written; training continues: %s", one_line(error))
-
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-    steps = schedule(wait=3, warmup=1, active=3, repeat=1)
-    profiler = profile(activities=activities, schedule=steps, on_trace_ready=write, record_shapes=True)
-    profiler.start()
-    return profiler

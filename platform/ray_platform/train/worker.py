@@ -35,8 +35,9 @@ from ray_platform.train.fault_tolerance import LossMonitor, StepStatus
 from ray_platform.train.hang_detector import HeartbeatThread
 from ray_platform.train.heldout import generate_previews, score, select_samples
 from ray_platform.train.optimizer import EMA, WEIGHTS
+from ray_platform.train.profiling import StepProfiler, count_flops
 from ray_platform.train.resuming import resumed_rewarm, takes_weights_only
-from ray_platform.train.throughput import ThroughputMeter, count_flops, memory_metrics, start_profiler
+from ray_platform.train.throughput import ThroughputMeter, memory_metrics
 from ray_platform.train.worker_spec import SUMMARY, SUMMARY_FORMAT, WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,9 @@ class Trainer:
             with storage.retrying_for(RETRY_SECONDS):
                 lineage = Lineage.read(spec.output_dir, spec.launch, self.loaded_url, loaded.manifest if loaded else None)
         self.checkpoints = CheckpointManager(lineage, self.engine, self.start, retention, heartbeat)
-        self.profiler = start_profiler(spec.output_dir) if config.profile and self.rank == 0 else None
+        self.profiler: StepProfiler | None = None
+        if config.profile and self.rank in config.profile_ranks:
+            self.profiler = StepProfiler(config, spec.output_dir, self.rank, self.start.step)
         self.step = self.start.step
         self.consumed: list[ConsumedRange] = []  # by this rank since the last checkpoint
         self.skipped = dict(self.start.skipped)  # samples skipped by this rank, by cause
