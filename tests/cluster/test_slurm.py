@@ -8,9 +8,11 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import ray
 
 from ray_platform.local_head import MARKER, marked_processes
 from tests.cluster.manifests import CLUSTER
@@ -18,7 +20,7 @@ from tests.cluster.manifests import CLUSTER
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NODES = 3
 SRUN = f"""#!/usr/bin/env bash
-export SLURM_LAUNCH_NODE_IPADDR=127.0.0.1
+export SLURM_LAUNCH_NODE_IPADDR={ray.util.get_node_ip_address()}
 nodes={NODES}
 while [ "${{1#--}}" != "$1" ]; do
     [ "$1" = --nodes=1 ] && nodes=1
@@ -51,7 +53,13 @@ time.sleep(300)
 
 
 @pytest.fixture
-def job(tmp_path):
+def short_folder():
+    with tempfile.TemporaryDirectory() as folder:  # the path of a socket in it is limited to 107 bytes
+        yield folder
+
+
+@pytest.fixture
+def job(tmp_path, short_folder):
     """Return start(*command): a process that runs the script as the first node of a Slurm job."""
     tools = {"srun": SRUN, "scontrol": f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n'}
     for name, text in tools.items():
@@ -59,7 +67,7 @@ def job(tmp_path):
         (tmp_path / name).chmod(0o755)
     marker = secrets.token_hex(8)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))} | {
-        MARKER: marker, "SPT_NOENV": "1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_TMPDIR": str(tmp_path),
+        MARKER: marker, "SPT_NOENV": "1", "RAY_TMPDIR": short_folder,
         "PATH": os.pathsep.join((str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"])),
         "SLURM_NNODES": str(NODES), "SLURM_JOB_ID": str(secrets.randbelow(9000)), "SLURM_CPUS_ON_NODE": "2",
     }  # fmt: skip

@@ -121,7 +121,7 @@ def test_no_command_hides_in_a_block_of_another_language():
 def test_fields_and_flags_in_the_text_exist(page):
     fields = set().union(*(field_types(config) for config in CONFIGS))
     groups = "|".join({name.partition(".")[0] for name in fields if "." in name})
-    text = re.sub(r"^\| .* \| `.*` \|$", "", text_of(page), flags=re.M)  # without messages that quote a wrong field
+    text = text_of(page)
     assert not [line for line in text.splitlines() if line.count("`") % 2], "code within the text must end on its line"
     for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
         field = re.match(rf"(?:--)?((?:{groups})\.[a-z_][\w.]*)(\*?)", span)

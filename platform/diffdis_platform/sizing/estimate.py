@@ -310,7 +310,7 @@ def report(config: SizingConfig, counts: Counts, estimates: Sequence[Estimate]) 
     train, c, gb = config.run().train, config.all_constants(), 1e9
     head = [
         f"model: {counts.trained / 1e6:,.1f} M parameters trained, {counts.frozen / 1e6:,.1f} M frozen, encoders "
-        f"{counts.encoders.parameters / 1e6:,.1f} M; {counts.flops / 1e12:.3g} TFLOP per sample "
+        f"{counts.encoders.parameters / 1e6:,.1f} M; {counts.flops / 1e12:.3g} TFLOP/sample "
         f"({counts.executed_flops / 1e12:.3g} executed), encoders {counts.encoders.flops / 1e12:.3g}",
         f"run: {config.epochs:g} epochs of {config.data(0).num_pairs:,.0f} pairs, {config.inputs} inputs; "
         f"ZeRO {train.zero_stage}, {train.micro_batch_size} samples per GPU, {train.precision}",
