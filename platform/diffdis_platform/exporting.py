@@ -47,16 +47,19 @@ def export(config: ExportConfig) -> str:
     url, manifest = find_checkpoint(config.checkpoint)
     try:
         settings = read_saved(manifest.config, field_types(PretrainConfig), f"{url}/{checkpoint_format.COMPLETE}", ("recipe",))
-        ema = config.weights == "ema" or (config.weights == "best" and settings["train"]["ema_decay"] > 0)
-        task = build_task(settings)
+        task, facts = build_task(settings), manifest.training_facts()
+        scored_ema = settings["train"]["ema_decay"] > 0 and settings["train"].get("eval_weights") != "weights"
+        ema = scored_ema if config.weights == "best" else config.weights == "ema"
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
         raise DataError(
             f"{url}: no model can be built from the configuration in it ({describe_error(error)}); take another"
         ) from None
+    if ema != scored_ema:
+        facts["scores"] = {name: value for name, value in facts["scores"].items() if not name.startswith("heldout/")}
     weights = dict(checkpoint_format.read_weights(url, "ema" if ema else "weights"))
     with tempfile.TemporaryDirectory(prefix="export_") as folder:
         try:
-            opened = task.save_pretrained(weights, Path(folder), manifest.training_facts())
+            opened = task.save_pretrained(weights, Path(folder), facts)
         except (KeyError, ValueError, RuntimeError) as error:
             raise DataError(f"{url}: no model can be exported from its tensors ({describe_error(error)}); take another") from None
         storage.put_folder(Path(folder), config.output_dir)

@@ -156,7 +156,7 @@ def checkpoint_manager(engine, output, **fields):
 
     train = TrainConfig(**fields)
     state = TrainState.initial(SimpleNamespace(num_units=[3]), train)
-    retention = checkpoint_format.RetentionPolicy(output, train.keep_checkpoints, train.keep_best)
+    retention = checkpoint_format.RetentionPolicy(output, train.keep_checkpoints, train.keep_best, train.keep_best_mode)
     lineage = checkpoint_format.Lineage("a")
     return CheckpointManager(lineage, engine, state, retention, HeartbeatThread(None, torch.distributed.get_rank()))
 

@@ -138,18 +138,18 @@ def restart_policy(newest="", max_failures=1, output_dir="s3://bucket/run"):
 def test_dead_workers_restart_as_long_as_they_make_progress(tmp_path):
     policy, storage = restart_policy(output_dir=tmp_path)
     messages = f"Ray's messages are in {tmp_path / 'failures.log'}"
-    assert policy.record_failure(DIED, "", False) == f"rank 1 died; {messages}; {FROM_START}"
+    assert policy.record_failure(DIED, "", "") == f"rank 1 died; {messages}; {FROM_START}"
     storage.newest = "run/step_20"
     for _ in range(5):  # each attempt gets further
         storage.newest += "0"
-        assert policy.record_failure(DIED, "", False) == f"rank 1 died; {messages}; resuming from {storage.newest}"
+        assert policy.record_failure(DIED, "", "") == f"rank 1 died; {messages}; resuming from {storage.newest}"
     assert (tmp_path / "failures.log").read_text().count("training failed") == 6
     drained = Failed(r0=Interrupted("node a1b2 is being drained; saved at step 7"))
-    assert policy.record_failure(drained, "", False).startswith("node a1b2")
+    assert policy.record_failure(drained, "", "").startswith("node a1b2")
     with pytest.raises(TrainingError, match=r"^rank 1 died; .* \(failure 2 without a new checkpoint; train.max_failures\)$"):
-        policy.record_failure(DIED, "", False)
+        policy.record_failure(DIED, "", "")
     no_workers = ControllerError(RuntimeError("Gloo connectFullMesh failed:\nConnection refused"))
-    line = restart_policy()[0].record_failure(no_workers, "", False)
+    line = restart_policy()[0].record_failure(no_workers, "", "")
     assert line.startswith("the workers' controller: RuntimeError: Gloo connectFullMesh failed:; Ray's messages are in /")
     assert line.endswith(FROM_START)
 
@@ -205,7 +205,7 @@ def test_the_log_of_a_process_shows_the_signal_that_ended_it(tmp_path):
     "error", [ConfigError("train.seed: wrong"), DataError("a.tar: gone"), StorageError("s3: no", "forbidden")]
 )
 def test_an_error_that_a_restart_would_repeat_ends_the_run(error):
-    for stopping in (False, True):
+    for stopping in ("", "stopped by SIGTERM"):
         with pytest.raises(TrainingError, match=f"^{error}$"):
             restart_policy()[0].record_failure(Failed(r0=error), "", stopping)
 
@@ -218,15 +218,15 @@ def test_a_stopped_run_says_from_where_it_can_be_resumed():
         (DIED, "rank 1 hangs", "stopped by SIGTERM, and could not save at once: rank 1 hangs; .*"),
     ):
         with pytest.raises(Stopped, match=f"^{reason}; resume from run/step_20 with --resume auto$"):
-            restart_policy("run/step_20")[0].record_failure(error, hang, True)
+            restart_policy("run/step_20")[0].record_failure(error, hang, "stopped by SIGTERM")
     with pytest.raises(Stopped, match=r"rank 1 died; .*; this launch has saved no checkpoint$"):
-        restart_policy()[0].record_failure(DIED, "", True)
+        restart_policy()[0].record_failure(DIED, "", "stopped by SIGTERM")
 
     def unavailable():
         raise StorageError("s3://bucket: cannot reach", "unavailable")
 
     with pytest.raises(Stopped, match=r"rank 1 died; .*; its checkpoints cannot be listed \(s3://bucket: cannot reach\)"):
-        RestartPolicy(1, unavailable, "s3://bucket/run").record_failure(DIED, "", True)
+        RestartPolicy(1, unavailable, "s3://bucket/run").record_failure(DIED, "", "stopped by SIGTERM")
 
 
 @pytest.mark.parametrize("error", [ValueError("objective.freeze:\n no such"), FileNotFoundError("objective.freeze: no such")])

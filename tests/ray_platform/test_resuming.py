@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -89,6 +90,9 @@ def test_a_checkpoint_without_new_fields_of_the_schedule_had_their_defaults():
     constant = resumption(50, {"train": FINISHED | {"lr_schedule": "wsd", "cooldown_steps": 10}})
     assert resumed_rewarm(constant.manifest, cooling) == Rewarm(50, 1.0)
     assert constant.warnings(cooling) == [], "a branch that cools down from the constant phase"
+    (line,) = constant.warnings(replace(cooling, cooldown_steps=30))
+    assert line.startswith("train.cooldown_steps: ")
+    assert line.endswith("use 20")
 
 
 @pytest.mark.parametrize("changes", [{}, {"rewarm_steps": 0}, {"num_steps": 90}, {"num_steps": 101, "lr_schedule": "linear"}])

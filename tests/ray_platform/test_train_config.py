@@ -39,7 +39,8 @@ def test_a_global_batch_is_divided_into_micro_batches(arguments, expected):
     [
         {"num_workers": (4, 2)}, {"num_workers": 0}, {"global_batch_size": 1, "num_workers": 2}, {"precision": "fp16"},
         {"offload_optimizer": True, "zero_stage": 0}, {"ema_decay": 1.0}, {"max_loss_factor": 1.0}, {"stop_at_step": -1},
-        {"keep_every": 1500}, {"checkpoint_minutes": -1.0}, {"heldout_every": 0, "heldout_sources": ("a",)}, {"log_every": 0},
+        {"keep_every": 1500}, {"max_minutes": -1.0}, {"checkpoint_minutes": -1.0}, {"log_every": 0}, {"eval_weights": "ema"},
+        {"heldout_every": 0, "heldout_sources": ("a",)},
         {"betas": (0.9, 1.0)}, {"eps": 0.0}, {"min_lr_factor": 1.1}, {"cooldown_steps": 5},
         {"cooldown_steps": 0, "lr_schedule": "wsd"}, {"cooldown_steps": 100, "lr_schedule": "wsd", "num_steps": 150},
         {"deepspeed": {"wall_clock_breakdown": True}, "zero_stage": 0}, {"compile": True, "zero_stage": 3},

@@ -17,7 +17,7 @@ class ExportConfig:
     output_dir: str = ""
     """Absolute folder or s3:// URL of the exported model."""
     weights: Literal["best", "ema", "weights"] = "best"
-    """Which weights; `best` is the EMA if the checkpoint has one."""
+    """Which weights; `best` are those that the run scored: the EMA if it has one, unless its train.eval_weights is `weights`."""
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def check(self) -> None:

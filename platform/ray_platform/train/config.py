@@ -56,7 +56,9 @@ class TrainConfig:
     gradient_clipping: float = 1.0
     """Maximum global norm of the gradients. 0: no clipping."""
     ema_decay: float = 0.0
-    """Decay of the exponential moving average (EMA) of the weights, which is then exported. 0: no EMA."""
+    """Decay of the exponential moving average (EMA) of the weights. 0: no EMA."""
+    eval_weights: Literal["best", "ema", "weights"] = "best"
+    """Weights for validation scores, and so for keep_best, previews and the export; `best` is the EMA if there is one."""
     max_loss_factor: float = 10.0
     """A step is skipped if its loss is not finite or above this factor times the usual loss."""
     max_bad_steps: int = 10
@@ -77,6 +79,9 @@ class TrainConfig:
     """Steps between two checkpoints. The last step is always saved."""
     checkpoint_minutes: float = 0.0
     """Also save after this many minutes without a checkpoint. 0: by steps only."""
+    max_minutes: float = 0.0
+    """Stop this launch with a checkpoint so many minutes after it started its workers, before a time limit of the cluster (Slurm,
+    spot instances) ends it. Leave time for the checkpoint. 0: no limit."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
     keep_every: int = 0
@@ -117,7 +122,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is below 1")
         counts = ("warmup_steps", "gradient_clipping", "preview_every", "max_failures", "cpus_per_worker", "gpus_per_worker")
-        for name in (*counts, "global_batch_size", "hang_seconds", "control_every"):
+        for name in (*counts, "global_batch_size", "hang_seconds", "control_every", "max_minutes"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is negative")
         has_workers = 1 <= self.min_workers <= self.max_workers
@@ -148,6 +153,7 @@ class TrainConfig:
             ("deepspeed", not self.deepspeed or self.zero_stage, "needs train.zero_stage 1, 2 or 3, which are DeepSpeed's"),
             ("compile", not self.compile or self.zero_stage < 3, "needs train.zero_stage 0, 1 or 2"),
             ("offload_optimizer", not self.offload_optimizer or self.zero_stage, "needs train.zero_stage 1, 2 or 3"),
+            ("eval_weights", self.eval_weights != "ema" or self.ema_decay, "needs train.ema_decay above 0, such as 0.9999"),
             ("ema_decay", 0 <= self.ema_decay < 1, "is not in [0, 1)"),
             ("resume_weights_only", not self.resume_weights_only or self.resume != "none", "needs train.resume = PATH"),
             ("rewarm_steps", self.rewarm_steps >= 0, "is negative; use 0 for none"),
@@ -165,6 +171,11 @@ class TrainConfig:
     def is_control_due(self, step: int) -> bool:
         """Return whether step `step` (from 1) also computes the metrics that cost additional operations."""
         return step % (self.control_every or self.log_every) == 0
+
+    @property
+    def evaluates_ema(self) -> bool:
+        """Return whether the EMA is scored, previewed and exported, and not the weights."""
+        return self.ema_decay > 0 and self.eval_weights != "weights"
 
     @property
     def max_checkpoints(self) -> int:

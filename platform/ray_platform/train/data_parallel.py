@@ -98,6 +98,12 @@ class DataParallel:
         optimizer.step()
         for weights in self.weights:
             weights.master.grad = None
+        self.round_weights()
+
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Copy the float32 weights to those that the module computes with, in their type."""
+        for weights in self.weights:
             if weights.master is not weights.flat:
                 weights.flat.copy_(weights.master)
 

@@ -60,6 +60,15 @@ def zero_3_fragments(optimizer: Any, parameters: Iterable[torch.nn.Parameter], r
     return fragments
 
 
+def load_zero_3_weights(optimizer: Any, fragments: Iterable[Fragment]) -> None:
+    """Copy what every rank updates to its part of the module's parameters under ZeRO 3, also of those that all ranks hold."""
+    optimizer.checkpoint_event_prologue()  # frees the parameters that a rank holds besides its part
+    for fragment in fragments:
+        parameter: Any = fragment.parameter
+        parameter.ds_tensor.copy_(fragment.of_shard(fragment.shard))
+    optimizer.checkpoint_event_epilogue()  # gathers those that it always holds
+
+
 def partition(parameter: Any, rank: int) -> Fragment:
     """Return the part of a parameter that this rank holds under ZeRO 3, whether it is trained or not."""
     part = parameter.ds_tensor

@@ -160,13 +160,31 @@ class Engine:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Switch the module to evaluation without gradients, for calls of the Task inside this block."""
+        """Switch the module to evaluation without gradients, and to the EMA if `train.eval_weights` says so.
+
+        All ranks enter and leave the block together, as ZeRO gathers the other weights.
+        """
         self.engine.eval()
+        if self.config.evaluates_ema:
+            self._swap_ema()
         try:
             with torch.no_grad():
                 yield
         finally:
+            if self.config.evaluates_ema:
+                self._swap_ema()
             self.engine.train()
+
+    @collective
+    def _swap_ema(self) -> None:
+        """Exchange the weights and their EMA, in the optimizer and in the module."""
+        self.adam.swap_ema()
+        if self.replicas is not None:
+            self.replicas.round_weights()
+        elif self.config.zero_stage == 3:
+            deepspeed_internals.load_zero_3_weights(self.optimizer, self._fragments())
+        else:
+            self.optimizer.update_lp_params()
 
     def _convert_frozen_to_channels_last(self) -> None:
         """Convert the frozen convolution weights, unless ZeRO 3 holds them in flat memory.

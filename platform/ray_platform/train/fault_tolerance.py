@@ -43,7 +43,7 @@ _RESIZE_TIMEOUT_SECONDS = 600.0  # for a checkpoint before a resize; after that 
 
 
 class Stopped(TrainingError):
-    """The run was stopped by SIGTERM, so that callers must not start anything else."""
+    """The run was stopped by SIGTERM or its time limit, so that callers must not start anything else."""
 
 
 # --- steps ---------------------------------------------------------------------------------------------------------------
@@ -147,23 +147,23 @@ class RestartPolicy:
         self.max_failures, self.newest_checkpoint, self.output_dir = max_failures, newest_checkpoint, output_dir
         self.num_failures, self.last_checkpoint = 0, ""
 
-    def record_failure(self, error: Exception, hang: str, stopping: bool) -> str:
+    def record_failure(self, error: Exception, hang: str, stop_reason: str) -> str:
         """Return a log line about the failure, which Ray Train raised, and the checkpoint from which the workers restart.
 
         Args:
             hang: message of the hang for which the workers were killed; empty when there was none.
-            stopping: the driver received SIGTERM.
+            stop_reason: why the driver stops the run; empty when it does not.
 
         Raises:
             TrainingError: a restart cannot help, or there were too many failures without a new checkpoint.
-            Stopped: when `stopping`.
+            Stopped: for a `stop_reason`.
         """
         cause, line = find_cause(error)
         line = hang or line
         if not isinstance(cause, OURS):
             line += f"; Ray's messages are in {save_messages(error, self.output_dir)}"
-        if stopping and not is_final(cause):
-            reason = line if isinstance(cause, Interrupted) else f"stopped by SIGTERM, and could not save at once: {line}"
+        if stop_reason and not is_final(cause):
+            reason = line if isinstance(cause, Interrupted) else f"{stop_reason}, and could not save at once: {line}"
             raise Stopped(f"{reason}; {self._resume_advice()}") from None
         if is_final(cause):
             raise TrainingError(line) from error
@@ -218,7 +218,8 @@ class DriverMonitor:
 
     def __init__(self, hang_detector: Any, node_metrics: NodeMetrics, train: TrainConfig, lease: Lease):
         self.hang_detector, self.node_metrics, self.train, self.lease = hang_detector, node_metrics, train, lease
-        self.stopping = False  # SIGTERM was received: the workers save, and the run ends
+        self.stop_reason = ""  # the workers save, and the run ends
+        self._started = time.monotonic()
         self.last_hang = ""  # message about the workers killed since the last `reset_workers`
         self._printed_step = -1
         self._done = threading.Event()
@@ -245,9 +246,12 @@ class DriverMonitor:
         self.hang_detector.reset.remote()
 
     def _on_sigterm(self, *_: object) -> None:
-        self.stopping = True
         print("SIGTERM: saving a checkpoint", flush=True)
-        self.hang_detector.request_stop.remote(_STOPPED)
+        self._stop(_STOPPED)
+
+    def _stop(self, reason: str) -> None:
+        self.stop_reason = reason
+        self.hang_detector.request_stop.remote(reason)
 
     def _poll_loop(self) -> None:
         for num_polls in itertools.count(1):
@@ -270,8 +274,11 @@ class DriverMonitor:
             for actor in ray.get(detector.actors.remote(), timeout=_ANSWER_TIMEOUT_SECONDS):
                 ray.kill(actor)
             return
-        if self.stopping:  # again, for workers that were being started
-            detector.request_stop.remote(_STOPPED)
+        limit = self.train.max_minutes
+        if limit and not self.stop_reason and time.monotonic() - self._started >= 60 * limit:
+            self._stop(f"train.max_minutes: stopped after {limit:g} minutes")
+        if self.stop_reason:  # again, for workers that were being started
+            detector.request_stop.remote(self.stop_reason)
         nodes = ray.get(detector.nodes.remote(), timeout=_ANSWER_TIMEOUT_SECONDS)
         if drained := draining_nodes() & nodes:
             detector.request_stop.remote(f"node {min(drained)[:8]} is being drained")

@@ -1,4 +1,4 @@
-"""Scores of validation (held-out) samples and preview images while training, computed by all ranks with the current weights."""
+"""Scores of validation (held-out) samples and preview images while training, by all ranks and with `train.eval_weights`."""
 
 import logging
 from collections.abc import Callable, Sequence

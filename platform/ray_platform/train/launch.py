@@ -100,7 +100,7 @@ class Run(RunPlan):
         """Train to the launch's last step, and return the record of the tracked run.
 
         `config_yaml` is saved as config.yaml. Raises ConfigError or DataError before anything starts, also if another launch uses
-        the output folder, and TrainingError for a run that failed or was stopped by SIGTERM.
+        the output folder, and TrainingError for a run that failed or was stopped.
         """
         catalog, resumed = self.check(), Resumption.find(self.train, self.output_dir)
         if resumed and (line := resumed.completed(self.train, self.output_dir)):
@@ -193,7 +193,7 @@ class Run(RunPlan):
             except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
                 if lease.lost:
                     raise TrainingError(lease.lost) from None
-                logger.warning("%s", restarts.record_failure(error, monitor.last_hang, monitor.stopping))
+                logger.warning("%s", restarts.record_failure(error, monitor.last_hang, monitor.stop_reason))
                 monitor.reset_workers()
 
     def _trainer(self, spec: WorkerSpec) -> TorchTrainer:

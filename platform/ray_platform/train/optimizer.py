@@ -17,6 +17,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
 STEP = "step"  # number of updates of a parameter's moments: fewer than the run's for a parameter that was frozen at first
 
+_SWAP_SIZE = 2**24  # elements that `AdamW.swap_ema` exchanges at a time
+
 
 def ema_decay_at(decay: float, num_updates: int) -> float:
     """Return the EMA decay at an update: small at first, so that the initial weights are soon forgotten."""
@@ -147,6 +149,15 @@ class AdamW(torch.optim.AdamW):
     def load_steps(self, steps: Mapping[torch.Tensor, int]) -> None:
         """Set the step counts of parameters of which this rank has a part; those that are not given stay as they are."""
         self._build({parameter: int(steps.get(parameter, own)) for parameter, own in self._steps.items()})
+
+    @torch.no_grad()
+    def swap_ema(self) -> None:
+        """Exchange the weights and their EMA, in parts, so that no third copy is in memory."""
+        for shard, states in self._states.items():
+            for weights, ema in zip(shard.split(_SWAP_SIZE), states[EMA].split(_SWAP_SIZE), strict=True):
+                kept = weights.clone()
+                weights.copy_(ema)
+                ema.copy_(kept)
 
     @property
     def device(self) -> torch.device:

@@ -65,16 +65,24 @@ class Resumption:
         return {f"changed_at_step_{self.manifest.step}": "; ".join(changes)[:MAX_TAG]} if changes else {}
 
     def warnings(self, train: TrainConfig) -> list[str]:
-        """Return a line when the learning rate jumps."""
+        """Return a line when the learning rate jumps, or when a cooldown starts in the past."""
         step, rewarm = self.manifest.step, resumed_rewarm(self.manifest, train)
-        rate = learning_rate_factor(train, step, rewarm)
-        if rewarm is None or rewarm.step != step or rate <= rewarm.factor + JUMP:
+        if rewarm is None or rewarm.step != step:
             return []
-        return [
-            f"train.rewarm_steps: the learning rate jumps from {rewarm.factor:.2g} to {rate:.2g} of its peak at step {step}, "
-            f"because the schedule changed ({train.rewarm_steps}); set the number of steps over which it should rise, such as "
-            f"{max(100, train.num_steps // 100)}"
-        ]
+        rate, num_left = learning_rate_factor(train, step, rewarm), train.num_steps - step
+        change = f"from {rewarm.factor:.2g} to {rate:.2g} of its peak at step {step}"
+        if rate > rewarm.factor + JUMP:
+            steps = max(100, train.num_steps // 100)
+            return [
+                f"train.rewarm_steps: the learning rate jumps {change}, because the schedule changed ({train.rewarm_steps}); set "
+                f"the number of steps over which it should rise, such as {steps}"
+            ]
+        if rate < rewarm.factor - JUMP and train.cooldown_steps > num_left:
+            return [
+                f"train.cooldown_steps: the learning rate falls {change}, because the cooldown ({train.cooldown_steps}) would "
+                f"have started before that step; use {num_left}"
+            ]
+        return []
 
 
 def takes_weights_only(url: str, train: TrainConfig) -> bool:

@@ -337,7 +337,7 @@ class Trainer:
         if self.rank == 0:
             # As the checkpoint has them: no rank has all of them in memory.
             url = self.checkpoints.uploader.url or self.start.url
-            weights = dict(read_weights(url, EMA if self.config.ema_decay else WEIGHTS))
+            weights = dict(read_weights(url, EMA if self.config.evaluates_ema else WEIGHTS))
             with tempfile.TemporaryDirectory(prefix="export_") as folder:
                 try:
                     self.task.save_pretrained(weights, Path(folder), self._manifest().training_facts())
