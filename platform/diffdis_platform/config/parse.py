@@ -1,6 +1,8 @@
 """One parser for all commands: from a command line, a recipe and a saved config.yaml to a typed configuration."""
 
+import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import logging
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from diffdis_platform.config.fields import FieldTypes, field_names, field_types
 from diffdis_platform.config.help import CommandHelp, Option, render_help, requested_section, suggest
@@ -143,15 +145,25 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
     fields = field_types(type(config))
     arguments = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
     arguments = _normalize(arguments, fields, set())
-    parser, parts = ArgumentParser(exit_on_error=False), {name.partition(".")[0] for name in values}
-    for name in parts:  # a parser of the whole configuration would take most of the time
-        part = getattr(config, name)
-        if dataclasses.is_dataclass(part):
-            parser.add_class_arguments(type(part), name, default=part)
-        else:
-            parser.add_argument(f"--{name}", type=fields[name], default=part)
-    built, _ = _resolve(parser, arguments)
-    return type(config)(**{name: built.get(name, getattr(config, name)) for name in field_names(type(config))})
+    parser = ArgumentParser(exit_on_error=False)
+    names = list(dict.fromkeys(argument.partition("=")[0].removeprefix("--") for argument in arguments))
+    for name in names:  # a parser of the whole configuration would take most of the time
+        parser.add_argument(f"--{name}", type=fields[name], default=functools.reduce(getattr, name.split("."), config))
+    parsed = _parsed(parser, arguments)
+    _check_secrets(values)
+    with _one_line_errors():
+        built = parser.instantiate(parsed)
+        return _replaced(config, {name: built[name] for name in names})
+
+
+def _replaced(config: Config, values: JsonObject) -> Config:
+    """Return the dataclass `config` with other values for some fields, given by dotted name."""
+    parts: dict[str, JsonObject] = {}
+    for name, value in values.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = value
+    changes = {part: inner[""] if "" in inner else _replaced(getattr(config, part), inner) for part, inner in parts.items()}
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
 def current_name(name: str) -> str:
@@ -241,22 +253,33 @@ def _plain_integer(text: str) -> str:
     return text
 
 
-def _resolve(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Mapping[str, Any], str]:
-    """Return the instantiated values, and the same values as YAML without secrets."""
+def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     try:
-        values = parser.parse_args(arguments)
+        return parser.parse_args(arguments)
     except (ArgumentError, ImportError) as error:  # ImportError: a class_path in a configuration
         message = re.sub(r'^Parser key "([^"]+)"', r"\1", one_line(error))
         raise ConfigError(re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*)", r"\2 is not of type \1", message)) from None
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn the errors of a configuration's own checks into ConfigErrors of one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def _resolve(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Mapping[str, Any], str]:
+    """Return the instantiated values, and the same values as YAML without secrets."""
+    values = _parsed(parser, arguments)
     text = parser.dump(values.clone(with_meta=False), skip_none=False)
     plain = yaml.safe_load(text)
     _check_secrets(plain)
     if (public := redacted_values(plain)) != plain:
         text = yaml.safe_dump(public, sort_keys=False)
-    try:
+    with _one_line_errors():
         return vars(parser.instantiate(values)), text
-    except ValueError as error:  # raised by the configuration's own checks
-        raise ConfigError(one_line(error)) from error
 
 
 def read_saved(values: JsonObject, fields: FieldTypes, url: str, options: Collection[str] = ()) -> JsonObject:
