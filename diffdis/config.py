@@ -247,11 +247,11 @@ class ObjectiveConfig:
     """Learning rate of the U-Net."""
     lr_new: float = 1e-4
     """Learning rate of the new parameters: all but the U-Net's."""
-    lr_overrides: dict[str, float] = field(default_factory=dict)
+    lr_overrides: dict[str, float] = field(default_factory=dict, hash=False)
     """Learning rates of parameters by patterns of their names, such as '{"unet.mid_block.*": 1e-6}'. The last match applies."""
     weight_decay: float = 0.01
     """Weight decay of AdamW for matrices and convolutions. Biases, gains and the temperature have none."""
-    weight_decay_overrides: dict[str, float] = field(default_factory=dict)
+    weight_decay_overrides: dict[str, float] = field(default_factory=dict, hash=False)
     """Weight decays of parameters by patterns of their names. The last match applies."""
 
     def __post_init__(self) -> None:
@@ -361,7 +361,8 @@ def demo(**changes: Any) -> DiffDisConfig:
         autoencoder=AutoencoderConfig(kind="haar", haar_mean=_DEMO_HAAR_MEAN, haar_std=_DEMO_HAAR_STD),
         text_encoder=TextEncoderConfig(kind="mean_pool", max_length=12, token_dim=384, embedding_dim=384, cache_size=8192),
         head=HeadConfig(num_layers=2, width=128, num_heads=4),
-        schedule=ScheduleConfig(prediction_type="v_prediction", timestep_spacing="trailing", query_snr=1.96),
+        # A small network cannot predict noise, which fills all dimensions, as well as images, which do not (LOG.md).
+        schedule=ScheduleConfig(prediction_type="sample", timestep_spacing="trailing", query_snr=1.96),
         query_visibility="one_way",
         image_dropout=0.0,
     )

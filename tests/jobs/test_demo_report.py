@@ -14,9 +14,19 @@ from diffdis_platform.demo.report import ZeroShotSet, table, write_report, zero_
 NAMES = [f"colour {i}" for i in range(60)]
 
 
+def png(index: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (4 * index, 255 - 4 * index, 100)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 @pytest.fixture
 def data(tmp_path):
-    """wds_heldout_style and wds_heldout_names with one single-color image per class."""
+    """wds_heldout_style and wds_heldout_names with one single-color image per class; and train with the same images."""
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    with webdataset.TarWriter(str(tmp_path / "data" / "train" / "0.tar")) as tar:
+        for i, name in enumerate(NAMES):
+            tar.write({"__key__": f"s{i:07d}", "png": png(i), "txt": name})
     for split in ("heldout_style", "heldout_names"):
         folder = tmp_path / "data" / f"wds_{split}" / "test"
         folder.mkdir(parents=True)
@@ -24,9 +34,7 @@ def data(tmp_path):
         (folder.parent / "zeroshot_classification_templates.txt").write_text("{c}\n")
         with webdataset.TarWriter(str(folder / "0.tar")) as tar:
             for i in range(len(NAMES)):
-                buffer = io.BytesIO()
-                Image.new("RGB", (16, 16), (4 * i, 255 - 4 * i, 100)).save(buffer, format="PNG")
-                tar.write({"__key__": f"s{i:07d}", "png": buffer.getvalue(), "cls": str(i).encode()})
+                tar.write({"__key__": f"s{i:07d}", "png": png(i), "cls": str(i).encode()})
     return tmp_path / "data"
 
 
@@ -40,7 +48,8 @@ def test_a_perfect_model_scores_one_and_its_shuffled_images_do_not(data):
         embed_image=lambda images, **kw: torch.eye(60)[[int(np.asarray(i)[0, 0, 0]) // 4 for i in images]],
         embed_classes=lambda names, templates: torch.eye(60),
     )
-    scores = zero_shot(perfect, loaded)
+    scores, top3 = zero_shot(perfect, loaded)
+    assert top3[:, 0].tolist() == loaded.labels.tolist()
     assert scores["acc1"] == scores["acc1_100way"] == 1.0
     assert scores["acc1_shuffled_images"] < 0.15
     assert scores["chance"] == 1 / 60
@@ -65,12 +74,15 @@ def test_the_report_of_an_untrained_model_is_complete_and_at_chance(data, tiny_m
     (output / "train_summary.json").write_text(json.dumps(training))
     uri = f"sqlite:///{output / 'mlflow.db'}"
     (output / "mlflow.json").write_text(json.dumps({"tracking_uri": uri, "experiment": "x", "run_id": ""}))
-    summary = write_report(output, data, ("red heart",))
+    summary = write_report(output, data, ("red heart", NAMES[0]))
     assert json.loads((output / "summary.json").read_text()) == summary
     for scores in summary["zero_shot"].values():
         # 60 images of 60 classes: at chance, 8 or more correct images have a probability of 1e-5.
         assert max(scores[name] for name in ("acc1", "acc1_shuffled_images", "acc1_untrained")) < 8 / 60
         assert scores["num_classes"] == scores["num_images"] == 60
     assert 0 <= summary["color"]["fraction_nearer_to_own"] <= 1
+    assert summary["quality"]["num_images"] == summary["quality"]["num_reference"] == summary["color"]["num_captions"] == 60
+    # The training images are those of the held-out style here, so the floor is 0; an untrained model is far above it.
+    assert abs(summary["quality"]["fd_floor"]) < 1e-3 < summary["quality"]["fd"]
     assert "heldout_names" in table(summary)
-    assert Image.open(summary["grid"]).width > 100
+    assert all(Image.open(summary[figure]).width > 100 for figure in ("grid", "recognition"))

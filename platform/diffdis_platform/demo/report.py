@@ -1,8 +1,9 @@
-"""The end of `diffdis demo`: zero-shot accuracy on the held-out splits, a grid of generated images, and their colors.
+"""The end of `diffdis demo`: zero-shot accuracy on the held-out splits, generated images, and their quality and colors.
 
-Every figure is shown next to its control: other images, an untrained model, another caption.
+Every figure is shown next to its control: other images, an untrained model, real images, another caption.
 """
 
+import io
 import json
 import multiprocessing
 import os
@@ -11,24 +12,28 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import webdataset
 from PIL import Image
 
-from diffdis.image_grid import image_grid
+from diffdis.feature_networks import build_feature_network
+from diffdis.image_grid import image_grid, side_by_side
+from diffdis.metrics.image_quality import Moments, frechet_distance_of_features, kernel_distance
 from diffdis.metrics.zero_shot import ZeroShotScores, subset_accuracy
 from diffdis.model import DiffDis
-from diffdis.pipeline import DiffDisPipeline
+from diffdis.pipeline import IMAGE_BATCH, DiffDisPipeline
 from ray_platform.terminal import render_table
 from ray_platform.tracking import TrackingConfig, start_run
 
 SUMMARY = "summary.json"
 SPLITS = ("heldout_style", "heldout_names")
-NUM_RANDOM_CAPTIONS = 48
-GUIDANCE_SCALE = 3.0
+NUM_QUALITY_IMAGES = 256  # generated, and compared with all images of the held-out style
+NUM_GRID_IMAGES, NUM_RECOGNIZED = 48, 24  # in the two figures
+GENERATION = {"num_inference_steps": 20, "guidance_scale": 3.0}
+QUALITY_NETWORK = "efficientnet_lite0"
 NUM_INFERENCE_STEPS = 10
 NUM_DRAWS = 8  # averaged; one image pass serves all of them
 
@@ -55,32 +60,64 @@ class ZeroShotSet:
             (folder / "zeroshot_classification_templates.txt").read_text().splitlines(),
         )
 
+    def first_images(self) -> dict[str, Image.Image]:
+        """Return the first image of each class by its name."""
+        pairs = zip(self.labels.tolist(), self.images, strict=True)
+        return {self.class_names[label]: image for label, image in reversed(list(pairs))}
+
+
+class GeneratedImages(NamedTuple):
+    """Generated images, and features of them and of the training images of the same captions."""
+
+    images: list[Image.Image]
+    features: np.ndarray  # [NUM_QUALITY_IMAGES, d]
+    training_features: np.ndarray  # [NUM_QUALITY_IMAGES, d]
+
+
+class ZeroShotResult(NamedTuple):
+    """Scores of a split, and the classes with the highest scores of each image."""
+
+    scores: dict[str, float]
+    top3: np.ndarray  # [N, 3]
+
 
 def write_report(output: Path, data: Path, captions: tuple[str, ...]) -> DemoSummary:
-    """Score the model in `output/export`, generate the grid, write `output/summary.json`, and log all of it to MLflow."""
+    """Score the model in `output/export`, generate images, write the figures and `output/summary.json`, and log all to MLflow."""
     training = json.loads((output / "train_summary.json").read_text())
     sets = {split: ZeroShotSet.read(data / f"wds_{split}") for split in SPLITS}
-    # A fixed random choice of names of which the held-out style has an image.
-    random_captions = random.Random(0).sample(sets["heldout_style"].class_names, NUM_RANDOM_CAPTIONS)
-    all_captions = [*captions, *random_captions]
-    print("scoring zero-shot from pure noise, and generating the grid …", flush=True)
+    style = sets["heldout_style"]
+    names, real = style.class_names, style.first_images()
+    # A fixed random choice of names, of which the held-out style and the training have an image. For the grid also known names.
+    random_captions = random.Random(0).sample(names, min(NUM_QUALITY_IMAGES, len(names)))
+    all_captions = [*(caption for caption in captions if caption in real), *random_captions]
+    num_known, examples = len(all_captions) - len(random_captions), training_images(data / "train", random_captions)
+    print("scoring zero-shot from pure noise, generating images, and measuring their quality …", flush=True)
     # Two processes: they take about equally long, and two threads in one would mostly wait for each other in so small a model.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
-        generating = other.submit(_generate, output / "export", all_captions)
-        scores = _score(output / "export", sets)
-        images = generating.result()
-    image_grid(images, all_captions).save(output / "grid.png")
+        generating = other.submit(_generate, output / "export", all_captions, num_known, examples)
+        pipeline = _open_model(output / "export")
+        results = _score(pipeline, sets)
+        reference = _features(pipeline, style.images)
+        generated = generating.result()
+    pairs = [
+        side_by_side(Image.fromarray(pipeline.preprocess([real[c]])[0]), i)
+        for c, i in zip(all_captions, generated.images, strict=True)
+    ]
+    image_grid(pairs[:NUM_GRID_IMAGES], all_captions[:NUM_GRID_IMAGES], columns=6, cell=64).save(output / "grid.png")
+    recognition_figure(style, results["heldout_style"].top3).save(output / "recognition.png")
     summary = {
         "recipe": "demo",
         **{key: training[key] for key in ("num_workers", "zero_stage", "num_steps", "num_samples_seen", "samples_per_second")},
         "seconds_training": training["seconds"],
         **{name: {end: training[end][name] for end in ("first", "last")} for name in ("loss_generation", "loss_alignment")},
         "skipped": training["skipped"],
-        "zero_shot": scores,
-        "color": color_agreement(images[len(captions) :], random_captions, sets["heldout_style"]),
+        "zero_shot": {split: result.scores for split, result in results.items()},
+        "quality": quality(generated, reference),
+        "color": color_agreement(generated.images[num_known:], [real[caption] for caption in random_captions]),
         "mlflow": json.loads((output / "mlflow.json").read_text()),
         "export_dir": training["export_dir"],
         "grid": str(output / "grid.png"),
+        "recognition": str(output / "recognition.png"),
     }
     _track(output, summary)
     (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
@@ -93,31 +130,64 @@ def _open_model(export: Path) -> DiffDisPipeline:
     return DiffDisPipeline.from_pretrained(export)
 
 
-def _generate(export: Path, captions: Sequence[str]) -> list[Image.Image]:
-    return _open_model(export).generate(captions, num_inference_steps=30, guidance_scale=GUIDANCE_SCALE)
-
-
-def _score(export: Path, sets: Mapping[str, ZeroShotSet]) -> dict[str, dict[str, float]]:
-    """Return the scores of the model by split, each next to that of an untrained model."""
+def _generate(export: Path, captions: Sequence[str], num_known: int, training_examples: Sequence[Image.Image]) -> GeneratedImages:
+    """Generate an image of each caption; features are those of the images after the first `num_known`."""
     pipeline = _open_model(export)
+    images = pipeline.generate(captions, **GENERATION)
+    return GeneratedImages(images, _features(pipeline, images[num_known:]), _features(pipeline, training_examples))
+
+
+def _features(pipeline: DiffDisPipeline, images: Sequence[Image.Image]) -> np.ndarray:
+    """Return features [N, d] of images at the size of the model's own."""
+    network, pixels = build_feature_network(QUALITY_NETWORK), pipeline.preprocess(images)
+    return np.concatenate([network.features(pixels[i : i + IMAGE_BATCH]) for i in range(0, len(pixels), IMAGE_BATCH)])
+
+
+def training_images(folder: Path, captions: Sequence[str]) -> list[Image.Image]:
+    """Return the first training image of each caption that has one."""
+    shards = sorted(str(path) for path in folder.glob("*.tar"))
+    found: dict[str, bytes] = {}
+    for png, caption in webdataset.WebDataset(shards, shardshuffle=False).to_tuple("png", "txt"):
+        found.setdefault(caption.decode().strip(), png)
+    return [Image.open(io.BytesIO(found[caption])).convert("RGB") for caption in captions if caption in found]
+
+
+def quality(generated: GeneratedImages, reference: np.ndarray) -> dict[str, float]:
+    """Return the distances of generated images from the held-out style [n, d], next to those of real training images of the same
+    captions: the floor."""
+    moments = Moments.of(reference)
+    return {
+        "fd": frechet_distance_of_features(generated.features, moments),
+        "fd_floor": frechet_distance_of_features(generated.training_features, moments),
+        "kid": kernel_distance(generated.features, reference).mean,
+        "kid_floor": kernel_distance(generated.training_features, reference).mean,
+        "num_images": len(generated.features),
+        "num_reference": len(reference),
+    }
+
+
+def _score(pipeline: DiffDisPipeline, sets: Mapping[str, ZeroShotSet]) -> dict[str, ZeroShotResult]:
+    """Return the results of the model by split, with the accuracy of an untrained model among the scores."""
     torch.manual_seed(0)
     untrained = DiffDisPipeline(pipeline.config, DiffDis(pipeline.config), pipeline.autoencoder, pipeline.text_encoder)
-    # One step from one draw is at chance as well as ten from eight, and half of the scoring's time would be the control's.
-    return {
-        split: zero_shot(pipeline, part) | {"acc1_untrained": zero_shot(untrained, part, num_steps=1, num_draws=1)["acc1"]}
-        for split, part in sets.items()
-    }
+    results = {}
+    for split, part in sets.items():
+        # One step from one draw is at chance as well as ten from eight, and half of the scoring's time would be the control's.
+        control = zero_shot(untrained, part, num_steps=1, num_draws=1).scores["acc1"]
+        scores, top3 = zero_shot(pipeline, part)
+        results[split] = ZeroShotResult(scores | {"acc1_untrained": control}, top3)
+    return results
 
 
 def zero_shot(
     pipeline: DiffDisPipeline, data: ZeroShotSet, num_steps: int = NUM_INFERENCE_STEPS, num_draws: int = NUM_DRAWS
-) -> dict[str, float]:
+) -> ZeroShotResult:
     """Return accuracies from pure noise, and that of the same queries with the images permuted."""
     queries = pipeline.embed_image(data.images, num_steps=num_steps, num_draws=num_draws)
     classes = pipeline.embed_classes(data.class_names, data.templates)
     images, texts, labels = (tensor.cpu().numpy() for tensor in (queries, classes, data.labels))
     scores = ZeroShotScores.from_embeddings(images, texts, labels)
-    return {
+    values = {
         "acc1": scores.accuracy(),
         "acc5": scores.accuracy(5),
         "acc1_100way": subset_accuracy(images, texts, labels),
@@ -128,26 +198,43 @@ def zero_shot(
         "num_inference_steps": num_steps,
         "num_draws": num_draws,
     }
+    return ZeroShotResult(values, (queries @ classes.T).topk(3).indices.cpu().numpy())
 
 
-def color_agreement(images: Sequence[Image.Image], captions: Sequence[str], real: ZeroShotSet) -> dict[str, float]:
+def recognition_figure(data: ZeroShotSet, top3: np.ndarray) -> Image.Image:
+    """Return a grid of images, each with its name and the three names that the model finds most similar.
+
+    First images whose name is the first of them, then as many others, both chosen at random, so it does not show the accuracy.
+    """
+    is_correct = top3[:, 0] == data.labels.numpy()
+    chosen: list[int] = []
+    for group in (is_correct, ~is_correct):
+        indices = np.flatnonzero(group).tolist()
+        chosen += random.Random(0).sample(indices, min(NUM_RECOGNIZED // 2, len(indices)))
+    captions = []
+    for index in chosen:
+        names = [data.class_names[label] for label in top3[index]]
+        verdict = "correct" if is_correct[index] else "incorrect"
+        captions.append("\n".join([data.class_names[data.labels[index]], f"({verdict})", *(f"- {name}" for name in names)]))
+    return image_grid([data.images[index].convert("RGB") for index in chosen], captions, columns=NUM_RECOGNIZED // 4)
+
+
+def color_agreement(images: Sequence[Image.Image], real: Sequence[Image.Image]) -> dict[str, float]:
     """Compare the mean colors of generated images with those of real, held-out ones: of the own caption, and of the others.
 
     Distances are Euclidean in RGB, 0 to 255 each.
     """
-    first = {real.class_names[int(label)]: image for image, label in zip(real.images, real.labels, strict=True)}
 
     def mean_colors(pixels: Sequence[Image.Image]) -> np.ndarray:
         return np.stack([np.asarray(p.convert("RGB"), dtype=np.float64).mean(axis=(0, 1)) for p in pixels])  # [N, 3]
 
-    generated, expected = mean_colors(images), mean_colors([first[caption] for caption in captions])
-    distance = np.linalg.norm(generated[:, None] - expected[None], axis=2)  # [N, N]
+    distance = np.linalg.norm(mean_colors(images)[:, None] - mean_colors(real)[None], axis=2)  # [N, N]
     own, others = distance.diagonal(), distance[~np.eye(len(distance), dtype=bool)].reshape(len(distance), -1)
     return {
         "distance_to_own_caption": float(own.mean()),
         "distance_to_random_caption": float(others.mean()),
         "fraction_nearer_to_own": float((own[:, None] < others).mean()),
-        "num_captions": len(captions),
+        "num_captions": len(images),
     }
 
 
@@ -156,8 +243,10 @@ def _track(output: Path, summary: DemoSummary) -> None:
     run = summary["mlflow"]
     scores = {f"zero_shot/{s}/{name}": v for s, values in summary["zero_shot"].items() for name, v in values.items()}
     with start_run(TrackingConfig(run["tracking_uri"], run["experiment"]), str(output), resume=True) as tracker:
-        tracker.log_metrics(scores | {f"color/{n}": v for n, v in summary["color"].items()}, summary["num_steps"])
-        tracker.log_bytes((output / "grid.png").read_bytes(), "grid.png")
+        others = {f"{part}/{name}": value for part in ("quality", "color") for name, value in summary[part].items()}
+        tracker.log_metrics(scores | others, summary["num_steps"])
+        for figure in ("grid.png", "recognition.png"):
+            tracker.log_bytes((output / figure).read_bytes(), figure)
 
 
 def table(summary: DemoSummary) -> str:
@@ -168,7 +257,7 @@ def table(summary: DemoSummary) -> str:
         counts = [str(s["num_classes"]), str(s["num_images"])]
         rows.append([split, f"{s['acc1']:.2%}", f"{s['acc1'] / s['chance']:.1f}", f"{s['acc5']:.2%}", *controls, *counts])
     losses = [(name, summary[name]) for name in ("loss_generation", "loss_alignment")]
-    color = summary["color"]
+    color, images = summary["color"], summary["quality"]
     return "\n".join(
         [
             f"{summary['num_samples_seen']} samples in {summary['seconds_training']:.0f} s "
@@ -177,9 +266,12 @@ def table(summary: DemoSummary) -> str:
             "",
             render_table(rows),
             "",
+            f"quality of {images['num_images']} images: FD {images['fd']:.0f}, KID {images['kid']:.3f}; real images of the same "
+            f"captions: FD {images['fd_floor']:.0f}, KID {images['kid_floor']:.3f}",
             f"mean color: {color['distance_to_own_caption']:.1f} from the icon of the caption, "
             f"{color['distance_to_random_caption']:.1f} from another caption's",
-            f"grid of generated images: {summary['grid']}",
+            f"real and generated images: {summary['grid']}",
+            f"what the model recognizes: {summary['recognition']}",
             f"exported model: {summary['export_dir']}",
         ]
     )

@@ -49,18 +49,26 @@ def demo() -> PretrainConfig:
     model = presets.demo()
     return PretrainConfig(
         model=dataclasses.replace(model, text_encoder=dataclasses.replace(model.text_encoder, path=minilm_folder())),
-        objective=ObjectiveConfig(lr_unet=1e-3, lr_new=1e-3, num_draws=4, lambda_alignment=0.02),
+        objective=ObjectiveConfig(
+            lr_unet=1e-3,
+            lr_new=1e-3,
+            num_draws=4,
+            lambda_alignment=0.02,
+            generation_weighting="inverse_noise",
+            # Between equal weights per latent channel and equal weights per pixel, to which the channels contribute unequally.
+            channel_weights=tuple(round(std**0.5, 4) for std in model.autoencoder.haar_std),
+        ),
         # One read per rank decodes fast enough, with the shuffling of the default: 4 shards at a time.
         data=DataConfig(image_size=32, reads_per_rank=1, interleave=4),
         train=TrainConfig(
             num_workers=2,
-            num_steps=640,
-            micro_batch_size=32,
+            num_steps=1280,
+            micro_batch_size=16,  # images need many steps more than large batches (LOG.md)
             zero_stage=2,
-            warmup_steps=50,
+            warmup_steps=100,
             cpus_per_worker=0.5,  # so that two workers and their reads fit a head with two CPUs
-            checkpoint_every=160,
-            preview_every=160,
+            checkpoint_every=320,
+            preview_every=320,
         ),
         preview_captions=PREVIEW_CAPTIONS,
     )
@@ -84,7 +92,7 @@ def demo_sweep() -> SweepConfig:
             base,
             data=dataclasses.replace(base.data, sources=(str(DEMO_DATA / "train"),)),
             train=dataclasses.replace(
-                base.train, num_workers=1, micro_batch_size=64, warmup_steps=30, checkpoint_every=10_000, preview_every=0
+                base.train, num_workers=1, micro_batch_size=32, warmup_steps=60, checkpoint_every=10_000, preview_every=0
             ),
         ),
         evaluation=EvalConfig(
@@ -112,7 +120,7 @@ def demo_compare(demo_data: str = str(DEMO_DATA)) -> CompareConfig:
                 base.train,
                 preview_every=0,
                 heldout_sources=(f"{demo_data}/heldout_style",),
-                heldout_every=80,
+                heldout_every=160,
             ),
         ),
         evaluation=EvalConfig(
