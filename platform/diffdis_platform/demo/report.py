@@ -32,7 +32,7 @@ SUMMARY = "summary.json"
 SPLITS = ("heldout_style", "heldout_names")
 NUM_QUALITY_IMAGES = 256  # generated, and compared with all images of the held-out style
 NUM_GRID_IMAGES, NUM_RECOGNIZED = 48, 24  # in the two figures
-GENERATION = {"num_inference_steps": 20, "guidance_scale": 3.0}
+GUIDANCE_SCALE, NUM_GENERATION_STEPS = 3.0, 20
 QUALITY_NETWORK = "efficientnet_lite0"
 NUM_INFERENCE_STEPS = 10
 NUM_DRAWS = 8  # averaged; one image pass serves all of them
@@ -133,7 +133,7 @@ def _open_model(export: Path) -> DiffDisPipeline:
 def _generate(export: Path, captions: Sequence[str], num_known: int, training_examples: Sequence[Image.Image]) -> GeneratedImages:
     """Generate an image of each caption; features are those of the images after the first `num_known`."""
     pipeline = _open_model(export)
-    images = pipeline.generate(captions, **GENERATION)
+    images = pipeline.generate(captions, num_inference_steps=NUM_GENERATION_STEPS, guidance_scale=GUIDANCE_SCALE)
     return GeneratedImages(images, _features(pipeline, images[num_known:]), _features(pipeline, training_examples))
 
 
