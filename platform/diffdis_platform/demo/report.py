@@ -74,7 +74,7 @@ class GeneratedImages(NamedTuple):
     training_features: np.ndarray  # [NUM_QUALITY_IMAGES, d]
 
 
-class ZeroShotResult(NamedTuple):
+class SplitResult(NamedTuple):
     """Scores of a split, and the classes with the highest scores of each image."""
 
     scores: dict[str, float]
@@ -166,7 +166,7 @@ def quality(generated: GeneratedImages, reference: np.ndarray) -> dict[str, floa
     }
 
 
-def _score(pipeline: DiffDisPipeline, sets: Mapping[str, ZeroShotSet]) -> dict[str, ZeroShotResult]:
+def _score(pipeline: DiffDisPipeline, sets: Mapping[str, ZeroShotSet]) -> dict[str, SplitResult]:
     """Return the results of the model by split, with the accuracy of an untrained model among the scores."""
     torch.manual_seed(0)
     untrained = DiffDisPipeline(pipeline.config, DiffDis(pipeline.config), pipeline.autoencoder, pipeline.text_encoder)
@@ -175,13 +175,13 @@ def _score(pipeline: DiffDisPipeline, sets: Mapping[str, ZeroShotSet]) -> dict[s
         # One step from one draw is at chance as well as ten from eight, and half of the scoring's time would be the control's.
         control = zero_shot(untrained, part, num_steps=1, num_draws=1).scores["acc1"]
         scores, top3 = zero_shot(pipeline, part)
-        results[split] = ZeroShotResult(scores | {"acc1_untrained": control}, top3)
+        results[split] = SplitResult(scores | {"acc1_untrained": control}, top3)
     return results
 
 
 def zero_shot(
     pipeline: DiffDisPipeline, data: ZeroShotSet, num_steps: int = NUM_INFERENCE_STEPS, num_draws: int = NUM_DRAWS
-) -> ZeroShotResult:
+) -> SplitResult:
     """Return accuracies from pure noise, and that of the same queries with the images permuted."""
     queries = pipeline.embed_image(data.images, num_steps=num_steps, num_draws=num_draws)
     classes = pipeline.embed_classes(data.class_names, data.templates)
@@ -198,7 +198,7 @@ def zero_shot(
         "num_inference_steps": num_steps,
         "num_draws": num_draws,
     }
-    return ZeroShotResult(values, (queries @ classes.T).topk(3).indices.cpu().numpy())
+    return SplitResult(values, (queries @ classes.T).topk(3).indices.cpu().numpy())
 
 
 def recognition_figure(data: ZeroShotSet, top3: np.ndarray) -> Image.Image:
