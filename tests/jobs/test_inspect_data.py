@@ -43,7 +43,7 @@ def test_the_report_has_all_numbers(ray_cluster, shards, capsys):
     assert (shards.parent / "out" / "inspection.html").read_text().count("<figure") == 15
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("3 of 3 shards inspected", "image_missing 2", str(shards.parent / "out")))
-    histogram = dict.fromkeys(("edges", "counts", "least", "most", "p10", "p50", "p90"))
+    histogram = dict.fromkeys(("edges", "counts", "minimum", "maximum", "p10", "p50", "p90"))
     measured = ("width", "height", "aspect_ratio", "image_bytes", "caption_words", "caption_characters")
     assert names(summary) == {
         "format_version": None,

@@ -54,7 +54,7 @@ def test_a_folder_is_its_tars_sorted_by_name(data, shard_folder):
     assert [shard.url for shard in catalog.shards] == [str(shard_folder / shard.name) for shard in catalog.shards]
     assert all(shard.size == (shard_folder / shard.name).stat().st_size for shard in catalog.shards)
     assert [unit.shard for unit in catalog.pools[0]] == list(catalog.shards)
-    assert all(unit.whole for unit in catalog.pools[0])
+    assert all(unit.is_whole_shard for unit in catalog.pools[0])
     assert (catalog.weights, catalog.num_units, catalog.manifest) == ((1.0,), (5,), None)
     # Sidecar files are ignored, and a shard that is listed twice counts once.
     (data / "00000.parquet").write_bytes(b"x")
@@ -186,7 +186,7 @@ def test_a_large_shard_is_read_in_parts(tmp_path):
     (whole,) = catalog_of(tmp_path).pools[0]
     size = whole.shard.size
     assert [(unit.start, unit.stop) for unit in parts.pools[0]] == [(0, 2**20), (2**20, 2 * 2**20), (2 * 2**20, size)]
-    assert not any(unit.whole for unit in parts.pools[0])
+    assert not any(unit.is_whole_shard for unit in parts.pools[0])
     estimated = sum(parts.estimated_samples(unit) for unit in parts.pools[0])
     assert estimated == pytest.approx(catalog_of(tmp_path).estimated_samples(whole))
     assert "data.max_read_mb" in difference(to_json(parts), catalog_of(tmp_path))
@@ -230,7 +230,7 @@ def test_precomputed_shards_come_with_their_manifest_and_counts(tmp_path, patter
     catalog = catalog_of(f"{folder}/{pattern}", max_read_mb=1)
     assert catalog.manifest == COMPLETE
     assert {(shard.name, shard.num_samples) for shard in catalog.shards} <= {("00000.arrow", 3), ("00001.arrow", 4)}
-    assert all(unit.whole for unit in catalog.pools[0])
+    assert all(unit.is_whole_shard for unit in catalog.pools[0])
 
 
 def test_tars_and_precomputed_shards_do_not_mix(shard_folder, data, tmp_path):

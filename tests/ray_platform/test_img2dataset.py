@@ -83,7 +83,7 @@ def test_the_catalog_has_its_counts_and_every_sample_is_good(shards):
     assert [shard.num_samples for shard in catalog.shards] == stats
     assert (len(catalog.shards), catalog.num_samples) == (3, GOOD)
     inspected = [inspect_unit(unit, config) for unit in catalog.pools[0]]
-    assert sum(statistics.used for statistics in inspected) == sum(statistics.looked_at for statistics in inspected) == GOOD
+    assert sum(statistics.used for statistics in inspected) == sum(statistics.num_samples for statistics in inspected) == GOOD
 
 
 @pytest.mark.parametrize(("min_similarity", "first"), [(None, 0), (0.4, 20)])

@@ -79,7 +79,7 @@ def test_a_known_mixture_is_counted_exactly(mixture):
     assert (counted.units, counted.readable_units, counted.unusable_units) == (5, 3, 2)
     cut = counted.truncated_samples
     assert 1 < cut < 20
-    assert (counted.used, counted.looked_at) == (30 + cut, 20 + 22 + cut + 1)
+    assert (counted.used, counted.num_samples) == (30 + cut, 20 + 22 + cut + 1)
     assert counted.num_bytes == sum(unit.shard.size for unit in mixture)
     assert counted.rejected == {
         "filtered_size": 2, "image_empty": 7, "caption_empty": 1, "image_undecodable": 1, "image_missing": 1,
@@ -89,7 +89,7 @@ def test_a_known_mixture_is_counted_exactly(mixture):
     assert counted.shapes == {(16, 16): 30 + cut}
     assert counted.histograms["width"].counts == [33 + cut, *[0] * 16]  # 30 used, 2 filtered, 1 without a caption
     words = counted.histograms["caption_words"]
-    assert (sum(words.counts), words.least, words.most) == (30 + cut, 2, 2)
+    assert (sum(words.counts), words.minimum, words.maximum) == (30 + cut, 2, 2)
     # A lost shard counts as the mean number of samples in the whole ones, and the lost part of one for the rest.
     summary, lost = summary_of(counted, mixture), 21
     assert {cause: summary.rejects[cause].samples for cause in counted.lost_units} == {
@@ -154,7 +154,7 @@ def test_sizes_are_those_that_are_seen(tmp_path):
     assert {thumbnail.key: thumbnail.size for thumbnail in counted.thumbnails} == {"a.tar/turned": (40, 100), "a.tar/b": (30, 12)}
     assert counted.shapes == {(48, 16): 1, (16, 48): 1}
     assert counted.upscaled == 1
-    assert counted.histograms["aspect_ratio"].least == 0.4
+    assert counted.histograms["aspect_ratio"].minimum == 0.4
     for thumbnail in counted.thumbnails:
         with Image.open(io.BytesIO(thumbnail.jpeg)) as shown:
             assert shown.size == ((16, 48) if thumbnail.key == "a.tar/turned" else (48, 16))

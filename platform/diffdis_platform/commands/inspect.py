@@ -66,7 +66,7 @@ def inspect(config: InspectConfig) -> "InspectionSummary":
         total.merge(statistics)
         if time.monotonic() - printed > _PROGRESS_SECONDS:
             printed = time.monotonic()
-            print(f"{total.units} of {len(units)} shards, {total.looked_at:,} samples", file=sys.stderr, flush=True)
+            print(f"{total.units} of {len(units)} shards, {total.num_samples:,} samples", file=sys.stderr, flush=True)
     summary = summarize(catalog, config.data, total, cluster_cpus(config.data))
     html = storage.join(config.output_dir, "inspection.html")
     storage.write_bytes(storage.join(config.output_dir, "inspection.json"), json.dumps(summary.as_dict(), indent=2).encode())

@@ -304,7 +304,7 @@ class RetrievalMeasurement(SetMeasurement):
         ranks = RetrievalRanks.of(images, embeddings, owners, is_readable)
         self.outcomes, self._keys = ranks.outcomes(), rows["keys"][is_sample]
         queries = _spread(len(texts))
-        found = zip(queries, *most_similar(embeddings[queries], images, _NUM_RETRIEVED, is_readable), strict=True)
+        matches = zip(queries, *most_similar(embeddings[queries], images, _NUM_RETRIEVED, is_readable), strict=True)
         examples: list[CaptionQuery] = [
             {
                 "caption": texts[text],
@@ -313,10 +313,10 @@ class RetrievalMeasurement(SetMeasurement):
                     for image, cosine in zip(retrieved, cosines, strict=True)
                 ],
             }
-            for text, retrieved, cosines in found
+            for text, retrieved, cosines in matches
         ]
         queries = _spread(len(images))
-        found = zip(queries, *most_similar(images[queries], embeddings, _NUM_RETRIEVED), strict=True)
+        matches = zip(queries, *most_similar(images[queries], embeddings, _NUM_RETRIEVED), strict=True)
         image_examples: list[ImageQuery] = [
             {
                 "key": keys[image],
@@ -325,7 +325,7 @@ class RetrievalMeasurement(SetMeasurement):
                     for text, cosine in zip(retrieved, cosines, strict=True)
                 ],
             }
-            for image, retrieved, cosines in found
+            for image, retrieved, cosines in matches
         ]
         return {
             **self._common_result(rows, ranks.recalls(), len(images)),

@@ -50,8 +50,8 @@ def precision_recall_metrics(figure: str, generated: np.ndarray, real: np.ndarra
     """Return improved precision and recall; nothing for too few images."""
     if min(len(generated), len(real)) <= NEIGHBORS:
         return {}
-    found, suffix = precision_recall(generated, real), figure.removeprefix("fid").removeprefix("fd")
-    return {f"precision{suffix}": found.precision, f"recall{suffix}": found.recall}
+    result, suffix = precision_recall(generated, real), figure.removeprefix("fid").removeprefix("fd")
+    return {f"precision{suffix}": result.precision, f"recall{suffix}": result.recall}
 
 
 # Add a metric of generated images by adding a function here and its names to ray_platform/metric_registry.py. The first metric of

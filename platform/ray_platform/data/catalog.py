@@ -53,13 +53,13 @@ class ShardRange(NamedTuple):
     stop: int
 
     @property
-    def whole(self) -> bool:
+    def is_whole_shard(self) -> bool:
         return self.stop - self.start == self.shard.size
 
     @property
     def known_samples(self) -> int:
         """The number of samples; -1: not known."""
-        return self.shard.num_samples if self.whole else -1
+        return self.shard.num_samples if self.is_whole_shard else -1
 
     @property
     def nominal_samples(self) -> int:
@@ -141,10 +141,10 @@ def build_catalog(config: DataConfig, cached: bytes | None = None) -> Catalog:
     sidecars: set[str] = set()
     for number, source in enumerate(config.sources):
         files = storage.list_files(source)
-        found = [file for file in files if file.url.endswith(SUFFIXES)]
-        if not any(file.size for file in found):
+        tars = [file for file in files if file.url.endswith(SUFFIXES)]
+        if not any(file.size for file in tars):
             raise DataError(f"{source}: no .tar shards in it; {_describe_files(source, files)}; correct the source")
-        for file in found:
+        for file in tars:
             if config.weights and source_of.get(file.url, number) != number:
                 raise DataError(f"{file.url}: is in two of the data.sources; with data.weights, name it in one of them")
             source_of.setdefault(file.url, number)

@@ -56,8 +56,8 @@ class Histogram:
 
     edges: list[float]
     counts: list[int]
-    least: float | None = None
-    most: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
     p10: float | None = None
     p50: float | None = None
     p90: float | None = None
@@ -68,24 +68,24 @@ class Histogram:
 
     def merge(self, other: "Histogram") -> None:
         self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
-        if other.least is not None and other.most is not None:
-            self._extend(other.least, other.most)
+        if other.minimum is not None and other.maximum is not None:
+            self._extend(other.minimum, other.maximum)
 
     def quantile(self, fraction: float) -> float | None:
         """Estimate a quantile as if values were spread evenly in their bin; None without values."""
-        if self.least is None or self.most is None:
+        if self.minimum is None or self.maximum is None:
             return None
         rank, below = fraction * sum(self.counts), 0
-        for begin, end, count in zip(self.edges, [*self.edges[1:], self.most], self.counts, strict=True):
+        for begin, end, count in zip(self.edges, [*self.edges[1:], self.maximum], self.counts, strict=True):
             if count and below + count >= rank:
-                low, high = max(begin, self.least), min(max(end, begin), self.most)
+                low, high = max(begin, self.minimum), min(max(end, begin), self.maximum)
                 return low + (high - low) * (rank - below) / count
             below += count
-        return self.most
+        return self.maximum
 
-    def _extend(self, least: float, most: float) -> None:
-        self.least = least if self.least is None else min(self.least, least)
-        self.most = most if self.most is None else max(self.most, most)
+    def _extend(self, minimum: float, maximum: float) -> None:
+        self.minimum = minimum if self.minimum is None else min(self.minimum, minimum)
+        self.maximum = maximum if self.maximum is None else max(self.maximum, maximum)
 
 
 class Thumbnail(NamedTuple):
@@ -109,7 +109,7 @@ class Statistics:
     unusable_units: int = 0  # without a sample that can be used
     num_bytes: int = 0
     readable_units: int = 0
-    looked_at: int = 0  # samples in the readable units, used or not
+    num_samples: int = 0  # samples in the readable units, used or not
     used: int = 0
     upscaled: int = 0  # used images that are smaller than training asks for
     rejected: Counter[str] = field(default_factory=Counter)  # cause -> samples, except those of lost_units
@@ -274,7 +274,7 @@ def inspect_unit(unit: ShardRange, config: DataConfig) -> Statistics:
                 statistics.truncated_samples = len(shard) - 1
     statistics.unusable_units = int(not statistics.used)
     if not any(cause.startswith("shard_") for cause in statistics.examples):
-        statistics.readable_units, statistics.looked_at = 1, len(shard)
+        statistics.readable_units, statistics.num_samples = 1, len(shard)
     return statistics
 
 

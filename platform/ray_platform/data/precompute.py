@@ -143,7 +143,7 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: EncoderPool, outp
 def stem(unit: ShardRange) -> str:
     """Return the first part of the names of a unit's files."""
     name = unit.shard.name.removesuffix(".tar").replace("/", "--")
-    return name if unit.whole else f"{name}-at-{unit.start}"
+    return name if unit.is_whole_shard else f"{name}-at-{unit.start}"
 
 
 def check_cluster(encoders: EncoderPool, readers: Labels) -> None:

@@ -96,7 +96,7 @@ def open_samples(item: Item, config: DataConfig, seed: int) -> ShardSamples:
     except storage.StorageError as error:
         num_consumed = max((stop for _, stop in item.consumed), default=0)
         records = [RejectedSample(f"{shard.name}/", lost_cause(error), str(error))] * (num_consumed + 1)
-    return ShardSamples(records, config, f"{seed}/{item.epoch}", is_part=not unit.whole)
+    return ShardSamples(records, config, f"{seed}/{item.epoch}", is_part=not unit.is_whole_shard)
 
 
 def open_precomputed(data: pa.Buffer, rejected_key: str) -> Sequence[Sample | RejectedSample]:

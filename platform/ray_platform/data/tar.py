@@ -47,7 +47,7 @@ _OTHER_FORMATS = {
     b"{": "JSON",
 }
 
-Ending = Literal["whole", "cut", "garbage"]  # a valid end of a tar; the end of the data; something else
+Ending = Literal["complete", "cut", "garbage"]  # a valid end of a tar; the end of the data; something else
 
 
 class Member(NamedTuple):
@@ -162,7 +162,7 @@ def read_tar(data: bytes, shard_name: str, suffixes: Sequence[str] = _SUFFIXES) 
     members, ending = _members(data, 0)
     if not members and (rejected := _reject_other_format(data, shard_name)):
         return [rejected]
-    return _grouped(members, ending != "whole" and data != b"", shard_name, suffixes)
+    return _grouped(members, ending != "complete" and data != b"", shard_name, suffixes)
 
 
 def count_images(file: IO[bytes], size: int, suffixes: Sequence[str]) -> int:
@@ -205,7 +205,7 @@ def read_part(
         return None
     start = 0 if first else _next_sample(data, members, 0)
     in_part = [m for m in members if start is not None and start <= m.header < (len(data) if stop is None else stop)]
-    return _grouped(in_part, stop is None and ending != "whole", shard_name, suffixes, is_part=not first)
+    return _grouped(in_part, stop is None and ending != "complete", shard_name, suffixes, is_part=not first)
 
 
 def _reject_other_format(data: bytes, shard_name: str) -> RejectedSample | None:
@@ -342,7 +342,7 @@ def _members(data: bytes, begin: int) -> tuple[list[Member], Ending]:
             left = len(data) - tar.offset
             if left < _BLOCK:
                 return members, "cut"
-            return members, "whole" if data.count(0, tar.offset) == left else "garbage"
+            return members, "complete" if data.count(0, tar.offset) == left else "garbage"
     except Exception:
         # On garbage, tarfile raises far more than its own errors (ValueError, UnicodeError, RecursionError, …).
         return members, "cut" if len(data) - at < _MAX_HEADER_BYTES else "garbage"

@@ -92,19 +92,19 @@ def render_listing(roots: Sequence[str], sets: Mapping[str, str]) -> str:
     notes = []
     for name, url in sets.items():
         known = KNOWN_SETS.get(name)
-        found = ("not found", "", "", "")
+        described = ("not found", "", "", "")
         try:
             data = open_evaluation_set(name, url) if url else find_evaluation_set(roots, name)
-            found = (data.url, data.layout, f"{data.num_files:,}", size_text(data.num_bytes))
+            described = (data.url, data.layout, f"{data.num_files:,}", size_text(data.num_bytes))
             notes += [f"warning: {warning}" for warning in data.warnings]
         except SetNotFoundError as error:
             source = _COPIES.format(name=name.replace("/", "-"), root=roots[0])
             notes.append(f"not found: {error}" + f"; or get it: {source}" * bool(known))
         except (ConfigError, DataError) as error:
-            found = ("rejected", "", "", "")
+            described = ("rejected", "", "", "")
             notes.append(f"rejected: {error}")
         expected = (str(known.num_classes or ""), f"{known.num_images:,}", known.main_metric) if known else ("", "", "")
-        rows.append((name, *found, *expected))
+        rows.append((name, *described, *expected))
     return "\n".join([render_table(rows), *notes])
 
 

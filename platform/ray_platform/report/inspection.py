@@ -133,10 +133,10 @@ class InspectionSummary:
             lines.append(f"shards without a usable sample: {shards.unusable:,}")
         if len(self.shapes) > 1:
             lines.append("shapes: " + ", ".join(f"{shape} {count:,}" for shape, count in self.shapes.items()))
-        quantiles = [["", "least", "10 %", "median", "90 %", "most"]]
-        for name, of in self.histograms.items():
-            if of.least is not None:
-                values = (of.least, of.p10, of.p50, of.p90, of.most)
+        quantiles = [["", "minimum", "10 %", "median", "90 %", "maximum"]]
+        for name, histogram in self.histograms.items():
+            if histogram.minimum is not None:
+                values = (histogram.minimum, histogram.p10, histogram.p50, histogram.p90, histogram.maximum)
                 quantiles.append([name.replace("_", " "), *(_value_text(value, name) for value in values)])
         return "\n".join([*lines, "", render_table(quantiles), "", *self.epoch_lines])
 
@@ -147,45 +147,44 @@ def summarize(catalog: Catalog, config: DataConfig, statistics: Statistics, cpus
     Fractions are those that a run would count: filtered samples are not seen, and a lost shard stands for as many samples as the
     other shards have on average.
     """
-    of = statistics
-    rejects = _count_causes(of, config)
+    rejects = _count_causes(statistics, config)
     filtered = sum(count.samples for cause, count in rejects.items() if is_filtered(cause))
     bad = sum(count.samples for cause, count in rejects.items() if not is_filtered(cause))
-    inspected = of.used + filtered + bad
+    inspected = statistics.used + filtered + bad
     # One read per CPU: it waits for storage, then it decodes.
-    scale = catalog.num_bytes / max(1, of.num_bytes)
-    seconds = scale * (of.decode_seconds + of.read_seconds) / cpus
+    scale = catalog.num_bytes / max(1, statistics.num_bytes)
+    seconds = scale * (statistics.decode_seconds + statistics.read_seconds) / cpus
     samples = catalog.num_samples or round(scale * inspected)
     epoch = EpochEstimate(
-        measured_samples=of.looked_at,
-        decode_cpu_seconds=of.decode_seconds,
-        read_seconds=of.read_seconds,
-        samples_per_cpu_second=of.looked_at / max(1e-9, of.decode_seconds),
-        bytes_per_reader_second=of.num_bytes / max(1e-9, of.read_seconds),
+        measured_samples=statistics.num_samples,
+        decode_cpu_seconds=statistics.decode_seconds,
+        read_seconds=statistics.read_seconds,
+        samples_per_cpu_second=statistics.num_samples / max(1e-9, statistics.decode_seconds),
+        bytes_per_reader_second=statistics.num_bytes / max(1e-9, statistics.read_seconds),
         cpus=cpus,
         samples=samples,
-        used=round(samples * of.used / max(1, inspected)),
+        used=round(samples * statistics.used / max(1, inspected)),
         seconds=seconds,
         samples_per_second=samples / max(1e-9, seconds),
     )
-    bad_fraction = bad / max(1, of.used + bad)
+    bad_fraction = bad / max(1, statistics.used + bad)
     return InspectionSummary(
         list(config.sources),
-        ShardCounts(sum(catalog.num_units), of.units, of.unusable_units, catalog.num_bytes, of.num_bytes),
-        SampleCounts(inspected, of.used, filtered, bad, bad_fraction, config.max_skipped_fraction, of.upscaled),
+        ShardCounts(sum(catalog.num_units), statistics.units, statistics.unusable_units, catalog.num_bytes, statistics.num_bytes),
+        SampleCounts(inspected, statistics.used, filtered, bad, bad_fraction, config.max_skipped_fraction, statistics.upscaled),
         rejects,
-        {f"{width}x{height}": count for (height, width), count in sorted(of.shapes.items())},
-        {n: replace(h, p10=h.quantile(0.1), p50=h.quantile(0.5), p90=h.quantile(0.9)) for n, h in of.histograms.items()},
+        {f"{width}x{height}": count for (height, width), count in sorted(statistics.shapes.items())},
+        {n: replace(h, p10=h.quantile(0.1), p50=h.quantile(0.5), p90=h.quantile(0.9)) for n, h in statistics.histograms.items()},
         epoch,
     )
 
 
 def _count_causes(statistics: Statistics, config: DataConfig) -> dict[str, CauseCounts]:
     truncated = statistics.lost_units["tar_truncated"]
-    looked_at, units = statistics.looked_at - statistics.truncated_samples - truncated, statistics.readable_units - truncated
+    read, units = statistics.num_samples - statistics.truncated_samples - truncated, statistics.readable_units - truncated
     if not units:  # If all shards end early, it is their writer that does not end them, and nothing is missing.
-        looked_at, units = statistics.looked_at, statistics.readable_units
-    samples_per_unit = max(1, round(looked_at / max(1, units)))
+        read, units = statistics.num_samples, statistics.readable_units
+    samples_per_unit = max(1, round(read / max(1, units)))
     samples = Counter(statistics.rejected)
     samples.update({cause: units * samples_per_unit for cause, units in statistics.lost_units.items()})
     if truncated:
