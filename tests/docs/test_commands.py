@@ -34,9 +34,9 @@ CONFIGS = (
     SizingConfig, DistanceConfig,
 )  # fmt: skip
 OTHER_FLAGS = {"--recipe", "--config", "--dry-run", "--help", "--list", "--demo_data", "--output", "--resume", "--profile"}
-OTHER_FLAGS |= {"--output_format", "--sort", "--no-build-isolation", "--help-all"} | {
+OTHER_FLAGS |= {"--output_format", "--sort", "--help-all"} | {
     option for command in (start, submit) for parameter in command.params for option in parameter.opts
-}  # of img2dataset, tar, pip and Ray
+}  # of img2dataset, tar and Ray
 
 
 def parse_command(name: str, arguments: Sequence[str]) -> Any:
