@@ -167,16 +167,17 @@ def launches(counts: Counts, train: TrainConfig, plan: BatchPlan) -> int:
 def memory(counts: Counts, train: TrainConfig, plan: BatchPlan, live: bool) -> Memory:
     """Return the bytes on one GPU.
 
-    With w = 2 or 4 bytes per trained parameter in `train.precision`, W = 4, n ranks, and k = 2 moments (3 with an EMA), the
-    states are: stage 0: w weights + the gradients, at most 2 w or w + W, + W master weights in half precision + k W; 1 and 2:
-    w + (w gradients + W gradients + W master weights + k W) / n; 3: (w + w gradients + W master weights + k W) / n, and up to
-    `stage3_max_live_parameters` of other ranks' weights. 0 and 1 take W more when gradients are accumulated over micro-batches.
-    Offloading moves master weights and moments to the host. The buffers are DeepSpeed's buckets: two if stages 1 and 2 overlap.
+    With w = 2 or 4 bytes per trained parameter in `train.precision`, W = 4, n ranks, and k = 2 moments (3 with an EMA; 1.5 less
+    if they have 8 bits), the states are: stage 0: w weights + the gradients, at most 2 w or w + W, + W master weights in half
+    precision + k W; 1 and 2: w + (w gradients + W gradients + W master weights + k W) / n; 3: (w + w gradients + W master
+    weights + k W) / n, and up to `stage3_max_live_parameters` of other ranks' weights. 0 and 1 take W more when gradients are
+    accumulated over micro-batches. Offloading moves master weights and moments to the host. The buffers are DeepSpeed's
+    buckets: two if stages 1 and 2 overlap.
     """
     n, stage, width = plan.world_size, train.zero_stage, number_bytes(train)
     trained, weights, frozen = FULL * counts.trained, width * counts.trained, width * counts.frozen
     is_half = width < FULL
-    optimizer = (2 + bool(train.ema_decay)) * trained
+    optimizer = ((0.5 if train.optimizer == "adamw_8bit" else 2) + bool(train.ema_decay)) * trained
     sharded = 0 if train.offload_optimizer else (trained + optimizer) / n
     accumulated = trained if stage < 2 and plan.num_micro_batches > 1 else 0
     gathered, buffers = 0.0, width * _reduce_bucket_size(train)

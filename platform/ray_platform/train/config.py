@@ -38,6 +38,8 @@ class TrainConfig:
     """Compile the model's blocks with torch.compile, from the second step on. Not with ZeRO 3."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Settings that are merged into the generated DeepSpeed configuration, as JSON."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps AdamW's moments in 8 bits, which takes a quarter of their memory. It needs the package bitsandbytes."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decays of the moments. Contrastive training with large batches is more stable with a second one of 0.95 to 0.98."""
     eps: float = 1e-8

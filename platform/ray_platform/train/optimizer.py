@@ -40,6 +40,10 @@ class Fragment:
         """Return whether `other` follows in the same shard."""
         return self.shard is other.shard and other.offset == self.offset + self.size
 
+    def contains(self, other: "Fragment") -> bool:
+        """Return whether `other` is a part of this range of the same shard."""
+        return self.offset <= other.offset < self.offset + self.size
+
     def of_shard(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the view of `tensor`, which has the shape of the shard, that belongs to this fragment."""
         return tensor.detach().narrow(0, self.offset, self.size)
@@ -68,6 +72,9 @@ class AdamW(torch.optim.AdamW):
     Its tensors are runs of neighboring fragments with equal step counts, as one call for a long tensor is faster than many for
     short ones. A parameter that is trained later than the others has a step count of its own, which starts at 0, as its moments
     do.
+
+    With `train.optimizer` adamw_8bit, the moments are 8-bit codes (`adamw_8bit.QuantizedTensor`) between steps. They are float32
+    while a state is loaded, and in checkpoints: the same ranks get the same codes again.
     """
 
     def __init__(self, groups: ParamsT, config: TrainConfig):
@@ -79,11 +86,12 @@ class AdamW(torch.optim.AdamW):
         super().__init__([{"params": parameters} for parameters in by_type.values()], fused=True)
         self.config = config
         self.num_updates = 0  # steps that changed the weights
-        self.optimizer: torch.optim.AdamW
+        self.optimizer: Any  # torch's AdamW or an `AdamW8bit`
         self._fragments: dict[torch.Tensor, Fragment] = {}  # by parameter
         self._states: dict[torch.Tensor, dict[str, torch.Tensor]] = {}  # by shard, of its shape
         self._steps: dict[torch.Tensor, torch.Tensor] = {}  # by parameter; scalars, which the parameters of a run share
         self._runs: dict[torch.Tensor, list[tuple[Fragment, torch.Tensor]]] = {}  # by shard, with the tensors of `optimizer`
+        self._is_quantized = False  # the moments are in `optimizer` instead of `_states`
         self._skip = False
         self._grad_scale: torch.Tensor | None = None
 
@@ -103,6 +111,8 @@ class AdamW(torch.optim.AdamW):
 
     def _build(self, steps: Mapping[torch.Tensor, int]) -> None:
         """Build `optimizer` over the runs of fragments that have the same group and step count."""
+        self._dequantize()
+        in_8_bits = self.config.optimizer == "adamw_8bit"
         self._runs, groups, run_steps = {}, [], {}
         for group in self.groups:
             runs: list[tuple[Fragment, list[torch.Tensor]]] = []  # a fragment that covers the whole run, and its parameters
@@ -116,15 +126,46 @@ class AdamW(torch.optim.AdamW):
             tensors = []
             for run, parameters in runs:
                 tensors.append(run.of_shard(run.shard))
-                run_steps[tensors[-1]] = torch.full((), float(steps[parameters[0]]), device=run.shard.device)
+                run_steps[tensors[-1]] = torch.full(
+                    (), float(steps[parameters[0]]), device="cpu" if in_8_bits else run.shard.device
+                )
                 self._steps |= dict.fromkeys(parameters, run_steps[tensors[-1]])
                 self._runs.setdefault(run.shard, []).append((run, tensors[-1]))
             groups.append({**group, "params": tensors})
-        self.optimizer = torch.optim.AdamW(groups, betas=self.config.betas, eps=self.config.eps, fused=True)
+        betas, eps = self.config.betas, self.config.eps
+        if in_8_bits:
+            from ray_platform.train.adamw_8bit import AdamW8bit  # needs bitsandbytes
+
+            self.optimizer = AdamW8bit(groups, betas, eps)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
         for shard, of_shard in self._runs.items():
             for run, tensor in of_shard:
                 states = {name: run.of_shard(state) for name, state in self._states[shard].items()}
                 self.optimizer.state[tensor] = {STEP: run_steps[tensor]} | states
+        if in_8_bits:
+            self._quantize()
+
+    def _quantize(self) -> None:
+        """Move the moments from float32 tensors to codes."""
+        from ray_platform.train.adamw_8bit import QuantizedTensor
+
+        for shard, runs in self._runs.items():
+            for name in MOMENTS:
+                for _, tensor in runs:
+                    state = self.optimizer.state[tensor]
+                    state[name] = QuantizedTensor.of(state[name], signed=name == MOMENTS[0])
+                del self._states[shard][name]
+        self._is_quantized = True
+
+    def _dequantize(self) -> None:
+        """Move the moments back to float32 tensors, which `_build` moves to codes again."""
+        for shard, runs in self._runs.items() if self._is_quantized else ():
+            for name in MOMENTS:
+                self._states[shard][name] = torch.zeros_like(shard)
+                for run, tensor in runs:
+                    run.of_shard(self._states[shard][name]).copy_(self.optimizer.state[tensor][name].part(0, run.size))
+        self._is_quantized = False
 
     def set_learning_rates(self, factor: float) -> None:
         """Set the rate of each group to `factor` times that of the Task."""
@@ -135,12 +176,22 @@ class AdamW(torch.optim.AdamW):
         """Return this rank's range of a trained parameter, and weights and states by name; None when it holds nothing of it."""
         if (fragment := self._fragments.get(parameter)) is None:
             return None
-        states = {WEIGHTS: fragment.shard} | self._states[fragment.shard]
-        return fragment, {STEP: self._steps[parameter]} | {name: fragment.of_shard(state) for name, state in states.items()}
+        shard, states = fragment.shard, {STEP: self._steps[parameter]}
+        states |= {name: fragment.of_shard(state) for name, state in ({WEIGHTS: shard} | self._states[shard]).items()}
+        if self._is_quantized:
+            run, tensor = next(pair for pair in self._runs[shard] if pair[0].contains(fragment))
+            moments = {name: self.optimizer.state[tensor][name] for name in MOMENTS}
+            states |= {name: moment.part(fragment.offset - run.offset, fragment.size) for name, moment in moments.items()}
+        return fragment, states
 
     @torch.no_grad()
     def load_parameter(self, parameter: torch.nn.Parameter, states: Mapping[str, torch.Tensor]) -> None:
-        """Set weights and states from tensors of the parameter's shape; states that are not given stay as they are."""
+        """Set weights and states from tensors of the parameter's shape; states that are not given stay as they are.
+
+        `load_steps` must follow, for moments of 8 bits.
+        """
+        if not states.keys().isdisjoint(MOMENTS):
+            self._dequantize()
         if (local := self.local_state(parameter)) is not None:
             fragment, own = local
             for name, value in states.items():
@@ -183,7 +234,7 @@ class AdamW(torch.optim.AdamW):
         for run, tensor in updated:
             tensor.grad = run.of_shard(run.shard.grad)  # type: ignore[arg-type]
         # torch's fused kernels divide the gradients by it, as for torch.amp.GradScaler.
-        self.optimizer.grad_scale = self._grad_scale  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = self._grad_scale
         self.optimizer.step()
         for group in self.optimizer.param_groups:
             for tensor in group["params"] if "max_value" in group else ():

@@ -69,6 +69,7 @@ class RunPlan:
                 "give the workers other nodes, as {pool: gpu}"
             )
         check_writable(self.output_dir)
+        self.check_packages()
         catalog = self._catalog()
         check_world_size(catalog, self.train.max_workers)
         catalogs = [catalog, *([heldout] if (heldout := self._heldout_catalog()) else [])]
@@ -79,6 +80,11 @@ class RunPlan:
             precomputed.check_encoders(manifest, self.describe_encoders())
         self.describe_weights()
         return catalog
+
+    def check_packages(self) -> None:
+        """Raise ConfigError if a package that the configuration needs is not installed."""
+        if self.train.optimizer == "adamw_8bit":
+            from ray_platform.train import adamw_8bit  # noqa: F401 - raises ConfigError
 
     def _catalog(self) -> Catalog:
         """Return the source's catalog after comparing it with that of the resumed run."""
