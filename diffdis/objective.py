@@ -274,9 +274,10 @@ class Objective(nn.Module):
             in_bin = self._constants_on(result.loss.device).timestep_bins[:, noise.query_timesteps.T]  # [bins, n, B]
             metrics |= _sums_by_timestep(result, has_image, in_bin, self.model.config.schedule.num_timesteps)
             if control:
-                metrics["alignment/retrieval_shuffled_images"] = self._retrieval_with_shuffled_images(
-                    prediction, noise, *(result.texts or gather_texts(inputs["query"], inputs["caption_ids"]))
-                )
+                texts, ids = result.texts or gather_texts(inputs["query"], inputs["caption_ids"])
+                shuffled = self._retrieval_with_shuffled_images(prediction, noise, texts, ids)
+                metrics["alignment/retrieval_shuffled_images"] = shuffled
+                metrics["alignment/retrieval_chance"] = _chance(inputs["caption_ids"], ids)
         return result.mean, metrics
 
     def build_grad_cache(self, inputs: Sequence[Inputs], queries: Sequence[torch.Tensor], scale: torch.Tensor) -> list[GradCache]:
@@ -344,6 +345,15 @@ def _check_patterns(problem: str, patterns: Iterable[str], names: Sequence[str])
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"{problem} is called {pattern}; there are {names[0]}, …, {names[-1]}")
+
+
+def _chance(own_ids: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return [sum, weight] of the retrieval accuracy of guessing among a text and those with other captions.
+
+    `own_ids` [b] are the captions of this rank's images, and `ids` [B_all] those of all ranks.
+    """
+    num_texts = 1 + (own_ids[:, None] != ids[None, :]).sum(dim=1)  # [b]
+    return torch.stack([(1 / num_texts).sum(), torch.ones_like(num_texts, dtype=torch.float32).sum()])
 
 
 def _sums(result: AlignmentResult, has_image: torch.Tensor) -> Metrics:

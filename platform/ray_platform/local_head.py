@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from ray_platform.contracts import UserError
+from ray_platform.tracking.run_metadata import GIT_VARIABLE, git_state
 
 MARKER = "DIFFDIS_LOCAL_HEAD"  # environment variable of every process of a head; its value identifies the head
 
@@ -225,6 +226,7 @@ def submit(head: LocalHead, entrypoint: Sequence[str], working_dir: Path, env_va
         env_vars: added to the environment of the driver and the workers.
     """
     job = f"diffdis-{uuid.uuid4().hex[:12]}"
+    env_vars = {GIT_VARIABLE: git_state(), **env_vars}  # the copy of the folder has no .git
     client = subprocess.Popen(
         [
             *(sys.executable, *_RAY, "--logging-level=error", "job", "submit"),  # or it lists the files that it does not upload

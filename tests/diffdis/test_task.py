@@ -177,6 +177,8 @@ def test_a_wrong_image_is_one_of_another_caption(make_task, batch):
     control = "alignment/retrieval_shuffled_images"
     counts = [task.module(part, 0, control=True)[1][control].tolist()[1] for part in (inputs, alike, alone)]
     assert counts == [2.0, 0.0, 0.0]
+    guessing = task.module(alike, 0, control=True)[1]["alignment/retrieval_chance"]
+    assert guessing[0] == guessing[1], "a text whose caption all others share is always retrieved"
 
 
 def accumulated(task, inputs, num_parts):

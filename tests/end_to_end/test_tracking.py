@@ -58,7 +58,8 @@ def check_run(tracked, shards, previews):
     assert training.dataset.digest in tags["mlflow.note.content"]
     ungrouped = {name for name in run.data.metrics if "/" not in name}
     assert not ungrouped, "MLflow's pages group metrics by what precedes the slash"
-    assert {name.partition("/")[0] for name in run.data.metrics} >= {"train", "data", "memory", "system"}
+    assert {name.partition("/")[0] for name in run.data.metrics} >= {"_overview", "train", "data", "memory", "system"}
+    assert run.data.metrics["alignment/retrieval_chance"] > 0
     assert 0 < run.data.metrics["system/node_0/system_memory_usage_percentage"] < 100
     assert tags["node_0"] == os.uname().nodename
     assert [file.path for file in client.list_artifacts(tracked["run_id"], "previews")] == [
@@ -195,8 +196,10 @@ def test_the_pages_show_curves_grids_and_the_model(trained_run, page, tmp_path):
         assert "Pretraining by the recipe" in overview
         assert "team" in overview
         names, drawn = pages.curves()
-        assert "loss_generation" in names
+        assert names.index("loss_generation") < names.index("alignment"), "the losses come first"
+        assert "Model training" in names
         assert drawn >= 3, "lines of the losses"
+        assert pages.slider() >= 2, "steps with previews"
         assert "node_0" in pages.machines()
         assert pages.grid("previews/step_00000012.png") > 32, "pixels of the preview's width"
         assert "caption" in pages.model(), "its signature"

@@ -2,9 +2,11 @@
 
 import re
 import shutil
+import subprocess
 
 from ray_platform.data.catalog import build_catalog
 from ray_platform.data.config import DataConfig
+from ray_platform.tracking import run_metadata
 from ray_platform.tracking.run_metadata import dated_name, run_tags
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.launch import describe_run, tracked_data
@@ -46,5 +48,32 @@ def test_description_name_and_tags():
     assert text.startswith("Pretraining by the recipe `demo`, seed 0: 100,000 steps on 2 to 8 workers, ZeRO 3.")
     assert text.endswith("```\npython jobs/pretrain.py\n```")
     assert re.fullmatch(r"demo-\d{4}-\d{4}", dated_name("demo"))
-    assert run_tags("demo", "/run", "git-0123")["mlflow.source.git.commit"] == "0123"
-    assert "mlflow.source.git.commit" not in run_tags("demo", "/run", "files-0123")
+
+
+def test_tags_and_the_code_version_contain_the_commit_also_of_a_submitted_job(monkeypatch, tmp_path):
+    """The copy of a checkout that a job runs in has no .git folder: the commit comes from the client."""
+    monkeypatch.setattr(run_metadata, "checkout_root", lambda: tmp_path)
+    monkeypatch.delenv("DIFFDIS_GIT_COMMIT", raising=False)
+    assert run_metadata.git_state() == ""
+    assert "git_commit" not in run_tags("demo", "/run", "files-0123")
+
+    def git(*arguments):
+        name = ("-c", "user.name=a", "-c", "user.email=a@b.example")
+        return subprocess.run(["git", "-C", str(tmp_path), *name, *arguments], check=True, capture_output=True, text=True).stdout
+
+    git("init")
+    (tmp_path / "a.py").write_text("")
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "HEAD").strip()
+    assert run_metadata.git_state() == commit
+    assert run_metadata.code_version() == f"git-{commit[:12]}"
+    (tmp_path / "a.py").write_text("1")
+    dirty = run_metadata.git_state()
+    assert run_metadata.code_version().startswith("files-")
+    shutil.rmtree(tmp_path / ".git")
+    monkeypatch.setenv("DIFFDIS_GIT_COMMIT", dirty)
+    tags = run_tags("demo", "/run", run_metadata.code_version())
+    assert (tags["git_commit"], tags["git_dirty"], tags["mlflow.source.git.commit"]) == (commit, "true", commit)
+    monkeypatch.setenv("DIFFDIS_GIT_COMMIT", commit)
+    assert run_tags("demo", "/run", "")["git_dirty"] == "false"

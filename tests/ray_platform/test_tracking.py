@@ -1,5 +1,6 @@
 """Trackers: a real SQLite store read with MLflow's client, the journal, and services that do not answer for a while."""
 
+import base64
 import json
 import logging
 import math
@@ -29,7 +30,7 @@ from ray_platform.tracking import (
     tracking_uri,
 )
 from ray_platform.tracking.journal import Journal
-from ray_platform.tracking.mlflow_tracker import ui_command
+from ray_platform.tracking.mlflow_tracker import run_page, ui_command
 from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.tracking.runs import deliver_journal, write_run_record
 from tests.support.messages import check_message
@@ -45,6 +46,11 @@ def output(tmp_path_factory):
     (parent / "run[1] q?x a%20b #{y}").mkdir()
     yield str(parent / "run[1] q?x a%20b #{y}")
     assert len(list(parent.iterdir())) == 1, "something was written next to the folder"
+
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)  # 1 x 1 pixels
 
 
 def client_of(output: str) -> MlflowClient:
@@ -71,7 +77,9 @@ def test_mlflow_returns_what_was_logged(output, tmp_path):
         tracker.log_metrics({"loss/generation": 1.5, "loss/alignment": 2.5}, step=1)
         tracker.log_metrics({"loss/generation": 1.25}, step=2)
         tracker.log_system({"node_0/cpu_utilization_percentage": 50.0})
-        tracker.log_bytes(b"png", "previews/step_000002.png")
+        for _ in range(2):  # a call of unknown outcome is repeated
+            tracker.log_bytes(PNG, "previews/step_000002.png")
+        tracker.log_metrics({"train/loss_generation": 0.5}, step=3)
         tracker.log_folder(str(tmp_path), "model")
 
     run = client_of(output).get_run(read_run_record(output)["run_id"])
@@ -82,7 +90,9 @@ def test_mlflow_returns_what_was_logged(output, tmp_path):
     [(seconds, value)] = history(output, tracker.run_id(), "system/node_0/cpu_utilization_percentage")
     assert (0 <= seconds < 60, value) == (True, 50.0)
     artifacts = Path(output) / "mlartifacts" / tracker.run_id() / "artifacts"
-    assert (artifacts / "previews" / "step_000002.png").read_bytes() == b"png"
+    assert (artifacts / "previews" / "step_000002.png").read_bytes() == PNG
+    assert len(list((artifacts / "images").glob("*previews*step*2*.png"))) == 1, "an image of the slider"
+    assert history(output, tracker.run_id(), "_overview/loss_generation") == [(3, 0.5)], "the first charts of the run's page"
     assert (artifacts / "model" / "unet" / "config.json").exists()
     assert "x" * 9000 in (artifacts / "config.yaml").read_text()
 
@@ -404,6 +414,15 @@ def test_a_model_is_registered_whatever_the_number_of_models(output):
         tracker.register_model("model", f"{output}/second", run_id, {})
     versions = client.search_model_versions("name='model'")
     assert sorted(version.source for version in versions) == [f"{output}/first", f"{output}/second"]
+
+
+def test_the_page_of_a_run_opens_on_its_curves(output):
+    with start_run(TrackingConfig(), output, record=True) as tracker:
+        pass
+    record = read_run_record(output)
+    experiment = client_of(output).get_run(tracker.run_id()).info.experiment_id
+    path = f"/#/experiments/{experiment}/runs/{tracker.run_id()}/model-metrics?workflowType=machine_learning"
+    assert run_page(record, 5001) == f"http://127.0.0.1:5001{path}"
 
 
 def test_the_ui_command_of_a_server_is_its_address_and_of_a_store_a_server():

@@ -4,6 +4,8 @@ from typing import Any
 
 from mlflow import MlflowClient
 
+from ray_platform.tracking.mlflow_tracker import run_page
+
 LINES = ".js-plotly-plot .scatterlayer path.js-line"  # lines of charts that have points
 
 
@@ -14,6 +16,7 @@ class Pages:
         """Open the run's pages in a Playwright `page`."""
         self.page, self.server = page, server
         client = MlflowClient(uri)
+        self.curves_page = run_page({"tracking_uri": server, "experiment": "", "run_id": run_id})
         self.version = max(client.search_model_versions(f"run_id='{run_id}'"), key=lambda version: int(version.version))
         self.run = f"{server}/#/experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
         self.errors: list[str] = []
@@ -28,11 +31,17 @@ class Pages:
         return self._text()
 
     def curves(self) -> tuple[str, int]:
-        """Return (text of the metrics page, number of lines in its charts)."""
-        self._open(f"{self.run}/model-metrics")
-        self.page.get_by_placeholder("Search metric charts").fill("train/loss")  # charts are rendered only when they are in view
+        """Return (text of the metrics page, number of lines in the charts that are in view)."""
+        self._open(self.curves_page)
         self.page.locator(LINES).nth(2).wait_for(state="attached")
         return self._text(), self.page.locator(LINES).count()
+
+    def slider(self) -> int:
+        """Return the number of steps of the preview images, below the curves."""
+        self._open(self.curves_page)
+        self.page.get_by_placeholder("Search metric charts").fill("_overview/previews")
+        self.page.locator("[role=slider]").first.wait_for()
+        return int(self.page.locator("[role=slider]").first.get_attribute("aria-valuemax") or 0)
 
     def machines(self) -> str:
         """Return the text of the system metrics page."""

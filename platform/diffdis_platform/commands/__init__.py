@@ -6,9 +6,10 @@ Heavy libraries (torch, Ray, diffusers) are imported in `main`, so that `--help`
 import shlex
 import sys
 
-from ray_platform.contracts import ConfigError, named_field
+from ray_platform.contracts import ConfigError, named_field, one_line
 from ray_platform.data.config import DataConfig
 from ray_platform.redaction import redacted
+from ray_platform.tracking import RunRecord
 
 
 def connect_cluster() -> None:
@@ -45,6 +46,19 @@ def check_sources(field: str, data: DataConfig) -> None:
 
     with named_field(field):
         build_catalog(data)
+
+
+def run_page_text(record: RunRecord) -> str:
+    """Return how to see a run in MLflow, in two lines; empty if MLflow does not track it."""
+    if not record["tracking_uri"]:
+        return ""
+    from ray_platform.tracking.mlflow_tracker import run_page, ui_command
+
+    try:
+        page = run_page(record)
+    except Exception as error:  # the run itself has finished
+        page = f"(its address is not known: {one_line(error, 200)})"
+    return f"see its curves in MLflow:\n  {ui_command(record['tracking_uri'])}\n  {page}"
 
 
 def typed_command() -> str:

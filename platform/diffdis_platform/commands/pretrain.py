@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
-from diffdis_platform.commands import typed_command
+from diffdis_platform.commands import run_page_text, typed_command
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.config.pretrain import PretrainConfig
@@ -50,8 +50,8 @@ def main(argv: Sequence[str]) -> int:
     from ray_platform.local_head import ensure_cluster
 
     ensure_cluster()
-    config.run(command.recipe, typed_command()).fit(command.yaml)
-    print(f"done: the model is in {storage.join(config.output_dir, 'export')}")
+    record = config.run(command.recipe, typed_command()).fit(command.yaml)
+    print(f"done: the model is in {storage.join(config.output_dir, 'export')}\n{run_page_text(record)}".rstrip())
     return 0
 
 

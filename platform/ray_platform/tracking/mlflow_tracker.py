@@ -2,9 +2,11 @@
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -13,8 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ray_platform import storage
-from ray_platform.tracking.config import TrackingConfig, read_run_record, tracking_uri
+from ray_platform.tracking.config import RunRecord, TrackingConfig, read_run_record, tracking_uri
 from ray_platform.tracking.tracker import Columns, MetricPoint, ModelPackage, NestedValues, RunStatus, TrackedData, Tracker
 
 logger = logging.getLogger(__name__)
@@ -29,7 +33,15 @@ _CONNECTED_TAG = "mlflow.connectedAt"  # MLflow's pages do not show tags of its 
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow then shows the pages of trainings, not those of chats
 _SETTINGS = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 _SETTINGS |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+_PORT = 5000  # of the pages
 _UPLOAD_TIMEOUT = "600"  # seconds for a server to store a large file; the timeout for metrics is shorter
+# The first section of the charts of a run, which MLflow sorts by name: copies of these metrics, and the preview images.
+_OVERVIEW = "_overview"
+_MAIN_METRICS = (
+    *("train/loss_generation", "train/loss_alignment", "train/samples_per_second"),
+    *("alignment/retrieval", "alignment/retrieval_chance", "alignment/retrieval_shuffled_images"),
+)
+_PREVIEW = re.compile(r"(?P<name>[\w-]+)/step_0*(?P<step>\d+)\.png")
 _TYPES = {str: "string", int: "long", float: "double", bool: "boolean"}
 
 
@@ -113,11 +125,11 @@ class MlflowTracker(Tracker):
         """MLflow's databases ignore a point that they have (with its time), so a call of unknown outcome can be repeated."""
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(f"system/{name}" if point.is_system else name, value, int(1000 * point.time), point.step)
-            for point in points
-            for name, value in point.metrics.items()
-        ]
+        metrics = []
+        for point in points:
+            named = {f"system/{name}" if point.is_system else name: value for name, value in point.metrics.items()}
+            named |= {f"{_OVERVIEW}/{name.rpartition('/')[2]}": named[name] for name in _MAIN_METRICS if name in named}
+            metrics += [Metric(name, value, int(1000 * point.time), point.step) for name, value in named.items()]
         for start in range(0, len(metrics), _MAX_METRICS_PER_CALL):
             self._client.log_batch(self._run_id, metrics=metrics[start : start + _MAX_METRICS_PER_CALL])
 
@@ -127,6 +139,15 @@ class MlflowTracker(Tracker):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
             self._client.log_artifacts(self._run_id, scratch)
+        if preview := _PREVIEW.fullmatch(path):
+            self._log_image(data, f"{_OVERVIEW}/{preview['name']}", int(preview["step"]))
+
+    def _log_image(self, data: bytes, key: str, step: int) -> None:
+        """Log an image for the slider over the steps that MLflow's charts have, unless an earlier call did."""
+        # `log_image` names a file by its key, its step, the time and a random number, with separators that depend on the store.
+        stored = re.compile(rf"images/{re.escape(key).replace('/', '.')}.step.{step}\D.*")
+        if not any(stored.fullmatch(file.path) for file in self._client.list_artifacts(self._run_id, "images")):
+            self._client.log_image(self._run_id, Image.open(io.BytesIO(data)), key=key, step=step)
 
     def log_folder(self, folder: str, path: str) -> None:
         self._client.log_artifacts(self._run_id, folder, path)
@@ -259,8 +280,19 @@ def read_history(uri: str, run_id: str, prefix: str) -> list[tuple[int, str, flo
     return [(metric.step, metric.key, metric.value) for metric in sorted(metrics, key=lambda metric: metric.timestamp)]
 
 
-def ui_command(uri: str, port: int = 5000) -> str:
-    """Return the command that opens MLflow's pages for the store at `uri`."""
+def run_page(record: RunRecord, port: int = _PORT) -> str:
+    """Return the URL of the run's curves, on its server or on the one that `ui_command` starts. Raises MLflow's errors.
+
+    Without `workflowType`, MLflow's pages are those of language model traces.
+    """
+    uri, run_id = record["tracking_uri"], record["run_id"]
+    server = uri.rstrip("/") if uri.startswith(("http://", "https://")) else f"http://127.0.0.1:{port}"
+    experiment = open_client(uri).get_run(run_id).info.experiment_id
+    return f"{server}/#/experiments/{experiment}/runs/{run_id}/model-metrics?workflowType=machine_learning"
+
+
+def ui_command(uri: str, port: int = _PORT) -> str:
+    """Return the command that starts MLflow's pages for the store at `uri`, or opens those of a server."""
     if uri.startswith(("http://", "https://")):
         return shlex.join((sys.executable, "-m", "webbrowser", uri))
     # One reader needs neither four servers nor MLflow's job runners, which take seconds to start and to end.

@@ -4,6 +4,7 @@ MLflow's own `SystemMetricsMonitor` writes to the store from every node, which t
 """
 
 import logging
+import math
 import socket
 import time
 from collections.abc import Iterable
@@ -39,11 +40,11 @@ class NodeMonitor:
                 logger.debug("%s finds no GPU on %s", kind.__name__, socket.gethostname())
 
     def sample(self) -> tuple[str, dict[str, float]]:
-        """Return the host name and {`cpu_utilization_percentage`: 71.5, …} since the last call."""
+        """Return the host name and {`cpu_utilization_percentage`: 71.5, …} since the last call; only metrics with a value."""
         metrics: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()
-            metrics |= monitor.aggregate_metrics()
+            metrics |= {name: value for name, value in monitor.aggregate_metrics().items() if math.isfinite(value)}
             monitor.clear_metrics()
         return socket.gethostname(), metrics
 
