@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # Extras of pyproject.toml to install. The image (cluster/Dockerfile) overrides them. `dev` also installs the peers below.
 EXTRAS := demo,eval,dev
-SOURCES := diffdis platform jobs tests
+SOURCES := diffdis platform jobs tests docs/site_hooks.py
 
 .PHONY: demo test test-ray test-ranks test-unit test-slow lint audit setup clean-demo
 
