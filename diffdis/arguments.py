@@ -24,7 +24,7 @@ class GenerateSettings(TypedDict, total=False):
     seed: int
     generator: torch.Generator | None
     latents: torch.Tensor | None
-    indices: Sequence[int] | None
+    indices: Sequence[int | str] | None
     output_type: OutputType
     batch_size: int
     callback_on_step_end: StepCallback | None

@@ -3,15 +3,19 @@
 Both have `encode_image` and `decode_latent`: images [B, 3, H, W] in [-1, 1], latents of about unit variance.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
+from PIL import Image
 from torch import nn
 
+from diffdis.arguments import OutputType
 from diffdis.config import AutoencoderConfig
 from diffdis.pretrained import component_folder, load_component
 from diffdis.transfer import copy_to
@@ -120,3 +124,21 @@ def decode(autoencoder: Autoencoder, latent: torch.Tensor) -> torch.Tensor:
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Convert images [B, 3, H, W] in [-1, 1] to [B, H, W, 3] uint8 RGB."""
     return ((images + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def decode_as(autoencoder: Autoencoder, latents: torch.Tensor, output_type: OutputType) -> Any:
+    """Return latents [B, C, h, w] as images of a type, on the CPU; "latent": as they are."""
+    if output_type == "latent":
+        return latents
+    images = decode(autoencoder, latents).cpu()
+    if output_type == "pil":
+        return [Image.fromarray(image) for image in to_uint8(images)]
+    images = (images + 1) / 2
+    return images if output_type == "pt" else images.permute(0, 2, 3, 1).numpy()
+
+
+def join(parts: Sequence[Any], output_type: OutputType) -> Any:
+    """Return batches of images, which `decode_as` returned, as one."""
+    if output_type == "pil":
+        return [image for part in parts for image in part]
+    return np.concatenate(parts) if output_type == "np" else torch.cat(list(parts))

@@ -15,20 +15,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
-from PIL import Image
 from tqdm.auto import tqdm
 
-from diffdis import export_folder, schedule
+from diffdis import export_folder, sampling, schedule
 from diffdis.arguments import EmbedSettings, GenerateSettings, OutputType, StepCallback, TextInput, as_texts, check_length
-from diffdis.autoencoder import Autoencoder, KLAutoencoder, decode, to_latents, to_uint8
+from diffdis.autoencoder import Autoencoder, KLAutoencoder, decode_as, join, to_latents
 from diffdis.config import DiffDisConfig
 from diffdis.images import ImagesInput, as_image_list, preprocess
 from diffdis.metrics.zero_shot import class_embeddings
 from diffdis.model import DiffDis, ImageCondition
-from diffdis.sampling import build_scheduler, ddim_scheduler, named_generator, named_noise, sample, sample_ddim
+from diffdis.sampling import named_generator, named_noise
 from diffdis.text_encoder import TextEncoder
 
 IMAGE_BATCH, TEXT_BATCH = 32, 256
+RANKING_DRAWS = 4  # noise samples with which an image is scored for `best_of`, in one step each
 _CLASS_CACHE = 8  # sets of classes whose embeddings are kept
 
 
@@ -39,7 +39,7 @@ class DiffDisPipeline:
         """Take the parts as they are, all on the device of `model`, and set the model to eval mode."""
         self.config, self.model = config, model.eval()
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
-        self._ddim = self._scheduler = ddim_scheduler(config.schedule)
+        self._ddim = self._scheduler = sampling.ddim_scheduler(config.schedule)
         self._progress_bar: dict[str, Any] = {}
         self._classes: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], torch.Tensor] = OrderedDict()
 
@@ -71,7 +71,7 @@ class DiffDisPipeline:
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
-        self._scheduler = build_scheduler(scheduler, self.config.schedule)
+        self._scheduler = sampling.build_scheduler(scheduler, self.config.schedule)
 
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Set arguments of the progress bar of `pipeline(...)`, tqdm's, such as `disable=True`."""
@@ -93,7 +93,7 @@ class DiffDisPipeline:
         seed: int = 0,
         generator: torch.Generator | None = None,
         latents: torch.Tensor | None = None,
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int | str] | None = None,
         output_type: OutputType = "pil",
         batch_size: int = IMAGE_BATCH,
         callback_on_step_end: StepCallback | None = None,
@@ -124,8 +124,8 @@ class DiffDisPipeline:
         self._check_generates(output_type, num_images_per_prompt, batch_size)
         prompts, negative = self._paired_prompts(prompt, negative_prompt, num_images_per_prompt)
         indices = range(len(prompts)) if indices is None else check_length("indices", indices, len(prompts))
-        shape = self._latent_shape(height, width)
-        latents, parts = _given_latents(latents, generator, (len(prompts), *shape)), []
+        shape = sampling.latent_shape(self.config, height, width)
+        latents, parts = sampling.given_latents(latents, generator, (len(prompts), *shape)), []
         with tqdm(total=-(-len(prompts) // batch_size) * num_inference_steps, **self._progress_bar) as bar:
             on_step = functools.partial(self._on_step, bar, callback_on_step_end)
             for start in range(0, len(prompts), batch_size):
@@ -134,18 +134,52 @@ class DiffDisPipeline:
                 noise = torch.stack([named_noise(f"generate/{n}", shape) for n in names]) if latents is None else latents[rows]
                 steps = (num_inference_steps, generator or [named_generator(f"sample/{name}") for name in names], on_step)
                 sampled = self._sample(noise, prompts[rows], negative[rows], guidance_scale, *steps)
-                parts.append(self._decode(sampled, output_type))
-        if output_type == "pil":
-            return ImagePipelineOutput(images=[image for part in parts for image in part])
-        return ImagePipelineOutput(images=np.concatenate(parts) if output_type == "np" else torch.cat(parts))
+                parts.append(decode_as(self.autoencoder, sampled, output_type))
+        return ImagePipelineOutput(images=join(parts, output_type))
 
-    def generate(self, prompt: TextInput, **settings: Unpack[GenerateSettings]) -> Any:
-        """Return the images of `pipeline(prompt, ...)`, which has the same arguments."""
+    def generate(self, prompt: TextInput, *, best_of: int = 1, **settings: Unpack[GenerateSettings]) -> Any:
+        """Return the images of `pipeline(prompt, ...)`, which has the same arguments.
+
+        Args:
+            prompt: a text or a list of N texts.
+            best_of: above 1, generate so many images per prompt, and return the `num_images_per_prompt` of them that the model
+                itself finds closest to the prompt, the best first. `indices` are then those of the prompts.
+            **settings: arguments of `pipeline(prompt, ...)`.
+
+        Raises:
+            ValueError: the model cannot generate or, with `best_of`, not score images; or an argument does not fit.
+        """
         for old, new in (("num_steps", "num_inference_steps"), ("places", "indices")):
             if old in settings:
                 warnings.warn(f"generate: `{old}` is deprecated; use `{new}`", DeprecationWarning, stacklevel=2)
                 settings[new] = settings.pop(old)  # type: ignore[literal-required, misc]
+        if best_of != 1:
+            return self._best_images(as_texts(prompt, "prompt"), best_of, **settings)
         return self(prompt, **settings).images  # type: ignore[misc]
+
+    @torch.no_grad()
+    def _best_images(self, prompts: list[str], best_of: int, **settings: Any) -> Any:
+        """Return the images of each prompt whose latents have the highest alignment score of `best_of`."""
+        num_kept, output_type = settings.pop("num_images_per_prompt", 1), settings.pop("output_type", "pil")
+        batch_size, indices = settings.setdefault("batch_size", IMAGE_BATCH), settings.pop("indices", None)
+        self._check_generates(output_type, num_kept, batch_size)
+        if best_of < num_kept or self.config.trained_for == "generation":
+            raise ValueError(
+                f"best_of: {best_of} needs a model that was trained for both tasks, and at least num_images_per_prompt "
+                f"({num_kept}) images; use 1 to keep all images"
+            )
+        indices = range(len(prompts)) if indices is None else check_length("indices", indices, len(prompts))
+        # The first of a prompt's images is the one that `best_of` 1 gives.
+        names = [f"{index}/{number}" if number else str(index) for index in indices for number in range(best_of)]
+        settings |= {"num_images_per_prompt": best_of, "indices": names, "output_type": "latent"}
+        latents = self(prompts, **settings).images  # [N * best_of, C, h, w]
+        rows = [slice(start, start + batch_size) for start in range(0, len(latents), batch_size)]
+        queries = torch.cat([self.embed_latent(latents[r], names[r], num_steps=1, num_draws=RANKING_DRAWS) for r in rows])
+        texts = self.embed_text(prompts).float()[:, :, None]  # [N, D, 1]
+        scores = (queries.float().unflatten(0, (len(prompts), best_of)) @ texts).squeeze(2)  # [N, best_of]
+        best = latents.unflatten(0, scores.shape)[torch.arange(len(prompts))[:, None], scores.topk(num_kept).indices.cpu()]
+        batches = best.flatten(0, 1).split(batch_size)
+        return join([decode_as(self.autoencoder, part, output_type) for part in batches], output_type)
 
     def _check_generates(self, output_type: str, num_images_per_prompt: int, batch_size: int) -> None:
         if num_images_per_prompt < 1 or batch_size < 1:
@@ -168,16 +202,6 @@ class DiffDisPipeline:
     def _on_step(self, bar: Any, callback: StepCallback | None, index: int, t: int, latents: torch.Tensor) -> torch.Tensor:
         bar.update()
         return callback(self, index, t, {"latents": latents})["latents"] if callback else latents
-
-    def _decode(self, latents: torch.Tensor, output_type: OutputType) -> Any:
-        """Return a batch of latents as `output_type`."""
-        if output_type == "latent":
-            return latents
-        images = decode(self.autoencoder, latents).cpu()
-        if output_type == "pil":
-            return [Image.fromarray(image) for image in to_uint8(images)]
-        images = (images + 1) / 2
-        return images if output_type == "pt" else images.permute(0, 2, 3, 1).numpy()
 
     def _sample(
         self,
@@ -207,18 +231,8 @@ class DiffDisPipeline:
             return out
 
         if self._scheduler is self._ddim:
-            return sample_ddim(predict, latents, num_steps, self.config.schedule, self.model.alphas_cumprod, on_step)
-        return sample(predict, latents, num_steps, self._scheduler, generators, on_step)
-
-    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        unet = self.config.unet
-        factor = self.config.image_size // unet.sample_size  # pixels per latent
-        multiple = factor * 2 ** (len(unet.block_out_channels) - 1)
-        for name, value in (("height", height), ("width", width)):
-            if value is not None and (value < multiple or value % multiple):
-                raise ValueError(f"{name}: {value} is not a multiple of {multiple}, as this model needs")
-        size = self.config.image_size
-        return unet.in_channels, (height or size) // factor, (width or size) // factor
+            return sampling.sample_ddim(predict, latents, num_steps, self.config.schedule, self.model.alphas_cumprod, on_step)
+        return sampling.sample(predict, latents, num_steps, self._scheduler, generators, on_step)
 
     # --- alignment -----------------------------------------------------------------------------------------------------
 
@@ -382,14 +396,3 @@ class DiffDisPipeline:
             ValueError: it is damaged, or contains more than tensors.
         """
         return cls(*export_folder.load(str(folder), variant)).to(dtype=torch_dtype)
-
-
-def _given_latents(
-    latents: torch.Tensor | None, generator: torch.Generator | None, shape: tuple[int, ...]
-) -> torch.Tensor | None:
-    """Return the user's initial noise, given as such or by a generator; None for noise by seed and index."""
-    if latents is None and generator is not None:
-        return torch.randn(shape, generator=generator, device=generator.device)
-    if latents is not None and latents.shape != shape:
-        raise ValueError(f"latents: {tuple(latents.shape)} is not {shape}; give one per image")
-    return latents

@@ -38,10 +38,21 @@ class DiffDisScorer:
         return self.pipeline.embed_classes(class_names, templates).float().cpu().numpy()
 
     def generate_images(
-        self, captions: Sequence[str], indices: Sequence[int], num_steps: int, guidance_scale: float, seed: int
+        self,
+        captions: Sequence[str],
+        indices: Sequence[int],
+        num_steps: int,
+        guidance_scale: float,
+        seed: int,
+        best_of: int = 1,
     ) -> np.ndarray:
         """Return uint8 [B, S, S, 3]; see `DiffDisPipeline.generate`."""
         images = self.pipeline.generate(
-            captions, num_inference_steps=num_steps, guidance_scale=guidance_scale, seed=seed, indices=indices
+            captions,
+            best_of=best_of,
+            num_inference_steps=num_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            indices=indices,
         )
         return np.stack([np.asarray(image) for image in images])

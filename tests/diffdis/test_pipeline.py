@@ -70,6 +70,32 @@ def test_any_scheduler_of_diffusers_samples(pipeline, name):
         pipeline.scheduler = "NoSuchScheduler"
 
 
+def test_the_best_image_has_the_highest_score_of_the_model_itself(pipeline):
+    prompts, names = ["red heart", "black cat"], [["5", "5/1", "5/2", "5/3"], ["9", "9/1", "9/2", "9/3"]]
+    settings = {"num_inference_steps": 2, "output_type": "latent"}
+    best = pipeline.generate(prompts, best_of=4, indices=[5, 9], batch_size=3, **settings)
+    ranked = pipeline.generate(prompts, best_of=4, num_images_per_prompt=4, indices=[5, 9], **settings)
+    for row, (prompt, keys) in enumerate(zip(prompts, names, strict=True)):
+        candidates = pipeline.generate([prompt] * 4, indices=keys, **settings)
+        scores = pipeline.embed_latent(candidates, keys, num_steps=1, num_draws=4) @ pipeline.embed_text(prompt)[0]
+        order = scores.argsort(descending=True)
+        torch.testing.assert_close(best[row], candidates[order[0]], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ranked[4 * row : 4 * row + 4], candidates[order], rtol=1e-4, atol=1e-4)
+    [single] = pipeline.generate("red heart", indices=[5], **settings)
+    torch.testing.assert_close(candidates[0], pipeline.generate("black cat", indices=[9], **settings)[0], rtol=1e-4, atol=1e-4)
+    assert any(torch.allclose(single, image, rtol=1e-4, atol=1e-4) for image in ranked[:4])
+
+
+def test_the_best_of_too_few_images_or_without_scores_is_an_error(pipeline, make_task):
+    assert len(pipeline.generate(["a", "b"], best_of=2, num_inference_steps=1)) == 2
+    for settings in ({"best_of": 2, "num_images_per_prompt": 3}, {"best_of": 0}):
+        with pytest.raises(ValueError, match="best_of"):
+            pipeline.generate("a", num_inference_steps=1, **settings)
+    task = make_task(ObjectiveConfig(task="generation"))
+    with pytest.raises(ValueError, match=r"best_of: 2 .*both tasks"):
+        task.pipeline(task.module.state_dict()).generate("a", best_of=2)
+
+
 def test_the_ddim_scheduler_of_diffusers_gives_the_default_images(pipeline):
     [own] = pipeline.generate("red heart", num_inference_steps=5)
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)

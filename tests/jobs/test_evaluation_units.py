@@ -20,6 +20,7 @@ from diffdis_platform.evaluation.quality import QualityMeasurement, network_buil
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate import sets
 from ray_platform.evaluate.discovery import find_evaluation_set
+from ray_platform.evaluate.results import check_same_protocol
 from ray_platform.evaluate.unit_work import WorkerModels, choose_sample
 from tests.ray_platform.evaluate.test_torchvision_folders import write_aircraft, write_cifar
 from tests.support.evaluation_sets import encoded, picture, write_image, write_own, write_retrieval, write_wds
@@ -210,3 +211,23 @@ def test_reference_images_that_change_at_the_same_size_are_measured_again(tmp_pa
     after = keys()
     assert {name for name, key in after.items() if before[name] != key} == {name for name in after if "reference" in name}
     assert len(after) == 2
+
+
+def test_the_best_of_several_images_is_another_unit_and_another_protocol(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    config = QualityConfig(str(tmp_path / "prompts.txt"), str(tmp_path / "mine"), guidance_scales=(1.0,))
+    rows, points = {"features/efficientnet_lite0": np.zeros((2, 4)), "seconds": np.ones(2)}, []
+    for each in (config, dataclasses.replace(config, best_of=4)):
+        measurement = QualityMeasurement(MODEL, None, 32, each, str(tmp_path / "out"))
+        (unit,) = (unit for unit in measurement.units if unit.group == measurement.group_of(1.0))
+        measurement.add(unit, rows)
+        points.append((unit, measurement.results({measurement.reference_group: "not measured here"})[0]["protocol"]))
+    (single, single_protocol), (best, best_protocol) = points
+    assert single.key != best.key
+    assert best.work.settings == single.work.settings | {"best_of": 4}
+    assert best.cost == 4 * single.cost
+    with pytest.raises(ConfigError, match="protocol best_of"):
+        check_same_protocol(single_protocol, best_protocol)
+    with pytest.raises(ConfigError, match=r"quality\.best_of: 0"):
+        dataclasses.replace(config, best_of=0)

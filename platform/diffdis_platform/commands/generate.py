@@ -44,6 +44,9 @@ class GenerateConfig:
     """Text that guidance leads away from."""
     num_images_per_prompt: int = 1
     """Images per caption."""
+    best_of: int = 1
+    """Above 1: generate so many images per caption, and keep the num_images_per_prompt of them that the model itself finds
+    closest to the caption."""
     num_steps: int = 50
     """Steps of the sampler."""
     scheduler: str = ""
@@ -73,6 +76,11 @@ class GenerateConfig:
             raise ConfigError("captions: give captions or captions_file, and not both")
         if min(self.num_steps, self.batch_size, self.num_images_per_prompt) < 1:
             raise ConfigError("num_steps, batch_size and num_images_per_prompt: must be at least 1")
+        if self.best_of != 1 and self.best_of < self.num_images_per_prompt:
+            raise ConfigError(
+                f"best_of: {self.best_of} images per caption, but num_images_per_prompt keeps {self.num_images_per_prompt} of "
+                "them; use 1, or at least as many"
+            )
 
     def all_captions(self) -> list[str]:
         """Return the captions. Raises ConfigError for a file without one."""
@@ -98,10 +106,13 @@ def main(argv: Sequence[str]) -> int:
     from ray_platform import storage
 
     pipeline = _open_model(config)
+    if config.best_of > 1 and pipeline.config.trained_for != "joint":
+        raise ConfigError(f"best_of: {config.best_of}, but {config.model} was not trained to score images; use 1")
     images = pipeline.generate(
         captions,
         negative_prompt=config.negative_prompt,
         num_images_per_prompt=config.num_images_per_prompt,
+        best_of=config.best_of,
         num_inference_steps=config.num_steps,
         guidance_scale=config.guidance_scale,
         height=config.height or None,

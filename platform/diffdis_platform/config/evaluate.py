@@ -60,6 +60,8 @@ class QualityConfig:
     """Steps of the DDIM sampler."""
     seed: int = 0
     """Seed of the generated images."""
+    best_of: int = 1
+    """Generated images per prompt, of which the one that the model itself finds closest to the prompt is measured."""
     keep_images: bool = False
     """Keep all generated images. The report always keeps the first 64."""
 
@@ -70,6 +72,8 @@ class QualityConfig:
             raise ConfigError("quality.inception: the network inception needs its file, pt_inception-2015-12-05-6726825d.pth")
         if self.num_images < 2 or self.num_steps < 1 or not self.guidance_scales or not self.networks:
             raise ConfigError("quality: at least 2 images, 1 step, 1 guidance scale and 1 network")
+        if self.best_of < 1:
+            raise ConfigError(f"quality.best_of: {self.best_of} is not 1 or more; 1 measures a single image per prompt")
         if self.num_reference and (self.num_reference < 2 or self.reference.endswith(".npz")):
             raise ConfigError(
                 f"quality.num_reference: {self.num_reference} is not 0 (all) or at least 2 of the images in a folder or tars; "

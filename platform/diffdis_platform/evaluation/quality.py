@@ -122,11 +122,12 @@ class QualityMeasurement:
         judge, judged_by = (self.judge.name, [self.judge.digest, self.judge.preprocessing]) if self.judge else ("", [])
         num_kept = len(self.prompts) if config.keep_images else NUM_SHOWN
         for scale in config.guidance_scales:
-            settings = {"num_steps": config.num_steps, "guidance_scale": scale, "seed": config.seed}
+            settings = {"num_steps": config.num_steps, "guidance_scale": scale, "seed": config.seed, **self._best_of()}
             for first in range(0, len(self.prompts), IMAGES_PER_UNIT):
                 prompts, images_dir = tuple(self.prompts[first : first + IMAGES_PER_UNIT]), self.images_dir(scale)
                 unit = build_unit(
-                    self.group_of(scale), f"images {first}… at guidance {scale:g}", _STEP_COST * config.num_steps * len(prompts),
+                    self.group_of(scale), f"images {first}… at guidance {scale:g}",
+                    _STEP_COST * config.num_steps * len(prompts) * config.best_of,
                     GenerateImages(self.model.name, prompts, first, settings, tuple(self.protocols), judge, images_dir, num_kept),
                     model=self.model.digest, settings=settings, prompts=prompts, first=first, kept=num_kept,
                     networks=list(self.protocols.values()), judge=judged_by,
@@ -135,6 +136,10 @@ class QualityMeasurement:
                 units.append(unit)
                 self._destinations[unit.key] = (self._generated[scale], first)
         return units
+
+    def _best_of(self) -> dict[str, int]:
+        """Return the setting and field of the protocol; it is absent for single images, as in earlier results."""
+        return {"best_of": self.config.best_of} if self.config.best_of > 1 else {}
 
     def _judge_name(self) -> str:
         if self.judge is None:
@@ -213,6 +218,7 @@ class QualityMeasurement:
                 "num_steps": self.config.num_steps,
                 "guidance_scale": scale,
                 "seed": self.config.seed,
+                **self._best_of(),
                 "reference": self.config.reference,
                 "reference_content": self._reference_content,
                 "reference_digests": {name: reference.digest for name, reference in self.references.items()},

@@ -64,6 +64,11 @@ def plan_evaluation(config: EvalConfig, opened: OpenedSets | None = None) -> Eva
     if config.quality.prompts:
         if not model.can_generate:
             raise ConfigError(f"quality.prompts: a model that was trained for {model.task} cannot generate images; remove it")
+        if config.quality.best_of > 1 and not model.can_score:
+            raise ConfigError(
+                f"quality.best_of: {config.quality.best_of}, but a model that was trained for {model.task} cannot score its "
+                "images; use 1"
+            )
         image_size = storage.read_json(storage.join(model.url, CONFIG_NAME))["image_size"]
         judge = model if model.can_score else None
         if config.quality.clip:

@@ -18,6 +18,7 @@ _PARAMS: dict[str, Any] = {
     "num_draws": 1,
     "guidance_scale": 7.5,
     "negative_prompt": "",
+    "best_of": 1,
     "seed": 0,
 }
 

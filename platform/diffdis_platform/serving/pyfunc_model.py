@@ -60,6 +60,7 @@ class DiffDisModel(mlflow.pyfunc.PythonModel):
             guidance_scale=params.get("guidance_scale", 7.5),
             negative_prompt=params.get("negative_prompt", ""),
             seed=params.get("seed", 0),
+            best_of=params.get("best_of", 1),  # images per caption, of which the model itself chooses
             indices=range(first, first + len(rows)),  # the noise of a row depends on its index, not on the batches
         )
         return pd.DataFrame({"image": [_png(image) for image in images]})
