@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from ray_platform.contracts import UserError
+from ray_platform.terminal import show_output
 from ray_platform.tracking.run_metadata import GIT_VARIABLE, git_state
 
 MARKER = "DIFFDIS_LOCAL_HEAD"  # environment variable of every process of a head; its value identifies the head
@@ -216,14 +217,17 @@ def ensure_cluster() -> None:
             sys.exit(subprocess.run([sys.executable, *script, *sys.argv[1:]], env=head.env).returncode)
 
 
-def submit(head: LocalHead, entrypoint: Sequence[str], working_dir: Path, env_vars: Mapping[str, str]) -> int:
+def submit(head: LocalHead, entrypoint: Sequence[str], working_dir: Path, env_vars: Mapping[str, str], log: Path) -> int:
     """Run a job on `head` with its output in this terminal; return 0 if it succeeded. An interrupt stops the job.
+
+    `show_output` describes what is shown.
 
     Args:
         head: a started head.
         entrypoint: the command, as `["python", "jobs/pretrain.py"]`; `python` is this interpreter.
         working_dir: the folder in which the command runs; Ray copies it, except for what its `.gitignore` lists.
         env_vars: added to the environment of the driver and the workers.
+        log: file for the whole output, with the lines of Ray and other libraries.
     """
     job = f"diffdis-{uuid.uuid4().hex[:12]}"
     env_vars = {GIT_VARIABLE: git_state(), **env_vars}  # the copy of the folder has no .git
@@ -237,16 +241,23 @@ def submit(head: LocalHead, entrypoint: Sequence[str], working_dir: Path, env_va
             *("--", *entrypoint),
         ],
         env=head.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
         start_new_session=True,  # on Ctrl-C it keeps printing the output of the job, which is stopped below
     )
     try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            show_output(client.stdout or (), file)
         return client.wait()
     except BaseException:
         stop = [sys.executable, *_RAY, "job", "stop", f"--address={head.address}", job]
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(stop, env=head.env, timeout=20, start_new_session=True, check=False)
         client.terminate()
-        client.wait()
+        client.communicate()
         raise
 
 

@@ -26,7 +26,7 @@ root = Path(sys.argv[1])
 sys.path.insert(0, str(root / "platform"))
 from ray_platform.local_head import LocalHead, submit
 with LocalHead(num_cpus=2) as head:
-    sys.exit(submit(head, ["python", "jobs/pretrain.py", *sys.argv[2:]], root, {}))
+    sys.exit(submit(head, ["python", "jobs/pretrain.py", *sys.argv[2:]], root, {}, root / 'outputs' / 'job.log'))
 """
 
 

@@ -9,7 +9,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from diffdis_platform.demo.report import ZeroShotSet, table, write_report, zero_shot
+from diffdis_platform.demo.report import ZeroShotSet, table, verdict, write_report, zero_shot
 
 NAMES = [f"colour {i}" for i in range(60)]
 
@@ -86,3 +86,18 @@ def test_the_report_of_an_untrained_model_is_complete_and_at_chance(data, tiny_m
     assert abs(summary["quality"]["fd_floor"]) < 1e-3 < summary["quality"]["fd"]
     assert "heldout_names" in table(summary)
     assert all(Image.open(summary[figure]).width > 100 for figure in ("grid", "recognition"))
+
+
+def summary_with(acc1: float, shuffled: float = 0.001, own_color: float = 50.0):
+    scores = {"acc1": acc1, "acc1_shuffled_images": shuffled, "chance": 0.001}
+    color = {"distance_to_own_caption": own_color, "distance_to_random_caption": 70.0}
+    return {"zero_shot": {"a": scores, "b": scores}, "color": color, "quality": {"fd": 9.0, "fd_floor": 1.0}}
+
+
+def test_the_verdict_follows_the_scores_and_their_controls():
+    good, at_chance, leak, gray = (summary_with(*values) for values in ((0.05,), (0.002,), (0.05, 0.04), (0.05, 0.001, 71.0)))
+    assert "50 times" in verdict(good)
+    assert "not recognize" in verdict(at_chance)
+    assert "not sound" in verdict(leak)
+    assert "do not have the colors" in verdict(gray)
+    assert "do not have the colors" not in verdict(good)

@@ -64,13 +64,16 @@ def project(tmp_path):
 
 
 def test_a_submitted_job_runs_with_its_packages_and_without_ignored_files(head, project, capfd):
-    assert submit(head, ["python", "jobs/look.py", "0"], project, {"GREETING": "good day"}) == 0
-    assert "FROM A WORKER: good day False outside" in capfd.readouterr().out
+    assert submit(head, ["python", "jobs/look.py", "0"], project, {"GREETING": "good day"}, project / "job.log") == 0
+    shown, log = capfd.readouterr().out, (project / "job.log").read_text()
+    assert "FROM A WORKER: good day False outside" in shown
+    assert "ray job" in log
+    assert "ray job" not in shown, "commands that cannot work after the head has ended"
 
 
 @pytest.mark.slow
 def test_a_job_that_fails_has_its_exit_code(head, project):
-    assert submit(head, ["python", "-c", "raise SystemExit(3)"], project, {}) == 1
+    assert submit(head, ["python", "-c", "raise SystemExit(3)"], project, {}, project / "job.log") == 1
 
 
 @pytest.mark.slow
@@ -164,7 +167,9 @@ signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(stopped)!r}).touch()
 pathlib.Path({str(started)!r}).touch()
 time.sleep(600)
 """)
-    parent, marker, _ = start_and_wait(f"submit(head, ['python', 'job.py'], Path({str(tmp_path)!r}), {{}})")
+    parent, marker, _ = start_and_wait(
+        f"submit(head, ['python', 'job.py'], Path({str(tmp_path)!r}), {{}}, Path({str(tmp_path / 'job.log')!r}))"
+    )
     wait_until(started.exists)
     parent.send_signal(signal.SIGINT)
     parent.communicate(timeout=60)

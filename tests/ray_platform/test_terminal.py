@@ -1,9 +1,11 @@
 """Terminal output: aligned tables and one-line errors."""
 
+import io
+
 import pytest
 
 from ray_platform.contracts import ConfigError, describe_error, one_line
-from ray_platform.terminal import render_table
+from ray_platform.terminal import render_table, show_output
 
 
 def test_text_is_left_aligned_and_numbers_are_right_aligned():
@@ -28,3 +30,42 @@ def test_secrets_are_hidden_and_long_errors_are_shortened():
     assert "hunter2hunter2" not in one_line(ConfigError("s3://key:hunter2hunter2@bucket/x"))
     assert len(one_line(ValueError("x" * 900), 100)) == 100
     assert len(describe_error(ValueError("x" * 900))) < 600
+
+
+OUTPUT = """\
+Job submission server address: http://127.0.0.1:20000
+-------------------------------------------------------
+Job 'diffdis-0123456789ab' submitted successfully
+Next steps
+  Query the logs of the job:
+    ray job logs diffdis-0123456789ab
+2026-11-30 01:00:00,123\tINFO worker.py:2000 -- Connecting to existing Ray cluster
+\x1b[36m(RayTrainWorker pid=41)\x1b[0m [2026-11-30 01:00:01,123] [WARNING] [engine.py:2304] **** proceed with caution *****
+(RayTrainWorker pid=41) /x/site-packages/diffusers/a.py:12: UserWarning: slow
+(RayTrainWorker pid=41)   model.load()
+\x1b[36m(RayTrainWorker pid=41)\x1b[0m training from the beginning: 2 workers
+step 10/40  loss_generation 1.20  90 samples/s  left 0:20
+step 20/40  loss_generation 1.10  91 samples/s  left 0:13
+step 40/40  loss_generation 1.00  90 samples/s  left 0:00
+error: output_dir: it is in use
+"""
+
+
+def test_the_output_of_a_job_is_shown_without_that_of_the_libraries_and_with_few_lines_of_progress(capsys):
+    log = io.StringIO()
+    show_output(OUTPUT.splitlines(keepends=True), log)
+    assert log.getvalue() == OUTPUT
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in shown] == [
+        "training from the beginning: 2 workers", "step 10/40", "step 40/40", "error: output_dir: it is in use",
+    ]  # fmt: skip
+
+
+def test_the_progress_of_a_job_is_a_bar_in_a_terminal(monkeypatch, capsys):
+    import sys
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show_output(OUTPUT.splitlines(keepends=True), io.StringIO())
+    shown = capsys.readouterr().out
+    assert "100%" in shown
+    assert "step 40/40" in shown.rsplit("\r", 1)[-1]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffdis_platform.commands import pretrain
+from diffdis_platform.commands import pretrain, run_page_text
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand
 from diffdis_platform.config.pretrain import PretrainConfig
@@ -15,6 +15,7 @@ from diffdis_platform.recipes.demo import DEMO_DATA, PREVIEW_CAPTIONS
 from ray_platform.checkout import checkout_root
 from ray_platform.contracts import UserError
 
+LOG = "job.log"  # all messages of the training, with those of Ray and DeepSpeed
 INTERRUPTED = "stopped; the same command resumes from the last checkpoint"
 
 HELP = CommandHelp(
@@ -34,7 +35,6 @@ def main(argv: Sequence[str]) -> int:
     parse_arguments(argv)
     from diffdis_platform.demo.builder import ENTRIES_SHA256, build
     from diffdis_platform.demo.report import SUMMARY, table, write_report
-    from ray_platform.tracking.mlflow_tracker import ui_command
 
     output = (checkout_root() or Path.cwd()) / "outputs" / "demo"
     print(build(DEMO_DATA, None, os.cpu_count() or 1, ENTRIES_SHA256), flush=True)
@@ -45,8 +45,19 @@ def main(argv: Sequence[str]) -> int:
         if not (output / "train_summary.json").exists():
             _pretrain(output, argv)
         summary = write_report(output, DEMO_DATA, PREVIEW_CAPTIONS)
-    print(f"\n{table(summary)}\n\nopen the MLflow UI with:\n  {ui_command(summary['mlflow']['tracking_uri'])}")
+    print(f"\n{table(summary)}\n\n{run_page_text(summary['mlflow'])}\n\nnext:\n{_next_commands(output)}")
     return 0
+
+
+def _next_commands(output: Path) -> str:
+    """Return three commands to try with the trained model."""
+    return "\n".join(
+        [
+            f"  diffdis generate --model {output} --captions 'red heart' 'green apple' --output_dir {output / 'images'}",
+            f"  diffdis eval --checkpoint {output} --suite demo --data_roots {DEMO_DATA} --output_dir {output / 'evaluation'}",
+            "  diffdis pretrain --help",
+        ]
+    )
 
 
 def _pretrain(output: Path, argv: Sequence[str]) -> None:
@@ -58,9 +69,10 @@ def _pretrain(output: Path, argv: Sequence[str]) -> None:
     root = checkout_root()
     with LocalHead() as head:
         if root:
-            status = submit(head, ["python", "jobs/pretrain.py", *arguments], root, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+            variables = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+            status = submit(head, ["python", "jobs/pretrain.py", *arguments], root, variables, output / LOG)
         else:
             command = [sys.executable, "-m", "diffdis_platform.cli", "pretrain", *arguments]
             status = subprocess.run(command, env=head.env).returncode
     if status:
-        raise UserError(f"demo: pretraining ended with status {status}; see the messages above")
+        raise UserError(f"demo: pretraining ended with status {status}; see {output / LOG}")

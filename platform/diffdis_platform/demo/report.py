@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image
+from tqdm import tqdm
 
 from diffdis.feature_networks import build_feature_network
 from diffdis.image_grid import image_grid, side_by_side
@@ -31,6 +32,7 @@ from ray_platform.tracking import TrackingConfig, start_run
 SUMMARY = "summary.json"
 SPLITS = ("heldout_style", "heldout_names")
 NUM_QUALITY_IMAGES = 256  # generated, and compared with all images of the held-out style
+_CLEARLY = 3.0  # times chance: a result that is not luck
 NUM_GRID_IMAGES, NUM_RECOGNIZED = 48, 24  # in the two figures
 GUIDANCE_SCALE, NUM_GENERATION_STEPS = 3.0, 20
 QUALITY_NETWORK = "efficientnet_lite0"
@@ -133,6 +135,7 @@ def _open_model(export: Path) -> DiffDisPipeline:
 def _generate(export: Path, captions: Sequence[str], num_known: int, training_examples: Sequence[Image.Image]) -> GeneratedImages:
     """Generate an image of each caption; features are those of the images after the first `num_known`."""
     pipeline = _open_model(export)
+    pipeline.set_progress_bar_config(desc="generating", position=1, leave=False, disable=None)  # None: only in a terminal
     images = pipeline.generate(captions, num_inference_steps=NUM_GENERATION_STEPS, guidance_scale=GUIDANCE_SCALE)
     return GeneratedImages(images, _features(pipeline, images[num_known:]), _features(pipeline, training_examples))
 
@@ -183,7 +186,9 @@ def zero_shot(
     pipeline: DiffDisPipeline, data: ZeroShotSet, num_steps: int = NUM_INFERENCE_STEPS, num_draws: int = NUM_DRAWS
 ) -> SplitResult:
     """Return accuracies from pure noise, and that of the same queries with the images permuted."""
-    queries = pipeline.embed_image(data.images, num_steps=num_steps, num_draws=num_draws)
+    batches = [data.images[start : start + IMAGE_BATCH] for start in range(0, len(data.images), IMAGE_BATCH)]
+    bar = tqdm(batches, desc="scoring", leave=False, disable=None)
+    queries = torch.cat([pipeline.embed_image(images, num_steps=num_steps, num_draws=num_draws) for images in bar])
     classes = pipeline.embed_classes(data.class_names, data.templates)
     images, texts, labels = (tensor.cpu().numpy() for tensor in (queries, classes, data.labels))
     scores = ZeroShotScores.from_embeddings(images, texts, labels)
@@ -265,6 +270,8 @@ def table(summary: DemoSummary) -> str:
             *(f"{name:<18}{loss['first']:>8.3f} -> {loss['last']:.3f}" for name, loss in losses),
             "",
             render_table(rows),
+            "acc1, acc5: the name of the icon is the best match, or among the best five; x chance: acc1 relative to guessing;",
+            "100-way: acc1 among 100 names. Controls, near chance in a sound test: shuffled images, and an untrained model.",
             "",
             f"quality of {images['num_images']} images: FD {images['fd']:.0f}, KID {images['kid']:.3f}; real images of the same "
             f"captions: FD {images['fd_floor']:.0f}, KID {images['kid_floor']:.3f}",
@@ -273,5 +280,25 @@ def table(summary: DemoSummary) -> str:
             f"real and generated images: {summary['grid']}",
             f"what the model recognizes: {summary['recognition']}",
             f"exported model: {summary['export_dir']}",
+            "",
+            verdict(summary),
         ]
     )
+
+
+def verdict(summary: DemoSummary) -> str:
+    """Return in words what the figures say."""
+    factors = [s["acc1"] / s["chance"] for s in summary["zero_shot"].values()]
+    controls = [s["acc1_shuffled_images"] / s["chance"] for s in summary["zero_shot"].values()]
+    color, images = summary["color"], summary["quality"]
+    low, high, worst = min(factors), max(factors), max(controls)
+    if low < _CLEARLY:
+        recognition = f"The model does not recognize icons clearly better than guessing ({low:.1f} times as often)."
+    elif worst >= _CLEARLY:
+        recognition = f"The test is not sound: with other images, the model is right {worst:.1f} times as often as guessing."
+    else:
+        recognition = f"The model recognizes icons that it has not seen, {low:.0f} to {high:.0f} times as often as guessing."
+    follows = color["distance_to_own_caption"] < color["distance_to_random_caption"]
+    colors = "have the colors of their captions" if follows else "do not have the colors of their captions"
+    is_close = images["fd"] < 2 * images["fd_floor"]
+    return f"{recognition} Its images {colors}, and {'come close to' if is_close else 'are far from the detail of'} real icons."

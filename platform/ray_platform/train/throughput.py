@@ -1,7 +1,9 @@
 """Throughput of a run (samples/s, FLOP/s, MFU, time waiting for data), its averaged metrics and its memory."""
 
 import contextlib
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from ray_platform.placement import PEAK_FLOPS
 from ray_platform.train.collective import collective, gather_objects
 
+_STEPS_OF_ESTIMATE = 100
 _MAX_RANKS_SHOWN = 16  # ranks with their own memory metrics
 
 
@@ -21,6 +24,7 @@ class ThroughputMeter:
     def __init__(self, flops_per_step: float) -> None:
         self.flops_per_step = flops_per_step  # of one rank
         self.total_samples, self.total_seconds = 0, 0.0
+        self._step_seconds: deque[float] = deque(maxlen=_STEPS_OF_ESTIMATE)
         self._reset()
 
     def _reset(self) -> None:
@@ -34,6 +38,11 @@ class ThroughputMeter:
         self.steps, self.samples = self.steps + 1, self.samples + len(captions)
         self.words += sum(len(caption.split()) for caption in captions)
         self.waited, self.worked = self.waited + waited, self.worked + worked
+        self._step_seconds.append(waited + worked)
+
+    def seconds_left(self, num_steps: int) -> float:
+        """Estimate the seconds of `num_steps` steps by the median of the last ones, which slow first steps do not change."""
+        return num_steps * statistics.median(self._step_seconds)
 
     @contextlib.contextmanager
     def stalled_time(self) -> Iterator[None]:

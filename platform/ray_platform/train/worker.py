@@ -266,7 +266,7 @@ class Trainer:
                 metrics["data/spilled_bytes"] = spilled_bytes()
                 metrics["data/epochs_complete"] = float(min(self.start.consumed.first_epoch))
             metrics["train/samples_seen"] = float(self.samples_seen)
-            metrics["train/seconds_left"] = metrics["train/seconds_per_step"] * (self.config.last_step - self.step)
+            metrics["train/seconds_left"] = self.meter.seconds_left(self.config.last_step - self.step)
         self._log_metrics(metrics | {"train/bad_steps": float(self.loss_monitor.history.num_bad)})
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
