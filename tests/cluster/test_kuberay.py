@@ -9,7 +9,6 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from mlflow.cli import server as mlflow_server
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.scripts.scripts import start
 
@@ -205,6 +204,8 @@ def test_jobs_fit_the_pools_that_they_ask_for():
 
 @pytest.mark.ranks
 def test_mlflow_is_the_tracker_that_jobs_name_and_takes_its_options():
+    from mlflow.cli import server as mlflow_server  # takes seconds, which every tier would spend at the top of this file
+
     service = manifest(KUBERAY / "mlflow.yaml", "Service")
     address = f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
     config = {name: found for name, _, found in configurations()}

@@ -1,3 +1,4 @@
+import functools
 import io
 import random
 import struct
@@ -16,6 +17,7 @@ from tests.support.evaluation_sets import encoded
 DAMAGED = {"image_empty", "image_undecodable", "image_too_large"}
 
 
+@functools.cache
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Return noise at all scales, [H, W, 3], which is as hard for JPEG and resizing as a detailed photograph."""
     rng = np.random.default_rng(seed)
