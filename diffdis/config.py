@@ -243,6 +243,9 @@ class ObjectiveConfig:
     `step` costs a second forward pass of the alignment (gradient caching)."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that are not trained, such as unet.down_blocks.*"""
+    lora_rank: int = 0
+    """Rank of low-rank adapters (LoRA) in the U-Net's attention, which are trained instead of the U-Net's weights, usually with
+    lr_unet 1e-4. 0: no adapters."""
     lr_unet: float = 1e-5
     """Learning rate of the U-Net."""
     lr_new: float = 1e-4
@@ -255,7 +258,7 @@ class ObjectiveConfig:
     """Weight decays of parameters by patterns of their names. The last match applies."""
 
     def __post_init__(self) -> None:
-        zero = ("lambda_alignment", "lr_unet", "lr_new", "weight_decay", "query_timestep_min", "noise_offset")
+        zero = ("lambda_alignment", "lr_unet", "lr_new", "weight_decay", "query_timestep_min", "noise_offset", "lora_rank")
         checks = [(name, 0 <= getattr(self, name) < math.inf, "a number from 0") for name in zero]
         checks += [
             ("caption_dropout", 0 <= self.caption_dropout <= 1, "a fraction from 0 to 1"),

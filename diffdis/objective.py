@@ -9,6 +9,7 @@ from torch import nn
 
 from diffdis import schedule
 from diffdis.config import ObjectiveConfig
+from diffdis.lora import add_adapters
 from diffdis.losses import AlignmentResult, build_alignment_loss, gather_texts, generation_loss, rank_offset
 from diffdis.model import DiffDis, ImageKVCache
 from diffdis.schedule import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS, uniform_timesteps
@@ -91,6 +92,8 @@ class Objective(nn.Module):
         for name, known in (("generation_weighting", ("none", *LOSS_WEIGHTINGS)), ("timestep_sampling", TIMESTEP_SAMPLINGS)):
             if (value := getattr(objective, name)) not in known:
                 raise ValueError(f"objective.{name}: {value!r} is unknown; use {', '.join(known)}")
+        if objective.lora_rank:
+            add_adapters(model.unet, objective.lora_rank)
         self.model, self.objective = model, objective
         self.alignment = build_alignment_loss(objective.alignment_loss)
         self._constants = _Constants.of(model.config.schedule.num_timesteps, weights)

