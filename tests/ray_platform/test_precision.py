@@ -107,7 +107,7 @@ def large_norm(rank, zero_stage):
         gradients = deepspeed_internals.reduced_gradients(engine.optimizer)
         largest = max(gradient.abs().max().item() for gradient in gradients)
         update = engine.update(0)
-        found.append((largest, update.updated, update.grad_norm.item(), engine.loss_scale.value))
+        found.append((largest, update.updated, update.grad_norm, engine.loss_scale.value))
     return found
 
 

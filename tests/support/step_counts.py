@@ -49,7 +49,7 @@ def _is_host_wait(event) -> bool:
     return is_read or event.name == "aten::nonzero"
 
 
-def of_a_step(task, train, batches) -> tuple[StepCounts, StepCounts]:
+def of_a_step(task, train, batches, statistics: bool = False) -> tuple[StepCounts, StepCounts]:
     """Return the counts of a step on this rank, after a first one, which is not typical, and of collecting a checkpoint."""
     from ray_platform.train.checkpoint_format import LossHistory
     from ray_platform.train.engine import Engine
@@ -60,9 +60,9 @@ def of_a_step(task, train, batches) -> tuple[StepCounts, StepCounts]:
     monitor = LossMonitor(train, LossHistory(), "")
 
     def step():
-        loss, _ = engine.backward([task.inputs(batch, engine.device) for batch in batches], seeds)
+        loss, _ = engine.backward([task.inputs(batch, engine.device) for batch in batches], seeds, statistics=statistics)
         flags = dict.fromkeys(("stop", "checkpoint_due", "uploading", "upload_failed", "num_bad", "epoch_samples"), 0)
-        engine.update(1, skip=monitor.sync_step_status(loss, **flags).is_bad)
+        engine.update(1, skip=monitor.sync_step_status(loss, **flags).is_bad, statistics=statistics)
 
     step()
     return count(step), count(lambda: list(engine.local_state()))

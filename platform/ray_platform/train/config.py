@@ -77,6 +77,9 @@ class TrainConfig:
     """Steps between two logged values of the metrics."""
     control_every: int = 0
     """Steps between the metrics that cost additional operations, such as the control with shuffled images. 0: log_every."""
+    statistics_every: int = 0
+    """Steps between two statistics by block: norms of the gradients and, without train.compile, RMS of the activations. 0:
+    none."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints. The last step is always saved."""
     checkpoint_minutes: float = 0.0
@@ -124,7 +127,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is below 1")
         counts = ("warmup_steps", "gradient_clipping", "preview_every", "max_failures", "cpus_per_worker", "gpus_per_worker")
-        for name in (*counts, "global_batch_size", "hang_seconds", "control_every", "max_minutes"):
+        for name in (*counts, "global_batch_size", "hang_seconds", "control_every", "statistics_every", "max_minutes"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is negative")
         has_workers = 1 <= self.min_workers <= self.max_workers
@@ -184,6 +187,10 @@ class TrainConfig:
         """Number of checkpoints that are kept at the end of the run."""
         permanent = self.num_steps // self.keep_every if self.keep_every else 0
         return permanent + self.keep_checkpoints + bool(self.keep_best)
+
+    def are_statistics_due(self, step: int) -> bool:
+        """Return whether step `step` (from 1) also records statistics by block."""
+        return self.statistics_every > 0 and step % self.statistics_every == 0
 
     @property
     def last_step(self) -> int:

@@ -5,6 +5,7 @@ addressed by parameter, and its parts by their elements: any number of ranks at 
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from ray_platform.train.config import TrainConfig
 from ray_platform.train.data_parallel import DataParallel
 from ray_platform.train.optimizer import EMA, MOMENTS, STEP, WEIGHTS, AdamW, Fragment, LossScale, Rewarm, learning_rate_factor
 from ray_platform.train.precision import convert_weights
+from ray_platform.train.statistics import BlockGradients, activation_statistics
 from ray_platform.train.tensor_parts import part_key
 
 TaskInputs = dict[str, torch.Tensor]
@@ -30,8 +32,8 @@ class Update:
 
     updated: bool  # the weights were changed
     rescaled: bool  # they were not, but the loss scale of fp16 was halved
-    # Before clipping; NaN when a gradient is not finite. A scalar on the device, so that the host waits for it only to log it.
-    grad_norm: torch.Tensor
+    grad_norm: float  # before clipping; NaN when a gradient is not finite
+    block_norms: Mapping[str, torch.Tensor]  # see `BlockGradients`: scalars on the device; empty unless asked for
 
 
 class Engine:
@@ -66,7 +68,10 @@ class Engine:
             )
         if config.channels_last:  # only now: DeepSpeed broadcasts rank 0's weights, which must be contiguous for that
             self._convert_frozen_to_channels_last()
-        self.adam.init_state(self._fragments())
+        fragments = self._fragments()
+        self.adam.init_state(fragments)
+        names = {parameter: name for name, parameter in self.engine.module.named_parameters() if parameter.requires_grad}
+        self.block_gradients = BlockGradients(fragments, names, is_sharded=config.zero_stage > 0)
         self.device = torch.device(self.engine.device)
         self._frozen = self._load_originals(originals)  # frozen weights in half precision by name, without rounding
         self.loss_scale = LossScale() if config.precision == "fp16" else LossScale(1.0, is_dynamic=False)
@@ -93,11 +98,12 @@ class Engine:
 
     @collective
     def backward(
-        self, micro_batches: Sequence[TaskInputs], seeds: Sequence[int], control: bool = False
+        self, micro_batches: Sequence[TaskInputs], seeds: Sequence[int], control: bool = False, statistics: bool = False
     ) -> tuple[torch.Tensor, WeightedMetrics]:
         """Run forward and backward of all micro-batches of a step, each with the seed of all its randomness.
 
-        `control`: whether the Task also computes its control metrics, which cost additional operations.
+        `control`: whether the Task also computes its control metrics, which cost additional operations. `statistics`: whether the
+        metrics have the RMS of the activations of each block, which compiled blocks do not report.
 
         Returns this rank's mean loss (scalar), and its metrics summed over the micro-batches.
         """
@@ -106,29 +112,37 @@ class Engine:
         losses: list[torch.Tensor] = []
         metrics: WeightedMetrics = {}
         scale = self.loss_scale.value
-        for inputs, seed, arguments in zip(micro_batches, seeds, step_arguments, strict=True):
-            loss, parts = self.engine(inputs, seed, **arguments)
-            self.engine.backward(loss * scale if scale != 1 else loss)
-            if self.replicas is None and len(losses) < len(micro_batches) - 1:
-                self.engine.step()  # only counts the micro-batch; the step of the last one is in `update`
-            losses.append(loss.detach())
-            for name, value in parts.items():
-                metrics[name] = metrics[name] + value.detach() if name in metrics else value.detach()
+        recording: contextlib.AbstractContextManager[WeightedMetrics] = contextlib.nullcontext({})
+        if statistics:
+            recording = activation_statistics(self.engine.module)
+        with recording as activations:
+            for inputs, seed, arguments in zip(micro_batches, seeds, step_arguments, strict=True):
+                loss, parts = self.engine(inputs, seed, **arguments)
+                self.engine.backward(loss * scale if scale != 1 else loss)
+                if self.replicas is None and len(losses) < len(micro_batches) - 1:
+                    self.engine.step()  # only counts the micro-batch; the step of the last one is in `update`
+                losses.append(loss.detach())
+                for name, value in parts.items():
+                    metrics[name] = metrics[name] + value.detach() if name in metrics else value.detach()
+        metrics |= {f"activations/{block}": value for block, value in activations.items()}
         return (torch.stack(losses).mean() if len(losses) > 1 else losses[0]), metrics
 
     @collective
-    def update(self, step: int, skip: bool = False) -> Update:
+    def update(self, step: int, skip: bool = False, statistics: bool = False) -> Update:
         """Clip the gradients and run the optimizer with the learning rates of `step`.
 
-        The weights stay as they are with `skip`, or when a gradient is not finite on any rank.
+        The weights stay as they are with `skip`, or when a gradient is not finite on any rank. `statistics`: whether the result
+        has the norm of the gradients of each block.
         """
+        observe = self.block_gradients.add if statistics else None
         scale = self.loss_scale.value
         self.adam.set_learning_rates(learning_rate_factor(self.config, step, self.rewarm))
         if _clips_itself(self.config):
             norm = self._gradient_norm()
-            finite = bool(torch.isfinite(norm))  # the host waits for the accelerator
+            grad_norm = norm.item()  # the host waits for the accelerator
+            finite = math.isfinite(grad_norm)
             divisor = norm / self.config.gradient_clipping if self.config.gradient_clipping else torch.zeros_like(norm)
-            with self.adam.step_options(skip=skip or not finite, grad_scale=divisor.clamp(min=scale)):
+            with self.adam.step_options(skip=skip or not finite, grad_scale=divisor.clamp(min=scale), observe=observe):
                 if self.replicas is None:
                     self.engine.step()
                 else:
@@ -137,12 +151,14 @@ class Engine:
             deepspeed_internals.set_clipping(self.optimizer, self.config.gradient_clipping * scale)
             # On the device of the weights, which may be offloaded: a copy from the accelerator would not be waited for.
             grad_scale = torch.full((), scale, device=self.adam.device) if scale != 1 else None
-            with self.adam.step_options(skip=skip, grad_scale=grad_scale):
+            with self.adam.step_options(skip=skip, grad_scale=grad_scale, observe=observe):
                 self.engine.step()
-            finite, norm = not deepspeed_internals.has_overflowed(self.optimizer), self.engine.get_global_grad_norm()
+            finite = not deepspeed_internals.has_overflowed(self.optimizer)
+            grad_norm = float(self.engine.get_global_grad_norm()) if finite else math.nan
         self.adam.num_updates += finite and not skip
         rescaled = not skip and self.loss_scale.update(finite)
-        return Update(finite and not skip, rescaled, norm / scale if finite else torch.tensor(float("nan")))
+        block_norms = self.block_gradients.norms(self.device, scale) if statistics else {}
+        return Update(finite and not skip, rescaled, grad_norm / scale if finite else math.nan, block_norms)
 
     def _gradient_norm(self) -> torch.Tensor:
         """Return the norm of the gradients over all ranks, times the loss scale: a scalar on the device."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,6 +94,7 @@ class AdamW(torch.optim.AdamW):
         self._is_quantized = False  # the moments are in `optimizer` instead of `_states`
         self._skip = False
         self._grad_scale: torch.Tensor | None = None
+        self._observe: Callable[[torch.Tensor], None] | None = None
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -216,13 +217,18 @@ class AdamW(torch.optim.AdamW):
         return next((shard.device for shard in self._states), torch.device("cpu"))
 
     @contextlib.contextmanager
-    def step_options(self, *, skip: bool, grad_scale: torch.Tensor | None) -> Iterator[None]:
-        """Have the `step` that DeepSpeed calls inside this block change nothing, or divide the gradients by a scalar."""
-        self._skip, self._grad_scale = skip, grad_scale
+    def step_options(
+        self, *, skip: bool, grad_scale: torch.Tensor | None, observe: Callable[[torch.Tensor], None] | None
+    ) -> Iterator[None]:
+        """Have the `step` that DeepSpeed calls inside this block change nothing, or divide the gradients by a scalar.
+
+        `observe` is called with every shard before it is updated.
+        """
+        self._skip, self._grad_scale, self._observe = skip, grad_scale, observe
         try:
             yield
         finally:
-            self._skip, self._grad_scale = False, None
+            self._skip, self._grad_scale, self._observe = False, None, None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -230,6 +236,8 @@ class AdamW(torch.optim.AdamW):
         if self._skip:
             return
         shards = [shard for group in self.param_groups for shard in group["params"] if shard.grad is not None]
+        for shard in shards if self._observe else ():
+            self._observe(shard)  # type: ignore[misc]
         updated = [run for shard in shards for run in self._runs.get(shard, ())]
         for run, tensor in updated:
             tensor.grad = run.of_shard(run.shard.grad)  # type: ignore[arg-type]

@@ -37,6 +37,7 @@ from ray_platform.train.heldout import generate_previews, score, select_samples
 from ray_platform.train.optimizer import EMA, WEIGHTS
 from ray_platform.train.profiling import StepProfiler, count_flops
 from ray_platform.train.resuming import resumed_rewarm, takes_weights_only
+from ray_platform.train.statistics import GradientMonitor
 from ray_platform.train.throughput import ThroughputMeter, memory_metrics
 from ray_platform.train.worker_spec import SUMMARY, SUMMARY_FORMAT, WorkerSpec
 
@@ -107,6 +108,7 @@ class Trainer:
             restore(loaded, self.engine, weights_only)
         self.loss_monitor = LossMonitor(config, history, spec.output_dir)
         best = config.keep_best, config.keep_best_mode
+        self.gradient_monitor = GradientMonitor()
         retention = RetentionPolicy(spec.output_dir, config.keep_checkpoints, *best, config.keep_every)
         lineage = Lineage(spec.launch)
         if self.rank == 0:
@@ -158,7 +160,8 @@ class Trainer:
         parts = [select_samples(batch, range(i * size, (i + 1) * size)) for i in range(num_micro)]
         micro_batches = [self.task.inputs(part, self.engine.device) for part in parts]
 
-        loss, metrics = self.engine.backward(micro_batches, seeds, control=self.config.is_control_due(self.step + 1))
+        control, statistics = self.config.is_control_due(self.step + 1), self.config.are_statistics_due(self.step + 1)
+        loss, metrics = self.engine.backward(micro_batches, seeds, control, statistics and not self.config.compile)
 
         uploader = self.checkpoints.uploader
         self.skipped, self.skip_details = add_counts(self.start.skipped, batch.skipped), batch.skip_details
@@ -173,7 +176,7 @@ class Trainer:
                 epoch_samples=batch.epoch_samples,
             )
 
-        update = self.engine.update(self.step, skip=status.is_bad)
+        update = self.engine.update(self.step, skip=status.is_bad, statistics=statistics)
 
         self.step += 1
         self.step_metrics = {}
@@ -181,6 +184,9 @@ class Trainer:
         self.consumed.extend(batch.consumed)
         self.mixture = batch.mixture
         if update.updated:
+            metrics |= {f"gradients/{name}": torch.stack([n, torch.ones_like(n)]) for name, n in update.block_norms.items()}
+            if (line := self.gradient_monitor.add(update.grad_norm)) and self.rank == 0:
+                logger.warning("step %d: %s", self.step, line)
             seconds = time.perf_counter() - started
             self.meter.add(metrics, captions=batch.captions, waited=seconds_waited, worked=seconds)
         self.loss_monitor.record(status, update, self.step, batch)
@@ -258,7 +264,7 @@ class Trainer:
         if self.meter.sums:
             with self.heartbeat.waiting_for_ranks():
                 metrics = self.meter.reduce(self.engine.device)
-                metrics["train/grad_norm"] = float(self.grad_norm)
+                metrics["train/grad_norm"] = self.grad_norm
                 metrics |= {f"train/lr_{name}": rate for name, rate in self.engine.learning_rates().items()}
                 metrics |= {f"data/skipped_{cause}": float(count) for cause, count in self._gather_skipped().items()}
                 metrics |= memory_metrics(self.engine.device)
