@@ -76,10 +76,10 @@ def test_quickstart(tmp_path, monkeypatch):
 
     output = shell.run(run)
     assert '"starts_from": "the beginning"' in output, "the dry run says what would run"
-    assert "step 320/320" in output
+    assert "step 160/160" in output
     assert f"done: the model is in {data / 'my-run' / 'export'}" in output
     config = yaml.safe_load((data / "my-run" / "config.yaml").read_text())
-    assert (config["objective"]["lambda_alignment"], config["train"]["num_steps"]) == (0.5, 320)
+    assert (config["objective"]["lambda_alignment"], config["train"]["num_steps"]) == (0.5, 160)
 
     with mlflow_ui(shell, ui, port) as client:
         tracked = only_run(client, "params.`objective.lambda_alignment` = '0.5'")
@@ -87,7 +87,7 @@ def test_quickstart(tmp_path, monkeypatch):
         curves = {"train/loss_generation", "train/loss_alignment", "alignment/retrieval_shuffled_images"}
         assert curves <= tracked.data.metrics.keys()
         previews = [file.path for file in client.list_artifacts(tracked.info.run_id, "previews")]
-        assert "previews/step_00000320.png" in previews
+        assert "previews/step_00000160.png" in previews
 
     output = shell.run(evaluate)
     assert f"in {data / 'my-model'}; opens as DiffDisPipeline" in output

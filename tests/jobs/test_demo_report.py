@@ -10,6 +10,7 @@ import webdataset
 from PIL import Image
 
 from diffdis_platform.demo.report import ZeroShotSet, table, verdict, write_report, zero_shot
+from diffdis_platform.recipes.demo import demo
 
 NAMES = [f"colour {i}" for i in range(60)]
 
@@ -101,3 +102,11 @@ def test_the_verdict_follows_the_scores_and_their_controls():
     assert "not sound" in verdict(leak)
     assert "do not have the colors" in verdict(gray)
     assert "do not have the colors" not in verdict(good)
+
+
+def test_the_recipe_weights_a_channel_by_the_root_of_its_deviation():
+    """Between equal weights of the standardized channels and equal weights of the pixels."""
+    config = demo()
+    deviations = np.array(config.model.autoencoder.haar_std)
+    assert config.model.schedule.prediction_type == "sample"
+    np.testing.assert_allclose(np.array(config.objective.channel_weights) ** 2 / deviations, 1.0, rtol=2e-3)
