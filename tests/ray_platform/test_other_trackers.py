@@ -1,5 +1,6 @@
 """TensorBoard and Weights & Biases: their files, read by their own readers, have the same curves as MLflow."""
 
+import io
 import math
 import struct
 import sys
@@ -10,6 +11,7 @@ import psutil
 import pytest
 import wandb
 from mlflow import MlflowClient
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ray_platform import storage
@@ -23,6 +25,12 @@ Curves = dict[str, list[tuple[int, float]]]  # (step, value) by name
 METADATA = RunMetadata("demo", "a test", {"recipe": "demo"}, {"train": {"lr": 3e-4, "api_key": "abc"}})
 
 
+def png(width: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, 3), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def log_run(config: TrackingConfig, output: str) -> None:
     """Log two launches, of which the second one resumes from an earlier step than the last of the first."""
     for first, last in ((1, 5), (4, 8)):
@@ -33,6 +41,7 @@ def log_run(config: TrackingConfig, output: str) -> None:
             tracker.log_system({"node_0/cpu_utilization_percentage": 50.0})
             tracker.log_data([TrackedData("train", "01", "s3://user:secret@bucket/train", "training")])
             tracker.log_bytes(b"{}", "model.json")
+            tracker.log_bytes(png(last), f"previews/step_{last:08d}.png")
 
 
 def mlflow_curves(output: str, run_id: str) -> Curves:
@@ -71,7 +80,8 @@ def wandb_records(output: str) -> list:
 def wandb_curves(output: str) -> Curves:
     curves: Curves = {}
     for record in wandb_records(output):
-        row = {item.key or item.nested_key[0]: float(item.value_json) for item in record.history.item}
+        numbers = [item for item in record.history.item if len(item.nested_key) < 2]  # others describe an image
+        row = {item.key or item.nested_key[0]: float(item.value_json) for item in numbers}
         axis = "system/age_seconds" if "system/age_seconds" in row else "step"
         for name in row.keys() - {axis} if axis in row else ():
             if not name.startswith("_"):
@@ -114,8 +124,12 @@ def test_several_trackers_at_the_same_time_have_the_same_curves(tmp_path, offlin
     assert '"lr":0.0003' in config_items["train"].replace(" ", "")
     assert not {text for text in map(str, records) if "secret" in text or "abc" in text}
     assert len(list(tmp_path.glob("wandb/offline-run-*/files/model.json"))) == 2
-    text = EventAccumulator(f"{output}/tensorboard").Reload()
-    assert b"lr: 0.0003" in text.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    images = {Path(file).read_bytes() for file in tmp_path.glob("wandb/offline-run-*/files/media/images/previews_*.png")}
+    assert images == {png(5), png(8)}
+    events = EventAccumulator(f"{output}/tensorboard").Reload()
+    shown = [(image.step, image.width, image.height, image.encoded_image_string) for image in events.Images("previews")]
+    assert shown == [(5, 5, 3, png(5)), (8, 8, 3, png(8))]
+    assert b"lr: 0.0003" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
 
 
 @pytest.mark.s3

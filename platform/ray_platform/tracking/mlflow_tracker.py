@@ -19,7 +19,16 @@ from PIL import Image
 
 from ray_platform import storage
 from ray_platform.tracking.config import RunRecord, TrackingConfig, read_run_record, tracking_uri
-from ray_platform.tracking.tracker import Columns, MetricPoint, ModelPackage, NestedValues, RunStatus, TrackedData, Tracker
+from ray_platform.tracking.tracker import (
+    Columns,
+    MetricPoint,
+    ModelPackage,
+    NestedValues,
+    RunStatus,
+    TrackedData,
+    Tracker,
+    preview_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +50,6 @@ _MAIN_METRICS = (
     *("train/loss_generation", "train/loss_alignment", "train/samples_per_second"),
     *("alignment/retrieval", "alignment/retrieval_chance", "alignment/retrieval_shuffled_images"),
 )
-_PREVIEW = re.compile(r"(?P<name>[\w-]+)/step_0*(?P<step>\d+)\.png")
 _TYPES = {str: "string", int: "long", float: "double", bool: "boolean"}
 
 
@@ -139,8 +147,9 @@ class MlflowTracker(Tracker):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
             self._client.log_artifacts(self._run_id, scratch)
-        if preview := _PREVIEW.fullmatch(path):
-            self._log_image(data, f"{_OVERVIEW}/{preview['name']}", int(preview["step"]))
+        if preview := preview_of(path):
+            name, step = preview
+            self._log_image(data, f"{_OVERVIEW}/{name}", step)
 
     def _log_image(self, data: bytes, key: str, step: int) -> None:
         """Log an image for the slider over the steps that MLflow's charts have, unless an earlier call did."""

@@ -1,5 +1,6 @@
 """TensorBoard: the tracker that writes its event files. Only this module imports tensorboardX."""
 
+import io
 import tempfile
 import time
 import uuid
@@ -7,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
+from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
@@ -14,7 +16,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from ray_platform import storage
 from ray_platform.tracking.config import TrackingConfig
-from ray_platform.tracking.tracker import MetricPoint, NestedValues, Tracker
+from ray_platform.tracking.tracker import MetricPoint, NestedValues, Tracker, preview_of
 
 FOLDER = "tensorboard"  # in output_dir
 _OBJECT_BYTES = 2**17  # object storage cannot append: a file of this size is followed by another one
@@ -53,6 +55,16 @@ class TensorBoardTracker(Tracker):
             values = [Summary.Value(tag=f"{prefix}{name}", simple_value=value) for name, value in point.metrics.items()]
             self._events.write_event(Event(wall_time=point.time, step=point.step, summary=Summary(value=values)))
         self._store()
+
+    def log_bytes(self, data: bytes, path: str) -> None:
+        """Show an image of a step. Other artifacts are only in `artifacts/` of the output folder."""
+        if preview := preview_of(path):
+            name, step = preview
+            width, height = Image.open(io.BytesIO(data)).size
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+            value = Summary.Value(tag=name, image=image)
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=[value])))
+            self._store()
 
     def _write_text(self, name: str, text: str) -> None:
         self._events.write_event(Event(wall_time=time.time(), summary=summary.text(name, text)))

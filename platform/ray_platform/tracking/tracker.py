@@ -1,5 +1,6 @@
 """The interface of trackers, and the records that a run passes to them. docs/extending.md shows how to add a tracker."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -55,6 +56,15 @@ class RunMetadata:
     tags: Mapping[str, str]
     params: NestedValues  # the resolved configuration
     data: Sequence[TrackedData] = ()
+
+
+_PREVIEW = re.compile(r"([\w-]+)/step_(\d+)\.png")
+
+
+def preview_of(path: str) -> tuple[str, int] | None:
+    """Return name and step of an artifact that shows a step: `previews/step_000100.png` -> previews, 100. None for others."""
+    match = _PREVIEW.fullmatch(path)
+    return (match[1], int(match[2])) if match else None
 
 
 class Tracker(Protocol):

@@ -11,7 +11,7 @@ import wandb
 
 from ray_platform.contracts import ConfigError
 from ray_platform.tracking.config import TrackingConfig
-from ray_platform.tracking.tracker import MetricPoint, ModelPackage, NestedValues, RunStatus, TrackedData, Tracker
+from ray_platform.tracking.tracker import MetricPoint, ModelPackage, NestedValues, RunStatus, TrackedData, Tracker, preview_of
 
 STEP, AGE = "step", "system/age_seconds"  # x-axes of the curves: W&B's own step can only grow, and a resumed run goes back
 _SETTINGS = {
@@ -94,6 +94,9 @@ class WandbTracker(Tracker):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
         self._run.save(glob.escape(str(file)), base_path=self._run.dir, policy="now")
+        if preview := preview_of(path):
+            name, step = preview
+            self._run.log({name: wandb.Image(str(file)), STEP: step})
 
     def log_folder(self, folder: str, path: str) -> None:
         self._log_artifact(folder, path.replace("/", "-"), "files")
