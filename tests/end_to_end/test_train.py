@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from diffdis.pipeline import DiffDisPipeline
+from diffdis.task import DiffDisTask
 from diffdis_platform.config.export import ExportConfig
 from diffdis_platform.exporting import export
 from ray_platform.contracts import ConfigError
 from ray_platform.train.checkpoint_format import read_weights
-from tests.support.training import assert_close_losses, logged_losses, logged_metric, plain_loop
+from ray_platform.train.heldout import read_heldout
+from tests.support.training import assert_close_losses, diffdis_run, logged_losses, logged_metric, plain_loop
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -82,6 +84,19 @@ def test_a_checkpoint_exports_as_the_run_itself_did(trained_run, tmp_path):
     assert not torch.equal(weights[parts[1]]["head.query_out.weight"], ema[parts[1]]["head.query_out.weight"])
     (image,) = DiffDisPipeline.from_pretrained(tmp_path / "ema").generate(["red heart"], num_inference_steps=2)
     assert image.size == (16, 16)
+
+
+@pytest.mark.slow
+def test_the_exported_model_has_the_scores_that_were_logged_with_the_ema(tiny_model, training_shards, tmp_path):
+    heldout = {"heldout_sources": (str(training_shards),), "heldout_samples": 10, "heldout_every": 12}
+    run = diffdis_run(tiny_model, training_shards, tmp_path, num_workers=1, num_steps=12, zero_stage=0, ema_decay=0.5, **heldout)
+    run.fit()
+    model, objective, _ = run.build_task.args
+    task = DiffDisTask(dataclasses.replace(model, warm_start=str(tmp_path / "export")), objective)
+    samples = read_heldout(run.data, run.train.heldout_sources, run.train.heldout_samples)
+    with torch.no_grad():
+        scores = task.score(task.embed_heldout(task.inputs(samples, torch.device("cpu"))))
+    assert {name: logged_metric(tmp_path, name)[-1] for name in scores} == {name: (12, value) for name, value in scores.items()}
 
 
 @pytest.mark.slow
