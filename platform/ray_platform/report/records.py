@@ -229,7 +229,8 @@ class TrialRecord(TypedDict):
     history: Sequence[HistoryEntry]
     metrics: MetricValues  # of the last milestone
     run_id: str
-    url: str
+    url: str  # its folder
+    run_page: NotRequired[str]  # URL of its MLflow run; earlier releases lack it
 
 
 class SearchDimension(TypedDict, total=False):

@@ -32,6 +32,7 @@ from ray_platform.units import is_number
 _STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
 _SCORES = LinearSegmentedColormap.from_list("scores", ["#5b78d8", "#b45ca6", "#ee8a2e"])  # worst to best; for light and dark
 _SHADES = 24
+_MIN_TRIALS = 4  # with scores, for the importance of parameters
 # Parallel coordinates, in px.
 _AXIS_GAP, _LEFT, _TOP, _FRAME, _BOTTOM = 150, 64, 48, 260, 40
 _HEIGHT = _TOP + _FRAME + _BOTTOM
@@ -72,7 +73,9 @@ def sweep_page(details: SweepDetails) -> str:
         "sweep.html.j2",
         details=details,
         states=_STATES,
-        charts=[chart for chart in charts if chart.file != "parallel_coordinates.svg"],
+        charts=[chart for chart in charts if not chart.file.startswith(("parallel_coordinates", "parameter_"))],
+        parameter_charts=[chart for chart in charts if chart.file.startswith("parameter_")],
+        importances=_importances(details),
         trials_chart=next((chart for chart in charts if chart.file == "parallel_coordinates.svg"), None),
         trials=sorted(details["trials"], key=lambda trial: (states.index(trial["state"]), -first.gain(trial))),
         num_samples=sum(trial["history"][-1]["samples"] for trial in details["trials"] if trial["history"]),
@@ -103,6 +106,9 @@ def _charts(details: SweepDetails) -> list[SweepChart]:
         charts.append((_file("learning_curves", i), title, note, _learning_curves(details, objective)))
     note = "one line per trial; dashed: the recipe's values; fainter: stopped early"
     charts.append(("parallel_coordinates.svg", "All trials", note, _trials_chart(details)))
+    note = "orange: the recipe's values; hollow: stopped early, scored at fewer samples"
+    for field, space in details["space"].items():
+        charts.append((f"parameter_{field}.svg", field, note, _parameter_chart(details, field, bool(space.get("log")))))
     return [SweepChart(file, title, note, chart) for file, title, note, chart in charts if chart]
 
 
@@ -152,6 +158,53 @@ def _pareto_chart(details: SweepDetails, x: ScoredObjective, y: ScoredObjective)
             color = "m1" if trial["default"] else "bar"
             lines.append(Line("", [point._replace(label=label)], 0.5 if point.hollow else 1.0, color))
     return line_chart(lines, x.metric.axis_label, y.metric.axis_label) if lines else None
+
+
+def _parameter_chart(details: SweepDetails, field: str, log: bool) -> Chart | None:
+    """Draw the first objective against the values of a field. Returns None if fewer than two trials have numbers."""
+    objective, lines = _objectives(details)[0], []
+    for trial in details["trials"]:
+        score, value = objective.value(trial), trial["values"].get(field)
+        if score is not None and _is_number(value):
+            hollow, label = trial["state"] != "finished", _line_name(details, trial)
+            point = Point(value, objective.metric.axis_value(score), label, _tooltip(details, trial), hollow)
+            lines.append(Line("", [point], 0.5 if hollow else 1.0, "m1" if trial["default"] else "bar"))
+    if len(lines) < 2:
+        return None
+    low, high = (pick(line.points[0].x for line in lines) for pick in (min, max))
+    decades: Sequence[float] = ()
+    if log and 0 < low < high:
+        decades = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    return line_chart(lines, field, objective.metric.axis_label, decades)
+
+
+def _importances(details: SweepDetails) -> dict[str, float]:
+    """Return by field the fraction of the first objective's differences that it explains, the largest first.
+
+    By fANOVA (Hutter et al. 2014) over the finished trials; empty for fewer than `_MIN_TRIALS`.
+    """
+    objective = _objectives(details)[0]
+    trials = [trial for trial in details["trials"] if trial["state"] == "finished" and objective.value(trial) is not None]
+    columns = {field: [_axis_value(trial["values"].get(field)) for trial in trials] for field in details["space"]}
+    columns = {field: values for field, values in columns.items() if len(set(values)) > 1}
+    if len(trials) < _MIN_TRIALS or not columns:
+        return {}
+    import optuna  # takes a second
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions: dict[str, Any] = {}
+    for field, values in columns.items():
+        if all(_is_number(value) for value in values):
+            log = bool(details["space"][field].get("log")) and min(values) > 0
+            distributions[field] = optuna.distributions.FloatDistribution(min(values), max(values), log=log)
+        else:
+            columns[field] = [str(value) for value in values]
+            distributions[field] = optuna.distributions.CategoricalDistribution(sorted(set(columns[field])))
+    study = optuna.create_study(direction="maximize" if objective.maximize else "minimize")
+    for i, trial in enumerate(trials):
+        values = {field: column[i] for field, column in columns.items()}
+        study.add_trial(optuna.create_trial(params=values, distributions=distributions, value=objective.value(trial)))
+    return optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
 
 
 def _learning_curves(details: SweepDetails, objective: ScoredObjective) -> Chart | None:

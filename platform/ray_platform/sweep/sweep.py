@@ -23,15 +23,17 @@ from ray.tune.experiment import Trial
 from ray.tune.logger import JsonLoggerCallback
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, describe_error
+from ray_platform.contracts import ConfigError, describe_error, one_line
 from ray_platform.placement import ResourceRequest, can_autoscale, describe_nodes, total_resources
 from ray_platform.report.records import HistoryEntry, TrialRecord
 from ray_platform.sweep.config import FieldValues, SearchConfig, Space
 from ray_platform.sweep.schedulers import HISTORY, MILESTONE, RUNG, TrialReport, build_scheduler, is_baseline, trial_name
 from ray_platform.sweep.search import TRIAL, MultiObjectiveSearch, TrialConfig, trial_points
-from ray_platform.tracking import read_run_record
+from ray_platform.tracking import RunRecord, read_run_record
 
 _STATE = "state.json"
+logger = logging.getLogger(__name__)
+
 TUNE = "tune"  # folder in output_dir with Ray Tune's state of the sweep
 _SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the driver, and with it all trials; Tune would wait for them
@@ -183,7 +185,19 @@ class Sweep:
             "metrics": history[-1]["metrics"] if history else {},
             "run_id": run["run_id"] if run else "",
             "url": report.get("url", ""),
+            "run_page": _run_page(run) if run and run["tracking_uri"] and run["run_id"] else "",
         }
+
+
+def _run_page(run: RunRecord) -> str:
+    """Return the URL of a trial's MLflow run; empty if MLflow does not answer."""
+    from ray_platform.tracking.mlflow_tracker import run_page  # its import takes a second
+
+    try:
+        return run_page(run)
+    except Exception as error:  # the sweep has finished, and its results are known
+        logger.warning("tracking: the address of a trial's run is not known: %s", one_line(error, 200))
+        return ""
 
 
 class Progress(tune.Callback):

@@ -30,12 +30,12 @@ def test_the_table_has_every_trial_the_best_first_and_the_failed_last(details):
     default = details["trials"][0]
     assert "the recipe" in recipe[0]
     assert recipe[1] == f"{100 * default['metrics'][ACCURACY]:.2f} %"
-    assert recipe[4:] == ["2", "0.1", "0", "0.1", "0.07", "one_way", "20,480", "6.8 min", default["run_id"]]
+    assert recipe[4:] == ["2", "0.1", "0", "0.1", "0.07", "one_way", "20,480", "6.8 min", default["run_id"], "–"]
     (failed,) = page.rows_of("trial_006")
-    assert failed[1:4] + failed[10:] == ["–"] * 6
+    assert failed[1:4] + failed[10:] == ["–"] * 7
     assert all(page.rows_of(field) for field in details["space"])
-    assert page.rows_of("objective.lambda_alignment")[0][1] == "0.1 to 10, logarithmic"
-    assert page.rows_of("objective.query_timestep_min")[0][1] == "0, 500, 700, 900"
+    assert page.rows_of("objective.lambda_alignment")[-1][1] == "0.1 to 10, logarithmic"
+    assert page.rows_of("objective.query_timestep_min")[-1][1] == "0, 500, 700, 900"
     assert details["command"] in page.text
 
 
@@ -71,8 +71,9 @@ def test_markup_stays_text_and_only_runs_are_linked(details):
 def test_charts_are_files_that_need_nothing_else(details):
     files = sweep_files(details)
     names = [f"{name}.svg" for name in ("learning_curves", "learning_curves_2", "learning_curves_3", "parallel_coordinates")]
-    assert sorted(files) == [*names, "pareto.svg", "pareto_2.svg"]
-    assert sorted(sweep_files(details | {"objectives": details["objectives"][:1]})) == [names[0], names[3]]
+    numeric = sorted(f"parameter_{field}.svg" for field in details["space"] if field != "model.query_visibility")
+    assert sorted(files) == [*names, *numeric, "pareto.svg", "pareto_2.svg"]
+    assert sorted(sweep_files(details | {"objectives": details["objectives"][:1]})) == [names[0], names[3], *numeric]
     odd = poisoned(details, {"state", "mode", "metric", "created"}, {"space", "values"})
     odd["trials"][0]["name"] = odd["front"][0] = "nul \x00, \x1b, half a pair \ud83d and $x_2$"
     for svg in [*files.values(), *sweep_files(odd).values()]:
@@ -165,3 +166,37 @@ def test_the_recipes_values_outside_the_space_are_drawn(details):
     assert "null" in labels
     assert " 0 500 700 900 " in " ".join(labels)
     assert len(groups(details, "parallel_coordinates.svg", "trial")) == len(details["trials"])
+
+
+def test_a_trial_links_to_its_run_and_its_folder(details):
+    trial = details["trials"][0] | {"run_page": "https://mlflow.example/#/1", "url": "/data/sweep/trials/trial_000_0"}
+    page = Page(sweep_page(details | {"trials": [trial]}))
+    assert page.attributes("href") == [trial["run_page"], "trials/trial_000_0"]
+
+
+def test_trials_that_ended_early_have_a_part_of_the_table_of_their_own(details):
+    states = [trial["state"] for trial in details["trials"]]
+    groups = [row[0] for row in Page(sweep_page(details)).rows if len(row) == 1]
+    expected = [
+        (label, states.count(state)) for state, label in (("finished", "Finished"), ("stopped", "Stopped"), ("failed", "Failed"))
+    ]
+    assert [(group.split()[0].rstrip(":"), int(re.search(r"\d+", group)[0])) for group in groups] == [e for e in expected if e[1]]
+
+
+def test_the_parameter_that_decides_the_score_is_the_most_important_and_its_points_are_on_its_axis(details):
+    trials = [trial for trial in details["trials"] if trial["state"] == "finished"]
+    for trial in trials:
+        trial["metrics"][ACCURACY] = trial["values"]["objective.temperature"]
+    page = Page(sweep_page(details | {"trials": trials}))
+    importances = [(row[0], int(row[1].removesuffix(" %"))) for row in page.rows if row[0] in details["space"] and "%" in row[1]]
+    assert importances[0][0] == "objective.temperature"
+    assert importances == sorted(importances, key=lambda each: -each[1])
+    assert "%" not in str(
+        [row[1] for row in Page(sweep_page(details | {"trials": trials[:3]})).rows if row[0] in details["space"]]
+    )
+    chart = ElementTree.fromstring(sweep_files(details | {"trials": trials})["parameter_objective.temperature.svg"].encode())
+    circles = list(chart.iter("{http://www.w3.org/2000/svg}circle"))
+    assert len(circles) == len(trials)
+    order = sorted(circles, key=lambda circle: float(circle.get("cx")))
+    heights = [-float(circle.get("cy")) for circle in order]
+    assert heights == sorted(heights), "the score rises with the parameter"
