@@ -15,8 +15,8 @@ _BAR = "{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}  {postfix}"
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _PROCESS = re.compile(r"\((?P<name>[\w:]+) pid=\d+(, ip=[^)]*)?\) ")  # before the lines that Ray forwards
 _FOREIGN = re.compile(
-    r"""\d{4}-\d\d-\d\d\ [\d:]+,\d+\s+(INFO|WARNING|ERROR)\s|\((raylet|gcs_server)  # Ray
-    |Job\ submission\ server|Job\ 'diffdis-|-{3,}$|Next\ steps$|Tailing\ logs  # `ray job submit`
+    r"""\d{4}-\d\d-\d\d\ [\d:]+,\d+\s+[A-Z]+\s|\((raylet|gcs_server)  # Ray
+    |Job\ submission\ server|Running\ entrypoint\ for|Job\ 'diffdis-|-{3,}$|Next\ steps$|Tailing\ logs  # `ray job submit`
     |\s+(Query|Request|Follow)\ .*job|\s+ray\ job\ |(Job|Status)\ .*succeeded
     |\[\d{4}-\d\d-\d\d\ |\*{4}|\[rank\d+\]:\[W|\[W\d|WARNING:\   # DeepSpeed, torch
     |\S+\.py:\d+:\ \w*Warning:|.*accelerate`?\ was\ not\ found|.*4x\ the\ maximum  # warnings of Python, diffusers""",

@@ -39,6 +39,8 @@ Job 'diffdis-0123456789ab' submitted successfully
 Next steps
   Query the logs of the job:
     ray job logs diffdis-0123456789ab
+2026-11-30 01:00:00,100\tSUCC cli.py:66 -- \x1b[32m-----------------------\x1b[39m
+Running entrypoint for job diffdis-0123456789ab: python jobs/pretrain.py
 2026-11-30 01:00:00,123\tINFO worker.py:2000 -- Connecting to existing Ray cluster
 \x1b[36m(RayTrainWorker pid=41)\x1b[0m [2026-11-30 01:00:01,123] [WARNING] [engine.py:2304] **** proceed with caution *****
 (RayTrainWorker pid=41) /x/site-packages/diffusers/a.py:12: UserWarning: slow

@@ -192,7 +192,7 @@ def _importances(details: SweepDetails) -> dict[str, float]:
     import optuna  # takes a second
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    distributions: dict[str, Any] = {}
+    distributions: dict[str, object] = {}
     for field, values in columns.items():
         if all(_is_number(value) for value in values):
             log = bool(details["space"][field].get("log")) and min(values) > 0
