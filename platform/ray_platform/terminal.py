@@ -18,7 +18,7 @@ _FOREIGN = re.compile(
     r"""\d{4}-\d\d-\d\d\ [\d:]+,\d+\s+[A-Z]+\s|\((raylet|gcs_server)  # Ray
     |Job\ submission\ server|Running\ entrypoint\ for|Job\ 'diffdis-|-{3,}$|Next\ steps$|Tailing\ logs  # `ray job submit`
     |\s+(Query|Request|Follow)\ .*job|\s+ray\ job\ |(Job|Status)\ .*succeeded
-    |\[\d{4}-\d\d-\d\d\ |\*{4}|\[rank\d+\]:\[W|\[W\d|WARNING:\   # DeepSpeed, torch
+    |\[\d{4}-\d\d-\d\d\ |\*{4}|\[(transformers|diffusers)\]\ |\[rank\d+\]:\[W|\[W\d|WARNING:\   # DeepSpeed, torch
     |\S+\.py:\d+:\ \w*Warning:|.*accelerate`?\ was\ not\ found|.*4x\ the\ maximum  # warnings of Python, diffusers""",
     re.VERBOSE,
 )

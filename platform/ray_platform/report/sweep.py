@@ -165,7 +165,7 @@ def _parameter_chart(details: SweepDetails, field: str, log: bool) -> Chart | No
     objective, lines = _objectives(details)[0], []
     for trial in details["trials"]:
         score, value = objective.value(trial), trial["values"].get(field)
-        if score is not None and _is_number(value):
+        if score is not None and isinstance(value, int | float) and _is_number(value):
             hollow, label = trial["state"] != "finished", _line_name(details, trial)
             point = Point(value, objective.metric.axis_value(score), label, _tooltip(details, trial), hollow)
             lines.append(Line("", [point], 0.5 if hollow else 1.0, "m1" if trial["default"] else "bar"))
@@ -202,8 +202,8 @@ def _importances(details: SweepDetails) -> dict[str, float]:
             distributions[field] = optuna.distributions.CategoricalDistribution(sorted(set(columns[field])))
     study = optuna.create_study(direction="maximize" if objective.maximize else "minimize")
     for i, trial in enumerate(trials):
-        values = {field: column[i] for field, column in columns.items()}
-        study.add_trial(optuna.create_trial(params=values, distributions=distributions, value=objective.value(trial)))
+        params = {field: column[i] for field, column in columns.items()}
+        study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=objective.value(trial)))
     return optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
 
 
