@@ -192,14 +192,18 @@ def _importances(details: SweepDetails) -> dict[str, float]:
     import optuna  # takes a second
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    distributions: dict[str, object] = {}
-    for field, values in columns.items():
-        if all(_is_number(value) for value in values):
-            log = bool(details["space"][field].get("log")) and min(values) > 0
-            distributions[field] = optuna.distributions.FloatDistribution(min(values), max(values), log=log)
-        else:
-            columns[field] = [str(value) for value in values]
-            distributions[field] = optuna.distributions.CategoricalDistribution(sorted(set(columns[field])))
+    columns = {
+        field: values if all(_is_number(value) for value in values) else [str(value) for value in values]
+        for field, values in columns.items()
+    }
+    distributions = {
+        field: optuna.distributions.CategoricalDistribution(sorted(set(values)))
+        if isinstance(values[0], str)
+        else optuna.distributions.FloatDistribution(
+            min(values), max(values), log=bool(details["space"][field].get("log")) and min(values) > 0
+        )
+        for field, values in columns.items()
+    }
     study = optuna.create_study(direction="maximize" if objective.maximize else "minimize")
     for i, trial in enumerate(trials):
         params = {field: column[i] for field, column in columns.items()}
