@@ -26,9 +26,13 @@ while [ "${{1#--}}" != "$1" ]; do
     [ "$1" = --nodes=1 ] && nodes=1
     shift
 done
-trap 'kill $(jobs -p) 2>/dev/null' TERM
-for node in $(seq 0 $((nodes - 1))); do SLURM_NODEID=$node "$@" & done
-wait
+trap 'kill $(jobs -p) 2>/dev/null; wait; exit 1' TERM
+for node in $(seq 0 $((nodes - 1))); do
+    # On one machine, nodes that start at the same moment choose the same ports.
+    [ "$node" -le 1 ] || until [ -S "$RAY_TMPDIR/ray/session_latest/sockets/raylet.$((node - 1))" ]; do sleep 0.2; done
+    SLURM_NODEID=$node "$@" &
+done
+wait -n || kill $(jobs -p) 2>/dev/null  # as --kill-on-bad-exit
 wait
 """
 COUNT_NODES = """
