@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import ray
 
+from diffdis_platform.commands import pretrain
 from ray_platform.local_head import MARKER, marked_processes
-from tests.cluster.manifests import CLUSTER
+from tests.cluster.manifests import CLUSTER, ROOT
+from tests.support.documentation import blocks
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NODES = 3
 SRUN = f"""#!/usr/bin/env bash
 export SLURM_LAUNCH_NODE_IPADDR={ray.util.get_node_ip_address()}
@@ -87,6 +88,8 @@ def job(tmp_path, short_folder):
     assert not remaining, "the script left processes behind"
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_command_runs_on_all_nodes_and_its_status_is_that_of_the_job(job):
     process = job("python", "-c", COUNT_NODES, str(NODES))
     output, _ = process.communicate(timeout=400)
@@ -94,6 +97,8 @@ def test_a_command_runs_on_all_nodes_and_its_status_is_that_of_the_job(job):
     assert f"nodes {NODES} cpus {2 * NODES:.1f}" in output
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_before_the_time_limit_the_command_is_stopped_and_the_job_queued_again(job, tmp_path):
     process = job("python", "-c", WAIT, str(tmp_path / "checkpoint"))
     while (line := process.stdout.readline()) != "training\n":
@@ -103,3 +108,11 @@ def test_before_the_time_limit_the_command_is_stopped_and_the_job_queued_again(j
     assert process.returncode == 1, output
     assert (tmp_path / "checkpoint").read_text() == "saved"
     assert (tmp_path / "scontrol").read_text().startswith("requeue ")
+
+
+def test_the_documented_command_names_the_script_and_can_be_parsed():
+    commands = [words for block in blocks("docs/clusters.md") if block.is_shell for words in block.commands()]
+    (words,) = [words for words in commands if words[0] == "sbatch"]
+    assert (ROOT / words[1]).exists()
+    assert words[2:4] == ["python", "jobs/pretrain.py"]
+    assert pretrain.parse_arguments(words[4:]).config.train.resume == "auto"
