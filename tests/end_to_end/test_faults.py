@@ -202,6 +202,17 @@ def test_a_driver_that_is_stopped_or_killed_can_be_started_again(shards, undistu
     assert_as_undisturbed(tmp_path, run, undisturbed)
 
 
+def test_a_launch_ends_with_a_checkpoint_before_a_time_limit(shards, ray_cluster, tmp_path):
+    run = pixel_run(tmp_path, shards, num_workers=1, num_steps=100_000, checkpoint_every=100_000, max_minutes=0.01)
+    with pytest.raises(
+        TrainingError, match=r"^train\.max_minutes: .* saved at step \d+; resume from .* with --resume auto$"
+    ) as ended:
+        run.fit()
+    (checkpoint,) = checkpoint_format.list_checkpoints(str(tmp_path))
+    assert checkpoint in str(ended.value)
+    assert not (tmp_path / "export").exists()
+
+
 def change_lease(output, **fields):
     file = output / LEASE
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
