@@ -31,7 +31,7 @@ hypothesis.settings.load_profile("no deadline")
 ROOT = Path(__file__).parents[1]
 TIERS = ("ray", "ranks", "unit")  # in execution order: the longest first
 TIER_OF_FIXTURE = {"ray_cluster": "ray", "trained_run": "ray", "s3_server": "ranks", "ranks": "ranks", "two_ranks": "ranks"}
-HARMLESS_COMMANDS = ("git",)  # reading the code version runs git in many places
+HARMLESS_COMMANDS = ("git", "uname")  # reading the code version runs git in many places, and importing mlflow `uname -p`
 
 _unit_test_running = False
 

@@ -25,7 +25,7 @@ from diffdis_platform.config.fields import FieldTypes, field_names, field_types
 from diffdis_platform.config.help import CommandHelp, Option, render_help, requested_section, suggest
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.formats import VERSION_KEY, FileFormat
-from ray_platform.json_values import JsonObject
+from ray_platform.json_values import JsonObject, to_plain, with_defaults
 from ray_platform.redaction import is_redacted, redacted_values
 from ray_platform.storage_config import StorageConfig
 
@@ -91,7 +91,9 @@ def parse(
     parser.add_class_arguments(config_class, default=default)
     options = {option.flag for option in listed}
     written = {option.removeprefix("--").replace("-", "_") for option in options}  # to a saved configuration, next to the fields
-    values, text = _resolve(parser, _read_config_files(_normalize(arguments, fields, options), fields, written))
+    defaults = to_plain(dataclasses.asdict(config_class()))  # type: ignore[call-overload]
+    read = _read_config_files(_normalize(arguments, fields, options), fields, written, defaults)
+    values, text = _resolve(parser, read)
     config = config_class(**{name: values[name] for name in field_names(config_class)})
     given = frozenset(name.replace("-", "_") for name in switches or {} if values[name.replace("-", "_")])
     _set_storage_variables(config)
@@ -315,8 +317,12 @@ def read_saved(values: JsonObject, fields: FieldTypes, url: str, options: Collec
     return current
 
 
-def _read_config_files(arguments: Sequence[str], fields: FieldTypes, options: set[str]) -> list[str]:
-    """Replace the path of a saved config.yaml by the fields in it that still exist. In any other file, all fields must exist."""
+def _read_config_files(arguments: Sequence[str], fields: FieldTypes, options: set[str], defaults: JsonObject) -> list[str]:
+    """Replace the path of a saved config.yaml by the fields in it that still exist. In any other file, all fields must exist.
+
+    A field that a saved configuration lacks is newer than the file. It gets its default and not the value of a recipe, which
+    would change what the file describes.
+    """
     result = []
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         path = argument if previous == "--config" else argument.partition("=")[2] if argument.startswith("--config=") else ""
@@ -326,6 +332,9 @@ def _read_config_files(arguments: Sequence[str], fields: FieldTypes, options: se
                 # Only this parser writes options, such as `recipe`, to a file, and since then also the version.
                 is_saved = VERSION_KEY in values or values.keys() & options
                 current = read_saved(values, fields, path, options) if is_saved else with_current_names(values)
+                # A file that lacks a section was shortened by hand, and adds to a recipe.
+                if is_saved and all(name in current for name, value in defaults.items() if isinstance(value, dict)):
+                    current = with_defaults(current, defaults)
                 argument = argument.removesuffix(path) + yaml.safe_dump(current, sort_keys=False)
         result.append(argument)
     return result
