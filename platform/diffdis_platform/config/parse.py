@@ -332,12 +332,15 @@ def _read_config_files(arguments: Sequence[str], fields: FieldTypes, options: se
                 # Only this parser writes options, such as `recipe`, to a file, and since then also the version.
                 is_saved = VERSION_KEY in values or values.keys() & options
                 current = read_saved(values, fields, path, options) if is_saved else with_current_names(values)
-                # A file that lacks a section was shortened by hand, and adds to a recipe.
-                if is_saved and all(name in current for name, value in defaults.items() if isinstance(value, dict)):
+                if is_saved and _num_values(current) > _num_values(defaults) / 3:  # with fewer, it was written by hand
                     current = with_defaults(current, defaults)
                 argument = argument.removesuffix(path) + yaml.safe_dump(current, sort_keys=False)
         result.append(argument)
     return result
+
+
+def _num_values(values: JsonObject) -> int:
+    return sum(_num_values(value) if isinstance(value, dict) else 1 for value in values.values())
 
 
 def _read_config_file(path: Path) -> Any:
