@@ -10,10 +10,9 @@ Feed = Callable[[Path], str]  # builds an input in a folder; returns the error l
 
 
 def documented_answers() -> dict[str, str]:
-    """Return the tables of hostile inputs: first column -> last column, in which … matches any text."""
-    section = DOCS.read_text().partition("## Hostile inputs")[2]
-    rows = re.findall(r"^\| (.+?) \| .+? \| (.+) \|$", section, re.MULTILINE)
-    return {what: answer for what, answer in rows if what != "input"}
+    """Return the lists of hostile inputs (`- input (where): answer`): input -> answer, in which … matches any text."""
+    section = DOCS.read_text().partition("## Hostile inputs")[2].replace("\n  ", " ")
+    return dict(re.findall(r"^- (.+?) \([^()]+\): (.+)$", section, re.MULTILINE))
 
 
 def check_answer(documented: str, line: str) -> None:
