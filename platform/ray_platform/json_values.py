@@ -49,6 +49,11 @@ def with_defaults(saved: JsonObject, defaults: JsonObject) -> JsonObject:
     return filled
 
 
+def num_values(values: JsonObject) -> int:
+    """Return the number of values in a JSON object and in the objects below it."""
+    return sum(num_values(value) if isinstance(value, dict) else 1 for value in values.values())
+
+
 def _shorten(value: Any) -> str:
     line = json.dumps(value, ensure_ascii=False)
     return line if len(line) <= 80 else f"{line[:79]}…"

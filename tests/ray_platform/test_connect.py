@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from diffdis_platform.commands.inspect import InspectConfig
+from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import parse
 from ray_platform import connect as module
 from ray_platform.connect import ClusterError, connect
@@ -40,7 +41,7 @@ def test_the_workers_of_a_driver_get_absolute_paths_and_the_environments_address
     monkeypatch.setenv("RAY_ADDRESS", listening)
     monkeypatch.setenv("DIFFDIS_PUBLIC_BUCKETS", "set-by-the-user")
     argv = ["--storage.public_buckets", "laion", "coyo", "--output_dir", "/out", "--data.sources", "s3://laion/shards"]
-    parse(InspectConfig, argv, command="inspect", description="")
+    parse(InspectConfig, argv, CommandHelp("inspect", ""))
     connect("127.0.0.1:1")
     assert attached[0]["address"] == listening
     variables = attached[0]["runtime_env"]["env_vars"]

@@ -25,7 +25,7 @@ from diffdis_platform.config.fields import FieldTypes, field_names, field_types
 from diffdis_platform.config.help import CommandHelp, Option, render_help, requested_section, suggest
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.formats import VERSION_KEY, FileFormat
-from ray_platform.json_values import JsonObject, to_plain, with_defaults
+from ray_platform.json_values import JsonObject, num_values, to_plain
 from ray_platform.redaction import is_redacted, redacted_values
 from ray_platform.storage_config import StorageConfig
 
@@ -92,8 +92,7 @@ def parse(
     options = {option.flag for option in listed}
     written = {option.removeprefix("--").replace("-", "_") for option in options}  # to a saved configuration, next to the fields
     defaults = to_plain(dataclasses.asdict(config_class()))  # type: ignore[call-overload]
-    read = _read_config_files(_normalize(arguments, fields, options), fields, written, defaults)
-    values, text = _resolve(parser, read)
+    values, text = _resolve(parser, _read_config_files(_normalize(arguments, fields, options), fields, written, defaults))
     config = config_class(**{name: values[name] for name in field_names(config_class)})
     given = frozenset(name.replace("-", "_") for name in switches or {} if values[name.replace("-", "_")])
     _set_storage_variables(config)
@@ -109,8 +108,7 @@ def _add_options(
     listed: list[Option] = []
     default = None
     if recipes:
-        recipe = _last_value(arguments, "--recipe", next(iter(recipes)))
-        if recipe not in recipes:
+        if (recipe := _last_value(arguments, "--recipe", next(iter(recipes)))) not in recipes:
             raise ConfigError(f"--recipe {recipe}: no such recipe; choose one of {', '.join(recipes)}")
         listed.append(Option("--recipe", f"Configuration to start from: {', '.join(recipes)} (default: {recipe}).", "NAME"))
         parser.add_argument("--recipe", default=recipe)
@@ -320,8 +318,7 @@ def read_saved(values: JsonObject, fields: FieldTypes, url: str, options: Collec
 def _read_config_files(arguments: Sequence[str], fields: FieldTypes, options: set[str], defaults: JsonObject) -> list[str]:
     """Replace the path of a saved config.yaml by the fields in it that still exist. In any other file, all fields must exist.
 
-    A field that a saved configuration lacks is newer than the file. It gets its default and not the value of a recipe, which
-    would change what the file describes.
+    A field that a saved configuration lacks is newer than the file: it gets its default, not the value of a recipe.
     """
     result = []
     for previous, argument in zip(["", *arguments], arguments, strict=False):
@@ -332,15 +329,18 @@ def _read_config_files(arguments: Sequence[str], fields: FieldTypes, options: se
                 # Only this parser writes options, such as `recipe`, to a file, and since then also the version.
                 is_saved = VERSION_KEY in values or values.keys() & options
                 current = read_saved(values, fields, path, options) if is_saved else with_current_names(values)
-                if is_saved and _num_values(current) > _num_values(defaults) / 3:  # with fewer, it was written by hand
-                    current = with_defaults(current, defaults)
+                if is_saved and num_values(current) > num_values(defaults) / 3:  # with fewer, it was written by hand
+                    _add_defaults(current, defaults, fields)
                 argument = argument.removesuffix(path) + yaml.safe_dump(current, sort_keys=False)
         result.append(argument)
     return result
 
 
-def _num_values(values: JsonObject) -> int:
-    return sum(_num_values(value) if isinstance(value, dict) else 1 for value in values.values())
+def _add_defaults(section: JsonObject, defaults: JsonObject, fields: FieldTypes, prefix: str = "") -> None:
+    for name, default in defaults.items():
+        value = section.setdefault(name, default)
+        if isinstance(value, dict) and dataclasses.is_dataclass(fields[f"{prefix}{name}"]):
+            _add_defaults(value, default, fields, f"{prefix}{name}.")
 
 
 def _read_config_file(path: Path) -> Any:
