@@ -135,7 +135,7 @@ def test_several_trackers_at_the_same_time_have_the_same_curves(tmp_path, offlin
 @pytest.mark.s3
 def test_event_files_in_object_storage(s3_url, tmp_path, monkeypatch):
     monkeypatch.setattr(tensorboard_tracker, "_OBJECT_BYTES", 100)
-    url = f"{s3_url}/run"
+    url = f"{s3_url}/tensorboard_run"
     log_run(TrackingConfig(backends=("tensorboard",)), url)
     storage.get_folder(f"{url}/tensorboard", tmp_path)
     assert len(list(tmp_path.iterdir())) > 2
