@@ -98,6 +98,18 @@ class InfoNCE:
         return AlignmentResult(mean, loss, correct, (texts, ids))
 
 
+class LossParameter(nn.Module):
+    """A trainable parameter of a loss. A module, whose call ZeRO 3 sees: it holds all elements only meanwhile."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor([value]))
+
+    def forward(self) -> torch.Tensor:
+        """Return a copy of the value, float32 [1]."""
+        return self.value.float().clone()
+
+
 class SigLIP(nn.Module):
     """Sigmoid loss over the pairs of an image and a text of all ranks, with a trainable bias (Zhai et al. 2023, eq. 1).
 
@@ -111,7 +123,7 @@ class SigLIP(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.tensor([-10.0]))  # nearly all pairs are negatives
+        self.bias = LossParameter(-10.0)  # nearly all pairs are negatives
 
     def forward(
         self, predicted: torch.Tensor, query: torch.Tensor, caption_ids: torch.Tensor, scale: torch.Tensor
@@ -119,10 +131,10 @@ class SigLIP(nn.Module):
         texts, ids = gather_texts(query, caption_ids)
         with torch.autocast(predicted.device.type, enabled=False):
             images, offset = predicted.float().transpose(0, 1), rank_offset(len(query))  # [n, b, D]
-            arguments = images, texts.float(), ids, scale, offset
+            bias, arguments = self.bias(), (images, texts.float(), ids, scale, offset)
             chunks = [
                 # The backward pass computes the logits of a chunk again.
-                checkpoint(_sigmoid_loss, self.bias.float(), *arguments, start, use_reentrant=False, preserve_rng_state=False)
+                checkpoint(_sigmoid_loss, bias, *arguments, start, use_reentrant=False, preserve_rng_state=False)
                 for start in range(0, len(texts), TEXT_CHUNK)
             ]
             losses, positives, best_negatives = zip(*chunks, strict=True)

@@ -10,7 +10,7 @@ from torch import nn
 from diffdis import schedule
 from diffdis.config import ObjectiveConfig
 from diffdis.lora import add_adapters
-from diffdis.losses import AlignmentResult, build_alignment_loss, gather_texts, generation_loss, rank_offset
+from diffdis.losses import AlignmentResult, LossParameter, build_alignment_loss, gather_texts, generation_loss, rank_offset
 from diffdis.model import DiffDis, ImageKVCache
 from diffdis.schedule import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS, uniform_timesteps
 from diffdis.transfer import copy_to
@@ -266,7 +266,7 @@ class Objective(nn.Module):
             # Its value is the loss of these rows; its gradient that of the step's mean loss.
             surrogate = (prediction.queries * grad_cache.queries_grad).sum() + scale * grad_cache.scale_grad
             for parameter, gradient in zip(self._loss_parameters(), grad_cache.parameter_grads, strict=True):
-                surrogate = surrogate + (parameter * gradient).sum()
+                surrogate = surrogate + (parameter() * gradient).sum()
             mean = surrogate - surrogate.detach() + grad_cache.loss.mean()
             result = AlignmentResult(mean, grad_cache.loss, grad_cache.correct, grad_cache.texts)
         metrics = {"temperature": torch.stack([1 / scale.detach(), torch.ones_like(scale)])}
@@ -293,7 +293,8 @@ class Objective(nn.Module):
         texts, ids = (torch.cat([part[name] for part in inputs]) for name in ("query", "caption_ids"))
         with torch.enable_grad():
             result = self.alignment(predicted, texts, ids, scale)
-            queries_grad, scale_grad, *others = torch.autograd.grad(result.mean, (predicted, scale, *self._loss_parameters()))
+            parameters = [parameter.value for parameter in self._loss_parameters()]
+            queries_grad, scale_grad, *others = torch.autograd.grad(result.mean, (predicted, scale, *parameters))
         num, size, caches = len(inputs), len(queries[0]), []
         for part in range(num):
             rows = slice(part * size, (part + 1) * size)
@@ -306,10 +307,10 @@ class Objective(nn.Module):
             caches.append(GradCache(*gradients, result.loss[:, rows], result.correct[:, rows], gathered))
         return caches
 
-    def _loss_parameters(self) -> list[nn.Parameter]:
+    def _loss_parameters(self) -> list[LossParameter]:
         """Return the trainable parameters of the alignment loss itself."""
-        parameters = self.alignment.parameters() if isinstance(self.alignment, nn.Module) else ()
-        return [parameter for parameter in parameters if parameter.requires_grad]
+        modules = self.alignment.modules() if isinstance(self.alignment, nn.Module) else ()
+        return [module for module in modules if isinstance(module, LossParameter) and module.value.requires_grad]
 
     @torch.no_grad()
     def _retrieval_with_shuffled_images(

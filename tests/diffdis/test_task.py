@@ -91,7 +91,7 @@ def test_frozen_parameters_stay(make_task):
 
 def test_learning_rates_and_weight_decays_by_pattern(make_task):
     """The last pattern that matches applies; parameters of the loss are called alignment.*."""
-    rates = {"unet.*": 1e-6, "unet.mid_block.*": 2e-6, "alignment.bias": 3e-3}
+    rates = {"unet.*": 1e-6, "unet.mid_block.*": 2e-6, "alignment.*": 3e-3}
     decays = {"*": 0.1, "*.bias": 0.2}
     task = make_task(ObjectiveConfig(alignment_loss="siglip", lr_overrides=rates, weight_decay_overrides=decays))
     names = {id(parameter): name for name, parameter in task.module.named_parameters()}
@@ -100,7 +100,7 @@ def test_learning_rates_and_weight_decays_by_pattern(make_task):
     assert found.keys() == {name for name, p in task.module.named_parameters() if p.requires_grad}
     for name, (rate, decay) in found.items():
         expected = 2e-6 if ".mid_block." in name else 1e-6 if name.startswith("model.unet.") else 1e-4
-        assert rate == (3e-3 if name == "alignment.bias" else expected), name
+        assert rate == (3e-3 if name.startswith("alignment.") else expected), name
         assert decay == (0.2 if name.endswith(".bias") else 0.1), name
     rates_by_name = {group["name"]: group["lr"] for group in groups}
     assert rates_by_name["unet_unet.mid_block"] == 2e-6, "the name under which the rate is logged"
