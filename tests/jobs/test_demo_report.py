@@ -90,7 +90,7 @@ def test_the_report_of_an_untrained_model_is_complete_and_at_chance(data, tiny_m
 
 
 def summary_with(acc1: float, shuffled: float = 0.001, own_color: float = 50.0):
-    scores = {"acc1": acc1, "acc1_shuffled_images": shuffled, "chance": 0.001}
+    scores = {"acc1": acc1, "acc1_shuffled_images": shuffled, "chance": 0.001, "num_images": 1732}
     color = {"distance_to_own_caption": own_color, "distance_to_random_caption": 70.0}
     return {"zero_shot": {"a": scores, "b": scores}, "color": color, "quality": {"fd": 9.0, "fd_floor": 1.0}}
 
@@ -100,6 +100,7 @@ def test_the_verdict_follows_the_scores_and_their_controls():
     assert "50 times" in verdict(good)
     assert "not recognize" in verdict(at_chance)
     assert "not sound" in verdict(leak)
+    assert "not sound" not in verdict(summary_with(0.05, 3 / 1732)), "one is expected, and three are no rare event"
     assert "do not have the colors" in verdict(gray)
     assert "do not have the colors" not in verdict(good)
 
