@@ -265,8 +265,8 @@ class Objective(nn.Module):
         else:
             # Its value is the loss of these rows; its gradient that of the step's mean loss.
             surrogate = (prediction.queries * grad_cache.queries_grad).sum() + scale * grad_cache.scale_grad
-            for parameter, gradient in zip(self._loss_parameters(), grad_cache.parameter_grads, strict=True):
-                surrogate = surrogate + (parameter() * gradient).sum()
+            for (_, value), gradient in zip(self._loss_parameters(), grad_cache.parameter_grads, strict=True):
+                surrogate = surrogate + (value() * gradient).sum()
             mean = surrogate - surrogate.detach() + grad_cache.loss.mean()
             result = AlignmentResult(mean, grad_cache.loss, grad_cache.correct, grad_cache.texts)
         metrics = {"temperature": torch.stack([1 / scale.detach(), torch.ones_like(scale)])}
@@ -293,7 +293,7 @@ class Objective(nn.Module):
         texts, ids = (torch.cat([part[name] for part in inputs]) for name in ("query", "caption_ids"))
         with torch.enable_grad():
             result = self.alignment(predicted, texts, ids, scale)
-            parameters = [parameter.value for parameter in self._loss_parameters()]
+            parameters = [parameter for parameter, _ in self._loss_parameters()]
             queries_grad, scale_grad, *others = torch.autograd.grad(result.mean, (predicted, scale, *parameters))
         num, size, caches = len(inputs), len(queries[0]), []
         for part in range(num):
@@ -307,10 +307,18 @@ class Objective(nn.Module):
             caches.append(GradCache(*gradients, result.loss[:, rows], result.correct[:, rows], gathered))
         return caches
 
-    def _loss_parameters(self) -> list[LossParameter]:
-        """Return the trainable parameters of the alignment loss itself."""
+    def _loss_parameters(self) -> list[tuple[nn.Parameter, Callable[[], torch.Tensor]]]:
+        """Return the trainable parameters of the alignment loss, each with a function that returns its value.
+
+        Under ZeRO 3, a parameter has a value outside of the loss only if it is a `LossParameter`.
+        """
         modules = self.alignment.modules() if isinstance(self.alignment, nn.Module) else ()
-        return [module for module in modules if isinstance(module, LossParameter) and module.value.requires_grad]
+        return [
+            (parameter, module if isinstance(module, LossParameter) else parameter.clone)
+            for module in modules
+            for parameter in module.parameters(recurse=False)
+            if parameter.requires_grad
+        ]
 
     @torch.no_grad()
     def _retrieval_with_shuffled_images(
