@@ -142,7 +142,7 @@ SHARDS: dict[str, Callable[[], bytes]] = {
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(canary) (w) file closefile\n"
     ),
     "a caption of 5 MB": lambda: sample(png(7), txt=b"word " * 2**20),
-    "a caption that is no UTF-8": lambda: sample(png(7), txt=b"\xff\xfe\x00"),
+    "a caption that is not UTF-8": lambda: sample(png(7), txt=b"\xff\xfe\x00"),
     "a .json of 100,000 nested lists": lambda: sample(png(7), json=b"[" * 100_000),
     "a .json of 20 MB": lambda: sample(png(7), json=b'{"caption": "' + b"x" * 20_000_000 + b'"}'),
     "a .json with a number of a million digits": lambda: sample(png(7), json=b'{"caption": ' + b"9" * 1_000_000 + b"}"),
