@@ -63,7 +63,8 @@ def configuration() -> PretrainConfig:
     train = replace(
         base.train, micro_batch_size=MICRO_BATCH, warmup_steps=2, max_failures=0, checkpoint_every=10**6, preview_every=0
     )
-    return replace(base, model=model, train=train, data=DataConfig(image_size=SIZE, reads_per_rank=1))
+    objective = replace(base.objective, channel_weights=())  # the demo's are of its own latents
+    return replace(base, model=model, objective=objective, train=train, data=DataConfig(image_size=SIZE, reads_per_rank=1))
 
 
 def write_source(folder: Path) -> tuple[np.ndarray, list[str]]:
