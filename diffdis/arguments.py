@@ -5,6 +5,8 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 
+from diffdis.config import DiffDisConfig
+
 TextInput = str | Sequence[str]
 OutputType = Literal["pil", "np", "pt", "latent"]
 # (pipeline, index of the step, timestep, {"latents": ...}) -> {"latents": ...}, as in diffusers.
@@ -57,3 +59,23 @@ def check_length(name: str, values: Sized, expected: int) -> Sized:
     if len(values) != expected:
         raise ValueError(f"{name}: {len(values)} for {expected} inputs; give one for each")
     return values
+
+
+def latent_shape(config: DiffDisConfig, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """Return [C, h, w] of an image in pixels, by default of the model's size. Raises ValueError for a size that does not fit."""
+    unet, size = config.unet, config.image_size
+    factor = size // unet.sample_size  # pixels per latent
+    multiple = factor * 2 ** (len(unet.block_out_channels) - 1)
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and (value < multiple or value % multiple):
+            raise ValueError(f"{name}: {value} is not a multiple of {multiple}, as this model needs")
+    return unet.in_channels, (height or size) // factor, (width or size) // factor
+
+
+def given_latents(latents: torch.Tensor | None, generator: torch.Generator | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """Return the user's initial noise, given as such or by a generator; None for noise by seed and index."""
+    if latents is None and generator is not None:
+        return torch.randn(shape, generator=generator, device=generator.device)
+    if latents is not None and latents.shape != shape:
+        raise ValueError(f"latents: {tuple(latents.shape)} is not {shape}; give one per image")
+    return latents

@@ -3,18 +3,23 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from einops import rearrange
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diffdis.attention import AttentionProcessor
 from diffdis.config import UNetConfig
+
+# Shapes of blocks that are compiled: Stable Diffusion has about 30. Above torch's limit of 8, the others would stay as they are.
+MAX_SHAPES = 64
 
 # (index of the spatial transformer, layer, its self-attention, normed input [B, N, C]) -> residual [B, N, C]
 SelfAttention = Callable[[int, int, Attention, torch.Tensor], torch.Tensor]
@@ -151,3 +156,19 @@ def _transformer(
         x = run(functools.partial(_after_self_attention, block), x, token_states)
     x = to_map(transformer.proj_out(x)) if linear else transformer.proj_out(to_map(x))
     return x + h
+
+
+def compile_blocks(network: nn.Module, **options: Any) -> None:
+    """Compile the residual blocks, the feed-forward layers and the up path's transformer blocks at their next call.
+
+    Blocks of equal shapes share the compiled code, so that compilation takes seconds; the whole network takes minutes. What lies
+    between them stays as it is: random numbers, the loss, and self-attention, which carries the query along under the joint mask.
+    `options`: of torch.compile.
+    """
+    torch.compiler.config.recompile_limit = MAX_SHAPES
+    transformers = {name: module for name, module in network.named_modules() if isinstance(module, BasicTransformerBlock)}
+    up = {module for name, module in transformers.items() if "up_blocks." in name}
+    within = {module for block in up for module in block.modules() if module is not block}
+    for block in network.modules():
+        if block in up or (isinstance(block, ResnetBlock2D | FeedForward) and block not in within):
+            block.compile(fullgraph=True, dynamic=False, **options)

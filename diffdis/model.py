@@ -1,24 +1,200 @@
-"""DiffDis: both passes of Algorithm 1 over one U-Net.
+"""DiffDis: both passes of Algorithm 1 over one U-Net, and the modules that a Stable Diffusion U-Net lacks.
 
-B images, C x H x W latents, L tokens of width D_c, text queries of width D, n query noise samples per image.
+B images, C x H x W latents, L tokens of width D_c, text queries [B, n, D]: n noise samples per image (1 under the joint mask).
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from diffdis import schedule
-from diffdis.alignment_head import AlignmentHead, PooledHead
-from diffdis.attention import KeysValues, image_attention
-from diffdis.config import DiffDisConfig
-from diffdis.fusion import CachingSelfAttention, JointSelfAttention, QueryStream
+from diffdis.attention import KeysValues, contiguous, image_attention, joint_attention, query_attention
+from diffdis.config import DiffDisConfig, HeadConfig
 from diffdis.image_branch import SelfAttention, build_unet, down_path, spatial_transformers, up_path
+
+# --- The text query's half of the dual-stream deep fusion block [P]. At each spatial transformer of the U-Net:
+#     q = FC_in(h_prev + e_t + TimeEmbed(t_e));  K layers of shared self-attention and a separate feed-forward;  h = FC_out(q).
+
+
+class QueryTime(nn.Module):
+    """TimeEmbed(t_e): [B, n] -> [B, n, D], sinusoids and a small MLP, as in the U-Net."""
+
+    def __init__(self, embedding_dim: int):
+        super().__init__()
+        self.sinusoid = Timesteps(embedding_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.embedding = TimestepEmbedding(embedding_dim, embedding_dim)
+
+    def forward(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.embedding(self.sinusoid(timestep.flatten()).to(dtype)).unflatten(0, timestep.shape)
+
+
+class QueryLayer(nn.Module):
+    """Norms and feed-forward of the query in one transformer layer; self-attention is shared with the image."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.norm_feed_forward = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, activation_fn="geglu")
+
+    def add(self, q: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        q = q + attended
+        return q + self.feed_forward(self.norm_feed_forward(q))
+
+
+class DualStreamBlock(nn.Module):
+    """Modules that the query needs in addition to one Transformer2DModel of the U-Net."""
+
+    def __init__(self, embedding_dim: int, width: int, num_layers: int):
+        super().__init__()
+        self.fc_in = nn.Linear(embedding_dim, width)
+        nn.init.zeros_(self.fc_in.weight)  # the query starts as one learned token, without e_t's noise [D; LOG.md]
+        self.layers: list[QueryLayer] = nn.ModuleList(QueryLayer(width) for _ in range(num_layers))  # type: ignore[assignment]
+        self.fc_out = nn.Linear(width, embedding_dim)
+
+
+class QueryStream(nn.Module):
+    """The dual-stream blocks of all spatial transformers, and the embedding of t_e that each of them adds again."""
+
+    def __init__(self, transformers: list[Transformer2DModel], embedding_dim: int):
+        super().__init__()
+        self.time = QueryTime(embedding_dim)
+        blocks = (DualStreamBlock(embedding_dim, t.inner_dim, len(t.transformer_blocks)) for t in transformers)
+        self.blocks: list[DualStreamBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
+
+    def one_way(self, noised: torch.Tensor, attentions: list[list[Attention]], image: list[list[KeysValues]]) -> torch.Tensor:
+        """Run the query over the cached keys and values of an image. noised = e_t + TimeEmbed(t_e) [B, n, D] -> h [B, n, D]."""
+        h = torch.zeros_like(noised)
+        for block, block_attentions, block_image in zip(self.blocks, attentions, image, strict=True):
+            q = block.fc_in(h + noised)
+            for layer, attention, keys_values in zip(block.layers, block_attentions, block_image, strict=True):
+                q = layer.add(q, query_attention(attention, layer.norm_attention(q), keys_values))
+            h = block.fc_out(q)
+        return h
+
+
+class JointSelfAttention:
+    """Self-attention of `down_path` in which image tokens and query attend to each other; carries the query along.
+
+    There may be more images than queries; the last images have them.
+    """
+
+    def __init__(self, stream: QueryStream, noised: torch.Tensor):
+        self.blocks, self.noised = stream.blocks, noised  # [B, 1, D]
+        self.h = torch.zeros_like(noised)
+        self.q = noised
+
+    def __call__(self, index: int, layer: int, attention: Attention, x: torch.Tensor) -> torch.Tensor:
+        block = self.blocks[index]
+        if layer == 0:
+            self.q = block.fc_in(self.h + self.noised)
+        x, attended = joint_attention(attention, x, block.layers[layer].norm_attention(self.q))
+        self.q = block.layers[layer].add(self.q, attended)
+        if layer == len(block.layers) - 1:
+            self.h = block.fc_out(self.q)
+        return x
+
+
+class CachingSelfAttention:
+    """Self-attention of `down_path` that keeps the keys and values of the last images, by spatial transformer and layer."""
+
+    def __init__(self, stream: QueryStream, num_images: int):
+        self.num_images = num_images
+        self.cache: list[list[KeysValues]] = [[] for _ in stream.blocks]
+
+    def __call__(self, index: int, layer: int, attention: Attention, x: torch.Tensor) -> torch.Tensor:
+        out, (keys, values) = image_attention(attention, x)
+        self.cache[index].append(contiguous((keys[-self.num_images :], values[-self.num_images :])))
+        return out
+
+
+# --- The alignment head [P]: M transformer blocks over [projected image tokens; q], then a linear layer on q --------------------
+
+
+class HeadBlock(nn.Module):
+    """Pre-norm transformer block with the same parameters for image tokens and query."""
+
+    def __init__(self, config: HeadConfig):
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(config.width)
+        self.attention = Attention(config.width, heads=config.num_heads, dim_head=config.width // config.num_heads)
+        self.norm_feed_forward = nn.LayerNorm(config.width)
+        self.feed_forward = FeedForward(config.width, activation_fn="geglu")
+
+    def add(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        x = x + attended
+        return x + self.feed_forward(self.norm_feed_forward(x))
+
+
+class PooledHead(nn.Module):
+    """Head of the `clip` task: the mean of the normed image tokens, projected. [B, N, C] -> [B, D]"""
+
+    def __init__(self, image_channels: int, embedding_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(image_channels)
+        self.projection = nn.Linear(image_channels, embedding_dim)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.projection(self.norm(tokens).mean(dim=1))
+
+
+class AlignmentHead(nn.Module):
+    """Predicts the clean text query from the query stream and the features of the U-Net's middle block."""
+
+    def __init__(self, config: HeadConfig, image_channels: int, embedding_dim: int):
+        super().__init__()
+        self.norm_image = nn.LayerNorm(image_channels)
+        self.image_in = nn.Linear(image_channels, config.width)
+        self.query_in = nn.Linear(embedding_dim, config.width)
+        nn.init.zeros_(self.query_in.weight)  # as FC_in: at first, the query only knows what it attends to
+        blocks = (HeadBlock(config) for _ in range(config.num_layers))
+        self.blocks: list[HeadBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self.norm_out = nn.LayerNorm(config.width)
+        self.query_out = nn.Linear(config.width, embedding_dim)
+        self.gradient_checkpointing = False  # recompute the feed-forward of each block in the backward pass
+
+    def _add(self, block: HeadBlock, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block.add, x, attended, use_reentrant=False)
+        return block.add(x, attended)
+
+    def encode_image(self, tokens: torch.Tensor) -> list[KeysValues]:
+        """One-way mask: return the keys and values of the image tokens [B, N, C] in each block; no query changes them."""
+        x = self.image_in(self.norm_image(tokens))  # [B, N, W]
+        cache = []
+        for block in self.blocks:
+            attended, keys_values = image_attention(block.attention, block.norm_attention(x))
+            cache.append(contiguous(keys_values))
+            if len(cache) < len(self.blocks):  # nothing reads the image tokens of the last block
+                x = self._add(block, x, attended)
+        return cache
+
+    def one_way(self, h: torch.Tensor, cache: list[KeysValues]) -> torch.Tensor:
+        """One-way mask: h [B, n, D] -> the prediction [B, n, D]."""
+        q = self.query_in(h)  # [B, n, W]
+        for block, keys_values in zip(self.blocks, cache, strict=True):
+            q = self._add(block, q, query_attention(block.attention, block.norm_attention(q), keys_values))
+        return self.query_out(self.norm_out(q))
+
+    def joint(self, h: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Joint mask: h [B, 1, D], tokens [B, N, C] -> the prediction [B, 1, D]."""
+        x, q = self.image_in(self.norm_image(tokens)), self.query_in(h)
+        for block in self.blocks:
+            x_attended, q_attended = joint_attention(block.attention, block.norm_attention(x), block.norm_attention(q))
+            x, q = self._add(block, x, x_attended), self._add(block, q, q_attended)
+        return self.query_out(self.norm_out(q))
+
+
+# --- The network ---------------------------------------------------------------------------------------------------------------
 
 
 class ImageKVCache(NamedTuple):
@@ -32,8 +208,6 @@ class ImageKVCache(NamedTuple):
 ImageCondition = ImageKVCache | tuple[torch.Tensor, torch.Tensor]
 
 
-# Shapes of blocks that are compiled: Stable Diffusion has about 30. Above torch's limit of 8, the others would stay as they are.
-MAX_SHAPES = 64
 MAX_LOG_SCALE = math.log(100.0)  # of the temperature's scale, as in CLIP
 
 
@@ -188,19 +362,3 @@ class DiffDis(nn.Module):
 
 def _tokens(features: torch.Tensor) -> torch.Tensor:
     return rearrange(features, "b c h w -> b (h w) c")
-
-
-def compile_blocks(network: nn.Module, **options: Any) -> None:
-    """Compile the residual blocks, the feed-forward layers and the up path's transformer blocks at their next call.
-
-    Blocks of equal shapes share the compiled code, so that compilation takes seconds; the whole network takes minutes. What lies
-    between them stays as it is: random numbers, the loss, and self-attention, which carries the query along under the joint mask.
-    `options`: of torch.compile.
-    """
-    torch.compiler.config.recompile_limit = MAX_SHAPES
-    transformers = {name: module for name, module in network.named_modules() if isinstance(module, BasicTransformerBlock)}
-    up = {module for name, module in transformers.items() if "up_blocks." in name}
-    within = {module for block in up for module in block.modules() if module is not block}
-    for block in network.modules():
-        if block in up or (isinstance(block, ResnetBlock2D | FeedForward) and block not in within):
-            block.compile(fullgraph=True, dynamic=False, **options)

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 from tqdm.auto import tqdm
 
-from diffdis import export_folder, sampling, schedule
+from diffdis import arguments, export_folder, schedule
 from diffdis.arguments import EmbedSettings, GenerateSettings, OutputType, StepCallback, TextInput, as_texts, check_length
 from diffdis.autoencoder import Autoencoder, KLAutoencoder, decode_as, join, to_latents
 from diffdis.config import DiffDisConfig
 from diffdis.images import ImagesInput, as_image_list, preprocess
 from diffdis.metrics.zero_shot import class_embeddings
 from diffdis.model import DiffDis, ImageCondition
-from diffdis.sampling import named_generator, named_noise
+from diffdis.schedule import named_generator, named_noise
 from diffdis.text_encoder import TextEncoder
 
 IMAGE_BATCH, TEXT_BATCH = 32, 256
@@ -39,7 +39,7 @@ class DiffDisPipeline:
         """Take the parts as they are, all on the device of `model`, and set the model to eval mode."""
         self.config, self.model = config, model.eval()
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
-        self._ddim = self._scheduler = sampling.ddim_scheduler(config.schedule)
+        self._ddim = self._scheduler = schedule.ddim_scheduler(config.schedule)
         self._progress_bar: dict[str, Any] = {}
         self._classes: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], torch.Tensor] = OrderedDict()
 
@@ -71,7 +71,7 @@ class DiffDisPipeline:
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
-        self._scheduler = sampling.build_scheduler(scheduler, self.config.schedule)
+        self._scheduler = schedule.build_scheduler(scheduler, self.config.schedule)
 
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Set arguments of the progress bar of `pipeline(...)`, tqdm's, such as `disable=True`."""
@@ -124,8 +124,8 @@ class DiffDisPipeline:
         self._check_generates(output_type, num_images_per_prompt, batch_size)
         prompts, negative = self._paired_prompts(prompt, negative_prompt, num_images_per_prompt)
         indices = range(len(prompts)) if indices is None else check_length("indices", indices, len(prompts))
-        shape = sampling.latent_shape(self.config, height, width)
-        latents, parts = sampling.given_latents(latents, generator, (len(prompts), *shape)), []
+        shape = arguments.latent_shape(self.config, height, width)
+        latents, parts = arguments.given_latents(latents, generator, (len(prompts), *shape)), []
         with tqdm(total=-(-len(prompts) // batch_size) * num_inference_steps, **self._progress_bar) as bar:
             on_step = functools.partial(self._on_step, bar, callback_on_step_end)
             for start in range(0, len(prompts), batch_size):
@@ -231,8 +231,8 @@ class DiffDisPipeline:
             return out
 
         if self._scheduler is self._ddim:
-            return sampling.sample_ddim(predict, latents, num_steps, self.config.schedule, self.model.alphas_cumprod, on_step)
-        return sampling.sample(predict, latents, num_steps, self._scheduler, generators, on_step)
+            return schedule.sample_ddim(predict, latents, num_steps, self.config.schedule, self.model.alphas_cumprod, on_step)
+        return schedule.sample(predict, latents, num_steps, self._scheduler, generators, on_step)
 
     # --- alignment -----------------------------------------------------------------------------------------------------
 

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from diffdis_platform.config.pretrain import PretrainConfig
-from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion, sd_v1_laion_joint_mask
+from diffdis_platform.recipes import sd_v1_laion, sd_v1_laion_joint_mask
 from diffdis_platform.sizing.counts import clip_text_encoder, count, stable_diffusion_autoencoder
 from diffdis_platform.sizing.estimate import launches, memory
 from ray_platform.train.config import BatchPlan
-from ray_platform.train.throughput import peak_flops
+from ray_platform.train.statistics import peak_flops
 from tests.benchmarks.accelerator_parts import KERNELS, measure_all
 from tests.support.tiny_checkpoints import save_clip_tokenizer, save_stable_diffusion
 

@@ -35,11 +35,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, CLIPModel
 
 from diffdis import config as presets
-from diffdis.clip_scorer import ClipScorer, Resize
 from diffdis.metrics.image_quality import Moments, frechet_distance
 from diffdis.metrics.zero_shot import ZeroShotScores, class_embeddings
 from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
+from diffdis.scorers import ClipScorer, Resize
 from diffdis.text_encoder import build_text_encoder
 from ray_platform.evaluate.discovery import open_evaluation_set
 from ray_platform.evaluate.sets import KNOWN_SETS

@@ -24,7 +24,7 @@ from diffdis.model import DiffDis
 from diffdis.objective import Objective
 from diffdis.task import DiffDisTask
 from diffdis_platform.config.pretrain import PretrainConfig
-from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion
+from diffdis_platform.recipes import sd_v1_laion
 from tests.support.tiny_checkpoints import save_stable_diffusion
 
 WIDTH, SIZE, STEPS, FULL_BATCH = 32, 2, 8, 16
@@ -177,8 +177,7 @@ class Step:
 
 def gigabytes(config: PretrainConfig) -> float:
     """Return the GB through memory in forward and backward of 16 samples at full size, on fake tensors."""
-    from ray_platform.train.engine import Engine  # noqa: F401  (sets DeepSpeed's accelerator)
-    from ray_platform.train.precision import convert_weights
+    from ray_platform.train.engine import convert_weights
 
     with FakeTensorMode():
         module = Objective(DiffDis(replace(config.model, trained_for=config.objective.task)), config.objective)

@@ -6,7 +6,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from diffdis.autoencoder import to_latents
-from diffdis.model import MAX_SHAPES, compile_blocks
+from diffdis.image_branch import MAX_SHAPES, compile_blocks
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
-from diffdis.clip_scorer import ClipScorer
 from diffdis.feature_networks import INCEPTION_DIGEST, RESIZES, Inception, PooledFeatures, _to_efficientnet, build_feature_network
+from diffdis.scorers import ClipScorer
 from tests.diffdis.metrics import peers
 from tests.support.tiny_checkpoints import save_clip, save_mean_pool_encoder
 

@@ -13,7 +13,7 @@ from diffdis import schedule
 from diffdis.attention import image_attention
 from diffdis.config import ObjectiveConfig, ScheduleConfig
 from diffdis.image_branch import down_path, up_path
-from diffdis.sampling import named_noise
+from diffdis.schedule import named_noise
 from diffdis.task import DiffDisTask
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from diffdis import losses
 from diffdis.config import DiffDisConfig, ObjectiveConfig, ScheduleConfig, sd_v1
 from diffdis.pipeline import DiffDisPipeline
-from diffdis.query_leak import query_leak
+from diffdis.task import query_leak
 from tests.support.ranks import shared_ranks
 
 CPU = torch.device("cpu")

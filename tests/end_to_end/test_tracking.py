@@ -17,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from diffdis_platform.serving.package import model_package
+from diffdis_platform.config.pretrain import model_package
 from ray_platform.tracking import RunMetadata, TrackedData, TrackingConfig, delivery, read_run_record, start_run
 from tests.support.html_page import browser_page
 from tests.support.mlflow_pages import Pages

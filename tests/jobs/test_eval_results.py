@@ -17,10 +17,10 @@ from diffdis.config import ObjectiveConfig
 from diffdis.metrics import image_quality
 from diffdis.task import DiffDisTask
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig
+from diffdis_platform.evaluation.distance import feature_metrics, few_images_warning
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import open_baseline, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement
-from diffdis_platform.evaluation.reference import feature_metrics, few_images_warning
 from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults, render_results, step_scores
 from diffdis_platform.evaluation.run import write_outputs
 from ray_platform.contracts import ConfigError

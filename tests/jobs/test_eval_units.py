@@ -20,7 +20,7 @@ from tests.support.tiny_checkpoints import save_clip
 ROOT = Path(__file__).parents[2]
 # What computes rows, and the modules outside of ROW_PACKAGES that it may use: they read and name things, and compute no value.
 WORK = ("unit_work", "shards", "image_files", "torchvision_folders")
-SCORERS = ("diffdis.scorer", "diffdis.clip_scorer", "diffdis.feature_networks")
+SCORERS = ("diffdis.scorers", "diffdis.feature_networks")
 WITHOUT_VALUES = {
     *("contracts", "json_values", "names", "object_store", "placement", "ray_internals", "redaction", "retry"),
     *("storage", "storage_config", "storage_errors", "formats"),

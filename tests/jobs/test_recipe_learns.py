@@ -12,8 +12,8 @@ from transformers import CLIPTextModel
 
 from diffdis.config import HeadConfig
 from diffdis.task import DiffDisTask
+from diffdis_platform.recipes import sd_v1_laion
 from diffdis_platform.recipes.demo import PREVIEW_CAPTIONS
-from diffdis_platform.recipes.sd_v1_laion import sd_v1_laion
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.optimizer import AdamW
 from tests.support.tiny_checkpoints import save_clip_tokenizer, save_stable_diffusion

@@ -23,7 +23,7 @@ from PIL import Image
 from diffdis.config import ObjectiveConfig
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
-from diffdis_platform.serving.package import model_package, red_circle
+from diffdis_platform.config.pretrain import model_package, red_circle
 from diffdis_platform.serving.pyfunc_model import DiffDisModel
 from ray_platform.tracking import TrackingConfig, start_run, tracking_uri
 from tests.ray_platform.conftest import png

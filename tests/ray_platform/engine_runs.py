@@ -28,7 +28,7 @@ def rank_loop(rank, fields, world_size, num_micro, start, stop, state, bad_at):
     task = SmallTask()
     size = GLOBAL_BATCH // world_size // num_micro
     engine = Engine(task, TrainConfig(**fields, deepspeed=SHARDED if fields["zero_stage"] == 3 else {}), size, num_micro)
-    assert not fields["zero_stage"] or hasattr(engine.optimizer, "clip_grad"), "`deepspeed_internals.set_clipping` sets it"
+    assert not fields["zero_stage"] or hasattr(engine.optimizer, "clip_grad"), "`zero.set_clipping` sets it"
     if state is not None:
         engine.load_state(start, lambda name, shape: state.get(name))
     losses, changed = [], []

@@ -267,7 +267,7 @@ def test_previews_that_fail_on_some_ranks_are_left_out(two_ranks):
 
 def stalled(rank):
     """Record two steps of 3 s per rank, half of it waiting, then 1 s for a checkpoint on one rank and 3 s on the other."""
-    from ray_platform.train.throughput import ThroughputMeter
+    from ray_platform.train.statistics import ThroughputMeter
 
     meter = ThroughputMeter(0.0)
     for _ in range(2):
@@ -282,13 +282,13 @@ def test_what_stalls_a_run_is_a_fraction_of_its_own(two_ranks):
 
 
 def test_deepspeed_does_not_warn_of_our_optimizer():
-    from ray_platform.train import deepspeed_internals
+    from ray_platform.train import zero
 
-    deepspeed_internals.import_deepspeed()  # sets the filter
+    zero.import_deepspeed()  # sets the filter
     from deepspeed.runtime import engine
     from deepspeed.utils import logger
 
-    untested = deepspeed_internals.UNTESTED
+    untested = zero.UNTESTED
     assert untested in inspect.getsource(engine), "DeepSpeed has another text; change the filter"
     shown: list[logging.LogRecord] = []
     handler = logging.Handler()

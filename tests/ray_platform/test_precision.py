@@ -96,7 +96,7 @@ def test_fp16_scales_its_loss_and_finds_a_scale(reference, zero_stage):
 
 def large_norm(rank, zero_stage):
     """Run a step whose gradients are finite in fp16, and their norm, times the loss scale, is above its range."""
-    from ray_platform.train import deepspeed_internals
+    from ray_platform.train import zero
     from ray_platform.train.engine import Engine
 
     found = []
@@ -104,7 +104,7 @@ def large_norm(rank, zero_stage):
         engine = Engine(SmallTask(), TrainConfig(zero_stage=zero_stage, precision="fp16", gpus_per_worker=1), 8, 1)
         engine.loss_scale.value = scale or 6e4 / found[0][0]
         engine.backward([samples(0, 8)], [0])
-        gradients = deepspeed_internals.reduced_gradients(engine.optimizer)
+        gradients = zero.reduced_gradients(engine.optimizer)
         largest = max(gradient.abs().max().item() for gradient in gradients)
         update = engine.update(0)
         found.append((largest, update.updated, update.grad_norm, engine.loss_scale.value))

@@ -1,4 +1,4 @@
-"""Statistics by block, and the warning before a run diverges."""
+"""Estimates of the remaining time, statistics by block, and the warning before a run diverges."""
 
 import itertools
 import math
@@ -8,10 +8,18 @@ import pytest
 import torch
 
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.statistics import GradientMonitor, activation_statistics, block_of
+from ray_platform.train.statistics import GradientMonitor, ThroughputMeter, activation_statistics, block_of
 from tests.ray_platform.engine_runs import ADAM, GLOBAL_BATCH, SHARDED
 from tests.ray_platform.small_task import SmallTask, samples
 from tests.support.messages import check_message
+
+
+def test_slow_first_steps_and_single_outliers_do_not_change_the_remaining_time():
+    meter = ThroughputMeter(1.0)
+    for seconds in (30.0, *[1.0] * 8, 12.0, 1.0):
+        meter.add({"loss": torch.tensor([1.0, 1.0])}, captions=["a"], waited=0.25 * seconds, worked=0.75 * seconds)
+    assert meter.seconds_left(600) == pytest.approx(600.0)
+    assert meter.seconds_left(0) == 0
 
 
 def test_names_of_blocks():

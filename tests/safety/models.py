@@ -15,13 +15,13 @@ import scipy.io
 import torch
 
 from diffdis.autoencoder import build_autoencoder
-from diffdis.clip_scorer import ClipScorer
 from diffdis.config import AutoencoderConfig, TextEncoderConfig, tiny
 from diffdis.model import DiffDis
 from diffdis.pipeline import DiffDisPipeline
+from diffdis.scorers import ClipScorer
 from diffdis.text_encoder import build_text_encoder
 from diffdis.warm_start import load_warm_start
-from diffdis_platform.evaluation.reference import read_reference
+from diffdis_platform.evaluation.distance import read_reference
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.precomputed import to_arrow
 from ray_platform.data.source import open_precomputed

@@ -208,7 +208,7 @@ class TrainedRun:
 
 def train_once(model, sources, output) -> TrainedRun:
     """Execute the shared training run. Needs a Ray cluster with at least two CPUs."""
-    from diffdis_platform.serving.package import model_package
+    from diffdis_platform.config.pretrain import model_package
 
     fields = {"zero_stage": 3, "ema_decay": 0.5, "num_steps": 12, "checkpoint_every": 3, "preview_every": 6}
     plain = diffdis_run(model, sources, output, resume="auto", **fields)

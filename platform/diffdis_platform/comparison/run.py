@@ -17,9 +17,9 @@ from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.evaluate import QualityConfig
 from diffdis_platform.config.parse import with_current_names
 from diffdis_platform.evaluation.datasets import open_sets
+from diffdis_platform.evaluation.distance import read_reference
 from diffdis_platform.evaluation.headline import headline
 from diffdis_platform.evaluation.quality import images_dir, read_prompts, stored_samples
-from diffdis_platform.evaluation.reference import read_reference
 from diffdis_platform.evaluation.run import evaluate, plan_evaluation
 from diffdis_platform.exporting import build_task
 from diffdis_platform.parent_run import start_parent_run

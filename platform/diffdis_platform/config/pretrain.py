@@ -5,14 +5,17 @@ Torch and Ray are imported when a run is built: parsing a command line needs nei
 
 import functools
 import importlib
+import io
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffdis.config import DiffDisConfig, ObjectiveConfig, resolve_encoder_paths
+import diffdis
+from diffdis.config import DiffDisConfig, ObjectiveConfig, TaskName, resolve_encoder_paths
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.data.config import DataConfig
 from ray_platform.storage_config import StorageConfig
-from ray_platform.tracking import TrackingConfig
+from ray_platform.tracking import ModelPackage, TrackingConfig
 from ray_platform.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -51,7 +54,6 @@ class PretrainConfig:
         Raises:
             ConfigError: the model and the data do not fit each other.
         """
-        from diffdis_platform.serving.package import model_package
         from ray_platform.redaction import redacted_values
         from ray_platform.train.preflight import RunPlan
 
@@ -70,7 +72,7 @@ class PretrainConfig:
             self.output_dir,
             redacted_values({"recipe": recipe, **asdict(self)}),
             functools.partial(_describe, "diffdis.encoder:describe_encoders", model),
-            functools.partial(_describe, "diffdis.query_leak:describe_captions", model, self.objective),
+            functools.partial(_describe, "diffdis.task:describe_captions", model, self.objective),
             model_package(self.objective.task),
             command,
             functools.partial(_describe, "diffdis.preflight:describe_training", model, self.objective),
@@ -105,3 +107,44 @@ def check_model(model: DiffDisConfig, data: DataConfig) -> None:
         raise ConfigError("model.text_encoder.path: give the folder (or hub name) of the text encoder")
     if model.autoencoder.kind == "kl" and not model.autoencoder.path:
         raise ConfigError("model.autoencoder.path: give the folder (or hub name) of the AutoencoderKL")
+
+
+# --- How MLflow stores, documents and loads the exported model (serving/pyfunc_model.py) ---------------------------------------
+
+SERVING_PARAMS: dict[str, Any] = {
+    "task": "classify",
+    "classes": [],
+    "templates": ["{c}"],
+    "num_steps": 0,
+    "num_draws": 1,
+    "guidance_scale": 7.5,
+    "negative_prompt": "",
+    "best_of": 1,
+    "seed": 0,
+}
+
+
+def model_package(trained_for: TaskName) -> ModelPackage:
+    """Return the package of a model that was trained for a task, which decides its input example."""
+    generates = trained_for == "generation"
+    return ModelPackage(
+        entry=str(Path(__file__).parents[1] / "serving" / "pyfunc_model.py"),
+        code=(str(Path(diffdis.__file__).parent),),
+        requirements=("torch", "diffusers", "transformers", "safetensors", "numpy", "pandas", "pillow", "einops"),
+        columns={"image": "binary", "caption": "string"},
+        results={"class": "string", "score": "double", "scores": ["double"], "image": "binary", "embedding": ["double"]},
+        params=SERVING_PARAMS | ({"task": "generate"} if generates else {}),
+        example={"caption": ["a red circle"]} if generates else {"image": [red_circle()]},
+        example_params={"task": "generate", "num_steps": 10} if generates else {"classes": ["a red circle", "a blue square"]},
+    )
+
+
+def red_circle() -> bytes:
+    """Return a small synthetic image as a PNG."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (64, 64), "white")
+    ImageDraw.Draw(image).ellipse((12, 12, 52, 52), fill="red")
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

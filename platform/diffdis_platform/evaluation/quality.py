@@ -1,20 +1,16 @@
 """Image quality: generate images, extract features, and compare them with those of real images, at several guidance scales."""
 
 import base64
-import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from diffdis.feature_networks import PooledFeatures, build_feature_network
 from diffdis.metrics.image_quality import clip_score
-from diffdis_platform.config.evaluate import QualityConfig, network_name
-from diffdis_platform.evaluation.models import EvaluationModel
-from diffdis_platform.evaluation.reference import Reference, ReferenceFeatures, few_images_warning, read_reference
+from diffdis_platform.config.evaluate import QualityConfig
+from diffdis_platform.evaluation.distance import Reference, ReferenceFeatures, few_images_warning, read_reference
+from diffdis_platform.evaluation.models import EvaluationModel, network_builders, open_networks
 from diffdis_platform.evaluation.units import build_unit, count_units
 from ray_platform import storage
-from ray_platform.cached_folders import with_cached_folders
 from ray_platform.contracts import ConfigError, Rows, UnitOrigin, one_line
 from ray_platform.evaluate.discovery import open_evaluation_set, open_image_set
 from ray_platform.evaluate.results import results_folder
@@ -26,29 +22,6 @@ from ray_platform.report.records import GeneratedSample, QualityPoint
 IMAGES_PER_UNIT = 32
 NUM_SHOWN = 64  # images that are stored for the report in any case
 _STEP_COST = 6.0  # of a denoising step with guidance (two passes of the whole U-Net), relative to a pass of its image branch
-
-
-# --- Networks and prompts -------------------------------------------------------------------------------------------------------
-
-
-def network_builders(networks: Sequence[str], inception: str, resize: str) -> dict[str, Callable[[str], PooledFeatures]]:
-    """Return the functions that build the feature networks on a replica, by their short names."""
-    options = {"inception": (inception, resize)}  # no other network has a choice of weights or resizing
-    return {
-        network_name(name): functools.partial(with_cached_folders, build_feature_network, name, *options.get(name, ("", "")))
-        for name in networks
-    }
-
-
-def open_networks(field: str, builders: Mapping[str, Callable[[str], PooledFeatures]]) -> dict[str, PooledFeatures]:
-    """Build the networks on the driver, so that errors in a name or file are reported before anything runs on the cluster.
-
-    Raises ConfigError, which begins with `field`.
-    """
-    try:
-        return {name: build("cpu") for name, build in builders.items()}
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{field}: {one_line(error)}") from error
 
 
 def read_prompts(config: QualityConfig) -> list[str]:

@@ -126,7 +126,7 @@ def measure_step(module: Objective, inputs: dict[str, torch.Tensor], half: bool)
 
     The gradients of weights are dropped immediately, because they are counted with the optimizer states.
     """
-    for name, parameter in module.named_parameters() if half else ():  # as ray_platform.train.precision does
+    for name, parameter in module.named_parameters() if half else ():  # as ray_platform.train.engine.convert_weights does
         if not name.startswith("model.temperature."):
             parameter.data = parameter.data.to(torch.bfloat16)
     for parameter in module.parameters():

@@ -27,8 +27,19 @@ from ray_platform.contracts import ConfigError, describe_error, one_line
 from ray_platform.placement import ResourceRequest, can_autoscale, describe_nodes, total_resources
 from ray_platform.report.records import HistoryEntry, TrialRecord
 from ray_platform.sweep.config import FieldValues, SearchConfig, Space
-from ray_platform.sweep.schedulers import HISTORY, MILESTONE, RUNG, TrialReport, build_scheduler, is_baseline, trial_name
-from ray_platform.sweep.search import TRIAL, MultiObjectiveSearch, TrialConfig, trial_points
+from ray_platform.sweep.search import (
+    HISTORY,
+    MILESTONE,
+    RUNG,
+    TRIAL,
+    MultiObjectiveSearch,
+    TrialConfig,
+    TrialReport,
+    build_scheduler,
+    is_baseline,
+    trial_name,
+    trial_points,
+)
 from ray_platform.tracking import RunRecord, read_run_record
 
 _STATE = "state.json"

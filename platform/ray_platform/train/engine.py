@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 from ray_platform.contracts import Task
-from ray_platform.train import deepspeed_internals
+from ray_platform.train import zero
 from ray_platform.train.collective import collective
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.data_parallel import DataParallel
-from ray_platform.train.optimizer import EMA, MOMENTS, STEP, WEIGHTS, AdamW, Fragment, LossScale, Rewarm, learning_rate_factor
-from ray_platform.train.precision import convert_weights
+from ray_platform.train.optimizer import EMA, MOMENTS, STEP, WEIGHTS, AdamW, LossScale, Rewarm, learning_rate_factor
 from ray_platform.train.statistics import BlockGradients, activation_statistics
 from ray_platform.train.tensor_parts import part_key
+from ray_platform.train.zero import DataParallel, Fragment
 
 TaskInputs = dict[str, torch.Tensor]
 WeightedMetrics = dict[str, torch.Tensor]  # name -> [2]: weighted sum and weight
@@ -60,7 +59,7 @@ class Engine:
             for group, weights in zip(self.adam.param_groups, self.replicas.weights, strict=True):
                 group["params"] = [weights.master]
         else:
-            self.engine, self.optimizer, _, _ = deepspeed_internals.import_deepspeed().initialize(
+            self.engine, self.optimizer, _, _ = zero.import_deepspeed().initialize(
                 model=task.module,
                 optimizer=self.adam,
                 config=deepspeed_config(config, micro_batch_size, num_micro_batches),
@@ -148,12 +147,12 @@ class Engine:
                 else:
                     self.replicas.update(self.adam)
         else:  # ZeRO clips, and skips the step when a gradient is not finite
-            deepspeed_internals.set_clipping(self.optimizer, self.config.gradient_clipping * scale)
+            zero.set_clipping(self.optimizer, self.config.gradient_clipping * scale)
             # On the device of the weights, which may be offloaded: a copy from the accelerator would not be waited for.
             grad_scale = torch.full((), scale, device=self.adam.device) if scale != 1 else None
             with self.adam.step_options(skip=skip, grad_scale=grad_scale, observe=observe):
                 self.engine.step()
-            finite = not deepspeed_internals.has_overflowed(self.optimizer)
+            finite = not zero.has_overflowed(self.optimizer)
             grad_norm = float(self.engine.get_global_grad_norm()) if finite else math.nan
         self.adam.num_updates += finite and not skip
         rescaled = not skip and self.loss_scale.update(finite)
@@ -165,7 +164,7 @@ class Engine:
         if self.replicas is not None:
             return self.replicas.reduce_gradients()
         # Joined, so that the norm of gradients in half precision is a float32, which their squares need, in one kernel.
-        joined = torch.cat([part.flatten() for part in deepspeed_internals.reduced_gradients(self.optimizer)])
+        joined = torch.cat([part.flatten() for part in zero.reduced_gradients(self.optimizer)])
         squared = torch.linalg.vector_norm(joined, dtype=torch.float32).square()
         torch.distributed.all_reduce(squared)
         return squared.sqrt()
@@ -198,7 +197,7 @@ class Engine:
         if self.replicas is not None:
             self.replicas.round_weights()
         elif self.config.zero_stage == 3:
-            deepspeed_internals.load_zero_3_weights(self.optimizer, self._fragments())
+            zero.load_zero_3_weights(self.optimizer, self._fragments())
         else:
             self.optimizer.update_lp_params()
 
@@ -225,7 +224,7 @@ class Engine:
         weights. No rank waits for another one. A tensor is valid until the next step (`contiguous_on_cpu` copies).
         """
         for name, parameter in self.engine.module.named_parameters():
-            shape, fragment = deepspeed_internals.full_shape(parameter), self._frozen_fragment(parameter)
+            shape, fragment = zero.full_shape(parameter), self._frozen_fragment(parameter)
             states = {WEIGHTS: self._frozen.get(name, parameter.detach())}
             if parameter.requires_grad:
                 if (local := self.adam.local_state(parameter)) is None:
@@ -253,13 +252,13 @@ class Engine:
         missing, steps = [], dict[torch.Tensor, int]()
         self.adam.num_updates = num_updates
         for name, parameter in self.engine.module.named_parameters():
-            shape = deepspeed_internals.full_shape(parameter)
+            shape = zero.full_shape(parameter)
             weights = get(f"{WEIGHTS}/{name}", shape)
             if weights is None:
                 missing.append(f"{WEIGHTS}/{name}")
                 continue
             # The tensor that the module computes with; under ZeRO, the optimizer has a copy of its part.
-            gathered = deepspeed_internals.whole_on_rank_0(parameter) if self.config.zero_stage == 3 else contextlib.nullcontext()
+            gathered = zero.whole_on_rank_0(parameter) if self.config.zero_stage == 3 else contextlib.nullcontext()
             with gathered, torch.no_grad():
                 parameter.copy_(weights)
             if name in self._frozen:
@@ -290,16 +289,34 @@ class Engine:
         """Return what the optimizer updates on this rank."""
         rank, parameters = torch.distributed.get_rank(), [p for p in self.engine.module.parameters() if p.requires_grad]
         if self.config.zero_stage == 3:
-            return deepspeed_internals.zero_3_fragments(self.optimizer, parameters, rank)
+            return zero.zero_3_fragments(self.optimizer, parameters, rank)
         if self.replicas is None:
-            return deepspeed_internals.zero_1_and_2_fragments(self.optimizer, rank)
+            return zero.zero_1_and_2_fragments(self.optimizer, rank)
         return [fragment for weights in self.replicas.weights for fragment in weights.fragments]
 
     def _frozen_fragment(self, parameter: torch.nn.Parameter) -> Fragment | None:
         """Return this rank's part of a frozen parameter under ZeRO 3; None for one that all ranks hold."""
         if self.config.zero_stage < 3 or parameter.requires_grad or self._frozen:
             return None
-        return deepspeed_internals.partition(parameter, torch.distributed.get_rank())
+        return zero.partition(parameter, torch.distributed.get_rank())
+
+
+def convert_weights(module: torch.nn.Module, kept: Sequence[Mapping[str, Any]], precision: str) -> dict[str, torch.Tensor]:
+    """Convert the weights to `train.precision`, except those of the parameter groups `kept`.
+
+    Return the original values of the converted weights by name, on the CPU: the optimizer starts from them, and a checkpoint has
+    them, without rounding.
+    """
+    if precision == "fp32":
+        return {}
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    stay = {parameter for group in kept for parameter in group["params"]}
+    originals = {}
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter not in stay:
+            originals[name] = parameter.detach().to("cpu", torch.float32, copy=True)
+            parameter.data = parameter.data.to(dtype)
+    return originals
 
 
 def _clips_itself(config: TrainConfig) -> bool:
@@ -315,12 +332,12 @@ def deepspeed_config(config: TrainConfig, micro_batch_size: int, num_micro_batch
     has_gpu = torch.cuda.is_available()
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": has_gpu}} if config.offload_optimizer else {}
     clips_itself = _clips_itself(config)
-    zero = {"stage": config.zero_stage, "overlap_comm": has_gpu, **offload}
+    zero_options = {"stage": config.zero_stage, "overlap_comm": has_gpu, **offload}
     generated = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": 0.0 if clips_itself else config.gradient_clipping,
-        "zero_optimization": zero | ({"compute_grad_norm": False} if clips_itself else {}),
+        "zero_optimization": zero_options | ({"compute_grad_norm": False} if clips_itself else {}),
         "fp16": {"enabled": False, "loss_scale": 1.0},
         "communication_data_type": config.precision,
         # The sum of many small gradients would lose them in half precision.

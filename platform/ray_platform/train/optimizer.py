@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ray_platform.train.config import TrainConfig
+from ray_platform.train.zero import Fragment
 
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,43 +24,6 @@ _SWAP_SIZE = 2**24  # elements that `AdamW.swap_ema` exchanges at a time
 def ema_decay_at(decay: float, num_updates: int) -> float:
     """Return the EMA decay at an update: small at first, so that the initial weights are soon forgotten."""
     return min(decay, (1 + num_updates) / (10 + num_updates))
-
-
-@dataclass(frozen=True, eq=False)
-class Fragment:
-    """The part of a parameter that this rank updates: a range of its elements, as they lie in memory."""
-
-    parameter: torch.nn.Parameter  # of the module
-    start: int  # first element in the flattened parameter
-    shard: torch.Tensor  # flat float32 tensor that the optimizer updates, with many fragments one after the other
-    offset: int  # first element in the shard
-    size: int  # number of elements, which may include padding behind those of the parameter
-    channels_last: bool = False  # the elements of an image filter [O, I, h, w] lie in the order (O, h, w, I)
-
-    def touches(self, other: "Fragment") -> bool:
-        """Return whether `other` follows in the same shard."""
-        return self.shard is other.shard and other.offset == self.offset + self.size
-
-    def contains(self, other: "Fragment") -> bool:
-        """Return whether `other` is a part of this range of the same shard."""
-        return self.offset <= other.offset < self.offset + self.size
-
-    def of_shard(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the view of `tensor`, which has the shape of the shard, that belongs to this fragment."""
-        return tensor.detach().narrow(0, self.offset, self.size)
-
-    def of_parameter(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return this fragment's part of `tensor`, which has the shape of the parameter, zero-padded."""
-        flat = (tensor.permute(0, 2, 3, 1) if self.channels_last else tensor).flatten()
-        part = flat[self.start :][: self.size]
-        return torch.nn.functional.pad(part, (0, self.size - part.numel()))
-
-    def shaped(self, elements: torch.Tensor) -> torch.Tensor:
-        """Return a view, with the parameter's shape, of all of its elements."""
-        shape = self.parameter.shape
-        if not self.channels_last:
-            return elements.view(shape)
-        return elements.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
 
 
 class AdamW(torch.optim.AdamW):

@@ -37,8 +37,7 @@ from ray_platform.train.heldout import generate_previews, score, select_samples
 from ray_platform.train.optimizer import EMA, WEIGHTS
 from ray_platform.train.profiling import StepProfiler, count_flops
 from ray_platform.train.resuming import resumed_rewarm, takes_weights_only
-from ray_platform.train.statistics import GradientMonitor
-from ray_platform.train.throughput import ThroughputMeter, memory_metrics
+from ray_platform.train.statistics import GradientMonitor, ThroughputMeter, memory_metrics
 from ray_platform.train.worker_spec import SUMMARY, SUMMARY_FORMAT, WorkerSpec
 
 logger = logging.getLogger(__name__)

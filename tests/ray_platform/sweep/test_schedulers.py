@@ -8,8 +8,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from ray_platform.sweep.config import Choice, Range, SearchConfig
-from ray_platform.sweep.schedulers import HISTORY, MILESTONE, RUNG, Population, SuccessiveHalving, trial_name
-from ray_platform.sweep.search import TRIAL
+from ray_platform.sweep.search import HISTORY, MILESTONE, RUNG, TRIAL, Population, SuccessiveHalving, trial_name
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 

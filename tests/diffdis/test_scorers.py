@@ -12,9 +12,9 @@ from clip_benchmark.metrics import zeroshot_retrieval
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, SiglipImageProcessorPil, SiglipModel
 
-from diffdis.clip_scorer import ClipScorer
 from diffdis.metrics.retrieval import RetrievalRanks
 from diffdis.metrics.zero_shot import ZeroShotScores
+from diffdis.scorers import ClipScorer
 from tests.diffdis.metrics.peers import clip_transform, zeroshot_classification
 from tests.support.tiny_checkpoints import save_clip, save_clip_text_encoder, save_siglip
 
@@ -173,7 +173,7 @@ def test_threads_prepare_alike_and_batches_do_not_matter(scorer):
 
 
 def test_texts_of_any_number_and_length(scorer, monkeypatch):
-    monkeypatch.setattr("diffdis.clip_scorer.TEXT_BATCH_SIZE", 3)
+    monkeypatch.setattr("diffdis.scorers.TEXT_BATCH_SIZE", 3)
     texts = ["cat", "cat", "x" * 500, "", "a tree", "star", "boat"]
     found = scorer.embed_texts(texts)
     assert found.shape == (7, 32)

@@ -1,4 +1,4 @@
-"""Any CLIP or SigLIP in transformers' layout as a scorer of images and texts: a baseline, and the model of CLIPScore."""
+"""Scorers of images and texts in an evaluation: an exported DiffDis model, and any CLIP or SigLIP in transformers' layout."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +17,10 @@ from transformers import (
     SiglipModel,
 )
 
+from diffdis.autoencoder import KLAutoencoder
 from diffdis.metrics.zero_shot import class_embeddings
 from diffdis.model_folder import NO_CODE, check_model_folder
+from diffdis.pipeline import DiffDisPipeline
 from diffdis.pretrained import load_component
 
 TEXT_BATCH_SIZE = 256
@@ -32,9 +34,60 @@ SCORER_TYPES: dict[str, tuple[Any, Any]] = {
 }
 
 
-class ClipScorer:
-    """A CLIP or SigLIP from a folder with config.json, weights and tokenizer; satisfies the platform's Scorer protocol.
+class DiffDisScorer:
+    """An exported DiffDis model; satisfies the platform's Scorer and Generator protocols."""
 
+    def __init__(self, folder: str, device: str):
+        self.pipeline = DiffDisPipeline.from_pretrained(folder).to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        if isinstance(self.pipeline.autoencoder, KLAutoencoder):
+            # One image at a time: at 512 px its activations are larger than the U-Net's for the whole batch.
+            self.pipeline.autoencoder.vae.enable_slicing()
+
+    def preprocess(self, image: np.ndarray) -> np.ndarray:
+        """Return [S, S, 3] of the model's size for uint8 [H, W, 3]: center-cropped to a square, resized with a bicubic filter."""
+        return self.pipeline.preprocess([image])[0]
+
+    def embed_images(
+        self, images: np.ndarray, keys: Sequence[str], num_steps: int = 10, num_draws: int = 1, guidance: float = 0.0
+    ) -> np.ndarray:
+        """Return queries denoised from pure noise, [B, D] float32, of uint8 [B, S, S, 3]; see `DiffDisPipeline.embed_image`."""
+        queries = self.pipeline.embed_image(images, keys=keys, num_steps=num_steps, num_draws=num_draws, guidance=guidance)
+        return queries.float().cpu().numpy()
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Return [N, D] float32."""
+        return self.pipeline.embed_text(texts).float().cpu().numpy()
+
+    def embed_classes(self, class_names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+        """Return [num_classes, D] float32."""
+        return self.pipeline.embed_classes(class_names, templates).float().cpu().numpy()
+
+    def generate_images(
+        self,
+        captions: Sequence[str],
+        indices: Sequence[int],
+        num_steps: int,
+        guidance_scale: float,
+        seed: int,
+        best_of: int = 1,
+    ) -> np.ndarray:
+        """Return uint8 [B, S, S, 3]; see `DiffDisPipeline.generate`."""
+        images = self.pipeline.generate(
+            captions,
+            best_of=best_of,
+            num_inference_steps=num_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            indices=indices,
+        )
+        return np.stack([np.asarray(image) for image in images])
+
+
+class ClipScorer:
+    """A CLIP or SigLIP, as a baseline or for CLIPScore; satisfies the platform's Scorer protocol.
+
+    Its folder has config.json, weights and tokenizer.
     Images are preprocessed as the folder's preprocessor_config.json specifies, or in the model's own way at its size if there
     is none. `resize` is "pillow" for the pixels of CLIP's published results, or "torch", which takes a fifth of the time and
     differs by 1 gray level, rarely 2, in about 0.3 % of the values: its kernel, that of transformers' fast processors, has
