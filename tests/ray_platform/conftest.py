@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ray_platform.tracking import delivery
 from tests.support.s3_server import S3Server
 
 
@@ -91,3 +92,11 @@ def reference():
     from tests.ray_platform.engine_runs import plain_run
 
     return plain_run()
+
+
+@pytest.fixture
+def no_waits(monkeypatch):
+    """Let a tracked run end without waiting for a service that does not answer."""
+    monkeypatch.setattr(delivery, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(delivery, "_MAX_WAIT_S", 0.01)
+    monkeypatch.setattr(delivery, "_END_SECONDS", 0.0)
