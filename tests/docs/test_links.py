@@ -14,7 +14,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([\w./-]+\.py):([A-Za-z_][\w.]*)`")
 FILE = re.compile(r"`((?:diffdis|platform|jobs|tests|cluster|docs)/[\w./-]*\.\w+)`")
 PARTS_OF_THE_METHOD = (
-    "schedule", "losses", "objective", "model", "fusion", "attention", "alignment_head", "image_branch", "encoder",
+    "schedule", "losses", "objective", "model", "attention", "image_branch", "encoder",
     "autoencoder", "text_encoder", "pipeline", "task", "warm_start",
 )  # fmt: skip
 
