@@ -26,7 +26,9 @@ def steps(task, batch, before_second):
     return losses, gradients, graphs
 
 
-@pytest.mark.parametrize(("visibility", "checkpointing"), [("one_way", True), ("joint", False)])
+@pytest.mark.parametrize(
+    ("visibility", "checkpointing"), [("one_way", True), pytest.param("joint", False, marks=pytest.mark.slow)]
+)
 def test_compiled_blocks_compute_the_same_and_are_compiled_in_one_step(make_task, batch, visibility, checkpointing):
     """Compiled without code generation, which takes minutes: what is compiled, and that it is one graph each, does not differ."""
     torch.compiler.reset()

@@ -1,4 +1,7 @@
-"""Groups of gloo ranks on loopback, without Ray. All tests share them, because their imports take seconds."""
+"""Groups of gloo ranks on loopback, without Ray. All tests share them.
+
+The ranks are forked from one server that has imported the libraries, because these imports take each process many seconds.
+"""
 
 import os
 import pickle  # used directly, because torch would put tensors into shared memory, whose manager is slow under load
@@ -10,6 +13,8 @@ import torch
 import torch.multiprocessing as mp
 
 _TIMEOUT_S = 180
+_ROOT = Path(__file__).parents[2]
+_PRELOAD = ["ray_platform.train.engine", "ray_platform.train.deepspeed_internals", "deepspeed", "diffdis.task"]
 
 
 class Ranks:
@@ -40,7 +45,10 @@ class Ranks:
         self.processes = []
 
     def _start(self):
-        context = mp.get_context("spawn")
+        # The server imports by PYTHONPATH alone; multiprocessing passes it no other path.
+        os.environ["PYTHONPATH"] = os.pathsep.join([f"{_ROOT}/platform", str(_ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
         self.asked, self.answered = [context.Queue() for _ in range(self.world_size)], context.Queue()
         self.folder = tempfile.TemporaryDirectory()
         self.extensions = Path(self.folder.name) / "extensions"  # the folder in which DeepSpeed would compile its kernels
