@@ -3,12 +3,10 @@
 import csv
 import json
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -369,28 +367,3 @@ def test_warnings_about_a_set_are_in_the_details_and_the_report(models, tmp_path
     assert "names the class 'van' more than once" in warning
     assert details["warnings"] == [warning]
     assert warning in Page((tmp_path / "out" / "report.html").read_text()).text
-
-
-def test_the_predictions_of_every_sample_and_the_confusion_matrix(models, tmp_path):
-    images = [encoded(picture(0))[:60], *(picture(i) for i in range(1, 9))]
-    write_wds(tmp_path, "mine", images, labels=[i % 3 for i in range(9)], classes=["a", "b", "c"], templates=["a {c}"])
-    data = find_evaluation_set([str(tmp_path)], "mine")
-    plan = EvaluationPlan(models[0], [], {"mine": data}, [ZeroShotMeasurement(models[0], data)])
-    results = EvaluationResults(plan)
-    run_units(plan, results)
-    results.write_predictions(str(tmp_path / "out"))
-    table = pq.read_table(tmp_path / "out" / "predictions" / "good" / "mine.parquet").to_pylist()
-    assert [row["class"] for row in table] == ["a", "b", "c"] * 3
-    assert (table[0]["predicted_class"], table[0]["predictions"], table[0]["cause"]) == (None, [], "image_undecodable")
-    assert all(sorted(row["predictions"]) == [0, 1, 2] for row in table[1:])
-    written = tmp_path / "out" / "predictions" / "good" / "mine.parquet"
-    written.write_bytes(b"")
-    results.write_predictions(str(tmp_path / "out"))
-    assert not written.read_bytes(), "each set is written once"
-    right = sum(row["predicted_class"] == row["class"] for row in table)
-    assert right / 9 == results.finish()["zero_shot"][0]["metrics"]["acc1"]
-    with np.load(tmp_path / "out" / "predictions" / "good" / "mine-confusion.npz") as arrays:
-        confusion, classes = arrays["confusion"], [str(name) for name in arrays["classes"]]
-    counts = Counter((row["class"], row["predicted_class"]) for row in table)
-    assert confusion.tolist() == [[counts[true, other] for other in (*classes, None)] for true in classes]
-    assert (classes, confusion[0, 3], confusion.sum()) == (["a", "b", "c"], 1, 9)

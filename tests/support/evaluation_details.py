@@ -84,11 +84,16 @@ def zero_shot_result(name: str, model: str) -> dict[str, Any]:
     examples = [{"key": f"0.tar/s{i:07d}", "jpeg": picture(i)} for i in range(3)]
     confusions = [{"true": names[i], "predicted": names[i + 1], "count": 9, "fraction": 0.3 / (i + 1), "examples": examples}
                   for i in range(3)]  # fmt: skip
+    predictions = [
+        {"key": f"0.tar/s{i:07d}", "jpeg": picture(i), "true": names[i],
+         "predicted": [{"name": names[(i + (i > 4) + j) % len(names)], "right": j == 0 and i < 5} for j in range(5)]}
+        for i in range(8)
+    ]  # fmt: skip
     metrics = {"acc1": main - 0.004, "acc5": min(0.999, main + 0.25), "mean_per_class_recall": main - 0.007, main_metric: main}
     return {
         "set": name, "model": model, "main_metric": main_metric, "metrics": metrics, "n": num_images, "seconds": num_images / 90,
         "unreadable": lost[:10], "num_unreadable": len(lost), "chance": 1 / num_classes, "per_class": classes,
-        "confusions": confusions,
+        "confusions": confusions, "examples": predictions,
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from diffdis_platform.evaluation.units import build_unit, count_units
 from ray_platform.contracts import DataError, Rows, UnitOrigin
 from ray_platform.data.causes import BAD_DATA
 from ray_platform.evaluate.sets import DEFAULT_TEMPLATES, DatasetSlice, EvaluationSet, check_counts
-from ray_platform.evaluate.unit_work import EmbedClasses, EmbedImages, digest_of_contents
+from ray_platform.evaluate.unit_work import EmbedClasses, EmbedImages, choose_sample, digest_of_contents
 from ray_platform.replicas import WorkUnit, join_rows
 from ray_platform.report.records import (
     CaptionQuery,
@@ -25,6 +25,7 @@ from ray_platform.report.records import (
     DatasetResult,
     ImageQuery,
     PairedDifference,
+    PredictedImage,
     RetrievalResult,
     UnreadableSample,
     ZeroShotResult,
@@ -34,6 +35,7 @@ CLASSES_PER_UNIT = 64
 _TEXT_COST = 0.05  # cost of embedding a text, relative to an image
 _MAX_UNREADABLE = 20  # unreadable samples that are listed in a result
 _MAX_CONFUSIONS, _MAX_EXAMPLES = 10, 3  # confusions shown per set, and images shown per confusion
+_NUM_PREDICTED = 5  # examples of correct predictions, and of incorrect ones
 _PUBLISHED = "published for the set"  # class names or templates, wherever they were read
 _NUM_QUERIES, _NUM_RETRIEVED = 4, 5  # queries of each kind in the report, and what is shown for each
 
@@ -242,7 +244,8 @@ class ZeroShotMeasurement(SetMeasurement):
             "n": len(scores.labels),
             "chance": 1 / len(data.classes),
             "per_class": per_class,
-            "confusions": self._confusions(scores, rows["keys"][rows["labels"] >= 0]),
+            "confusions": self._confusions(scores, self._keys),
+            "examples": self._predicted_examples(scores, self._keys),
         }
 
     def curve_point(self) -> CurvePoint:
@@ -277,6 +280,23 @@ class ZeroShotMeasurement(SetMeasurement):
                 }
             )
         return confusions
+
+    def _predicted_examples(self, scores: ZeroShotScores, keys: np.ndarray) -> list[PredictedImage]:
+        """Return a random choice of correct and of incorrect predictions that depends on the keys alone."""
+        best, examples = scores.predictions[:, 0], list[PredictedImage]()
+        for is_chosen in (best == scores.labels, (best != scores.labels) & (best != NO_CLASS)):
+            candidates = np.flatnonzero(is_chosen)
+            for chosen in choose_sample([str(key) for key in keys[candidates]], _NUM_PREDICTED):
+                index = candidates[chosen]
+                label, predicted = scores.labels[index], [each for each in scores.predictions[index] if each != NO_CLASS]
+                examples.append(
+                    {
+                        "key": str(keys[index]),
+                        "true": self.data.classes[label],
+                        "predicted": [{"name": self.data.classes[each], "right": bool(each == label)} for each in predicted],
+                    }
+                )
+        return examples
 
 
 def _describe_causes(causes: np.ndarray) -> str:

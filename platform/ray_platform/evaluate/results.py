@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -71,6 +72,20 @@ def _predictions_url(output_dir: str, model: str, set_name: str, ending: str) ->
     return storage.join(results_folder(output_dir, "predictions", model), f"{set_name.replace('/', '-')}{ending}")
 
 
+def result_files(result: DatasetResult) -> dict[str, str]:
+    """Return the files of one result: what each one has -> its URL, relative to the output folder."""
+    model, set_name = result["model"], result["set"]
+    files = {"scores": _scores_url("", model, set_name)}
+    if "confusions" in result:
+        endings = {"predictions": ".parquet", "confusion matrix": "-confusion.npz"}
+        files |= {label: _predictions_url("", model, set_name, ending) for label, ending in endings.items()}
+    return {label: quote(file.lstrip("/")) for label, file in files.items()}
+
+
+def _scores_url(output_dir: str, model: str, set_name: str) -> str:
+    return storage.join(results_folder(output_dir, "results", model), f"{set_name.replace('/', '-')}.json")
+
+
 def results_folder(output_dir: str, kind: str, model: str) -> str:
     """Return the folder of one kind of a model's results: "results", "reports", "predictions" or "images"."""
     return storage.join(output_dir, kind, _folder_name(model))
@@ -102,8 +117,7 @@ def write_results(details: EvaluationDetails, output_dir: str) -> None:
     check_not_taken(details["models"], output_dir)
     for result, task, num_images in _results(details):
         content = _row(details, models[result["model"]], result, task, num_images)
-        file = f"{result['set'].replace('/', '-')}.json"
-        storage.write_bytes(storage.join(results_folder(output_dir, "results", result["model"]), file), to_json(content))
+        storage.write_bytes(_scores_url(output_dir, result["model"], result["set"]), to_json(content))
     storage.write_bytes(storage.join(output_dir, "results.csv"), _table(output_dir).encode())
     content_of_details = to_json(DETAILS_FORMAT.stamp(_without_images(details)))
     for folder in (output_dir, results_folder(output_dir, "reports", details["models"][0]["name"])):

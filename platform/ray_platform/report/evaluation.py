@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from statistics import mean, median, stdev
 from typing import NamedTuple
 
 from ray_platform.contracts import ConfigError
-from ray_platform.evaluate.results import check_same_protocol
+from ray_platform.evaluate.results import check_same_protocol, result_files
 from ray_platform.metric_registry import describe_metric
 from ray_platform.report.figures import Chart, Line, Point, line_chart, profile
 from ray_platform.report.records import (
     CurvePoint,
     DatasetResult,
     EvaluationDetails,
+    PredictedImage,
     QualityPoint,
     RetrievalResult,
     StepScore,
@@ -24,11 +26,16 @@ from ray_platform.units import duration_text, is_number, number_text, percent_te
 
 _RETRIEVAL = {"image_retrieval_recall": "text → image", "text_retrieval_recall": "image → text"}  # CLIP_benchmark's names
 _NUM_COMPARED = 2  # published models that have a column of their own next to the results
+_NUM_EXAMPLES = 5  # correct predictions on the first screen, and incorrect ones
 _METRICS = {"acc1": "acc1", "acc5": "acc5", "mean_per_class_recall": "per class"}  # column heads of a zero-shot result
 
 
-def evaluation_page(details: EvaluationDetails) -> str:
-    """Return the HTML page of an evaluation. Sections for which `details` has no data are left out."""
+def evaluation_page(details: EvaluationDetails, path_to_output: str | None = None) -> str:
+    """Return the HTML page of an evaluation. Sections for which `details` has no data are left out.
+
+    `path_to_output` is the relative path from the page to the evaluation's output folder, such as "../../": the page links to the
+    files there. A page that is stored without these files has no links (None).
+    """
     quality = sorted(details.get("quality", ()), key=lambda point: point["guidance_scale"])
     metrics = list(dict.fromkeys(name for point in quality for name in point["metrics"] if not name.endswith("_std")))
     results: list[DatasetResult] = [*details.get("zero_shot", ()), *details.get("retrieval", ())]
@@ -37,6 +44,10 @@ def evaluation_page(details: EvaluationDetails) -> str:
         "evaluation.html.j2",
         details=details,
         scores=Scores(details),
+        path_to_output=path_to_output,
+        result_files=result_files,
+        first_examples=_first_examples(details),
+        predictions_by_outcome=_predictions_by_outcome,
         shortfall_text=_shortfall_text,
         with_differences=[result for result in results if result.get("differences")],
         with_seeds=[result for result in results if result.get("seeds")],
@@ -127,6 +138,30 @@ class Scores:
             return self.published[model].get("mean") if model in self.published else self._means.get(model)
         values = [value for name in self.complete_sets if is_number(value := self.main(name, model))]
         return sum(values) / len(values) if values and len(values) == len(self.complete_sets) else None
+
+
+def _predictions_by_outcome(result: ZeroShotResult) -> dict[str, list[PredictedImage]]:
+    """Return the correct and the incorrect example predictions of a set; an outcome without examples is left out."""
+    outcomes: dict[str, list[PredictedImage]] = {"Correct": [], "Incorrect": []}
+    for example in result.get("examples", ()):
+        outcomes["Correct" if example["predicted"][0]["right"] else "Incorrect"].append(example)
+    return {outcome: examples for outcome, examples in outcomes.items() if examples}
+
+
+def _first_examples(details: EvaluationDetails) -> dict[str, list[PredictedImage]]:
+    """Return a few example predictions of the model by their outcome, of all sets in turn."""
+    main = details["models"][0]["name"]
+    by_set = [_predictions_by_outcome(result) for result in details.get("zero_shot", ()) if result["model"] == main]
+    in_turn = {
+        outcome: [
+            example
+            for examples in zip_longest(*(of_set.get(outcome, ()) for of_set in by_set))
+            for example in examples
+            if example is not None
+        ]
+        for outcome in ("Correct", "Incorrect")
+    }
+    return {outcome: examples[:_NUM_EXAMPLES] for outcome, examples in in_turn.items() if examples}
 
 
 def _is_headline(metric: str) -> bool:

@@ -115,12 +115,25 @@ class Confusion(TypedDict):
     examples: Sequence[ExampleImage]
 
 
+class PredictedClass(TypedDict):
+    name: str
+    right: bool
+
+
+class PredictedImage(ExampleImage):
+    """An image with its true class and the classes that score highest."""
+
+    true: str
+    predicted: Sequence[PredictedClass]  # best first
+
+
 class ZeroShotResult(DatasetResult):
     main_metric: str
     n: int  # images
     chance: float  # accuracy of guessing
     per_class: Sequence[ClassRecall]
     confusions: Sequence[Confusion]
+    examples: NotRequired[Sequence[PredictedImage]]  # a random choice of correct and of incorrect predictions
 
 
 class RetrievedImage(ExampleImage):

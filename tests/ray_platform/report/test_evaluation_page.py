@@ -70,7 +70,8 @@ def test_every_class_image_and_point_is_there(details):
     assert all(name in page.text for name in class_names(1000))
     assert any(title.startswith(f"{class_names(1000)[-1]}: ") for title in titles)
     assert "1 class without images." in page.text
-    assert page.count("img") == 5 * 3 * 3 + len(CAPTIONS) * 5 + 1 + 4 * len(CAPTIONS)
+    num_predictions = 10 + 5 * 8  # on the first screen, and in the card of each set
+    assert page.count("img") == 5 * 3 * 3 + len(CAPTIONS) * 5 + 1 + 4 * len(CAPTIONS) + num_predictions
     assert page.count("circle") == len(details["curve"]) + len(details["quality"])
     assert f"50 steps, 2 draws: acc1 {100 * details['curve'][-1]['acc1']:.1f} %" in page.text  # a tooltip
     assert {link.removeprefix("#") for link in page.attributes("href")} == set(page.attributes("id"))
@@ -78,6 +79,39 @@ def test_every_class_image_and_point_is_there(details):
         for confusion in result["confusions"]:
             confusion["examples"] = [{"key": example["key"]} for example in confusion["examples"]]  # image could not be fetched
     assert page_of(details).attributes("title") == titles
+
+
+def test_predictions_are_on_the_first_screen_in_turn_from_all_sets(details):
+    of_sets = [result for result in details["zero_shot"] if result["model"] == OWN]
+    for number, result in enumerate(of_sets):
+        for example in result["examples"]:
+            example["key"] = f"set {number}, {example['key']}"
+    of_sets[1]["examples"] = of_sets[1]["examples"][:5]  # one set without incorrect predictions
+    page = page_of(details)
+    titles = [title for title in page.attributes("title") if title.startswith("set ")][:10]
+    assert [title.split(",")[0] for title in titles] == [f"set {n}" for n in (0, 1, 2, 3, 4, 0, 2, 3, 4, 0)]
+    text = page.text[: page.text.index("Zero-shot classification")]
+    first = of_sets[0]["examples"][0]["predicted"]
+    assert f"{first[0]['name']} 1. {first[0]['name']} ✓ 2. {first[1]['name']} 3. {first[2]['name']}" in text
+    assert text.index("Correct") < text.index("Incorrect")
+    for result in details["zero_shot"]:
+        del result["examples"]  # a model that only generates, or an earlier release
+    assert "Incorrect" not in page_of(details).text
+
+
+def test_files_are_linked_relative_to_the_page(details):
+    details["zero_shot"][0]["set"] = details["zero_shot"][1]["set"] = "my/set #1"
+    page = Page(evaluation_page(details, "../../"))
+    links = [link for link in page.attributes("href") if not link.startswith("#")]
+    assert links[:2] == ["../../results.csv", "../../details.json"]
+    folder = "DiffDis-step-40000"
+    assert {
+        f"../../results/{folder}/my-set%20%231.json",
+        f"../../predictions/{folder}/my-set%20%231.parquet",
+        f"../../predictions/{folder}/my-set%20%231-confusion.npz",
+        f"../../results/{folder}/flickr30k.json",
+    } < set(links)
+    assert len(links) == 2 + 3 * len(details["zero_shot"]) + len(details["retrieval"])
 
 
 def test_failures_and_lost_images_come_first(details):

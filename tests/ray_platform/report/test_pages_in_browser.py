@@ -26,7 +26,7 @@ def browser():
 @pytest.mark.parametrize(
     ("name", "html"),
     [
-        ("evaluation", lambda: evaluation_page(evaluation())),
+        ("evaluation", lambda: evaluation_page(evaluation(), "")),
         ("comparison", lambda: comparison_page(saved_details("comparison"), CLAIM)),
         ("sweep", lambda: sweep_page(saved_details("sweep"))),
     ],
