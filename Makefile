@@ -1,10 +1,9 @@
 # `make demo` and `make test` install everything that they need. The other targets are for developers.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
-# Extras of pyproject.toml to install. The image (cluster/Dockerfile) overrides them. `dev` also installs the peers below.
+# Extras of pyproject.toml to install. The image (cluster/Dockerfile) overrides them. `dev` also installs what tests compare with.
 EXTRAS := demo,eval,dev
-SOURCES := diffdis platform jobs tests docs/site_hooks.py
+SOURCES := diffdis platform jobs tests docs/site_hooks.py install.py
 
 .PHONY: demo test test-ray test-ranks test-unit test-slow lint audit setup clean-demo
 
@@ -34,19 +33,8 @@ audit:
 
 setup: $(VENV)/.installed
 
-# torch is installed first and pinned: resolving it later could select another build and download its CUDA packages.
-# deepspeed is installed without build isolation because its setup imports torch; DS_BUILD_OPS=0 skips compiling its kernels.
-# The peer libraries that the tests compare results with are installed without dependencies: torchvision breaks diffusers when
-# it is installed alongside the CPU build of torch.
-$(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "installing into $(VENV) (a few minutes, once) …"
-	@python3 -c 'import sys; sys.exit("error: Python 3.11 or newer is required, but this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
-	@test -x $(PYTHON) || python3 -m venv $(VENV)
-	@$(PIP) torch setuptools wheel ninja packaging
-	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
-	@$(PIP) hatchling editables
-	@$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]"
-	@$(if $(findstring dev,$(EXTRAS)),$(PIP) --no-deps clip-benchmark torch-fidelity torchmetrics lightning-utilities foolbox)
+$(VENV)/.installed: install.py pyproject.toml constraints.txt
+	@python3 install.py $(VENV) $(EXTRAS)
 	@touch $@
 
 clean-demo:
