@@ -3,6 +3,7 @@
 Slurm is not installed. A stand-in for `srun` starts the command once per node on this machine with the variables that Slurm sets.
 """
 
+import json
 import os
 import secrets
 import signal
@@ -46,15 +47,7 @@ alive = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
 print("nodes", len(alive), "cpus", ray.cluster_resources()["CPU"])
 sys.exit(7 if len(alive) == int(sys.argv[1]) else 1)
 """
-WAIT = """
-import pathlib, signal, sys, time
-def stop(*_):
-    pathlib.Path(sys.argv[1]).write_text("saved")
-    sys.exit(1)
-signal.signal(signal.SIGTERM, stop)
-print("training", flush=True)
-time.sleep(300)
-"""
+NUM_STEPS = 60
 
 
 @pytest.fixture
@@ -79,7 +72,7 @@ def job(tmp_path, short_folder):
 
     def start(*command: str) -> subprocess.Popen[str]:
         script = ["bash", str(CLUSTER / "slurm" / "ray.sbatch"), *command]
-        return subprocess.Popen(script, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(script, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     yield start
     remaining = marked_processes(marker)
@@ -99,15 +92,31 @@ def test_a_command_runs_on_all_nodes_and_its_status_is_that_of_the_job(job):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_before_the_time_limit_the_command_is_stopped_and_the_job_queued_again(job, tmp_path):
-    process = job("python", "-c", WAIT, str(tmp_path / "checkpoint"))
-    while (line := process.stdout.readline()) != "training\n":
-        assert line, "the command did not start"
-    process.send_signal(signal.SIGUSR1)
+def test_a_training_that_reaches_the_time_limit_is_queued_again_and_resumes(job, training_shards, tmp_path):
+    command = [
+        *("python", "jobs/pretrain.py", "--recipe", "demo", "--data.sources", str(training_shards), "--resume", "auto"),
+        *("--output_dir", str(tmp_path / "run"), "--train.num_steps", str(NUM_STEPS), "--train.micro_batch_size", "4"),
+        *("--train.log_every", "2", "--train.preview_every", "0"),
+    ]
+    process = job(*command)
+    lines = []
+    while not (lines and lines[-1].startswith("step ")):
+        lines.append(process.stdout.readline())
+        assert lines[-1], "".join(lines)
+    process.send_signal(signal.SIGUSR1)  # as Slurm does, ten minutes before the limit
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1, output
-    assert (tmp_path / "checkpoint").read_text() == "saved"
+    assert process.returncode != 0, output
+    assert "SIGTERM: saving a checkpoint" in output
     assert (tmp_path / "scontrol").read_text().startswith("requeue ")
+    (checkpoint,) = (tmp_path / "run").glob("checkpoints/*/step_*/complete.json")
+    step = json.loads(checkpoint.read_text())["step"]
+    assert 0 < step < NUM_STEPS
+    process = job(*command)  # as Slurm does with a job from its queue
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
+    assert f"training from step {step} of " in output
+    assert f"step {NUM_STEPS}/{NUM_STEPS}" in output
+    assert json.loads((tmp_path / "run" / "train_summary.json").read_text())["num_samples_seen"] == NUM_STEPS * 8
 
 
 def test_the_documented_command_names_the_script_and_can_be_parsed():
