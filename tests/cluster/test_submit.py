@@ -1,7 +1,10 @@
-"""The three lines of docs/clusters.md submit a job to a head that somebody else started."""
+"""The lines of docs/clusters.md submit a job to a head that somebody else started."""
 
+import json
 import os
+import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from tests.support.documentation import ROOT, Shell, blocks_run_by, readers_envi
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_three_lines_submit_a_job(training_shards, tmp_path):
+def test_the_documented_lines_submit_a_job_with_its_commit(training_shards, tmp_path):
     """The client has the address and the token, and nothing else of it. tests/end_to_end/test_bare_environment.py trains."""
     (block,) = blocks_run_by(__file__, "docs/clusters.md")
     with LocalHead(num_cpus=2) as head:
@@ -26,5 +29,10 @@ def test_three_lines_submit_a_job(training_shards, tmp_path):
             "http://mlflow:5000": f"sqlite:///{tmp_path / 'mlflow.db'}",
         }
         output = Shell(tmp_path, environment, words, start=ROOT).run(block)
+        headers = {"Authorization": f"Bearer {head.env['RAY_AUTH_TOKEN']}"}
+        with urllib.request.urlopen(urllib.request.Request(f"{head.address}/api/jobs/my-run", headers=headers)) as reply:
+            variables = json.load(reply)["runtime_env"]["env_vars"]
     assert '"shards": 4' in output
     assert "Job 'my-run' succeeded" in output
+    commit = subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True).strip()
+    assert variables["DIFFDIS_GIT_COMMIT"].removesuffix("-dirty") == commit, "the run records it (test_run_description.py)"
