@@ -27,6 +27,7 @@ from ray_platform.contracts import UserError
 from ray_platform.terminal import show_output
 from ray_platform.tracking.run_metadata import GIT_VARIABLE, git_state
 
+LOG = "job.log"  # in the output folder: all messages of a command, also those of Ray and DeepSpeed
 MARKER = "DIFFDIS_LOCAL_HEAD"  # environment variable of every process of a head; its value identifies the head
 
 _HOST = "127.0.0.1"
@@ -205,16 +206,44 @@ def marked_processes(marker: str) -> list[psutil.Process]:
     return marked
 
 
-def ensure_cluster() -> None:
+def ensure_cluster(output_dir: str) -> None:
     """Without RAY_ADDRESS, run the same command again with a temporary local head, and exit with its status.
 
-    A child process is needed because the head's token must be in the environment before Ray is imported.
+    A child process is needed because the head's token must be in the environment before Ray is imported. Its output is shown by
+    `show_output`; all of it is in job.log in `output_dir` or, if that is not a local folder, in a temporary one.
     """
-    if not os.environ.get("RAY_ADDRESS"):
-        with LocalHead() as head:
-            spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m module`
-            script = ["-m", spec.name] if spec else [sys.argv[0]]
-            sys.exit(subprocess.run([sys.executable, *script, *sys.argv[1:]], env=head.env).returncode)
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    with LocalHead() as head:
+        spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m module`
+        script = ["-m", spec.name] if spec else [sys.argv[0]]
+        log = (Path(tempfile.mkdtemp(prefix="diffdis-")) if "://" in output_dir else Path(output_dir).expanduser()) / LOG
+        status = run_filtered([sys.executable, *script, *sys.argv[1:]], head.env, log)
+    if status:
+        print(f"all messages of this command are in {log}", file=sys.stderr)
+    sys.exit(status)
+
+
+def run_filtered(command: Sequence[str], env: Mapping[str, str], log: Path) -> int:
+    """Run a command with its output shown by `show_output` and added to `log`; return its status.
+
+    On Ctrl-C, which the command receives as well, wait until it has ended by itself.
+    """
+    process = subprocess.Popen(
+        command,
+        env={**env, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with process, log.open("a") as file:
+        try:
+            show_output(process.stdout or (), file)
+        except KeyboardInterrupt:
+            show_output(process.stdout or (), file)
+    return process.returncode
 
 
 def submit(head: LocalHead, entrypoint: Sequence[str], working_dir: Path, env_vars: Mapping[str, str], log: Path) -> int:

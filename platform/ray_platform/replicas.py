@@ -20,6 +20,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_platform.contracts import Rows, UnitOrigin, UserError, describe_error, one_line
 from ray_platform.placement import Labels, ResourceRequest, label_selector
+from ray_platform.terminal import ProgressBar, left_text
 
 logger = logging.getLogger(__name__)
 
@@ -166,15 +167,13 @@ class PoolProgress:
     def drop(self, unit: WorkUnit) -> None:
         self.total_cost, self.num_units = self.total_cost - unit.cost, self.num_units - 1
 
-    def line(self) -> str:
-        """Return `412/940 units  [########            ]  41%  left 3:12`; without a time until a unit was computed."""
+    def text(self) -> str:
+        """Return `41%  left 3:12`; without a time until a unit was computed."""
         fraction = self.done_cost / self.total_cost if self.total_cost else 1.0
         computed, elapsed = self.done_cost - self.cached_cost, time.monotonic() - self.started
-        seconds = int(elapsed * (self.total_cost - self.done_cost) / computed) if computed else 0
-        left = f"  left {seconds // 60}:{seconds % 60:02d}" if computed else ""
-        bar = "#" * round(20 * fraction)
+        left = f"  {left_text(elapsed * (self.total_cost - self.done_cost) / computed)}" if computed else ""
         lost = f"  workers lost {self.replicas_lost}" if self.replicas_lost else ""
-        return f"{self.units_done}/{self.num_units} units  [{bar:<20}]  {fraction:.0%}{left}{lost}"
+        return f"{fraction:.0%}{left}{lost}"
 
 
 class ReplicaActor:
@@ -203,9 +202,9 @@ class ReplicaActor:
 class ReplicaPool:
     """Runs units on replicas and yields results in any order. A context manager: replicas stay alive between its runs."""
 
-    def __init__(self, spec: ReplicaSpec, store: ResultStore, show: Callable[[str], None]):
-        """`show` receives a line of progress every few seconds."""
-        self.spec, self.store, self.show = spec, store, show
+    def __init__(self, spec: ReplicaSpec, store: ResultStore, bar: ProgressBar):
+        """`bar` shows the progress."""
+        self.spec, self.store, self.bar = spec, store, bar
         self._running: dict[ray.ObjectRef, tuple[WorkUnit, Any, bool]] = {}  # call -> unit, actor, whether it is exclusive
         self.queue = WorkQueue([])  # of the last run; it knows the replicas that are alive
 
@@ -237,7 +236,7 @@ class ReplicaPool:
         for actor in replicas:
             self.queue.add_replica(actor)
         yield from self._run_queue()
-        self.show(self.progress.line())
+        self.bar.close()
 
     def _start_replica(self) -> Any:
         actor: Any = ray.remote(ReplicaActor)
@@ -250,7 +249,6 @@ class ReplicaPool:
         ).remote(self.spec.build, "cuda" if self.spec.gpus else "cpu", self.store)
 
     def _run_queue(self) -> Iterator[UnitResult]:
-        last_shown, last_line = time.monotonic(), ""
         while True:
             self.queue.assign(self._start_unit, self.progress.drop)
             if not self._running:
@@ -259,11 +257,8 @@ class ReplicaPool:
             for call in finished:
                 if (result := self._collect(call)) is not None:
                     yield result
-            if time.monotonic() - last_shown > _POLL_SECONDS:
-                line, last_shown = self.progress.line(), time.monotonic()
-                if line != last_line:
-                    self.show(line)
-                last_line = line
+            if finished:
+                self.bar.update("units", self.progress.units_done, self.progress.num_units, self.progress.text())
 
     def _start_unit(self, unit: WorkUnit, actor: Any, exclusive: bool) -> None:
         self._running[actor.run_unit.remote(unit.key, unit.work)] = unit, actor, exclusive

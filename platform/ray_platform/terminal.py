@@ -1,5 +1,6 @@
-"""Output in the terminal: tables of plain text, and the output of a job without the lines of the libraries below it."""
+"""Output in the terminal: progress, tables of plain text, and the output of a command without the lines of libraries."""
 
+import math
 import re
 import sys
 import time
@@ -9,9 +10,9 @@ from typing import TextIO
 from tqdm import tqdm
 
 _NUMBER = re.compile(r"[+-]?\d")
-_PROGRESS = re.compile(r"step (?P<step>\d+)/(?P<total>\d+)  (?P<rest>.*)")  # `progress_line` of the training
-_SECONDS_BETWEEN_LINES = 30.0  # of progress, without a terminal
-_BAR = "{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}  {postfix}"
+_PROGRESS = re.compile(r"(?P<stage>[a-z]+) (?P<done>\d+)/(?P<total>\d+)(  (?P<text>.*))?")  # a line of ProgressBar
+_SECONDS_BETWEEN_LINES = 30.0  # of progress that `show_output` shows, without a terminal
+_BAR = "{percentage:3.0f}% |{bar}| {unit} {n_fmt}/{total_fmt}  {desc}"
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _PROCESS = re.compile(r"\((?P<name>[\w:]+) pid=\d+(, ip=[^)]*)?\) ")  # before the lines that Ray forwards
 _FOREIGN = re.compile(
@@ -24,36 +25,79 @@ _FOREIGN = re.compile(
 )
 
 
-def show_output(lines: Iterable[str], log: TextIO) -> None:
-    """Show the output of a training job, and write all of it to `log`.
+class ProgressBar:
+    """Progress of a command: a bar in a terminal, and otherwise a line from time to time and at the end of a stage.
 
-    The lines of the libraries below it are only in the log. Its progress is a bar in a terminal, and otherwise a line from time
-    to time.
+    When another process of this project shows the output of this one (`show_output`), it turns these lines into a bar.
     """
-    bar: tqdm | None = None
-    shown = 0.0
-    after_warning = False  # Python prints the line of code below a warning
+
+    def __init__(self, seconds_between_lines: float = 5.0) -> None:
+        self._seconds, self._printed = seconds_between_lines, -math.inf
+        self._bar: tqdm | None = None
+        self._stage = ""
+
+    def update(self, stage: str, done: int, total: int, text: str = "") -> None:
+        """Show that `done` of `total` steps of a stage are done; the stage is what is counted, such as "shards"."""
+        now, is_complete = time.monotonic(), done >= total
+        if not sys.stdout.isatty():
+            if is_complete or now - self._printed >= self._seconds:
+                self._printed = now
+                print(f"{stage} {done}/{total}  {text}".rstrip(), flush=True)
+            return
+        if self._bar is None or stage != self._stage:
+            self.close()
+            self._stage = stage
+            self._bar = tqdm(unit=stage, total=total, bar_format=_BAR, dynamic_ncols=True, file=sys.stdout)
+        self._bar.total = total
+        self._bar.set_description_str(text, refresh=False)
+        self._bar.update(done - self._bar.n)
+        if is_complete:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is; the next output follows below it."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def write_line(text: str) -> None:
+    """Print a line above the bars in the terminal."""
+    tqdm.write(text, file=sys.stderr if text.startswith("error: ") else sys.stdout)
+    sys.stdout.flush()
+
+
+def left_text(seconds: float) -> str:
+    """Return the time that something will still take: `left 3:12`."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"left {minutes}:{seconds:02d}"
+
+
+def show_output(lines: Iterable[str], log: TextIO) -> None:
+    """Show the output of a command of this project, and write all of it to `log`.
+
+    The lines of the libraries below it are only in the log. Its progress is shown by a `ProgressBar`.
+    """
+    bar = ProgressBar(_SECONDS_BETWEEN_LINES)
+    after_warning = after_own_line = False  # Python prints the line of code below a warning
     for line in lines:
         log.write(line)
         log.flush()
-        text = _PROCESS.sub("", _COLOR.sub("", line), count=1).rstrip()
-        if _FOREIGN.match(text) or (after_warning and text.startswith("  ")) or not text:
-            after_warning = "Warning:" in text
+        uncolored = _COLOR.sub("", line)
+        text = _PROCESS.sub("", uncolored, count=1).rstrip()
+        if not text and after_own_line:
+            write_line("")
+        if not text or _FOREIGN.match(text) or (after_warning and text.startswith("  ")):
+            after_warning, after_own_line = "Warning:" in text, False
             continue
         after_warning = False
         progress = _PROGRESS.fullmatch(text)
+        after_own_line = progress is None
         if progress is None:
-            tqdm.write(text)
-            sys.stdout.flush()
-        elif sys.stdout.isatty():
-            bar = bar or tqdm(total=int(progress["total"]), bar_format=_BAR, dynamic_ncols=True, file=sys.stdout)
-            bar.n = int(progress["step"])
-            bar.set_postfix_str(progress["rest"])
-        elif time.monotonic() - shown >= _SECONDS_BETWEEN_LINES or progress["step"] == progress["total"]:
-            shown = time.monotonic()
-            print(text, flush=True)
-    if bar is not None:
-        bar.close()
+            write_line(text)
+        elif not _PROCESS.match(uncolored):  # one bar for the command, not for each trial of a sweep
+            bar.update(progress["stage"], int(progress["done"]), int(progress["total"]), progress["text"] or "")
+    bar.close()
 
 
 def render_table(rows: Sequence[Sequence[str]]) -> str:

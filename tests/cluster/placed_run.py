@@ -26,6 +26,7 @@ from ray_platform.data.precompute import precompute
 from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.placement import total_resources
 from ray_platform.replicas import ReplicaPool, ReplicaSpec
+from ray_platform.terminal import ProgressBar
 from tests.ray_platform.replica_work import no_replica
 from tests.ray_platform.test_precompute import encoders
 from tests.ray_platform.test_replicas import squares
@@ -106,7 +107,7 @@ def main():
         list(precompute(catalog, config, replace(encoders(count=2), placement=GPU), str(output / "encoded")))
     with ProcessWatcher(raylets) as evaluated:
         fleet = ReplicaSpec(no_replica, 2, cpus=0.5, placement=GPU)
-        with ReplicaPool(fleet, ResultCache(str(output / "kept"), ""), lambda line: None) as workers:
+        with ReplicaPool(fleet, ResultCache(str(output / "kept"), ""), ProgressBar()) as workers:
             rows = list(workers.run(squares(range(40))))
     found = {
         "trained": trained.names(),

@@ -148,6 +148,8 @@ def test_the_results_are_complete(whole, exported):
     examples = [example for confusion in entry["confusions"] for example in confusion["examples"]]
     assert examples
     assert all(base64.b64decode(example["jpeg"]).startswith(b"\xff\xd8") for example in examples if example["key"] != _key(7))
+    assert entry["examples"]
+    assert all(base64.b64decode(example["jpeg"]).startswith(b"\xff\xd8") for example in entry["examples"])
     (pairs,) = details["retrieval"]
     assert (pairs["num_images"], pairs["num_texts"]) == (60, 180)
     assert {e["guidance_scale"]: e["n"] for e in details["quality"]} == {1.0: 40, 2.0: 40}

@@ -23,7 +23,7 @@ from ray_platform.train.fault_tolerance import (
     RestartPolicy,
     Stopped,
     is_final,
-    progress_line,
+    progress_text,
 )
 from ray_platform.train.optimizer import LossScale
 from ray_platform.train.worker import Trainer, build_task
@@ -239,8 +239,8 @@ def test_a_task_that_cannot_be_built_is_not_tried_again(error):
     assert is_final(raised.value)
 
 
-def test_the_progress_line_shows_what_stalls():
+def test_the_progress_shows_what_stalls():
     metrics = {"train/loss": 1.0, "train/loss_alignment": 2.5, "train/samples_per_second": 113.4, "data/waiting_fraction": 0.02}
-    line = progress_line(3, 9, metrics | {"train/stalled_fraction": 0.034, "train/seconds_left": 61.0})
-    assert line == "step 3/9  loss_alignment 2.500  113 samples/s  waiting for data 2%  stalled 3%  left 1:01"
-    assert "stalled" not in progress_line(3, 9, metrics | {"train/stalled_fraction": 0.009})
+    line = progress_text(metrics | {"train/stalled_fraction": 0.034, "train/seconds_left": 61.0})
+    assert line == "loss_alignment 2.500  113 samples/s  waiting for data 2%  stalled 3%  left 1:01"
+    assert "stalled" not in progress_text(metrics | {"train/stalled_fraction": 0.009})

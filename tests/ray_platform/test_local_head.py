@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from ray_platform import local_head
-from ray_platform.local_head import MARKER, HeadError, LocalHead, marked_processes, submit
+from ray_platform.local_head import MARKER, HeadError, LocalHead, ensure_cluster, marked_processes, submit
 
 ROOT = Path(__file__).parents[2]
 PLATFORM = str(ROOT / "platform")
@@ -119,6 +119,74 @@ def test_a_start_that_ray_gave_up_is_tried_once_more(monkeypatch, tmp_path):
     with pytest.raises(HeadError, match="timed out during startup"), LocalHead():
         pass
     assert starts.read_text() == "xx"
+
+
+COMMAND = """
+import os, sys, time
+assert os.environ["RAY_ADDRESS"] == "127.0.0.1:1"
+print("2026-11-30 01:00:00,123\\tINFO worker.py:2000 -- Connecting")
+print("units 1/1")
+print("table", sys.argv[1])
+print("error: suite: no such set", file=sys.stderr)
+sys.exit(1)
+"""
+
+
+class StartedHead:
+    """Stands in for a head that runs already."""
+
+    def __enter__(self):
+        self.env = os.environ | {"RAY_ADDRESS": "127.0.0.1:1"}
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("folder", ["out", "s3://bucket/out"])
+def test_a_command_without_a_cluster_shows_its_own_output_and_keeps_the_rest_in_a_log(monkeypatch, tmp_path, capfd, folder):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(local_head, "LocalHead", StartedHead)
+    monkeypatch.setattr(local_head.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "temporary"))
+    (tmp_path / "command.py").write_text(COMMAND)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "command.py"), "of two"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # it is that of pytest
+    output_dir = folder if "://" in folder else str(tmp_path / folder)
+    with pytest.raises(SystemExit) as ended:
+        ensure_cluster(output_dir)
+    log = tmp_path / ("temporary" if "://" in folder else folder) / "job.log"
+    shown = capfd.readouterr()
+    assert (ended.value.code, shown.out) == (1, "units 1/1\ntable of two\n")
+    assert shown.err == f"error: suite: no such set\nall messages of this command are in {log}\n"
+    assert "INFO worker.py" in log.read_text()
+
+
+def test_an_interrupted_command_ends_by_itself_and_says_how_to_continue(tmp_path):
+    (tmp_path / "command.py").write_text("""
+import time
+print("started")
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)  # saves
+    raise SystemExit("stopped; the same command continues")
+""")
+    program = f"""
+import os, signal, sys
+from pathlib import Path
+from ray_platform.local_head import run_filtered
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(run_filtered([sys.executable, {str(tmp_path / "command.py")!r}], os.environ, Path({str(tmp_path / "log")!r})))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": PLATFORM}, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as parent:  # fmt: skip
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "started\n"
+        os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
+        assert parent.stdout.read() == "stopped; the same command continues\n"
+    assert parent.returncode == 1
 
 
 def start_and_wait(program: str) -> tuple[subprocess.Popen, str, Path]:

@@ -12,6 +12,7 @@ import pytest
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.result_cache import ResultCache, cache_key
 from ray_platform.replicas import MAX_DEATHS, PoolProgress, ReplicaPool, ReplicaSpec, WorkQueue, WorkUnit, join_rows
+from ray_platform.terminal import ProgressBar
 from tests.ray_platform.replica_work import Fail, Square, no_replica
 
 
@@ -23,13 +24,13 @@ def squares(numbers, **fields):
     return [unit(Square(number, **fields)) for number in numbers]
 
 
-def pool(folder, num_replicas=2, shown=None):
+def pool(folder, num_replicas=2):
     spec = ReplicaSpec(no_replica, num_replicas, cpus=0.5)
-    return ReplicaPool(spec, ResultCache(str(folder), "git-1"), (shown if shown is not None else []).append)
+    return ReplicaPool(spec, ResultCache(str(folder), "git-1"), ProgressBar())
 
 
-def run(units, *arguments, **options):
-    with pool(*arguments, **options) as replicas:
+def run(units, *arguments):
+    with pool(*arguments) as replicas:
         return list(replicas.run(units))
 
 
@@ -78,11 +79,12 @@ class TestReplicaPool:
             alive = [psutil.Process(process) for process in second]
         assert not psutil.wait_procs(alive, timeout=20)[1]
 
-    def test_a_killed_replica_is_replaced_and_nothing_is_lost(self, tmp_path, notes):
-        shown = []
+    def test_a_killed_replica_is_replaced_and_nothing_is_lost(self, tmp_path, notes, capsys):
         deadly = [unit(Square(8, str(notes), deaths=1)), unit(Square(9, str(notes), deaths=2))]
-        assert values(run([*squares(range(8)), *deadly], tmp_path / "cache", shown=shown)) == [n**2 for n in range(10)]
-        assert "workers lost" in shown[-1]
+        assert values(run([*squares(range(8)), *deadly], tmp_path / "cache")) == [n**2 for n in range(10)]
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("units 10/10  100%")
+        assert "workers lost" in last
 
     def test_a_unit_that_kills_every_replica_fails_its_group_and_no_other(self, tmp_path, notes):
         deadly = unit(Square(9, str(notes), deaths=99), group="deadly")
@@ -207,7 +209,7 @@ def test_rows_are_joined_by_place_and_a_unit_without_rows_adds_none():
 def test_the_progress_bar_counts_stored_rows_as_done_but_not_as_speed():
     progress = PoolProgress(10.0, 4)
     progress.add(unit(Square(1), cost=4.0), cached=True)
-    assert progress.line() == "1/4 units  [########            ]  40%"
+    assert progress.text() == "40%"
     progress.started -= 60
     progress.add(unit(Square(2), cost=2.0), cached=False)
-    assert progress.line() == "2/4 units  [############        ]  60%  left 2:00"
+    assert progress.text() == "60%  left 2:00"

@@ -1,11 +1,12 @@
 """Terminal output: aligned tables and one-line errors."""
 
 import io
+import re
 
 import pytest
 
 from ray_platform.contracts import ConfigError, describe_error, one_line
-from ray_platform.terminal import render_table, show_output
+from ray_platform.terminal import ProgressBar, render_table, show_output
 
 
 def test_text_is_left_aligned_and_numbers_are_right_aligned():
@@ -45,10 +46,17 @@ Running entrypoint for job diffdis-0123456789ab: python jobs/pretrain.py
 \x1b[36m(RayTrainWorker pid=41)\x1b[0m [2026-11-30 01:00:01,123] [WARNING] [engine.py:2304] **** proceed with caution *****
 (RayTrainWorker pid=41) /x/site-packages/diffusers/a.py:12: UserWarning: slow
 (RayTrainWorker pid=41)   model.load()
+
+(run_trial pid=43) step 3/9  loss_generation 1.90
 \x1b[36m(RayTrainWorker pid=41)\x1b[0m training from the beginning: 2 workers
 step 10/40  loss_generation 1.20  90 samples/s  left 0:20
 step 20/40  loss_generation 1.10  91 samples/s  left 0:13
 step 40/40  loss_generation 1.00  90 samples/s  left 0:00
+units 1/3  40%
+
+set      acc1
+cifar10  9.5%
+
 error: output_dir: it is in use
 """
 
@@ -57,10 +65,25 @@ def test_the_output_of_a_job_is_shown_without_that_of_the_libraries_and_with_few
     log = io.StringIO()
     show_output(OUTPUT.splitlines(keepends=True), log)
     assert log.getvalue() == OUTPUT
-    shown = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in shown] == [
-        "training from the beginning: 2 workers", "step 10/40", "step 40/40", "error: output_dir: it is in use",
-    ]  # fmt: skip
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
+        "training from the beginning: 2 workers",
+        "step 10/40  loss_generation 1.20  90 samples/s  left 0:20",
+        "step 40/40  loss_generation 1.00  90 samples/s  left 0:00",
+        "set      acc1",
+        "cifar10  9.5%",
+        "",
+    ]
+    assert captured.err == "error: output_dir: it is in use\n"
+
+
+def test_progress_is_a_line_from_time_to_time_and_at_the_end_of_a_stage(capsys):
+    bar = ProgressBar(seconds_between_lines=1e9)
+    for done in range(1, 4):
+        bar.update("shards", done, 3, f"{10 * done} samples")
+    bar.update("units", 1, 2)
+    bar.update("units", 2, 2)
+    assert capsys.readouterr().out.splitlines() == ["shards 1/3  10 samples", "shards 3/3  30 samples", "units 2/2"]
 
 
 def test_the_progress_of_a_job_is_a_bar_in_a_terminal(monkeypatch, capsys):
@@ -70,4 +93,5 @@ def test_the_progress_of_a_job_is_a_bar_in_a_terminal(monkeypatch, capsys):
     show_output(OUTPUT.splitlines(keepends=True), io.StringIO())
     shown = capsys.readouterr().out
     assert "100%" in shown
-    assert "step 40/40" in shown.rsplit("\r", 1)[-1]
+    assert re.search(r"100% .* step 40/40  loss_generation 1.00", shown)
+    assert re.search(r"33% .* units 1/3  40%", shown), "a stage has its own bar"

@@ -12,12 +12,15 @@ from ray_platform.redaction import redacted
 from ray_platform.tracking import RunRecord
 
 
-def connect_cluster() -> None:
-    """Connect to the cluster of RAY_ADDRESS; without one, run this command again with a temporary head on this machine."""
+def connect_cluster(output_dir: str) -> None:
+    """Connect to the cluster of RAY_ADDRESS; without one, run this command again with a temporary head on this machine.
+
+    Then its whole output is in job.log in `output_dir`.
+    """
     from ray_platform.connect import connect
     from ray_platform.local_head import ensure_cluster
 
-    ensure_cluster()
+    ensure_cluster(output_dir)
     connect()
 
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
     config = command.config
     plan = plan_comparison(config)
-    connect_cluster()
+    connect_cluster(config.output_dir)
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
     summary = compare(config, plan, command.recipe, typed_command())
     print(f"\n{format_summary(summary)}\n")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from diffdis_platform.recipes.demo import DEMO_DATA, PREVIEW_CAPTIONS
 from ray_platform.checkout import checkout_root
 from ray_platform.contracts import UserError
 
-LOG = "job.log"  # all messages of the training, with those of Ray and DeepSpeed
 INTERRUPTED = "stopped; the same command resumes from the last checkpoint"
 
 HELP = CommandHelp(
@@ -62,7 +60,7 @@ def _next_commands(output: Path) -> str:
 
 def _pretrain(output: Path, argv: Sequence[str]) -> None:
     """Pretrain with `ray job submit` from a checkout; a wheel has no folder to submit, so its driver runs here."""
-    from ray_platform.local_head import LocalHead, submit
+    from ray_platform.local_head import LOG, LocalHead, run_filtered, submit
 
     arguments = ["--recipe", "demo", "--train.resume", "auto", "--output_dir", str(output), "--data.sources"]
     arguments += [str(DEMO_DATA / "train"), "--tracking.registered_model", "diffdis-demo", *argv]
@@ -73,6 +71,6 @@ def _pretrain(output: Path, argv: Sequence[str]) -> None:
             status = submit(head, ["python", "jobs/pretrain.py", *arguments], root, variables, output / LOG)
         else:
             command = [sys.executable, "-m", "diffdis_platform.cli", "pretrain", *arguments]
-            status = subprocess.run(command, env=head.env).returncode
+            status = run_filtered(command, head.env, output / LOG)
     if status:
         raise UserError(f"demo: pretraining ended with status {status}; see {output / LOG}")

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     from ray_platform import storage
 
     plan = plan_distance(config)
-    connect_cluster()
+    connect_cluster(config.output_dir)
     details = measure_distance(config, plan)
     print(f"\n{render_distance(details)}\n\ndone: {storage.join(config.output_dir, DISTANCE)}", flush=True)
     return 0

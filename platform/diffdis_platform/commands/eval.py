@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffdis_platform.commands import check_exists, check_writable, is_pattern
+from diffdis_platform.commands import check_exists, check_writable, connect_cluster, is_pattern
 from diffdis_platform.config.evaluate import EvalConfig, suite_sets
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
@@ -65,14 +65,11 @@ def main(argv: Sequence[str]) -> int:
     from diffdis_platform.evaluation.results import render_results
     from diffdis_platform.evaluation.run import REPORT, configs_of_steps, evaluate, evaluate_steps, plan_evaluation
     from ray_platform import storage
-    from ray_platform.connect import connect
-    from ray_platform.local_head import ensure_cluster
 
     if config.steps:
         print(f"checkpoints: {', '.join(each.checkpoint for each in configs_of_steps(config))}", flush=True)
     plan = None if config.steps else plan_evaluation(config, opened)
-    ensure_cluster()
-    connect()
+    connect_cluster(config.output_dir)
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
     details = evaluate(config, plan) if plan else evaluate_steps(config)
     print(f"\n{render_results(details)}\n")

@@ -1,11 +1,12 @@
 """`diffdis generate`: generate images from captions with an exported model."""
 
+import itertools
 import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffdis_platform.commands import check_exists
 from diffdis_platform.config.help import CommandHelp
@@ -104,10 +105,20 @@ def main(argv: Sequence[str]) -> int:
     captions = config.all_captions()
     from diffdis.image_grid import image_grid
     from ray_platform import storage
+    from ray_platform.terminal import ProgressBar
 
     pipeline = _open_model(config)
     if config.best_of > 1 and pipeline.config.trained_for != "joint":
         raise ConfigError(f"best_of: {config.best_of}, but {config.model} was not trained to score images; use 1")
+    num_images = len(captions) * max(config.best_of, config.num_images_per_prompt)
+    total, bar = -(-num_images // config.batch_size) * config.num_steps, ProgressBar()
+    steps = itertools.count(1)
+
+    def show_step(_pipeline: object, _index: int, _timestep: int, values: dict[str, Any]) -> dict[str, Any]:
+        bar.update("steps", next(steps), total)
+        return values
+
+    pipeline.set_progress_bar_config(disable=True)
     images = pipeline.generate(
         captions,
         negative_prompt=config.negative_prompt,
@@ -119,6 +130,7 @@ def main(argv: Sequence[str]) -> int:
         width=config.width or None,
         seed=config.seed,
         batch_size=config.batch_size,
+        callback_on_step_end=show_step,
     )
     captions = [caption for caption in captions for _ in range(config.num_images_per_prompt)]
     with tempfile.TemporaryDirectory(prefix="generate_") as folder:

@@ -1,13 +1,11 @@
 """`diffdis inspect`: inspect shards before training. Without RAY_ADDRESS, this machine's CPUs inspect them."""
 
 import json
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from diffdis_platform.commands import check_sources
+from diffdis_platform.commands import check_sources, connect_cluster
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from ray_platform.contracts import ConfigError, DataError
@@ -16,8 +14,6 @@ from ray_platform.storage_config import StorageConfig
 
 if TYPE_CHECKING:
     from ray_platform.report.inspection import InspectionSummary
-
-_PROGRESS_SECONDS = 10.0  # between two lines
 
 HELP = CommandHelp(
     "inspect",
@@ -59,14 +55,13 @@ def inspect(config: InspectConfig) -> "InspectionSummary":
     from ray_platform.data.catalog import build_catalog
     from ray_platform.data.inspection import Statistics, cluster_cpus, inspect_units, spread_units
     from ray_platform.report.inspection import inspection_page, summarize
+    from ray_platform.terminal import ProgressBar
 
     catalog = build_catalog(config.data)
-    units, total, printed = spread_units(catalog, config.max_shards), Statistics(), time.monotonic()
+    units, total, bar = spread_units(catalog, config.max_shards), Statistics(), ProgressBar()
     for statistics in inspect_units(units, config.data):
         total.merge(statistics)
-        if time.monotonic() - printed > _PROGRESS_SECONDS:
-            printed = time.monotonic()
-            print(f"{total.units} of {len(units)} shards, {total.num_samples:,} samples", file=sys.stderr, flush=True)
+        bar.update("shards", total.units, len(units), f"{total.num_samples:,} samples")
     summary = summarize(catalog, config.data, total, cluster_cpus(config.data))
     html = storage.join(config.output_dir, "inspection.html")
     storage.write_bytes(storage.join(config.output_dir, "inspection.json"), json.dumps(summary.as_dict(), indent=2).encode())
@@ -78,11 +73,7 @@ def inspect(config: InspectConfig) -> "InspectionSummary":
 def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv).config
     check_sources("data.sources", config.data)
-    from ray_platform.connect import connect
-    from ray_platform.local_head import ensure_cluster
-
-    ensure_cluster()
-    connect()
+    connect_cluster(config.output_dir)
     if problem := inspect(config).verdict:
         raise DataError(problem)
     return 0

@@ -4,13 +4,12 @@ Without RAY_ADDRESS, this machine's CPUs encode.
 """
 
 import functools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from diffdis.config import DiffDisConfig, resolve_encoder_paths
-from diffdis_platform.commands import check_sources
+from diffdis_platform.commands import check_sources, connect_cluster
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from diffdis_platform.config.pretrain import PretrainConfig, check_model
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from ray_platform.data.precompute import EncoderPool, PrecomputeProgress
 
 INTERRUPTED = "stopped; the same command continues"
-_PROGRESS_SECONDS = 10.0  # between two lines
 
 HELP = CommandHelp(
     "precompute",
@@ -101,28 +99,25 @@ def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv).config
     check_model(resolve_encoder_paths(config.model), config.data)
     check_sources("data.sources", config.data)
-    from ray_platform.connect import connect
     from ray_platform.data.catalog import build_catalog
     from ray_platform.data.precompute import check, precompute
-    from ray_platform.local_head import ensure_cluster
+    from ray_platform.terminal import ProgressBar
 
     catalog = build_catalog(config.data)
     check(catalog, config.data)
     encoders = config.encoders()
-    ensure_cluster()
-    connect()
-    printed, progress = time.monotonic(), None
+    connect_cluster(config.output_dir)
+    bar, progress = ProgressBar(), None
     for progress in precompute(catalog, config.data, encoders, config.output_dir):
-        if time.monotonic() - printed > _PROGRESS_SECONDS:
-            printed = time.monotonic()
-            print(_progress_line(progress), flush=True)
+        bar.update("shards", progress.shards_done, progress.shards, _progress_text(progress))
     if progress is None:
         print("all shards were precomputed already")
     else:
-        print(f"{_progress_line(progress)}\ndone: precomputed shards are in {config.output_dir}")
+        print(f"done: precomputed shards are in {config.output_dir}")
     return 0
 
 
-def _progress_line(progress: "PrecomputeProgress") -> str:
-    done, total = progress.shards_done, progress.shards
-    return f"{done:,} of {total:,} shards, {progress.samples:,} samples, {progress.samples_per_second:.0f} samples/s"
+def _progress_text(progress: "PrecomputeProgress") -> str:
+    from ray_platform.terminal import left_text
+
+    return f"{progress.samples:,} samples  {progress.samples_per_second:.0f} samples/s  {left_text(progress.seconds_left)}"

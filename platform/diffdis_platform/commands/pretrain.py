@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     from ray_platform import storage
     from ray_platform.local_head import ensure_cluster
 
-    ensure_cluster()
+    ensure_cluster(config.output_dir)
     record = config.run(command.recipe, typed_command()).fit(command.yaml)
     print(f"done: the model is in {storage.join(config.output_dir, 'export')}\n{run_page_text(record)}".rstrip())
     return 0

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     details = rebuild_report(command.config.output_dir)
     if details is None:
         plan = plan_sweep(command.config, command.recipe)
-        connect_cluster()
+        connect_cluster(command.config.output_dir)
         details = run_sweep(plan, command.yaml, typed_command())
     report = storage.join(command.config.output_dir, REPORT)
     print(f"\n{format_trials(details)}\n\ndone: {report}, next to details.json", flush=True)

@@ -19,7 +19,6 @@ import torch
 import webdataset
 from PIL import Image
 from scipy.stats import binom
-from tqdm import tqdm
 
 from diffdis.feature_networks import build_feature_network
 from diffdis.image_grid import image_grid, side_by_side
@@ -27,7 +26,7 @@ from diffdis.metrics.image_quality import Moments, frechet_distance_of_features,
 from diffdis.metrics.zero_shot import ZeroShotScores, subset_accuracy
 from diffdis.model import DiffDis
 from diffdis.pipeline import IMAGE_BATCH, DiffDisPipeline
-from ray_platform.terminal import render_table
+from ray_platform.terminal import ProgressBar, render_table
 from ray_platform.tracking import TrackingConfig, start_run
 
 SUMMARY = "summary.json"
@@ -188,8 +187,11 @@ def zero_shot(
 ) -> SplitResult:
     """Return accuracies from pure noise, and that of the same queries with the images permuted."""
     batches = [data.images[start : start + IMAGE_BATCH] for start in range(0, len(data.images), IMAGE_BATCH)]
-    bar = tqdm(batches, desc="scoring", leave=False, disable=None)
-    queries = torch.cat([pipeline.embed_image(images, num_steps=num_steps, num_draws=num_draws) for images in bar])
+    bar, parts = ProgressBar(), []
+    for batch in batches:
+        parts.append(pipeline.embed_image(batch, num_steps=num_steps, num_draws=num_draws))
+        bar.update("batches", len(parts), len(batches), "scored")
+    queries = torch.cat(parts)
     classes = pipeline.embed_classes(data.class_names, data.templates)
     images, texts, labels = (tensor.cpu().numpy() for tensor in (queries, classes, data.labels))
     scores = ZeroShotScores.from_embeddings(images, texts, labels)

@@ -37,7 +37,7 @@ from ray_platform.formats import FileFormat
 from ray_platform.json_values import JsonObject, to_json
 from ray_platform.metric_registry import check_declared, describe_metric
 from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit, join_rows
-from ray_platform.terminal import render_table
+from ray_platform.terminal import ProgressBar, render_table
 from ray_platform.tracking.run_metadata import code_version
 
 _MAX_STATISTICS = 2**28  # bytes, uncompressed: mu and sigma of 2,048 features have 2**25
@@ -279,7 +279,7 @@ def measure_distance(config: DistanceConfig, plan: DistancePlan) -> JsonObject:
     units = plan.generated.units(plan.networks)
     if isinstance(plan.reference, ImageFeatures):
         units |= plan.reference.units(plan.networks)
-    with ReplicaPool(spec, cache, functools.partial(print, flush=True)) as pool:
+    with ReplicaPool(spec, cache, ProgressBar()) as pool:
         for result in pool.run([unit for _, _, unit in units.values()]):
             if result.rows is None:
                 raise DataError(f"{result.unit.group}: {result.error}")

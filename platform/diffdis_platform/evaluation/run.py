@@ -34,6 +34,7 @@ from ray_platform.redaction import is_redacted, restored
 from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit
 from ray_platform.report.evaluation import evaluation_page
 from ray_platform.report.records import EvaluationDetails, ExampleImage, StepScore
+from ray_platform.terminal import ProgressBar
 from ray_platform.tracking import RUN_RECORD, RunMetadata, TrackedData, start_run
 from ray_platform.tracking.run_metadata import code_version, dated_name, run_tags
 from ray_platform.train.checkpoint_format import list_checkpoints, read_manifest
@@ -145,7 +146,7 @@ def evaluate(config: EvalConfig, plan: EvaluationPlan, earlier: Sequence[StepSco
     device = "cuda" if config.gpus_per_worker else "cpu"  # their rows differ in the last digits
     cache = ResultCache(storage.join(config.output_dir, UNITS, device), code_version())
     results = EvaluationResults(plan)
-    with ReplicaPool(spec, cache, functools.partial(print, flush=True)) as pool:
+    with ReplicaPool(spec, cache, ProgressBar()) as pool:
         for result in pool.run(results.units):
             if results.add(result):  # what is finished survives whatever happens to the rest
                 results.write_predictions(config.output_dir)
@@ -164,17 +165,19 @@ def write_outputs(output_dir: str, details: EvaluationDetails, started: float) -
     """Write the results, the table and the report of what is measured until now."""
     details["seconds"] = round(time.monotonic() - started, 1)
     write_results(details, output_dir)
-    page = evaluation_page(details).encode()
     # The second copy stays when another model is evaluated into the same folder.
-    for folder in (output_dir, results_folder(output_dir, "reports", details["models"][0]["name"])):
-        storage.write_bytes(storage.join(folder, REPORT), page)
+    copies = {output_dir: "", results_folder(output_dir, "reports", details["models"][0]["name"]): "../../"}
+    for folder, path_to_output in copies.items():
+        storage.write_bytes(storage.join(folder, REPORT), evaluation_page(details, path_to_output).encode())
 
 
 def _add_example_images(pool: ReplicaPool, plan: EvaluationPlan, details: EvaluationDetails) -> None:
     """Have the replicas read the images that the report shows, and add them to `details`."""
     examples: dict[tuple[str, str], list[ExampleImage]] = {}
     for result in details.get("zero_shot", ()):
-        for example in (example for confusion in result["confusions"] for example in confusion["examples"]):
+        of_confusions = (example for confusion in result["confusions"] for example in confusion["examples"])
+        shown = result.get("examples", ()) if result["model"] == plan.model.name else ()
+        for example in (*of_confusions, *shown):
             examples.setdefault((result["set"], example["key"]), []).append(example)
     for retrieved in details.get("retrieval", ()):
         images = (image for query in retrieved["examples"] for image in query["images"])
@@ -227,5 +230,5 @@ def _track(config: EvalConfig, model: EvaluationModel, sets: Iterable[Evaluation
         )  # fmt: skip
         tracker.describe("", tags_for_tracking(details))
         tracker.log_metrics(metrics_for_tracking(details), model.step or 0)
-        tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, REPORT)), f"evaluation/{REPORT}")
+        tracker.log_bytes(evaluation_page(details).encode(), f"evaluation/{REPORT}")
         tracker.log_bytes(storage.read_bytes(storage.join(config.output_dir, "results.csv")), "evaluation/results.csv")

@@ -89,6 +89,7 @@ class PrecomputeProgress:
     shards: int
     samples: int  # encoded by this run
     samples_per_second: float
+    seconds_left: float
 
 
 def check(catalog: Catalog, config: DataConfig) -> None:
@@ -120,6 +121,7 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: EncoderPool, outp
     progress = _resume(output_dir, manifest, stems)
     skips, started = SkipCounter("precompute", catalog.size, config.max_skipped_fraction), time.perf_counter()
     left = {number: unit for number, unit in enumerate(units) if number not in progress}
+    num_earlier = len(progress)
     for record in _records(left, stems, config, encoders, output_dir):
         number = record.unit.unit
         unit = progress.setdefault(number, UnitProgress())
@@ -131,11 +133,13 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: EncoderPool, outp
             if not unit.is_lost:
                 content = json.dumps({"shards": unit.shards, "rejected": unit.rejected}).encode()
                 storage.write_bytes(storage.join(output_dir, PROGRESS, f"{stems[number]}.json"), content)
+            elapsed, done = time.perf_counter() - started, sum(unit.is_complete for unit in progress.values())
             yield PrecomputeProgress(
-                shards_done=sum(unit.is_complete for unit in progress.values()),
+                shards_done=done,
                 shards=len(units),
                 samples=skips.num_good,
-                samples_per_second=(skips.num_good + num_bad(skips.skipped)) / (time.perf_counter() - started),
+                samples_per_second=(skips.num_good + num_bad(skips.skipped)) / elapsed,
+                seconds_left=elapsed * (len(units) - done) / (done - num_earlier),
             )
     _write_manifest(output_dir, manifest, progress)
 

@@ -40,6 +40,7 @@ from ray_platform.sweep.search import (
     trial_name,
     trial_points,
 )
+from ray_platform.terminal import ProgressBar, write_line
 from ray_platform.tracking import RunRecord, read_run_record
 
 _STATE = "state.json"
@@ -212,20 +213,20 @@ def _run_page(run: RunRecord) -> str:
 
 
 class Progress(tune.Callback):
-    """Prints a line for every report and every failure."""
+    """Prints a line for every report and every failure, and shows how many trials ended."""
 
     def __init__(self, config: SearchConfig) -> None:
-        self.config = config
+        self.config, self.bar = config, ProgressBar()
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: TrialReport, **info: Any) -> None:
         last = result[HISTORY][-1]
         metrics = "  ".join(f"{metric} {last['metrics'][metric]:.4g}" for metric in self.config.objectives)
-        num_ended = sum(other.is_finished() for other in trials)
         progress = f"milestone {last['milestone']}/{self.config.num_milestones}, step {last['step']}"
-        print(f"{trial}  {progress}  {metrics}  {num_ended} of {len(trials)} trials ended", flush=True)
+        write_line(f"{trial}  {progress}  {metrics}")
+        self.bar.update("trials", sum(other.is_finished() for other in trials), max(len(trials), self.config.num_trials))
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        print(f"{trial} failed: {_read_error(self.config, trial)}", flush=True)
+        write_line(f"{trial} failed: {_read_error(self.config, trial)}")
 
 
 def _listed(resources: Mapping[str, float]) -> str:

@@ -21,6 +21,7 @@ from ray_platform.contracts import Batch, ConfigError, DataError, TrainingError,
 from ray_platform.lease import Lease
 from ray_platform.ray_internals import ControllerCallback, draining_nodes
 from ray_platform.retry import RETRY_SECONDS
+from ray_platform.terminal import ProgressBar, left_text
 from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.collective import collective
@@ -221,7 +222,7 @@ class DriverMonitor:
         self.stop_reason = ""  # the workers save, and the run ends
         self._started = time.monotonic()
         self.last_hang = ""  # message about the workers killed since the last `reset_workers`
-        self._printed_step = -1
+        self._printed_step, self._bar = -1, ProgressBar(seconds_between_lines=0)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._poll_loop, daemon=True, name="monitor")
         self._previous_handler: Any = None
@@ -291,24 +292,23 @@ class DriverMonitor:
         self.node_metrics.poll(nodes)
 
     def _print_progress(self) -> None:
-        """Print a line when new metrics have arrived."""
+        """Show the progress when new metrics have arrived."""
         step, metrics = ray.get(self.hang_detector.progress.remote(), timeout=_ANSWER_TIMEOUT_SECONDS)
         if step > self._printed_step and "train/samples_per_second" in metrics:
             self._printed_step = step
-            print(progress_line(step, self.train.num_steps, metrics), flush=True)
+            self._bar.update("step", step, self.train.num_steps, progress_text(metrics))
 
 
-def progress_line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
-    """Format `step 120/780  loss_generation 0.412  113 samples/s  waiting for data 2 %  stalled 3 %  left 5:32`.
+def progress_text(metrics: dict[str, float]) -> str:
+    """Format `loss_generation 0.412  113 samples/s  waiting for data 2 %  stalled 3 %  left 5:32`.
 
     Stalled is the fraction of time spent on checkpoints, scores and previews, shown from 1 % on.
     """
     names = [name for name in sorted(metrics, reverse=True) if name.startswith("train/loss_")]
     losses = "  ".join(f"{name.removeprefix('train/')} {metrics[name]:.3f}" for name in names)
-    minutes, seconds = divmod(int(metrics.get("train/seconds_left", 0)), 60)
     stalled = metrics.get("train/stalled_fraction", 0)
     return (
-        f"step {step}/{num_steps}  {losses}  {metrics.get('train/samples_per_second', 0):.0f} samples/s  "
+        f"{losses}  {metrics.get('train/samples_per_second', 0):.0f} samples/s  "
         f"waiting for data {metrics.get('data/waiting_fraction', 0):.0%}  "
-        f"{f'stalled {stalled:.0%}  ' if stalled >= 0.01 else ''}left {minutes}:{seconds:02d}"
+        f"{f'stalled {stalled:.0%}  ' if stalled >= 0.01 else ''}{left_text(metrics.get('train/seconds_left', 0))}"
     )
