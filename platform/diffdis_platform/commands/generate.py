@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
     total, bar = -(-num_images // config.batch_size) * config.num_steps, ProgressBar()
     steps = itertools.count(1)
 
-    def show_step(_pipeline: object, _index: int, _timestep: int, values: dict[str, Any]) -> dict[str, Any]:
+    def show_step(_pipeline: object, _index: int, _timestep: int, values: Any) -> Any:
         bar.update("steps", next(steps), total)
         return values
 
