@@ -64,22 +64,11 @@ class DiffDisScorer:
         return self.pipeline.embed_classes(class_names, templates).float().cpu().numpy()
 
     def generate_images(
-        self,
-        captions: Sequence[str],
-        indices: Sequence[int],
-        num_steps: int,
-        guidance_scale: float,
-        seed: int,
-        best_of: int = 1,
+        self, captions: Sequence[str], indices: Sequence[int | str], num_steps: int, guidance_scale: float, seed: int
     ) -> np.ndarray:
         """Return uint8 [B, S, S, 3]; see `DiffDisPipeline.generate`."""
         images = self.pipeline.generate(
-            captions,
-            best_of=best_of,
-            num_inference_steps=num_steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            indices=indices,
+            captions, num_inference_steps=num_steps, guidance_scale=guidance_scale, seed=seed, indices=indices
         )
         return np.stack([np.asarray(image) for image in images])
 

@@ -223,8 +223,11 @@ class Scorer(Protocol):
 class Generator(Protocol):
     """A model that generates images from captions, in an evaluation."""
 
-    def generate_images(self, captions: Sequence[str], indices: Sequence[int], **settings: Any) -> np.ndarray:
-        """Return [B, H, W, 3] uint8. The noise of an image depends on its index among all prompts, not on the batch."""
+    def generate_images(self, captions: Sequence[str], indices: Sequence[int | str], **settings: Any) -> np.ndarray:
+        """Return [B, H, W, 3] uint8. The noise of an image depends on its index among all prompts, not on the batch.
+
+        Other images of a prompt have names as their index, such as 7/1.
+        """
 
 
 class FeatureNetwork(Protocol):

@@ -209,6 +209,9 @@ def _split(name: str) -> tuple[str, str]:
 def _declared(name: str) -> Metric | None:
     if name in _exact:
         return _exact[name]
+    metric, best_of, number = name.rpartition("_best_of_")
+    if best_of and (single := _declared(metric)):  # of the best image of so many for each caption
+        return replace(single, name=name, label=f"{single.label}, best of {number}")
     for _, pattern, family in _families:
         if match := pattern.fullmatch(name):
             return replace(family, name=name, label=family.label.format_map(match.groupdict()))

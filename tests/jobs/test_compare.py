@@ -13,7 +13,14 @@ from diffdis.config import ObjectiveConfig
 from diffdis_platform.commands.compare import parse_arguments as parse
 from diffdis_platform.comparison import run as comparison
 from diffdis_platform.comparison.run import compare, plan_comparison
-from diffdis_platform.comparison.summary import check_claim, confidence_interval, format_summary, paired_differences
+from diffdis_platform.comparison.summary import (
+    best_of_differences,
+    check_claim,
+    confidence_interval,
+    detectable_difference,
+    format_summary,
+    paired_differences,
+)
 from diffdis_platform.config.compare import ARMS, CompareConfig
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from diffdis_platform.config.pretrain import PretrainConfig
@@ -122,7 +129,8 @@ def test_a_comparison_measures_what_is_missing_and_summarizes_all(measured, conf
         "from result.json"
     )
     assert summary["arms"]["joint"]["mean"]["fd"] == 45.5
-    assert summary["paired"]["fd_joint_minus_generation"] == {"mean": -4.0, "low": -4.0, "high": -4.0, "n": 2}
+    difference = {"mean": -4.0, "low": -4.0, "high": -4.0, "n": 2, "detectable": 0.0}
+    assert summary["paired"]["fd_joint_minus_generation"] == difference
     assert summary["claim"]["holds"]
     assert "the claim holds: accuracy_joint_minus_alignment is +0.125" in format_summary(summary)
     page = (tmp_path / "report.html").read_text()
@@ -187,6 +195,51 @@ def test_a_set_that_changes_between_two_arms_is_noticed(measured, config_of, tmp
         assert plan_comparison(config_of(tmp_path, arms=("joint", "generation"))).pending == pending
 
 
+def test_seeds_of_choices_are_left_out_of_the_differences_for_good(measured, config_of, tmp_path):
+    config = config_of(tmp_path, arms=("joint", "alignment"), seeds=(0, 1, 2), selection_seeds=(0, 9))
+    summary = run(config)
+    assert (summary["selected_on"], summary["fresh"]) == ([0, 9], [1, 2])
+    assert summary["paired"]["accuracy_joint_minus_alignment"]["n"] == 2
+    assert list(summary["arms"]["joint"]["seeds"]) == ["0", "1", "2"]
+    later = run(dataclasses.replace(config, selection_seeds=()))
+    assert later["selected_on"] == [0, 9], "the summary remembers them"
+    assert later["paired"] == summary["paired"]
+    assert "Without the seeds on which settings were chosen: 0, 9" in (tmp_path / "report.html").read_text()
+
+
+def test_an_arm_may_be_trained_for_another_number_of_steps(config_of, tmp_path):
+    arms = {"clip_equal_seconds": {"objective.task": "clip", "train.num_steps": 9}}
+    config = config_of(tmp_path, arms=("clip", "clip_equal_seconds"), own_arms=arms)
+    config.check()
+    assert config.pretrain_of("clip_equal_seconds", 0).train.num_steps == 9
+    assert config.pretrain_of("clip", 0).train.num_steps == NUM_STEPS
+
+
+def test_the_best_of_several_images_next_to_a_single_one(config_of, tmp_path):
+    single = config_of(tmp_path, arms=("joint", "generation", "clip"), seeds=(0, 1))
+    assert single.runs()[:2] == [("joint", 0), ("generation", 0)]
+    quality = dataclasses.replace(single.evaluation.quality, best_of=4)
+    config = dataclasses.replace(single, evaluation=dataclasses.replace(single.evaluation, quality=quality))
+    assert config.runs()[:3] == [("joint", 0), ("clip", 0), ("generation", 0)], "the model of clip ranks its images"
+    assert config.evaluation_of("joint", 1).quality.ranker == ""
+    assert config.evaluation_of("generation", 1).quality.ranker == f"{config.run_dir('clip', 1)}/export"
+    assert config.evaluation_of("clip", 1).quality.prompts == ""
+    alone = dataclasses.replace(config, arms=("joint", "generation")).evaluation_of("generation", 1).quality
+    assert (alone.best_of, alone.ranker) == (1, ""), "nothing can rank its images"
+
+    results = {
+        "joint": {seed: {"fd": 50.0, "kid": 0.5, "fd_best_of_4": 46.0 + seed, "kid_best_of_4": 0.25} for seed in (0, 1, 2)},
+        "generation": {0: {"fd": 52.0, "fd_best_of_4": 51.0}},
+        "alignment": {0: {"accuracy": 0.5}},
+    }
+    best_of = best_of_differences(results)["best_of_4"]
+    assert best_of["fd_minus_random"] == confidence_interval([-4.0, -3.0, -2.0])
+    assert best_of["kid_minus_random"]["mean"] == -0.25
+    assert best_of["arms"].keys() == {"joint", "generation"}
+    assert best_of["arms"]["generation"] == {"fd_minus_random": confidence_interval([-1.0])}
+    assert best_of_differences({"joint": {0: {"fd": 50.0}}}) == {}
+
+
 def test_sigterm_ends_the_comparison_and_not_only_the_run(config_of, tmp_path, monkeypatch):
     def stopped(*_):
         raise Stopped("stopped by SIGTERM; saved at step 2")
@@ -205,7 +258,9 @@ class Interrupt(BaseException):
 def test_a_real_comparison_that_is_interrupted_after_the_training_of_its_second_run(
     ray_cluster, config_of, tmp_path, monkeypatch
 ):
-    config = config_of(tmp_path, arms=("joint", "generation", "broken"), own_arms=BROKEN)
+    config = config_of(tmp_path, arms=("joint", "generation", "clip", "broken"), own_arms=BROKEN)
+    quality = dataclasses.replace(config.evaluation.quality, best_of=2)
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, quality=quality))
     evaluate, evaluated = comparison.evaluate, []
 
     def interrupt(*arguments):
@@ -217,9 +272,9 @@ def test_a_real_comparison_that_is_interrupted_after_the_training_of_its_second_
     monkeypatch.setattr(comparison, "evaluate", interrupt)
     with pytest.raises(Interrupt):
         run(config)
-    assert plan_comparison(config).pending == [("generation", 0), ("broken", 0)]
+    assert plan_comparison(config).pending == [("clip", 0), ("broken", 0), ("generation", 0)]
     summary = run(config)
-    assert len(list(Path(config.output_dir, "runs", "generation_seed0", "checkpoints").iterdir())) == 1, "it is not trained again"
+    assert len(list(Path(config.output_dir, "runs", "clip_seed0", "checkpoints").iterdir())) == 1, "it is not trained again"
     assert summary["failures"][0].startswith("broken, seed 0: objective.freeze: ")
 
     joint, generation = (summary["arms"][arm]["seeds"]["0"] for arm in ("joint", "generation"))
@@ -231,6 +286,11 @@ def test_a_real_comparison_that_is_interrupted_after_the_training_of_its_second_
         assert figures["flops"] == pytest.approx(figures["flops_per_sample"] * figures["samples"], rel=1e-6)
     assert all(joint[cost] > generation[cost] for cost in ("flops_per_sample", "parameters"))
     assert summary["paired"]["fd_joint_minus_generation"]["mean"] == joint["fd"] - generation["fd"]
+    for arm, run_figures in (("joint", joint), ("generation", generation)):
+        best_of = summary["best_of_2"]["arms"][arm]
+        assert best_of["fd_minus_random"]["mean"] == run_figures["fd_best_of_2"] - run_figures["fd"] != 0
+        assert best_of.keys() == {"fd_minus_random", "kid_minus_random"}
+    assert "The best of 2 images" in Path(config.output_dir, "report.html").read_text()
 
     result = read(config, "runs", "joint_seed0", "result.json")
     assert result["figures"] == joint
@@ -246,7 +306,7 @@ def test_a_real_comparison_that_is_interrupted_after_the_training_of_its_second_
     experiment = client.get_run(tracked["run_id"]).info.experiment_id
     children = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{tracked['run_id']}'")
     by_name = {child.info.run_name: child for child in children}
-    assert by_name.keys() == {"joint seed 0", "generation seed 0"}, "the third was rejected before it started"
+    assert by_name.keys() == {"joint seed 0", "generation seed 0", "clip seed 0"}, "the fourth was rejected before it started"
     assert by_name["joint seed 0"].data.metrics["eval/mine/acc1"] == joint["accuracy_mine"]
 
 
@@ -257,7 +317,15 @@ def test_intervals_are_those_of_a_paired_t_test():
     interval = confidence_interval(list(a - b))
     assert (interval["low"], interval["high"]) == pytest.approx((test.low, test.high))
     assert (interval["mean"], interval["n"]) == (pytest.approx((a - b).mean()), 5)
-    assert confidence_interval([0.5]) == {"mean": 0.5, "low": None, "high": None, "n": 1}
+    assert confidence_interval([0.5]) == {"mean": 0.5, "low": None, "high": None, "n": 1, "detectable": None}
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_a_detectable_difference_is_found_in_four_of_five_simulated_comparisons(n):
+    std = 1.47
+    simulated = np.random.default_rng(n).normal(detectable_difference(std, n), std, (40_000, n))
+    test = stats.ttest_1samp(simulated, 0.0, axis=1)
+    assert np.mean((test.pvalue < 0.05) & (test.statistic > 0)) == pytest.approx(0.8, abs=0.01)
 
 
 def test_differences_cover_the_scores_and_seeds_that_both_arms_have():
@@ -267,7 +335,10 @@ def test_differences_cover_the_scores_and_seeds_that_both_arms_have():
         "joint_mask": {0: {"accuracy": 0.5, "fd": 3.0}},
         "one_way_mask": {0: {"accuracy": 0.25, "fd": 1.0}},
         "generation": {},
+        "own": {0: {"accuracy": 0.5, "fd": 1.0}, 1: {"accuracy": 0.25, "fd": 1.0}},
     }
+    assert paired_differences(results, ["own"])["accuracy_own_minus_alignment"]["mean"] == pytest.approx(0.05)
+    del results["own"]
     paired = paired_differences(results)
     assert set(paired) == {
         "accuracy_joint_minus_alignment",
@@ -306,7 +377,12 @@ def test_the_claim_holds_if_both_intervals_are_on_the_papers_side_of_zero(accura
         ({"seeds": (-1,)}, "seeds: -1 is below 0"),
         ({"own_arms": {"clip": {}}}, "own_arms: clip is a predefined arm"),
         ({"own_arms": {"a b": {}}}, "own_arms: invalid name 'a b'"),
-        ({"arms": ("a",), "own_arms": {"a": {"train.num_steps": 9}}}, "own_arms.a: train.num_steps is not a field of model"),
+        ({"selection_seeds": (-1,)}, "selection_seeds: -1 is below 0"),
+        ({"arms": ("a",), "own_arms": {"a": {"train.seed": 9}}}, "own_arms.a: train.seed is not a field of model"),
+        (
+            {"evaluation": EvalConfig(quality=QualityConfig("p", "r", best_of=2, ranker="/x"))},
+            "evaluation.quality.ranker: is set by the comparison; use the arm clip",
+        ),
         ({"arms": ("a",), "own_arms": {"a": {"objective.lamda": 9}}}, "own_arms.a: --objective.lamda: no such field; did you"),
         ({"arms": ("a",), "own_arms": {"a": {"model.schedule.gamma": 9}}}, "own_arms.a: model.schedule.gamma: 9.0 is not in"),
         ({"pretrain": PretrainConfig(train=TrainConfig(seed=3))}, "pretrain.train.seed: is set by the comparison; use seeds"),

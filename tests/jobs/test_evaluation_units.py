@@ -21,7 +21,7 @@ from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate import sets
 from ray_platform.evaluate.discovery import find_evaluation_set
 from ray_platform.evaluate.results import check_same_protocol
-from ray_platform.evaluate.unit_work import WorkerModels, choose_sample
+from ray_platform.evaluate.unit_work import GenerateImages, Ranking, WorkerModels, choose_sample
 from tests.ray_platform.evaluate.test_torchvision_folders import write_aircraft, write_cifar
 from tests.support.evaluation_sets import encoded, picture, write_image, write_own, write_retrieval, write_wds
 
@@ -219,15 +219,50 @@ def test_the_best_of_several_images_is_another_unit_and_another_protocol(tmp_pat
     config = QualityConfig(str(tmp_path / "prompts.txt"), str(tmp_path / "mine"), guidance_scales=(1.0,))
     rows, points = {"features/efficientnet_lite0": np.zeros((2, 4)), "seconds": np.ones(2)}, []
     for each in (config, dataclasses.replace(config, best_of=4)):
-        measurement = QualityMeasurement(MODEL, None, 32, each, str(tmp_path / "out"))
+        ranker = MODEL if each.best_of > 1 else None
+        measurement = QualityMeasurement(MODEL, None, 32, each, str(tmp_path / "out"), ranker)
         (unit,) = (unit for unit in measurement.units if unit.group == measurement.group_of(1.0))
         measurement.add(unit, rows)
         points.append((unit, measurement.results({measurement.reference_group: "not measured here"})[0]["protocol"]))
     (single, single_protocol), (best, best_protocol) = points
     assert single.key != best.key
-    assert best.work.settings == single.work.settings | {"best_of": 4}
+    assert (best.work.ranking, single.work.ranking) == (Ranking("diffdis", 4, {}), None)
     assert best.cost == 4 * single.cost
     with pytest.raises(ConfigError, match="protocol best_of"):
         check_same_protocol(single_protocol, best_protocol)
     with pytest.raises(ConfigError, match=r"quality\.best_of: 0"):
         dataclasses.replace(config, best_of=0)
+    with pytest.raises(ConfigError, match=r"quality\.ranker: nothing is ranked"):
+        dataclasses.replace(config, ranker="/clip")
+
+
+def test_the_best_image_of_each_prompt_is_chosen_by_the_ranker_and_the_first_ones_stay(tmp_path):
+    """Each image has one gray level, and the ranker prefers one level for each prompt."""
+    level = {7: 10, "7/1": 20, "7/2": 30, 8: 40, "8/1": 50, "8/2": 60}
+    wanted, asked = {"a cat": 30, "a dog": 40}, []
+
+    def generate_images(prompts, names, num_steps):
+        return np.stack([np.full((4, 4, 3), level[name], np.uint8) for name in names])
+
+    def embed_images(images, keys, **settings):
+        asked.append((keys, settings))
+        return np.eye(70, dtype=np.float32)[images[:, 0, 0, 0]]
+
+    def embed_texts(prompts):
+        return np.eye(70, dtype=np.float32)[[wanted[prompt] for prompt in prompts]]
+
+    generator = SimpleNamespace(generate_images=generate_images)
+    ranker = SimpleNamespace(preprocess=lambda image: image, embed_images=embed_images, embed_texts=embed_texts)
+    network = SimpleNamespace(features=lambda images: images[:, 0, 0, :1].astype(np.float32))
+    builders = {"model": generator, "ranker": ranker, "network": network}
+    models = WorkerModels({name: lambda device, each=each: each for name, each in builders.items()}, 1, "cpu")
+    arguments = ("model", ("a cat", "a dog"), 7, {"num_steps": 1}, ("network",), "ranker", str(tmp_path), 8)
+    rows = GenerateImages(*arguments, Ranking("ranker", 3, {"num_draws": 4})).run(models)
+    single = GenerateImages(*arguments).run(models)
+    assert rows["best_number"].tolist() == [2, 0]
+    assert rows["best/features/network"].tolist() == [[30], [40]]
+    assert rows["best/alignment"].tolist() == [1, 1]
+    assert rows["features/network"].tolist() == single["features/network"].tolist() == [[10], [40]]
+    assert rows["alignment"].tolist() == single["alignment"].tolist() == [0, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["000007.png"]
+    assert {settings.get("num_draws") for _, settings in asked} == {4, None}

@@ -19,6 +19,7 @@ from ray_platform.metric_registry import METRICS, Metric, check_declared, descri
         ("eval/fid_infinity/guidance_1.5", "FID ∞, guidance 1.5", "0.0237", "min"),
         ("fd_inception_infinity", "FD-inception ∞", "0.0237", "min"),
         ("kid_efficientnet_lite0_std", "KID-efficientnet_lite0, standard deviation", "0.0237", None),
+        ("eval/kid_inception_best_of_4/guidance_3", "KID-inception, best of 4, guidance 3", "0.0237", "min"),
         ("accuracy_heldout_style", "accuracy, heldout_style", "2.37 %", "max"),
         ("heldout/image_to_text_r1", "image to text R@1, heldout", "2.37 %", "max"),
         ("eval/curve/cars/num_steps_10_num_draws_4", "acc1 with 10 steps and 4 draws, curve/cars", "2.37 %", "max"),

@@ -63,20 +63,20 @@ _NOT_IN_IDENTITY = (
 def plan_comparison(config: CompareConfig) -> ComparisonPlan:
     """Check everything that needs no cluster, and find the runs that are left to do. Raises ConfigError and DataError."""
     identity = _identity(config)
-    fields, results = _read_summary(config, identity)
+    fields, results, selected_on = _read_summary(config, identity)
     for arm in config.arms:
         if fields.setdefault(arm, config.fields_of(arm)) != config.fields_of(arm):
             raise ConfigError(f"own_arms.{arm}: {config.output_dir} has one with {fields[arm]}; use another name")
     pending = []
-    for seed in config.seeds:
-        for arm in config.arms:
-            known = results.setdefault(arm, {})
-            figures = None if seed in known else _read_result(config, identity, arm, seed)
-            if figures is not None and not _content_difference(results, figures):
-                known[seed] = figures
-            if seed not in known:
-                pending.append((arm, seed))
-    return ComparisonPlan(identity, fields, results, pending)
+    for arm, seed in config.runs():
+        known = results.setdefault(arm, {})
+        figures = None if seed in known else _read_result(config, identity, arm, seed)
+        if figures is not None and not _content_difference(results, figures):
+            known[seed] = figures
+        if seed not in known:
+            pending.append((arm, seed))
+    # A seed on which something was chosen once is never fresh again.
+    return ComparisonPlan(identity, fields, results, pending, tuple(sorted({*selected_on, *config.selection_seeds})))
 
 
 def compare(config: CompareConfig, plan: ComparisonPlan, recipe: str, command: str) -> ComparisonSummary:
@@ -188,8 +188,8 @@ def _content_difference(results: Results, figures: RunFigures) -> str:
 def _scores(details: EvaluationDetails) -> dict[str, float]:
     """Return the scores of an evaluation; those that the model does not have are absent.
 
-    They are the headline metrics, accuracy_<set>, and the image quality as fd, fd_infinity and kid: of the first feature network
-    at the first guidance scale.
+    They are the headline metrics, accuracy_<set>, and the image quality as fd, fd_infinity and kid, each also of the best image
+    of n (`fd_best_of_<n>`) if it was measured: of the first feature network at the first guidance scale.
     """
     model, scores = details["models"][0]["name"], headline(details)
     if details["quality"]:
@@ -197,6 +197,8 @@ def _scores(details: EvaluationDetails) -> dict[str, float]:
         distance = next(iter(quality))  # fid, or fd_<network>
         kernel = "kid" + distance.removeprefix("fid").removeprefix("fd")
         names = {"fd": distance, "fd_infinity": f"{distance}_infinity", "kid": kernel}
+        chosen = details["quality"][0]["protocol"].get("best_of", 1)
+        names |= {f"{name}_best_of_{chosen}": f"{metric}_best_of_{chosen}" for name, metric in names.items()}
         scores = {name: value for name, value in scores.items() if name not in quality}
         scores |= {name: value for name, metric in names.items() if (value := quality.get(metric)) is not None}
     sets = {entry["set"]: entry["metrics"]["acc1"] for entry in details["zero_shot"] if entry["model"] == model}
@@ -271,11 +273,14 @@ def _with_new_fields(identity: Fields) -> Fields:
     return filled
 
 
-def _read_summary(config: CompareConfig, identity: Fields) -> tuple[dict[str, Fields], Results]:
-    """Return the arms' fields and results in an existing summary. Raises ConfigError if it is of another comparison."""
+def _read_summary(config: CompareConfig, identity: Fields) -> tuple[dict[str, Fields], Results, list[int]]:
+    """Return the arms' fields and results in an existing summary, and the seeds of choices.
+
+    Raises ConfigError if it is of another comparison.
+    """
     url = storage.join(config.output_dir, SUMMARY)
     if not storage.exists(url):
-        return {}, {}
+        return {}, {}, []
     try:
         summary = json.loads(storage.read_small(url))
         COMPARISON_FORMAT.check_version(summary, url)
@@ -283,6 +288,7 @@ def _read_summary(config: CompareConfig, identity: Fields) -> tuple[dict[str, Fi
         fields = config_of_all.pop("arms")
         saved = _with_new_fields(config_of_all)
         results = {arm: {int(s): _with_current_names(run) for s, run in e["seeds"].items()} for arm, e in summary["arms"].items()}
+        selected_on = [int(seed) for seed in summary.get("selected_on", ())]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"output_dir: {url} is not a summary of a comparison ({error}); remove it") from None
     if difference := first_difference(saved, identity):
@@ -291,7 +297,7 @@ def _read_summary(config: CompareConfig, identity: Fields) -> tuple[dict[str, Fi
             f"output_dir: {config.output_dir} holds another comparison ({field}: {before} there, {now} here); restore the value, "
             "or give another output_dir"
         )
-    return fields, results
+    return fields, results, selected_on
 
 
 def _read_result(config: CompareConfig, identity: Fields, arm: str, seed: int) -> RunFigures | None:
@@ -326,7 +332,7 @@ def _write_report(config: CompareConfig, tracker: Tracker, summary: ComparisonSu
     tracker.log_bytes(to_json(summary), SUMMARY)
     metrics = {f"mean/{arm}/{name}": value for arm, entry in summary["arms"].items() for name, value in entry["mean"].items()}
     for name, entry in summary["paired"].items():
-        metrics |= {f"paired/{name}/{part}": entry[part] for part in ("mean", "low", "high", "n")}
+        metrics |= {f"paired/{name}/{part}": entry.get(part) for part in ("mean", "low", "high", "n", "detectable")}
     metrics["claim/holds"] = summary["claim"]["holds"]
     tracker.log_metrics({name: float(value) for name, value in metrics.items() if value is not None}, step=0)
 

@@ -29,13 +29,18 @@ class CompareConfig:
     arms: tuple[str, ...] = TASKS
     """Arms to compare: joint, generation, alignment, clip, joint_mask, one_way_mask, and names from own_arms."""
     own_arms: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Your own arms, as '{"name": {"objective.num_draws": 1}}'; an arm sets fields of model and objective."""
+    """Your own arms, as '{"name": {"objective.num_draws": 1}}'; an arm sets fields of model and objective, and train.num_steps,
+    such as the steps of `clip` that take as long as those of `joint`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds. The arms of a seed are trained on the same samples in the same order."""
+    selection_seeds: tuple[int, ...] = ()
+    """Seeds on which settings were chosen, such as lambda or the learning rate. The paired differences and the claim are about
+    the other ones."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     """Training of all arms; an arm changes some of its fields."""
     evaluation: EvalConfig = field(default_factory=EvalConfig)
-    """Evaluation of every run. Arms that cannot generate images skip evaluation.quality."""
+    """Evaluation of every run. Arms that cannot generate images skip evaluation.quality. With quality.best_of, joint arms rank
+    their own images, and those of the generation arms are ranked by the model of the clip arm with the same seed."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -43,8 +48,9 @@ class CompareConfig:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"{name}: {list(values)}; give at least one, and no duplicates")
-        if self.seeds and min(self.seeds) < 0:
-            raise ConfigError(f"seeds: {min(self.seeds)} is below 0; use seeds from 0")
+        for name in ("seeds", "selection_seeds"):
+            if (lowest := min(getattr(self, name), default=0)) < 0:
+                raise ConfigError(f"{name}: {lowest} is below 0; use seeds from 0")
         if taken := sorted(self.own_arms.keys() & ARMS.keys()):
             raise ConfigError(f"own_arms: {taken[0]} is a predefined arm; use another name")
         if invalid := [name for name in self.own_arms if not re.fullmatch(r"[\w-]{1,64}", name)]:
@@ -64,18 +70,30 @@ class CompareConfig:
             ("evaluation.output_dir", self.evaluation.output_dir, "output_dir"),
             ("evaluation.checkpoint", self.evaluation.checkpoint, "nothing: the model of each run is evaluated"),
             ("evaluation.tracking", self.evaluation.tracking != TrackingConfig(), "tracking"),
+            ("evaluation.quality.ranker", self.evaluation.quality.ranker, "the arm clip, which ranks images of generation"),
         ):
             if value:
                 raise ConfigError(f"{name}: is set by the comparison; use {instead}")
         for arm in self.arms:
             for name in self.fields_of(arm):
-                if not name.startswith(("model.", "objective.")):
-                    raise ConfigError(f"own_arms.{arm}: {name} is not a field of model or objective; an arm changes only those")
+                if not name.startswith(("model.", "objective.")) and name != "train.num_steps":
+                    raise ConfigError(
+                        f"own_arms.{arm}: {name} is not a field of model or objective; an arm changes only those, and "
+                        "train.num_steps"
+                    )
             self.pretrain_of(arm, self.seeds[0])
 
     def fields_of(self, arm: str) -> dict[str, Any]:
         """Return the fields in which the arm differs from `pretrain`."""
         return (ARMS | self.own_arms)[arm]
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Return (arm, seed) in the order in which they run: all arms of a seed first, and clip before the arms that it ranks."""
+
+        def is_ranked_by_clip(arm: str) -> bool:
+            return self.evaluation.quality.best_of > 1 and self.pretrain_of(arm, 0).objective.task == "generation"
+
+        return [(arm, seed) for seed in self.seeds for arm in sorted(self.arms, key=is_ranked_by_clip)]
 
     def run_dir(self, arm: str, seed: int) -> str:
         return f"{self.output_dir.rstrip('/')}/runs/{arm}_seed{seed}"
@@ -92,8 +110,12 @@ class CompareConfig:
     def evaluation_of(self, arm: str, seed: int) -> EvalConfig:
         """Return the config of the evaluation of a run's exported model."""
         url, quality = self.run_dir(arm, seed), self.evaluation.quality
-        if self.pretrain_of(arm, seed).objective.task in ("alignment", "clip"):
+        task = self.pretrain_of(arm, seed).objective.task
+        if task in ("alignment", "clip"):
             quality = dataclasses.replace(quality, prompts="")
+        elif task == "generation" and quality.best_of > 1:  # it cannot rank its own images
+            ranker = f"{self.run_dir('clip', seed)}/export" if "clip" in self.arms else ""
+            quality = dataclasses.replace(quality, ranker=ranker, best_of=quality.best_of if ranker else 1)
         return dataclasses.replace(
             self.evaluation,
             checkpoint=f"{url}/export",

@@ -61,7 +61,10 @@ class QualityConfig:
     seed: int = 0
     """Seed of the generated images."""
     best_of: int = 1
-    """Generated images per prompt, of which the one that the model itself finds closest to the prompt is measured."""
+    """Generated images per prompt. Above 1, each figure is also measured for the image of a prompt that the model itself finds
+    closest to it, as <metric>_best_of_<n>; the other figures remain those of the first images."""
+    ranker: str = ""
+    """Another model that chooses the best image: an exported model, a checkpoint, or a CLIP. Empty: the evaluated model."""
     keep_images: bool = False
     """Keep all generated images. The report always keeps the first 64."""
 
@@ -74,6 +77,8 @@ class QualityConfig:
             raise ConfigError("quality: at least 2 images, 1 step, 1 guidance scale and 1 network")
         if self.best_of < 1:
             raise ConfigError(f"quality.best_of: {self.best_of} is not 1 or more; 1 measures a single image per prompt")
+        if self.ranker and self.best_of == 1:
+            raise ConfigError("quality.ranker: nothing is ranked with quality.best_of 1; set quality.best_of, such as 4")
         if self.num_reference and (self.num_reference < 2 or self.reference.endswith(".npz")):
             raise ConfigError(
                 f"quality.num_reference: {self.num_reference} is not 0 (all) or at least 2 of the images in a folder or tars; "

@@ -6,6 +6,7 @@ import hashlib
 import numpy as np
 
 from diffdis.metrics.image_quality import clip_score
+from diffdis.pipeline import RANKING_DRAWS
 from diffdis_platform.config.evaluate import QualityConfig
 from diffdis_platform.evaluation.distance import Reference, ReferenceFeatures, few_images_warning, read_reference
 from diffdis_platform.evaluation.models import EvaluationModel, network_builders, open_networks
@@ -15,7 +16,7 @@ from ray_platform.contracts import ConfigError, Rows, UnitOrigin, one_line
 from ray_platform.evaluate.discovery import open_evaluation_set, open_image_set
 from ray_platform.evaluate.results import results_folder
 from ray_platform.evaluate.sets import EvaluationSet, RawSample, read_slice
-from ray_platform.evaluate.unit_work import GenerateImages, MeasureImages, choose_sample, digest_of_contents, image_name
+from ray_platform.evaluate.unit_work import GenerateImages, MeasureImages, Ranking, choose_sample, digest_of_contents, image_name
 from ray_platform.replicas import WorkUnit, join_rows
 from ray_platform.report.records import GeneratedSample, QualityPoint
 
@@ -50,9 +51,16 @@ class QualityMeasurement:
     reference_group = "reference images"
 
     def __init__(
-        self, model: EvaluationModel, judge: EvaluationModel | None, image_size: int, config: QualityConfig, output_dir: str
+        self,
+        model: EvaluationModel,
+        judge: EvaluationModel | None,
+        image_size: int,
+        config: QualityConfig,
+        output_dir: str,
+        ranker: EvaluationModel | None = None,
     ):
-        """`judge` measures how well an image fits its prompt; None: nothing measures it."""
+        """`judge` measures how well an image fits its prompt, and `ranker` chooses the best of several images; None: nothing."""
+        self.ranker = ranker
         self.model, self.judge, self.image_size, self.config, self.output_dir = model, judge, image_size, config, output_dir
         self.prompts = read_prompts(config)
         networks = open_networks("quality.networks", network_builders(config.networks, config.inception, config.resize))
@@ -95,24 +103,32 @@ class QualityMeasurement:
         judge, judged_by = (self.judge.name, [self.judge.digest, self.judge.preprocessing]) if self.judge else ("", [])
         num_kept = len(self.prompts) if config.keep_images else NUM_SHOWN
         for scale in config.guidance_scales:
-            settings = {"num_steps": config.num_steps, "guidance_scale": scale, "seed": config.seed, **self._best_of()}
+            settings = {"num_steps": config.num_steps, "guidance_scale": scale, "seed": config.seed}
+            ranking = None
+            if self.ranker:  # a CLIP has no settings
+                few_draws = {"num_steps": 1, "num_draws": RANKING_DRAWS} if self.ranker.settings else {}
+                ranking = Ranking(self.ranker.name, config.best_of, few_draws)
             for first in range(0, len(self.prompts), IMAGES_PER_UNIT):
                 prompts, images_dir = tuple(self.prompts[first : first + IMAGES_PER_UNIT]), self.images_dir(scale)
+                measured = tuple(self.protocols), judge, images_dir, num_kept, ranking
                 unit = build_unit(
                     self.group_of(scale), f"images {first}… at guidance {scale:g}",
                     _STEP_COST * config.num_steps * len(prompts) * config.best_of,
-                    GenerateImages(self.model.name, prompts, first, settings, tuple(self.protocols), judge, images_dir, num_kept),
+                    GenerateImages(self.model.name, prompts, first, settings, *measured),
                     model=self.model.digest, settings=settings, prompts=prompts, first=first, kept=num_kept,
                     networks=list(self.protocols.values()), judge=judged_by,
-                    images_dir=images_dir if first < num_kept else "",
+                    images_dir=images_dir if first < num_kept else "", **self._best_of(),
                 )  # fmt: skip
                 units.append(unit)
                 self._destinations[unit.key] = (self._generated[scale], first)
         return units
 
-    def _best_of(self) -> dict[str, int]:
-        """Return the setting and field of the protocol; it is absent for single images, as in earlier results."""
-        return {"best_of": self.config.best_of} if self.config.best_of > 1 else {}
+    def _best_of(self) -> dict[str, int | str]:
+        """Return the fields of the protocol; they are absent for single images, as in earlier results."""
+        if self.ranker is None:
+            return {}
+        ranked_by = "the evaluated model itself" if self.ranker is self.model else self.ranker.url
+        return {"best_of": self.config.best_of, "ranked_by": ranked_by, "ranker_digest": self.ranker.digest}
 
     def _judge_name(self) -> str:
         if self.judge is None:
@@ -162,20 +178,15 @@ class QualityMeasurement:
 
     def _result(self, scale: float, rows: Rows, failures: dict[str, str]) -> QualityPoint:
         group = self.group_of(scale)
-        metrics: dict[str, float | None] = {}
         warnings = []
         for name, reference in self.references.items():
-            figure, features = self.figures[name], rows[f"features/{name}"]
-            warnings.append(few_images_warning(figure, len(features), reference.num_images, features.shape[1]))
-            try:
-                metrics |= reference.metrics(figure, features)
-            except (ValueError, RuntimeError) as error:  # torch's linear algebra raises RuntimeErrors
-                failures[f"{group}: {name}"] = f"{group}: {name}: {one_line(error)}"
-        if self.judge:
-            try:
-                metrics["alignment"] = clip_score(rows["alignment"])
-            except ValueError as error:
-                failures[f"{group}: alignment"] = f"{group}: alignment by {self._judge_name()}: {one_line(error)}"
+            features = rows[f"features/{name}"]
+            warnings.append(few_images_warning(self.figures[name], len(features), reference.num_images, features.shape[1]))
+        metrics = self._metrics(group, rows, failures)
+        if self.ranker:
+            best = {name.removeprefix("best/"): values for name, values in rows.items() if name.startswith("best/")}
+            of_best = self._metrics(f"{group}, best of {self.config.best_of}", best, failures)
+            metrics |= {f"{n}_best_of_{self.config.best_of}": value for n, value in of_best.items() if not n.endswith("_std")}
         return {
             "guidance_scale": scale,
             "metrics": metrics,
@@ -206,6 +217,21 @@ class QualityMeasurement:
             "seconds": round(float(rows["seconds"].sum()), 1),
             "samples": stored_samples(self.prompts[:NUM_SHOWN], self.images_dir(scale)),
         }
+
+    def _metrics(self, group: str, rows: Rows, failures: dict[str, str]) -> dict[str, float | None]:
+        """Return the figures of an image per prompt."""
+        metrics: dict[str, float | None] = {}
+        for name, reference in self.references.items():
+            try:
+                metrics |= reference.metrics(self.figures[name], rows[f"features/{name}"])
+            except (ValueError, RuntimeError) as error:  # torch's linear algebra raises RuntimeErrors
+                failures[f"{group}: {name}"] = f"{group}: {name}: {one_line(error)}"
+        if self.judge:
+            try:
+                metrics["alignment"] = clip_score(rows["alignment"])
+            except ValueError as error:
+                failures[f"{group}: alignment"] = f"{group}: alignment by {self._judge_name()}: {one_line(error)}"
+        return metrics
 
 
 def sample_sizes(data: EvaluationSet, num_images: int, margin: float = 1.25) -> list[int | None]:

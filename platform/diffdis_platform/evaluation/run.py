@@ -65,17 +65,27 @@ def plan_evaluation(config: EvalConfig, opened: OpenedSets | None = None) -> Eva
     if config.quality.prompts:
         if not model.can_generate:
             raise ConfigError(f"quality.prompts: a model that was trained for {model.task} cannot generate images; remove it")
-        if config.quality.best_of > 1 and not model.can_score:
-            raise ConfigError(
-                f"quality.best_of: {config.quality.best_of}, but a model that was trained for {model.task} cannot score its "
-                "images; use 1"
-            )
         image_size = storage.read_json(storage.join(model.url, CONFIG_NAME))["image_size"]
         judge = model if model.can_score else None
         if config.quality.clip:
             judge = open_judge(config.quality.clip, config.resize)
-        plan.quality = QualityMeasurement(model, judge, image_size, config.quality, config.output_dir)
+        ranker = _open_ranker(config, model)
+        plan.quality = QualityMeasurement(model, judge, image_size, config.quality, config.output_dir, ranker)
     return plan
+
+
+def _open_ranker(config: EvalConfig, model: EvaluationModel) -> EvaluationModel | None:
+    """Return the model that chooses the best of several images; None: there is one image per prompt."""
+    quality = config.quality
+    if quality.best_of == 1:
+        return None
+    ranker = open_model(replace(config, checkpoint=quality.ranker, name="ranker")) if quality.ranker else model
+    if not ranker.can_score:
+        raise ConfigError(
+            f"quality.best_of: {quality.best_of}, but a model that was trained for {ranker.task} cannot rank images; use 1, or "
+            "set quality.ranker"
+        )
+    return ranker
 
 
 def _plan_curve(config: EvalConfig, plan: EvaluationPlan) -> list[ZeroShotMeasurement]:
@@ -139,8 +149,8 @@ def evaluate(config: EvalConfig, plan: EvaluationPlan, earlier: Sequence[StepSco
     builders = {model.name: model.build for model in [plan.model, *plan.baselines]}
     if plan.quality:
         builders |= network_builders(config.quality.networks, config.quality.inception, config.quality.resize)
-        if plan.quality.judge:
-            builders[plan.quality.judge.name] = plan.quality.judge.build
+        for each in filter(None, (plan.quality.judge, plan.quality.ranker)):
+            builders[each.name] = each.build
     build = functools.partial(WorkerModels, builders, max(1, int(config.cpus_per_worker)))
     spec = ReplicaSpec(build, config.num_workers, config.cpus_per_worker, config.gpus_per_worker, config.placement)
     device = "cuda" if config.gpus_per_worker else "cpu"  # their rows differ in the last digits

@@ -230,6 +230,15 @@ class MeasureImages:
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """Chooses the image that fits its prompt best."""
+
+    ranker: str  # a Scorer
+    best_of: int  # images of each prompt
+    settings: Mapping[str, float]  # of the ranker's embed_images
+
+
+@dataclass(frozen=True)
 class GenerateImages:
     """Generates images for some prompts and extracts their features and their alignment with the prompts."""
 
@@ -241,28 +250,61 @@ class GenerateImages:
     aligner: str  # the Scorer that measures how well an image fits its prompt; empty: nothing measures it
     images_dir: str  # where images with an index below `num_kept` are stored
     num_kept: int
+    ranking: Ranking | None = None  # of several images per prompt; None: there is one
 
     def run(self, models: WorkerModels) -> Rows:
-        """Return `features/<network>` [n, d], and with an aligner alignment [n]: the cosine of image and prompt."""
-        generator: Generator = models[self.generator]
+        """Return `features/<network>` [n, d], and with an aligner alignment [n]: the cosine of image and prompt.
+
+        With a ranking, they are those of each prompt's first image, and `best/<name>` those of its best one; `best_number` [n] is
+        the best one's number among the images of its prompt.
+        """
         indices = range(self.first, self.first + len(self.prompts))
-        images = models.in_batches(
-            lambda prompts, indices: generator.generate_images(prompts, indices, **self.settings), self.prompts, indices
-        )
+        images = self._generate(models, indices)
         for index, image in zip(indices, images, strict=True):
             if index < self.num_kept:
                 buffer = io.BytesIO()
                 Image.fromarray(image).save(buffer, "PNG")
                 storage.write_bytes(storage.join(self.images_dir, image_name(index)), buffer.getvalue())
+        rows = self._measure(models, indices, images)
+        if self.ranking:
+            candidates, scores = [images], [self._alignments(models, self.ranking.ranker, indices, images, self.ranking.settings)]
+            for number in range(1, self.ranking.best_of):
+                names = [f"{index}/{number}" for index in indices]  # as `DiffDisPipeline.generate` with best_of
+                candidates.append(self._generate(models, names))
+                scores.append(self._alignments(models, self.ranking.ranker, names, candidates[-1], self.ranking.settings))
+            rows["best_number"] = np.stack(scores).argmax(axis=0)
+            best = np.stack([candidates[number][row] for row, number in enumerate(rows["best_number"])])
+            rows |= {f"best/{name}": values for name, values in self._measure(models, indices, best).items()}
+        return rows
+
+    def _generate(self, models: WorkerModels, names: Sequence[int | str]) -> np.ndarray:
+        """Return an image per prompt, [n, H, W, 3] uint8, whose noise depends on its name."""
+        generator: Generator = models[self.generator]
+        return models.in_batches(lambda *batch: generator.generate_images(*batch, **self.settings), self.prompts, names)
+
+    def _measure(self, models: WorkerModels, indices: Sequence[int], images: np.ndarray) -> Rows:
         rows = models.extract_features(self.networks, images)
         if self.aligner:
-            aligner: Scorer = models[self.aligner]
-            preprocessed = list(models.pool.map(aligner.preprocess, images))
-            keys = [f"generated/{index}" for index in indices]
-            embedded = models.in_batches(lambda batch, keys: aligner.embed_images(np.stack(batch), keys), preprocessed, keys)
-            with models.lock:
-                rows["alignment"] = (embedded * aligner.embed_texts(self.prompts)).sum(axis=1)
+            rows["alignment"] = self._alignments(models, self.aligner, indices, images, {})
         return rows
+
+    def _alignments(
+        self,
+        models: WorkerModels,
+        scorer_name: str,
+        names: Sequence[int | str],
+        images: np.ndarray,
+        settings: Mapping[str, float],
+    ) -> np.ndarray:
+        """Return the cosine of each image and its prompt, [n]."""
+        scorer: Scorer = models[scorer_name]
+        preprocessed = list(models.pool.map(scorer.preprocess, images))
+        keys = [f"generated/{name}" for name in names]
+        embedded = models.in_batches(
+            lambda batch, keys: scorer.embed_images(np.stack(batch), keys, **settings), preprocessed, keys
+        )
+        with models.lock:
+            return (embedded * scorer.embed_texts(self.prompts)).sum(axis=1)
 
 
 def image_name(index: int) -> str:

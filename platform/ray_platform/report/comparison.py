@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from ray_platform.metric_registry import Metric, describe_metric
 from ray_platform.report.figures import Chart, Line, Point, line_chart, round_ticks, tick_text
-from ray_platform.report.records import Claim, ComparisonDetails, ImageGrid, NestedFields
+from ray_platform.report.records import Claim, ComparisonDetails, ImageGrid, NestedFields, PairedDifference
 from ray_platform.report.render import color_class, render
 from ray_platform.units import is_number
 
@@ -41,6 +41,7 @@ def comparison_page(details: ComparisonDetails, claim: Claim | None = None) -> s
         runs=[(metric, _runs_plot(details, metric)) for metric in scores],
         fields=fields,
         both_masks=_arms_with_both_masks(fields),
+        best_of=_best_of(details, fields),
         curves=_curves(details),
         cells=_cells,
     )
@@ -55,6 +56,7 @@ class Difference(NamedTuple):
     mean: float | None
     interval: tuple[float, float] | None  # 95 %; None with one seed
     n: int
+    detectable: float | None = None  # found with 80 % power
 
     @property
     def outcome(self) -> Literal["favorable", "adverse", "inconclusive", "single"]:
@@ -72,6 +74,12 @@ class Difference(NamedTuple):
             return "no interval"
         return " to ".join(self.metric.difference_text(end, with_unit=False) for end in self.interval)
 
+    @classmethod
+    def of(cls, metric: Metric, first: str, second: str, entry: PairedDifference) -> "Difference":
+        mean, low, high = (value if is_number(value := entry[part]) else None for part in ("mean", "low", "high"))
+        interval = None if low is None or high is None else (low, high)
+        return cls(metric, first, second, mean, interval, entry["n"], entry.get("detectable"))
+
 
 def _differences(details: ComparisonDetails) -> list[Difference]:
     """Return the paired differences, from keys `<metric>_<arm>_minus_<arm>`, of arms that have runs."""
@@ -80,11 +88,33 @@ def _differences(details: ComparisonDetails) -> list[Difference]:
         left, _, second = key.rpartition("_minus_")
         first = max((name for name in details["arms"] if left.endswith(f"_{name}")), key=len, default="")
         if first and second in details["arms"]:
-            metric, low, high = describe_metric(left.removesuffix(f"_{first}")), entry["low"], entry["high"]
-            interval = (low, high) if is_number(low) and is_number(high) else None
-            mean = entry["mean"] if is_number(entry["mean"]) else None
-            differences.append(Difference(metric, first, second, mean, interval, entry["n"]))
+            differences.append(Difference.of(describe_metric(left.removesuffix(f"_{first}")), first, second, entry))
     return differences
+
+
+class BestOf(NamedTuple):
+    """A metric of one arm: of a single image per caption, and of the best one of several."""
+
+    arm: str
+    ranked_by: str
+    single: float | None
+    best: float | None
+    difference: Difference
+
+
+def _best_of(details: ComparisonDetails, fields: Mapping[str, NestedFields]) -> dict[str, list[BestOf]]:
+    """Return the rows of each number of images."""
+    tables: dict[str, list[BestOf]] = {}
+    entries: NestedFields = details
+    for key in (key for key in entries if key.startswith("best_of_")):
+        for arm, differences in entries[key]["arms"].items():
+            means = details["arms"][arm]["mean"]
+            ranked_by = "clip" if fields[arm]["all"]["objective.task"] == "generation" else "itself"
+            for metric in (name.removesuffix("_minus_random") for name in differences):
+                difference = Difference.of(describe_metric(metric), arm, arm, differences[f"{metric}_minus_random"])
+                row = BestOf(arm, ranked_by, means.get(metric), means.get(f"{metric}_{key}"), difference)
+                tables.setdefault(key.removeprefix("best_of_"), []).append(row)
+    return tables
 
 
 def _verdict(details: ComparisonDetails, claim: Claim, claimed: Sequence[Difference]) -> tuple[str, str, str]:

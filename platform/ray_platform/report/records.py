@@ -62,6 +62,7 @@ class PairedDifference(TypedDict):
     low: float | None  # None if one pair does not determine it
     high: float | None
     n: int
+    detectable: NotRequired[float | None]  # smallest difference that is found with 80 % power; comparisons only
 
 
 class DatasetResult(TypedDict):
@@ -293,12 +294,14 @@ class TrainingPoint(TypedDict):
 
 
 class ComparisonDetails(RunHeader):
-    """`summary.json` of a comparison, with its header, images and learning curves."""
+    """`summary.json` of a comparison, with `best_of_<n>` if images were chosen, its header, images and learning curves."""
 
     command: str
     config: NotRequired[NestedFields]
     config_digest: NotRequired[str]
     environment: NotRequired[str]
+    selected_on: NotRequired[Sequence[int]]  # seeds on which settings were chosen; `paired` is about the others, `fresh`
+    fresh: NotRequired[Sequence[int]]
     arms: Mapping[str, ArmResult]
     paired: NotRequired[Mapping[str, PairedDifference]]  # `<metric>_<arm>_minus_<arm>`
     claim: ClaimResult

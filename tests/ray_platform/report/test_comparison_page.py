@@ -44,6 +44,27 @@ def test_each_outcome_of_the_claim_has_its_sentence_and_its_intervals(details):
     assert all(sentence not in Page(comparison_page(details)).text for sentence in (CLAIM.holds, "joint is above"))
 
 
+def test_a_null_result_says_what_would_have_been_found_and_choices_are_named():
+    details = saved_details("comparison_null")
+    details["paired"]["fd_joint_minus_generation"]["detectable"] = 1.7
+    text = page_of(details | {"selected_on": [0, 3]}).text
+    assert "which shows no difference: one of 1.70 would have been found with a probability of 80 %" in text
+    assert "Without the seeds on which settings were chosen: 0, 3." in text
+
+
+def test_the_best_of_several_images_is_next_to_the_single_ones(details):
+    interval = {"mean": -3.0, "low": -4.0, "high": -2.0, "n": 3}
+    details["arms"]["joint"]["mean"] |= {"fd": 250.0, "fd_best_of_4": 247.0}
+    details["best_of_4"] = {"fd_minus_random": interval, "arms": {"joint": {"fd_minus_random": interval}}}
+    details["best_of_4"]["arms"]["generation"] = {"fd_minus_random": interval | {"low": None, "high": None}}
+    page = page_of(details)
+    rows = {row[0]: row[1:] for row in page.rows if len(row) == 6}
+    assert rows["joint"] == ["itself", "FD ↓", "250.0", "247.0", "−3.00 −4.00 to −2.00"]
+    assert rows["generation"][0] == "clip"
+    assert rows["generation"][-1] == "−3.00 no interval"
+    assert "The best of 4 images" in page.text
+
+
 def test_the_table_has_mean_spread_and_cost_of_every_arm(details):
     page, arms = page_of(details), details["arms"]
     rows = {row[0]: dict(zip(arms, row[1:], strict=True)) for row in page.rows if len(row) == 1 + len(arms)}

@@ -1,0 +1,91 @@
+"""The best of several images by a real model, by another model, and by none; without a cluster."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffdis.config import ObjectiveConfig
+from diffdis.feature_networks import PooledFeatures
+from diffdis.task import DiffDisTask
+from diffdis_platform.config.evaluate import EvalConfig, QualityConfig
+from diffdis_platform.evaluation.models import network_builders
+from diffdis_platform.evaluation.run import plan_evaluation
+from ray_platform.contracts import ConfigError
+from ray_platform.evaluate.unit_work import WorkerModels
+from tests.support.evaluation_sets import write_image
+from tests.support.tiny_checkpoints import draw_query_weights
+
+PROMPTS, BEST_OF = ["red heart", "blue circle", "green leaf"], 3
+NETWORK = f"{__name__}:build_pixel_network"
+
+
+def build_pixel_network(device, options):
+    return PooledFeatures(
+        lambda x: x[:, ::8, ::8].flatten(1), lambda images, device: torch.from_numpy(images), device, "fd_pixels", {}
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    """Folder with an untrained model for each of three tasks, prompts and reference images."""
+    folder = tmp_path_factory.mktemp("models")
+    for task_name in ("joint", "generation", "clip"):
+        torch.manual_seed(1)
+        task = DiffDisTask(tiny_model, ObjectiveConfig(task=task_name))
+        if task_name == "joint":
+            draw_query_weights(task.module.model)
+        task.save_pretrained(task.module.state_dict(), folder / task_name)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    for seed in range(4):
+        write_image(folder / "images" / f"{seed}.png", seed)
+    return folder
+
+
+def measure(folder, task, output, **quality):
+    """Return the point of the report and the rows of the generated images."""
+    fields = {
+        "prompts": str(folder / "prompts.txt"),
+        "reference": str(folder / "images"),
+        "networks": (NETWORK,),
+    }
+    config = QualityConfig(**fields, guidance_scales=(1.0,), num_steps=1, **quality)
+    evaluation = EvalConfig(checkpoint=str(folder / task), output_dir=str(output), quality=config)
+    measurement = plan_evaluation(evaluation, ({}, [])).quality
+    models = {each.name: each.build for each in (measurement.model, measurement.judge, measurement.ranker) if each}
+    workers = WorkerModels(models | network_builders(config.networks, "", "clean_fid"), 1, "cpu")
+    for unit in measurement.units:
+        rows = unit.work.run(workers) | {"seconds": np.ones(1)}
+        measurement.add(unit, rows)
+    (point,) = measurement.results({})
+    return point, rows, workers[measurement.model.name].pipeline
+
+
+def test_a_model_chooses_its_own_images_and_the_single_ones_stay(folder, tmp_path):
+    point, rows, pipeline = measure(folder, "joint", tmp_path / "best", best_of=BEST_OF)
+    single, single_rows, _ = measure(folder, "joint", tmp_path / "single")
+    name = next(name for name in single["metrics"] if name.startswith("fd_"))
+    assert {**point["metrics"], **single["metrics"]} == point["metrics"], "single images do not depend on best_of"
+    assert point["metrics"].keys() - single["metrics"].keys() >= {f"{name}_best_of_3", "alignment_best_of_3"}
+    assert (point["protocol"]["best_of"], point["protocol"]["ranked_by"]) == (3, "the evaluated model itself")
+    settings = {"num_inference_steps": 1, "guidance_scale": 1.0, "seed": 0, "output_type": "np"}
+    for index, prompt in enumerate(PROMPTS):
+        names = [str(index), *(f"{index}/{number}" for number in range(1, BEST_OF))]
+        images = pipeline.generate([prompt] * BEST_OF, indices=names, **settings)
+        best = (255 * images[rows["best_number"][index]]).round().astype(np.uint8)[None]
+        features = build_pixel_network(torch.device("cpu"), None).features(best)[0]
+        assert abs(features - rows[f"best/features/{NETWORK}"][index]).max() <= 1
+    assert rows["best_number"].max() > 0
+    assert (rows[f"features/{NETWORK}"] == single_rows[f"features/{NETWORK}"]).all()
+
+
+def test_images_of_generation_are_chosen_by_another_model(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"^quality\.best_of: 3, .*generation cannot rank images; .*quality\.ranker"):
+        measure(folder, "generation", tmp_path, best_of=BEST_OF)
+    clip = str(folder / "clip")
+    point, rows, _ = measure(folder, "generation", tmp_path, best_of=BEST_OF, ranker=clip)
+    assert point["protocol"]["ranked_by"] == clip
+    assert any(name.endswith("_best_of_3") for name in point["metrics"])
+    assert "alignment" not in point["metrics"], "the ranker does not judge"
+    assert len(rows["best_number"]) == len(PROMPTS)
+    with pytest.raises(ConfigError, match=r"^quality\.best_of: .*generation cannot rank"):
+        measure(folder, "joint", tmp_path, best_of=BEST_OF, ranker=str(folder / "generation"))
