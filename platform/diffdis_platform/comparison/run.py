@@ -332,7 +332,8 @@ def _write_report(config: CompareConfig, tracker: Tracker, summary: ComparisonSu
     tracker.log_bytes(to_json(summary), SUMMARY)
     metrics = {f"mean/{arm}/{name}": value for arm, entry in summary["arms"].items() for name, value in entry["mean"].items()}
     for name, entry in summary["paired"].items():
-        metrics |= {f"paired/{name}/{part}": entry.get(part) for part in ("mean", "low", "high", "n", "detectable")}
+        metrics |= {f"paired/{name}/{part}": entry[part] for part in ("mean", "low", "high", "n")}
+        metrics[f"paired/{name}/detectable"] = entry.get("detectable")
     metrics["claim/holds"] = summary["claim"]["holds"]
     tracker.log_metrics({name: float(value) for name, value in metrics.items() if value is not None}, step=0)
 

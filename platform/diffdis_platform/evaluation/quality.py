@@ -17,6 +17,7 @@ from ray_platform.evaluate.discovery import open_evaluation_set, open_image_set
 from ray_platform.evaluate.results import results_folder
 from ray_platform.evaluate.sets import EvaluationSet, RawSample, read_slice
 from ray_platform.evaluate.unit_work import GenerateImages, MeasureImages, Ranking, choose_sample, digest_of_contents, image_name
+from ray_platform.json_values import JsonObject
 from ray_platform.replicas import WorkUnit, join_rows
 from ray_platform.report.records import GeneratedSample, QualityPoint
 
@@ -123,7 +124,7 @@ class QualityMeasurement:
                 self._destinations[unit.key] = (self._generated[scale], first)
         return units
 
-    def _best_of(self) -> dict[str, int | str]:
+    def _best_of(self) -> JsonObject:
         """Return the fields of the protocol; they are absent for single images, as in earlier results."""
         if self.ranker is None:
             return {}

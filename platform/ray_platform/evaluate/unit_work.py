@@ -280,7 +280,9 @@ class GenerateImages:
     def _generate(self, models: WorkerModels, names: Sequence[int | str]) -> np.ndarray:
         """Return an image per prompt, [n, H, W, 3] uint8, whose noise depends on its name."""
         generator: Generator = models[self.generator]
-        return models.in_batches(lambda *batch: generator.generate_images(*batch, **self.settings), self.prompts, names)
+        return models.in_batches(
+            lambda prompts, names: generator.generate_images(prompts, names, **self.settings), self.prompts, names
+        )
 
     def _measure(self, models: WorkerModels, indices: Sequence[int], images: np.ndarray) -> Rows:
         rows = models.extract_features(self.networks, images)
