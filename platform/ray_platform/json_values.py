@@ -49,9 +49,18 @@ def with_defaults(saved: JsonObject, defaults: JsonObject) -> JsonObject:
     return filled
 
 
+def flat_fields(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings by their dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat_fields(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
 def num_values(values: JsonObject) -> int:
     """Return the number of values in a JSON object and in the objects below it."""
-    return sum(num_values(value) if isinstance(value, dict) else 1 for value in values.values())
+    return sum(1 for _ in flat_fields(values))
 
 
 def _shorten(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Names of files in storage: expanding brace patterns, and rejecting names that lead out of a folder."""
+"""Names of files in storage: patterns, and rejecting names that lead out of a folder."""
 
 import re
 
@@ -12,6 +12,11 @@ def check_below(name: str, where: str) -> str:
     if not name or name.startswith("/") or "\0" in name or any(part in ("..", ".", "") for part in name.split("/")):
         raise DataError(f"{where}: names a file {name[:200]!r}, which is not below it; remove it, or correct the name")
     return name
+
+
+def is_pattern(url: str) -> bool:
+    """Return whether a URL or a part of it has a character of a glob or brace pattern."""
+    return bool(set("*?[{") & set(url))
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -27,7 +27,7 @@ from pyarrow.fs import LocalFileSystem as ArrowLocalFileSystem
 
 from ray_platform.contracts import DataError, one_line
 from ray_platform.json_values import JsonObject
-from ray_platform.names import check_below, expand_braces
+from ray_platform.names import check_below, expand_braces, is_pattern
 from ray_platform.object_store import arrow_filesystem, open_store
 from ray_platform.retry import retrying_for, storage_operation
 from ray_platform.storage_errors import StorageError, s3_code, storage_errors
@@ -60,10 +60,10 @@ def list_files(source: str) -> tuple[StoredFile, ...]:
     folder or bucket is missing; an empty folder, and a glob without a match, return ().
     """
     filesystem, path = _resolve(source)
-    is_pattern = any(char in path for char in "*?[{") and not filesystem.exists(path)
-    if is_pattern and "{" in path:
+    by_pattern = is_pattern(path) and not filesystem.exists(path)
+    if by_pattern and "{" in path:
         return _list_expanded(filesystem, path)
-    if is_pattern:
+    if by_pattern:
         matches = filesystem.glob(path, detail=True)
         if not matches:
             # fsspec reports no match where the bucket or folder is missing; listing it raises the right error.

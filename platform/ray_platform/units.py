@@ -1,15 +1,16 @@
 """Texts of numbers with their units, as tables, pages and messages write them."""
 
 import math
+import numbers
 from typing import TypeGuard
 
 NO_VALUE = "–"
 _SI_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def is_number(value: float | None) -> TypeGuard[float]:
-    """Return whether `value` is neither missing, nor infinite, nor NaN."""
-    return value is not None and math.isfinite(value)
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether `value` is a finite number, and not a truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def size_text(num_bytes: float) -> str:
@@ -37,7 +38,7 @@ def quantity_text(value: float) -> str:
 
 def number_text(value: float | None) -> str:
     """Return a number of unknown size with three or four significant digits; a dash where it is not defined."""
-    if value is None or not math.isfinite(value):
+    if not is_number(value):
         return NO_VALUE
     decimals = 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 4
     return f"{value:,.{decimals}f}".replace("-", "−")
@@ -45,4 +46,4 @@ def number_text(value: float | None) -> str:
 
 def percent_text(fraction: float | None) -> str:
     """Return 87.3 for 0.873, without the sign; a dash where it is not defined."""
-    return NO_VALUE if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.1f}"
+    return f"{100 * fraction:.1f}" if is_number(fraction) else NO_VALUE

@@ -32,10 +32,6 @@ def check_exists(field: str, url: str) -> None:
         raise ConfigError(f"{field}: {url}: no such file or folder; correct the path")
 
 
-def is_pattern(url: str) -> bool:
-    return bool(set("*?[{") & set(url))
-
-
 def check_writable(output_dir: str) -> None:
     """Raise ConfigError if `output_dir` cannot be written to, likewise."""
     from ray_platform.train import preflight

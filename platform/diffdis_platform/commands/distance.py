@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from diffdis_platform.commands import check_exists, check_writable, connect_cluster, is_pattern
+from diffdis_platform.commands import check_exists, check_writable, connect_cluster
 from diffdis_platform.config.distance import DistanceConfig
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
+from ray_platform.names import is_pattern
 
 INTERRUPTED = "stopped; the same command continues"
 
@@ -17,9 +18,7 @@ HELP = CommandHelp(
 
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[DistanceConfig]:
-    command = parse(DistanceConfig, argv, HELP)
-    command.config.check()
-    return command
+    return parse(DistanceConfig, argv, HELP)
 
 
 def main(argv: Sequence[str]) -> int:

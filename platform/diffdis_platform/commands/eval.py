@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from diffdis_platform.commands import check_exists, check_writable, connect_cluster, is_pattern
+from diffdis_platform.commands import check_exists, check_writable, connect_cluster
 from diffdis_platform.config.evaluate import EvalConfig, suite_sets
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
 from ray_platform.contracts import DataError
+from ray_platform.names import is_pattern
 
 INTERRUPTED = "stopped; the same command continues"
 

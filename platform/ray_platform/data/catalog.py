@@ -19,6 +19,7 @@ from ray_platform.data.config import DataConfig
 from ray_platform.data.precomputed import PrecomputedManifest
 from ray_platform.formats import FileFormat
 from ray_platform.json_values import JsonObject
+from ray_platform.names import is_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +301,7 @@ def _below(url: str, folder: str) -> str:
 
 
 def _describe_files(source: str, files: Sequence[storage.StoredFile]) -> str:
-    if not any(char in source for char in "*?[{"):
+    if not is_pattern(source):
         below = [file.url for file in storage.list_folder(source, "*/*") if file.url.endswith(SUFFIXES)]
         if below:
             pattern = storage.join(source, f"*/*{posixpath.splitext(below[0])[1]}")

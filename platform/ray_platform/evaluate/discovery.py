@@ -11,6 +11,7 @@ from ray_platform.evaluate.image_files import open_image_files, open_image_folde
 from ray_platform.evaluate.sets import KNOWN_SETS, NO_OVERRIDES, EvaluationSet
 from ray_platform.evaluate.shards import SPLIT, open_parquet, open_tars, open_wds
 from ray_platform.evaluate.torchvision_folders import open_torchvision
+from ray_platform.names import is_pattern
 from ray_platform.terminal import render_table
 from ray_platform.units import size_text
 
@@ -74,10 +75,10 @@ def open_image_set(url: str) -> EvaluationSet:
     url = _absolute(url)
     name = posixpath.basename(url)
     for folder in (url, storage.join(url, SPLIT)):
-        files = storage.list_files(folder) if _is_pattern(folder) or storage.exists(folder) else ()
+        files = storage.list_files(folder) if is_pattern(folder) or storage.exists(folder) else ()
         if tars := [file for file in files if file.url.endswith(".tar")]:
             return open_tars(name, "images", url, "tars", tars)
-    data = None if _is_pattern(url) or not storage.exists(url) else open_image_files(name, url)
+    data = None if is_pattern(url) or not storage.exists(url) else open_image_files(name, url)
     if data is None:
         raise ConfigError(f"{url}: has no images ({_describe_content(url)}); give a folder with tars or image files")
     return data
@@ -151,12 +152,8 @@ def _absolute(url: str) -> str:
     return url.rstrip("/") if "://" in url else os.path.abspath(os.path.expanduser(url))
 
 
-def _is_pattern(url: str) -> bool:
-    return any(char in url for char in "*?[{")
-
-
 def _describe_content(url: str) -> str:
-    if not _is_pattern(url) and not storage.exists(url):
+    if not is_pattern(url) and not storage.exists(url):
         return "no such folder"
     files = storage.list_files(url)
     return f"{len(files)} other files, such as {posixpath.basename(files[0].url)}" if files else "no files"

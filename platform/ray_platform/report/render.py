@@ -7,8 +7,7 @@ of their writing from turning the text around them. A page is one file that load
 import functools
 import json
 import math
-import numbers
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ray_platform.json_values import flat_fields
 from ray_platform.metric_registry import describe_metric
-from ray_platform.units import NO_VALUE, duration_text, number_text, percent_text, size_text
+from ray_platform.report.records import NestedFields
+from ray_platform.units import NO_VALUE, duration_text, is_number, number_text, percent_text, size_text
 
 _LONGEST_TEXT = 600  # characters of a text that are displayed
 NUM_COLORS = 6  # of models and arms: the stylesheet's classes m0 to m5
@@ -58,13 +59,10 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{ending}"
 
 
-def flat_fields(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+def field_texts(values: NestedFields) -> Iterator[tuple[str, str]]:
     """Yield nested fields by their dotted names, with their values as text."""
-    for field, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flat_fields(value, f"{above}{field}.")
-        else:
-            yield f"{above}{field}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    for field, value in flat_fields(values):
+        yield field, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def grouped(records: Iterable[Any], *fields: str) -> dict[Any, list[Any]]:
@@ -102,11 +100,11 @@ def _environment() -> Environment:
         "commas": lambda value: f"{value:,.0f}",
         "fixed": lambda value, decimals=2: f"{value:.{decimals}f}",
         "g": lambda value: f"{value:g}",
-        "flat": flat_fields,
+        "flat": field_texts,
         "ceil": math.ceil,
         "grouped": grouped,
     }
-    environment.tests["number_value"] = lambda value: isinstance(value, numbers.Real) and math.isfinite(value)
+    environment.tests["number_value"] = is_number
     environment.globals |= {
         "stylesheet": Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),  # noqa: S704
         "metric": describe_metric,

@@ -165,7 +165,7 @@ def _parameter_chart(details: SweepDetails, field: str, log: bool) -> Chart | No
     objective, lines = _objectives(details)[0], []
     for trial in details["trials"]:
         score, value = objective.value(trial), trial["values"].get(field)
-        if score is not None and isinstance(value, int | float) and _is_number(value):
+        if score is not None and is_number(value):
             hollow, label = trial["state"] != "finished", _line_name(details, trial)
             point = Point(value, objective.metric.axis_value(score), label, _tooltip(details, trial), hollow)
             lines.append(Line("", [point], 0.5 if hollow else 1.0, "m1" if trial["default"] else "bar"))
@@ -193,7 +193,7 @@ def _importances(details: SweepDetails) -> dict[str, float]:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     columns = {
-        field: values if all(_is_number(value) for value in values) else [str(value) for value in values]
+        field: values if all(is_number(value) for value in values) else [str(value) for value in values]
         for field, values in columns.items()
     }
     distributions = {
@@ -258,9 +258,9 @@ class ParallelAxis:
         self._choices: dict[str, float] = {}
         self._log = self._has_zero = False
         self.ticks: list[tuple[float, str]] = []  # position, label
-        if "values" in space or not all(_is_number(value) for value in known):
+        if "values" in space or not all(is_number(value) for value in known):
             texts = {choice_text(value): value for value in known}
-            if all(_is_number(value) for value in texts.values()):
+            if all(is_number(value) for value in texts.values()):
                 texts = dict(sorted(texts.items(), key=lambda item: item[1]))
             self._choices = {text: (i + 0.5) / len(texts) for i, text in enumerate(texts)}
             self.ticks = [(position, text) for text, position in self._choices.items()]
@@ -287,10 +287,6 @@ class ParallelAxis:
         self.ticks = [(self.position(tick), tick_text(tick)) for tick in ticks]
         if self._has_zero:
             self.ticks.append((0.0, tick_text(max(number for number in numbers if number <= 0))))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _ticks_within(values: Sequence[float]) -> list[float]:

@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from ray_platform import storage
+from ray_platform.json_values import flat_fields
 from ray_platform.tracking.config import RunRecord, TrackingConfig, read_run_record, tracking_uri
 from ray_platform.tracking.tracker import (
     Columns,
@@ -122,7 +123,7 @@ class MlflowTracker(Tracker):
 
         try:
             known = self._client.get_run(self._run_id).data.params
-            leaves = ((key[:_MAX_KEY_LENGTH], str(value)[:_MAX_PARAM_LENGTH]) for key, value in _flatten(config))
+            leaves = ((key[:_MAX_KEY_LENGTH], str(value)[:_MAX_PARAM_LENGTH]) for key, value in flat_fields(config))
             new = [Param(key, value) for key, value in leaves if key not in known]
             for start in range(0, len(new), _MAX_PARAMS_PER_CALL):
                 self._client.log_batch(self._run_id, params=new[start : start + _MAX_PARAMS_PER_CALL])
@@ -220,14 +221,6 @@ class MlflowTracker(Tracker):
         if tags:
             run_tags = [RunTag(name[:_MAX_KEY_LENGTH], value[:_MAX_TAG_LENGTH]) for name, value in tags.items()]
             self._client.log_batch(run_id, tags=run_tags)
-
-
-def _flatten(config: NestedValues, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _save_model(path: str, export: str, package: ModelPackage, model: Any, run_id: str) -> None:

@@ -23,6 +23,7 @@ from ray_platform.contracts import Batch, TrainingError
 from ray_platform.data.catalog import Catalog, build_catalog, to_json
 from ray_platform.data.config import DataConfig
 from ray_platform.lease import Lease
+from ray_platform.names import is_pattern
 from ray_platform.placement import label_selector, start_on_this_node
 from ray_platform.tracking import (
     RunMetadata,
@@ -269,6 +270,6 @@ def _of_sources(catalog: Catalog, sources: Sequence[str], context: str) -> list[
                 counts["num_samples"] = sum(shard.num_samples for shard in shards)
             # The last part of the path that is not a pattern: `train` for s3://bucket/train/part-*.tar.
             parts = source.rpartition("://")[2].strip("/").split("/")
-            name = next((part for part in reversed(parts) if not set(part) & set("*?[{")), source)
+            name = next((part for part in reversed(parts) if not is_pattern(part)), source)
             datasets.append(TrackedData(name, digest, source, context, counts))
     return datasets
