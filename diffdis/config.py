@@ -1,19 +1,19 @@
-"""Configuration of a DiffDis model (`DiffDisConfig`, with presets) and of its training (`ObjectiveConfig`).
+"""Configuration of a DiffDis model (`DiffDisConfig`), with presets, and of its training (`ObjectiveConfig`).
 
 Marks: [P] from the paper, [D] our decision where the paper is silent.
 """
 
 import dataclasses
 import logging
-import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-logger = logging.getLogger(__name__)
+from diffdis.objective_config import ObjectiveConfig as ObjectiveConfig
+from diffdis.objective_config import TaskName as TaskName
 
-TaskName = Literal["joint", "generation", "alignment", "clip"]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -199,87 +199,6 @@ class DiffDisConfig:
             ValueError: a value is of the wrong type or out of range.
         """
         return _build(cls, values, "")
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """Training objective of Algorithm 1: noise, loss weights and learning rates. [D where not marked]"""
-
-    task: TaskName = "joint"
-    """What the model learns. `generation` and `alignment` are the two halves of `joint`. `clip` is a baseline: the same image
-    encoder, pooled and projected, with the same loss and no diffusion."""
-    lambda_alignment: float = 1.0  # [P]
-    """Weight of the alignment loss: L = L_generation + lambda * L_alignment."""
-    alignment_loss: str = "infonce"  # [P]
-    """Loss of the alignment: infonce (the paper's), siglip (with temperature 0.1) or another entry of
-    diffdis.losses.ALIGNMENT_LOSSES."""
-    caption_dropout: float = 0.1
-    """Fraction of captions that are replaced by the empty one, for classifier-free guidance."""
-    generation_weighting: str = "none"
-    """Weight of the generation loss by timestep: `none`, `min_snr`, `inverse_noise` (for prediction_type sample), or another
-    entry of diffdis.schedule.LOSS_WEIGHTINGS."""
-    min_snr_gamma: float = 5.0
-    """Largest signal-to-noise ratio that `min_snr` weights by."""
-    channel_weights: tuple[float, ...] = ()
-    """Relative weight of each latent channel in the generation loss. Empty: equal weights."""
-    noise_offset: float = 0.0
-    """Standard deviation of additional noise that is equal over each channel of an image, such as 0.05, so that the model learns
-    the mean brightness."""
-    timestep_sampling: str = "uniform"
-    """Distribution of the image's timesteps: `uniform` (the paper's), `logit_normal`, or another entry of
-    diffdis.schedule.TIMESTEP_SAMPLINGS."""
-    logit_normal_mean: float = 0.0
-    """Mean of the logit of t / T with `logit_normal`; above 0 means more noise."""
-    logit_normal_std: float = 1.0
-    """Standard deviation of the logit of t / T with `logit_normal`."""
-    query_timestep_min: int = 0
-    """Lowest timestep of the text query, which is uniform over [min, T). A floor keeps the query too noisy to be copied."""
-    num_draws: int = 1
-    """Noise samples of the text query per image. More than one needs model.query_visibility = one_way."""
-    temperature: float = 0.07
-    """Initial value of the learnable temperature of the alignment loss."""
-    negatives: Literal["micro_batch", "step"] = "micro_batch"
-    """Negatives of an image: the texts of one micro-batch of all ranks, or those of the whole step. With gradient accumulation,
-    `step` costs a second forward pass of the alignment (gradient caching)."""
-    freeze: tuple[str, ...] = ()
-    """Patterns of parameters that are not trained, such as unet.down_blocks.*"""
-    lora_rank: int = 0
-    """Rank of low-rank adapters (LoRA) in the U-Net's attention, which are trained instead of the U-Net's weights, usually with
-    lr_unet 1e-4. 0: no adapters."""
-    lr_unet: float = 1e-5
-    """Learning rate of the U-Net."""
-    lr_new: float = 1e-4
-    """Learning rate of the new parameters: all but the U-Net's."""
-    lr_overrides: dict[str, float] = field(default_factory=dict, hash=False)
-    """Learning rates of parameters by patterns of their names, such as '{"unet.mid_block.*": 1e-6}'. The last match applies."""
-    weight_decay: float = 0.01
-    """Weight decay of AdamW for matrices and convolutions. Biases, gains and the temperature have none."""
-    weight_decay_overrides: dict[str, float] = field(default_factory=dict, hash=False)
-    """Weight decays of parameters by patterns of their names. The last match applies."""
-
-    def __post_init__(self) -> None:
-        zero = ("lambda_alignment", "lr_unet", "lr_new", "weight_decay", "query_timestep_min", "noise_offset", "lora_rank")
-        checks = [(name, 0 <= getattr(self, name) < math.inf, "a number from 0") for name in zero]
-        checks += [
-            ("caption_dropout", 0 <= self.caption_dropout <= 1, "a fraction from 0 to 1"),
-            ("num_draws", self.num_draws >= 1, "1 or more"),
-            ("temperature", 0 < self.temperature < math.inf, "a number above 0, such as 0.07"),
-            ("min_snr_gamma", 0 < self.min_snr_gamma < math.inf, "a number above 0, such as 5"),
-            ("logit_normal_mean", math.isfinite(self.logit_normal_mean), "a number, such as 0"),
-            ("logit_normal_std", 0 < self.logit_normal_std < math.inf, "a number above 0, such as 1"),
-        ]
-        for name in ("lr_overrides", "weight_decay_overrides"):
-            for pattern, value in getattr(self, name).items():
-                if not 0 <= value < math.inf:
-                    raise ValueError(f"objective.{name}: {value:g} for {pattern} is out of range; give a number from 0")
-        for name, is_valid, remedy in checks:
-            if not is_valid:
-                raise ValueError(f"objective.{name}: {getattr(self, name):g} is out of range; give {remedy}")
-        if self.channel_weights and not (min(self.channel_weights) >= 0 and 0 < sum(self.channel_weights) < math.inf):
-            raise ValueError(
-                f"objective.channel_weights: {self.channel_weights} has a negative weight or none above 0; give one per channel, "
-                "from 0 up"
-            )
 
 
 def resolve_encoder_paths(config: DiffDisConfig) -> DiffDisConfig:

@@ -4,6 +4,7 @@ To add an alignment loss, write a class like `SigLIP` in a file of its own and e
 docs/extending.md.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -270,3 +271,57 @@ def _logsumexp_over_ranks(column: torch.Tensor, scale: torch.Tensor) -> torch.Te
     total = (column.double() - scale).exp()
     dist.all_reduce(total)
     return (total.log() + scale).float()
+
+
+# --- auxiliary losses, each off by default: not part of Algorithm 1 -------------------------------------------------------------
+
+
+def noised_alignment_loss(
+    predicted: torch.Tensor, own: torch.Tensor, texts: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """Return InfoNCE's direction from image to text for some images, loss_i = logsumexp_j S_ij - S_ii. [M]
+
+    The other direction would need all images. Texts of the same caption are left out, as in `InfoNCE`.
+
+    Args:
+        predicted: [M, n, D], unit norm: queries that were predicted from noisy images.
+        own: [M] int64: the indices of their own texts.
+        texts: [B, D], unit norm: the texts of all ranks.
+        ids: [B] int64: their captions.
+        scale: scalar 1 / temperature.
+    """
+    logits = scale * (predicted.float() @ texts.float().T)  # [M, n, B]
+    same_caption = ids[own][:, None] == ids[None, :]
+    same_caption.scatter_(1, own[:, None], False)
+    logits = logits.masked_fill(same_caption[:, None], float("-inf"))
+    positive = logits.gather(2, own[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)  # [M, n]
+    return (logits.logsumexp(dim=2) - positive).mean(dim=1)
+
+
+def caption_contrast_loss(error: torch.Tensor, wrong_error: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return the cross-entropy of a diffusion classifier over two captions, the own one and a wrong one. [B]
+
+    p(c | z) is the softmax over captions of -error(c) / temperature (Li et al. 2023, eq. 5, with one sample of t and eps for both
+    captions), so loss = log(1 + exp((error - wrong_error) / temperature)). As in contrastive flow matching (Stoica et al. 2025),
+    another sample of the batch is the negative; there its target, here its caption.
+    """
+    return F.softplus((error - wrong_error) / temperature)
+
+
+def dispersive_loss(features: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return log mean_ij exp(-|h_i - h_j|^2 / (d temperature)) over all pairs of a batch, i = j included. Scalar.
+
+    The dispersive loss with InfoNCE and squared distances (Wang & He 2025, algorithm 1), which the authors' code divides by the
+    number d of features. `features` [B, ...]
+    """
+    flat = features.float().flatten(1)
+    logits = -F.pdist(flat).square() / (flat.shape[1] * temperature)  # [B (B - 1) / 2]
+    return torch.cat([logits, logits, logits.new_zeros(len(flat))]).logsumexp(dim=0) - 2 * math.log(len(flat))
+
+
+def repa_loss(projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Return REPA's loss per image, minus the cosine of its projected and its frozen features (Yu et al. 2025, eq. 8). [B]
+
+    Of the whole image instead of each patch, as the frozen networks here pool their features. Both [B, d].
+    """
+    return -F.cosine_similarity(projected.float(), features.float(), dim=1)

@@ -105,15 +105,21 @@ class JointSelfAttention:
 
 
 class CachingSelfAttention:
-    """Self-attention of `down_path` that keeps the keys and values of the last images, by spatial transformer and layer."""
+    """Self-attention of `down_path` that keeps the keys and values of the last images, by spatial transformer and layer.
 
-    def __init__(self, stream: QueryStream, num_images: int):
-        self.num_images = num_images
+    `noised_cache` has those of the images `rows` [M], if they are given.
+    """
+
+    def __init__(self, stream: QueryStream, num_images: int, rows: torch.Tensor | None = None):
+        self.num_images, self.rows = num_images, rows
         self.cache: list[list[KeysValues]] = [[] for _ in stream.blocks]
+        self.noised_cache: list[list[KeysValues]] = [[] for _ in stream.blocks]
 
     def __call__(self, index: int, layer: int, attention: Attention, x: torch.Tensor) -> torch.Tensor:
         out, (keys, values) = image_attention(attention, x)
         self.cache[index].append(contiguous((keys[-self.num_images :], values[-self.num_images :])))
+        if self.rows is not None:
+            self.noised_cache[index].append(contiguous((keys[self.rows], values[self.rows])))
         return out
 
 
@@ -208,6 +214,16 @@ class ImageKVCache(NamedTuple):
 ImageCondition = ImageKVCache | tuple[torch.Tensor, torch.Tensor]
 
 
+class JointPrediction(NamedTuple):
+    """Results of both passes on B images."""
+
+    image: torch.Tensor  # [B, C, H, W]: the predicted noise, v or z
+    queries: torch.Tensor  # [B, n, D]: the predicted clean queries, of unit norm
+    condition: ImageCondition  # the clean images
+    features: torch.Tensor  # [B, C', H', W']: of the noisy images, behind the middle block
+    noised: ImageKVCache | None = None  # the noisy images that were asked for
+
+
 MAX_LOG_SCALE = math.log(100.0)  # of the temperature's scale, as in CLIP
 
 
@@ -261,6 +277,15 @@ class DiffDis(nn.Module):
         dtype = self.unet.conv_in.weight.dtype
         return self.unet(latent.to(dtype), timestep, token_states.to(dtype), return_dict=False)[0].float()
 
+    def predict_image_and_features(
+        self, latent: torch.Tensor, timestep: torch.Tensor, token_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the result of `predict_image`, and the features behind the middle block [B, C', H', W']."""
+        dtype = self.unet.conv_in.weight.dtype
+        states = token_states.to(dtype)
+        down = down_path(self.unet, latent.to(dtype), timestep, states, _attend)
+        return up_path(self.unet, down, states).float(), down.features
+
     # --- pass B: alignment. The image is clean, its text is empty (`null_states`), and the noisy query is denoised. ------
 
     def noise_query(self, e: torch.Tensor, noise: torch.Tensor, t_e: torch.Tensor) -> torch.Tensor:
@@ -306,35 +331,38 @@ class DiffDis(nn.Module):
         null_states: torch.Tensor,
         e_t: torch.Tensor,
         t_e: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, ImageCondition]:
+        noised_rows: torch.Tensor | None = None,
+    ) -> JointPrediction:
         """Run both passes on B images each, with one call of the down path and middle block for all 2 B.
 
-        The arguments are those of `predict_image`, `encode_condition` and `predict_query`; the results are the predicted noise,
-        v or z, the predicted clean queries, and the condition.
+        The arguments are those of `predict_image`, `encode_condition` and `predict_query`; with the one-way mask, `noised_rows`
+        [M] are the noisy images that are also returned as conditions.
         """
         size, dtype = len(latent), self.unet.conv_in.weight.dtype
         states = torch.cat([token_states, null_states.expand(size, -1, -1)]).to(dtype)
         timesteps = torch.cat([timestep, torch.zeros_like(timestep)])
         noised, is_one_way = self._noised(e_t, t_e), self.config.query_visibility == "one_way"
-        attend = CachingSelfAttention(self.stream, size) if is_one_way else JointSelfAttention(self.stream, noised)
+        attend: CachingSelfAttention | JointSelfAttention = JointSelfAttention(self.stream, noised)
+        if is_one_way:
+            attend = CachingSelfAttention(self.stream, size, noised_rows)
         down = down_path(self.unet, torch.cat([noisy_latent, latent]).to(dtype), timesteps, states, attend)
         image = up_path(self.unet, down.first(size), states[:size]).float()
         tokens = _tokens(down.features[size:])
         condition: ImageCondition = latent, null_states
+        noised_images = None
         if isinstance(attend, CachingSelfAttention):
             condition = ImageKVCache(attend.cache, self.head.encode_image(tokens))
             out = self._predict_one_way(condition, noised)
+            if noised_rows is not None:
+                noised_tokens = self.head.encode_image(_tokens(down.features[noised_rows]))
+                noised_images = ImageKVCache(attend.noised_cache, noised_tokens)
         else:
             out = self.head.joint(attend.h + noised, tokens)
-        return image, self._clean_query(out, e_t, t_e), condition
+        return JointPrediction(image, self._clean_query(out, e_t, t_e), condition, down.features[:size], noised_images)
 
     def clip_image_embedding(self, latent: torch.Tensor, null_states: torch.Tensor) -> torch.Tensor:
         """Return the unit-norm image embedding of the `clip` task. latent [B, C, H, W], null_states [1, L, D_c] -> [B, D]."""
-
-        def attend(index: int, layer: int, attention, x: torch.Tensor) -> torch.Tensor:
-            return image_attention(attention, x)[0]
-
-        return F.normalize(self.pooled(self._clean_image_tokens(latent, null_states, attend)).float(), dim=-1)
+        return F.normalize(self.pooled(self._clean_image_tokens(latent, null_states, _attend)).float(), dim=-1)
 
     def _noised(self, e_t: torch.Tensor, t_e: torch.Tensor) -> torch.Tensor:
         """Return e_t + TimeEmbed(t_e), [B, n, D], in the precision of the weights."""
@@ -358,6 +386,11 @@ class DiffDis(nn.Module):
         dtype = self.unet.conv_in.weight.dtype
         token_states = null_states.to(dtype).expand(len(latent), -1, -1)
         return _tokens(down_path(self.unet, latent.to(dtype), timestep, token_states, self_attention).features)
+
+
+def _attend(index: int, layer: int, attention: Attention, x: torch.Tensor) -> torch.Tensor:
+    """Self-attention of image tokens, as in diffusers."""
+    return image_attention(attention, x)[0]
 
 
 def _tokens(features: torch.Tensor) -> torch.Tensor:

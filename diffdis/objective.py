@@ -2,86 +2,65 @@
 
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from diffdis import schedule
-from diffdis.config import ObjectiveConfig
 from diffdis.lora import add_adapters
-from diffdis.losses import AlignmentResult, LossParameter, build_alignment_loss, gather_texts, generation_loss, rank_offset
-from diffdis.model import DiffDis, ImageKVCache
+from diffdis.losses import (
+    AlignmentResult,
+    LossParameter,
+    build_alignment_loss,
+    caption_contrast_loss,
+    dispersive_loss,
+    gather_texts,
+    generation_loss,
+    noised_alignment_loss,
+    rank_offset,
+    repa_loss,
+)
+from diffdis.model import DiffDis
+from diffdis.objective_config import ObjectiveConfig
 from diffdis.schedule import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS, uniform_timesteps
+from diffdis.step_records import (
+    GradCache,
+    ImagePrediction,
+    Inputs,
+    Metrics,
+    QueryPrediction,
+    StepConstants,
+    StepNoise,
+    chance,
+    named_by_timestep,
+    roll_condition,
+    sums,
+    sums_by_timestep,
+)
 from diffdis.transfer import copy_to
 
-NUM_TIMESTEP_BINS = 4  # of t_z and t_e, for the logged losses and accuracy: the shortcut shows as a slope over those of t_e
 # Only generation uses these parts of the U-Net: the alignment pass ends behind the middle block.
 _UP_PATH = ("unet.up_blocks.*", "unet.conv_norm_out.*", "unet.conv_out.*")
-Inputs = dict[str, torch.Tensor]
-Metrics = dict[str, torch.Tensor]  # name -> [2]: weighted sum and weight
-
-
-class StepNoise(NamedTuple):
-    """All random numbers of one micro-batch on one rank. B images, n query noise samples per image."""
-
-    timesteps: torch.Tensor  # [B]: t_z
-    noise: torch.Tensor  # [B, C, H, W]
-    drop_caption: torch.Tensor  # [B] bool
-    query_timesteps: torch.Tensor  # [B, n]: t_e
-    query_noise: torch.Tensor  # [B, n, D]
-    drop_image: torch.Tensor  # [B] bool
-
-
-class ImagePrediction(NamedTuple):
-    """What the U-Net predicted from the noisy latents of a batch: their noise, v or the clean latents."""
-
-    predicted: torch.Tensor  # [B, C, H, W]
-    target: torch.Tensor  # [B, C, H, W]
-    abar: torch.Tensor  # [B]
-
-
-class QueryPrediction(NamedTuple):
-    """Text queries predicted from the images of a batch, and the inputs of the prediction."""
-
-    queries: torch.Tensor  # [B, n, D], unit norm
-    condition: Any  # the ImageCondition; None for the clip task
-    noisy_queries: torch.Tensor  # [B, n, D]
-
-
-class GradCache(NamedTuple):
-    """Alignment loss of one micro-batch's rows, and its gradients, computed over all micro-batches of a step."""
-
-    queries_grad: torch.Tensor  # [b, n, D]: gradient of the step's mean loss, times the number of micro-batches
-    scale_grad: torch.Tensor  # scalar: gradient of the step's mean loss
-    parameter_grads: tuple[torch.Tensor, ...]  # for the parameters of the alignment loss; InfoNCE has none
-    loss: torch.Tensor  # [n, b]
-    correct: torch.Tensor  # [n, b]
-    texts: tuple[torch.Tensor, torch.Tensor] | None  # of the micro-batch on all ranks: queries [B, D] and caption ids [B]
-
-
-class _Constants(NamedTuple):
-    """Tensors that no step changes. They are not buffers, which `to(dtype)` would convert."""
-
-    timestep_bins: torch.Tensor  # [bins, T]: 1 where a timestep is in a bin
-    channel_weights: torch.Tensor  # [C, 1, 1], their mean is 1
-
-    @classmethod
-    def of(cls, num_timesteps: int, channel_weights: Sequence[float]) -> "_Constants":
-        bins = torch.tensor([[float(t in part) for t in range(num_timesteps)] for part in _timestep_bins(num_timesteps)])
-        weights = torch.tensor(channel_weights or [1.0])
-        return cls(bins, (weights / weights.mean())[:, None, None])
 
 
 class Objective(nn.Module):
     """The trainable module: a model and its loss. In alignment, the negatives are the texts of all ranks."""
 
-    def __init__(self, model: DiffDis, objective: ObjectiveConfig):
-        """Raises ValueError for a combination of fields that cannot work."""
+    def __init__(self, model: DiffDis, objective: ObjectiveConfig, num_image_features: int = 0):
+        """Raises ValueError for a combination of fields that cannot work.
+
+        `num_image_features`: width of the frozen features of `objective.repa_weight`.
+        """
         super().__init__()
         if objective.num_draws > 1 and model.config.query_visibility == "joint":
             raise ValueError(
                 f"objective.num_draws: {objective.num_draws} query noise samples per image need the one-way mask; "
+                "set model.query_visibility = one_way"
+            )
+        if objective.noised_alignment_weight and model.config.query_visibility == "joint":
+            raise ValueError(
+                f"objective.noised_alignment_weight: {objective.noised_alignment_weight:g} needs the one-way mask; "
                 "set model.query_visibility = one_way"
             )
         channels, weights = model.config.unet.in_channels, objective.channel_weights
@@ -96,7 +75,10 @@ class Objective(nn.Module):
             add_adapters(model.unet, objective.lora_rank)
         self.model, self.objective = model, objective
         self.alignment = build_alignment_loss(objective.alignment_loss)
-        self._constants = _Constants.of(model.config.schedule.num_timesteps, weights)
+        if num_image_features:
+            widths = model.config.unet.block_out_channels[-1], num_image_features
+            self.repa = nn.Sequential(nn.Linear(*widths), nn.SiLU(), nn.Linear(widths[1], widths[1]))
+        self._constants = StepConstants.of(model.config.schedule.num_timesteps, weights)
 
     def freeze(self) -> None:
         """Freeze the parameters that the task does not use and those that `objective.freeze` names.
@@ -131,6 +113,7 @@ class Objective(nn.Module):
         seed: int,
         grad_cache: GradCache | None = None,
         control: bool = False,
+        lambda_factor: float = 1.0,
         run: Callable[..., Any] | None = None,
     ) -> Any:
         """Return the loss of a micro-batch (scalar) and its metrics, each [sum, weight].
@@ -139,6 +122,7 @@ class Objective(nn.Module):
             inputs: the result of `DiffDisTask.inputs`.
             seed: determines all random numbers.
             grad_cache: the alignment's gradient, if it was computed for the whole step.
+            lambda_factor: of `objective.lambda_alignment` at this step.
             control: also compute the shuffled-image control, a metric that costs an additional pass over the query.
             run: another method to run on the batch. ZeRO 3 fetches parameters in the order in which it saw them since the last
                 call of this module, so every pass over the network starts here.
@@ -149,12 +133,18 @@ class Objective(nn.Module):
         metrics = Metrics()
         batch_size = torch.full((), float(len(inputs["latent"])), device=inputs["latent"].device)  # without a copy from the host
         image, queries = self._predict(inputs, noise)
+        weight = self.objective.lambda_alignment * lambda_factor
         if image is not None:
             loss, metrics = self._generation_loss(image, noise, batch_size)
         if queries is not None:
             alignment, alignment_metrics = self._alignment_loss(inputs, noise, queries, grad_cache, control)
-            loss = alignment if image is None else loss + self.objective.lambda_alignment * alignment
+            loss = alignment if image is None else loss + weight * alignment
             metrics |= alignment_metrics
+            if self.objective.lambda_schedule != "constant":
+                metrics["lambda_alignment"] = torch.stack([weight * batch_size, batch_size])
+        if image is not None and self.objective.has_auxiliary_loss:
+            auxiliary, auxiliary_metrics = self._auxiliary_loss(inputs, noise, image, queries, weight)
+            loss, metrics = loss + auxiliary, metrics | auxiliary_metrics
         metrics["loss"] = torch.stack([loss.detach() * batch_size, batch_size])
         return loss, metrics
 
@@ -180,6 +170,7 @@ class Objective(nn.Module):
             ),
             query_noise=torch.randn((size, config.num_draws, queries.shape[-1]), generator=generator),
             drop_image=uniform() < self.model.config.image_dropout,
+            noised_rows=torch.zeros(1, dtype=torch.long),
         )
         # Last, so that these options leave all other numbers as they are.
         if config.noise_offset:
@@ -188,7 +179,14 @@ class Objective(nn.Module):
         if config.timestep_sampling != "uniform":
             timesteps = TIMESTEP_SAMPLINGS[config.timestep_sampling](size, num_timesteps, generator, config)
             noise = noise._replace(timesteps=timesteps)
+        # On the host, which knows their number without waiting.
+        if config.noised_alignment_weight and len(rows := self._is_recognizable(noise).nonzero()[:, 0]):
+            noise = noise._replace(noised_rows=rows)
         return StepNoise(*copy_to(latents.device, [x.to(latents.dtype) if x.is_floating_point() else x for x in noise]))
+
+    def _is_recognizable(self, noise: StepNoise) -> torch.Tensor:
+        """Return which noisy images have no caption and a timestep below the limit, [B] bool."""
+        return noise.drop_caption & (noise.timesteps < self.objective.noised_alignment_limit)
 
     def _predict(self, inputs: Inputs, noise: StepNoise) -> tuple[ImagePrediction | None, QueryPrediction | None]:
         """Predict what the task needs: both passes in one walk for the joint one."""
@@ -202,13 +200,29 @@ class Objective(nn.Module):
         noisy_latents = schedule.add_noise(latents, noise.noise, abar)  # [B, C, H, W]
         target = schedule.prediction_target(self.model.config.schedule.prediction_type, latents, noise.noise, abar)
         generation = noisy_latents, noise.timesteps, token_states
-        if task == "generation":
-            return ImagePrediction(self.model.predict_image(*generation), target, abar), None
-        clean_latents, noisy_queries = self._alignment_inputs(inputs, noise)
-        image, queries, condition = self.model.predict_image_and_query(
-            *generation, clean_latents, null_states, noisy_queries, noise.query_timesteps
-        )
-        return ImagePrediction(image, target, abar), QueryPrediction(queries, condition, noisy_queries)
+        config, features, joint = self.objective, None, None
+        if task == "joint":
+            clean_latents, noisy_queries = self._alignment_inputs(inputs, noise)
+            rows = noise.noised_rows if config.noised_alignment_weight else None
+            joint = self.model.predict_image_and_query(
+                *generation, clean_latents, null_states, noisy_queries, noise.query_timesteps, rows
+            )
+            image, features = joint.image, joint.features
+        elif config.dispersive_weight or config.repa_weight:
+            image, features = self.model.predict_image_and_features(*generation)
+        else:
+            image = self.model.predict_image(*generation)
+        wrong = None
+        if config.caption_contrast_weight:
+            wrong = self.model.predict_image(noisy_latents, noise.timesteps, inputs["token_states"].roll(1, dims=0))
+        prediction = ImagePrediction(image, target, abar, features, wrong)
+        if joint is None:
+            return prediction, None
+        noised = None
+        if joint.noised is not None:
+            rows = noise.noised_rows
+            noised = self.model.predict_query(joint.noised, noisy_queries[rows], noise.query_timesteps[rows])
+        return prediction, QueryPrediction(joint.queries, joint.condition, noisy_queries, noised)
 
     def predict_queries(self, inputs: Inputs, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the text queries [B, n, D] that `forward` predicts with the same seed, and the scale 1 / temperature."""
@@ -239,20 +253,52 @@ class Objective(nn.Module):
         detached, in_bin = error.detach(), constants.timestep_bins[:, noise.timesteps]  # [B], [bins, B]
         metrics = {"loss_generation": torch.stack([detached.sum(), batch_size])}
         by_bin = torch.stack([in_bin * detached, in_bin], dim=1).sum(dim=2)  # [bins, 2]
-        metrics |= _named_by_timestep("generation/loss", by_bin, self.model.config.schedule.num_timesteps)
+        metrics |= named_by_timestep("generation/loss", by_bin, self.model.config.schedule.num_timesteps)
         if config.generation_weighting == "none" and not config.channel_weights:
             return error.mean(), metrics
-        weighted = generation_loss(prediction.predicted, prediction.target, constants.channel_weights)  # [B]
-        if config.generation_weighting != "none":
-            weighted = weighted * schedule.loss_weight(
-                self.model.config.schedule.prediction_type, prediction.abar, self.objective
-            )
+        weighted = self._weighted_error(prediction.predicted, prediction)
         metrics["loss_generation_weighted"] = torch.stack([weighted.detach().sum(), batch_size])
         return weighted.mean(), metrics
 
-    def _constants_on(self, device: torch.device) -> _Constants:
+    def _weighted_error(self, predicted: torch.Tensor, prediction: ImagePrediction) -> torch.Tensor:
+        """Return the denoising error [B] of `predicted` [B, C, H, W] with the weights of timestep and channels."""
+        error = generation_loss(predicted, prediction.target, self._constants_on(predicted.device).channel_weights)
+        if self.objective.generation_weighting == "none":
+            return error
+        return error * schedule.loss_weight(self.model.config.schedule.prediction_type, prediction.abar, self.objective)
+
+    def _auxiliary_loss(
+        self, inputs: Inputs, noise: StepNoise, image: ImagePrediction, queries: QueryPrediction | None, lambda_alignment: float
+    ) -> tuple[torch.Tensor, Metrics]:
+        """Return the sum of the weighted auxiliary losses, and each one as `loss_<name>`."""
+        config, ids = self.objective, inputs["caption_ids"]
+        terms: dict[str, tuple[float, torch.Tensor, torch.Tensor]] = {}  # weight, and loss and whether it counts by row
+        if image.wrong is not None:
+            errors = self._weighted_error(image.predicted, image), self._weighted_error(image.wrong, image)
+            loss = caption_contrast_loss(*errors, config.caption_contrast_temperature)  # [B]
+            terms["caption_contrast"] = config.caption_contrast_weight, loss, (ids != ids.roll(1)) & ~noise.drop_caption
+        if queries is not None and queries.noised is not None:
+            rows, (texts, all_ids) = noise.noised_rows, gather_texts(inputs["query"], ids)
+            own = rows + rank_offset(len(ids))
+            loss = noised_alignment_loss(queries.noised, own, texts, all_ids, self.model.temperature())  # [M]
+            weight = lambda_alignment * config.noised_alignment_weight
+            terms["noised_alignment"] = weight, loss, self._is_recognizable(noise)[rows]
+        if config.dispersive_weight and image.features is not None:
+            loss = dispersive_loss(image.features, config.dispersive_temperature)[None]
+            terms["dispersive"] = config.dispersive_weight, loss, torch.ones_like(loss)
+        if config.repa_weight and image.features is not None:
+            loss = repa_loss(self.repa(image.features.mean(dim=(2, 3))), inputs["image_features"])  # [B]
+            terms["repa"] = config.repa_weight, loss, torch.ones_like(loss)
+        total, metrics = image.predicted.new_zeros(()), Metrics()
+        for name, (weight, loss, counts) in terms.items():
+            counted = counts.float()
+            total = total + weight * (loss * counted).sum() / counted.sum().clamp(min=1)
+            metrics[f"loss_{name}"] = torch.stack([(loss.detach() * counted).sum(), counted.sum()])
+        return total, metrics
+
+    def _constants_on(self, device: torch.device) -> StepConstants:
         if self._constants.timestep_bins.device != device:
-            self._constants = _Constants(*(constant.to(device) for constant in self._constants))
+            self._constants = StepConstants(*(constant.to(device) for constant in self._constants))
         return self._constants
 
     def _alignment_loss(
@@ -272,15 +318,15 @@ class Objective(nn.Module):
         metrics = {"temperature": torch.stack([1 / scale.detach(), torch.ones_like(scale)])}
         # Without its image, a text can only be copied from e_t, which says nothing about the model.
         has_image = torch.ones_like(noise.drop_image) if self.objective.task == "clip" else ~noise.drop_image
-        metrics |= _sums(result, has_image)
+        metrics |= sums(result, has_image)
         if self.objective.task != "clip":
             in_bin = self._constants_on(result.loss.device).timestep_bins[:, noise.query_timesteps.T]  # [bins, n, B]
-            metrics |= _sums_by_timestep(result, has_image, in_bin, self.model.config.schedule.num_timesteps)
+            metrics |= sums_by_timestep(result, has_image, in_bin, self.model.config.schedule.num_timesteps)
             if control:
                 texts, ids = result.texts or gather_texts(inputs["query"], inputs["caption_ids"])
                 shuffled = self._retrieval_with_shuffled_images(prediction, noise, texts, ids)
                 metrics["alignment/retrieval_shuffled_images"] = shuffled
-                metrics["alignment/retrieval_chance"] = _chance(inputs["caption_ids"], ids)
+                metrics["alignment/retrieval_chance"] = chance(inputs["caption_ids"], ids)
         return result.mean, metrics
 
     def build_grad_cache(self, inputs: Sequence[Inputs], queries: Sequence[torch.Tensor], scale: torch.Tensor) -> list[GradCache]:
@@ -334,15 +380,9 @@ class Objective(nn.Module):
         condition, noisy_queries = prediction.condition, prediction.noisy_queries
         part = slice(0, min(max(2, len(noisy_queries) // 4), len(noisy_queries)))
 
-        def shuffle(x: torch.Tensor) -> torch.Tensor:
-            return x[part].roll(1, dims=0)
-
-        if isinstance(condition, ImageKVCache):
-            unet = [[(shuffle(k), shuffle(v)) for k, v in layers] for layers in condition.unet]
-            condition = ImageKVCache(unet, [(shuffle(k), shuffle(v)) for k, v in condition.head])
-        else:
-            condition = shuffle(condition[0]), condition[1]
-        predicted = self.model.predict_query(condition, noisy_queries[part], noise.query_timesteps[part])[:, 0]  # [B / 4, D]
+        predicted = self.model.predict_query(roll_condition(condition, part), noisy_queries[part], noise.query_timesteps[part])[
+            :, 0
+        ]  # [B / 4, D]
         with torch.autocast(queries.device.type, enabled=False):  # half precision would tie the scores of many texts
             logits = predicted @ queries.T.float()  # [B / 4, B_all]
         own_text = torch.arange(len(logits), device=logits.device) + rank_offset(len(noisy_queries))
@@ -357,42 +397,3 @@ def _check_patterns(problem: str, patterns: Iterable[str], names: Sequence[str])
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"{problem} is called {pattern}; there are {names[0]}, …, {names[-1]}")
-
-
-def _chance(own_ids: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return [sum, weight] of the retrieval accuracy of guessing among a text and those with other captions.
-
-    `own_ids` [b] are the captions of this rank's images, and `ids` [B_all] those of all ranks.
-    """
-    num_texts = 1 + (own_ids[:, None] != ids[None, :]).sum(dim=1)  # [b]
-    return torch.stack([(1 / num_texts).sum(), torch.ones_like(num_texts, dtype=torch.float32).sum()])
-
-
-def _sums(result: AlignmentResult, has_image: torch.Tensor) -> Metrics:
-    ones, counted = torch.ones_like(result.loss), has_image.float().expand_as(result.correct)
-    return {
-        "loss_alignment": torch.stack([result.loss.sum(), ones.sum()]),
-        "alignment/retrieval": torch.stack([(result.correct * counted).sum(), counted.sum()]),
-    }
-
-
-def _sums_by_timestep(result: AlignmentResult, has_image: torch.Tensor, in_bin: torch.Tensor, num_timesteps: int) -> Metrics:
-    """Return the loss, and the retrieval accuracy of the samples with an image [B], by bins of t_e: `in_bin` [bins, n, B]."""
-    counted = in_bin * has_image.float()
-    parts = torch.stack([in_bin * result.loss, in_bin, counted * result.correct, counted], dim=1)  # [bins, 4, n, B]
-    losses, retrievals = parts.sum(dim=(2, 3)).unflatten(1, (2, 2)).unbind(dim=1)  # [bins, 2] each
-    return _named_by_timestep("alignment/loss", losses, num_timesteps) | _named_by_timestep(
-        "alignment/retrieval", retrievals, num_timesteps
-    )
-
-
-def _timestep_bins(num_timesteps: int) -> list[range]:
-    width = -(-num_timesteps // NUM_TIMESTEP_BINS)
-    return [range(low, min(low + width, num_timesteps)) for low in range(0, num_timesteps, width)]
-
-
-def _named_by_timestep(name: str, sums: torch.Tensor, num_timesteps: int) -> Metrics:
-    """Return the metrics of the bins, whose [sum, weight] are the rows of `sums`."""
-    return {
-        f"{name}_t{part.start:03d}-{part.stop:03d}": row for part, row in zip(_timestep_bins(num_timesteps), sums, strict=True)
-    }

@@ -5,6 +5,7 @@ Timesteps count from 0 to T - 1, as in diffusers.
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ import diffusers
 import torch
 from diffusers import DDIMScheduler
 
-from diffdis.config import ObjectiveConfig, ScheduleConfig
+from diffdis.config import ScheduleConfig
+from diffdis.objective_config import ObjectiveConfig
 
 
 def alphas_cumprod(config: ScheduleConfig) -> torch.Tensor:
@@ -234,6 +236,11 @@ def loss_weight(prediction_type: str, abar: torch.Tensor, config: ObjectiveConfi
     if prediction_type == "sample":
         return weight
     return weight * (1 - abar) if prediction_type == "v_prediction" else weight * (1 - abar) / abar
+
+
+def lambda_factor(name: str, progress: float) -> float:
+    """Return the factor of objective.lambda_alignment after a fraction `progress` of the run's steps."""
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[name]
 
 
 def uniform_timesteps(size: int, num_timesteps: int, generator: torch.Generator, config: ObjectiveConfig) -> torch.Tensor:

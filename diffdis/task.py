@@ -21,6 +21,7 @@ from diffdis.autoencoder import KLAutoencoder, build_autoencoder, to_latents
 from diffdis.config import DiffDisConfig, ObjectiveConfig
 from diffdis.encoder import PRECOMPUTED, move_encoders
 from diffdis.export_folder import Training, opens_in_diffusers
+from diffdis.feature_networks import PooledFeatures, build_feature_network
 from diffdis.image_branch import compile_blocks
 from diffdis.image_grid import image_grid
 from diffdis.lora import LORA_FOLDER, add_adapters, merge_adapters, save_adapters
@@ -30,6 +31,7 @@ from diffdis.model import MAX_LOG_SCALE, DiffDis
 from diffdis.objective import Inputs, Objective
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.pretrained import named_field
+from diffdis.schedule import lambda_factor
 from diffdis.text_encoder import TextEncoder, build_text_encoder
 from diffdis.transfer import copy_to
 from diffdis.warm_start import load_warm_start, resolve_pretrained
@@ -52,10 +54,19 @@ class DiffDisTask:
             self.autoencoder = build_autoencoder(self.config.autoencoder)
         with named_field("model.text_encoder.path"):
             self.text_encoder = build_text_encoder(self.config.text_encoder)
+        self._image_network: PooledFeatures | None = None
+        if objective.repa_weight:
+            with named_field("objective.repa_network"):
+                self._image_network = build_feature_network(
+                    objective.repa_network, device="cuda" if torch.cuda.is_available() else "cpu"
+                )
         model = DiffDis(self.config, objective.temperature)
         with named_field("model.warm_start"):
             self.warm_start = load_warm_start(model, config.warm_start) if config.warm_start else None
-        self.module = Objective(model, objective)
+        width = 0
+        if self._image_network:
+            width = self._image_network.features(np.zeros((1, 8, 8, 3), dtype=np.uint8)).shape[1]
+        self.module = Objective(model, objective, width)
         self.module.freeze()
         self._null_states: torch.Tensor | None = None
 
@@ -99,7 +110,8 @@ class DiffDisTask:
     def inputs(self, batch: Any, device: torch.device) -> Inputs:
         """Convert a batch, of images [B, H, W, 3] uint8 or precomputed, to the inputs of `module`.
 
-        Returns latent [B, C, H, W], token_states [B, L, D_c], query [B, D], caption_ids [B] and null_states [1, L, D_c].
+        Returns latent [B, C, H, W], token_states [B, L, D_c], query [B, D], caption_ids [B] and null_states [1, L, D_c]; with
+        `objective.repa_weight` also image_features [B, d].
         """
         if self._null_states is None:
             move_encoders(self.config, device, self.autoencoder, self.text_encoder)
@@ -111,21 +123,28 @@ class DiffDisTask:
             states, query = self.text_encoder.encode(batch.captions, device)
             latent = to_latents(self.autoencoder, batch.tensors["image"], device)
             encoded = dict(zip(PRECOMPUTED, (latent, states, query), strict=True))
+        if self._image_network:
+            if "image" not in batch.tensors:
+                raise ValueError("objective.repa_weight: precomputed data has no images; use 0, or data with images")
+            features = self._image_network.features(batch.tensors["image"])
+            encoded["image_features"] = copy_to(device, [features])[0]
         return encoded | {
             "caption_ids": copy_to(device, [np.array([_caption_id(c) for c in batch.captions], dtype=np.int64)])[0],
             "null_states": self._null_states,
         }
 
     def precompute_step_loss(
-        self, inputs: Sequence[Inputs], seeds: Sequence[int], control: bool = False
+        self, inputs: Sequence[Inputs], seeds: Sequence[int], control: bool = False, progress: float = 0.0
     ) -> Sequence[Mapping[str, Any]]:
-        """With `objective.negatives` = step, compute the alignment's gradient over all micro-batches (gradient caching)."""
+        """Return lambda's factor at the step and, with `objective.negatives` = step, the alignment's gradient over all
+        micro-batches (gradient caching)."""
+        arguments = {"control": control, "lambda_factor": lambda_factor(self.objective.lambda_schedule, progress)}
         if self.objective.negatives == "micro_batch" or self.objective.task == "generation" or len(inputs) == 1:
-            return [{"control": control} for _ in inputs]
+            return [arguments for _ in inputs]
         with torch.no_grad():
             predictions = [self.module.predict_queries(part, seed) for part, seed in zip(inputs, seeds, strict=True)]
         caches = self.module.build_grad_cache(inputs, [queries for queries, _ in predictions], predictions[0][1])
-        return [{"grad_cache": cache, "control": control} for cache in caches]
+        return [arguments | {"grad_cache": cache} for cache in caches]
 
     # --- scores and previews: every rank calls them, because under ZeRO 3 the weights are sharded ----------------------------
 

@@ -166,12 +166,13 @@ class Task(Protocol):
         """Convert a batch, of images and captions or precomputed, to the inputs of `module`."""
 
     def precompute_step_loss(
-        self, inputs: Sequence[dict[str, torch.Tensor]], seeds: Sequence[int], control: bool
+        self, inputs: Sequence[dict[str, torch.Tensor]], seeds: Sequence[int], control: bool, progress: float
     ) -> Sequence[Mapping[str, Any]]:
         """Return more keyword arguments of `module` for each micro-batch of an optimizer step.
 
         Called before the first micro-batch runs, so that a loss can depend on all samples of the step. `control`: `module` also
-        returns the metrics that cost additional operations, which is so every `train.control_every` steps.
+        returns the metrics that cost additional operations, which is so every `train.control_every` steps. `progress`: the
+        fraction of `train.num_steps` before this step, for the weights of losses that change over the run.
         """
 
     def embed_heldout(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

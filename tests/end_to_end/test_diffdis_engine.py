@@ -108,6 +108,24 @@ def test_a_step_on_two_ranks_has_the_gradients_of_one_process(two_ranks, tiny_mo
     assert difference < 1e-5 * torch.nn.utils.get_total_norm(gradients.values())
 
 
+AUXILIARY = {
+    "noised_alignment_weight": {"query_visibility": "one_way"},
+    "caption_contrast_weight": {},
+    "dispersive_weight": {},
+}
+
+
+@pytest.mark.parametrize("name", AUXILIARY)
+def test_sharded_weights_have_the_same_gradients_with_an_auxiliary_loss(two_ranks, tiny_model, name):
+    """Also if one of the ranks has no noisy image to align."""
+    config = dataclasses.replace(tiny_model, **AUXILIARY[name])
+    objective = {"task": "joint", "caption_dropout": 0.3, name: 1.0}
+    (whole, _), (sharded, _) = (two_ranks.run(step_on_a_rank, config, objective, fields, 1) for fields in (ZERO_0, ZERO_3))
+    torch.testing.assert_close(sharded[0], whole[0])
+    difference = torch.nn.utils.get_total_norm([sharded[1][name] - value for name, value in whole[1].items()])
+    assert difference < 1e-5 * torch.nn.utils.get_total_norm(whole[1].values())
+
+
 def steps_on_a_rank(rank, config, fields, start, stop, state):
     """Train adapters from step `start`, with the state of the engine before it, to `stop`.
 

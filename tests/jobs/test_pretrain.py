@@ -155,6 +155,11 @@ CANNOT_RUN = {  # by the last two arguments; in docs/operations.md
             "objective.lr_overrides: .*unett",
         ),
         (["--data.sources", "DATA", "--objective.query_timestep_min", "1000"], ConfigError, "objective.query_timestep_min"),
+        (
+            ["--data.sources", "DATA", "--train.compile", "true", "--objective.noised_alignment_weight", "1"],
+            ConfigError,
+            "objective.noised_alignment_weight: .*train.compile",
+        ),
         (["--data.sources", "DATA", "--tracking.uri", "http://127.0.0.1:9"], ConfigError, "tracking.uri: http://127.0.0.1:9 "),
     ],
 )

@@ -44,7 +44,7 @@ class SmallTask:
     def compile(self):
         self.module.compile()
 
-    def precompute_step_loss(self, inputs, seeds, control):
+    def precompute_step_loss(self, inputs, seeds, control, progress):
         return [{} for _ in inputs]
 
 

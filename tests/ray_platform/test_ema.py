@@ -68,7 +68,7 @@ class Climb:
     def parameter_groups(self):
         return [{"name": "all", "params": [self.module.position], "lr": 0.1, "weight_decay": 0.0}]
 
-    def precompute_step_loss(self, inputs, seeds, control):
+    def precompute_step_loss(self, inputs, seeds, control, progress):
         return [{} for _ in inputs]
 
     def inputs(self, batch, device):

@@ -17,8 +17,8 @@ from ray_platform.train import checkpoint_format
 from ray_platform.train.checkpoint_format import LossHistory, RankState
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.tensor_parts import TensorJoiner
-from tests.ray_platform.engine_runs import STAGES, STEPS, assert_equal, train
-from tests.ray_platform.small_task import PictureTask, PixelTask, SmallTask
+from tests.ray_platform.engine_runs import BASE, STAGES, STEPS, assert_equal, train
+from tests.ray_platform.small_task import PictureTask, PixelTask, SmallTask, samples
 from tests.support.ranks import shared_ranks, whole_state
 
 pytestmark = pytest.mark.ranks
@@ -91,6 +91,21 @@ def test_every_schedule_continues_to_the_last_bit(schedule):
     then, resumed, *_ = train(start=5, state=state, **schedule)
     assert first + then == losses
     assert_equal(resumed, tensors)
+
+
+def progress_on_a_rank(rank):
+    from ray_platform.train.engine import Engine
+
+    task, seen = SmallTask(), []
+    task.precompute_step_loss = lambda inputs, seeds, control, progress: seen.append(progress) or [{} for _ in inputs]
+    engine = Engine(task, TrainConfig(**BASE), 4, 1)
+    for step in (0, 3):
+        engine.backward([samples(step, 4)], [step], step=step)
+    return seen
+
+
+def test_a_task_learns_the_fraction_of_the_run_that_is_done(two_ranks):
+    assert two_ranks.run(progress_on_a_rank) == [[0.0, 0.25]] * 2
 
 
 def test_a_branch_cools_down_from_the_constant_phase_and_the_main_run_continues():

@@ -19,9 +19,9 @@ def paced(build_task):
     task = build_task()
     prepare = task.precompute_step_loss
 
-    def slowly(parts, seeds, control):
+    def slowly(parts, seeds, control, progress):
         time.sleep(SECONDS_A_STEP)
-        return prepare(parts, seeds, control)
+        return prepare(parts, seeds, control, progress)
 
     task.precompute_step_loss = slowly
     return task

@@ -25,13 +25,13 @@ def recording(folder, build_task, *arguments):
         asked.append(batch.keys)
         return inputs(batch, device)
 
-    def recorded_prepare(parts, seeds, control):
+    def recorded_prepare(parts, seeds, control, progress):
         # Inputs are also built to count the FLOPs of a step; the inputs of the step itself are the last ones.
         keys = [key for keys in asked[-len(parts) :] for key in keys]
         file.write(json.dumps([seeds[0], time.time(), keys, torch.distributed.get_world_size()]) + "\n")
         file.flush()
         asked.clear()
-        return prepare(parts, seeds, control)
+        return prepare(parts, seeds, control, progress)
 
     task.inputs, task.precompute_step_loss = recorded_inputs, recorded_prepare
     return task

@@ -64,6 +64,11 @@ class PretrainConfig:
                 f"objective.query_timestep_min: {self.objective.query_timestep_min} is not below the {steps} timesteps of "
                 "model.schedule.num_timesteps"
             )
+        if self.objective.noised_alignment_weight and self.train.compile:
+            raise ConfigError(
+                "objective.noised_alignment_weight: the number of its images changes from step to step, for which train.compile "
+                "would compile again; use train.compile false"
+            )
         return RunPlan(
             functools.partial(_build_task, self.model, self.objective, self.preview_captions),
             self.data,

@@ -97,17 +97,23 @@ class Engine:
 
     @collective
     def backward(
-        self, micro_batches: Sequence[TaskInputs], seeds: Sequence[int], control: bool = False, statistics: bool = False
+        self,
+        micro_batches: Sequence[TaskInputs],
+        seeds: Sequence[int],
+        control: bool = False,
+        statistics: bool = False,
+        step: int = 0,
     ) -> tuple[torch.Tensor, WeightedMetrics]:
         """Run forward and backward of all micro-batches of a step, each with the seed of all its randomness.
 
         `control`: whether the Task also computes its control metrics, which cost additional operations. `statistics`: whether the
-        metrics have the RMS of the activations of each block, which compiled blocks do not report.
+        metrics have the RMS of the activations of each block, which compiled blocks do not report. `step`: steps of the run
+        before this one.
 
         Returns this rank's mean loss (scalar), and its metrics summed over the micro-batches.
         """
         micro_batches = [self._to_channels_last(inputs) for inputs in micro_batches]
-        step_arguments = self.task.precompute_step_loss(micro_batches, seeds, control)
+        step_arguments = self.task.precompute_step_loss(micro_batches, seeds, control, step / self.config.num_steps)
         losses: list[torch.Tensor] = []
         metrics: WeightedMetrics = {}
         scale = self.loss_scale.value

@@ -160,7 +160,8 @@ class Trainer:
         micro_batches = [self.task.inputs(part, self.engine.device) for part in parts]
 
         control, statistics = self.config.is_control_due(self.step + 1), self.config.are_statistics_due(self.step + 1)
-        loss, metrics = self.engine.backward(micro_batches, seeds, control, statistics and not self.config.compile)
+        has_activations = statistics and not self.config.compile
+        loss, metrics = self.engine.backward(micro_batches, seeds, control, has_activations, self.step)
 
         uploader = self.checkpoints.uploader
         self.skipped, self.skip_details = add_counts(self.start.skipped, batch.skipped), batch.skip_details
