@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 _TIMEOUT_S = 180
 _ROOT = Path(__file__).parents[2]
-_PRELOAD = ["ray_platform.train.engine", "ray_platform.train.deepspeed_internals", "deepspeed", "diffdis.task"]
+_PRELOAD = ["ray_platform.train.engine", "deepspeed", "diffdis.task"]
 
 
 class Ranks:
