@@ -52,6 +52,7 @@ class ScaledTask(SmallTask):
         def scaled(inputs, seed):
             loss, metrics = forward(inputs, seed)
             self.used = {name: parameter.dtype for name, parameter in self.module.named_parameters()}
+            self.uses_flash_attention = torch.backends.cuda.flash_sdp_enabled()  # the switch for CPUs, too
             return loss * self.module.log_scale.exp().squeeze(), metrics
 
         self.module.forward = scaled
@@ -72,6 +73,20 @@ def scaled_step(rank, zero_stage):
         engine.backward([samples(step, 8) | {}], [step])
         assert engine.update(step).updated
     return task.used, whole_state(engine)
+
+
+def attention_on_a_rank(rank, precision):
+    from ray_platform.train.engine import Engine
+
+    task = ScaledTask()
+    Engine(task, TrainConfig(zero_stage=0, precision=precision), 4, 1).backward([samples(0, 4)], [0])
+    return task.uses_flash_attention, torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_cpus_steps_in_bf16_use_the_plain_attention_kernels(precision):
+    """Flash attention in bf16 took several times as long (LOG.md). What is outside the step keeps its kernels."""
+    assert shared_ranks(1).run(attention_on_a_rank, precision) == [(precision == "fp32", True)]
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)

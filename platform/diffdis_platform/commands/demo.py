@@ -60,10 +60,16 @@ def _next_commands(output: Path) -> str:
 
 def _pretrain(output: Path, argv: Sequence[str]) -> None:
     """Pretrain with `ray job submit` from a checkout; a wheel has no folder to submit, so its driver runs here."""
+    import torch
+
     from ray_platform.local_head import LOG, LocalHead, run_filtered, submit
 
     arguments = ["--recipe", "demo", "--train.resume", "auto", "--output_dir", str(output), "--data.sources"]
-    arguments += [str(DEMO_DATA / "train"), "--tracking.registered_model", "diffdis-demo", *argv]
+    arguments += [str(DEMO_DATA / "train"), "--tracking.registered_model", "diffdis-demo"]
+    capabilities = torch.cpu.get_capabilities()
+    if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+        arguments += ["--train.precision", "bf16"]  # a step takes about two thirds of the time
+    arguments += argv
     root = checkout_root()
     with LocalHead() as head:
         if root:

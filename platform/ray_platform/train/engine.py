@@ -8,9 +8,11 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ray_platform.contracts import Task
 from ray_platform.train import zero
@@ -72,6 +74,9 @@ class Engine:
         names = {parameter: name for name, parameter in self.engine.module.named_parameters() if parameter.requires_grad}
         self.block_gradients = BlockGradients(fragments, names, is_sharded=config.zero_stage > 0)
         self.device = torch.device(self.engine.device)
+        # In bf16, torch's flash attention for CPUs is several times slower than its plain kernels at small head widths.
+        plain = self.device.type == "cpu" and config.precision == "bf16"
+        self._attention_kernels = partial(sdpa_kernel, SDPBackend.MATH) if plain else contextlib.nullcontext
         self._frozen = self._load_originals(originals)  # frozen weights in half precision by name, without rounding
         self.loss_scale = LossScale() if config.precision == "fp16" else LossScale(1.0, is_dynamic=False)
 
@@ -113,14 +118,16 @@ class Engine:
         Returns this rank's mean loss (scalar), and its metrics summed over the micro-batches.
         """
         micro_batches = [self._to_channels_last(inputs) for inputs in micro_batches]
-        step_arguments = self.task.precompute_step_loss(micro_batches, seeds, control, step / self.config.num_steps)
         losses: list[torch.Tensor] = []
         metrics: WeightedMetrics = {}
         scale = self.loss_scale.value
         recording: contextlib.AbstractContextManager[WeightedMetrics] = contextlib.nullcontext({})
         if statistics:
             recording = activation_statistics(self.engine.module)
-        with recording as activations:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._attention_kernels())
+            step_arguments = self.task.precompute_step_loss(micro_batches, seeds, control, step / self.config.num_steps)
+            activations = stack.enter_context(recording)  # not of the pass before
             for inputs, seed, arguments in zip(micro_batches, seeds, step_arguments, strict=True):
                 loss, parts = self.engine(inputs, seed, **arguments)
                 self.engine.backward(loss * scale if scale != 1 else loss)
