@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffdis.config import DiffDisConfig, ObjectiveConfig
 from diffdis.task import DiffDisTask
 from diffdis.warm_start import resolve_pretrained
@@ -17,6 +19,7 @@ from ray_platform.cached_folders import with_cached_folders
 from ray_platform.contracts import ConfigError, DataError, describe_error
 from ray_platform.train import checkpoint_format
 from ray_platform.train.checkpoint_format import Manifest
+from ray_platform.train.posthoc_ema import reconstruct, width_state
 
 
 def find_checkpoint(checkpoint_url: str) -> tuple[str, Manifest]:
@@ -48,23 +51,39 @@ def export(config: ExportConfig) -> str:
     try:
         settings = read_saved(manifest.config, field_types(PretrainConfig), f"{url}/{checkpoint_format.COMPLETE}", ("recipe",))
         task, facts = build_task(settings), manifest.training_facts()
-        scored_ema = settings["train"]["ema_decay"] > 0 and settings["train"].get("eval_weights") != "weights"
-        ema = scored_ema if config.weights == "best" else config.weights == "ema"
+        train = settings["train"]
+        scored = train.get("eval_weights", "best")
+        if scored == "best":
+            scored = "ema" if train["ema_decay"] > 0 else "weights"
+        state = scored if config.weights == "best" else config.weights
+        stored_widths = [float(width) for width in train.get("ema_widths", ())]
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
         raise DataError(
             f"{url}: no model can be built from the configuration in it ({describe_error(error)}); take another"
         ) from None
-    if ema != scored_ema:
+    if state != scored:
         facts["scores"] = {name: value for name, value in facts["scores"].items() if not name.startswith("heldout/")}
-    weights = dict(checkpoint_format.read_weights(url, "ema" if ema else "weights"))
+    weights = _read_weights(url, state, stored_widths)
     with tempfile.TemporaryDirectory(prefix="export_") as folder:
         try:
             opened = task.save_pretrained(weights, Path(folder), facts)
         except (KeyError, ValueError, RuntimeError) as error:
             raise DataError(f"{url}: no model can be exported from its tensors ({describe_error(error)}); take another") from None
         storage.put_folder(Path(folder), config.output_dir)
-    which = "the EMA" if ema else "the weights"
+    which = {"weights": "the weights", "ema": "the EMA"}.get(state, state)
     return f"done: {which} of step {manifest.step} ({url}) in {config.output_dir}; opens as {', '.join(opened)}"
+
+
+def _read_weights(url: str, state: str, stored_widths: list[float]) -> dict[str, torch.Tensor]:
+    """Return weights or an EMA of a checkpoint. An EMA of a width that it does not have is reconstructed."""
+    width = state.removeprefix("ema_width_")
+    if width == state or state in map(width_state, stored_widths):
+        return dict(checkpoint_format.read_weights(url, state))
+    try:
+        value = float(width)
+    except ValueError:
+        raise ConfigError(f"weights: {state} does not end with a width; use one such as ema_width_0.1") from None
+    return reconstruct(url, stored_widths, value)
 
 
 def build_task(config: dict[str, Any]) -> DiffDisTask:

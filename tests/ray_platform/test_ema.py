@@ -34,7 +34,7 @@ def evaluated_on_a_rank(rank, fields, deepspeed):
     return states, output
 
 
-@pytest.mark.parametrize("eval_weights", ["best", "weights"])
+@pytest.mark.parametrize("eval_weights", ["best", "weights", "ema_0.5"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("zero_stage", "deepspeed"),
@@ -42,13 +42,13 @@ def evaluated_on_a_rank(rank, fields, deepspeed):
     [(0, {}), (1, {}), (2, {}), (3, SHARDED), (3, {"zero_optimization": {"stage3_param_persistence_threshold": 50}})],
 )
 def test_an_evaluation_sees_the_ema_and_training_does_not(two_ranks, zero_stage, deepspeed, precision, eval_weights):
-    fields = {"zero_stage": zero_stage, "precision": precision, "eval_weights": eval_weights}
+    fields = {"zero_stage": zero_stage, "precision": precision, "eval_weights": eval_weights, "ema_decays": (0.5,)}
     found = two_ranks.run(evaluated_on_a_rank, fields, deepspeed)
     for states, output in found:
         assert_equal(states[1], states[0])
         assert_equal(states[3], states[2])
         tensors, module = states[2], SmallTask().module
-        name = "weights" if eval_weights == "weights" else "ema"
+        name = "ema" if eval_weights == "best" else eval_weights
         module.load_state_dict({n: tensors.get(f"{name}/{n}", tensors[f"weights/{n}"]) for n in module.state_dict()})
         assert not torch.equal(tensors["ema/first.weight"], tensors["weights/first.weight"])
         if precision == "bf16":

@@ -95,9 +95,8 @@ class EvalConfig:
     local or s3://."""
     steps: str = ""
     """Which checkpoints of a run: `all`, or `every:5000` for multiples of 5000. Empty: the newest one."""
-    weights: Literal["best", "ema", "weights"] = "best"
-    """Which weights of a checkpoint; `best` are those that its run scored: the EMA if it has one, unless train.eval_weights is
-    `weights`."""
+    weights: str = "best"
+    """Which weights of a checkpoint, as for jobs/export.py; `best` are those that its run scored."""
     output_dir: str = ""
     """Absolute folder or s3:// URL of the report. Several models may be evaluated into one folder."""
     name: str = ""

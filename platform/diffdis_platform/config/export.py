@@ -1,7 +1,6 @@
 """Configuration of the export of a checkpoint."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from diffdis_platform.config.parse import check_output_dir
 from ray_platform.contracts import ConfigError
@@ -16,8 +15,9 @@ class ExportConfig:
     """A step_* folder, or a run's output_dir for its newest checkpoint; local or s3://."""
     output_dir: str = ""
     """Absolute folder or s3:// URL of the exported model."""
-    weights: Literal["best", "ema", "weights"] = "best"
-    """Which weights; `best` are those that the run scored: the EMA if it has one, unless its train.eval_weights is `weights`."""
+    weights: str = "best"
+    """Which weights: weights, ema, ema_<decay> or ema_width_<width>, which is reconstructed if the run stored other widths.
+    `best` are those that the run scored (its train.eval_weights)."""
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def check(self) -> None:

@@ -177,7 +177,7 @@ def memory(counts: Counts, train: TrainConfig, plan: BatchPlan, live: bool) -> M
     n, stage, width = plan.world_size, train.zero_stage, number_bytes(train)
     trained, weights, frozen = FULL * counts.trained, width * counts.trained, width * counts.frozen
     is_half = width < FULL
-    optimizer = ((0.5 if train.optimizer == "adamw_8bit" else 2) + bool(train.ema_decay)) * trained
+    optimizer = ((0.5 if train.optimizer == "adamw_8bit" else 2) + len(train.ema_states)) * trained
     sharded = 0 if train.offload_optimizer else (trained + optimizer) / n
     accumulated = trained if stage < 2 and plan.num_micro_batches > 1 else 0
     gathered, buffers = 0.0, width * _reduce_bucket_size(train)
@@ -263,7 +263,7 @@ def _traffic(counts: Counts, train: TrainConfig, plan: BatchPlan, num_draws: int
 
 def checkpoint_bytes(counts: Counts, train: TrainConfig) -> float:
     """Return the bytes of trained weights, two moments and the EMA, and of frozen weights; float32."""
-    return FULL * ((3 + bool(train.ema_decay)) * counts.trained + counts.frozen)
+    return FULL * ((3 + len(train.ema_states)) * counts.trained + counts.frozen)
 
 
 def _faults(counts: Counts, train: TrainConfig, num_gpus: int, step_seconds: float, c: Constants) -> Faults:
@@ -272,7 +272,7 @@ def _faults(counts: Counts, train: TrainConfig, num_gpus: int, step_seconds: flo
     upload = max(size / nodes / (1e9 * c.s3_gb_per_second), size / num_gpus / (1e6 * c.upload_mb_per_second))
     between = _DAY / (nodes * c.failures_per_node_day) if c.failures_per_node_day else math.inf
     # The ranks that read a tensor send it to all others.
-    sending = _gather_seconds(size, (3 + bool(train.ema_decay)) * counts.num_tensors, num_gpus, c)
+    sending = _gather_seconds(size, (3 + len(train.ema_states)) * counts.num_tensors, num_gpus, c)
     recovery = c.recovery_seconds + 60 * c.minutes_to_replace_node + upload + sending
     interval = train.checkpoint_every * step_seconds
     best = max(best_interval(stall, between), upload)  # the next checkpoint waits for the upload of the previous one

@@ -213,7 +213,7 @@ def read_rank_state(url: str, manifest: Manifest, rank: int) -> RankState:
 
 
 def read_weights(url: str, state: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (parameter, tensor) of the state `weights` or `ema`, reading one file at a time. Needs neither Ray nor ranks.
+    """Yield (parameter, tensor) of the state `weights` or an EMA, reading one file at a time. Needs neither Ray nor ranks.
 
     Parameters and buffers without an EMA (frozen ones) come from the weights. Raises ConfigError when no parameter has an EMA.
     """
@@ -236,7 +236,7 @@ def read_weights(url: str, state: str) -> Iterator[tuple[str, torch.Tensor]]:
     with _corruption_named(url, COMPLETE):
         joiner.check_complete()
     if not yielded:
-        raise ConfigError(f"{url} has no {state}: it was trained with train.ema_decay 0; use --weights weights")
+        raise ConfigError(f"{url} has no {state}: train.ema_decay, ema_decays and ema_widths add EMAs; use --weights weights")
     yield from ((parameter, tensor) for parameter, tensor in weights.items() if parameter not in yielded)
 
 

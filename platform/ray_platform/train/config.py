@@ -59,8 +59,14 @@ class TrainConfig:
     """Maximum global norm of the gradients. 0: no clipping."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average (EMA) of the weights. 0: no EMA."""
-    eval_weights: Literal["best", "ema", "weights"] = "best"
-    """Weights for validation scores, and so for keep_best, previews and the export; `best` is the EMA if there is one."""
+    ema_decays: tuple[float, ...] = ()
+    """Decays of more EMAs, such as '[0.999, 0.99]', which checkpoints store as ema_0.999 and ema_0.99."""
+    ema_widths: tuple[float, ...] = ()
+    """Widths of averages that are relative to the length of the run (Karras et al. 2024), stored as ema_width_<width>. With two,
+    such as '[0.05, 0.1]', and keep_every, the export can reconstruct any other width."""
+    eval_weights: str = "best"
+    """Weights for validation scores, and so for keep_best, previews and the export: weights, ema, ema_<decay> or
+    ema_width_<width>; `best` is `ema` if there is one, and else `weights`."""
     max_loss_factor: float = 10.0
     """A step is skipped if its loss is not finite or above this factor times the usual loss."""
     max_bad_steps: int = 10
@@ -158,8 +164,14 @@ class TrainConfig:
             ("deepspeed", not self.deepspeed or self.zero_stage, "needs train.zero_stage 1, 2 or 3, which are DeepSpeed's"),
             ("compile", not self.compile or self.zero_stage < 3, "needs train.zero_stage 0, 1 or 2"),
             ("offload_optimizer", not self.offload_optimizer or self.zero_stage, "needs train.zero_stage 1, 2 or 3"),
-            ("eval_weights", self.eval_weights != "ema" or self.ema_decay, "needs train.ema_decay above 0, such as 0.9999"),
             ("ema_decay", 0 <= self.ema_decay < 1, "is not in [0, 1)"),
+            ("ema_decays", all(0 < decay < 1 for decay in self.ema_decays), "are not in (0, 1)"),
+            ("ema_widths", all(0 < width < 0.28 for width in self.ema_widths), "are not in (0, 0.28)"),
+            (
+                "eval_weights",
+                self.eval_weights in ("best", "weights", *self.ema_states),
+                f"is none of {', '.join(('best', 'weights', *self.ema_states))}; train.ema_decay, ema_decays, ema_widths add some",
+            ),
             ("resume_weights_only", not self.resume_weights_only or self.resume != "none", "needs train.resume = PATH"),
             ("rewarm_steps", self.rewarm_steps >= 0, "is negative; use 0 for none"),
             ("max_loss_factor", self.max_loss_factor > 1, "is not above 1"),
@@ -178,9 +190,18 @@ class TrainConfig:
         return step % (self.control_every or self.log_every) == 0
 
     @property
-    def evaluates_ema(self) -> bool:
-        """Return whether the EMA is scored, previewed and exported, and not the weights."""
-        return self.ema_decay > 0 and self.eval_weights != "weights"
+    def ema_states(self) -> dict[str, float]:
+        """Decay or width of each EMA by its name in checkpoints."""
+        states = {"ema": self.ema_decay} if self.ema_decay else {}
+        states |= {f"ema_{decay:g}": decay for decay in self.ema_decays}
+        return states | {f"ema_width_{width:g}": width for width in self.ema_widths}
+
+    @property
+    def eval_state(self) -> str:
+        """Name, in checkpoints, of what is scored, previewed and exported: `weights` or an EMA."""
+        if self.eval_weights != "best":
+            return self.eval_weights
+        return "ema" if self.ema_decay else "weights"
 
     @property
     def max_checkpoints(self) -> int:

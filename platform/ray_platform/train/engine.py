@@ -18,7 +18,7 @@ from ray_platform.contracts import Task
 from ray_platform.train import zero
 from ray_platform.train.collective import collective
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.optimizer import EMA, MOMENTS, STEP, WEIGHTS, AdamW, LossScale, Rewarm, learning_rate_factor
+from ray_platform.train.optimizer import MOMENTS, STEP, WEIGHTS, AdamW, LossScale, Rewarm, learning_rate_factor
 from ray_platform.train.statistics import BlockGradients, activation_statistics
 from ray_platform.train.tensor_parts import part_key
 from ray_platform.train.zero import DataParallel, Fragment
@@ -92,7 +92,7 @@ class Engine:
                 original = originals[name].to(self.device)
                 torch.distributed.broadcast(original, 0)
                 if parameter.requires_grad:
-                    names = [state for state in (WEIGHTS, EMA) if state == WEIGHTS or state in self.adam.state_names]
+                    names = WEIGHTS, *self.config.ema_states
                     self.adam.load_parameter(parameter, dict.fromkeys(names, original))
                 else:
                     frozen[name] = original.cpu()
@@ -188,25 +188,25 @@ class Engine:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Switch the module to evaluation without gradients, and to the EMA if `train.eval_weights` says so.
+        """Switch the module to evaluation without gradients, and to the EMA that `train.eval_weights` names, if any.
 
         All ranks enter and leave the block together, as ZeRO gathers the other weights.
         """
         self.engine.eval()
-        if self.config.evaluates_ema:
+        if self.config.eval_state != WEIGHTS:
             self._swap_ema()
         try:
             with torch.no_grad():
                 yield
         finally:
-            if self.config.evaluates_ema:
+            if self.config.eval_state != WEIGHTS:
                 self._swap_ema()
             self.engine.train()
 
     @collective
     def _swap_ema(self) -> None:
         """Exchange the weights and their EMA, in the optimizer and in the module."""
-        self.adam.swap_ema()
+        self.adam.swap_ema(self.config.eval_state)
         if self.replicas is not None:
             self.replicas.round_weights()
         elif self.config.zero_stage == 3:
@@ -281,7 +281,7 @@ class Engine:
             states = {WEIGHTS: weights}
             for state in self.adam.state_names:
                 value = get(f"{state}/{name}", shape)
-                if value is None and state != EMA:
+                if value is None and state in MOMENTS:
                     missing.append(f"{state}/{name}")
                     continue
                 states[state] = weights if value is None else value

@@ -11,11 +11,11 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ray_platform.train.config import TrainConfig
+from ray_platform.train.posthoc_ema import power_decay_at, width_state
 from ray_platform.train.zero import Fragment
 
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-EMA = "ema"
 STEP = "step"  # number of updates of a parameter's moments: fewer than the run's for a parameter that was frozen at first
 
 _SWAP_SIZE = 2**24  # elements that `AdamW.swap_ema` exchanges at a time
@@ -26,10 +26,16 @@ def ema_decay_at(decay: float, num_updates: int) -> float:
     return min(decay, (1 + num_updates) / (10 + num_updates))
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW by the Task's groups on flat float32 shards, with a moving average (EMA) of the weights.
+def _decay_at(state: str, value: float, num_updates: int) -> float:
+    """Return the decay of an EMA of `TrainConfig.ema_states` at an update."""
+    return power_decay_at(value, num_updates) if state == width_state(value) else ema_decay_at(value, num_updates)
 
-    ema_n = ema_{n-1} + (1 - d_n) (w_n - ema_{n-1}), from ema_0 = the initial weights, with d_n = `ema_decay_at(decay, n)`.
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW by the Task's groups on flat float32 shards, with moving averages (EMA) of the weights.
+
+    ema_n = ema_{n-1} + (1 - d_n) (w_n - ema_{n-1}), from ema_0 = the initial weights, with d_n = `ema_decay_at(decay, n)`
+    or, for a width, `power_decay_at(width, n)`.
     The shards have the float32 weights, also of a module in half precision. EMA and moments are sharded and offloaded with them.
 
     DeepSpeed sees one group of parameters per data type, because it communicates per group. `optimizer` has the Task's groups.
@@ -63,15 +69,14 @@ class AdamW(torch.optim.AdamW):
     @property
     def state_names(self) -> tuple[str, ...]:
         """Names of the state tensors that have the shape of their parameter."""
-        return (*MOMENTS, EMA) if self.config.ema_decay else MOMENTS
+        return *MOMENTS, *self.config.ema_states
 
     def init_state(self, fragments: Sequence[Fragment]) -> None:
         """Create the state of all that this rank updates."""
         self._fragments = {fragment.parameter: fragment for fragment in fragments}
         for shard in {fragment.shard for fragment in fragments}:
             self._states[shard] = {name: torch.zeros_like(shard) for name in MOMENTS}
-            if self.config.ema_decay:
-                self._states[shard][EMA] = shard.detach().clone()
+            self._states[shard] |= {name: shard.detach().clone() for name in self.config.ema_states}
         self._build(dict.fromkeys(self._fragments, 0))
 
     def _build(self, steps: Mapping[torch.Tensor, int]) -> None:
@@ -167,10 +172,10 @@ class AdamW(torch.optim.AdamW):
         self._build({parameter: int(steps.get(parameter, own)) for parameter, own in self._steps.items()})
 
     @torch.no_grad()
-    def swap_ema(self) -> None:
-        """Exchange the weights and their EMA, in parts, so that no third copy is in memory."""
+    def swap_ema(self, state: str) -> None:
+        """Exchange the weights and an EMA of them, in parts, so that no third copy is in memory."""
         for shard, states in self._states.items():
-            for weights, ema in zip(shard.split(_SWAP_SIZE), states[EMA].split(_SWAP_SIZE), strict=True):
+            for weights, ema in zip(shard.split(_SWAP_SIZE), states[state].split(_SWAP_SIZE), strict=True):
                 kept = weights.clone()
                 weights.copy_(ema)
                 ema.copy_(kept)
@@ -211,10 +216,10 @@ class AdamW(torch.optim.AdamW):
         for group in self.optimizer.param_groups:
             for tensor in group["params"] if "max_value" in group else ():
                 tensor.clamp_(max=group["max_value"])
-        if updated and self.config.ema_decay:
-            average = get_ema_multi_avg_fn(ema_decay_at(self.config.ema_decay, self.num_updates + 1))
-            tensors = [tensor.detach() for _, tensor in updated]
-            average([self.optimizer.state[tensor][EMA] for _, tensor in updated], tensors, self.num_updates + 1)
+        tensors = [tensor.detach() for _, tensor in updated]
+        for state, value in self.config.ema_states.items() if updated else ():
+            average = get_ema_multi_avg_fn(_decay_at(state, value, self.num_updates + 1))
+            average([self.optimizer.state[tensor][state] for _, tensor in updated], tensors, self.num_updates + 1)
         for run, tensor in updated:
             if tensor is not run.shard:
                 tensor.grad = None

@@ -34,7 +34,6 @@ from ray_platform.train.failures import AcceleratorFull, Interrupted
 from ray_platform.train.fault_tolerance import LossMonitor, StepStatus
 from ray_platform.train.hang_detector import HeartbeatThread
 from ray_platform.train.heldout import generate_previews, score, select_samples
-from ray_platform.train.optimizer import EMA, WEIGHTS
 from ray_platform.train.profiling import StepProfiler, count_flops
 from ray_platform.train.resuming import resumed_rewarm, takes_weights_only
 from ray_platform.train.statistics import GradientMonitor, ThroughputMeter, memory_metrics
@@ -343,7 +342,7 @@ class Trainer:
         if self.rank == 0:
             # As the checkpoint has them: no rank has all of them in memory.
             url = self.checkpoints.uploader.url or self.start.url
-            weights = dict(read_weights(url, EMA if self.config.evaluates_ema else WEIGHTS))
+            weights = dict(read_weights(url, self.config.eval_state))
             with tempfile.TemporaryDirectory(prefix="export_") as folder:
                 try:
                     self.task.save_pretrained(weights, Path(folder), self._manifest().training_facts())
