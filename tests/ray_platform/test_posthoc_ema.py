@@ -94,7 +94,7 @@ def test_checkpoints_have_several_averages_from_which_another_one_is_reconstruct
 
 
 def test_fields_that_name_no_average_are_rejected():
-    with pytest.raises(ConfigError, match=r"^train\.eval_weights: ema_0\.9 is none of best, weights, ema, ema_0\.99;"):
+    with pytest.raises(ConfigError, match=r"^train\.eval_weights: ema_0\.9 is none of best, weights, ema, ema_0\.99,"):
         TrainConfig(ema_decay=0.999, ema_decays=(0.99,), eval_weights="ema_0.9")
     with pytest.raises(ConfigError, match=r"^train\.ema_widths: \(0\.3,\) are not in"):
         TrainConfig(ema_widths=(0.3,))

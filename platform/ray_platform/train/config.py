@@ -170,7 +170,7 @@ class TrainConfig:
             (
                 "eval_weights",
                 self.eval_weights in ("best", "weights", *self.ema_states),
-                f"is none of {', '.join(('best', 'weights', *self.ema_states))}; train.ema_decay, ema_decays, ema_widths add some",
+                f"is none of {', '.join(('best', 'weights', *self.ema_states))}, which train.ema_decay and others add",
             ),
             ("resume_weights_only", not self.resume_weights_only or self.resume != "none", "needs train.resume = PATH"),
             ("rewarm_steps", self.rewarm_steps >= 0, "is negative; use 0 for none"),
