@@ -79,11 +79,7 @@ def _read_weights(url: str, state: str, stored_widths: list[float]) -> dict[str,
     width = state.removeprefix("ema_width_")
     if width == state or state in map(width_state, stored_widths):
         return dict(checkpoint_format.read_weights(url, state))
-    try:
-        value = float(width)
-    except ValueError:
-        raise ConfigError(f"weights: {state} does not end with a width; use one such as ema_width_0.1") from None
-    return reconstruct(url, stored_widths, value)
+    return reconstruct(url, stored_widths, float(width))
 
 
 def build_task(config: dict[str, Any]) -> DiffDisTask:

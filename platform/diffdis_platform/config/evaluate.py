@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
+from diffdis_platform.config.export import check_weights
 from diffdis_platform.config.parse import MAX_CONFIG_BYTES, check_output_dir
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.placement import check_labels
@@ -154,6 +155,7 @@ class EvalConfig:
             raise ConfigError(f"seeds: at least 1 ({self.seeds}); limit: at least 0 ({self.limit})")
         if self.name and not _MODEL_NAME.fullmatch(self.name):
             raise ConfigError(f"name: {self.name[:120]!r}; use up to 100 letters, digits, spaces and . - _")
+        check_weights(self.weights)
         check_labels("placement", self.placement)
 
     def check_job(self) -> None:
