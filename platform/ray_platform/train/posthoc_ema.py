@@ -40,7 +40,7 @@ def snapshot_weights(snapshots: Sequence[tuple[int, float]], num_updates: int, w
     t = np.array([n for n, _ in snapshots], dtype=np.float64)
     gamma = np.array([power_of(each) for _, each in snapshots])
     products = inner_products(t[:, None], gamma[:, None], t[None], gamma[None])
-    target = inner_products(t, gamma, np.float64(num_updates), np.float64(power_of(width)))
+    target = inner_products(t, gamma, np.array(float(num_updates)), np.array(power_of(width)))
     factors = np.linalg.lstsq(products, target, rcond=None)[0]
     return factors / factors.sum()
 
