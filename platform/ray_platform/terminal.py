@@ -20,6 +20,7 @@ _FOREIGN = re.compile(
     |Job\ submission\ server|Running\ entrypoint\ for|Job\ 'diffdis-|-{3,}$|Next\ steps$|Tailing\ logs  # `ray job submit`
     |\s+(Query|Request|Follow)\ .*job|\s+ray\ job\ |(Job|Status)\ .*succeeded
     |\[\d{4}-\d\d-\d\d\ |\*{4}|\[(transformers|diffusers)\]\ |\[rank\d+\]:\[W|\[W\d|WARNING:\   # DeepSpeed, torch
+    |Failed\ to\ load\ CPU\ gemm  # bitsandbytes
     |\S+\.py:\d+:\ \w*Warning:|.*accelerate`?\ was\ not\ found|.*4x\ the\ maximum  # warnings of Python, diffusers""",
     re.VERBOSE,
 )

@@ -196,7 +196,7 @@ def test_the_pages_show_curves_grids_and_the_model(trained_run, page, tmp_path):
         assert "Pretraining by the recipe" in overview
         assert "team" in overview
         names, drawn = pages.curves()
-        assert names.index("loss_generation") < names.index("alignment"), "the losses come first"
+        assert names.index("loss_alignment") < names.index("loss_generation") < names.index("retrieval"), "the losses come first"
         assert "Model training" in names
         assert drawn >= 3, "lines of the losses"
         assert pages.slider() >= 2, "steps with previews"

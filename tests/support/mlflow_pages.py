@@ -1,11 +1,19 @@
-"""The content of MLflow's pages for a run, as shown in a browser."""
+"""The content of MLflow's pages for a run, as shown in a browser; `python -m tests.support.mlflow_pages RUN FOLDER` takes
+screenshots of them."""
 
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 
+from ray_platform.tracking import read_run_record
 from ray_platform.tracking.mlflow_tracker import run_page
+from tests.support.html_page import browser_page
+from tests.support.mlflow_server import MlflowServer
 
+TRAINING_VIEW = "workflowType=machine_learning"  # as in the address that a training prints
 LINES = ".js-plotly-plot .scatterlayer path.js-line"  # lines of charts that have points
 
 
@@ -25,7 +33,7 @@ class Pages:
 
     def overview(self) -> str:
         """Return the text of the run's overview page."""
-        self._open(self.run)
+        self._open(f"{self.run}?{TRAINING_VIEW}")
         for part in ("Datasets", "Registered models", "Pretraining by the recipe"):
             self.page.get_by_text(part).first.wait_for()
         return self._text()
@@ -40,12 +48,13 @@ class Pages:
         """Return the number of steps of the preview images, below the curves."""
         self._open(self.curves_page)
         self.page.get_by_placeholder("Search metric charts").fill("_overview/previews")
-        self.page.locator("[role=slider]").first.wait_for()
-        return int(self.page.locator("[role=slider]").first.get_attribute("aria-valuemax") or 0)
+        slider = self.page.locator("[role=slider]").first
+        slider.wait_for()
+        return int(slider.get_attribute("aria-valuemax") or 0)
 
     def machines(self) -> str:
         """Return the text of the system metrics page."""
-        self._open(f"{self.run}/system-metrics")
+        self._open(f"{self.run}/system-metrics?{TRAINING_VIEW}")
         self.page.locator(LINES).first.wait_for(state="attached")
         return self._text()
 
@@ -58,7 +67,7 @@ class Pages:
 
     def model(self) -> str:
         """Return the text of the page of the registered model version."""
-        self._open(f"{self.server}/#/models/{self.version.name}/versions/{self.version.version}")
+        self._open(f"{self.server}/#/models/{self.version.name}/versions/{self.version.version}?{TRAINING_VIEW}")
         self.page.get_by_text("Inputs (").first.click()
         self.page.get_by_text("caption").first.wait_for()
         return self._text()
@@ -77,3 +86,26 @@ class Pages:
     def _note_failure(self, response: Any) -> None:
         if response.status >= 500:
             self.errors.append(f"{response.status} of {response.url}")
+
+
+def take_screenshots(output_dir: str, folder: Path) -> None:
+    """Write the screenshots of docs/tracking.md, of the run in an output folder with its own MLflow store."""
+    record = read_run_record(output_dir)
+    assert record is not None
+    with MlflowServer(folder, record["tracking_uri"]) as server, browser_page() as page:
+        pages = Pages(page, server.url, record["tracking_uri"], record["run_id"])
+        shown: dict[str, Callable[[], object]] = {
+            "run": pages.overview,
+            "curves": pages.curves,
+            "slider": pages.slider,
+            "machines": pages.machines,
+            "model": pages.model,
+        }
+        for name, show in shown.items():
+            show()
+            page.wait_for_timeout(3000)  # charts and images appear one after another
+            page.screenshot(path=folder / f"mlflow_{name}.png")
+
+
+if __name__ == "__main__":
+    take_screenshots(sys.argv[1], Path(sys.argv[2]))

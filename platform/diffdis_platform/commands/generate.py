@@ -103,6 +103,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv).config
     check_exists("model", config.model)
     captions = config.all_captions()
+    _check_is_model(config.model)
     from diffdis.image_grid import image_grid
     from ray_platform import storage
     from ray_platform.terminal import ProgressBar
@@ -142,6 +143,14 @@ def main(argv: Sequence[str]) -> int:
         storage.put_folder(Path(folder), config.output_dir)
     print(f"done: {len(images)} images, captions.json and grid.png in {config.output_dir}")
     return 0
+
+
+def _check_is_model(url: str) -> None:
+    """Raise ConfigError for a folder that is not an exported model or a run, before libraries are imported."""
+    from ray_platform import storage
+
+    if not any(storage.exists(storage.join(folder, "diffdis.json")) for folder in (url, storage.join(url, "export"))):
+        raise ConfigError(f"model: {url}: no diffdis.json in this folder; give a folder that DiffDis exported")
 
 
 def _open_model(config: GenerateConfig) -> "DiffDisPipeline":
