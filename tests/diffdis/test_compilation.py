@@ -6,6 +6,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from diffdis.autoencoder import to_latents
+from diffdis.config import ObjectiveConfig
 from diffdis.image_branch import MAX_SHAPES, compile_blocks
 
 CPU = torch.device("cpu")
@@ -27,13 +28,17 @@ def steps(task, batch, before_second):
 
 
 @pytest.mark.parametrize(
-    ("visibility", "checkpointing"), [("one_way", True), pytest.param("joint", False, marks=pytest.mark.slow)]
+    ("visibility", "checkpointing", "lora_rank"),
+    [
+        ("one_way", True, 0),
+        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (("joint", False, 0), ("one_way", False, 2))),
+    ],
 )
-def test_compiled_blocks_compute_the_same_and_are_compiled_in_one_step(make_task, batch, visibility, checkpointing):
+def test_compiled_blocks_compute_the_same_and_are_compiled_in_one_step(make_task, batch, visibility, checkpointing, lora_rank):
     """Compiled without code generation, which takes minutes: what is compiled, and that it is one graph each, does not differ."""
     torch.compiler.reset()
     counters.clear()
-    tasks = [make_task(query_visibility=visibility) for _ in range(2)]
+    tasks = [make_task(ObjectiveConfig(lora_rank=lora_rank), query_visibility=visibility) for _ in range(2)]
     for task in tasks:
         if checkpointing:
             task.enable_activation_checkpointing()
