@@ -59,7 +59,7 @@ def short_folder():
 @pytest.fixture
 def job(tmp_path, short_folder):
     """Return start(*command): a process that runs the script as the first node of a Slurm job."""
-    tools = {"srun": SRUN, "scontrol": f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n'}
+    tools = {"srun": SRUN, "scontrol": f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n'}
     for name, text in tools.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -107,7 +107,7 @@ def test_a_training_that_reaches_the_time_limit_is_queued_again_and_resumes(job,
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0, output
     assert "SIGTERM: saving a checkpoint" in output
-    assert (tmp_path / "scontrol").read_text().startswith("requeue ")
+    assert (tmp_path / "requeued").read_text().startswith("requeue ")
     (checkpoint,) = (tmp_path / "run").glob("checkpoints/*/step_*/complete.json")
     step = json.loads(checkpoint.read_text())["step"]
     assert 0 < step < NUM_STEPS
