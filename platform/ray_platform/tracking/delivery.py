@@ -81,7 +81,11 @@ class Delivery:
         self.notify()
         with self._changed:
             self._changed.wait_for(
-                lambda: self._is_complete() or (self._num_problems > num_problems + 1 and time.monotonic() > give_up_at),
+                # `problem` is empty again once the thread has logged that the service answers.
+                lambda: (
+                    (self._is_complete() and not self.problem)
+                    or (self._num_problems > num_problems + 1 and time.monotonic() > give_up_at)
+                ),
                 _MAX_END_SECONDS,
             )
         self._is_stopped.set()
@@ -213,8 +217,8 @@ class Delivery:
 
     def _report_recovery(self) -> None:
         if self.problem:
-            self.problem = ""
             logger.warning("tracking: %s answers again and has received everything since then", self.backend)
+            self.problem = ""
 
     def _report_skipped(self, entry: JsonObject | list[MetricPoint], error: Exception) -> None:
         kind = "metrics" if isinstance(entry, list) else next(name for name in entry if name != "time")
