@@ -19,7 +19,8 @@ from ray_platform.cached_folders import with_cached_folders
 from ray_platform.contracts import ConfigError, DataError, describe_error
 from ray_platform.train import checkpoint_format
 from ray_platform.train.checkpoint_format import Manifest
-from ray_platform.train.posthoc_ema import reconstruct, width_state
+from ray_platform.train.config import width_state
+from ray_platform.train.posthoc_ema import reconstruct
 
 
 def find_checkpoint(checkpoint_url: str) -> tuple[str, Manifest]:
@@ -77,9 +78,9 @@ def export(config: ExportConfig) -> str:
 def _read_weights(url: str, state: str, stored_widths: list[float]) -> dict[str, torch.Tensor]:
     """Return weights or an EMA of a checkpoint. An EMA of a width that it does not have is reconstructed."""
     width = state.removeprefix("ema_width_")
-    if width == state or state in map(width_state, stored_widths):
-        return dict(checkpoint_format.read_weights(url, state))
-    return reconstruct(url, stored_widths, float(width))
+    if width != state and float(width) not in stored_widths:
+        return reconstruct(url, stored_widths, float(width))
+    return dict(checkpoint_format.read_weights(url, state if width == state else width_state(float(width))))
 
 
 def build_task(config: dict[str, Any]) -> DiffDisTask:

@@ -64,6 +64,16 @@ def test_help_and_commands_with_errors_need_no_heavy_library(tmp_path):
     assert (parsed, failed) == ("[]", "['pyarrow']"), "storage is needed to find a file"
 
 
+@pytest.mark.ranks
+def test_commands_do_not_show_that_a_package_lacks_an_optional_one():
+    """bitsandbytes, which diffusers imports, warns as the first line of `make demo`."""
+    code = "from diffdis_platform.cli import main; main(['export']); import bitsandbytes"
+    path = {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, check=True)
+    assert [line for line in done.stderr.splitlines() if "gemm" in line] == []
+    assert "error: checkpoint: give a step_" in done.stderr
+
+
 def test_help_version_and_errors(capsys):
     assert main(["--help"]) == main([]) == main(["--version"]) == 0
     printed = capsys.readouterr().out

@@ -7,6 +7,11 @@ from ray_platform.contracts import ConfigError
 from ray_platform.placement import check_labels
 
 
+def width_state(width: float) -> str:
+    """Return the name, in checkpoints, of the average of a width."""
+    return f"ema_width_{width:g}"
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How a Task is trained. Raises ConfigError for invalid values."""
@@ -194,7 +199,7 @@ class TrainConfig:
         """Decay or width of each EMA by its name in checkpoints."""
         states = {"ema": self.ema_decay} if self.ema_decay else {}
         states |= {f"ema_{decay:g}": decay for decay in self.ema_decays}
-        return states | {f"ema_width_{width:g}": width for width in self.ema_widths}
+        return states | {width_state(width): width for width in self.ema_widths}
 
     @property
     def eval_state(self) -> str:

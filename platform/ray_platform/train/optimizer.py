@@ -10,8 +10,8 @@ import torch
 from torch.optim.optimizer import ParamsT
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ray_platform.train.config import TrainConfig
-from ray_platform.train.posthoc_ema import power_decay_at, width_state
+from ray_platform.train.config import TrainConfig, width_state
+from ray_platform.train.posthoc_ema import power_decay_at
 from ray_platform.train.zero import Fragment
 
 WEIGHTS = "weights"

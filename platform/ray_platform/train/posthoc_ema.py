@@ -11,6 +11,7 @@ import torch
 
 from ray_platform.contracts import ConfigError
 from ray_platform.train.checkpoint_format import list_checkpoints, read_manifest, read_weights, split_url
+from ray_platform.train.config import width_state
 
 MAX_WIDTH = 0.28  # that of gamma = 0, the plain mean, is 1 / sqrt(12)
 
@@ -70,8 +71,3 @@ def reconstruct(url: str, stored: Sequence[float], width: float) -> dict[str, to
             types[name] = tensor.dtype
             total[name] = total.get(name, 0.0) + factor * tensor.double()
     return {name: tensor.to(types[name]) for name, tensor in total.items()}
-
-
-def width_state(width: float) -> str:
-    """Return the name of the average of a width in checkpoints."""
-    return f"ema_width_{width:g}"
