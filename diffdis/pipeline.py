@@ -66,12 +66,13 @@ class DiffDisPipeline:
 
     @property
     def scheduler(self) -> Any:
-        """The sampler of images: DDIM by default, or any scheduler of diffusers, which then gets the model's noise schedule."""
+        """The sampler of images: DDIM by default and for "", or any scheduler of diffusers, as an object or as the name of its
+        class, which then gets the model's noise schedule."""
         return self._scheduler
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
-        self._scheduler = schedule.build_scheduler(scheduler, self.config.schedule)
+        self._scheduler = self._ddim if scheduler == "" else schedule.build_scheduler(scheduler, self.config.schedule)
 
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Set arguments of the progress bar of `pipeline(...)`, tqdm's, such as `disable=True`."""

@@ -155,15 +155,20 @@ def ddim_scheduler(config: ScheduleConfig) -> DDIMScheduler:
 def build_scheduler(scheduler: Any, config: ScheduleConfig) -> Any:
     """Return a scheduler of diffusers with the model's noise schedule, from a name or from a scheduler.
 
-    Raises ValueError if diffusers has no such scheduler.
+    Raises ValueError if diffusers has no such scheduler, or if it cannot sample with the model's type of prediction.
     """
     own = ddim_scheduler(config).config
     kind: Any = getattr(diffusers, scheduler, None) if isinstance(scheduler, str) else type(scheduler)
     if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise ValueError(f"scheduler: diffusers has no scheduler {scheduler!r}; use one such as DPMSolverMultistepScheduler")
-    if isinstance(scheduler, str):
-        return kind.from_config(own)
-    return kind.from_config(scheduler.config, **{name: own[name] for name in _NOISE_SCHEDULE})
+    settings = own if isinstance(scheduler, str) else {**scheduler.config, **{name: own[name] for name in _NOISE_SCHEDULE}}
+    try:  # many do not know every type of prediction, and say so only in a step
+        trial, zeros = kind.from_config(settings), torch.zeros(1, 1, 8, 8)
+        trial.set_timesteps(20)
+        trial.step(trial.scale_model_input(zeros, trial.timesteps[0]), trial.timesteps[0], zeros)
+    except (NotImplementedError, ValueError, ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"scheduler: {kind.__name__} cannot be used with this model ({error}); use another one") from None
+    return kind.from_config(settings)
 
 
 def sample_ddim(

@@ -64,9 +64,16 @@ class DiffDisScorer:
         return self.pipeline.embed_classes(class_names, templates).float().cpu().numpy()
 
     def generate_images(
-        self, captions: Sequence[str], indices: Sequence[int | str], num_steps: int, guidance_scale: float, seed: int
+        self,
+        captions: Sequence[str],
+        indices: Sequence[int | str],
+        num_steps: int,
+        guidance_scale: float,
+        seed: int,
+        scheduler: str = "",
     ) -> np.ndarray:
-        """Return uint8 [B, S, S, 3]; see `DiffDisPipeline.generate`."""
+        """Return uint8 [B, S, S, 3]; see `DiffDisPipeline.generate` and `DiffDisPipeline.scheduler`."""
+        self.pipeline.scheduler = scheduler
         images = self.pipeline.generate(
             captions, num_inference_steps=num_steps, guidance_scale=guidance_scale, seed=seed, indices=indices
         )

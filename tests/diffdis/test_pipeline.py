@@ -66,8 +66,14 @@ def test_any_scheduler_of_diffusers_samples(pipeline, name):
     pipeline.scheduler = getattr(diffusers, name).from_config(config, beta_start=0.3)  # replaced by the model's noise schedule
     [alone] = pipeline.generate(["a"], num_inference_steps=3, indices=[1])
     assert np.abs(np.asarray(together[1]).astype(int) - np.asarray(alone)).max() <= 1
-    with pytest.raises(ValueError, match=r"scheduler: .*NoSuchScheduler"):
-        pipeline.scheduler = "NoSuchScheduler"
+    pipeline.scheduler = ""
+    assert type(pipeline.scheduler) is diffusers.DDIMScheduler
+
+
+@pytest.mark.parametrize("name", ["NoSuchScheduler", "FlowMatchEulerDiscreteScheduler", "UnCLIPScheduler", "AutoencoderKL"])
+def test_a_scheduler_that_cannot_sample_is_named_before_the_first_step(pipeline, name):
+    with pytest.raises(ValueError, match=f"scheduler: .*{name}"):
+        pipeline.scheduler = name
 
 
 def test_the_best_image_has_the_highest_score_of_the_model_itself(pipeline):

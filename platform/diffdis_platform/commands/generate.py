@@ -165,8 +165,7 @@ def _open_model(config: GenerateConfig) -> "DiffDisPipeline":
         export = storage.join(config.model, "export")
         is_run = storage.exists(storage.join(export, CONFIG_NAME))
         pipeline = DiffDisPipeline.from_pretrained(cached_folder(export if is_run else config.model))
-        if config.scheduler:
-            pipeline.scheduler = config.scheduler
+        pipeline.scheduler = config.scheduler
         return pipeline.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, config.dtype))
     except (FileNotFoundError, ValueError, RuntimeError) as error:
         raise ConfigError(f"model: {one_line(error)}") from error

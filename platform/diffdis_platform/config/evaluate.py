@@ -58,7 +58,9 @@ class QualityConfig:
     guidance_scales: tuple[float, ...] = (3.0,)
     """Guidance scales of the generation. Several give a curve of distance against alignment."""
     num_steps: int = 50
-    """Steps of the DDIM sampler."""
+    """Steps of the sampler."""
+    scheduler: str = ""
+    """Sampler of diffusers, such as DDPMScheduler. Empty: DDIM."""
     seed: int = 0
     """Seed of the generated images."""
     best_of: int = 1

@@ -26,6 +26,7 @@ from diffdis.metrics.image_quality import Moments, frechet_distance_of_features,
 from diffdis.metrics.zero_shot import ZeroShotScores, subset_accuracy
 from diffdis.model import DiffDis
 from diffdis.pipeline import IMAGE_BATCH, DiffDisPipeline
+from diffdis_platform.recipes.demo import DEMO_QUALITY
 from ray_platform.terminal import ProgressBar, render_table
 from ray_platform.tracking import TrackingConfig, start_run
 
@@ -34,7 +35,6 @@ SPLITS = ("heldout_style", "heldout_names")
 NUM_QUALITY_IMAGES = 256  # generated, and compared with all images of the held-out style
 _CLEARLY = 3.0  # times chance: a result that is not luck
 NUM_GRID_IMAGES, NUM_RECOGNIZED = 48, 24  # in the two figures
-GUIDANCE_SCALE, NUM_GENERATION_STEPS = 3.0, 20
 QUALITY_NETWORK = "efficientnet_lite0"
 NUM_INFERENCE_STEPS = 10
 NUM_DRAWS = 8  # averaged; one image pass serves all of them
@@ -136,7 +136,9 @@ def _generate(export: Path, captions: Sequence[str], num_known: int, training_ex
     """Generate an image of each caption; features are those of the images after the first `num_known`."""
     pipeline = _open_model(export)
     pipeline.set_progress_bar_config(desc="generating", position=1, leave=False, disable=None)  # None: only in a terminal
-    images = pipeline.generate(captions, num_inference_steps=NUM_GENERATION_STEPS, guidance_scale=GUIDANCE_SCALE)
+    pipeline.scheduler = DEMO_QUALITY.scheduler
+    [guidance_scale] = DEMO_QUALITY.guidance_scales
+    images = pipeline.generate(captions, num_inference_steps=DEMO_QUALITY.num_steps, guidance_scale=guidance_scale)
     return GeneratedImages(images, _features(pipeline, images[num_known:]), _features(pipeline, training_examples))
 
 

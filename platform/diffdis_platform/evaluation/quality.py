@@ -104,7 +104,9 @@ class QualityMeasurement:
         judge, judged_by = (self.judge.name, [self.judge.digest, self.judge.preprocessing]) if self.judge else ("", [])
         num_kept = len(self.prompts) if config.keep_images else NUM_SHOWN
         for scale in config.guidance_scales:
-            settings = {"num_steps": config.num_steps, "guidance_scale": scale, "seed": config.seed}
+            settings: JsonObject = {"num_steps": config.num_steps, "guidance_scale": scale, "seed": config.seed}
+            if config.scheduler:  # absent for DDIM, as in earlier results
+                settings["scheduler"] = config.scheduler
             ranking = None
             if self.ranker:  # a CLIP has no settings
                 few_draws = {"num_steps": 1, "num_draws": RANKING_DRAWS} if self.ranker.settings else {}
@@ -199,7 +201,7 @@ class QualityMeasurement:
                 "num_reference": self._num_reference(),
                 "prompts": self.config.prompts,
                 "prompts_digest": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
-                "sampler": "ddim",
+                "sampler": self.config.scheduler or "ddim",
                 "num_steps": self.config.num_steps,
                 "guidance_scale": scale,
                 "seed": self.config.seed,

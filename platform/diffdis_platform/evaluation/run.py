@@ -8,8 +8,10 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
+from diffdis.config import DiffDisConfig
 from diffdis.export_folder import CONFIG_NAME
 from diffdis.metrics.zero_shot import ZERO_SHOT_METRICS
+from diffdis.schedule import build_scheduler
 from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.evaluation.datasets import OpenedSets, open_sets
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
@@ -65,12 +67,17 @@ def plan_evaluation(config: EvalConfig, opened: OpenedSets | None = None) -> Eva
     if config.quality.prompts:
         if not model.can_generate:
             raise ConfigError(f"quality.prompts: a model that was trained for {model.task} cannot generate images; remove it")
-        image_size = storage.read_json(storage.join(model.url, CONFIG_NAME))["image_size"]
+        model_config = DiffDisConfig.from_dict(storage.read_json(storage.join(model.url, CONFIG_NAME)))
+        if config.quality.scheduler:
+            try:
+                build_scheduler(config.quality.scheduler, model_config.schedule)
+            except ValueError as error:
+                raise ConfigError(f"quality.{error}") from None
         judge = model if model.can_score else None
         if config.quality.clip:
             judge = open_judge(config.quality.clip, config.resize)
         ranker = _open_ranker(config, model)
-        plan.quality = QualityMeasurement(model, judge, image_size, config.quality, config.output_dir, ranker)
+        plan.quality = QualityMeasurement(model, judge, model_config.image_size, config.quality, config.output_dir, ranker)
     return plan
 
 
