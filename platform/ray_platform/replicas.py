@@ -168,10 +168,11 @@ class PoolProgress:
         self.total_cost, self.num_units = self.total_cost - unit.cost, self.num_units - 1
 
     def text(self) -> str:
-        """Return `41%  left 3:12`; without a time until a unit was computed."""
+        """Return `41%  left 3:12`; without a time until enough was computed to tell."""
         fraction = self.done_cost / self.total_cost if self.total_cost else 1.0
         computed, elapsed = self.done_cost - self.cached_cost, time.monotonic() - self.started
-        left = f"  {left_text(elapsed * (self.total_cost - self.done_cost) / computed)}" if computed else ""
+        is_known = computed > 0.05 * (self.total_cost - self.cached_cost)  # the first units also load the models
+        left = f"  {left_text(elapsed * (self.total_cost - self.done_cost) / computed)}" if is_known else ""
         lost = f"  workers lost {self.replicas_lost}" if self.replicas_lost else ""
         return f"{fraction:.0%}{left}{lost}"
 

@@ -1,4 +1,4 @@
-"""The best of several images by a real model, by another model, and by none; without a cluster."""
+"""The sampler of images, and the best of several images by the model itself, by another one, and by none; without a cluster."""
 
 import numpy as np
 import pytest
@@ -47,8 +47,10 @@ def measure(folder, task, output, **quality):
         "prompts": str(folder / "prompts.txt"),
         "reference": str(folder / "images"),
         "networks": (NETWORK,),
+        "guidance_scales": (1.0,),
+        "num_steps": 1,
     }
-    config = QualityConfig(**fields, guidance_scales=(1.0,), num_steps=1, **quality)
+    config = QualityConfig(**fields | quality)
     evaluation = EvalConfig(checkpoint=str(folder / task), output_dir=str(output), quality=config)
     measurement = plan_evaluation(evaluation, ({}, [])).quality
     models = {each.name: each.build for each in (measurement.model, measurement.judge, measurement.ranker) if each}
@@ -58,6 +60,19 @@ def measure(folder, task, output, **quality):
         measurement.add(unit, rows)
     (point,) = measurement.results({})
     return point, rows, workers[measurement.model.name].pipeline
+
+
+def test_a_sampler_of_diffusers_generates_the_images_that_are_measured(folder, tmp_path):
+    point, rows, pipeline = measure(folder, "generation", tmp_path / "ddpm", num_steps=2, scheduler="DDPMScheduler")
+    ddim, ddim_rows, _ = measure(folder, "generation", tmp_path / "ddim", num_steps=2)
+    assert [each["protocol"]["sampler"] for each in (point, ddim)] == ["DDPMScheduler", "ddim"]
+    pipeline.scheduler = "DDPMScheduler"
+    images = pipeline.generate(PROMPTS, num_inference_steps=2, guidance_scale=1.0)
+    features = build_pixel_network(torch.device("cpu"), None).features(np.stack([np.asarray(image) for image in images]))
+    assert abs(features - rows[f"features/{NETWORK}"]).max() <= 1
+    assert abs(features - ddim_rows[f"features/{NETWORK}"]).max() > 1
+    with pytest.raises(ConfigError, match=r"^quality\.scheduler: diffusers has no scheduler 'Ddpm'; use one such as"):
+        measure(folder, "generation", tmp_path / "typo", scheduler="Ddpm")
 
 
 def test_a_model_chooses_its_own_images_and_the_single_ones_stay(folder, tmp_path):

@@ -207,9 +207,11 @@ def test_rows_are_joined_by_place_and_a_unit_without_rows_adds_none():
 
 
 def test_the_progress_bar_counts_stored_rows_as_done_but_not_as_speed():
-    progress = PoolProgress(10.0, 4)
+    progress = PoolProgress(10.0, 5)
     progress.add(unit(Square(1), cost=4.0), cached=True)
     assert progress.text() == "40%"
     progress.started -= 60
-    progress.add(unit(Square(2), cost=2.0), cached=False)
+    progress.add(unit(Square(2), cost=0.1), cached=False)
+    assert progress.text() == "41%", "a small unit does not tell how long the large ones take"
+    progress.add(unit(Square(3), cost=1.9), cached=False)
     assert progress.text() == "60%  left 2:00"

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from diffdis.config import DiffDisConfig
-from diffdis.export_folder import CONFIG_NAME
+from diffdis.export_folder import CONFIG_NAME, VERSION_KEY
 from diffdis.metrics.zero_shot import ZERO_SHOT_METRICS
 from diffdis.schedule import build_scheduler
 from diffdis_platform.config.evaluate import EvalConfig
@@ -67,7 +67,9 @@ def plan_evaluation(config: EvalConfig, opened: OpenedSets | None = None) -> Eva
     if config.quality.prompts:
         if not model.can_generate:
             raise ConfigError(f"quality.prompts: a model that was trained for {model.task} cannot generate images; remove it")
-        model_config = DiffDisConfig.from_dict(storage.read_json(storage.join(model.url, CONFIG_NAME)))
+        described = storage.read_json(storage.join(model.url, CONFIG_NAME))
+        described.pop(VERSION_KEY, None)
+        model_config = DiffDisConfig.from_dict(described)
         if config.quality.scheduler:
             try:
                 build_scheduler(config.quality.scheduler, model_config.schedule)
