@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from diffdis import schedule
@@ -273,6 +273,8 @@ def check_export(pipeline: DiffDisPipeline, folder: Path) -> list[str]:
     if not opens_in_diffusers(pipeline.config):
         UNet2DConditionModel.from_pretrained(folder / "unet")
         return ["DiffDisPipeline", "diffusers' UNet2DConditionModel"]
+    from diffusers import StableDiffusionPipeline  # its import takes seconds
+
     stock = StableDiffusionPipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
     unet = pipeline.config.unet
