@@ -8,6 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from diffdis.config import ObjectiveConfig
+from diffdis_platform.cli import run_command
 from diffdis_platform.commands.compare import parse_arguments as parse
 from diffdis_platform.comparison import run as comparison
 from diffdis_platform.comparison.run import compare, plan_comparison
@@ -329,6 +330,22 @@ def test_a_real_comparison_that_is_interrupted_after_the_training_of_its_second_
 def test_invalid_fields_are_rejected_in_one_line(fields, message):
     with pytest.raises(ConfigError, match=f"^{message}[^\n]*$"):
         CompareConfig(**{"output_dir": "/x", **fields}).check()
+
+
+def test_a_dry_run_lists_the_runs_that_are_left(root, tmp_path, capsys):
+    arguments = ["--output_dir", str(tmp_path / "out"), "--arms", "clip", "joint", "--seeds", "0", "3", "--dry-run"]
+    arguments += ["--evaluation.suite", str(root / "suite.yaml"), "--evaluation.data_roots", str(root)]
+    arguments += ["--pretrain.data.sources", str(root / "train"), "--pretrain.train.heldout_sources", str(root / "train")]
+    pairs = str(root / "wds_pairs")
+    arguments += ["--evaluation.quality.prompts", pairs, "--evaluation.quality.reference", pairs]
+    assert run_command("compare", arguments) == 0
+    described = json.loads("{" + capsys.readouterr().out.rpartition("\n{")[2])
+    assert described == {
+        "runs": 4,
+        "runs_done": 0,
+        "runs_left": [f"{arm}, seed {s}" for s in (0, 3) for arm in ("clip", "joint")],
+    }
+    assert not (tmp_path / "out" / "summary.json").exists()
 
 
 def test_a_misspelled_recipe_and_missing_data_are_rejected_in_one_line(config_of, tmp_path):

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from mlflow.pyfunc import load_model
 
 from diffdis.config import ObjectiveConfig
+from diffdis_platform.cli import run_command
 from diffdis_platform.commands.sweep import parse_arguments as parse
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from diffdis_platform.config.pretrain import PretrainConfig
@@ -271,6 +272,17 @@ VALUES = {"values": [1, 2]}
 def test_an_invalid_sweep_is_rejected_in_one_line_before_anything_starts(make, tmp_path, fields, words):
     assert words in refusal(make(**fields))
     assert not (tmp_path / "sweep").exists(), "nothing was written"
+
+
+def test_a_dry_run_says_what_would_run(data, tmp_path, capsys):
+    arguments = ["--output_dir", str(tmp_path / "out"), "--search", "grid", "--num_trials", "0", "--samples", "1e3", "--dry-run"]
+    arguments += ["--space", '{"objective.lambda_alignment": {"values": [0.5, 1.0]}}', "--objectives", '{"accuracy": "max"}']
+    arguments += ["--pretrain.data.sources", str(data / "train"), "--evaluation.data_roots", str(data)]
+    arguments += ["--evaluation.suite", str(data / "both.yaml"), "--evaluation.quality.prompts", ""]
+    assert run_command("sweep", arguments) == 0
+    described = json.loads("{" + capsys.readouterr().out.rpartition("\n{")[2])
+    assert described == {"trials": 3, "samples_per_trial": 1000, "first_trial": {"objective.lambda_alignment": 0.02}}
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_data_and_unmeasured_objectives_are_rejected_in_one_line(make, tmp_path):

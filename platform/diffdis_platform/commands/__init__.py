@@ -3,13 +3,25 @@
 Heavy libraries (torch, Ray, diffusers) are imported in `main`, so that `--help` and errors in the arguments need none of them.
 """
 
+import json
 import shlex
 import sys
+from typing import Any
 
+from diffdis_platform.config.parse import ParsedCommand
 from ray_platform.contracts import ConfigError, named_field, one_line
 from ray_platform.data.config import DataConfig
+from ray_platform.json_values import JsonObject
 from ray_platform.redaction import redacted
 from ray_platform.tracking import RunRecord
+
+DRY_RUN = {"dry-run": "Check the configuration and the data, and print what would run."}
+
+
+def print_plan(command: ParsedCommand[Any], described: JsonObject) -> None:
+    """Print the result of `--dry-run`: the resolved configuration, and what would run."""
+    print(command.yaml)
+    print(json.dumps(described, indent=2))
 
 
 def connect_cluster(output_dir: str) -> None:

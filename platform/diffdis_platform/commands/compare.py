@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffdis_platform.commands import check_sources, connect_cluster, typed_command
+from diffdis_platform.commands import DRY_RUN, check_sources, connect_cluster, print_plan, typed_command
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
@@ -26,7 +26,7 @@ HELP = CommandHelp(
 
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[CompareConfig]:
-    return parse(CompareConfig, argv, HELP, recipes=recipes_of(CompareConfig))
+    return parse(CompareConfig, argv, HELP, recipes=recipes_of(CompareConfig), switches=DRY_RUN)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,6 +38,11 @@ def main(argv: Sequence[str]) -> int:
 
     config = command.config
     plan = plan_comparison(config)
+    if "dry_run" in command.switches:
+        num_runs = len(config.runs())
+        runs = [f"{arm}, seed {seed}" for arm, seed in plan.pending]
+        print_plan(command, {"runs": num_runs, "runs_done": num_runs - len(runs), "runs_left": runs})
+        return 0
     connect_cluster(config.output_dir)
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
     summary = compare(config, plan, command.recipe, typed_command())

@@ -10,7 +10,7 @@ from diffdis_platform.commands import pretrain, run_page_text
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand
 from diffdis_platform.config.pretrain import PretrainConfig
-from diffdis_platform.recipes.demo import DEMO_DATA, PREVIEW_CAPTIONS
+from diffdis_platform.recipes.demo import DEMO_DATA, DEMO_QUALITY, PREVIEW_CAPTIONS
 from ray_platform.checkout import checkout_root
 from ray_platform.contracts import UserError
 
@@ -49,9 +49,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _next_commands(output: Path) -> str:
     """Return three commands to try with the trained model."""
+    sampler = f"--scheduler {DEMO_QUALITY.scheduler} --num_steps {DEMO_QUALITY.num_steps} "
+    sampler += f"--guidance_scale {DEMO_QUALITY.guidance_scales[0]:g}"
     return "\n".join(
         [
-            f"  diffdis generate --model {output} --captions 'red heart' 'green apple' --output_dir {output / 'images'}",
+            f"  diffdis generate --model {output} --captions 'red heart' 'green apple' {sampler} "
+            f"--output_dir {output / 'images'}",
             f"  diffdis eval --checkpoint {output} --suite demo --data_roots {DEMO_DATA} --output_dir {output / 'evaluation'}",
             "  diffdis pretrain --help",
         ]

@@ -1,10 +1,9 @@
 """`diffdis pretrain`: pretrain DiffDis. Without RAY_ADDRESS, this machine's CPUs train."""
 
-import json
 from collections.abc import Sequence
 from typing import Literal
 
-from diffdis_platform.commands import run_page_text, typed_command
+from diffdis_platform.commands import print_plan, run_page_text, typed_command
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.config.pretrain import PretrainConfig
@@ -42,8 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if "dry_run" in command.switches:
         described = plan.dry_run()
         predicted = _predict(config, described)
-        print(command.yaml)
-        print(json.dumps({**described, **predicted}, indent=2))
+        print_plan(command, {**described, **predicted})
         return 0
     plan.check()
     from ray_platform import storage

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffdis_platform.commands import check_sources, connect_cluster, typed_command
+from diffdis_platform.commands import DRY_RUN, check_sources, connect_cluster, print_plan, typed_command
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.config.sweep import SweepConfig
@@ -27,7 +27,7 @@ HELP = CommandHelp(
 
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[SweepConfig]:
-    return parse(SweepConfig, argv, HELP, recipes=recipes_of(SweepConfig))
+    return parse(SweepConfig, argv, HELP, recipes=recipes_of(SweepConfig), switches=DRY_RUN)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,7 +35,13 @@ def main(argv: Sequence[str]) -> int:
     check_sources("pretrain.data.sources", command.config.pretrain.data)
     from diffdis_platform.sweeping import REPORT, format_trials, plan_sweep, rebuild_report, run_sweep
     from ray_platform import storage
+    from ray_platform.sweep.search import trial_points
 
+    if "dry_run" in command.switches:
+        config, plan = command.config, plan_sweep(command.config, command.recipe)
+        trials = config.num_trials or len(trial_points(config, plan.space, plan.baseline))  # 0: all points of a grid
+        print_plan(command, {"trials": trials, "samples_per_trial": config.samples, "first_trial": plan.baseline})
+        return 0
     details = rebuild_report(command.config.output_dir)
     if details is None:
         plan = plan_sweep(command.config, command.recipe)
