@@ -2,7 +2,6 @@
 
 import difflib
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -49,8 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Run one command and return the exit status: 0, or 1 after an error or an interrupt was reported in one line."""
-    # diffusers imports bitsandbytes if it is installed, which then warns that another optional package is not.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     command = importlib.import_module(f"diffdis_platform.commands.{name.replace('-', '_')}")
     try:
         return command.main(argv)

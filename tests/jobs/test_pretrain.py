@@ -73,7 +73,7 @@ BAD_FIELDS = {  # in docs/operations.md
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "dmo"], "--recipe dmo: no such recipe; choose one of demo"),
+        (["--recipe", "dmo"], "--recipe dmo: no such recipe; choose one of demo, sd_v1_laion, sd_v1_laion_joint_mask$"),
         (["--train.zero_stge", "1"], r"--train.zero_stge: no such field; did you mean --train.zero_stage\?"),
         (["--train.num_steps", "many"], r"train\.num_steps: .*many"),
         (["--train.num_steps", "0"], r"train\.num_steps: 0 is below 1"),

@@ -66,6 +66,11 @@ class CommandHelp:
         return f"python {script}" if script.parent.name == "jobs" else f"diffdis {self.command}"
 
 
+def current_recipes(recipes: Mapping[str, Callable[..., Any]]) -> str:
+    """Return the names of the recipes that are not deprecated."""
+    return ", ".join(name for name, recipe in recipes.items() if not str(recipe.__doc__).startswith("Deprecated"))
+
+
 @dataclass(frozen=True)
 class Option:
     """An option of a command that is not a field of its configuration."""

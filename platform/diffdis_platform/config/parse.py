@@ -22,7 +22,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from diffdis_platform.config.fields import FieldTypes, field_names, field_types
-from diffdis_platform.config.help import CommandHelp, Option, render_help, requested_section, suggest
+from diffdis_platform.config.help import CommandHelp, Option, current_recipes, render_help, requested_section, suggest
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.formats import VERSION_KEY, FileFormat
 from ray_platform.json_values import JsonObject, num_values, to_plain
@@ -109,8 +109,8 @@ def _add_options(
     default = None
     if recipes:
         if (recipe := _last_value(arguments, "--recipe", next(iter(recipes)))) not in recipes:
-            raise ConfigError(f"--recipe {recipe}: no such recipe; choose one of {', '.join(recipes)}")
-        listed.append(Option("--recipe", f"Configuration to start from: {', '.join(recipes)} (default: {recipe}).", "NAME"))
+            raise ConfigError(f"--recipe {recipe}: no such recipe; choose one of {current_recipes(recipes)}")
+        listed.append(Option("--recipe", f"Configuration to start from: {current_recipes(recipes)} (default: {recipe}).", "NAME"))
         parser.add_argument("--recipe", default=recipe)
         parameters = {
             name: _last_value(arguments, f"--{name}", parameter.default)
@@ -122,8 +122,8 @@ def _add_options(
         default = recipes[recipe](**parameters)
     listed.append(Option("--config", "Saved config.yaml to start from.", "FILE"))
     parser.add_argument("--config", action="config")
-    for name, text in switches.items():
-        listed.append(Option(f"--{name}", text))
+    listed += [Option(f"--{name}", text) for name, text in switches.items()]
+    for name in switches:
         parser.add_argument(f"--{name}", action="store_true")
     return listed, default
 
