@@ -226,7 +226,7 @@ def recognition_figure(data: ZeroShotSet, top3: np.ndarray) -> Image.Image:
         names = [data.class_names[label] for label in top3[index]]
         verdict = "correct" if is_correct[index] else "incorrect"
         captions.append("\n".join([data.class_names[data.labels[index]], f"({verdict})", *(f"- {name}" for name in names)]))
-    return image_grid([data.images[index].convert("RGB") for index in chosen], captions, columns=NUM_RECOGNIZED // 4)
+    return image_grid([data.images[index].convert("RGB") for index in chosen], captions, columns=NUM_RECOGNIZED // 4, cell=128)
 
 
 def color_agreement(images: Sequence[Image.Image], real: Sequence[Image.Image]) -> dict[str, float]:
