@@ -157,7 +157,9 @@ def register(metric: Metric) -> None:
     if all(placeholder is None for _, placeholder, _, _ in parts):
         _exact[metric.name] = metric
         return
-    pattern = "".join(re.escape(text) + (f"(?P<{name}>.+)" if name else "") for text, name, _, _ in parts)
+    # A rank is a number, so that retrieval_r{k} does not take retrieval_recall_at_1.
+    values = {name: r"\d+" if name == "k" else ".+" for _, name, _, _ in parts if name}
+    pattern = "".join(re.escape(text) + (f"(?P<{name}>{values[name]})" if name else "") for text, name, _, _ in parts)
     _families.append((sum(len(text) for text, *_ in parts), re.compile(pattern), metric))
     _families.sort(key=lambda family: -family[0])  # the most specific family first: fd_{network}_infinity before fd_{network}
 

@@ -15,6 +15,8 @@ from ray_platform.metric_registry import METRICS, Metric, check_declared, descri
         ("eval/zero_shot_mean", "mean zero-shot accuracy", "2.37 %", "max"),
         ("eval/flickr30k/image_retrieval_recall_at_1", "image retrieval R@1, flickr30k", "2.37 %", "max"),
         ("text_retrieval_recall@10", "text retrieval R@10", "2.37 %", "max"),
+        ("retrieval_recall_at_1", "retrieval R@1", "2.37 %", "max"),
+        ("retrieval_r5", "retrieval R@5", "2.37 %", "max"),
         ("eval/fd_efficientnet_lite0/guidance_3", "FD-efficientnet_lite0, guidance 3", "0.0237", "min"),
         ("eval/fid_infinity/guidance_1.5", "FID ∞, guidance 1.5", "0.0237", "min"),
         ("fd_inception_infinity", "FD-inception ∞", "0.0237", "min"),
