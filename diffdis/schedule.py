@@ -165,7 +165,8 @@ def build_scheduler(scheduler: Any, config: ScheduleConfig) -> Any:
     try:  # many do not know every type of prediction, and say so only in a step
         trial, zeros = kind.from_config(settings), torch.zeros(1, 1, 8, 8)
         trial.set_timesteps(20)
-        trial.step(trial.scale_model_input(zeros, trial.timesteps[0]), trial.timesteps[0], zeros)
+        with torch.random.fork_rng(devices=[]):  # a stochastic one draws noise, which must not change the caller's
+            trial.step(trial.scale_model_input(zeros, trial.timesteps[0]), trial.timesteps[0], zeros)
     except (NotImplementedError, ValueError, ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"scheduler: {kind.__name__} cannot be used with this model ({error}); use another one") from None
     return kind.from_config(settings)

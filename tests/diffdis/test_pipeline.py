@@ -60,7 +60,9 @@ def test_old_names_of_the_pipeline_still_work(pipeline, batch):
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"])
 def test_any_scheduler_of_diffusers_samples(pipeline, name):
     """Even with a stochastic scheduler, an image depends only on the seed and its index, not on the batch."""
+    state = torch.get_rng_state()
     pipeline.scheduler = name
+    assert torch.equal(torch.get_rng_state(), state), "choosing one does not draw from the caller's random numbers"
     together = pipeline.generate(["red heart", "a"], num_inference_steps=3)
     config = pipeline.scheduler.config
     pipeline.scheduler = getattr(diffusers, name).from_config(config, beta_start=0.3)  # replaced by the model's noise schedule
