@@ -14,8 +14,9 @@ demo: setup
 test: setup
 	@$(MAKE) --no-print-directory --jobs 4 --keep-going --output-sync=target lint test-ray test-ranks test-unit
 
+# Compiled modules are kept even where PYTHONDONTWRITEBYTECODE is set: each of Ray's workers would compile them again.
 test-ray test-ranks test-unit: setup
-	@OMP_NUM_THREADS=1 $(if $(filter test-ray,$@),,nice) $(PYTHON) -m pytest -m "$(@:test-%=%) and not slow and not gpu"
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(if $(filter test-ray,$@),,nice) $(PYTHON) -m pytest -m "$(@:test-%=%) and not slow and not gpu"
 
 # Tests that take minutes: training runs with injected faults, other tracking stores, all recipes and pages.
 test-slow: setup

@@ -79,9 +79,13 @@ def pytest_runtest_protocol(item):
         _unit_test_running = False
 
 
+gc.disable()  # until all tests are imported: there is no garbage before
+
+
 def pytest_collection_finish():
     """Collect garbage less often: with all imported modules, it would take a fifth of the tests' time."""
     gc.freeze()
+    gc.enable()
     gc.set_threshold(50_000, 20, 50)
 
 
