@@ -10,11 +10,16 @@ from PIL import Image, ImageDraw, ImageFont
 def image_grid(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 8, cell: int = 96) -> Image.Image:
     """Return one page with a cell for each image, `cell` pixels high, and its caption below.
 
-    A caption of one line is wrapped to up to three lines; each line of a longer one is cut to the width.
+    A caption of one line is wrapped to up to three lines; each line of a longer one is cut to the width. `…` marks what is cut.
     """
     width = round(max(cell * image.width / image.height for image in images))  # of a cell
     characters = max(8, width // 6)
-    texts = [[line[:characters] for line in c.split("\n")] if "\n" in c else textwrap.wrap(c, characters)[:3] for c in captions]
+    texts = [
+        [line if len(line) <= characters else f"{line[: characters - 1]}…" for line in c.split("\n")]
+        if "\n" in c
+        else textwrap.wrap(c, characters, max_lines=3, placeholder="…")
+        for c in captions
+    ]
     font, text_height = ImageFont.load_default(size=11), max(3, *map(len, texts)) * 13 + 4
     rows = math.ceil(len(images) / columns)
     page = Image.new("RGB", (columns * (width + 8) + 8, rows * (cell + text_height + 4) + 8), "white")

@@ -73,13 +73,17 @@ class Metric:
         decimals = len(self.text(mean, with_unit=False).partition(".")[2])
         return f"{self.axis_value(spread):,.{decimals}f}"
 
-    def difference_text(self, difference: float | None, with_unit: bool = True) -> str:
-        """Return a difference with its sign; differences of fractions in points (`+0.82 points`)."""
+    def difference_text(self, difference: float | None, with_unit: bool = True, decimals: int | None = None) -> str:
+        """Return a difference with its sign; differences of fractions in points (`+0.82 points`).
+
+        Other numbers have `decimals` decimals, or three or four significant digits.
+        """
         if not is_number(difference):
             return NO_VALUE
         if self.is_fraction:
             return f"{round(100 * difference, 2) + 0.0:+.2f}{' points' * with_unit}".replace("-", "−")
-        return f"{'+' if difference > 0 else ''}{number_text(difference)}"
+        text = number_text(difference) if decimals is None else f"{difference:,.{decimals}f}".replace("-", "−")
+        return f"{'+' if difference > 0 else ''}{text}"
 
 
 def _fraction(name: str, label: str) -> Metric:

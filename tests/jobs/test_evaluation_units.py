@@ -106,8 +106,9 @@ def test_the_cause_for_which_no_sample_can_be_used(tmp_path, members, words):
     assert words in str(raised.value)
 
 
-@pytest.mark.parametrize("layout", ["folder", "tars"])
-@pytest.mark.parametrize(("num_reference", "expected"), [(0, 40), (16, 16), (40, 40)])
+@pytest.mark.parametrize(
+    ("layout", "num_reference", "expected"), [("folder", 0, 40), ("folder", 16, 16), ("tars", 16, 16), ("tars", 40, 40)]
+)
 def test_the_reference_is_the_whole_folder_or_a_sample_of_all_of_it(tmp_path, monkeypatch, layout, num_reference, expected):
     """The first images by name would all be of one class."""
     monkeypatch.setattr(sets, "IMAGES_PER_SLICE", 8)

@@ -32,7 +32,7 @@ class _Waits(TorchFunctionMode):
 
 
 def count(run) -> StepCounts:
-    """Return the counts of a call of `run` on this rank."""
+    """Return the counts of a call of `run`."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler, _Waits() as waits:
         run()
     events = profiler.events()
@@ -49,8 +49,11 @@ def _is_host_wait(event) -> bool:
     return is_read or event.name == "aten::nonzero"
 
 
-def of_a_step(task, train, batches, statistics: bool = False) -> tuple[StepCounts, StepCounts]:
-    """Return the counts of a step on this rank, after a first one, which is not typical, and of collecting a checkpoint."""
+def of_a_step(task, train, batches, statistics: bool = False) -> tuple[StepCounts, StepCounts] | None:
+    """Return the counts of a step, after a first one, which is not typical, and of collecting a checkpoint.
+
+    Counting takes ten times as long as the step, so only rank 0 counts; the other ranks take part and return None.
+    """
     from ray_platform.train.checkpoint_format import LossHistory
     from ray_platform.train.engine import Engine
     from ray_platform.train.fault_tolerance import LossMonitor
@@ -64,5 +67,12 @@ def of_a_step(task, train, batches, statistics: bool = False) -> tuple[StepCount
         flags = dict.fromkeys(("stop", "checkpoint_due", "uploading", "upload_failed", "num_bad", "epoch_samples"), 0)
         engine.update(1, skip=monitor.sync_step_status(loss, **flags).is_bad, statistics=statistics)
 
+    def checkpoint():
+        list(engine.local_state())
+
     step()
-    return count(step), count(lambda: list(engine.local_state()))
+    if torch.distributed.get_rank() == 0:
+        return count(step), count(checkpoint)
+    step()
+    checkpoint()
+    return None

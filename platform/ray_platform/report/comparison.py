@@ -72,7 +72,13 @@ class Difference(NamedTuple):
     def interval_text(self) -> str:
         if self.interval is None:
             return "no interval"
-        return " to ".join(self.metric.difference_text(end, with_unit=False) for end in self.interval)
+        return " to ".join(self.text(end, with_unit=False) for end in self.interval)
+
+    def text(self, difference: float | None, with_unit: bool = True) -> str:
+        """Return a difference of this metric with two significant digits of the interval's half width, if it has one."""
+        low, high = self.interval or (0.0, 0.0)
+        decimals = max(0, 1 - math.floor(math.log10((high - low) / 2))) if high > low else None
+        return self.metric.difference_text(difference, with_unit, decimals)
 
     @classmethod
     def of(cls, metric: Metric, first: str, second: str, entry: PairedDifference) -> "Difference":
@@ -210,11 +216,11 @@ def _difference_row(details: ComparisonDetails, difference: Difference) -> DotRo
     for seed in first:
         a, b = first[seed].get(metric.name), second.get(seed, {}).get(metric.name)
         if is_number(a) and is_number(b):
-            dots.append((metric.axis_value(a - b), f"seed {seed}: {metric.difference_text(a - b)}"))
+            dots.append((metric.axis_value(a - b), f"seed {seed}: {difference.text(a - b)}"))
     return DotRow(
         metric.label,
         (difference.first, difference.second),
-        metric.difference_text(difference.mean, with_unit=False),
+        difference.text(difference.mean, with_unit=False),
         difference.interval_text,
         "inconclusive" if outcome == "single" else outcome,
         dots,
@@ -238,7 +244,7 @@ def _runs_plot(details: ComparisonDetails, metric: Metric) -> DotPlot:
 
 
 def _curves(details: ComparisonDetails) -> list[tuple[str, Chart]]:
-    """Return a chart for each metric that was followed: a line per run in the color of its arm, over the samples."""
+    """Return a chart for each metric that was measured more than once: a line per run in its arm's color, over the samples."""
     runs = [(arm, seed, points) for arm, seeds in details.get("curves", {}).items() for seed, points in seeds.items()]
     charts = []
     for name in dict.fromkeys(name for _, _, points in runs for point in points for name in point["metrics"]):
@@ -255,7 +261,7 @@ def _curves(details: ComparisonDetails) -> list[tuple[str, Chart]]:
                 color = color_class(list(details["arms"]), arm).replace("m0", "bar")
                 lines.append(Line("" if arm in named else arm, line, 0.75, color))
                 named.add(arm)
-        if lines:
+        if any(len(line.points) > 1 for line in lines):
             charts.append((f"{metric.label} while training", line_chart(lines, "samples", metric.axis_label)))
     return charts
 

@@ -22,7 +22,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFormatter, NullLocator
-from matplotlib.transforms import Bbox
 
 STYLESHEET = (Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
 _WIDTH, _HEIGHT = 440, 280  # px of a line chart
@@ -316,8 +315,8 @@ def _write_line_names(axes: Axes, lines: Sequence[Line], pixels: Sequence[Any], 
 
 def _write_point_labels(axes: Axes, lines: Sequence[Line], pixels: Sequence[Any]) -> None:
     """Write each label next to its point, on the side where it covers least of what is drawn there."""
-    covered = [box for places in pixels for box in _covered_boxes(places)]
-    written: list[Bbox] = []
+    covered = np.concatenate([_covered_boxes(places) for places in pixels])
+    written = np.empty((0, 4))
     points = [
         (point, at) for line, places in zip(lines, pixels, strict=True) for point, at in zip(line.points, places, strict=True)
     ]
@@ -325,25 +324,27 @@ def _write_point_labels(axes: Axes, lines: Sequence[Line], pixels: Sequence[Any]
         width = len(label) * CHARACTER
         places = [(left, y + up) for up in (-6, 6, -19, 19, -32) for left in (x + 8, x - 8 - width, x - width / 2)]
         boxes = [
-            Bbox.from_bounds(left, bottom, width, 12)
+            np.array([left, bottom, left + width, bottom + 12])
             for left, bottom in places
             if left > _LEFT and left + width < _WIDTH and _BOTTOM < bottom < _HEIGHT - 12
         ]
         box = min(boxes, key=lambda box: _overlap(box, covered) + 10 * _overlap(box, written))
-        written.append(Bbox.from_bounds(box.x0 - 6, box.y0, width + 12, 12))  # so that two labels do not read as one
-        axes.annotate(label, (box.x0, (box.y0 + box.y1) / 2), xycoords="figure pixels", color=COLORS["ink"], va="center")
+        written = np.vstack([written, box + np.array([-6, 0, 6, 0])])  # so that two labels do not read as one
+        axes.annotate(label, (box[0], (box[1] + box[3]) / 2), xycoords="figure pixels", color=COLORS["ink"], va="center")
 
 
-def _covered_boxes(places: Any) -> list[Bbox]:
-    """Return small boxes around the dots of a line and along what connects them. places: [N, 2], px."""
-    boxes = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places]
+def _covered_boxes(places: Any) -> np.ndarray:
+    """Return small boxes [K, 4] around the dots of a line and along what connects them. places: [N, 2], px."""
+    centers, sizes = [places], [np.full(len(places), 5)]
     for start, stop in pairwise(places):
         steps = max(1, math.ceil(np.hypot(*(stop - start)) / 6))
-        boxes += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in np.linspace(start, stop, steps, endpoint=False)]
-    return boxes
+        centers.append(np.linspace(start, stop, steps, endpoint=False))
+        sizes.append(np.full(steps, 2))
+    center, size = np.concatenate(centers), np.concatenate(sizes)[:, None]
+    return np.hstack([center - size, center + size])
 
 
-def _overlap(box: Bbox, others: Iterable[Bbox]) -> float:
-    """Return the area in px² that a box shares with others."""
-    common = (Bbox.intersection(box, other) for other in others)
-    return sum(each.width * each.height for each in common if each is not None)
+def _overlap(box: np.ndarray, others: np.ndarray) -> float:
+    """Return the area in px² that a box [left, bottom, right, top] shares with others [K, 4]."""
+    common = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    return float(common.clip(0).prod(axis=1).sum())
