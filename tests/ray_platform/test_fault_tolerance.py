@@ -67,6 +67,14 @@ def test_an_unusable_loss_is_counted_and_its_keys_are_saved(tmp_path, loss):
     assert (saved["keys"], saved["captions"]) == (["shard/1", "shard/2"], ["a cat", "a dog"])
 
 
+def test_a_loss_that_falls_below_zero_is_usable_and_a_jump_from_there_is_not(tmp_path):
+    """The dispersive loss is negative; ten times a negative mean is below every following loss."""
+    monitor = loss_monitor(tmp_path)
+    for number in range(200):
+        assert not step(monitor, number, 2.0 - 0.02 * number + 0.2 * (-1) ** number).is_bad, number
+    assert step(monitor, 200, 25.0).is_bad
+
+
 def test_checkpoints_by_the_clock_are_due_on_rank_0_and_agreed_on(tmp_path):
     trainer = SimpleNamespace(config=TrainConfig(checkpoint_minutes=1.0), rank=0, saved_at=time.monotonic() - 61)
     assert Trainer._is_checkpoint_due(trainer)

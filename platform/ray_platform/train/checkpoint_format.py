@@ -99,7 +99,7 @@ class Manifest:
 class LossHistory:
     """Summary of a run's losses so far (see `fault_tolerance.LossMonitor`)."""
 
-    usual_loss: float = 0.0  # EMA over good steps
+    usual_loss: float = 0.0  # EMA of the magnitude over good steps
     num_good: int = 0
     num_bad: int = 0
     in_a_row: int = 0  # bad steps since the last good one

@@ -73,7 +73,7 @@ class TrainConfig:
     """Weights for validation scores, and so for keep_best, previews and the export: weights, ema, ema_<decay> or
     ema_width_<width>; `best` is `ema` if there is one, and else `weights`."""
     max_loss_factor: float = 10.0
-    """A step is skipped if its loss is not finite or above this factor times the usual loss."""
+    """A step is skipped if its loss is not finite or above this factor times the usual magnitude of the loss."""
     max_bad_steps: int = 10
     """Number of skipped steps in a row that end the run."""
     seed: int = 0
