@@ -93,4 +93,4 @@ def test_a_submitted_job_needs_only_the_dependencies(bare_python, training_shard
     arguments = ["--data.sources", training_shards, "--output_dir", tmp_path / "out", *SMALL]
     assert "step 4/4" in run(python, "-c", SUBMIT, ROOT, *arguments)
     summary = json.loads((tmp_path / "out" / "train_summary.json").read_text())
-    assert (summary["num_steps"], summary["num_workers"], summary["zero_stage"]) == (4, 2, 2)
+    assert (summary["num_steps"], summary["num_workers"], summary["zero_stage"]) == (4, 2, 0)
