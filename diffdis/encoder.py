@@ -14,6 +14,7 @@ import torch
 
 from diffdis.autoencoder import HaarAutoencoder, build_autoencoder, to_latents
 from diffdis.config import DiffDisConfig
+from diffdis.model_folder import digest_of_folder
 from diffdis.pretrained import component_folder
 from diffdis.text_encoder import TEXT_PROJECTION, build_text_encoder
 from diffdis.warm_start import resolve_pretrained
@@ -75,13 +76,3 @@ def _digest(path: str, component: str) -> str:
     if component == "text_encoder" and projection.is_file():
         digest += "-" + hashlib.sha256(projection.read_bytes()).hexdigest()[:16]
     return digest
-
-
-def digest_of_folder(folder: Path) -> str:
-    """Return a digest (16 hex digits) of the configuration, vocabulary and weights in a model folder."""
-    hashed = hashlib.sha256()
-    for file in sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors", ".bin", ".txt")):
-        hashed.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
-        with file.open("rb") as opened:
-            hashed.update(hashlib.file_digest(opened, "sha256").digest())
-    return hashed.hexdigest()[:16]

@@ -17,10 +17,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from diffdis.encoder import digest_of_folder
-from diffdis.model_folder import NO_CODE, check_model_folder
+from diffdis.model_folder import NO_CODE, check_model_folder, digest_of_folder
 from diffdis.pretrained import load_component
 
 EFFICIENTNET_SIZE, EFFICIENTNET_WIDTH = 224, 1280
@@ -349,6 +347,8 @@ def _image_model(device: torch.device, options: NetworkOptions) -> PooledFeature
     Features are the embedding before normalization (CLIP, SigLIP) or the class token (DINOv2), as in Stein et al. (2023),
     "Exposing flaws of generative model evaluation metrics".
     """
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel  # takes seconds, which the other networks do not need
+
     folder = Path(options.path)
     check_model_folder(folder)
     config = AutoConfig.from_pretrained(folder, **NO_CODE)

@@ -4,6 +4,7 @@ Their loaders accept more: `auto_map` names code next to the weights, an attenti
 compiled kernels, weights may be pickles, and one line of a configuration can ask for a model of terabytes.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,3 +90,13 @@ def _named_values(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         for inner in value:
             yield from _named_values(inner, name)
+
+
+def digest_of_folder(folder: Path) -> str:
+    """Return a digest (16 hex digits) of the configuration, vocabulary and weights in a model folder."""
+    hashed = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors", ".bin", ".txt")):
+        hashed.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
+        with file.open("rb") as opened:
+            hashed.update(hashlib.file_digest(opened, "sha256").digest())
+    return hashed.hexdigest()[:16]

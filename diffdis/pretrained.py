@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
-from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 
 from diffdis.model_folder import check_diffusers_model, check_model_folder, read_json
@@ -125,7 +124,7 @@ def load_component(
         ValueError: the folder contains more than tensors, or its tensors are not exactly those of the model.
     """
     files = _find_weights(folder, variant)
-    if issubclass(kind, ModelMixin):
+    if kind.__module__.startswith("diffusers."):  # importing it to ask takes seconds, which feature networks do not need
         check_diffusers_model(kind, folder)
         settings["low_cpu_mem_usage"] = False  # needs accelerate, and logs a paragraph without it
     try:

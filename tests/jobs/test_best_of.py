@@ -8,7 +8,7 @@ from diffdis.config import ObjectiveConfig
 from diffdis.feature_networks import PooledFeatures
 from diffdis.task import DiffDisTask
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig
-from diffdis_platform.evaluation.models import network_builders
+from diffdis_platform.evaluation.distance import network_builders
 from diffdis_platform.evaluation.run import plan_evaluation
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.unit_work import WorkerModels

@@ -14,9 +14,10 @@ import pytest
 
 from diffdis.metrics.image_quality import Moments, frechet_distance
 from diffdis_platform.config.evaluate import QualityConfig
+from diffdis_platform.evaluation.distance import network_builders
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import EvaluationModel
-from diffdis_platform.evaluation.quality import QualityMeasurement, network_builders
+from diffdis_platform.evaluation.quality import QualityMeasurement
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate import sets
 from ray_platform.evaluate.discovery import find_evaluation_set

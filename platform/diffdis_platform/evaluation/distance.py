@@ -5,13 +5,13 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
 import numpy as np
 
-from diffdis.feature_networks import PooledFeatures
+from diffdis.feature_networks import PooledFeatures, build_feature_network
 from diffdis.metrics.image_quality import (
     MIN_IMAGES_PER_DIMENSION,
     NEIGHBORS,
@@ -24,9 +24,10 @@ from diffdis.metrics.image_quality import (
     precision_recall,
 )  # fmt: skip
 from diffdis_platform.config.distance import DistanceConfig
-from diffdis_platform.evaluation.models import network_builders, open_networks
+from diffdis_platform.config.evaluate import network_name
 from diffdis_platform.evaluation.units import build_unit
 from ray_platform import storage
+from ray_platform.cached_folders import with_cached_folders
 from ray_platform.contracts import ConfigError, DataError, Rows, one_line
 from ray_platform.evaluate.discovery import open_image_set
 from ray_platform.evaluate.result_cache import ResultCache, read_arrays
@@ -110,6 +111,29 @@ def few_images_warning(figure: str, num_generated: int, num_real: int | None, wi
         f"{describe_metric(figure).label}: {num_generated:,} generated and {real} real images in {width:,} dimensions; "
         f"with fewer than {needed:,} of either, the distance is biased by the number of images and says little: prefer KID"
     )
+
+
+# --- Feature networks -----------------------------------------------------------------------------------------------------------
+
+
+def network_builders(networks: Sequence[str], inception: str, resize: str) -> dict[str, Callable[[str], PooledFeatures]]:
+    """Return the functions that build the feature networks on a replica, by their short names."""
+    options = {"inception": (inception, resize)}  # no other network has a choice of weights or resizing
+    return {
+        network_name(name): functools.partial(with_cached_folders, build_feature_network, name, *options.get(name, ("", "")))
+        for name in networks
+    }
+
+
+def open_networks(field: str, builders: Mapping[str, Callable[[str], PooledFeatures]]) -> dict[str, PooledFeatures]:
+    """Build the networks on the driver, so that errors in a name or file are reported before anything runs on the cluster.
+
+    Raises ConfigError, which begins with `field`.
+    """
+    try:
+        return {name: build("cpu") for name, build in builders.items()}
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{field}: {one_line(error)}") from error
 
 
 # --- References -----------------------------------------------------------------------------------------------------------------

@@ -1,19 +1,18 @@
-"""The models and feature networks of an evaluation, and the functions that build them on a replica."""
+"""The models of an evaluation, and the functions that build them on a replica."""
 
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffdis.encoder import digest_of_folder
 from diffdis.export_folder import CONFIG_NAME
-from diffdis.feature_networks import PooledFeatures, build_feature_network
+from diffdis.model_folder import digest_of_folder
 from diffdis.scorers import SCORER_TYPES, ClipScorer, DiffDisScorer, Resize
-from diffdis_platform.config.evaluate import EvalConfig, network_name
+from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.config.export import ExportConfig
 from diffdis_platform.exporting import export, find_checkpoint
 from ray_platform import storage
@@ -164,26 +163,3 @@ def _export_checkpoint(config: EvalConfig) -> tuple[str, int, str]:
 
 def _parent(url: str) -> str:
     return url.rpartition("/")[0]
-
-
-# --- Feature networks -----------------------------------------------------------------------------------------------------------
-
-
-def network_builders(networks: Sequence[str], inception: str, resize: str) -> dict[str, Callable[[str], PooledFeatures]]:
-    """Return the functions that build the feature networks on a replica, by their short names."""
-    options = {"inception": (inception, resize)}  # no other network has a choice of weights or resizing
-    return {
-        network_name(name): functools.partial(with_cached_folders, build_feature_network, name, *options.get(name, ("", "")))
-        for name in networks
-    }
-
-
-def open_networks(field: str, builders: Mapping[str, Callable[[str], PooledFeatures]]) -> dict[str, PooledFeatures]:
-    """Build the networks on the driver, so that errors in a name or file are reported before anything runs on the cluster.
-
-    Raises ConfigError, which begins with `field`.
-    """
-    try:
-        return {name: build("cpu") for name, build in builders.items()}
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{field}: {one_line(error)}") from error

@@ -8,8 +8,15 @@ import numpy as np
 from diffdis.metrics.image_quality import clip_score
 from diffdis.pipeline import RANKING_DRAWS
 from diffdis_platform.config.evaluate import QualityConfig
-from diffdis_platform.evaluation.distance import Reference, ReferenceFeatures, few_images_warning, read_reference
-from diffdis_platform.evaluation.models import EvaluationModel, network_builders, open_networks
+from diffdis_platform.evaluation.distance import (
+    Reference,
+    ReferenceFeatures,
+    few_images_warning,
+    network_builders,
+    open_networks,
+    read_reference,
+)
+from diffdis_platform.evaluation.models import EvaluationModel
 from diffdis_platform.evaluation.units import build_unit, count_units
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, Rows, UnitOrigin, one_line

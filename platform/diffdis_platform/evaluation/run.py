@@ -14,9 +14,10 @@ from diffdis.metrics.zero_shot import ZERO_SHOT_METRICS
 from diffdis.schedule import build_scheduler
 from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.evaluation.datasets import OpenedSets, open_sets
+from diffdis_platform.evaluation.distance import network_builders
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import EvaluationModel, open_baseline, open_judge, open_model
-from diffdis_platform.evaluation.quality import QualityMeasurement, network_builders
+from diffdis_platform.evaluation.quality import QualityMeasurement
 from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults, step_scores
 from diffdis_platform.evaluation.units import build_unit
 from ray_platform import storage
