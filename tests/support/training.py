@@ -210,7 +210,7 @@ def train_once(model, sources, output) -> TrainedRun:
     """Execute the shared training run. Needs a Ray cluster with at least two CPUs."""
     from diffdis_platform.config.pretrain import model_package
 
-    fields = {"zero_stage": 3, "ema_decay": 0.5, "num_steps": 12, "checkpoint_every": 3, "preview_every": 6}
+    fields = {"zero_stage": 3, "ema_decay": 0.5, "num_steps": 12, "checkpoint_every": 3, "preview_every": 12}
     plain = diffdis_run(model, sources, output, resume="auto", **fields)
     recorded = functools.partial(recording, str(output / "records"), plain.build_task)
     run = replace(
