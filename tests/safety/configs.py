@@ -50,7 +50,7 @@ def output_dir(folder: Path) -> str:
 def module_that_runs_code(folder: Path) -> str:
     (folder / "hostile_module.py").write_text(f"open({str(folder / CANARY)!r}, 'w')\nclass Thing: pass\n")
     with mock.patch("sys.path", [str(folder), *sys.path]):
-        return saved("train: {deepspeed: {x: {class_path: hostile_module.Thing}}}")(folder)
+        return saved("train: {zero_stage: 1, deepspeed: {x: {class_path: hostile_module.Thing}}}")(folder)
 
 
 def nested_aliases() -> str:
@@ -63,7 +63,9 @@ def nested_aliases() -> str:
 POPEN = json.dumps({"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "CANARY"]}})
 CONFIGS = {
     "`!!python/object/apply:os.system` in YAML": saved("train: {deepspeed: !!python/object/apply:os.system ['touch CANARY']}"),
-    "`class_path: subprocess.Popen` with arguments in a free field": saved(f"train: {{deepspeed: {{x: {POPEN}}}}}"),
+    "`class_path: subprocess.Popen` with arguments in a free field": saved(
+        f"train: {{zero_stage: 1, deepspeed: {{x: {POPEN}}}}}"
+    ),
     "`class_path` of a module that runs code when it is imported": module_that_runs_code,
     "`class_path: subprocess.Popen` for the whole model": saved(f"model: {POPEN}"),
     "YAML aliases that stand for 10,000,000,000 values": saved(nested_aliases()),

@@ -73,7 +73,7 @@ def test_errors_hide_what_they_quote():
 
 def test_a_saved_configuration_has_no_secret_and_names_the_field_to_give_again(tmp_path):
     deepspeed = json.dumps({"wandb": {"api_key": "abc", "team": "x"}})
-    command = parse(["--tracking.uri", URI, "--train.deepspeed", deepspeed, "--output_dir", "/x"])
+    command = parse(["--tracking.uri", URI, "--train.zero_stage", "1", "--train.deepspeed", deepspeed, "--output_dir", "/x"])
     saved = yaml.safe_load(command.yaml)
     assert (saved["tracking"]["uri"], saved["train"]["deepspeed"]) == (redacted(URI), {"wandb": {"api_key": "***", "team": "x"}})
     (tmp_path / "config.yaml").write_text(command.yaml)
@@ -81,8 +81,8 @@ def test_a_saved_configuration_has_no_secret_and_names_the_field_to_give_again(t
     with pytest.raises(ConfigError, match=r"^--train.deepspeed.wandb.api_key: a secret in it was not saved"):
         parse(start)
     with pytest.raises(ConfigError, match=r"^--tracking.uri: a secret in it was not saved"):
-        parse([*start, "--train.deepspeed", deepspeed])
-    again = parse([*start, "--tracking.uri", URI, "--train.deepspeed", deepspeed])
+        parse([*start, "--train.zero_stage", "1", "--train.deepspeed", deepspeed])
+    again = parse([*start, "--tracking.uri", URI, "--train.zero_stage", "1", "--train.deepspeed", deepspeed])
     assert (again.config, again.yaml) == (command.config, command.yaml)
 
 
