@@ -12,7 +12,7 @@ from PIL import Image
 from diffdis_platform.demo.report import ZeroShotSet, table, verdict, write_report, zero_shot
 from diffdis_platform.recipes.demo import demo
 
-NAMES = [f"colour {i}" for i in range(60)]
+NAMES = [f"colour {i}" for i in range(30)]
 
 
 def png(index: int) -> bytes:
@@ -42,18 +42,18 @@ def data(tmp_path):
 def test_a_perfect_model_scores_one_and_its_shuffled_images_do_not(data):
     """Uses a stub model whose image query is the embedding of the correct class, to test only the scoring."""
     loaded = ZeroShotSet.read(data / "wds_heldout_style")
-    assert len(loaded.images) == loaded.labels.numel() == 60
+    assert len(loaded.images) == loaded.labels.numel() == len(NAMES)
     import torch
 
     perfect = SimpleNamespace(
-        embed_image=lambda images, **kw: torch.eye(60)[[int(np.asarray(i)[0, 0, 0]) // 4 for i in images]],
-        embed_classes=lambda names, templates: torch.eye(60),
+        embed_image=lambda images, **kw: torch.eye(len(NAMES))[[int(np.asarray(i)[0, 0, 0]) // 4 for i in images]],
+        embed_classes=lambda names, templates: torch.eye(len(NAMES)),
     )
     scores, top3 = zero_shot(perfect, loaded)
     assert top3[:, 0].tolist() == loaded.labels.tolist()
     assert scores["acc1"] == scores["acc1_100way"] == 1.0
     assert scores["acc1_shuffled_images"] < 0.15
-    assert scores["chance"] == 1 / 60
+    assert scores["chance"] == 1 / len(NAMES)
 
 
 @pytest.mark.ranks
@@ -78,11 +78,13 @@ def test_the_report_of_an_untrained_model_is_complete_and_at_chance(data, tiny_m
     summary = write_report(output, data, ("red heart", NAMES[0]))
     assert json.loads((output / "summary.json").read_text()) == summary
     for scores in summary["zero_shot"].values():
-        # 60 images of 60 classes: at chance, 8 or more correct images have a probability of 1e-5.
-        assert max(scores[name] for name in ("acc1", "acc1_shuffled_images", "acc1_untrained")) < 8 / 60
-        assert scores["num_classes"] == scores["num_images"] == 60
+        # 30 images of 30 classes: at chance, 8 or more correct images have a probability of 1e-5.
+        assert max(scores[name] for name in ("acc1", "acc1_shuffled_images", "acc1_untrained")) < 8 / len(NAMES)
+        assert scores["num_classes"] == scores["num_images"] == len(NAMES)
     assert 0 <= summary["color"]["fraction_nearer_to_own"] <= 1
-    assert summary["quality"]["num_images"] == summary["quality"]["num_reference"] == summary["color"]["num_captions"] == 60
+    assert (
+        summary["quality"]["num_images"] == summary["quality"]["num_reference"] == summary["color"]["num_captions"] == len(NAMES)
+    )
     # The training images are those of the held-out style here, so the floor is 0; an untrained model is far above it.
     assert abs(summary["quality"]["fd_floor"]) < 1e-3 < summary["quality"]["fd"]
     assert "heldout_names" in table(summary)

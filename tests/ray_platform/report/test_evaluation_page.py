@@ -1,6 +1,8 @@
 """The page of an evaluation is complete and well-formed, escapes untrusted text, and handles missing parts."""
 
 import copy
+import functools
+import json
 import math
 
 import pytest
@@ -22,7 +24,12 @@ def with_every_image(details):
 
 
 def page_of(details):
-    return Page(evaluation_page(details))
+    return _page(json.dumps(details))
+
+
+@functools.cache  # several tests read the page of the same details, and its charts take most of a second
+def _page(details):
+    return Page(evaluation_page(json.loads(details)))
 
 
 def test_the_tables_have_every_result(details):
