@@ -124,7 +124,8 @@ def load_component(
         ValueError: the folder contains more than tensors, or its tensors are not exactly those of the model.
     """
     files = _find_weights(folder, variant)
-    if kind.__module__.startswith("diffusers."):  # importing it to ask takes seconds, which feature networks do not need
+    # By name, because importing ModelMixin takes seconds, which feature networks do not need.
+    if any(base.__module__.startswith("diffusers.") for base in kind.__mro__):
         check_diffusers_model(kind, folder)
         settings["low_cpu_mem_usage"] = False  # needs accelerate, and logs a paragraph without it
     try:

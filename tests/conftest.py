@@ -79,7 +79,7 @@ def pytest_runtest_protocol(item):
         _unit_test_running = False
 
 
-gc.disable()  # until all tests are imported: there is no garbage before
+gc.disable()  # until all tests are imported: until then there is nothing to collect
 
 
 def pytest_collection_finish():

@@ -109,7 +109,7 @@ class LossMonitor:
         """
         past = self.history
         if update.updated:
-            # Of magnitudes, because a sum of loss terms may be negative, of which a multiple is no upper bound.
+            # The magnitude, because a loss may be negative, and a multiple of a negative number does not limit anything.
             usual = past.usual_loss + (1 - _EMA_DECAY if past.num_good else 1.0) * (abs(status.loss) - past.usual_loss)
             self.history = LossHistory(usual, past.num_good + 1, past.num_bad, 0)
             return
