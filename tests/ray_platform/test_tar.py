@@ -4,7 +4,7 @@ import random
 import tarfile
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ray_platform.data.causes import RejectedSample
@@ -185,6 +185,7 @@ def test_every_member_is_delivered_counted_or_a_side_file_of_a_sample(names, as_
 
 @settings(max_examples=200, deadline=None)
 @given(seed=st.integers(0, 2**32))
+@example(seed=11787)  # two cuts remove exactly one file
 def test_damage_never_raises_and_never_passes_unnoticed(six_samples, seed):
     rng = random.Random(seed)
     # The last sample stays intact: if only its header is lost, the remaining zeros look like the end of any tar.
@@ -202,9 +203,10 @@ def test_damage_never_raises_and_never_passes_unnoticed(six_samples, seed):
             case "zero":
                 broken[at : at + BLOCK] = b"\0" * BLOCK
     records = read_tar(bytes(broken), "s.tar")
-    # The decoder detects changed content. The reader must report missing or misnamed members.
-    if not {TRUNCATED, NOT_A_TAR} & {record for record in records if isinstance(record, RejectedSample)}:
-        assert sum(len(record.members) for record in records if isinstance(record, Record)) == len(six_samples)
+    # The decoder detects changed content and samples without an image or a text. The reader must report what else is missing.
+    samples = [record for record in records if isinstance(record, Record)]
+    if not {TRUNCATED, NOT_A_TAR} & {record for record in records if isinstance(record, RejectedSample)} and not any(record.is_half for record in samples):
+        assert sum(len(record.members) for record in samples) == len(six_samples)
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
