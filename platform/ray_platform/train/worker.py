@@ -1,6 +1,7 @@
 """Training loop of a Ray Train worker: restore, then batch -> step -> metrics, with checkpoints, scores and previews."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import logging
@@ -52,7 +53,10 @@ def train_worker(spec: WorkerSpec) -> None:
     heartbeat = HeartbeatThread(spec.hang_detector, dist.get_rank())
     heartbeat.start()
     try:
-        Trainer(spec, build_task(spec), heartbeat).run()
+        trainer = Trainer(spec, build_task(spec), heartbeat)
+        # Never collect modules and the model again: that would pause one rank for a second while the others wait for it.
+        gc.freeze()
+        trainer.run()
     except torch.OutOfMemoryError as error:
         message = oom_message(error, heartbeat.rank)
         # A restart would fail in the same way at the first step.
