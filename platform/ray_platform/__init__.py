@@ -1,5 +1,3 @@
-
-
 import gc
 
 # Importing torch and diffusers creates a million objects that live as long as the process. With Python's thresholds, collecting
