@@ -2,11 +2,13 @@
 
 An operation during which storage does not answer (no connection, a timeout, a 5xx error) is retried with exponential backoff. A
 missing file, a missing permission and wrong credentials are errors at once. Transfers (reading and writing content) are retried
-for `RETRY_SECONDS`. Queries (listing, existence, deletion) are retried for `QUERY_SECONDS` only: they are the first thing that a
-command does, and a wrong endpoint should be reported within seconds. `retrying_for` sets another time for a block of code.
+for `RETRY_SECONDS` from their first failure, because a large file on slow storage may take longer than that. Queries (listing,
+existence, deletion) are retried until `QUERY_SECONDS` after their start: they are the first thing that a command does, and a
+wrong endpoint should be reported within seconds. `retrying_for` sets another time for a block of code.
 """
 
 import functools
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -44,12 +46,13 @@ def storage_operation(is_query: bool) -> Callable[[Callable[Concatenate[str, P],
             seconds = _retry_seconds.get()
             if seconds is None:
                 seconds = QUERY_SECONDS if is_query else RETRY_SECONDS
-            deadline, wait = time.monotonic() + seconds, _FIRST_WAIT_S
+            deadline, wait = (time.monotonic() + seconds if is_query else math.inf), _FIRST_WAIT_S
             while True:
                 try:
                     with storage_errors(url):
                         return function(url, *args, **kwargs)
                 except StorageError as error:
+                    deadline = min(deadline, time.monotonic() + seconds)
                     wait = min(wait * (1 + random.random()), _MAX_WAIT_S)  # random: not all processes at the same time
                     if not error.is_transient or time.monotonic() + wait > deadline:
                         raise

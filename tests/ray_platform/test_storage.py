@@ -3,6 +3,7 @@ import http.server
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -310,6 +311,21 @@ def test_transfers_survive_an_outage_and_fail_when_it_lasts(tmp_path, monkeypatc
     with pytest.raises(storage.StorageError, match="TimeoutError") as raised:
         TRANSFERS[name](url)
     assert raised.value.kind == "unavailable"
+
+
+def test_a_transfer_is_retried_for_a_time_after_its_first_failure(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda seconds: None))
+
+    def slow(url):
+        calls.append(url)
+        clock[0] += (2.0 if len(calls) == 1 else 0.9) * retry.RETRY_SECONDS
+        raise TimeoutError
+
+    monkeypatch.setattr(storage, "_resolve", slow)
+    with pytest.raises(storage.StorageError):
+        storage.write_bytes("s3://bucket/file", b"x")
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize(
