@@ -1,5 +1,6 @@
 """Scorers of images and texts in an evaluation: an exported DiffDis model, and any CLIP or SigLIP in transformers' layout."""
 
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -8,25 +9,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    SiglipImageProcessorPil,
-    SiglipModel,
-)
+from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, SiglipImageProcessorPil, SiglipModel
 
 from diffdis.autoencoder import KLAutoencoder
 from diffdis.metrics.zero_shot import class_embeddings
 from diffdis.model_folder import NO_CODE, check_model_folder
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.pretrained import load_component
+from diffdis.text_encoder import load_tokenizer
 
 TEXT_BATCH_SIZE = 256
 Resize = Literal["torch", "pillow"]
 _TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 _MAX_LONG_SIDE = 32  # of an image that is resized as a whole, relative to the size of the crop
+_NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 # model_type of config.json -> classes of the model and of its image processor.
 SCORER_TYPES: dict[str, tuple[Any, Any]] = {
     "clip": (CLIPModel, CLIPImageProcessorPil),
@@ -102,11 +98,11 @@ class ClipScorer:
         if kind not in SCORER_TYPES:
             raise ValueError(f"{folder}: its config.json says model_type {kind}, not {' or '.join(SCORER_TYPES)}")
         model_class, processor_class = SCORER_TYPES[kind]
-        self._pads_texts = kind == "siglip"
+        self._is_siglip = kind == "siglip"
         self._device = torch.device(device)
         model = load_component(model_class, folder)
         self._model = model.eval().requires_grad_(False).to(self._device)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        self._tokenizer = load_tokenizer(folder)
         self._size = self._model.config.vision_config.image_size
         self._processor = _image_processor(processor_class, folder, self._size)
         crop, self._short = self._processor.crop_size or {}, int((self._processor.size or {}).get("shortest_edge") or 0)
@@ -199,13 +195,15 @@ class ClipScorer:
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return [N, D] float32 of unit norm. Texts are truncated to the length that CLIP was trained with (77 tokens).
 
-        SigLIP was trained with every text padded to its length. CLIP's batches have texts of similar length and are padded to the
-        longest one, since most texts have a fifth of CLIP's length: its text attention is causal and reads the state of the end
-        token, so that padding after it has no effect.
+        SigLIP was trained with every text padded to its length, and published with texts in lower case without punctuation, which
+        the tokenizer of SigLIP 2 leaves to its caller. CLIP's batches have texts of similar length and are padded to the longest
+        one, since most texts have a fifth of CLIP's length: its text attention is causal and reads the state of the end token, so
+        that padding after it has no effect.
         """
         length = self._model.config.text_config.max_position_embeddings
-        padding = "max_length" if self._pads_texts else False
-        tokens = self._tokenizer(list(texts), truncation=True, max_length=length, padding=padding)["input_ids"]
+        texts = [" ".join(text.translate(_NO_PUNCTUATION).lower().split()) for text in texts] if self._is_siglip else list(texts)
+        padding = "max_length" if self._is_siglip else False
+        tokens = self._tokenizer(texts, truncation=True, max_length=length, padding=padding)["input_ids"]
         order = sorted(range(len(texts)), key=lambda index: len(tokens[index]))
         embeddings: dict[int, np.ndarray] = {}
         for start in range(0, len(order), TEXT_BATCH_SIZE):

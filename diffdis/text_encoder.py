@@ -165,15 +165,20 @@ def _load_tokenizer(config: TextEncoderConfig, folder: Path) -> Any:
     """Return the tokenizer next to the text encoder's `folder` or in it. Raises ValueError if it cannot be loaded."""
     tokenizer_folder = local_folder(config.path) / "tokenizer"
     tokenizer_folder = tokenizer_folder if tokenizer_folder.is_dir() else folder
-    check_model_folder(tokenizer_folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), **NO_CODE)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{tokenizer_folder}: no tokenizer can be loaded from it ({' '.join(str(error).split())[:200]}); download it, too"
-        ) from None
+    tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.model_max_length = config.max_length  # diffusers reads it from an exported folder
     return tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer in a folder. Raises ValueError if it cannot be loaded."""
+    check_model_folder(folder)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), **NO_CODE)
+    except (ImportError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: no tokenizer can be loaded from it ({' '.join(str(error).split())[:200]}); download it, too"
+        ) from None
 
 
 def describe_text_encoder(config: TextEncoderConfig) -> WeightsDescription:

@@ -16,7 +16,13 @@ from diffdis.metrics.retrieval import RetrievalRanks
 from diffdis.metrics.zero_shot import ZeroShotScores
 from diffdis.scorers import ClipScorer
 from tests.diffdis.metrics.peers import clip_transform, zeroshot_classification
-from tests.support.tiny_checkpoints import save_clip, save_clip_text_encoder, save_siglip
+from tests.support.tiny_checkpoints import (
+    save_clip,
+    save_clip_text_encoder,
+    save_gemma_tokenizer,
+    save_siglip,
+    save_siglip_tokenizer,
+)
 
 CLASSES = ["cat", "grey horse", "tree", "star", "boat", "red heart", "old house"]
 TEMPLATES = ["a photo of a {c}.", "a drawing of the {c}", "{c}"]
@@ -207,9 +213,10 @@ def test_folders_that_hold_no_clip(tmp_path):
         ClipScorer(folder)
 
 
-def test_a_siglip_gives_what_transformers_gives(tmp_path):
+@pytest.mark.parametrize("tokenizer", [save_siglip_tokenizer, save_gemma_tokenizer])
+def test_a_siglip_gives_what_transformers_gives(tmp_path, tokenizer):
     """Images are resized to a square without a crop, and texts padded to the length of the training."""
-    folder = save_siglip(tmp_path / "siglip")
+    folder = save_siglip(tmp_path / "siglip", tokenizer=tokenizer)
     scorer, model = ClipScorer(folder), SiglipModel.from_pretrained(folder)
     images, texts = list(pictures(5)), ["a", "a photo of a cat", "a very long text that is cut"]
     processor, tokenizer = SiglipImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -221,3 +228,14 @@ def test_a_siglip_gives_what_transformers_gives(tmp_path):
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, torch.nn.functional.normalize(other, dim=-1).numpy(), atol=1e-6)
     assert scorer.preprocessing == "preprocessor_config.json, bicubic, to 32 px"
+
+
+@pytest.mark.parametrize("tokenizer", [save_siglip_tokenizer, save_gemma_tokenizer])
+def test_case_and_punctuation_of_a_text_are_nothing_to_a_siglip(tmp_path, tokenizer):
+    """SigLIP 2 has Gemma's tokenizer, which keeps both, and was published with texts like those of SigLIP's own tokenizer."""
+    folder = save_siglip(tmp_path / "siglip", tokenizer=tokenizer)
+    texts, expected = ["A Cat.", " an  OX,\ta 'b'!", "red_fox"], ["a cat", "an ox a b", "red fox"]
+    scorer, reference = ClipScorer(folder), AutoTokenizer.from_pretrained(folder)
+    np.testing.assert_array_equal(scorer.embed_texts(texts), scorer.embed_texts(expected))
+    is_own = tokenizer is save_siglip_tokenizer
+    assert (reference(texts[:2])["input_ids"] == reference(expected[:2])["input_ids"]) == is_own

