@@ -1,11 +1,20 @@
 """Ray's private API as used by ray_platform.ray_internals: these tests fail if a new version of Ray changes it."""
 
 import inspect
+from types import SimpleNamespace
 
+import pytest
 import ray.data
+from ray.exceptions import RayActorError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
 
 from ray_platform import ray_internals
+from ray_platform.data.config import DataConfig
 from ray_platform.data.stream import SchedulerThrottle
+from ray_platform.tracking import TrackingConfig
+from ray_platform.train.config import TrainConfig
+from ray_platform.train.launch import Run
 
 
 def test_draining_and_autoscaling_are_known_of_a_cluster(ray_cluster):
@@ -32,3 +41,13 @@ def test_ray_data_has_the_buffer_of_read_tasks_and_calls_the_throttle(ray_cluste
 
 def test_spilled_bytes_are_known(ray_cluster):
     assert ray_internals.spilled_bytes() >= 0
+
+
+@pytest.mark.parametrize("preempted", [False, True])
+def test_ray_train_restarts_no_workers_itself(tmp_path, preempted):
+    """Its controller would neither log nor count a restart, and the hang detector would still ask new workers to stop."""
+    run = Run(dict, DataConfig(sources=("a",)), TrainConfig(), TrackingConfig(), str(tmp_path), {}, dict)
+    trainer = run._trainer(SimpleNamespace(launch="launch", hang_detector=None))
+    died = RayActorError(None, "The actor died.", preempted=preempted)
+    policy = create_failure_policy(trainer.run_config.failure_config)
+    assert policy.make_decision(WorkerGroupError("a worker died", {1: died})) == FailureDecision.RAISE

@@ -218,8 +218,9 @@ class Run(RunPlan):
                 name=f"{spec.launch}-{time.monotonic_ns()}",  # unique: Ray would resume a known name
                 storage_path=folder,
                 storage_filesystem=filesystem,
-                # Failures are handled by RestartPolicy, which counts those without a new checkpoint.
-                failure_config=ray.train.FailureConfig(max_failures=0),
+                # Failures are handled by RestartPolicy, which counts those without a new checkpoint. Ray's default is to restart
+                # workers on preempted nodes without a limit.
+                failure_config=ray.train.FailureConfig(max_failures=0, max_preemption_failures=0),
                 callbacks=[SaveBeforeResize(spec.hang_detector)] if train.elastic else [],
                 # Not its requests for resources at every start, nor 100 lines per failure, which the driver reports in one line.
                 logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
