@@ -207,13 +207,14 @@ class ReplicaPool:
         """`bar` shows the progress."""
         self.spec, self.store, self.bar = spec, store, bar
         self._running: dict[ray.ObjectRef, tuple[WorkUnit, Any, bool]] = {}  # call -> unit, actor, whether it is exclusive
+        self._starting: dict[ray.ObjectRef, Any] = {}  # first call -> actor, which waits for its resources or starts
         self.queue = WorkQueue([])  # of the last run; it knows the replicas that are alive
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self.queue.replicas:
+        for actor in (*self.queue.replicas, *self._starting.values()):
             ray.kill(actor)
 
     def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult]:
@@ -233,30 +234,35 @@ class ReplicaPool:
         if not remaining:
             return
         replicas, self.queue, self._running = self.queue.replicas, WorkQueue(remaining), {}
-        replicas += [self._start_replica() for _ in range(len(replicas), min(self.spec.resolve_num_replicas(), len(remaining)))]
         for actor in replicas:
             self.queue.add_replica(actor)
+        for _ in range(len(replicas) + len(self._starting), min(self.spec.resolve_num_replicas(), len(remaining))):
+            self._start_replica()
         yield from self._run_queue()
         self.bar.close()
 
-    def _start_replica(self) -> Any:
-        actor: Any = ray.remote(ReplicaActor)
-        return actor.options(
+    def _start_replica(self) -> None:
+        """Start an actor, which gets units when it answers: other work may hold its resources for longer than the run takes."""
+        actor_class: Any = ray.remote(ReplicaActor)
+        actor = actor_class.options(
             num_cpus=self.spec.cpus,
             num_gpus=self.spec.gpus,
             max_concurrency=UNITS_IN_FLIGHT,
             label_selector=label_selector(self.spec.placement),
             scheduling_strategy="DEFAULT",  # not the placement group of a sweep's trial, which has no CPUs
         ).remote(self.spec.build, "cuda" if self.spec.gpus else "cpu", self.store)
+        self._starting[actor.__ray_ready__.remote()] = actor
 
     def _run_queue(self) -> Iterator[UnitResult]:
         while True:
             self.queue.assign(self._start_unit, self.progress.drop)
-            if not self._running:
+            if not self._running and not self.queue.waiting:
                 return
-            finished, _ = ray.wait(list(self._running), num_returns=1, timeout=_POLL_SECONDS)
+            finished, _ = ray.wait([*self._running, *self._starting], num_returns=1, timeout=_POLL_SECONDS)
             for call in finished:
-                if (result := self._collect(call)) is not None:
+                if call in self._starting:  # an actor that could not start is added, too: its first unit reports its death
+                    self.queue.add_replica(self._starting.pop(call))
+                elif (result := self._collect(call)) is not None:
                     yield result
             if finished:
                 self.bar.update("units", self.progress.units_done, self.progress.num_units, self.progress.text())
@@ -279,7 +285,7 @@ class ReplicaPool:
 
     def _handle_death(self, unit: WorkUnit, actor: Any, error: RayError, exclusive: bool) -> UnitResult | None:
         if isinstance(error, RayActorError) and self.queue.remove_replica(actor):
-            self.queue.add_replica(self._start_replica())
+            self._start_replica()
             self.progress.replicas_lost += 1
             logger.warning("a worker died; a new one runs its units")
         if self.queue.retry(unit, exclusive):

@@ -13,11 +13,14 @@ from ray_platform.contracts import DataError
 
 @dataclass(frozen=True)
 class Square:
-    """Computes the square of a number after a delay. Every run writes a file; the first `deaths` runs kill their replica."""
+    """Computes the square of a number.
+
+    Every run writes a file, and waits until `wait_for` processes have done so. The first `deaths` runs kill their replica.
+    """
 
     number: int
     notes: str = ""
-    seconds: float = 0.0
+    wait_for: int = 0
     deaths: int = 0
 
     def run(self, replica):
@@ -26,7 +29,8 @@ class Square:
             (Path(self.notes) / f"{self.number}-{os.getpid()}-{time.time_ns()}").touch()
             if runs < self.deaths:
                 os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(self.seconds)
+            while len({note.name.split("-")[1] for note in Path(self.notes).iterdir()}) < self.wait_for:
+                time.sleep(0.01)
         return {"squares": np.array([self.number**2])}
 
 

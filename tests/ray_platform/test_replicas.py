@@ -24,8 +24,8 @@ def squares(numbers, **fields):
     return [unit(Square(number, **fields)) for number in numbers]
 
 
-def pool(folder, num_replicas=2):
-    spec = ReplicaSpec(no_replica, num_replicas, cpus=0.5)
+def pool(folder, num_replicas=2, cpus=0.5):
+    spec = ReplicaSpec(no_replica, num_replicas, cpus)
     return ReplicaPool(spec, ResultCache(str(folder), "git-1"), ProgressBar())
 
 
@@ -65,17 +65,20 @@ class TestReplicaPool:
         assert all(datetime.fromisoformat(result.origin.created) for result in results)
 
     def test_replicas_stay_for_the_next_run_and_end_with_the_block(self, tmp_path, notes):
-        def processes(numbers):
-            list(replicas.run(squares(numbers, notes=str(notes), seconds=0.2)))
+        def processes(numbers, wait_for=1):
+            list(replicas.run(squares(numbers, notes=str(notes), wait_for=wait_for)))
             names = [note.name.split("-") for note in notes.iterdir()]
             return {int(process) for number, process, _ in names if int(number) in numbers}
 
         with pool(tmp_path / "cache", 2) as replicas:
             first = processes(range(1))
             assert len(first) == 1, "no more replicas than units"
-            second = processes(range(1, 9))
+            second = processes(range(1, 9), wait_for=2)
             assert len(second) == 2
             assert first < second
+            # Of two replicas with all four CPUs together, only one fits next to these. The other one never starts.
+            with pool(tmp_path / "cache", 2, cpus=2.0) as others:
+                assert values(others.run(squares(range(20, 24)))) == [400, 441, 484, 529]
             alive = [psutil.Process(process) for process in second]
         assert not psutil.wait_procs(alive, timeout=20)[1]
 
