@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, IncompleteSnapshotError
 from safetensors import SafetensorError, safe_open
 
 from diffdis.model_folder import check_diffusers_model, check_model_folder, read_json
@@ -74,19 +75,34 @@ def _download(repository: str) -> str:
     """Download the configurations and the best weights of each component, and return the local folder."""
     try:
         files = huggingface_hub.HfApi().list_repo_files(repository)
-        patterns = [file for file in files if file.endswith((".json", ".txt")) and file.rpartition("/")[0] in _COMPONENTS]
-        for component in _COMPONENTS:
-            names = [file.rpartition("/")[2] for file in files if file.rpartition("/")[0] == component]
-            patterns += [f"{component}/{name}".lstrip("/") for name in weight_files(names)]
-        return huggingface_hub.snapshot_download(repository, allow_patterns=patterns)
+        return huggingface_hub.snapshot_download(repository, allow_patterns=_needed_files(files))
     except Exception as error:  # of any layer of the client: offline, no such repository, a proxy
         try:
-            return huggingface_hub.snapshot_download(repository, local_files_only=True)
-        except Exception:
+            return huggingface_hub.snapshot_download(
+                repository, allow_patterns=_cached_needed_files(repository), local_files_only=True
+            )
+        except Exception as offline_error:
+            is_incomplete = isinstance(offline_error, IncompleteSnapshotError)
+            what = "its download is incomplete" if is_incomplete else "no such folder, and the hub has no such repository"
             reason = " ".join(str(error).split())[:200]
-            raise FileNotFoundError(
-                f"{repository}: no such folder, and the hub has no such repository or cannot be reached ({reason})"
-            ) from None
+            raise FileNotFoundError(f"{repository}: {what}, or the hub cannot be reached ({reason})") from None
+
+
+def _needed_files(files: list[str]) -> list[str]:
+    """Return those files of a repository that are configurations or the best weights of a component."""
+    needed = [file for file in files if file.endswith((".json", ".txt")) and file.rpartition("/")[0] in _COMPONENTS]
+    for component in _COMPONENTS:
+        names = [file.rpartition("/")[2] for file in files if file.rpartition("/")[0] == component]
+        needed += [f"{component}/{name}".lstrip("/") for name in weight_files(names)]
+    return needed
+
+
+def _cached_needed_files(repository: str) -> list[str] | None:
+    """Return the needed files of a downloaded repository; None if the cache has no list of its files (older clients)."""
+    try:
+        return _needed_files([file.path for file in huggingface_hub.get_cached_repo_tree(repository)])
+    except CachedRepoTreeNotFoundError:
+        return None
 
 
 def weight_files(names: list[str], wanted_variant: str | None = None) -> list[str]:

@@ -296,15 +296,27 @@ def test_a_repository_of_the_hub(tmp_path, monkeypatch):
     """Uses the cache layout of the hub's client: tests cannot download, but cached files are used offline."""
     from huggingface_hub import constants
 
-    root = tmp_path / "hub" / "models--someone--sd"
-    save_stable_diffusion(root / "snapshots" / "0123456789abcdef0123456789abcdef01234567")
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text("0123456789abcdef0123456789abcdef01234567")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert DiffDisTask(started_from("someone/sd"), ObjectiveConfig()).config.unet.block_out_channels == (16, 32)
-    with pytest.raises(FileNotFoundError, match=r"model\.warm_start: someone/else: no such folder, and the hub"):
-        DiffDisTask(started_from("someone/else"), ObjectiveConfig())
+    for name in ("sd", "older", "incomplete"):
+        root = tmp_path / f"models--someone--{name}"
+        folder = save_stable_diffusion(root / "snapshots" / commit)
+        (root / "refs").mkdir()
+        (root / "refs" / "main").write_text(commit)
+        # The client's list of all files of the repository. Older clients wrote none.
+        files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+        files += ["README.md", "v1-5-pruned.ckpt", "unet/diffusion_pytorch_model.non_ema.safetensors"]  # not downloaded
+        listing = {"format_version": 1, "files": {file: {"size": 1, "blob_id": "0" * 40} for file in files}}
+        if name != "older":
+            (root / "trees").mkdir()
+            (root / "trees" / f"{commit}.json").write_text(json.dumps(listing))
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    for name in ("sd", "older"):
+        assert DiffDisTask(started_from(f"someone/{name}"), ObjectiveConfig()).config.unet.block_out_channels == (16, 32)
+    for name, problem in (("incomplete", "its download is incomplete"), ("else", "no such folder, and the hub")):
+        with pytest.raises(FileNotFoundError, match=rf"model\.warm_start: someone/{name}: {problem}"):
+            DiffDisTask(started_from(f"someone/{name}"), ObjectiveConfig())
 
 
 @pytest.mark.parametrize(
