@@ -58,7 +58,8 @@ def test_machines_are_private_and_drivers_are_on_demand():
     assert list(config["file_mounts"]) == ["/home/ray/.ray/auth_token"], "the token is on all of them"
     assert "useradd --create-home" in (CLUSTER / "Dockerfile").read_text()
     for key, address in (("head_start_ray_commands", None), ("worker_start_ray_commands", "$RAY_HEAD_IP:6379")):
-        (command,) = config[key]
+        stop, command = config[key]
+        assert stop == "ray stop", "the commands run again on an existing cluster, where a second `ray start` fails"
         options = start.make_context("ray start", shlex.split(command)[2:]).params
         assert options["address"] == address
         assert options["dashboard_host"] in ("localhost", "127.0.0.1")

@@ -32,7 +32,7 @@ trap 'kill $(jobs -p) 2>/dev/null; wait; exit 1' TERM
 for node in $(seq 0 $((nodes - 1))); do
     # On one machine, nodes that start at the same moment choose the same ports.
     [ "$node" -le 1 ] || until [ -S "$RAY_TMPDIR/ray/session_latest/sockets/raylet.$((node - 1))" ]; do sleep 0.2; done
-    SLURM_NODEID=$node "$@" &
+    SLURM_NODEID=$node SLURM_CPUS_ON_NODE=${{SRUN_CPUS_PER_TASK:-1}} "$@" &
 done
 wait -n || kill $(jobs -p) 2>/dev/null  # as --kill-on-bad-exit
 wait
@@ -67,7 +67,7 @@ def job(tmp_path, short_folder):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))} | {
         MARKER: marker, "SPT_NOENV": "1", "RAY_TMPDIR": short_folder,
         "PATH": os.pathsep.join((str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"])),
-        "SLURM_NNODES": str(NODES), "SLURM_JOB_ID": str(secrets.randbelow(9000)), "SLURM_CPUS_ON_NODE": "2",
+        "SLURM_NNODES": str(NODES), "SLURM_JOB_ID": str(secrets.randbelow(9000)), "SLURM_CPUS_PER_TASK": "2",
     }  # fmt: skip
 
     def start(*command: str) -> subprocess.Popen[str]:
