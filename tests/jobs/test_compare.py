@@ -363,6 +363,10 @@ def test_a_misspelled_recipe_and_missing_data_are_rejected_in_one_line(config_of
 def test_the_recipe_parses_to_itself_and_arms_differ_only_in_their_fields(tmp_path):
     config = parse(["--demo_data", "/data/demo", "--output_dir", "/x"]).config
     assert config == dataclasses.replace(demo_compare("/data/demo"), output_dir="/x")
+    (tmp_path / "part.yaml").write_text("demo_data: /data/demo\noutput_dir: /x")
+    assert parse(["--config", str(tmp_path / "part.yaml")]).config == config
+    with pytest.raises(ConfigError, match=r"^--demo_data: /other, but --config has /data/demo"):
+        parse(["--config", str(tmp_path / "part.yaml"), "--demo_data", "/other"])
     joint = config.pretrain_of("joint", 3)
     assert (joint.train.seed, joint.train.resume, joint.output_dir) == (3, "auto", "/x/runs/joint_seed3")
     for arm in ARMS:

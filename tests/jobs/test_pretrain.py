@@ -1,5 +1,6 @@
 """The command line of pretraining: overrides, saved configurations, and one-line errors for invalid input."""
 
+import dataclasses
 import json
 import os
 
@@ -9,7 +10,7 @@ import torch
 from diffdis_platform.cli import main
 from diffdis_platform.commands.pretrain import parse_arguments as parse
 from diffdis_platform.config.pretrain import PretrainConfig
-from diffdis_platform.recipes import recipes_of
+from diffdis_platform.recipes import recipes_of, sd_v1_laion
 from ray_platform.contracts import ConfigError, DataError
 from tests.support.messages import check_message
 from tests.support.training import write_shards
@@ -62,6 +63,35 @@ def test_a_saved_configuration_can_be_started_from_again(tmp_path):
     first = parse(["--recipe", "demo", "--train.seed", "7", "--output_dir", "/x"])
     (tmp_path / "config.yaml").write_text(first.yaml)
     assert parse(["--config", str(tmp_path / "config.yaml")]).config == first.config
+    (tmp_path / "config.yaml").write_text(first.yaml.replace("recipe: demo", "recipe: removed"))
+    assert parse(["--config", f"file://{tmp_path}/config.yaml"]).config == first.config
+
+
+def test_a_configuration_file_starts_from_the_recipe_that_it_names(tmp_path):
+    (tmp_path / "part.yaml").write_text("recipe: sd_v1_laion\ntrain: {num_steps: 5000}")
+    command, base = parse(["--config", str(tmp_path / "part.yaml")]), sd_v1_laion()
+    assert command.recipe == "sd_v1_laion"
+    assert command.config == dataclasses.replace(base, train=dataclasses.replace(base.train, num_steps=5000))
+    (tmp_path / "saved.yaml").write_text(command.yaml)
+    for name in ("part.yaml", "saved.yaml"):
+        assert parse(["--config", str(tmp_path / name), "--recipe", "sd_v1_laion"]).config == command.config
+        with pytest.raises(ConfigError, match=r"^--recipe: demo, but --config has sd_v1_laion"):
+            parse(["--recipe", "demo", f"--config={tmp_path / name}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("recipe: sd_v2_laion", "--recipe sd_v2_laion: no such recipe"),
+        ("recipe: demo\ntrian: {num_steps: 5}", "trian"),
+        ("- recipe: demo", "--config: .*part.yaml has no fields"),
+    ],
+)
+def test_faults_in_a_configuration_file_are_one_line(tmp_path, text, message):
+    (tmp_path / "part.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as raised:
+        parse(["--config", str(tmp_path / "part.yaml")])
+    assert "\n" not in str(raised.value)
 
 
 BAD_FIELDS = {  # in docs/operations.md

@@ -21,12 +21,12 @@ from typing import Any, Generic, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from diffdis_platform.config.fields import FieldTypes, field_names, field_types
+from diffdis_platform.config.fields import FieldTypes, check_secrets, field_names, field_types
 from diffdis_platform.config.help import CommandHelp, Option, current_recipes, render_help, requested_section, suggest
-from ray_platform.contracts import ConfigError, one_line
+from ray_platform.contracts import ConfigError, named_field, one_line
 from ray_platform.formats import VERSION_KEY, FileFormat
 from ray_platform.json_values import JsonObject, num_values, to_plain
-from ray_platform.redaction import is_redacted, redacted_values
+from ray_platform.redaction import redacted_values
 from ray_platform.storage_config import StorageConfig
 
 Config = TypeVar("Config")
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 CONFIG_FORMAT = FileFormat("configuration", renamed={"data.max_skipped_share": "data.max_skipped_fraction"})
 MAX_CONFIG_BYTES = 2**20
 MAX_CONFIG_VALUES = 100_000  # with YAML aliases expanded
-_S3_CREDENTIALS = re.compile(r"s3a?://[^/]*@")
 
 # A configuration may come from someone else, and `class_path: some.module` in it would import that module.
 set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=["*"])
@@ -82,17 +81,20 @@ def parse(
             is missing or in the wrong place.
     """
     arguments = [_expand_alias(argument, aliases or {}) for argument in argv]
-    parser = ArgumentParser(prog=about.program, exit_on_error=False, add_help=False)
-    listed, default = _add_options(parser, arguments, recipes or {}, switches or {})
     fields = field_types(config_class)
+    defaults = to_plain(dataclasses.asdict(config_class()))  # type: ignore[call-overload]
+    files = {path: _read_config_file(path) for path in _flag_values(arguments, "--config") if path}
+    parser = ArgumentParser(prog=about.program, exit_on_error=False, add_help=False)
+    # In a complete file, the recipe is only a name, which may no longer exist.
+    bases = [each for each in files.values() if str(each.get("recipe")) in (recipes or {}) or not _is_complete(each, defaults)]
+    listed, default = _add_options(parser, arguments, bases, recipes or {}, switches or {})
     if (section := requested_section(arguments)) is not None:
         print(render_help(about, section, default or config_class(), fields, listed, aliases or {}), end="")
         sys.exit()
     parser.add_class_arguments(config_class, default=default)
     options = {option.flag for option in listed}
     written = {option.removeprefix("--").replace("-", "_") for option in options}  # to a saved configuration, next to the fields
-    defaults = to_plain(dataclasses.asdict(config_class()))  # type: ignore[call-overload]
-    values, text = _resolve(parser, _read_config_files(_normalize(arguments, fields, options), fields, written, defaults))
+    values, text = _resolve(parser, _insert_files(_normalize(arguments, fields, options), files, fields, written, defaults))
     config = config_class(**{name: values[name] for name in field_names(config_class)})
     given = frozenset(name.replace("-", "_") for name in switches or {} if values[name.replace("-", "_")])
     _set_storage_variables(config)
@@ -102,25 +104,25 @@ def parse(
 
 
 def _add_options(
-    parser: ArgumentParser, arguments: Sequence[str], recipes: Recipes[Config], switches: Mapping[str, str]
+    parser: ArgumentParser, arguments: list[str], files: list[JsonObject], recipes: Recipes[Config], switches: Mapping[str, str]
 ) -> tuple[list[Option], Config | None]:
     """Add the options that are not fields. Return them, and the configuration of the recipe."""
     listed: list[Option] = []
     default = None
     if recipes:
-        if (recipe := _last_value(arguments, "--recipe", next(iter(recipes)))) not in recipes:
+        if (recipe := _option_value(arguments, files, "recipe", next(iter(recipes)))) not in recipes:
             raise ConfigError(f"--recipe {recipe}: no such recipe; choose one of {current_recipes(recipes)}")
         listed.append(Option("--recipe", f"Configuration to start from: {current_recipes(recipes)} (default: {recipe}).", "NAME"))
         parser.add_argument("--recipe", default=recipe)
         parameters = {
-            name: _last_value(arguments, f"--{name}", parameter.default)
+            name: _option_value(arguments, files, name, parameter.default)
             for name, parameter in inspect.signature(recipes[recipe]).parameters.items()
         }
         for name, value in parameters.items():
             listed.append(Option(f"--{name}", f"Parameter of the recipe {recipe} (default: {value}).", "VALUE"))
             parser.add_argument(f"--{name}", default=value)
         default = recipes[recipe](**parameters)
-    listed.append(Option("--config", "Saved config.yaml to start from.", "FILE"))
+    listed.append(Option("--config", "config.yaml to start from, saved or with only some fields; local or s3://.", "FILE"))
     parser.add_argument("--config", action="config")
     listed += [Option(f"--{name}", text) for name, text in switches.items()]
     for name in switches:
@@ -150,7 +152,7 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
     for name in names:  # a parser of the whole configuration would take most of the time
         parser.add_argument(f"--{name}", type=fields[name], default=functools.reduce(getattr, name.split("."), config))
     parsed = _parsed(parser, arguments)
-    _check_secrets(values)
+    check_secrets(values)
     with _one_line_errors():
         built = parser.instantiate(parsed)
         return _replaced(config, {name: built[name] for name in names})
@@ -201,13 +203,22 @@ def _expand_alias(argument: str, aliases: Mapping[str, str]) -> str:
     return aliases.get(flag, flag) + equals + value
 
 
-def _last_value(arguments: Sequence[str], flag: str, default: str) -> str:
-    """Return the value of a flag that decides how the other arguments are parsed."""
-    value = default
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        if argument == flag or argument.startswith(f"{flag}="):
-            value = argument.partition("=")[2] or following
-    return value
+def _flag_values(arguments: Sequence[str], flag: str) -> list[str]:
+    """Return the values of a flag that decides how the other arguments are parsed."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return [argument.partition("=")[2] or following for argument, following in pairs if argument.partition("=")[0] == flag]
+
+
+def _option_value(arguments: Sequence[str], files: Sequence[JsonObject], name: str, default: str) -> str:
+    """Return the recipe, or a parameter of it: from its flag, or else from the configuration files.
+
+    Raises:
+        ConfigError: they differ, so that the name of the recipe would not belong to the values.
+    """
+    given = _flag_values(arguments, f"--{name}")[-1:] + [str(values[name]) for values in files if name in values]
+    if other := [value for value in given if value != given[0]]:
+        raise ConfigError(f"--{name}: {given[0]}, but --config has {other[0]}; leave out one of them")
+    return [*given, default][0]
 
 
 def _normalize(arguments: Sequence[str], fields: FieldTypes, options: set[str]) -> list[str]:
@@ -275,7 +286,7 @@ def _resolve(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Mapping[
     values = _parsed(parser, arguments)
     text = parser.dump(values.clone(with_meta=False), skip_none=False)
     plain = yaml.safe_load(text)
-    _check_secrets(plain)
+    check_secrets(plain)
     if (public := redacted_values(plain)) != plain:
         text = yaml.safe_dump(public, sort_keys=False)
     with _one_line_errors():
@@ -315,7 +326,9 @@ def read_saved(values: JsonObject, fields: FieldTypes, url: str, options: Collec
     return current
 
 
-def _read_config_files(arguments: Sequence[str], fields: FieldTypes, options: set[str], defaults: JsonObject) -> list[str]:
+def _insert_files(
+    arguments: Sequence[str], files: Mapping[str, JsonObject], fields: FieldTypes, options: set[str], defaults: JsonObject
+) -> list[str]:
     """Replace the path of a saved config.yaml by the fields in it that still exist. In any other file, all fields must exist.
 
     A field that a saved configuration lacks is newer than the file: it gets its default, not the value of a recipe.
@@ -323,17 +336,21 @@ def _read_config_files(arguments: Sequence[str], fields: FieldTypes, options: se
     result = []
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         path = argument if previous == "--config" else argument.partition("=")[2] if argument.startswith("--config=") else ""
-        if path:
-            values = _read_config_file(Path(path))
-            if isinstance(values, dict):
-                # Only this parser writes options, such as `recipe`, to a file, and since then also the version.
-                is_saved = VERSION_KEY in values or values.keys() & options
-                current = read_saved(values, fields, path, options) if is_saved else with_current_names(values)
-                if is_saved and num_values(current) > num_values(defaults) / 3:  # with fewer, it was written by hand
-                    _add_defaults(current, defaults, fields)
-                argument = argument.removesuffix(path) + yaml.safe_dump(current, sort_keys=False)
+        if path in files:
+            # Only this parser writes the version to a file and, before that, a complete one with options such as `recipe`.
+            values, is_complete = files[path], _is_complete(files[path], defaults)
+            is_saved = VERSION_KEY in values or (is_complete and values.keys() & options)
+            current = read_saved(values, fields, path, options) if is_saved else with_current_names(values)
+            if is_saved and is_complete:
+                _add_defaults(current, defaults, fields)
+            argument = argument.removesuffix(path) + yaml.safe_dump(current, sort_keys=False)
         result.append(argument)
     return result
+
+
+def _is_complete(values: JsonObject, defaults: JsonObject) -> bool:
+    """Return whether a file has most fields, as a saved configuration has. One with fewer was written by hand."""
+    return num_values(values) > num_values(defaults) / 3
 
 
 def _add_defaults(section: JsonObject, defaults: JsonObject, fields: FieldTypes, prefix: str = "") -> None:
@@ -343,24 +360,31 @@ def _add_defaults(section: JsonObject, defaults: JsonObject, fields: FieldTypes,
             _add_defaults(value, default, fields, f"{prefix}{name}.")
 
 
-def _read_config_file(path: Path) -> Any:
+def _read_config_file(path: str) -> JsonObject:
     """Return the content of a YAML file of a reasonable size."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"--config: {path}: {error.strerror}; give a saved config.yaml") from None
+    if "://" in path:
+        from ray_platform import storage
+
+        with named_field("--config"):
+            content = storage.read_small(path, MAX_CONFIG_BYTES)
+    else:
+        try:
+            with Path(path).open("rb") as file:
+                content = file.read(MAX_CONFIG_BYTES + 1)
+        except OSError as error:
+            raise ConfigError(f"--config: {path}: {error.strerror}; give a saved config.yaml") from None
     if len(content) > MAX_CONFIG_BYTES:
         raise ConfigError(f"--config: {path} has more than {MAX_CONFIG_BYTES:,} bytes; give a saved config.yaml")
     try:
-        num_values = _count_values(yaml.compose(content, yaml.SafeLoader), {})
-        if num_values <= MAX_CONFIG_VALUES:
-            return yaml.safe_load(content)
+        if _count_values(yaml.compose(content, yaml.SafeLoader), {}) > MAX_CONFIG_VALUES:
+            raise ConfigError(
+                f"--config: {path} has more than {MAX_CONFIG_VALUES:,} values, because its aliases multiply; write them out"
+            )
+        if not isinstance(values := yaml.safe_load(content), dict):
+            raise ConfigError(f"--config: {path} has no fields; give a saved config.yaml")
+        return values
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
         raise ConfigError(f"--config: {path} cannot be read as YAML ({one_line(error)}); give a saved config.yaml") from None
-    raise ConfigError(
-        f"--config: {path} has more than {MAX_CONFIG_VALUES:,} values, because its aliases multiply; write them out"
-    )
 
 
 def _count_values(node: Any, counts: dict[int, int]) -> int:
@@ -374,27 +398,3 @@ def _count_values(node: Any, counts: dict[int, int]) -> int:
             inner = node.value
         counts[id(node)] = 1 + sum(_count_values(part, counts) for part in inner)
     return counts[id(node)]
-
-
-def _check_secrets(plain: Mapping[str, Any]) -> None:
-    """Reject secrets that a saved configuration lacks, and credentials in S3 URLs."""
-    for field, value in _texts(plain):
-        if is_redacted(value):
-            raise ConfigError(f"--{field}: a secret in it was not saved with the configuration; give this field again")
-        if _S3_CREDENTIALS.match(value):
-            raise ConfigError(
-                f"{field}: a URL contains credentials (before an @); leave them out, and set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY"
-            )
-
-
-def _texts(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted field, text) for every text in a configuration; the texts of a list have the list's field."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{field}.{name}" if field else str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner, field)
-    elif isinstance(value, str):
-        yield field, value
