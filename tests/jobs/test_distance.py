@@ -69,6 +69,12 @@ def test_images_of_several_sizes_are_compared_as_they_are(folders, tmp_path):
     assert {"kid_efficientnet_lite0", "precision_efficientnet_lite0", "recall_efficientnet_lite0"} < metrics.keys()
 
 
+def test_a_set_has_no_distance_to_itself(folders, tmp_path):
+    metrics = measure_here(plan_distance(config_of(folders[1], folders[1], tmp_path, *LITE)))
+    assert metrics["fd_efficientnet_lite0"] == pytest.approx(0, abs=1e-3)
+    assert metrics["recall_efficientnet_lite0"] == 1
+
+
 def test_published_statistics_give_the_distance_to_their_images(folders, tmp_path):
     moments = Moments.of(features_of(folders[1]))
     np.savez_compressed(tmp_path / "published.npz", mu=moments.mean, sigma=moments.covariance)

@@ -275,6 +275,7 @@ class DistancePlan:
 def plan_distance(config: DistanceConfig) -> DistancePlan:
     """Return the plan. Raises ConfigError and DataError."""
     networks = open_networks("networks", network_builders(config.networks, config.inception, config.resize))
+    generated = ImageFeatures("generated", _open_images("generated", config.generated))
     reference: ImageFeatures | Reference
     if config.reference.endswith(".npz"):
         if len(networks) > 1:
@@ -282,8 +283,10 @@ def plan_distance(config: DistanceConfig) -> DistancePlan:
         (network,) = networks.values()
         reference = read_reference("reference", config.reference, dict(network.protocol) | {"image_size": 0})
     else:
-        reference = ImageFeatures("reference", _open_images("reference", config.reference))
-    return DistancePlan(networks, ImageFeatures("generated", _open_images("generated", config.generated)), reference)
+        data = _open_images("reference", config.reference)
+        is_same = data.digest == generated.data.digest  # then the units have the same keys, and run once for both
+        reference = ImageFeatures("reference", data, generated.rows if is_same else {})
+    return DistancePlan(networks, generated, reference)
 
 
 def _open_images(name: str, url: str) -> EvaluationSet:
