@@ -200,6 +200,16 @@ def test_an_incomplete_set_has_its_shortfall_next_to_every_figure(models, tmp_pa
     assert details["means"] == {"good": None}
 
 
+def test_images_that_are_lost_with_their_shard_leave_the_rest_of_a_retrieval_set(models, tmp_path):
+    folder = write_retrieval(tmp_path, "pairs", 9, samples_per_shard=3)
+    data = open_evaluation_set("pairs", str(folder))
+    (folder / "test" / "1.tar").unlink()
+    plan = EvaluationPlan(models[0], [], {"pairs": data}, retrieval=[RetrievalMeasurement(models[0], data)])
+    details, rows = evaluated(plan, tmp_path / "out")
+    assert not details["failures"]
+    assert (rows["pairs", "good"]["n"], rows["pairs", "good"]["num_unreadable"]) == ("6", "1")
+
+
 def evaluated(plan, output):
     """Run a plan in this process and write its results. Returns the details and the rows of the table by (set, model)."""
     results = EvaluationResults(plan)

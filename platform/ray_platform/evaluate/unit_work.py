@@ -182,8 +182,9 @@ class EmbedImages:
                 [images[index] for index in readable],
                 noise_keys,
             )
-        if texts := [text for sample in raw if sample for text in sample.captions]:
+        if self.slice.schema.task == "zeroshot_retrieval":
             rows["num_texts"] = np.array([len(sample.captions) if sample else 0 for sample in raw], dtype=np.int32)
+        if texts := [text for sample in raw if sample for text in sample.captions]:
             rows["texts"] = np.array(texts)
             with models.lock:
                 rows["text_embeddings"] = scorer.embed_texts(texts)
