@@ -15,6 +15,8 @@ from diffdis.objective_config import TaskName as TaskName
 
 logger = logging.getLogger(__name__)
 
+Dtype = Literal["float32", "float16", "bfloat16"]
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -136,7 +138,7 @@ class DiffDisConfig:
     that the image branch runs once for any number of denoising steps and noise samples."""
     image_dropout: float = 0.1  # [D]
     """Fraction of samples whose image is masked in training, for guidance over the image."""
-    encoder_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    encoder_dtype: Dtype = "float32"
     """dtype of the autoencoder and the text encoder on accelerators; on CPUs they use float32."""
     warm_start: str = ""
     """Weights that training starts from: a folder in Stable Diffusion's layout (v1 or v2), a U-Net alone, or a model that DiffDis

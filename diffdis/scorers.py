@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, SiglipImageProcessorPil, SiglipModel
 
 from diffdis.autoencoder import KLAutoencoder
+from diffdis.config import Dtype
 from diffdis.metrics.zero_shot import class_embeddings
 from diffdis.model_folder import NO_CODE, check_model_folder
 from diffdis.pipeline import DiffDisPipeline
@@ -33,8 +34,8 @@ SCORER_TYPES: dict[str, tuple[Any, Any]] = {
 class DiffDisScorer:
     """An exported DiffDis model; satisfies the platform's Scorer and Generator protocols."""
 
-    def __init__(self, folder: str, device: str):
-        self.pipeline = DiffDisPipeline.from_pretrained(folder).to(device)
+    def __init__(self, folder: str, device: str, dtype: Dtype = "float32"):
+        self.pipeline = DiffDisPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         if isinstance(self.pipeline.autoencoder, KLAutoencoder):
             # One image at a time: at 512 px its activations are larger than the U-Net's for the whole batch.
@@ -89,7 +90,7 @@ class ClipScorer:
         ValueError: The folder has no CLIP or SigLIP, or its preprocessor produces another size than the model's.
     """
 
-    def __init__(self, folder: str | Path, device: str = "cpu", resize: Resize = "torch"):
+    def __init__(self, folder: str | Path, device: str = "cpu", resize: Resize = "torch", dtype: Dtype = "float32"):
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder}: no config.json; give a folder with a CLIP in transformers' layout")
@@ -101,7 +102,7 @@ class ClipScorer:
         self._is_siglip = kind == "siglip"
         self._device = torch.device(device)
         model = load_component(model_class, folder)
-        self._model = model.eval().requires_grad_(False).to(self._device)
+        self._model = model.eval().requires_grad_(False).to(self._device, getattr(torch, dtype))
         self._tokenizer = load_tokenizer(folder)
         self._size = self._model.config.vision_config.image_size
         self._processor = _image_processor(processor_class, folder, self._size)
@@ -185,7 +186,7 @@ class ClipScorer:
         values = self._normalize(torch.from_numpy(np.array(images)).to(self._device))
         with torch.autocast(self._device.type, enabled=False):
             embedded = self._model.get_image_features(pixel_values=values).pooler_output
-        return F.normalize(embedded, dim=-1).cpu().numpy()
+        return F.normalize(embedded.float(), dim=-1).cpu().numpy()
 
     def embed_classes(self, class_names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
         """Return [num_classes, D] float32 of unit norm; see `class_embeddings`."""
@@ -211,7 +212,7 @@ class ClipScorer:
             padded = self._tokenizer.pad({"input_ids": [tokens[index] for index in indices]}, return_tensors="pt")
             with torch.autocast(self._device.type, enabled=False):
                 embedded = self._model.get_text_features(input_ids=padded["input_ids"].to(self._device)).pooler_output
-            embeddings |= dict(zip(indices, F.normalize(embedded, dim=-1).cpu().numpy(), strict=True))
+            embeddings |= dict(zip(indices, F.normalize(embedded.float(), dim=-1).cpu().numpy(), strict=True))
         return np.stack([embeddings[index] for index in range(len(texts))])
 
 

@@ -335,6 +335,23 @@ def test_a_clip_or_siglip_is_evaluated_alone(sets, tmp_path):
     assert len(rows) == 2
 
 
+def test_half_precision_is_another_measurement_with_nearly_the_same_scores(exported_model, models, sets, tmp_path):
+    data, images = sets["first"], np.stack([picture(i, 32) for i in range(4)])
+    for model in (exported_model, models[0]):
+        half = open_model(EvalConfig(checkpoint=model.url, name="half", dtype="bfloat16"))
+        measurement = ZeroShotMeasurement(half, data)
+        assert not {unit.key for unit in measurement.units} & {unit.key for unit in ZeroShotMeasurement(model, data).units}
+        scorers, embeddings = [each.build("cpu") for each in (model, half)], []
+        for scorer in scorers:
+            pixels = np.stack([scorer.preprocess(image) for image in images])
+            embeddings.append(np.concatenate([scorer.embed_images(pixels, "abcd"), scorer.embed_texts(data.classes)]))
+        assert embeddings[1].dtype == np.float32
+        assert not np.array_equal(*embeddings)
+        assert (embeddings[0] * embeddings[1]).sum(axis=1).min() > 0.99
+        _, rows = evaluated(EvaluationPlan(half, [], {"first": data}, [measurement]), tmp_path / model.name)
+        assert rows["first", "half"]["dtype"] == "bfloat16"
+
+
 def test_the_curve_over_the_training(models, sets, tmp_path):
     scores = []
     for step, model in ((10, models[0]), (20, models[1])):

@@ -6,8 +6,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from diffdis.config import Dtype
 from diffdis_platform.commands import check_exists
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
@@ -64,7 +65,7 @@ class GenerateConfig:
     """Images per forward pass."""
     device: str = ""
     """Device, such as cuda or cpu. Empty: an accelerator if there is one."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """dtype of the model."""
     storage: StorageConfig = field(default_factory=StorageConfig)
 

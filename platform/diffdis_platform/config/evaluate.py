@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
+from diffdis.config import Dtype
 from diffdis_platform.config.export import check_weights
 from diffdis_platform.config.parse import MAX_CONFIG_BYTES, check_output_dir
 from ray_platform.contracts import ConfigError, one_line
@@ -122,6 +123,8 @@ class EvalConfig:
     resize: Literal["torch", "pillow"] = "torch"
     """How images of CLIPs are resized. `pillow` gives the pixels of published scores; `torch` takes a fifth of the time and
     differs by 1 gray level, rarely 2, in about 0.3 % of the values."""
+    dtype: Dtype = "float32"
+    """dtype of the model and the baselines. Feature networks and quality.clip stay in float32."""
     curve_set: str = ""
     """Set of the suite for the curve of accuracy against steps and draws. Empty: no curve."""
     curve_steps: tuple[int, ...] = (1, 2, 5, 10)

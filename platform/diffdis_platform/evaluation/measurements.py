@@ -62,7 +62,7 @@ class SetMeasurement(ABC):
         work = EmbedImages(model.name, data.name, part, model.settings, self.seed, num_sampled)
         unit = build_unit(
             self.group, f"{data.name} {part.name}", part.estimated_images if num_sampled is None else num_sampled, work,
-            model=model.digest, preprocessing=model.preprocessing, settings=dict(model.settings), seed=self.seed,
+            model=model.identity, preprocessing=model.preprocessing, settings=dict(model.settings), seed=self.seed,
             set=data.name, data=data.digest, slice=part.name, num_sampled=num_sampled,
         )  # fmt: skip
         self._slices[unit.key] = part
@@ -190,7 +190,7 @@ class ZeroShotMeasurement(SetMeasurement):
         return build_unit(
             self.group, f"classes of {self.data.name}", _TEXT_COST * len(names) * len(templates),
             EmbedClasses(self.model.name, names, templates), runs_first=True,
-            model=self.model.digest, classes=names, templates=templates,
+            model=self.model.identity, classes=names, templates=templates,
         )  # fmt: skip
 
     def add(self, unit: WorkUnit, rows: Rows) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffdis.config import Dtype
 from diffdis.export_folder import CONFIG_NAME
 from diffdis.model_folder import digest_of_folder
 from diffdis.scorers import SCORER_TYPES, ClipScorer, DiffDisScorer, Resize
@@ -40,6 +41,12 @@ class EvaluationModel:
     run_record: Mapping[str, str] | None = None  # the tracked run that trained it
     preprocessing: str = ""  # of images, for the results
     source: str = ""  # the checkpoint that the folder was exported from; empty: the folder itself
+    dtype: Dtype = "float32"
+
+    @property
+    def identity(self) -> str:
+        """What rows depend on, besides settings and preprocessing."""
+        return f"{self.digest} {self.dtype}"
 
     @property
     def can_generate(self) -> bool:
@@ -58,6 +65,7 @@ class EvaluationModel:
             "settings": dict(self.settings),
             "weights_digest": self.digest,
             "preprocessing": self.preprocessing,
+            "dtype": self.dtype,
         }
 
 
@@ -68,7 +76,9 @@ def open_model(config: EvalConfig) -> EvaluationModel:
     """
     checkpoint = config.checkpoint.rstrip("/")
     if _is_scorer(checkpoint):
-        return _open_clip(checkpoint, config.name or _default_name(checkpoint, "", None), "checkpoint", config.resize)
+        return _open_clip(
+            checkpoint, config.name or _default_name(checkpoint, "", None), "checkpoint", config.resize, config.dtype
+        )
     if storage.exists(storage.join(checkpoint, CONFIG_NAME)):
         url, step, source, folders = checkpoint, None, "", [checkpoint, _parent(checkpoint)]
     else:
@@ -87,13 +97,14 @@ def open_model(config: EvalConfig) -> EvaluationModel:
         config.name or _default_name(checkpoint, folders[-1], step),
         url,
         with_cached_folders(_digest, url),
-        functools.partial(with_cached_folders, DiffDisScorer, url),
+        functools.partial(with_cached_folders, functools.partial(DiffDisScorer, dtype=config.dtype), url),
         task,
         {} if task == "clip" else settings,
         step,
         run_record,
         f"square from the center, bicubic to {size} px",
         source,
+        config.dtype,
     )
 
 
@@ -115,12 +126,12 @@ def _default_name(checkpoint: str, run_folder: str, step: int | None) -> str:
     return name if step is None else f"{name}-step-{step}"
 
 
-def open_baseline(url: str, taken_names: set[str], resize: Resize = "torch") -> EvaluationModel:
+def open_baseline(url: str, taken_names: set[str], resize: Resize = "torch", dtype: Dtype = "float32") -> EvaluationModel:
     """Return a CLIP in transformers' layout; its name is that of its folder."""
     name = url.rstrip("/").rsplit("/", 1)[-1]
     if name in taken_names:
         raise ConfigError(f"baselines: two models are named {name}; rename a folder")
-    return _open_clip(url, name, "baselines", resize)
+    return _open_clip(url, name, "baselines", resize, dtype)
 
 
 def open_judge(url: str, resize: Resize = "torch") -> EvaluationModel:
@@ -128,16 +139,16 @@ def open_judge(url: str, resize: Resize = "torch") -> EvaluationModel:
     return _open_clip(url, f"CLIP {url.rstrip('/').rsplit('/', 1)[-1]}", "quality.clip", resize)
 
 
-def _open_clip(url: str, name: str, field_name: str, resize: Resize) -> EvaluationModel:
+def _open_clip(url: str, name: str, field_name: str, resize: Resize, dtype: Dtype = "float32") -> EvaluationModel:
     """Return a CLIP, after building it once: a folder that cannot be opened is reported before hours of work."""
     if not storage.exists(storage.join(url, "config.json")):
         raise ConfigError(f"{field_name}: {url} has no config.json; give the folder of a CLIP or SigLIP in transformers' layout")
-    build = functools.partial(with_cached_folders, functools.partial(ClipScorer, resize=resize), url)
+    build = functools.partial(with_cached_folders, functools.partial(ClipScorer, resize=resize, dtype=dtype), url)
     try:
         preprocessing = build("cpu").preprocessing
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(f"{field_name}: {url} cannot be opened ({one_line(error, 300)}); give another folder") from None
-    return EvaluationModel(name, url, with_cached_folders(_digest, url), build, preprocessing=preprocessing)
+    return EvaluationModel(name, url, with_cached_folders(_digest, url), build, preprocessing=preprocessing, dtype=dtype)
 
 
 def _digest(url: str) -> str:

@@ -125,7 +125,7 @@ class QualityMeasurement:
                     self.group_of(scale), f"images {first}… at guidance {scale:g}",
                     _STEP_COST * config.num_steps * len(prompts) * config.best_of,
                     GenerateImages(self.model.name, prompts, first, settings, *measured),
-                    model=self.model.digest, settings=settings, prompts=prompts, first=first, kept=num_kept,
+                    model=self.model.identity, settings=settings, prompts=prompts, first=first, kept=num_kept,
                     networks=list(self.protocols.values()), judge=judged_by,
                     images_dir=images_dir if first < num_kept else "", **self._best_of(),
                 )  # fmt: skip
@@ -204,6 +204,7 @@ class QualityMeasurement:
             "protocol": {
                 "networks": self.protocols,
                 "image_size": self.image_size,
+                "dtype": self.model.dtype,
                 "num_images": len(self.prompts),
                 "num_reference": self._num_reference(),
                 "prompts": self.config.prompts,

@@ -55,7 +55,9 @@ def plan_evaluation(config: EvalConfig, opened: OpenedSets | None = None) -> Eva
     model = open_model(config)
     baselines: list[EvaluationModel] = []
     for url in config.baselines:
-        baselines.append(open_baseline(url, {model.name, *(baseline.name for baseline in baselines)}, config.resize))
+        baselines.append(
+            open_baseline(url, {model.name, *(baseline.name for baseline in baselines)}, config.resize, config.dtype)
+        )
     check_not_taken([each.describe() for each in [model, *baselines]], config.output_dir)
     plan = EvaluationPlan(model, baselines, sets, failures=missing)
     for data in sets.values():

@@ -144,7 +144,7 @@ def _row(
         "settings": model["settings"],
         **settings,
         "step": model["step"],
-        **{field: value for field, value in model.items() if field in ("weights_digest", "preprocessing")},
+        **{field: value for field, value in model.items() if field in ("weights_digest", "preprocessing", "dtype")},
         "code_version": details["code_version"],
         "created": details["created"],
         "num_unreadable": result["num_unreadable"],

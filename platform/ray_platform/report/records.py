@@ -31,6 +31,7 @@ class EvaluatedModel(TypedDict):
     settings: NestedFields
     weights_digest: NotRequired[str]
     preprocessing: NotRequired[str]  # of images
+    dtype: NotRequired[str]
 
 
 class ReusedUnits(TypedDict):
