@@ -5,6 +5,7 @@ that stays the same while the other launch watches it, or, on the same machine, 
 the clocks of two hosts.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -18,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError
-from ray_platform.formats import FileFormat
+from ray_platform.contracts import ConfigError, UserError, describe_error
+from ray_platform.formats import FileFormat, NewerFormatError
 
 logger = logging.getLogger(__name__)
 
@@ -115,18 +116,19 @@ class Lease:
             self.renew()
             if not self.lost:
                 storage.delete(self.url)
-        except storage.StorageError as error:
+        except UserError as error:
             logger.warning("the lease could not be released, so that the next launch waits %.0f s: %s", STALE_SECONDS, error)
 
     def renew(self) -> None:
-        """Renew the lease, or set `lost`. Raises StorageError."""
+        """Renew the lease, or set `lost`. Raises StorageError, or ConfigError if an S3 client cannot be configured."""
         with storage.retrying_for(0):
-            content = self._read()
-            holder = Holder.from_bytes(content, self.url) if content else None
+            content, holder = self._read(), None
+            with contextlib.suppress(NewerFormatError):
+                holder = Holder.from_bytes(content, self.url) if content else None
             if holder and holder.token == self._holder.token:
                 self._write()
             elif not self.lost:
-                who = holder or f"another launch ({LEASE} is missing or damaged)"
+                who = holder or f"another launch ({LEASE} is missing, damaged or of a newer version)"
                 self.lost = f"output_dir: {self.output_dir} was taken over by {who}; this launch ended without saving"
 
     def _renew_regularly(self) -> None:
@@ -135,9 +137,9 @@ class Lease:
             try:
                 self.renew()
                 is_failing = False
-            except storage.StorageError as error:
+            except Exception as error:  # without this thread, a takeover is not noticed, and two launches train
                 if not is_failing:
-                    logger.warning("the lease could not be renewed (logged once); training continues: %s", error)
+                    logger.warning("the lease could not be renewed (logged once); training continues: %s", describe_error(error))
                 is_failing = True
 
     def _take(self) -> None:

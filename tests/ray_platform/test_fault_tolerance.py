@@ -1,7 +1,10 @@
 """Steps with bad losses, and failed workers: what is counted, what restarts, and what ends the run."""
 
+import errno
+import itertools
 import json
 import math
+import threading
 import time
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -14,11 +17,12 @@ from ray.train import ControllerError
 
 from ray_platform.contracts import ConfigError, DataError, TrainingError
 from ray_platform.storage import StorageError
-from ray_platform.train import failures
+from ray_platform.train import failures, fault_tolerance
 from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.failures import Diverged, Interrupted, find_cause
 from ray_platform.train.fault_tolerance import (
+    DriverMonitor,
     LossMonitor,
     RestartPolicy,
     Stopped,
@@ -252,3 +256,47 @@ def test_the_progress_shows_what_stalls():
     line = progress_text(metrics | {"train/stalled_fraction": 0.034, "train/seconds_left": 61.0})
     assert line == "loss_alignment 2.500  113 samples/s  waiting for data 2%  stalled 3%  left 1:01"
     assert "stalled" not in progress_text(metrics | {"train/stalled_fraction": 0.009})
+
+
+class Remote:
+    """Stand-in for the handle of an actor: `detector.find_hang.remote()` calls `answers["find_hang"]`."""
+
+    def __init__(self, **answers):
+        self.answers = answers
+
+    def __getattr__(self, name):
+        return SimpleNamespace(remote=self.answers.get(name, lambda *_: None))
+
+
+def test_workers_are_watched_whatever_fails_meanwhile(tmp_path, monkeypatch, caplog):
+    """The disk is full to which the progress is printed, and later a node cannot be listed."""
+    checked, steps = [], itertools.count()
+    done = threading.Event()
+
+    def find_hang(seconds):
+        checked.append(seconds)
+        if len(checked) == 5:
+            done.set()
+
+    def nodes():
+        if len(checked) == 2 and not done.is_set():
+            checked.append("failed")
+            raise KeyError("node")
+        return set()
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    detector = Remote(find_hang=find_hang, nodes=nodes, progress=lambda: (next(steps), {"train/samples_per_second": 1.0}))
+    monkeypatch.setattr(fault_tolerance.ray, "get", lambda answer, timeout: answer)
+    monkeypatch.setattr(fault_tolerance, "draining_nodes", set)
+    monkeypatch.setattr(fault_tolerance, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(fault_tolerance, "_POLLS_PER_CHECK", 1)
+    monkeypatch.setattr(fault_tolerance.ProgressBar, "update", fail)
+    watched = SimpleNamespace(lost=""), SimpleNamespace(poll=lambda nodes: None)
+    with DriverMonitor(detector, watched[1], TrainConfig(hang_seconds=7.0), watched[0]):
+        assert done.wait(10)
+    assert checked[:5] == [7.0, 7.0, "failed", 7.0, 7.0]
+    assert [[word for word in ("No space", "KeyError") if word in line] for line in caplog.messages[:3]] == [
+        ["No space"], ["KeyError"], ["No space"],
+    ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from dataclasses import replace
 
 import pytest
@@ -125,6 +126,26 @@ def test_a_launch_learns_that_it_lost_its_lease_and_leaves_it_alone(output):
         storage.delete(storage.join(output, LEASE))
         held.renew()
         assert "missing" in held.lost
+    with Lease(output, "first") as held:
+        storage.write_bytes(storage.join(output, LEASE), json.dumps({"format_version": 2}).encode())
+        held.renew()
+        assert "newer version" in held.lost
+
+
+def test_a_lease_is_renewed_again_after_any_error(tmp_path, monkeypatch, caplog):
+    renewed, errors = threading.Event(), iter([ConfigError("AWS_CA_BUNDLE: no such file"), KeyError("renewals"), None])
+
+    def renew(held):
+        if error := next(errors, None):
+            raise error
+        renewed.set()
+
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.001)
+    monkeypatch.setattr(Lease, "renew", renew)
+    with Lease(str(tmp_path), "first"):
+        assert renewed.wait(10)
+    assert len(caplog.messages) == 1
+    assert "AWS_CA_BUNDLE" in caplog.text
 
 
 def test_a_lease_of_a_newer_version(tmp_path):

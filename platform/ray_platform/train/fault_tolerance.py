@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ray_platform import storage
-from ray_platform.contracts import Batch, ConfigError, DataError, TrainingError, one_line
+from ray_platform.contracts import Batch, ConfigError, DataError, TrainingError, describe_error
 from ray_platform.lease import Lease
 from ray_platform.ray_internals import ControllerCallback, draining_nodes
 from ray_platform.retry import RETRY_SECONDS
@@ -237,7 +237,7 @@ class DriverMonitor:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        with contextlib.suppress(ray.exceptions.RayError):
+        with contextlib.suppress(ray.exceptions.RayError, OSError):
             self._print_progress()
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
@@ -248,23 +248,26 @@ class DriverMonitor:
         self.hang_detector.reset.remote()
 
     def _on_sigterm(self, *_: object) -> None:
-        print("SIGTERM: saving a checkpoint", flush=True)
         self._stop(_STOPPED)
+        with contextlib.suppress(OSError):  # standard output may be closed
+            print("SIGTERM: saving a checkpoint", flush=True)
 
     def _stop(self, reason: str) -> None:
         self.stop_reason = reason
         self.hang_detector.request_stop.remote(reason)
 
     def _poll_loop(self) -> None:
+        logged = ""
         for num_polls in itertools.count(1):
             if self._done.wait(POLL_SECONDS):
                 return
             try:
-                self._print_progress()
                 if num_polls % _POLLS_PER_CHECK == 0:
-                    self._check_workers()
-            except ray.exceptions.RayError as error:
-                logger.warning("the hang detector does not answer: %s", one_line(error))
+                    self._check_workers()  # first, as the disk may be full to which the progress is printed
+                self._print_progress()
+            except Exception as error:  # without this thread, no hang, drain, time limit or lost lease is noticed
+                if logged != (logged := describe_error(error)):
+                    logger.warning("the workers cannot be watched (logged once); the next attempt follows: %s", logged)
 
     def _check_workers(self) -> None:
         """Have the workers save and restart without a node that is being drained.
