@@ -29,6 +29,9 @@ def rank_loop(rank, fields, world_size, num_micro, start, stop, state, bad_at):
     size = GLOBAL_BATCH // world_size // num_micro
     engine = Engine(task, TrainConfig(**fields, deepspeed=SHARDED if fields["zero_stage"] == 3 else {}), size, num_micro)
     assert not fields["zero_stage"] or hasattr(engine.optimizer, "clip_grad"), "`zero.set_clipping` sets it"
+    if fields["zero_stage"]:
+        timeout = engine.engine.data_parallel_group._get_backend(engine.device).options._timeout
+        assert timeout.total_seconds() == engine.config.collective_timeout_s
     if state is not None:
         engine.load_state(start, lambda name, shape: state.get(name))
     losses, changed = [], []

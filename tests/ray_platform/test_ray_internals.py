@@ -44,10 +44,11 @@ def test_spilled_bytes_are_known(ray_cluster):
 
 
 @pytest.mark.parametrize("preempted", [False, True])
-def test_ray_train_restarts_no_workers_itself(tmp_path, preempted):
+def test_ray_train_leaves_failures_and_hangs_to_the_driver(tmp_path, preempted):
     """Its controller would neither log nor count a restart, and the hang detector would still ask new workers to stop."""
     run = Run(dict, DataConfig(sources=("a",)), TrainConfig(), TrackingConfig(), str(tmp_path), {}, dict)
     trainer = run._trainer(SimpleNamespace(launch="launch", hang_detector=None))
+    assert trainer.backend_config.timeout_s == run.train.collective_timeout_s
     died = RayActorError(None, "The actor died.", preempted=preempted)
     policy = create_failure_policy(trainer.run_config.failure_config)
     assert policy.make_decision(WorkerGroupError("a worker died", {1: died})) == FailureDecision.RAISE

@@ -49,3 +49,8 @@ def test_a_global_batch_is_divided_into_micro_batches(arguments, expected):
 def test_invalid_fields_are_named(fields):
     with pytest.raises(ConfigError, match=f"train.{next(iter(fields))}"):
         TrainConfig(**fields)
+
+
+@pytest.mark.parametrize("seconds", [1.0, 600.0, 7200.0])
+def test_gloo_and_nccl_wait_longer_than_the_hang_detector(seconds):
+    assert TrainConfig(hang_seconds=seconds).collective_timeout_s > 10 * seconds

@@ -1,10 +1,15 @@
 """Settings of a training run, each with its default."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ray_platform.contracts import ConfigError
 from ray_platform.placement import check_labels
+
+SLOW_PHASE_FACTOR = 10  # how much longer than hang_seconds a rank may take to build, restore, score or export
+_COLLECTIVE_MARGIN_S = 1800  # Ray Train's default timeout of the process group
+_MAX_COLLECTIVE_S = 30 * 24 * 3600
 
 
 def width_state(width: float) -> str:
@@ -222,6 +227,11 @@ class TrainConfig:
     def last_step(self) -> int:
         """Last step of this launch."""
         return self.stop_at_step or self.num_steps
+
+    @property
+    def collective_timeout_s(self) -> int:
+        """Seconds after which gloo and NCCL abort a collective: later than the hang detector, which names the rank to blame."""
+        return int(min(SLOW_PHASE_FACTOR * (self.hang_seconds or math.inf) + _COLLECTIVE_MARGIN_S, _MAX_COLLECTIVE_S))
 
     @property
     def min_workers(self) -> int:

@@ -61,6 +61,7 @@ class Engine:
             for group, weights in zip(self.adam.param_groups, self.replicas.weights, strict=True):
                 group["params"] = [weights.master]
         else:
+            zero.clone_process_group(config.collective_timeout_s)
             self.engine, self.optimizer, _, _ = zero.import_deepspeed().initialize(
                 model=task.module,
                 optimizer=self.adam,

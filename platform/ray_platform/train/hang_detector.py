@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import ray
 
 from ray_platform.placement import log_restart
+from ray_platform.train.config import SLOW_PHASE_FACTOR
 
 HEARTBEAT_SECONDS = 2.0
 _SILENT_SECONDS = 5 * HEARTBEAT_SECONDS  # after this, the process is stopped or its node is lost
-_SLOW_PHASE_FACTOR = 10  # longer timeout of phases that are slow by themselves: building, restoring, scoring, exporting
 _MAX_RANKS_NAMED = 8  # in the message about a hang
 # Files of frames that wait for other ranks, with gloo. NCCL's calls return at once and the next read of a result waits, wherever
 # it is; the trainer marks such places (`HeartbeatThread.waiting_for_ranks`).
@@ -36,7 +36,7 @@ class Heartbeat:
     phase: str  # what the training loop does, such as "waiting for data"
     stack_top: str  # file:line function of the training thread
     waits_for_ranks: bool
-    is_slow_phase: bool  # see _SLOW_PHASE_FACTOR
+    is_slow_phase: bool  # see SLOW_PHASE_FACTOR
     progress: int  # counter of files uploaded, micro-batches scored, …
     host: str
     pid: int
@@ -185,7 +185,7 @@ class HangDetector:
         return {rank.heartbeat.node for rank in self._ranks.values()}
 
     def find_hang(self, seconds: float) -> Hang | None:
-        """Return a hang when no rank made progress for `seconds`, times `_SLOW_PHASE_FACTOR` in slow phases.
+        """Return a hang when no rank made progress for `seconds`, times `SLOW_PHASE_FACTOR` in slow phases.
 
         A slow phase gives no more time to a rank that is silent, or to the ranks that wait for it. Silent ranks are blamed; if
         there are none, those that do not wait for other ranks.
@@ -199,7 +199,7 @@ class HangDetector:
 
         def timeout(rank: _Received) -> float:
             waits_in_vain = is_silent(rank) or (silent and rank.heartbeat.waits_for_ranks)
-            return seconds * (_SLOW_PHASE_FACTOR if rank.heartbeat.is_slow_phase and not waits_in_vain else 1)
+            return seconds * (SLOW_PHASE_FACTOR if rank.heartbeat.is_slow_phase and not waits_in_vain else 1)
 
         if not ranks or any(now - rank.progressed_at < timeout(rank) for rank in ranks):
             return None

@@ -206,7 +206,7 @@ class Run(RunPlan):
         return TorchTrainer(
             run_worker,
             train_loop_config=spec,
-            torch_config=ProcessGroupConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
+            torch_config=ProcessGroupConfig("nccl" if train.gpus_per_worker else "gloo", timeout_s=train.collective_timeout_s),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=train.num_workers,
                 elastic_resize_monitor_interval_s=RESIZE_SECONDS,

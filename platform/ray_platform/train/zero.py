@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -177,6 +178,13 @@ def import_deepspeed() -> Any:
     # There is no setting for this warning: the one that allows an optimizer logs it.
     logging.getLogger("DeepSpeed").addFilter(lambda record: UNTESTED not in record.getMessage())
     return deepspeed
+
+
+@collective
+def clone_process_group(timeout_s: int) -> None:
+    """Create DeepSpeed's copy of the process group with this timeout; its own one would have torch's, 600 s with NCCL."""
+    groups = import_deepspeed().utils.groups
+    groups._WORLD_GROUP = groups._WORLD_GROUP or dist.new_group(timeout=timedelta(seconds=timeout_s))
 
 
 def whole_on_rank_0(parameter: torch.nn.Parameter) -> AbstractContextManager[None]:
