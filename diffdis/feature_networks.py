@@ -20,6 +20,7 @@ from torch import nn
 
 from diffdis.model_folder import NO_CODE, check_model_folder, digest_of_folder
 from diffdis.pretrained import load_component
+from diffdis.transfer import copy_to
 
 EFFICIENTNET_SIZE, EFFICIENTNET_WIDTH = 224, 1280
 INCEPTION_SIZE, INCEPTION_WIDTH = 299, 2048
@@ -51,13 +52,17 @@ class PooledFeatures:
         self.figure, self.protocol, self.classifier = figure, protocol, classifier
         self._network, self._to_input, self._device = network, to_input, device
 
-    @torch.no_grad()
     def features(self, images: np.ndarray) -> np.ndarray:
         """Return float32 [B, d] of RGB uint8 [B, H, W, 3], each image independently, in float32 even under autocast."""
+        return self.embed(images).cpu().numpy()
+
+    @torch.no_grad()
+    def embed(self, images: np.ndarray) -> torch.Tensor:
+        """Return `features` on the network's device, for which the host does not wait."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"images of {images.dtype} {images.shape}: uint8 [B, H, W, 3] is needed")
         with torch.autocast(self._device.type, enabled=False):
-            return self._network(self._to_input(images, self._device)).float().cpu().numpy()
+            return self._network(self._to_input(images, self._device)).float()
 
 
 @dataclass(frozen=True)
@@ -269,12 +274,12 @@ def _resize_like_clean_fid(images: np.ndarray, device: torch.device) -> torch.Te
     size = (INCEPTION_SIZE, INCEPTION_SIZE)
     resized = np.stack([np.asarray(plane.resize(size, Image.Resampling.BICUBIC)) for plane in planes])
     resized = resized.reshape(len(images), 3, *size)
-    return (torch.from_numpy(resized.clip(0, 255)).to(device) - 128.0) / 128.0
+    return (copy_to(device, [resized.clip(0, 255)])[0] - 128.0) / 128.0
 
 
 def _channels_first(images: np.ndarray, device: torch.device) -> torch.Tensor:
     """Return float32 [B, 3, H, W] of uint8 [B, H, W, 3]."""
-    return torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()  # a copy: Arrow's buffers are read-only
+    return copy_to(device, [images])[0].permute(0, 3, 1, 2).float()
 
 
 RESIZES: dict[str, Callable[[np.ndarray, torch.device], torch.Tensor]] = {
@@ -361,7 +366,7 @@ def _image_model(device: torch.device, options: NetworkOptions) -> PooledFeature
 
     def to_input(images: np.ndarray, device: torch.device) -> torch.Tensor:
         processed = processor(list(images), return_tensors="pt", input_data_format="channels_last")
-        return processed["pixel_values"].to(device)
+        return copy_to(device, [processed["pixel_values"]])[0]
 
     def pooled(x: torch.Tensor) -> torch.Tensor:
         embed = getattr(model, "get_image_features", model)

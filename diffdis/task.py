@@ -126,8 +126,7 @@ class DiffDisTask:
         if self._image_network:
             if "image" not in batch.tensors:
                 raise ValueError("objective.repa_weight: precomputed data has no images; use 0, or data with images")
-            features = self._image_network.features(batch.tensors["image"])
-            encoded["image_features"] = copy_to(device, [features])[0]
+            encoded["image_features"] = self._image_network.embed(batch.tensors["image"]).to(device)
         return encoded | {
             "caption_ids": copy_to(device, [np.array([_caption_id(c) for c in batch.captions], dtype=np.int64)])[0],
             "null_states": self._null_states,

@@ -212,6 +212,13 @@ def test_lambda_falls_over_the_run(make_task, batch, name, factors):
         assert (metrics["lambda_alignment"][0] / metrics["lambda_alignment"][1]).item() == pytest.approx(0.4 * factors[1])
 
 
+def test_the_features_for_repa_stay_on_the_device(make_task, batch, monkeypatch):
+    task = make_task(ObjectiveConfig(**OPTIONS["repa"]))
+    expected = build_color_network(CPU, None).features(batch.tensors["image"])
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: pytest.fail("the host waits for the accelerator"))
+    assert torch.equal(task.inputs(batch, CPU)["image_features"], torch.from_numpy(expected))
+
+
 def test_the_projection_of_repa_is_trained_and_is_not_part_of_the_model(make_task, batch, tmp_path):
     task = make_task(ObjectiveConfig(task="generation", **OPTIONS["repa"]))
     names = {group["name"] for group in task.parameter_groups() for p in group["params"] if p is task.module.repa[0].weight}
