@@ -60,6 +60,7 @@ def check_run(tracked, shards, previews):
     assert not ungrouped, "MLflow's pages group metrics by what precedes the slash"
     assert {name.partition("/")[0] for name in run.data.metrics} >= {"_overview", "train", "data", "memory", "system"}
     assert run.data.metrics["alignment/retrieval_chance"] > 0
+    assert run.data.metrics["data/spilled_bytes"] >= 0
     assert 0 < run.data.metrics["system/node_0/system_memory_usage_percentage"] < 100
     assert tags["node_0"] == os.uname().nodename
     assert [file.path for file in client.list_artifacts(tracked["run_id"], "previews")] == [

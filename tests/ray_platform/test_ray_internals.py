@@ -1,6 +1,8 @@
 """Ray's private API as used by ray_platform.ray_internals: these tests fail if a new version of Ray changes it."""
 
 import inspect
+import math
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -39,8 +41,13 @@ def test_ray_data_has_the_buffer_of_read_tasks_and_calls_the_throttle(ray_cluste
     assert turns
 
 
-def test_spilled_bytes_are_known(ray_cluster):
-    assert ray_internals.spilled_bytes() >= 0
+def test_spilled_bytes_are_known_later(ray_cluster, monkeypatch):
+    answered, read = threading.Event(), ray_internals._read_spilled_bytes
+    monkeypatch.setattr(ray_internals, "_read_spilled_bytes", lambda: answered.wait() and read())
+    spilled_bytes = ray_internals.SpilledBytes()
+    assert math.isnan(spilled_bytes.newest()), "it does not wait for the nodes"
+    answered.set()
+    assert any(spilled_bytes.newest() >= 0 for _ in range(10**7))
 
 
 @pytest.mark.parametrize("preempted", [False, True])

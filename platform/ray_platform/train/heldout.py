@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 def select_samples(batch: Batch, indices: Sequence[int]) -> Batch:
-    """Return the samples of a batch at `indices`."""
-    tensors = {name: tensor[list(indices)] for name, tensor in batch.tensors.items()}
+    """Return the samples of a batch at `indices`; at a range, its tensors are views."""
+    rows = slice(indices.start, indices.stop, indices.step) if isinstance(indices, range) else list(indices)
+    tensors = {name: tensor[rows] for name, tensor in batch.tensors.items()}
     return replace(batch, tensors=tensors, captions=[batch.captions[i] for i in indices], keys=[batch.keys[i] for i in indices])
 
 

@@ -24,7 +24,7 @@ from ray_platform.contracts import Batch, ConfigError, ConsumedRange, DataError,
 from ray_platform.data.causes import check_skipped, is_too_bad, num_bad
 from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
-from ray_platform.ray_internals import spilled_bytes
+from ray_platform.ray_internals import SpilledBytes
 from ray_platform.retry import RETRY_SECONDS
 from ray_platform.train.checkpoint_format import Lineage, LossHistory, Manifest, RankState, RetentionPolicy, read_weights
 from ray_platform.train.checkpointing import CheckpointManager, TrainState, add_counts, find_checkpoint, restore
@@ -117,6 +117,7 @@ class Trainer:
             with storage.retrying_for(RETRY_SECONDS):
                 lineage = Lineage.read(spec.output_dir, spec.launch, self.loaded_url, loaded.manifest if loaded else None)
         self.checkpoints = CheckpointManager(lineage, self.engine, self.start, retention, heartbeat)
+        self.spilled_bytes = SpilledBytes()
         self.profiler: StepProfiler | None = None
         if config.profile and self.rank in config.profile_ranks:
             self.profiler = StepProfiler(config, spec.output_dir, self.rank, self.start.step)
@@ -272,7 +273,8 @@ class Trainer:
                 metrics |= {f"data/skipped_{cause}": float(count) for cause, count in self._gather_skipped().items()}
                 metrics |= memory_metrics(self.engine.device)
             if self.rank == 0:
-                metrics["data/spilled_bytes"] = spilled_bytes()
+                if (spilled_bytes := self.spilled_bytes.newest()) >= 0:
+                    metrics["data/spilled_bytes"] = spilled_bytes
                 metrics["data/epochs_complete"] = float(min(self.start.consumed.first_epoch))
             metrics["train/samples_seen"] = float(self.samples_seen)
             metrics["train/seconds_left"] = self.meter.seconds_left(self.config.last_step - self.step)
