@@ -29,6 +29,7 @@ from ray_platform.train.fault_tolerance import (
     is_final,
     progress_text,
 )
+from ray_platform.train.hang_detector import Hang
 from ray_platform.train.optimizer import LossScale
 from ray_platform.train.worker import Trainer, build_task
 from tests.support.messages import check_message
@@ -268,7 +269,18 @@ class Remote:
         return SimpleNamespace(remote=self.answers.get(name, lambda *_: None))
 
 
-def test_workers_are_watched_whatever_fails_meanwhile(tmp_path, monkeypatch, caplog):
+@pytest.fixture
+def watch(monkeypatch):
+    """Return watch(detector, poll, **train), a `DriverMonitor` that checks the workers all the time, without Ray."""
+    monkeypatch.setattr(fault_tolerance.ray, "get", lambda answer, timeout: answer)
+    monkeypatch.setattr(fault_tolerance, "draining_nodes", set)
+    monkeypatch.setattr(fault_tolerance, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(fault_tolerance, "_POLLS_PER_CHECK", 1)
+    lease = SimpleNamespace(lost="")
+    return lambda detector, poll, **train: DriverMonitor(detector, SimpleNamespace(poll=poll), TrainConfig(**train), lease)
+
+
+def test_workers_are_watched_whatever_fails_meanwhile(watch, monkeypatch, caplog):
     """The disk is full to which the progress is printed, and later a node cannot be listed."""
     checked, steps = [], itertools.count()
     done = threading.Event()
@@ -288,15 +300,19 @@ def test_workers_are_watched_whatever_fails_meanwhile(tmp_path, monkeypatch, cap
         raise OSError(errno.ENOSPC, "No space left on device")
 
     detector = Remote(find_hang=find_hang, nodes=nodes, progress=lambda: (next(steps), {"train/samples_per_second": 1.0}))
-    monkeypatch.setattr(fault_tolerance.ray, "get", lambda answer, timeout: answer)
-    monkeypatch.setattr(fault_tolerance, "draining_nodes", set)
-    monkeypatch.setattr(fault_tolerance, "POLL_SECONDS", 0.001)
-    monkeypatch.setattr(fault_tolerance, "_POLLS_PER_CHECK", 1)
     monkeypatch.setattr(fault_tolerance.ProgressBar, "update", fail)
-    watched = SimpleNamespace(lost=""), SimpleNamespace(poll=lambda nodes: None)
-    with DriverMonitor(detector, watched[1], TrainConfig(hang_seconds=7.0), watched[0]):
+    with watch(detector, lambda nodes: None, hang_seconds=7.0):
         assert done.wait(10)
     assert checked[:5] == [7.0, 7.0, "failed", 7.0, 7.0]
     assert [[word for word in ("No space", "KeyError") if word in line] for line in caplog.messages[:3]] == [
         ["No space"], ["KeyError"], ["No space"],
     ]  # fmt: skip
+
+
+def test_without_hang_seconds_no_worker_is_killed(watch, monkeypatch):
+    killed, checked = [], threading.Event()
+    monkeypatch.setattr(fault_tolerance.ray, "kill", killed.append)
+    detector = Remote(nodes=set, progress=lambda: (-1, {}), find_hang=lambda seconds: Hang("hangs", ["actor"]))
+    with watch(detector, lambda nodes: checked.set(), hang_seconds=0):
+        assert checked.wait(10)
+    assert not killed

@@ -130,7 +130,7 @@ class TrainConfig:
     """Restarts of the workers without a new checkpoint before the run fails."""
     hang_seconds: float = 600.0
     """Seconds without a step on any rank after which the hung rank is reported and all workers restart. Ten times as long while
-    building, scoring, generating previews or exporting."""
+    building, scoring, generating previews or exporting. 0: no hang detection."""
     resume: str = "none"
     """`auto`: resume from the newest checkpoint in output_dir, if any. `none`: start anew, and reject an output_dir with
     checkpoints. Anything else: path of a checkpoint to resume from."""

@@ -287,7 +287,8 @@ class DriverMonitor:
         nodes = ray.get(detector.nodes.remote(), timeout=_ANSWER_TIMEOUT_SECONDS)
         if drained := draining_nodes() & nodes:
             detector.request_stop.remote(f"node {min(drained)[:8]} is being drained")
-        if hang := ray.get(detector.find_hang.remote(self.train.hang_seconds), timeout=_ANSWER_TIMEOUT_SECONDS):
+        seconds = self.train.hang_seconds
+        if seconds and (hang := ray.get(detector.find_hang.remote(seconds), timeout=_ANSWER_TIMEOUT_SECONDS)):
             self.last_hang = hang.message
             logger.warning("%s; restarting all workers", hang.message)
             for actor in hang.actors:
