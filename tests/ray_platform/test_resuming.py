@@ -49,6 +49,10 @@ def test_a_finished_run_with_more_steps_jumps_or_rises():
     jumping, rising = (TrainConfig(**FINISHED | {"num_steps": 200, "rewarm_steps": steps}) for steps in (0, 20))
     old = resumption()
     assert resumed_rewarm(old.manifest, rising) == Rewarm(100, pytest.approx(0.0003, abs=1e-4))
+    profiled = replace(rising, profile=True, profile_steps=(150, 155))
+    assert resumed_rewarm(old.manifest, profiled) == resumed_rewarm(old.manifest, rising), (
+        "these steps are not in the old schedule"
+    )
     (line,) = old.warnings(jumping)
     assert line.startswith("train.rewarm_steps")
     assert "step 100" in line

@@ -103,7 +103,8 @@ def resumed_rewarm(manifest: Manifest, train: TrainConfig) -> Rewarm | None:
     saved_train = manifest.config.get("train", {})
     # A field that a release before this one did not have has its default.
     fields = {name: saved_train.get(name, getattr(TrainConfig, name)) for name in SCHEDULE_FIELDS if saved_train}
-    saved, previous = replace(train, stop_at_step=0, **fields), None
+    # Without the fields that must fit today's number of steps.
+    saved, previous = replace(train, stop_at_step=0, profile_steps=None, **fields), None
     if manifest.rewarm:
         previous = Rewarm(int(manifest.rewarm["step"]), manifest.rewarm["factor"])
     if manifest.step == 0 or all(getattr(saved, name) == getattr(train, name) for name in SCHEDULE_FIELDS):
