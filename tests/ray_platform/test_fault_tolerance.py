@@ -17,10 +17,10 @@ from ray.train import ControllerError
 
 from ray_platform.contracts import ConfigError, DataError, TrainingError
 from ray_platform.storage import StorageError
-from ray_platform.train import failures, fault_tolerance
+from ray_platform.train import failures, fault_tolerance, worker
 from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.failures import Diverged, Interrupted, find_cause
+from ray_platform.train.failures import AcceleratorFull, Diverged, Interrupted, find_cause
 from ray_platform.train.fault_tolerance import (
     DriverMonitor,
     LossMonitor,
@@ -31,7 +31,8 @@ from ray_platform.train.fault_tolerance import (
 )
 from ray_platform.train.hang_detector import Hang
 from ray_platform.train.optimizer import LossScale
-from ray_platform.train.worker import Trainer, build_task
+from ray_platform.train.worker import Trainer, build_task, train_worker
+from tests.ray_platform.test_checkpointing import save
 from tests.support.messages import check_message
 
 BATCH = SimpleNamespace(keys=("shard/1", "shard/2"), captions=("a cat", "a dog"))
@@ -250,6 +251,25 @@ def test_a_task_that_cannot_be_built_is_not_tried_again(error):
     with pytest.raises(ConfigError, match=r"^objective\.freeze: no such$") as raised:
         build_task(SimpleNamespace(train=SimpleNamespace(seed=0), build_task=cloudpickle.dumps(build)))
     assert is_final(raised.value)
+
+
+@pytest.mark.parametrize(("num_steps", "kind"), [(0, ConfigError), (20, AcceleratorFull)])
+def test_a_full_accelerator_is_final_only_before_the_first_step_of_the_run(tmp_path, monkeypatch, num_steps, kind):
+    """Also in the first step of new processes, which continue a checkpoint."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of")
+
+    if num_steps:
+        save(tmp_path, num_steps)
+    monkeypatch.setattr(worker, "stream", full)
+    monkeypatch.setattr(worker.HeartbeatThread, "start", lambda heartbeat: None)
+    spec = SimpleNamespace(
+        train=TrainConfig(), output_dir=str(tmp_path), launch="a", catalog=SimpleNamespace(digest="d", num_units=[3]), params={},
+        data=None, hang_detector=None, build_task=cloudpickle.dumps(dict), tracker=SimpleNamespace(flush=lambda: None),
+    )  # fmt: skip
+    with pytest.raises(kind, match=r"train\.micro_batch_size"):
+        train_worker(spec)
 
 
 def test_the_progress_shows_what_stalls():

@@ -59,7 +59,7 @@ def train_worker(spec: WorkerSpec) -> None:
         trainer.run()
     except torch.OutOfMemoryError as error:
         message = oom_message(error, heartbeat.rank)
-        # A restart would fail in the same way at the first step.
+        # A restart would fail in the same way at the run's first step.
         raise (AcceleratorFull(message) if heartbeat.step else ConfigError(message)) from error
     finally:
         heartbeat.stop()
@@ -98,6 +98,7 @@ class Trainer:
         else:
             self.start = TrainState.from_checkpoint(loaded, spec.catalog, config)
             history, rewarm = loaded.loss_history(spec.output_dir, spec.params), resumed_rewarm(loaded.manifest, config)
+        heartbeat.step = self.start.step
         self.loaded_url = loaded.url if loaded else ""
         self.plan = BatchPlan.of(self.start.global_batch_size, self.world_size, config.micro_batch_size)
         reader = Reader(config.seed, self.rank, self.world_size, self.start.base, self.start.consumed.copy(), self.start.mixture)
