@@ -45,7 +45,7 @@ _FIXED = (
     "output_dir", "tracking", "train.num_steps", "train.stop_at_step", "train.resume", "train.num_workers",
     "train.cpus_per_worker", "train.gpus_per_worker", "data.reads_per_rank", "data.cpus_per_read", "evaluation.checkpoint",
     "evaluation.output_dir", "evaluation.tracking", "evaluation.num_workers", "evaluation.cpus_per_worker",
-    "evaluation.gpus_per_worker",
+    "evaluation.gpus_per_worker", "evaluation.quality.reference", "evaluation.quality.num_reference",
 )  # fmt: skip
 
 
@@ -220,14 +220,14 @@ class TrialRunner:
         )
         return replace(pretrain, output_dir=segment.folder, train=train, tracking=replace(self.tracking, run_name=segment.trial))
 
-    def _evaluate(self, segment: TrialSegment, step: int) -> Mapping[str, float]:
+    def evaluation_config(self, segment: TrialSegment, step: int) -> tuple[EvalConfig, str]:
+        """Return the config that evaluates the model of a step, and the file through which all trials share the features of the
+        real images; "" with several networks, whose features are not shared."""
         pretrain, evaluation = configure(self.config, segment.values)
-        quality, networks = evaluation.quality, evaluation.quality.networks
-        # All trials share the features of the real images, which the first evaluation computes; not those of several networks.
-        shared = storage.join(self.config.output_dir, f"reference_{network_name(networks[0])}_{pretrain.model.image_size}px.npz")
-        is_shared = len(networks) == 1 and storage.exists(shared)
-        if quality.prompts and is_shared:
-            quality = replace(quality, reference=shared)
+        quality, (name, *others) = evaluation.quality, map(network_name, evaluation.quality.networks)
+        shared = "" if others else storage.join(self.config.output_dir, f"reference_{name}_{pretrain.model.image_size}px.npz")
+        if quality.prompts and shared and storage.exists(shared):
+            quality = replace(quality, reference=shared, num_reference=0)
         evaluation = replace(
             evaluation,
             checkpoint=storage.join(segment.folder, "export"),
@@ -236,6 +236,10 @@ class TrialRunner:
             tracking=replace(self.tracking, run_name=segment.trial),
             num_workers=_evaluation_workers(self.config),
         )
+        return evaluation, shared
+
+    def _evaluate(self, segment: TrialSegment, step: int) -> Mapping[str, float]:
+        evaluation, shared = self.evaluation_config(segment, step)
         details = evaluate(evaluation, plan_evaluation(evaluation))
         if details["failures"]:
             raise DataError("not everything was measured: " + "; ".join(details["failures"]))
@@ -243,8 +247,8 @@ class TrialRunner:
         metrics = metrics_for_tracking(details) | main_metrics
         if missing := [metric for metric in self.config.objectives if metric not in metrics]:
             raise DataError(f"objectives: {missing[0]} was not measured; use one of {', '.join(sorted(metrics))}")
-        computed = storage.join(evaluation.output_dir, f"reference_{network_name(networks[0])}.npz")
-        if len(networks) == 1 and not storage.exists(shared) and storage.exists(computed):
+        computed = storage.join(evaluation.output_dir, f"reference_{network_name(evaluation.quality.networks[0])}.npz")
+        if shared and not storage.exists(shared) and storage.exists(computed):
             storage.write_bytes(shared, storage.read_bytes(computed))
         # Under names that are equal for all trials, whatever their guidance scale, so that MLflow can compare them.
         with start_run(evaluation.tracking, segment.folder, resume=True, record=True) as tracker:

@@ -28,6 +28,7 @@ from diffdis_platform.sweeping import (
     training_steps,
     trial_resources,
 )
+from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.data.config import DataConfig
 from ray_platform.placement import ResourceRequest
@@ -201,6 +202,20 @@ def test_a_segment_of_a_trial_is_a_training_and_an_evaluation(ray_cluster, make,
     assert (next_segment.num_steps, next_segment.stop_at_step, next_segment.resume) == (4, 4, "auto")
     clone = dataclasses.replace(segment, folder=str(tmp_path / "sweep/trials/trial_001_def"), origin=result.checkpoint)
     assert runner.pretrain_config(clone).train.resume == result.checkpoint
+
+
+def test_trials_share_the_sampled_reference_of_the_first_one(make, tmp_path):
+    quality = dataclasses.replace(make().evaluation.quality, num_reference=10)
+    config = make(evaluation=dataclasses.replace(make().evaluation, quality=quality))
+    runner = TrialRunner(config, "tiny", TrackingConfig())
+    segment = TrialSegment("trial_001", {"evaluation.quality.guidance_scales": 1.5}, str(tmp_path / "trial"), "", 0.5)
+    first, shared = runner.evaluation_config(segment, 2)
+    assert first.quality == dataclasses.replace(quality, guidance_scales=(1.5,))
+    storage.write_bytes(shared, b"")
+    second = runner.evaluation_config(segment, 4)[0].quality
+    assert (second.reference, second.num_reference) == (shared, 0)
+    with pytest.raises(ConfigError, match=r"space.evaluation.quality.num_reference: the sweep sets it"):
+        open_space(make(space={"evaluation.quality.num_reference": {"values": [10, 20]}}))
 
 
 @pytest.mark.slow
