@@ -339,7 +339,8 @@ def test_a_dry_run_lists_the_runs_that_are_left(root, tmp_path, capsys):
     pairs = str(root / "wds_pairs")
     arguments += ["--evaluation.quality.prompts", pairs, "--evaluation.quality.reference", pairs]
     assert run_command("compare", arguments) == 0
-    described = json.loads("{" + capsys.readouterr().out.rpartition("\n{")[2])
+    printed = capsys.readouterr().out
+    described = json.loads("".join(line[2:] for line in printed.splitlines() if line.startswith("# ")))
     assert described == {
         "runs": 4,
         "runs_done": 0,

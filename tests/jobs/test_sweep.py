@@ -289,15 +289,22 @@ def test_an_invalid_sweep_is_rejected_in_one_line_before_anything_starts(make, t
     assert not (tmp_path / "sweep").exists(), "nothing was written"
 
 
-def test_a_dry_run_says_what_would_run(data, tmp_path, capsys):
+def test_a_dry_run_says_what_would_run_and_is_a_configuration(data, tmp_path, capsys):
     arguments = ["--output_dir", str(tmp_path / "out"), "--search", "grid", "--num_trials", "0", "--samples", "1e3", "--dry-run"]
     arguments += ["--space", '{"objective.lambda_alignment": {"values": [0.5, 1.0]}}', "--objectives", '{"accuracy": "max"}']
     arguments += ["--pretrain.data.sources", str(data / "train"), "--evaluation.data_roots", str(data)]
     arguments += ["--evaluation.suite", str(data / "both.yaml"), "--evaluation.quality.prompts", ""]
     assert run_command("sweep", arguments) == 0
-    described = json.loads("{" + capsys.readouterr().out.rpartition("\n{")[2])
+    printed = capsys.readouterr().out
+    described = json.loads("".join(line[2:] for line in printed.splitlines() if line.startswith("# ")))
     assert described == {"trials": 3, "samples_per_trial": 1000, "first_trial": {"objective.lambda_alignment": 0.02}}
     assert not (tmp_path / "out").exists()
+    (tmp_path / "config.yaml").write_text(printed)
+    for again in (["--config", str(tmp_path / "config.yaml"), "--seed", "5"], ["--seed=5", f"--config={tmp_path}/config.yaml"]):
+        command = parse(again)
+        assert command.config == dataclasses.replace(parse(arguments).config, seed=5)
+        assert not command.switches, "the next run is not a dry one"
+    assert parse(["--dry-run", *again]).switches == {"dry_run"}
 
 
 def test_missing_data_and_unmeasured_objectives_are_rejected_in_one_line(make, tmp_path):

@@ -6,6 +6,7 @@ Heavy libraries (torch, Ray, diffusers) are imported in `main`, so that `--help`
 import json
 import shlex
 import sys
+import textwrap
 from typing import Any
 
 from diffdis_platform.config.parse import ParsedCommand
@@ -19,9 +20,9 @@ DRY_RUN = {"dry-run": "Check the configuration and the data, and print what woul
 
 
 def print_plan(command: ParsedCommand[Any], described: JsonObject) -> None:
-    """Print the result of `--dry-run`: the resolved configuration, and what would run."""
+    """Print the result of `--dry-run`: the resolved configuration, and what would run as comments: `--config` reads it."""
     print(command.yaml)
-    print(json.dumps(described, indent=2))
+    print(textwrap.indent(json.dumps(described, indent=2), "# "))
 
 
 def connect_cluster(output_dir: str) -> None:

@@ -80,10 +80,11 @@ def parse(
         ConfigError: an unknown recipe or field, an invalid value, a configuration file that cannot be read, or a secret that
             is missing or in the wrong place.
     """
-    arguments = [_expand_alias(argument, aliases or {}) for argument in argv]
+    split = [argument.partition("=") for argument in argv]
+    arguments = [(aliases or {}).get(flag, flag) + equals + value for flag, equals, value in split]
     fields = field_types(config_class)
     defaults = to_plain(dataclasses.asdict(config_class()))  # type: ignore[call-overload]
-    files = {path: _read_config_file(path) for path in _flag_values(arguments, "--config") if path}
+    files = {path: _read_config_file(path) for path in _flag_values(arguments, "--config")}
     parser = ArgumentParser(prog=about.program, exit_on_error=False, add_help=False)
     # In a complete file, the recipe is only a name, which may no longer exist.
     bases = [each for each in files.values() if str(each.get("recipe")) in (recipes or {}) or not _is_complete(each, defaults)]
@@ -94,9 +95,11 @@ def parse(
     parser.add_class_arguments(config_class, default=default)
     options = {option.flag for option in listed}
     written = {option.removeprefix("--").replace("-", "_") for option in options}  # to a saved configuration, next to the fields
-    values, text = _resolve(parser, _insert_files(_normalize(arguments, fields, options), files, fields, written, defaults))
+    switch_names = {name.replace("-", "_") for name in switches or {}}
+    from_files = _file_arguments(files, fields, written, switch_names, defaults)
+    values, text = _resolve(parser, from_files + _normalize(arguments, fields, options))
     config = config_class(**{name: values[name] for name in field_names(config_class)})
-    given = frozenset(name.replace("-", "_") for name in switches or {} if values[name.replace("-", "_")])
+    given = frozenset(name for name in switch_names if values[name])
     _set_storage_variables(config)
     if check := getattr(config, "check", None):
         check()
@@ -198,14 +201,9 @@ def check_output_dir(output_dir: str) -> None:
         raise ConfigError(f"output_dir: {output_dir or 'empty'}; give an absolute folder or an s3:// URL")
 
 
-def _expand_alias(argument: str, aliases: Mapping[str, str]) -> str:
-    flag, equals, value = argument.partition("=")
-    return aliases.get(flag, flag) + equals + value
-
-
 def _flag_values(arguments: Sequence[str], flag: str) -> list[str]:
     """Return the values of a flag that decides how the other arguments are parsed."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    pairs = zip(arguments, [*arguments[1:], ""], strict=False)
     return [argument.partition("=")[2] or following for argument, following in pairs if argument.partition("=")[0] == flag]
 
 
@@ -230,9 +228,8 @@ def _normalize(arguments: Sequence[str], fields: FieldTypes, options: set[str]) 
         flag, equals, value = argument.partition("=")
         name = current_name(flag.removeprefix("--").rstrip("+"))
         if not flag.startswith("--") or flag in options:
-            result.append(argument)
-            if flag in ("--config", "--recipe") and not equals and rest:
-                result.append(rest.pop(0))
+            value_after = [rest.pop(0)] if flag in ("--config", "--recipe") and not equals and rest else []
+            result += [argument, *value_after] if flag != "--config" else []  # see `_file_arguments`
         elif name not in fields:
             near = [f"--{other}" for other in suggest(name, fields, [option.removeprefix("--") for option in options])]
             raise ConfigError(f"{flag}: no such field; " + (f"did you mean {' or '.join(near)}?" if near else "see --help-all"))
@@ -326,25 +323,24 @@ def read_saved(values: JsonObject, fields: FieldTypes, url: str, options: Collec
     return current
 
 
-def _insert_files(
-    arguments: Sequence[str], files: Mapping[str, JsonObject], fields: FieldTypes, options: set[str], defaults: JsonObject
+def _file_arguments(
+    files: Mapping[str, JsonObject], fields: FieldTypes, options: set[str], switches: set[str], defaults: JsonObject
 ) -> list[str]:
-    """Replace the path of a saved config.yaml by the fields in it that still exist. In any other file, all fields must exist.
+    """Return the arguments that stand for the files; those of the command line follow, and so override them.
 
-    A field that a saved configuration lacks is newer than the file: it gets its default, not the value of a recipe.
+    They are the fields of a saved config.yaml that still exist. In any other file, all fields must exist. A field that a saved
+    configuration lacks is newer than the file: it gets its default, not the value of a recipe.
     """
     result = []
-    for previous, argument in zip(["", *arguments], arguments, strict=False):
-        path = argument if previous == "--config" else argument.partition("=")[2] if argument.startswith("--config=") else ""
-        if path in files:
-            # Only this parser writes the version to a file and, before that, a complete one with options such as `recipe`.
-            values, is_complete = files[path], _is_complete(files[path], defaults)
-            is_saved = VERSION_KEY in values or (is_complete and values.keys() & options)
-            current = read_saved(values, fields, path, options) if is_saved else with_current_names(values)
-            if is_saved and is_complete:
-                _add_defaults(current, defaults, fields)
-            argument = argument.removesuffix(path) + yaml.safe_dump(current, sort_keys=False)
-        result.append(argument)
+    for path, values in files.items():
+        # Only this parser writes the version to a file and, before that, a complete one with options such as `recipe`.
+        is_complete = _is_complete(values, defaults)
+        is_saved = VERSION_KEY in values or (is_complete and values.keys() & options)
+        current = read_saved(values, fields, path, options) if is_saved else with_current_names(values)
+        if is_saved and is_complete:
+            _add_defaults(current, defaults, fields)
+        current = {name: value for name, value in current.items() if name not in switches}  # a dry run saves `dry_run: true`
+        result.append(f"--config={yaml.safe_dump(current, sort_keys=False)}")
     return result
 
 
