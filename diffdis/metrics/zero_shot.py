@@ -99,20 +99,36 @@ class ZeroShotScores:
         return int(is_correct.any(axis=1).sum()) / len(self.labels)
 
     @cached_property
+    def confused(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The pairs of a true and a predicted class that occur, in order, and how many images have each: three [P] int64.
+
+        The predicted class of an image without a prediction is C.
+        """
+        predicted = np.where(self.predictions[:, 0] == NO_CLASS, self.num_classes, self.predictions[:, 0])
+        cells, counts = np.unique(self.labels.astype(np.int64) * (self.num_classes + 1) + predicted, return_counts=True)
+        return *np.divmod(cells, self.num_classes + 1), counts
+
+    @property
     def confusion(self) -> np.ndarray:
-        """Images by true and predicted class, [C, C + 1] int64; the last column counts images without a prediction."""
-        predicted = self.predictions[:, 0].astype(np.int64)
-        column = np.where(predicted == NO_CLASS, self.num_classes, predicted)
-        cells = self.labels.astype(np.int64) * (self.num_classes + 1) + column
-        counts = np.bincount(cells, minlength=self.num_classes * (self.num_classes + 1))
-        return counts.reshape(self.num_classes, self.num_classes + 1).astype(np.int64)
+        """Images by true and predicted class, [C, C + 1] int64; the last column counts images without a prediction.
+
+        It takes 8 C^2 bytes: 4 GB for the 21,841 classes of ImageNet-21k.
+        """
+        true, predicted, counts = self.confused
+        matrix = np.zeros((self.num_classes, self.num_classes + 1), dtype=np.int64)
+        matrix[true, predicted] = counts
+        return matrix
+
+    @cached_property
+    def class_counts(self) -> np.ndarray:
+        """Images of each class, [C] int64."""
+        return np.bincount(self.labels.astype(np.int64), minlength=self.num_classes)
 
     @cached_property
     def class_recalls(self) -> np.ndarray:
         """Fraction of each class's images that were predicted to be of it, [C]; NaN for a class without images."""
-        num_images = self.confusion.sum(axis=1)
-        num_correct = np.diagonal(self.confusion)[: self.num_classes].astype(np.float64)
-        return np.divide(num_correct, num_images, out=np.full(self.num_classes, np.nan), where=num_images > 0)
+        num_correct = np.bincount(self.labels[self.labels == self.predictions[:, 0]], minlength=self.num_classes)
+        return np.divide(num_correct, self.class_counts, out=np.full(self.num_classes, np.nan), where=self.class_counts > 0)
 
     @property
     def mean_class_recall(self) -> float:

@@ -24,7 +24,9 @@ def model(tmp_path_factory):
     return open_baseline(str(save_clip(tmp_path_factory.mktemp("models") / "good")), set())
 
 
-def test_the_files_that_the_report_links_to_exist(model, tmp_path):
+@pytest.mark.parametrize("max_classes", [5000, 2])
+def test_the_files_that_the_report_links_to_exist(model, tmp_path, monkeypatch, max_classes):
+    monkeypatch.setattr("ray_platform.evaluate.results.MAX_CONFUSION_CLASSES", max_classes)
     own = open_evaluation_set("my/own #1", str(write_own(tmp_path, 12)))
     pairs = open_evaluation_set("pairs", str(write_retrieval(tmp_path, "pairs", 9)))
     plan = EvaluationPlan(model, [], {data.name: data for data in (own, pairs)})
@@ -41,10 +43,11 @@ def test_the_files_that_the_report_links_to_exist(model, tmp_path):
             "details.json",
             "results/good/my-own #1.json",
             "predictions/good/my-own #1.parquet",
-            "predictions/good/my-own #1-confusion.npz",
+            *(["predictions/good/my-own #1-confusion.npz"] if max_classes == 5000 else []),
             "results/good/pairs.json",
         ]
         assert all((output / file).stat().st_size for file in files)
+    assert len(list(output.glob("predictions/*/*.npz"))) == (max_classes == 5000)
 
 
 def test_the_predictions_of_every_sample_and_the_confusion_matrix(model, tmp_path):

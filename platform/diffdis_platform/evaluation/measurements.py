@@ -234,7 +234,7 @@ class ZeroShotMeasurement(SetMeasurement):
     def result(self) -> ZeroShotResult:
         rows, data, scores = self._joined_rows(), self.data, self.scores()
         self.outcomes, self._keys = scores.outcomes, rows["keys"][rows["labels"] >= 0]
-        recalls = zip(data.classes, scores.confusion.sum(axis=1), scores.class_recalls, strict=True)
+        recalls = zip(data.classes, scores.class_counts, scores.class_recalls, strict=True)
         per_class: list[ClassRecall] = [
             {"class": name, "count": int(count), "recall": float(recall) if count else None} for name, count, recall in recalls
         ]
@@ -262,20 +262,18 @@ class ZeroShotMeasurement(SetMeasurement):
 
     def _confusions(self, scores: ZeroShotScores, keys: np.ndarray) -> list[Confusion]:
         """Return the most frequent confusions, with the keys of some examples."""
-        classes, wrong = self.data.classes, scores.confusion[:, :-1].copy()
-        np.fill_diagonal(wrong, 0)
-        confusions: list[Confusion] = []
-        for cell in np.argsort(-wrong, axis=None, kind="stable")[:_MAX_CONFUSIONS]:
-            true, other = divmod(int(cell), len(classes))
-            if not (count := int(wrong[true, other])):
-                break
+        classes, confusions = self.data.classes, list[Confusion]()
+        true_classes, predicted_classes, counts = scores.confused
+        wrong = np.flatnonzero((true_classes != predicted_classes) & (predicted_classes < len(classes)))
+        for pair in wrong[np.argsort(-counts[wrong], kind="stable")[:_MAX_CONFUSIONS]]:
+            true, other, count = int(true_classes[pair]), int(predicted_classes[pair]), int(counts[pair])
             examples = keys[(scores.labels == true) & (scores.predictions[:, 0] == other)][: self.num_examples]
             confusions.append(
                 {
                     "true": classes[true],
                     "predicted": classes[other],
                     "count": count,
-                    "fraction": count / int(scores.confusion[true].sum()),
+                    "fraction": count / int(scores.class_counts[true]),
                     "examples": [{"key": str(key)} for key in examples],
                 }
             )

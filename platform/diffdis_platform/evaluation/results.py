@@ -13,7 +13,7 @@ from diffdis_platform.evaluation.models import EvaluationModel
 from diffdis_platform.evaluation.quality import QualityMeasurement
 from diffdis_platform.evaluation.units import count_units
 from ray_platform.contracts import UnitOrigin, UserError, describe_error
-from ray_platform.evaluate.results import write_confusion, write_predictions
+from ray_platform.evaluate.results import has_confusion_matrix, write_confusion, write_predictions
 from ray_platform.evaluate.sets import (
     PAPER_SETS,
     PUBLISHED,
@@ -157,7 +157,8 @@ class EvaluationResults:
             if each in self.zero_shot and each not in self._with_predictions:
                 names = output_dir, each.model.name, each.data.name, each.data.classes
                 write_predictions(*names, each.samples())
-                write_confusion(*names, each.scores().confusion)
+                if has_confusion_matrix(len(each.data.classes)):
+                    write_confusion(*names, each.scores().confusion)
                 self._with_predictions.add(each)
 
     def finish(self) -> EvaluationDetails:

@@ -31,6 +31,7 @@ _RESULT_FIELDS = (
     *("num_expected", "num_missing", "limit", "is_complete", "data_digest", "content_digest", "layout"),
     *("num_templates", "templates", "class_names", "seed", "seeds", "differences", "units"),
 )
+MAX_CONFUSION_CLASSES = 5000  # of a set whose confusion matrix is written: 200 MB
 _MAX_MODEL_NAME = 100  # characters in a metric's name, of which a tracking server takes 250 in all
 
 
@@ -68,6 +69,11 @@ def write_confusion(output_dir: str, model: str, set_name: str, classes: Sequenc
     storage.write_bytes(_predictions_url(output_dir, model, set_name, "-confusion.npz"), buffer.getvalue())
 
 
+def has_confusion_matrix(num_classes: int) -> bool:
+    """Return whether the confusion matrix of a set is written; of ImageNet-21k's 21,841 classes it would have 4 GB."""
+    return num_classes <= MAX_CONFUSION_CLASSES
+
+
 def _predictions_url(output_dir: str, model: str, set_name: str, ending: str) -> str:
     return storage.join(results_folder(output_dir, "predictions", model), f"{set_name.replace('/', '-')}{ending}")
 
@@ -76,8 +82,11 @@ def result_files(result: DatasetResult) -> dict[str, str]:
     """Return the files of one result: what each one has -> its URL, relative to the output folder."""
     model, set_name = result["model"], result["set"]
     files = {"scores": _scores_url("", model, set_name)}
-    if "confusions" in result:
-        endings = {"predictions": ".parquet", "confusion matrix": "-confusion.npz"}
+    classes: Any = result.get("per_class")
+    if classes:
+        endings = {"predictions": ".parquet"}
+        if has_confusion_matrix(len(classes)):
+            endings["confusion matrix"] = "-confusion.npz"
         files |= {label: _predictions_url("", model, set_name, ending) for label, ending in endings.items()}
     return {label: quote(file.lstrip("/")) for label, file in files.items()}
 

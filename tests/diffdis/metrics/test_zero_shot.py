@@ -1,6 +1,7 @@
 """Scores of predicted classes match the definitions of CLIP_benchmark and scikit-learn."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -46,6 +47,20 @@ def test_confusions_and_recalls_equal_scikit_learns():
     assert not scores.confusion[:, 8].any()
     assert np.isnan(scores.class_recalls[[5, 7]]).all()
     assert scores.class_recalls[3] == np.mean(predictions[labels == 3, 0] == 3)
+
+
+def test_scores_over_many_classes_take_memory_for_the_samples_alone():
+    """The confusion matrix of ImageNet-21k has 4 GB."""
+    labels, predictions = np.arange(1000) % 700, np.arange(5000).reshape(1000, 5)
+    predictions[:500, 0] = labels[:500]
+    predictions[900:, 0] = 20_000
+    tracemalloc.start()
+    scores = ZeroShotScores(labels, predictions, 21_841)
+    assert scores.metrics["acc1"] == 0.5
+    true, predicted, counts = scores.confused
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+    assert (true[-1], predicted[-1], counts.sum(), scores.class_counts.sum()) == (699, 3495, 1000, 1000)
 
 
 def test_an_image_that_cannot_be_read_is_wrong():
