@@ -153,7 +153,8 @@ def test_the_order_of_checkpoints_to_resume_from(tmp_path):
     elsewhere, _ = save(tmp_path / "elsewhere", 5)
     expected = {
         ("auto", "b"): [own, old, other], ("auto", "c"): [own, old, other], ("auto", "a"): [other, own, old],
-        (elsewhere + "/", "c"): [elsewhere], (elsewhere, "b"): [own, old, elsewhere],
+        (elsewhere + "/", "c"): [own, old, other, elsewhere], (elsewhere, "a"): [other, own, old, elsewhere],
+        (old, "c"): [old], (other, "b"): [own, old, other],
         ("none", "c"): [], ("none", "b"): [own, old],
     }  # fmt: skip
     assert {(resume, launch): candidates(resume, output, launch) for resume, launch in expected} == expected

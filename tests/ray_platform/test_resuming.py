@@ -7,7 +7,11 @@ from dataclasses import replace
 import pytest
 
 from ray_platform.contracts import ConfigError, DataError
+from ray_platform.data.catalog import build_catalog
+from ray_platform.data.config import DataConfig
+from ray_platform.tracking import TrackingConfig
 from ray_platform.train.config import TrainConfig
+from ray_platform.train.launch import Run
 from ray_platform.train.optimizer import Rewarm, learning_rate_factor
 from ray_platform.train.resuming import Resumption, other_shards, resumed_rewarm
 from tests.ray_platform.test_checkpointing import manifest, save
@@ -127,9 +131,31 @@ def test_weights_of_another_run_start_anew(tmp_path):
     assert Resumption.find(full, str(tmp_path / "run")).url == url
     assert Resumption.find(TrainConfig(resume=f"{url}/", resume_weights_only=True), str(tmp_path / "run")) is None
     own, _ = save(tmp_path / "run", 5)
-    restarted = TrainConfig(resume="auto", resume_weights_only=True)
-    assert Resumption.find(restarted, str(tmp_path / "run")).url == own, "its own checkpoints are continued"
+    for resume in ("auto", url):
+        restarted = TrainConfig(resume=resume, resume_weights_only=True)
+        assert Resumption.find(restarted, str(tmp_path / "run")).url == own, "its own checkpoints are continued"
     with pytest.raises(ConfigError, match=r"train\.resume_weights_only"):
         TrainConfig(resume_weights_only=True)
     assert isinstance(other_shards(url), DataError)
     check_message("--resume PATH with other shards", other_shards(url), PATH=url)
+
+
+def test_the_same_command_with_a_path_continues_its_run_and_no_other(tmp_path, shard_folder):
+    output, data = str(tmp_path / "run"), DataConfig(sources=(str(shard_folder),))
+    digest = build_catalog(data).digest
+    path, _ = save(tmp_path / "other", 10, source_digest=digest)
+
+    def dry_run(resume, **fields):
+        run = Run(dict, data, TrainConfig(resume=resume, **fields), TrackingConfig(), output, {}, dict)
+        return run.dry_run()["starts_from"]
+
+    with pytest.raises(ConfigError, match=r"train\.resume_weights_only: .*--resume PATH"):
+        dry_run("auto", resume_weights_only=True)
+    assert dry_run(path) == path
+    first, _ = save(output, 20, launch="b", source_digest=digest, config={"train": {"resume": f"{path}/"}})
+    for fields in ({}, {"resume_weights_only": True}):
+        assert dry_run(path, **fields) == dry_run("auto", **fields) == first
+    newest, _ = save(output, 30, launch="c", source_digest=digest, config={"train": {"resume": "none"}})
+    assert (dry_run(first), dry_run("auto")) == (first, newest), "a branch in the same folder"
+    with pytest.raises(ConfigError, match=r"output_dir: .*step_00000030.*--resume auto"):
+        dry_run(path)

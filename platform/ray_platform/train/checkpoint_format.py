@@ -338,17 +338,20 @@ def candidates(resume: str, output_dir: str, launch: str) -> list[str]:
     """Return the checkpoints that workers may start from, best first; older ones follow in case a newer one is damaged.
 
     1. Workers that were restarted, or whose number changed: the newest checkpoint of this launch.
-    2. `resume` = auto: the newest one in the run's folder. `resume` = a path: that checkpoint, of any run.
-    3. Neither: an empty list. Training starts from the Task as it was built, which includes its warm start, if any.
+    2. `resume` = auto: the newest one in the run's folder.
+    3. `resume` = a path: that checkpoint, of any run. If it is not in the run's folder, the newest one there comes first, because
+       a job that is started again runs the same command.
+    4. Neither: an empty list. Training starts from the Task as it was built, which includes its warm start, if any.
     """
-    own = list_checkpoints(output_dir, launch)
-    if resume == "none":
+    existing = list_checkpoints(output_dir)
+    own = [url for url in existing if split_url(url)[0] == launch]
+    if resume == "auto" or (resume != "none" and not resume.startswith(f"{checkpoints_dir(output_dir)}/")):
+        own += [url for url in existing if url not in own]
+    if resume in ("none", "auto"):
         return own
-    if resume == "auto":
-        return own + [url for url in list_checkpoints(output_dir) if url not in own]
     if storage.exists(storage.join(resume, COMPLETE)):
         return [*own, resume.rstrip("/")]
-    if own:  # it was in the same folder, and has been pruned since
+    if own:  # it has been removed since the run started from it
         return own
     raise ConfigError(f"train.resume: {resume} is not a complete checkpoint (it has no {COMPLETE}); give a step_* folder")
 

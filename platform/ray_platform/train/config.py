@@ -133,7 +133,8 @@ class TrainConfig:
     building, scoring, generating previews or exporting. 0: no hang detection."""
     resume: str = "none"
     """`auto`: resume from the newest checkpoint in output_dir, if any. `none`: start anew, and reject an output_dir with
-    checkpoints. Anything else: path of a checkpoint to resume from."""
+    checkpoints. Anything else: path of a checkpoint to start from; with that of another folder, the same command continues the
+    newest checkpoint in output_dir."""
     resume_weights_only: bool = False
     """With the path of a checkpoint in `resume`: load its weights only. Steps, schedule, optimizer and data start anew."""
 

@@ -111,12 +111,20 @@ class RunPlan:
         from ray_platform.train.checkpoint_format import list_checkpoints
         from ray_platform.train.resuming import Resumption, other_shards
 
-        if self.train.resume == "none" and (existing := list_checkpoints(self.output_dir)):
+        path, resumed = self.train.resume.rstrip("/"), Resumption.find(self.train, self.output_dir)
+        existing = list_checkpoints(self.output_dir) if path == "none" else []
+        if resumed and path not in ("auto", resumed.url) and resumed.started_from != path:
+            existing = [resumed.url]
+        if existing:
             raise ConfigError(
                 f"output_dir: {self.output_dir} already holds a run (up to {existing[0].rsplit('/', 1)[1]}); "
                 "continue it with --resume auto, or give another output_dir"
             )
-        resumed = Resumption.find(self.train, self.output_dir)
+        if path == "auto" and self.train.resume_weights_only and not resumed:
+            raise ConfigError(
+                f"train.resume_weights_only: {self.output_dir} has no checkpoint yet; name the one whose weights to take with "
+                "--resume PATH"
+            )
         if resumed and resumed.manifest.source_digest != catalog.digest:
             raise other_shards(resumed.url)
 

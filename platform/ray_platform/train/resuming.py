@@ -37,6 +37,11 @@ class Resumption:
                 return None if takes_weights_only(url, train) else cls(url, read_manifest(url))
         return None
 
+    @property
+    def started_from(self) -> str:
+        """`train.resume` of the launch that wrote the checkpoint, without a final slash."""
+        return str(self.manifest.config.get("train", {}).get("resume", "")).rstrip("/")
+
     def completed(self, train: TrainConfig, output_dir: str) -> str:
         """Return a line that says that nothing is left to do, when that is so; otherwise an empty string."""
         url = storage.join(output_dir, SUMMARY)
