@@ -9,8 +9,10 @@ whose field `sizing` is a value for `diffdis sizing --constants`. `--smoke` uses
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -147,15 +149,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=280.0, help="seconds, after which the rest is left out")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args(arguments)
-    end, results = time.monotonic() + options.budget, dict[str, Any]()
-    with tempfile.TemporaryDirectory() as temporary:
+    end, results, output = time.monotonic() + options.budget, dict[str, Any](), sys.stdout
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_encoders(folder, options.smoke)
         configs = {name: configuration(SETTINGS[name], folder, options.smoke) for name in options.only}
         jobs = [*((name, None) for name in KERNELS), *configs.items()]
         for name, found in measured(jobs, options.smoke, end):
             results[name] = with_predictions(found, configs[name]) if "seconds_per_step" in found else found
-            print(json.dumps({"name": name} | rounded(results[name])), flush=True)
+            print(json.dumps({"name": name} | rounded(results[name])), file=output, flush=True)
     last = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,

@@ -3,6 +3,7 @@
 import gc
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -28,6 +29,7 @@ def measure_all(results: Connection, jobs: Sequence[tuple[str, PretrainConfig | 
 
     A job without a configuration is one of `KERNELS`. The first setting is measured in full.
     """
+    sys.stdout = sys.stderr  # DeepSpeed logs to stdout
     begin_alone()
     settings = [name for name, config in jobs if config is not None]
     for name, config in jobs:
