@@ -19,10 +19,12 @@ from diffdis_platform.cli import run_command
 from diffdis_platform.commands import pretrain
 from diffdis_platform.commands.sizing import parse_arguments, predict
 from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.sizing.config import GPU_MEMORY
 from diffdis_platform.sizing.counts import Counts, Encoders, KernelCounter, count, measure_step
-from diffdis_platform.sizing.estimate import best_interval, checkpoint_bytes, memory, report, useful_fraction
+from diffdis_platform.sizing.estimate import Memory, best_interval, checkpoint_bytes, memory, report, useful_fraction
 from ray_platform.contracts import Batch, ConfigError, MixtureState
 from ray_platform.data.precomputed import to_arrow
+from ray_platform.placement import PEAK_FLOPS
 from ray_platform.train.config import BatchPlan, TrainConfig
 from ray_platform.train.profiling import count_flops
 from tests.benchmarks import accelerator
@@ -200,6 +202,14 @@ def test_one_gpu_has_no_network_and_many_scale_below_linear(estimates):
     assert one.samples_per_second == pytest.approx(one.global_batch_size / one.step_seconds)
     assert one.scaling == 1 > eight.scaling > many.scaling
     assert one.faults.hours_between_failures == pytest.approx(128 * many.faults.hours_between_failures)
+
+
+def test_the_memory_is_that_of_the_type_of_gpu_unless_it_is_given(estimates, monkeypatch):
+    monkeypatch.setattr("diffdis_platform.sizing.estimate.memory", lambda *arguments: Memory(60e9, 0, 0, 0))
+    fits = {gpu: estimates("--gpu", gpu, "--num_gpus", "8")[0].fits for gpu in GPU_MEMORY}
+    assert fits == {gpu: gpu in ("B200", "H100 PCIe", "H100", "H200", "A100") for gpu in PEAK_FLOPS if gpu in GPU_MEMORY}
+    assert GPU_MEMORY.keys() <= PEAK_FLOPS.keys()
+    assert not estimates("--gpu", "H200", "--num_gpus", "8", gpu_memory_gb=70)[0].fits
 
 
 def test_half_the_use_of_a_gpu_takes_twice_the_time(estimates):

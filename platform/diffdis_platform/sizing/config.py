@@ -9,8 +9,11 @@ from diffdis_platform.config.parse import parse, with_fields
 from diffdis_platform.config.pretrain import PretrainConfig
 from diffdis_platform.recipes import recipes_of
 from ray_platform.contracts import ConfigError
-from ray_platform.placement import PEAK_FLOPS
 
+# GB, of the type with the most memory, from the vendor's data sheets.
+GPU_MEMORY = {
+    "B200": 180, "H100 PCIe": 80, "H100": 80, "H200": 141, "L40S": 48, "A100": 80, "V100": 32, "L4": 24
+}  # fmt: skip
 _RENAMED = {"issue_us": "launch_us, the host's microseconds per kernel instead of those per parameter tensor and pass"}
 _FRACTIONS = ("mfu", "encoder_mfu", "overlap", "memory_reserve")
 _MAY_BE_ZERO = (
@@ -46,7 +49,7 @@ class Constants:
     network_gb_per_second: float = 40.0
     latency_us: float = 15.0  # of one message between two nodes
     overlap: float = 0.8  # fraction of the communication during the backward pass that the backward pass hides
-    gpu_memory_gb: float = 80.0
+    gpu_memory_gb: float = 80.0  # by default that of the type given with --gpu
     gpus_per_node: float = 8
     cpus_per_gpu_node: float = 96
     cpus_per_cpu_node: float = 64
@@ -118,7 +121,7 @@ class SizingConfig:
     inputs: Literal["live", "precomputed"] = "live"
     """Whether training encodes images and captions (live) or reads precomputed ones."""
     gpu: str = "H100"
-    """Type of the GPUs."""
+    """Type of the GPUs, which determines their peak and memory; for their price, see `constants`."""
     constants: dict[str, float] = field(default_factory=dict)
     """Other values of the model's constants, such as '{"mfu": 0.2}'."""
     json: str = ""
@@ -127,8 +130,8 @@ class SizingConfig:
     def __post_init__(self) -> None:
         if not self.num_gpus or min(self.num_gpus) < 1:
             raise ConfigError(f"num_gpus: {list(self.num_gpus)}; give numbers from 1, such as 1 8 64")
-        if self.gpu not in PEAK_FLOPS:
-            raise ConfigError(f"gpu: {self.gpu} is unknown; choose one of {', '.join(PEAK_FLOPS)}")
+        if self.gpu not in GPU_MEMORY:
+            raise ConfigError(f"gpu: {self.gpu} is unknown; choose one of {', '.join(GPU_MEMORY)}")
         if self.dataset not in DATASETS:
             raise ConfigError(f"dataset: {self.dataset} is unknown; choose one of {', '.join(DATASETS)}")
         if not 0 <= self.num_pairs < math.inf or not 0 < self.epochs < math.inf:
@@ -138,7 +141,7 @@ class SizingConfig:
         self.all_constants()
 
     def all_constants(self) -> Constants:
-        return Constants().with_values(self.constants)
+        return Constants(gpu_memory_gb=GPU_MEMORY[self.gpu]).with_values(self.constants)
 
     def run(self) -> PretrainConfig:
         """Return the configuration of the run. Raises ConfigError for a recipe or a file that cannot be read."""

@@ -315,8 +315,8 @@ def report(config: SizingConfig, counts: Counts, estimates: Sequence[Estimate]) 
         f"({counts.executed_flops / 1e12:.3g} executed), encoders {counts.encoders.flops / 1e12:.3g}",
         f"run: {config.epochs:g} epochs of {config.data(0).num_pairs:,.0f} pairs, {config.inputs} inputs; "
         f"ZeRO {train.zero_stage}, {train.micro_batch_size} samples per GPU, {train.precision}",
-        f"assumed: {config.gpu} at {c.mfu:.1%} of {PEAK_FLOPS[config.gpu] / 1e12:,.0f} TFLOP/s, "
-        f"{c.network_gb_per_second:g} GB/s per node",
+        f"assumed: {config.gpu} with {c.gpu_memory_gb:g} GB at {c.mfu:.1%} of {PEAK_FLOPS[config.gpu] / 1e12:,.0f} TFLOP/s "
+        f"and {c.gpu_hour:g} per hour, {c.network_gb_per_second:g} GB/s per node",
     ]
     rows = [
         ["GPUs", *(f"{e.num_gpus:,}" for e in estimates)],
