@@ -10,14 +10,17 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
 
 from ray_platform.contracts import ConfigError, DataError, TrainingError
+from ray_platform.data.config import DataConfig
 from ray_platform.storage import StorageError
-from ray_platform.train import failures, fault_tolerance, worker
+from ray_platform.tracking import TrackingConfig
+from ray_platform.train import failures, fault_tolerance, launch, worker
 from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.failures import AcceleratorFull, Diverged, Interrupted, find_cause
@@ -222,6 +225,29 @@ def test_an_error_that_a_restart_would_repeat_ends_the_run(error):
     for stopping in ("", "stopped by SIGTERM"):
         with pytest.raises(TrainingError, match=f"^{error}$"):
             restart_policy()[0].record_failure(Failed(r0=error), "", stopping)
+
+
+def test_failures_in_a_row_are_followed_by_longer_pauses_and_an_outage_of_storage_counts(tmp_path, monkeypatch, caplog):
+    outage = StorageError("s3://bucket: cannot reach", "unavailable")
+    newest = iter([["run/step_20"], ["run/step_20"], outage, ["run/step_40"], ["run/step_40"]])
+    ends = iter([DIED, DIED, DIED, Failed(r0=Interrupted("node a1b2 is being drained")), DIED, None])
+    pauses: list[float] = []
+
+    def next_or_raise(answers):
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ray.train, "TrainingFailedError", Failed)
+    monkeypatch.setattr(launch, "list_checkpoints", lambda *_: next_or_raise(newest))
+    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr(launch.Run, "_trainer", lambda *_: SimpleNamespace(fit=lambda: next_or_raise(ends)))
+    run = launch.Run(dict, DataConfig(), TrainConfig(max_failures=3), TrackingConfig(), str(tmp_path), {}, dict)
+    monitor = SimpleNamespace(last_hang="", stop_reason="", reset_workers=lambda: None)
+    run._run_workers(SimpleNamespace(launch="a"), monitor, SimpleNamespace(lost=""))
+    assert pauses[0] == pauses[3] == pauses[4] == 0 < pauses[1] < pauses[2] <= 60
+    assert "cannot reach" in caplog.messages[2]
+    assert caplog.messages[2].endswith("resuming from run/step_20")
 
 
 def test_a_stopped_run_says_from_where_it_can_be_resumed():

@@ -40,6 +40,7 @@ POLL_SECONDS = 1.0
 _POLLS_PER_CHECK = 5  # a check needs several calls
 _ANSWER_TIMEOUT_SECONDS = 10.0
 _STOPPED = "stopped by SIGTERM"
+_PAUSES_S = (0.0, 15.0, 45.0, 60.0)  # before restarts after 1, 2, 3, … failures without a new checkpoint
 _RESIZE_TIMEOUT_SECONDS = 600.0  # for a checkpoint before a resize; after that the workers restart from an older one
 
 
@@ -148,6 +149,7 @@ class RestartPolicy:
         """`newest_checkpoint` returns the newest checkpoint of this launch; empty when there is none."""
         self.max_failures, self.newest_checkpoint, self.output_dir = max_failures, newest_checkpoint, output_dir
         self.num_failures, self.last_checkpoint = 0, ""
+        self.pause_seconds = 0.0  # before the next restart: what made several in a row fail may take a while to end
 
     def record_failure(self, error: Exception, hang: str, stop_reason: str) -> str:
         """Return a log line about the failure, which Ray Train raised, and the checkpoint from which the workers restart.
@@ -169,11 +171,17 @@ class RestartPolicy:
             raise Stopped(f"{reason}; {self._resume_advice()}") from None
         if is_final(cause):
             raise TrainingError(line) from error
-        with storage.retrying_for(RETRY_SECONDS):
-            newest = self.newest_checkpoint()
+        try:
+            with storage.retrying_for(RETRY_SECONDS):
+                newest = self.newest_checkpoint()
+        except storage.StorageError as unavailable:
+            newest, line = self.last_checkpoint, f"{line}; the checkpoints cannot be listed ({unavailable})"
         if newest != self.last_checkpoint:
             self.num_failures, self.last_checkpoint = 0, newest
-        self.num_failures += not isinstance(cause, Interrupted)
+        self.pause_seconds = 0.0
+        if not isinstance(cause, Interrupted):
+            self.num_failures += 1
+            self.pause_seconds = _PAUSES_S[min(self.num_failures, len(_PAUSES_S)) - 1]
         if self.num_failures > self.max_failures:
             raise TrainingError(f"{line} (failure {self.num_failures} without a new checkpoint; train.max_failures)") from error
         return f"{line}; resuming from {newest or 'where this launch started'}"

@@ -196,6 +196,7 @@ class Run(RunPlan):
                     raise TrainingError(lease.lost) from None
                 logger.warning("%s", restarts.record_failure(error, monitor.last_hang, monitor.stop_reason))
                 monitor.reset_workers()
+                time.sleep(restarts.pause_seconds)
 
     def _trainer(self, spec: WorkerSpec) -> TorchTrainer:
         train = self.train
