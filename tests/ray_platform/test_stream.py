@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from ray_platform import storage
-from ray_platform.contracts import Batch, ConfigError, DataError
+from ray_platform.contracts import Batch, ConfigError, ConsumedRange, DataError
 from ray_platform.data.catalog import Catalog, build_catalog
 from ray_platform.data.causes import check_skipped
 from ray_platform.data.config import DataConfig
@@ -226,6 +226,12 @@ def test_a_lost_shard_counts_for_its_samples_and_is_consumed(write, caplog):
         check_skipped("the run", batches[-1].skipped, 20, 40, 0.1, batches[-1].skip_details)
     assert batches[-1].epoch_samples == 120
     assert after(catalog, batches).first_epoch == [1]
+    # A resume left five samples in between: they waited for others of their shape.
+    Path(catalog.shards[0].url).unlink()
+    left = after(catalog, [])
+    left.add(ConsumedRange(0, 0, 0, start, start + 2, 20) for start in range(0, 15, 3))
+    resumed = without_ray(catalog, config, reader_of(catalog, consumed=left), batch_size=80, num_batches=1)
+    assert resumed[-1].skipped == {"shard_missing": 40}
 
 
 LOST_SHARDS = {

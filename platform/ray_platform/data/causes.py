@@ -150,6 +150,7 @@ class SkipCounter:
     _totals: dict[tuple[int, ...], int] = field(default_factory=dict)  # unit -> its samples; 0 if it is truncated
     _num_samples: int = 0  # in these units
     _num_units: int = 0  # of these, those that are not truncated
+    _lost_units: set[tuple[int, ...]] = field(default_factory=set)
     _bad_in_a_row: set[tuple[int, ...]] = field(default_factory=set)  # units with bad samples since the last good one
 
     @property
@@ -168,10 +169,14 @@ class SkipCounter:
         self._bad_in_a_row.clear()
 
     def count_reject(self, key: str, cause: str, unit: UnitCounts, detail: str = "") -> int:
-        """Count a rejection and return how many samples it stands for.
+        """Count a rejection and return how many samples it stands for. Further rejections of a lost shard stand for none.
 
         Raises DataError after so many shards in a row without a good sample that this is not a coincidence.
         """
+        if unit[:3] in self._lost_units:
+            return 0
+        if cause.startswith("shard_"):
+            self._lost_units.add(unit[:3])
         lost = samples_lost(cause, unit.known, unit.total)
         if lost is None:
             lost = self._estimate_lost(cause, unit)

@@ -79,7 +79,8 @@ class ShardSamples:
 def open_samples(item: Item, config: DataConfig, seed: int) -> ShardSamples:
     """Read a unit. Raises DataError if the shard has changed.
 
-    A unit that cannot be read has one rejected sample, after what was consumed of it before.
+    A unit that cannot be read is rejected at the place after what was consumed of it before, and at each place in between that a
+    resume left, as samples that waited for others of their shape are.
     """
     shard, unit = item.unit.shard, item.unit
     records: Sequence[Record | Sample | RejectedSample]
