@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain, islice
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
@@ -120,6 +121,8 @@ class Batcher:
                 continue
             batch = [other for other in waiting if other.shape == sample.shape]
             waiting = [other for other in waiting if other.shape != sample.shape]
+            for other in waiting:  # copied once: a view would keep its whole block in Ray's shared memory until its batch is full
+                other.tensors.update({name: np.require(tensor, requirements="O") for name, tensor in other.tensors.items()})
             del counts[sample.shape]
             yield Batch(
                 # A copy, so that a batch is writable and does not pin Ray's shared memory.
