@@ -1,6 +1,7 @@
 # `make demo` and `make test` install everything that they need. The other targets are for developers.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+SYSTEM_PYTHON ?= python3
 # Extras of pyproject.toml to install. The image (cluster/Dockerfile) overrides them. `dev` also installs what tests compare with.
 EXTRAS := demo,eval,dev
 SOURCES := diffdis platform jobs tests docs/site_hooks.py install.py
@@ -35,7 +36,7 @@ audit:
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: install.py pyproject.toml constraints.txt
-	@python3 install.py $(VENV) $(EXTRAS)
+	@$(SYSTEM_PYTHON) install.py $(VENV) $(EXTRAS)
 	@touch $@
 
 clean-demo:

@@ -129,10 +129,15 @@ def install(step: Step, head: str, venv: Path) -> int:
 def main(venv: Path, extras: str) -> int:
     """Create the environment if it does not exist, and install everything into it."""
     if sys.version_info < (3, 11):  # noqa: UP036
-        print(f"error: Python 3.11 or newer is required, but this is {sys.version.split()[0]}", file=sys.stderr)
+        print(
+            f"error: Python 3.11 or newer is required, but this is {sys.version.split()[0]}; name another one, such as "
+            "make setup SYSTEM_PYTHON=python3.11",
+            file=sys.stderr,
+        )
         return 1
-    if not (venv / "bin" / "python").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    if not (venv / "bin" / "pip").exists() and subprocess.run([sys.executable, "-m", "venv", str(venv)]).returncode:
+        print(f"error: {venv}: the virtual environment could not be created; see the lines above", file=sys.stderr)
+        return 1
     (venv / LOG).write_text("")
     calls = steps(extras)
     print(f"installing into {venv}: about 1 GB to download (4 GB with CUDA), 3 to 10 minutes, once")

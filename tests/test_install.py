@@ -79,7 +79,17 @@ def test_every_step_uses_the_tested_versions(tmp_path):
     assert calls[-1].endswith("--no-build-isolation --editable .[demo,eval]")
 
 
-def test_an_old_python_is_named(monkeypatch, capsys):
+def test_an_old_python_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(install.sys, "version_info", (3, 9, 1))
     assert install.main(Path("/nowhere"), "demo") == 1
-    assert "Python 3.11 or newer is required" in capsys.readouterr().err
+    assert "make setup SYSTEM_PYTHON=" in capsys.readouterr().err
+    assert make_setup(write_environment(tmp_path, ""), "SYSTEM_PYTHON=echo").stdout.startswith("install.py ")
+
+
+def test_an_environment_without_pip_is_created_again(tmp_path, monkeypatch, capsys):
+    """Creating it was interrupted, or the system has no ensurepip, as Debian without its package python3-venv."""
+    venv = write_environment(tmp_path, "")
+    (venv / "bin" / "pip").unlink()
+    monkeypatch.setattr(install.sys, "executable", "false")
+    assert install.main(venv, "demo") == 1
+    assert f"error: {venv}: the virtual environment could not be created" in capsys.readouterr().err

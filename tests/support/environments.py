@@ -14,6 +14,7 @@ def write_environment(folder: Path, script: str) -> Path:
     python = venv / "bin" / "python"
     python.write_text(f'#!/bin/sh\necho "$@" >> {venv}/calls\n{script}\n')
     python.chmod(0o755)
+    (venv / "bin" / "pip").touch()  # venv writes it last
     return venv
 
 
