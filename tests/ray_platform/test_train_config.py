@@ -44,11 +44,28 @@ def test_a_global_batch_is_divided_into_micro_batches(arguments, expected):
         {"betas": (0.9, 1.0)}, {"eps": 0.0}, {"min_lr_factor": 1.1}, {"cooldown_steps": 5},
         {"cooldown_steps": 0, "lr_schedule": "wsd"}, {"cooldown_steps": 100, "lr_schedule": "wsd", "num_steps": 150},
         {"deepspeed": {"wall_clock_breakdown": True}, "zero_stage": 0}, {"compile": True, "zero_stage": 3},
+        {"gpus_per_worker": 2}, {"rewarm_steps": -1},
     ],
 )  # fmt: skip
 def test_invalid_fields_are_named(fields):
     with pytest.raises(ConfigError, match=f"train.{next(iter(fields))}"):
         TrainConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("setting", "field"),
+    [
+        ({"train_batch_size": 64}, "global_batch_size"), ({"train_micro_batch_size_per_gpu": 4}, "micro_batch_size"),
+        ({"gradient_accumulation_steps": 2}, "global_batch_size"), ({"gradient_clipping": 0.5}, "gradient_clipping"),
+        ({"bf16": {"enabled": True}}, "precision"), ({"fp16": {"enabled": True}}, "precision"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer"), ({"scheduler": {"type": "WarmupLR"}}, "lr_schedule"),
+        ({"zero_optimization": {"stage": 3}}, "zero_stage"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_deepspeed_that_a_field_determines_names_the_field(setting, field):
+    with pytest.raises(ConfigError, match=rf"^train\.deepspeed\.{next(iter(setting))}.*train\.{field}\b"):
+        TrainConfig(deepspeed=setting)
 
 
 @pytest.mark.parametrize("seconds", [1.0, 600.0, 7200.0])

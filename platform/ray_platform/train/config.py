@@ -1,15 +1,33 @@
 """Settings of a training run, each with its default."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ray_platform.contracts import ConfigError
+from ray_platform.json_values import flat_fields
 from ray_platform.placement import check_labels
 
 SLOW_PHASE_FACTOR = 10  # how much longer than hang_seconds a rank may take to build, restore, score or export
 _COLLECTIVE_MARGIN_S = 1800  # Ray Train's default timeout of the process group
 _MAX_COLLECTIVE_S = 30 * 24 * 3600
+
+
+_DETERMINED_BY = {  # setting of DeepSpeed -> field
+    "train_batch_size": "global_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "global_batch_size",
+    "gradient_clipping": "gradient_clipping",
+    "fp16": "precision",
+    "bf16": "precision",
+    "bfloat16": "precision",
+    "amp": "precision",
+    "optimizer": "optimizer",
+    "scheduler": "lr_schedule",
+    "zero_optimization.stage": "zero_stage",
+    "zero_optimization.offload_optimizer.device": "offload_optimizer",
+}
 
 
 def width_state(width: float) -> str:
@@ -47,7 +65,8 @@ class TrainConfig:
     compile: bool = False
     """Compile the model's blocks with torch.compile, from the second step on. Not with ZeRO 3."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Settings that are merged into the generated DeepSpeed configuration, as JSON."""
+    """Settings that are merged into the generated DeepSpeed configuration, as JSON. Those that other fields determine, such as
+    batch sizes, precision and ZeRO stage, are rejected."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """`adamw_8bit` keeps AdamW's moments in 8 bits, which takes a quarter of their memory. It needs the package bitsandbytes."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -143,8 +162,9 @@ class TrainConfig:
         for name in (*positive, "heldout_samples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is below 1")
-        counts = ("warmup_steps", "gradient_clipping", "preview_every", "max_failures", "cpus_per_worker", "gpus_per_worker")
-        for name in (*counts, "global_batch_size", "hang_seconds", "control_every", "statistics_every", "max_minutes"):
+        counts = ("warmup_steps", "rewarm_steps", "gradient_clipping", "global_batch_size", "max_failures", "cpus_per_worker")
+        intervals = ("control_every", "statistics_every", "preview_every", "checkpoint_minutes", "max_minutes", "hang_seconds")
+        for name in (*counts, *intervals):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is negative")
         has_workers = 1 <= self.min_workers <= self.max_workers
@@ -162,7 +182,6 @@ class TrainConfig:
                 has_cooldown,
                 f"does not fit train.lr_schedule {self.lr_schedule}; wsd needs 1 to {max_cooldown} steps, the others 0",
             ),
-            ("checkpoint_minutes", self.checkpoint_minutes >= 0, "is negative; use 0 to save by steps only"),
             (
                 "keep_every",
                 self.keep_every >= 0 and self.keep_every % self.checkpoint_every == 0,
@@ -171,6 +190,7 @@ class TrainConfig:
             ("stop_at_step", 0 <= self.stop_at_step <= self.num_steps, f"is not from 0 to train.num_steps, {self.num_steps}"),
             ("num_workers", has_workers, "is neither a number from 1 nor (min, max)"),
             ("global_batch_size", enough_samples, f"gives {self.max_workers} workers less than one sample each"),
+            ("gpus_per_worker", self.gpus_per_worker in (0, 1), "is neither 0 nor 1; use one worker per GPU"),
             ("precision", self.precision != "fp16" or self.gpus_per_worker, "needs an accelerator; use fp32 or bf16"),
             ("deepspeed", not self.deepspeed or self.zero_stage, "needs train.zero_stage 1, 2 or 3, which are DeepSpeed's"),
             ("compile", not self.compile or self.zero_stage < 3, "needs train.zero_stage 0, 1 or 2"),
@@ -184,7 +204,6 @@ class TrainConfig:
                 f"is none of {', '.join(('best', 'weights', *self.ema_states))}, which train.ema_decay and others add",
             ),
             ("resume_weights_only", not self.resume_weights_only or self.resume != "none", "needs train.resume = PATH"),
-            ("rewarm_steps", self.rewarm_steps >= 0, "is negative; use 0 for none"),
             ("max_loss_factor", self.max_loss_factor > 1, "is not above 1"),
             ("profile_steps", 1 <= first <= last <= self.last_step, f"is not a first and a last step from 1 to {self.last_step}"),
             ("profile_steps", not self.profile_steps or self.profile, "needs train.profile true"),
@@ -195,6 +214,7 @@ class TrainConfig:
             if not is_valid:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} {problem}")
         check_labels("train.placement", self.placement)
+        _check_deepspeed(name for name, _ in flat_fields(self.deepspeed))
 
     def is_control_due(self, step: int) -> bool:
         """Return whether step `step` (from 1) also computes the metrics that cost additional operations."""
@@ -245,6 +265,14 @@ class TrainConfig:
     @property
     def elastic(self) -> bool:
         return not isinstance(self.num_workers, int)
+
+
+def _check_deepspeed(settings: Iterable[str]) -> None:
+    """Raise ConfigError for a setting that a field determines: DeepSpeed's error would not name the field, if there is one."""
+    for name in settings:
+        for determined, field_name in _DETERMINED_BY.items():
+            if f"{name}.".startswith(f"{determined}."):
+                raise ConfigError(f"train.deepspeed.{name}: remove this setting; set train.{field_name}, which determines it")
 
 
 @dataclass(frozen=True)
