@@ -50,10 +50,13 @@ def named_field(field: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException | str, max_length: int | None = None) -> str:
-    """Return the text of an error on one line, at most `max_length` characters; the name of its type when it has no text."""
+    """Return the text of an error on one line, without secrets and with at most `max_length` characters.
+
+    For an error without a text, that is the name of its type.
+    """
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = redacted(" ".join(str(error).split())) or type(error).__name__
     return text if max_length is None or len(text) <= max_length else f"{text[: max_length - 1]}…"
 
 

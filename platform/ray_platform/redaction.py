@@ -6,6 +6,7 @@ they leave the process. Nothing of a secret is shown, not even its length.
 
 import os
 import re
+import traceback
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
@@ -45,6 +46,11 @@ def redacted(text: str) -> str:
     for pattern, instead in _PATTERNS:
         text = pattern.sub(instead, text)
     return text
+
+
+def redacted_traceback(error: BaseException) -> str:
+    """Return the traceback of an error, as Python prints it."""
+    return redacted("".join(traceback.format_exception(error)))
 
 
 def redacted_values(value: Any, name: str = "") -> Any:

@@ -10,9 +10,11 @@ from mlflow import MlflowClient
 from diffdis_platform.cli import run_command
 from diffdis_platform.commands.pretrain import parse_arguments as parse
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError
-from ray_platform.redaction import is_redacted, redacted, redacted_values, restored
+from ray_platform.contracts import ConfigError, DataError, one_line
+from ray_platform.redaction import is_redacted, redacted, redacted_traceback, redacted_values, restored
 from ray_platform.tracking import TrackingConfig, delivery, start_run
+from ray_platform.train.failures import Interrupted
+from ray_platform.train.fault_tolerance import RestartPolicy
 
 PASSWORD = "hunter2-and-more"
 URI = f"postgresql://mlflow:{PASSWORD}@db:5432/mlflow"
@@ -69,6 +71,21 @@ def test_what_was_hidden_is_found_again_in_what_is_given():
 def test_errors_hide_what_they_quote():
     assert str(DataError(f"cannot reach {URI}")) == str(ConfigError(f"cannot reach {URI}")) == f"cannot reach {redacted(URI)}"
     assert PASSWORD not in str(storage.StorageError(f"{URI}: gone", "missing"))
+    foreign = RuntimeError(f"cannot\nreach {URI}")
+    assert one_line(foreign) == f"cannot reach {redacted(URI)}"
+    assert PASSWORD[:4] not in one_line(foreign, max_length=45)
+    assert redacted(URI) in redacted_traceback(foreign)
+    assert PASSWORD not in redacted_traceback(foreign)
+
+
+def test_the_failure_of_a_worker_hides_what_it_quotes(tmp_path):
+    policy = RestartPolicy(1, lambda: "", str(tmp_path))
+    for error in (RuntimeError(f"cannot reach {URI}"), Interrupted(f"node drained; no checkpoint ({URI}: gone)")):
+        line = policy.record_failure(error, "", "")
+        assert redacted(URI) in line
+        assert PASSWORD not in line
+    assert redacted(URI) in (tmp_path / "failures.log").read_text()
+    assert PASSWORD not in (tmp_path / "failures.log").read_text()
 
 
 def test_a_saved_configuration_has_no_secret_and_names_the_field_to_give_again(tmp_path):

@@ -30,7 +30,7 @@ from ray_platform.evaluate.discovery import open_image_set
 from ray_platform.evaluate.results import metrics_for_tracking
 from ray_platform.formats import FileFormat
 from ray_platform.json_values import first_difference, to_json, with_defaults
-from ray_platform.redaction import redacted_values, restored
+from ray_platform.redaction import redacted_traceback, redacted_values, restored
 from ray_platform.report.comparison import comparison_page
 from ray_platform.report.records import ComparisonDetails, EvaluationDetails, ImageGrid, TrainingPoint
 from ray_platform.tracking import RUN_RECORD, Tracker, TrackingConfig, metric_history
@@ -111,7 +111,7 @@ def compare(config: CompareConfig, plan: ComparisonPlan, recipe: str, command: s
                 raise
             except Exception as error:  # the other runs continue
                 if not isinstance(error, UserError):
-                    logger.error("an unexpected error", exc_info=error)
+                    logger.error("an unexpected error\n%s", redacted_traceback(error))
                 failures.append(f"{arm}, seed {seed}: {describe_error(error)}")
                 print(f"failed: {failures[-1]}", flush=True)
             summary = save()

@@ -22,6 +22,7 @@ from ray_platform.evaluate.sets import (
     PUBLISHED_SOURCES,
     EvaluationSet,
 )
+from ray_platform.redaction import redacted_traceback
 from ray_platform.replicas import UnitResult, WorkUnit
 from ray_platform.report.records import (
     CurvePoint,
@@ -148,7 +149,7 @@ class EvaluationResults:
             self.failures.setdefault(group, str(error))
         except Exception as error:  # a metric that fails, for whatever reason, must not take the other results with it
             if not isinstance(error, ValueError):
-                logger.exception("%s", group)
+                logger.error("%s\n%s", group, redacted_traceback(error))
             self.failures.setdefault(group, f"{group}: {describe_error(error)}")
 
     def write_predictions(self, output_dir: str) -> None:

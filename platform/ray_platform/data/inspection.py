@@ -19,7 +19,7 @@ from PIL import Image
 from ray.exceptions import RayError, RayTaskError
 
 from ray_platform import storage
-from ray_platform.contracts import DataError
+from ray_platform.contracts import DataError, one_line
 from ray_platform.data import filters
 from ray_platform.data.catalog import Catalog, ShardRange
 from ray_platform.data.causes import BAD_DATA, IGNORED, SHARD_CHANGED, SHARD_CRASHES, RejectedSample, samples_lost
@@ -240,7 +240,7 @@ def inspect_units(units: Sequence[ShardRange], config: DataConfig) -> Iterator[S
         except RayError as error:
             if isinstance(error, RayTaskError) and isinstance(error.cause, storage.StorageError):
                 raise error.cause from None
-            logger.warning("%s: its reader failed: %s", unit.shard.url, str(error).strip().splitlines()[-1])
+            logger.warning("%s: its reader failed: %s", unit.shard.url, one_line(str(error).strip().splitlines()[-1]))
             yield _lost_unit(unit, SHARD_CRASHES)
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields, replace
 from ray_platform import storage
 from ray_platform.contracts import ConfigError, one_line, root_cause
 from ray_platform.json_values import JsonObject
-from ray_platform.redaction import redacted
 from ray_platform.tracking.config import JOURNAL_ONLY, TRACKERS, TrackingConfig
 from ray_platform.tracking.journal import JOURNAL_FORMAT, Journal
 from ray_platform.tracking.tracker import MetricPoint, ModelPackage, TrackedData, Tracker
@@ -207,7 +206,7 @@ class Delivery:
 
     def _report_problem(self, error: Exception) -> None:
         self._num_problems += 1
-        message = redacted(one_line(root_cause(error), max_length=300))
+        message = one_line(root_cause(error), max_length=300)
         if not self.problem:
             logger.warning(
                 "tracking: %s does not answer; the run continues, its metrics are kept in %s and delivered later: %s",
@@ -224,10 +223,8 @@ class Delivery:
         kind = "metrics" if isinstance(entry, list) else next(name for name in entry if name != "time")
         if kind not in self._warned:
             self._warned.add(kind)
-            message = redacted(one_line(error, max_length=500))
-            logger.warning(
-                "tracking: %s does not accept an entry (%s; logged once), it is skipped: %s", self.backend, kind, message
-            )
+            message = "tracking: %s does not accept an entry (%s; logged once), it is skipped: %s"
+            logger.warning(message, self.backend, kind, one_line(error, max_length=500))
 
 
 def config_of(header: JsonObject) -> TrackingConfig:

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_platform.contracts import one_line
 from ray_platform.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class NodeMetrics:
                 for node_id in sorted(nodes):
                     self._request_sample(node_id)
         except Exception as error:
-            logger.warning("tracking: system metrics stopped; the run continues: %s", error)
+            logger.warning("tracking: system metrics stopped; the run continues: %s", one_line(error))
             self._seconds = 0.0
 
     def _log_sample(self, node: MeasuredNode) -> None:

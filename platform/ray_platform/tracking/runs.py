@@ -111,7 +111,7 @@ def metric_history(uri: str, run_id: str, prefix: str, output_dir: str) -> dict[
 
             points = read_history(uri, run_id, prefix)
     except Exception as error:
-        logger.warning("tracking: the metrics of run %s cannot be read from MLflow: %s", run_id, redacted(one_line(error)))
+        logger.warning("tracking: the metrics of run %s cannot be read from MLflow: %s", run_id, one_line(error))
     try:
         lines = [entry for entry, _ in Journal(output_dir).entries() if "metrics" in entry]
         points += [(line["step"], name, value) for line in lines for name, value in line["metrics"].items()]

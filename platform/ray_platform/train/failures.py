@@ -11,6 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_platform.contracts import ConfigError, DataError, one_line
+from ray_platform.redaction import redacted
 
 FAILURES = "failures.log"  # in output_dir: everything that Ray reported about each failure
 DEATHS = (
@@ -43,7 +44,7 @@ OURS = (ConfigError, DataError, Diverged, Interrupted, AcceleratorFull)  # error
 
 
 def find_cause(error: BaseException) -> tuple[BaseException, str]:
-    """Return the error that a rank raised, and one line about it.
+    """Return the error that a rank raised, and one line about it, without secrets.
 
     When one rank fails or dies, the collectives of the others fail after it. So our own errors come first, then dead workers.
     """
@@ -51,12 +52,11 @@ def find_cause(error: BaseException) -> tuple[BaseException, str]:
     causes = [(rank, failure, _unwrap(failure)) for rank, failure in failures]
     rank, failure, cause = next((entry for kind in (OURS, DEATHS) for entry in causes if isinstance(entry[2], kind)), causes[0])
     line = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-    if isinstance(cause, OURS):
-        return cause, line
-    worker = DeadWorker(rank, f"{failure}\n{cause}")
-    if isinstance(cause, DEATHS):
-        return cause, worker.describe_death(getattr(cause, "preempted", False))
-    return cause, f"{worker}: {type(cause).__name__}: {line}"
+    if not isinstance(cause, OURS):
+        worker, was_preempted = DeadWorker(rank, f"{failure}\n{cause}"), getattr(cause, "preempted", False)
+        is_dead = isinstance(cause, DEATHS)
+        line = worker.describe_death(was_preempted) if is_dead else f"{worker}: {type(cause).__name__}: {line}"
+    return cause, redacted(line)
 
 
 def _unwrap(failure: BaseException) -> BaseException:
@@ -72,7 +72,7 @@ def save_messages(error: BaseException, output_dir: str) -> str:
     folder = Path(tempfile.gettempdir()) if "://" in output_dir else Path(output_dir)
     file = folder / (FAILURES if folder == Path(output_dir) else f"diffdis-{os.getpid()}-{FAILURES}")
     with suppress(OSError), file.open("a", encoding="utf-8") as opened:
-        opened.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}\n{error}\n\n")
+        opened.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}\n{redacted(str(error))}\n\n")
     return str(file)
 
 
