@@ -8,7 +8,6 @@ from diffdis.config import ObjectiveConfig
 from diffdis.feature_networks import PooledFeatures
 from diffdis.task import DiffDisTask
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig
-from diffdis_platform.evaluation.distance import network_builders
 from diffdis_platform.evaluation.run import plan_evaluation
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.unit_work import WorkerModels
@@ -52,14 +51,13 @@ def measure(folder, task, output, **quality):
     }
     config = QualityConfig(**fields | quality)
     evaluation = EvalConfig(checkpoint=str(folder / task), output_dir=str(output), quality=config)
-    measurement = plan_evaluation(evaluation, ({}, [])).quality
-    models = {each.name: each.build for each in (measurement.model, measurement.judge, measurement.ranker) if each}
-    workers = WorkerModels(models | network_builders(config.networks, "", "clean_fid"), 1, "cpu")
+    plan = plan_evaluation(evaluation, ({}, {}))
+    measurement, workers = plan.quality, WorkerModels(plan.builders, 1, "cpu")
     for unit in measurement.units:
         rows = unit.work.run(workers) | {"seconds": np.ones(1)}
         measurement.add(unit, rows)
     (point,) = measurement.results({})
-    return point, rows, workers[measurement.model.name].pipeline
+    return point, rows, workers[plan.model.identity].pipeline
 
 
 def test_a_sampler_of_diffusers_generates_the_images_that_are_measured(folder, tmp_path):

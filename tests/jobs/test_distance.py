@@ -47,7 +47,9 @@ def config_of(generated, reference, output_dir, *arguments):
 
 def measure_here(plan: distance.DistancePlan) -> dict[str, float]:
     """Return the metrics of a plan whose units this process runs."""
-    replica = WorkerModels({name: functools.partial(lambda one, _: one, one) for name, one in plan.networks.items()}, 1, "cpu")
+    replica = WorkerModels(
+        {f"features/{name}": functools.partial(lambda one, _: one, one) for name, one in plan.networks.items()}, 1, "cpu"
+    )
     units = plan.generated.units(plan.networks)
     if isinstance(plan.reference, distance.ImageFeatures):
         units |= plan.reference.units(plan.networks)
@@ -111,7 +113,7 @@ def test_a_command_on_a_cluster(folders, tmp_path, ray_cluster, capsys):
         (("--reference", "{tmp}/other.npz"), "reference: {tmp}/other.npz is not an .npz with mu and sigma"),
         (("--reference", "{tmp}/small.npz"), "reference: {tmp}/small.npz has 3 features, but efficientnet_lite0 has 1,280"),
         (("--networks", '["resnet"]'), "networks: feature network 'resnet': unknown; use efficientnet_lite0"),
-        (("--networks", '["{tmp}/a/clip", "{tmp}/b/clip"]'), "networks: name at least one, and each once"),
+        (("--networks", '["{tmp}/a/clip", "{tmp}/b/clip"]'), "networks: two networks have the same name (clip, clip)"),
         (("--protocol", "tf-fid"), "protocol: Expected a"),
     ],
 )

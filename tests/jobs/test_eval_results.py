@@ -70,7 +70,7 @@ def plan(models, sets):
 
 def run_units(plan, results, finished=lambda: None):
     """Run all units in the order of the queue in this process, and call `finished` when a set is finished."""
-    replica = WorkerModels({model.name: model.build for model in [plan.model, *plan.baselines]}, 1, "cpu")
+    replica = WorkerModels(plan.builders, 1, "cpu")
     for unit in WorkQueue(results.units).waiting:
         rows = unit.work.run(replica) | {"seconds": np.array([0.1])}
         if results.add(UnitResult(unit, rows)):
@@ -257,6 +257,19 @@ def test_every_row_says_what_it_is(models, sets, tmp_path):
     assert page.rows_of("first")[-1][1:3] == ["other", "acc1"]
 
 
+def test_a_baseline_that_is_also_a_feature_network(models, sets, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    config = QualityConfig(str(tmp_path / "prompts.txt"), sets["first"].url, networks=(models[0].url,))
+    plan = EvaluationPlan(models[0], [], {"first": sets["first"]}, [ZeroShotMeasurement(models[0], sets["first"])])
+    plan.quality = QualityMeasurement(models[0], None, 16, config, str(tmp_path))
+    replica, kinds = WorkerModels(plan.builders, 1, "cpu"), set()
+    for unit in plan.measurements[0].units + plan.quality.units[:1]:
+        kinds |= unit.work.run(replica).keys()
+    assert kinds >= {"embeddings", f"features/{models[0].name}"}
+    with pytest.raises(ConfigError, match=r"quality\.networks: two networks have the same name \(good, good\)"):
+        replace(config, networks=(models[0].url, "/elsewhere/good"))
+
+
 def test_the_content_of_a_set_identifies_it_wherever_it_is(models, tmp_path):
     """A copy has other times, so another data_digest. A label that changes at the same size changes the content."""
     digests = []
@@ -292,7 +305,7 @@ def test_the_spread_over_the_noise(exported_model, sets, tmp_path):
     data = sets["first"]
     plan = EvaluationPlan(exported_model, [], {"first": data}, [ZeroShotMeasurement(exported_model, data)])
     plan.repeats = [ZeroShotMeasurement(exported_model, data, seed=seed) for seed in (1, 2)]
-    replica = WorkerModels({exported_model.name: exported_model.build}, 1, "cpu")
+    replica = WorkerModels(plan.builders, 1, "cpu")
     embeddings = [each.units[-1].work.run(replica)["embeddings"] for each in [*plan.zero_shot, *plan.repeats]]
     assert len({each.tobytes() for each in embeddings}) == 3
     details, rows = evaluated(plan, tmp_path)

@@ -14,7 +14,6 @@ import pytest
 
 from diffdis.metrics.image_quality import Moments, frechet_distance
 from diffdis_platform.config.evaluate import QualityConfig
-from diffdis_platform.evaluation.distance import network_builders
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import EvaluationModel
 from diffdis_platform.evaluation.quality import QualityMeasurement
@@ -99,7 +98,7 @@ def test_the_cause_for_which_no_sample_can_be_used(tmp_path, members, words):
                 tar.addfile(entry, io.BytesIO(content))
     measurement = ZeroShotMeasurement(MODEL, find_evaluation_set([str(tmp_path)], "mine"))
     scorer = SimpleNamespace(preprocess=lambda image: image, embed_classes=lambda names, templates: np.eye(3, dtype=np.float32))
-    models = WorkerModels({"diffdis": lambda device: scorer}, 1, "cpu")
+    models = WorkerModels({MODEL.identity: lambda device: scorer}, 1, "cpu")
     for unit in measurement.units:
         measurement.add(unit, unit.work.run(models) | {"seconds": np.ones(1)})
     with pytest.raises(DataError, match="can be used: ") as raised:
@@ -123,7 +122,7 @@ def test_the_reference_is_the_whole_folder_or_a_sample_of_all_of_it(tmp_path, mo
     sizes = {"num_images": 2, "num_reference": num_reference}
     config = QualityConfig(str(tmp_path / "prompts.txt"), str(reference), guidance_scales=(1.0,), **sizes)
     measurement = QualityMeasurement(MODEL, None, 32, config, str(tmp_path / "out"))
-    models, measured = WorkerModels(network_builders(config.networks, config.inception, config.resize), 1, "cpu"), 0
+    models, measured = WorkerModels(measurement.network_builders, 1, "cpu"), 0
     for unit in measurement.units:
         if unit.group == measurement.reference_group:
             rows = unit.work.run(models) | {"seconds": np.ones(1)}
@@ -228,7 +227,7 @@ def test_the_best_of_several_images_is_another_unit_and_another_protocol(tmp_pat
         points.append((unit, measurement.results({measurement.reference_group: "not measured here"})[0]["protocol"]))
     (single, single_protocol), (best, best_protocol) = points
     assert single.key != best.key
-    assert (best.work.ranking, single.work.ranking) == (Ranking("diffdis", 4, {}), None)
+    assert (best.work.ranking, single.work.ranking) == (Ranking(MODEL.identity, 4, {}), None)
     assert best.cost == 4 * single.cost
     with pytest.raises(ConfigError, match="protocol best_of"):
         check_same_protocol(single_protocol, best_protocol)
@@ -256,7 +255,7 @@ def test_the_best_image_of_each_prompt_is_chosen_by_the_ranker_and_the_first_one
     generator = SimpleNamespace(generate_images=generate_images)
     ranker = SimpleNamespace(preprocess=lambda image: image, embed_images=embed_images, embed_texts=embed_texts)
     network = SimpleNamespace(features=lambda images: images[:, 0, 0, :1].astype(np.float32))
-    builders = {"model": generator, "ranker": ranker, "network": network}
+    builders = {"model": generator, "ranker": ranker, "features/network": network}
     models = WorkerModels({name: lambda device, each=each: each for name, each in builders.items()}, 1, "cpu")
     arguments = ("model", ("a cat", "a dog"), 7, {"num_steps": 1}, ("network",), "ranker", str(tmp_path), 8)
     rows = GenerateImages(*arguments, Ranking("ranker", 3, {"num_draws": 4})).run(models)

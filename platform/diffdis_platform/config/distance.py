@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from diffdis_platform.config.evaluate import network_name
+from diffdis_platform.config.evaluate import check_networks
 from diffdis_platform.config.parse import check_output_dir
 from ray_platform.contracts import ConfigError
 from ray_platform.placement import check_labels
@@ -50,8 +50,7 @@ class DistanceConfig:
                 "inception: FID needs the weights pt_inception-2015-12-05-6726825d.pth; without them, use --networks "
                 "'[\"efficientnet_lite0\"]', whose distance is not called FID"
             )
-        if len({network_name(network) for network in self.networks}) < max(1, len(self.networks)):
-            raise ConfigError("networks: name at least one, and each once")
+        check_networks("networks", self.networks)
         if self.num_workers < 0 or self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:
             raise ConfigError("num_workers and gpus_per_worker: at least 0; cpus_per_worker: above 0")
         check_labels("placement", self.placement)

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -77,8 +78,9 @@ class QualityConfig:
             raise ConfigError("quality.reference: give the real images (a folder or tars) that generated ones are compared with")
         if "inception" in self.networks and not self.inception:
             raise ConfigError("quality.inception: the network inception needs its file, pt_inception-2015-12-05-6726825d.pth")
-        if self.num_images < 2 or self.num_steps < 1 or not self.guidance_scales or not self.networks:
-            raise ConfigError("quality: at least 2 images, 1 step, 1 guidance scale and 1 network")
+        check_networks("quality.networks", self.networks)
+        if self.num_images < 2 or self.num_steps < 1 or not self.guidance_scales:
+            raise ConfigError("quality: at least 2 images, 1 step and 1 guidance scale")
         if self.best_of < 1:
             raise ConfigError(f"quality.best_of: {self.best_of} is not 1 or more; 1 measures a single image per prompt")
         if self.ranker and self.best_of == 1:
@@ -175,6 +177,15 @@ class EvalConfig:
 def network_name(network: str) -> str:
     """Return the short name of an entry of `quality.networks`: a model in a folder has the folder's name."""
     return network.rstrip("/").rpartition("/")[2]
+
+
+def check_networks(field: str, networks: Sequence[str]) -> None:
+    """Raise ConfigError if there are no feature networks, or if two have the same short name."""
+    names = list(map(network_name, networks))
+    if not names:
+        raise ConfigError(f"{field}: empty; give at least one network")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{field}: two networks have the same name ({', '.join(names)}); give each once, or rename a folder")
 
 
 def suite_sets(suite: str) -> dict[str, str]:

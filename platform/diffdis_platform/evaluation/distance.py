@@ -117,10 +117,12 @@ def few_images_warning(figure: str, num_generated: int, num_real: int | None, wi
 
 
 def network_builders(networks: Sequence[str], inception: str, resize: str) -> dict[str, Callable[[str], PooledFeatures]]:
-    """Return the functions that build the feature networks on a replica, by their short names."""
+    """Return the functions that build the feature networks on a replica, by the names of the rows with their features."""
     options = {"inception": (inception, resize)}  # no other network has a choice of weights or resizing
     return {
-        network_name(name): functools.partial(with_cached_folders, build_feature_network, name, *options.get(name, ("", "")))
+        f"features/{network_name(name)}": functools.partial(
+            with_cached_folders, build_feature_network, name, *options.get(name, ("", ""))
+        )
         for name in networks
     }
 
@@ -128,10 +130,12 @@ def network_builders(networks: Sequence[str], inception: str, resize: str) -> di
 def open_networks(field: str, builders: Mapping[str, Callable[[str], PooledFeatures]]) -> dict[str, PooledFeatures]:
     """Build the networks on the driver, so that errors in a name or file are reported before anything runs on the cluster.
 
+    Return them by their short names.
+
     Raises ConfigError, which begins with `field`.
     """
     try:
-        return {name: build("cpu") for name, build in builders.items()}
+        return {name.removeprefix("features/"): build("cpu") for name, build in builders.items()}
     except (ValueError, OSError) as error:
         raise ConfigError(f"{field}: {one_line(error)}") from error
 

@@ -59,7 +59,7 @@ class SetMeasurement(ABC):
 
     def _image_unit(self, part: DatasetSlice, num_sampled: int | None) -> WorkUnit:
         model, data = self.model, self.data
-        work = EmbedImages(model.name, data.name, part, model.settings, self.seed, num_sampled)
+        work = EmbedImages(model.identity, data.name, part, model.settings, self.seed, num_sampled)
         unit = build_unit(
             self.group, f"{data.name} {part.name}", part.estimated_images if num_sampled is None else num_sampled, work,
             model=model.identity, preprocessing=model.preprocessing, settings=dict(model.settings), seed=self.seed,
@@ -189,7 +189,7 @@ class ZeroShotMeasurement(SetMeasurement):
         templates, names = self.data.templates, self.data.classes[first : first + CLASSES_PER_UNIT]
         return build_unit(
             self.group, f"classes of {self.data.name}", _TEXT_COST * len(names) * len(templates),
-            EmbedClasses(self.model.name, names, templates), runs_first=True,
+            EmbedClasses(self.model.identity, names, templates), runs_first=True,
             model=self.model.identity, classes=names, templates=templates,
         )  # fmt: skip
 

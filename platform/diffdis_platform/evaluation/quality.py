@@ -71,7 +71,8 @@ class QualityMeasurement:
         self.ranker = ranker
         self.model, self.judge, self.image_size, self.config, self.output_dir = model, judge, image_size, config, output_dir
         self.prompts = read_prompts(config)
-        networks = open_networks("quality.networks", network_builders(config.networks, config.inception, config.resize))
+        self.network_builders = network_builders(config.networks, config.inception, config.resize)
+        networks = open_networks("quality.networks", self.network_builders)
         self.figures = {name: network.figure for name, network in networks.items()}
         self.protocols = {name: dict(network.protocol) | {"image_size": image_size} for name, network in networks.items()}
         self.references: dict[str, Reference] = {}
@@ -108,7 +109,7 @@ class QualityMeasurement:
 
     def _generation_units(self) -> list[WorkUnit]:
         config, units = self.config, []
-        judge, judged_by = (self.judge.name, [self.judge.digest, self.judge.preprocessing]) if self.judge else ("", [])
+        judge, judged_by = (self.judge.identity, [self.judge.digest, self.judge.preprocessing]) if self.judge else ("", [])
         num_kept = len(self.prompts) if config.keep_images else NUM_SHOWN
         for scale in config.guidance_scales:
             settings: JsonObject = {"num_steps": config.num_steps, "guidance_scale": scale, "seed": config.seed}
@@ -117,14 +118,14 @@ class QualityMeasurement:
             ranking = None
             if self.ranker:  # a CLIP has no settings
                 few_draws = {"num_steps": 1, "num_draws": RANKING_DRAWS} if self.ranker.settings else {}
-                ranking = Ranking(self.ranker.name, config.best_of, few_draws)
+                ranking = Ranking(self.ranker.identity, config.best_of, few_draws)
             for first in range(0, len(self.prompts), IMAGES_PER_UNIT):
                 prompts, images_dir = tuple(self.prompts[first : first + IMAGES_PER_UNIT]), self.images_dir(scale)
                 measured = tuple(self.protocols), judge, images_dir, num_kept, ranking
                 unit = build_unit(
                     self.group_of(scale), f"images {first}… at guidance {scale:g}",
                     _STEP_COST * config.num_steps * len(prompts) * config.best_of,
-                    GenerateImages(self.model.name, prompts, first, settings, *measured),
+                    GenerateImages(self.model.identity, prompts, first, settings, *measured),
                     model=self.model.identity, settings=settings, prompts=prompts, first=first, kept=num_kept,
                     networks=list(self.protocols.values()), judge=judged_by,
                     images_dir=images_dir if first < num_kept else "", **self._best_of(),

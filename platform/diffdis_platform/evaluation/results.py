@@ -1,10 +1,11 @@
 """What an evaluation measures, and the results, each of which exists as soon as its units are complete."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 
@@ -67,6 +68,15 @@ class EvaluationPlan:
     def of_sets(self) -> list[SetMeasurement]:
         """The measurements of models on sets."""
         return [*self.zero_shot, *self.retrieval, *self.repeats]
+
+    @property
+    def builders(self) -> dict[str, Callable[[str], Any]]:
+        """The functions that build a model on a replica: by the names that units have for it."""
+        models, networks = [self.model, *self.baselines], {}
+        if self.quality:
+            models += filter(None, (self.quality.judge, self.quality.ranker))
+            networks = self.quality.network_builders
+        return {model.identity: model.build for model in models} | networks
 
     @property
     def measurements(self) -> list[Measurement]:

@@ -14,7 +14,6 @@ from diffdis.metrics.zero_shot import ZERO_SHOT_METRICS
 from diffdis.schedule import build_scheduler
 from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.evaluation.datasets import OpenedSets, open_sets
-from diffdis_platform.evaluation.distance import network_builders
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import EvaluationModel, open_baseline, open_judge, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement
@@ -158,12 +157,7 @@ def evaluate(config: EvalConfig, plan: EvaluationPlan, earlier: Sequence[StepSco
     `earlier` are the scores of earlier checkpoints of the run.
     """
     started = time.monotonic()
-    builders = {model.name: model.build for model in [plan.model, *plan.baselines]}
-    if plan.quality:
-        builders |= network_builders(config.quality.networks, config.quality.inception, config.quality.resize)
-        for each in filter(None, (plan.quality.judge, plan.quality.ranker)):
-            builders[each.name] = each.build
-    build = functools.partial(WorkerModels, builders, max(1, int(config.cpus_per_worker)))
+    build = functools.partial(WorkerModels, plan.builders, max(1, int(config.cpus_per_worker)))
     spec = ReplicaSpec(build, config.num_workers, config.cpus_per_worker, config.gpus_per_worker, config.placement)
     device = "cuda" if config.gpus_per_worker else "cpu"  # their rows differ in the last digits
     cache = ResultCache(storage.join(config.output_dir, UNITS, device), code_version())

@@ -63,14 +63,15 @@ class WorkerModels:
         places = np.argsort(np.concatenate([np.array(indices, dtype=np.int64) for indices in by_size.values()]))
         rows = {}
         for name in networks:
-            network: FeatureNetwork = self[name]
+            key = f"features/{name}"  # a scorer may have the name alone
+            network: FeatureNetwork = self[key]
             parts = [
                 self.in_batches(
                     lambda batch, network=network: network.features(np.stack(batch)), [images[index] for index in indices]
                 )
                 for indices in by_size.values()
             ]
-            rows[f"features/{name}"] = np.concatenate(parts)[places]
+            rows[key] = np.concatenate(parts)[places]
         return rows
 
 
