@@ -17,11 +17,13 @@ from diffdis_platform.config.evaluate import QualityConfig
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import EvaluationModel
 from diffdis_platform.evaluation.quality import QualityMeasurement
+from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate import sets
 from ray_platform.evaluate.discovery import find_evaluation_set
 from ray_platform.evaluate.results import check_same_protocol
 from ray_platform.evaluate.unit_work import GenerateImages, Ranking, WorkerModels, choose_sample
+from ray_platform.replicas import UnitResult, WorkQueue
 from tests.ray_platform.evaluate.test_torchvision_folders import write_aircraft, write_cifar
 from tests.support.evaluation_sets import encoded, picture, write_image, write_own, write_retrieval, write_wds
 
@@ -136,16 +138,20 @@ def test_the_reference_is_the_whole_folder_or_a_sample_of_all_of_it(tmp_path, mo
         assert 8 <= sum(name.startswith("truck") for name in images) <= 12
 
 
-def test_a_sample_of_more_reference_images_than_there_are_is_a_failure(tmp_path):
+def test_too_few_reference_images_are_noticed_before_images_are_generated(tmp_path):
     write_images(tmp_path)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     config = QualityConfig(prompts=str(tmp_path / "prompts.txt"), reference=str(tmp_path / "mine"), num_reference=4)
-    measurement = QualityMeasurement(MODEL, None, 32, config, str(tmp_path / "out"))
-    for unit in measurement.units[:1]:
-        measurement.add(unit, {"keys": np.array(["a", "b", "c"]), "causes": np.array([])})
-    failures: dict[str, str] = {}
-    assert measurement.results(failures) == []
-    assert "quality.num_reference: 4 images, but only 3 of" in failures[measurement.reference_group]
+    for num_reference, keys, words in ((4, ["a", "b", "c"], "only 3 images of"), (0, [], "only 0 images of")):
+        config = dataclasses.replace(config, num_reference=num_reference)
+        measurement = QualityMeasurement(MODEL, None, 32, config, str(tmp_path / "out"))
+        results = EvaluationResults(EvaluationPlan(MODEL, [], {}, quality=measurement))
+        first, *others = WorkQueue(results.units).waiting
+        results.add(UnitResult(first, {"keys": np.array(keys), "causes": np.array([])}))
+        assert {unit.group for unit in others} < results.failures.keys(), "they are not generated"
+        details = results.finish()
+        assert details["quality"] == []
+        assert [words in line for line in details["failures"]] == [True]
     for wrong in ({"num_reference": 1}, {"num_reference": 9, "reference": "reference_inception.npz"}):
         with pytest.raises(ConfigError, match=r"quality\.num_reference"):
             dataclasses.replace(config, **wrong)

@@ -100,7 +100,7 @@ class QualityMeasurement:
                 continue
             unit = build_unit(
                 self.reference_group, f"reference {part.name}", part.estimated_images if num_sampled is None else num_sampled,
-                MeasureImages(part, tuple(self.protocols), self.image_size, num_sampled),
+                MeasureImages(part, tuple(self.protocols), self.image_size, num_sampled), runs_first=True,
                 data=data.digest, slice=part.name, num_sampled=num_sampled, networks=list(self.protocols.values()),
             )  # fmt: skip
             units.append(unit)
@@ -154,6 +154,20 @@ class QualityMeasurement:
         rows_by_place, place = self._destinations[unit.key]
         rows_by_place[place] = rows
 
+    @property
+    def groups(self) -> set[str]:
+        return {unit.group for unit in self.units}
+
+    @property
+    def reference_error(self) -> str:
+        """Why the real images are too few, in one line, as soon as all of them are measured; empty if they are enough."""
+        if not self._real or len(self._real) < sum(unit.group == self.reference_group for unit in self.units):
+            return ""
+        count, needed = sum(len(rows["keys"]) for rows in self._real.values()), max(2, self.config.num_reference)
+        remedy = "lower quality.num_reference" if self.config.num_reference else "give other images"
+        message = f"quality.reference: only {count:,} images of {self.config.reference} can be read, but {needed:,} are needed"
+        return "" if count >= needed else f"{message}; {remedy}"
+
     @staticmethod
     def group_of(scale: float) -> str:
         return f"images at guidance {scale:g}"
@@ -165,12 +179,6 @@ class QualityMeasurement:
         """
         if self._real and self.reference_group not in failures:
             real, num_reference = join_rows(self._real), self.config.num_reference
-            if len(real["keys"]) < num_reference:
-                failures[self.reference_group] = (
-                    f"quality.num_reference: {num_reference:,} images, but only {len(real['keys']):,} of {self.config.reference} "
-                    "can be read; use fewer"
-                )
-                return []  # not even the alignment: half of what was asked for looks like all of it
             chosen = choose_sample([str(key) for key in real["keys"]], num_reference or len(real["keys"]))
             self._reference_content = digest_of_contents({name: real[name][chosen] for name in ("keys", "contents")})
             for name in self.protocols:

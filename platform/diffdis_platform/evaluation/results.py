@@ -29,6 +29,7 @@ from ray_platform.report.records import (
     CurvePoint,
     DatasetResult,
     EvaluationDetails,
+    QualityPoint,
     RetrievalResult,
     StepScore,
     ZeroShotResult,
@@ -126,6 +127,9 @@ class EvaluationResults:
             self._missing[measurement] -= 1
             if isinstance(measurement, SetMeasurement) and not self._missing[measurement]:
                 self._finish(measurement)
+        if self.plan.quality and (error := self.plan.quality.reference_error):
+            # Not even the alignment is measured: half of what was asked for looks like all of it.
+            self.failures |= dict.fromkeys(self.plan.quality.groups, error)
         return self._finish_sets()
 
     def _finish(self, measurement: SetMeasurement) -> None:
@@ -182,7 +186,10 @@ class EvaluationResults:
 
     def details(self, *, with_quality: bool = False) -> EvaluationDetails:
         """Return what is measured until now. Distances of generated images are computed at the end only."""
-        quality = self.plan.quality.results(self.failures) if self.plan.quality and with_quality else []
+        quality: list[QualityPoint] = []
+        if self.plan.quality and with_quality:
+            with self._failure_of("image quality"):
+                quality = self.plan.quality.results(self.failures)
         models = [self.plan.model, *self.plan.baselines]
         self._add_differences()
         self._add_seeds()

@@ -167,6 +167,7 @@ def evaluate(config: EvalConfig, plan: EvaluationPlan, earlier: Sequence[StepSco
             if results.add(result):  # what is finished survives whatever happens to the rest
                 results.write_predictions(config.output_dir)
                 write_outputs(config.output_dir, results.details(), started)
+            pool.queue.failed_groups |= results.failures.keys()  # such as those of a model whose embeddings are NaN
         print("everything is measured; writing the results …", flush=True)
         details = results.finish()
         details["over_training"] = [*earlier, *step_scores(details)]
