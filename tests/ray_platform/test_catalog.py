@@ -13,7 +13,7 @@ from ray_platform.data.causes import RejectedSample
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import Item
 from ray_platform.data.source import open_samples
-from tests.ray_platform.conftest import samples_of, tar_of
+from tests.ray_platform.conftest import samples_of, tar_of, write_shards
 from tests.support.messages import check_message
 
 ENCODERS = {"vae": "a", "text": "b"}
@@ -198,7 +198,7 @@ def test_a_large_shard_is_read_in_parts(tmp_path):
     assert keys(parts.pools[0]) == keys([whole]) == [f"large.tar/{number:05d}" for number in range(36)]
 
 
-def test_files_of_a_sample_that_are_apart_in_a_large_shard_are_joined(tmp_path, monkeypatch):
+def test_files_of_a_sample_that_are_apart_in_a_large_shard_are_joined(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tar, "_MIN_STEP_BYTES", 2**20)  # several reads before and after each part
     ordered = samples_of(0, 36, size=160)
     orders = {
@@ -207,9 +207,9 @@ def test_files_of_a_sample_that_are_apart_in_a_large_shard_are_joined(tmp_path, 
         "one caption apart": [ordered[0], *ordered[2:], ordered[1]],
     }
     for order, members in orders.items():
-        (tmp_path / "large.tar").write_bytes(tar_of(members))
-        for max_read_mb in (1, 9):
-            config = DataConfig(sources=(str(tmp_path),), image_size=8, max_read_mb=max_read_mb)
+        folder = write_shards(tmp_path / order, {"large.tar": tar_of(members)})
+        for max_read_mb in (9, 1):
+            config = DataConfig(sources=(str(folder),), image_size=8, max_read_mb=max_read_mb)
             opened = [open_samples(Item(0, 0, 0, unit, []), config, 0) for unit in build_catalog(config).pools[0]]
             samples = [unit.sample(place) for unit in opened for place in range(len(unit))]
             good = sorted(sample.caption for sample in samples if not isinstance(sample, RejectedSample))
@@ -218,6 +218,8 @@ def test_files_of_a_sample_that_are_apart_in_a_large_shard_are_joined(tmp_path, 
                 assert (len(good), causes) == (35, {"files_apart"})
             else:
                 assert (good, causes) == (sorted(f"sample {number}" for number in range(36)), set())
+            warnings = [line for line in caplog.messages if f"{folder}/large.tar" in line and "data.max_read_mb" in line]
+            assert len(warnings) == (order != "one caption apart" and max_read_mb == 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- precomputed

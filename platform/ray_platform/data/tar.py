@@ -8,7 +8,9 @@ No content of a tar raises an exception, and no file is passed over in silence: 
 has a `RejectedSample`.
 """
 
+import functools
 import io
+import logging
 import posixpath
 import re
 import tarfile
@@ -20,6 +22,8 @@ from typing import IO, Literal, NamedTuple
 from ray_platform import storage
 from ray_platform.contracts import DataError
 from ray_platform.data.causes import RejectedSample
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # All usual endings of the formats that `decode` reads. Evaluation sets, which come from many places, have them; in training tars,
@@ -108,12 +112,22 @@ def read_tar_slice(
     records = _read_slice(url, shard_name, size, start, stop, suffixes)
     samples = {record.key: record for record in records if isinstance(record, Record)}
     if suffixes == _SUFFIXES and sum(record.is_half for record in samples.values()) > _MAX_HALVES * len(samples):
+        _warn_of_apart_files(url)
         step = max(stop - start, _MIN_STEP_BYTES)
         for begin, end in ((0, start), (stop, size)):
             for at in range(begin, end, step):
                 _join(samples, _read_slice(url, shard_name, size, at, min(at + step, end), suffixes))
         records = [record for record in records if not isinstance(record, Record) or record.key in samples]
     return records or [RejectedSample(f"{shard_name}/", "ignored_part")]
+
+
+@functools.cache  # once per shard and process: a line for every part and epoch would fill the log
+def _warn_of_apart_files(url: str) -> None:
+    logger.warning(
+        "%s: the image and the text of its samples are not next to each other, so each part reads the whole tar; write it with "
+        "GNU tar's --sort=name, or raise data.max_read_mb above its size",
+        url,
+    )
 
 
 def _join(samples: dict[str, Record], others: Sequence[Record | RejectedSample]) -> None:
