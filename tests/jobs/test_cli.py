@@ -8,6 +8,8 @@ import pytest
 
 from diffdis import __version__
 from diffdis_platform.cli import COMMANDS, main
+from diffdis_platform.commands import demo
+from ray_platform.contracts import ConfigError
 from ray_platform.lease import Lease
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +85,13 @@ def test_help_version_and_errors(capsys):
     unknown, misspelt = capsys.readouterr().err.splitlines()
     assert unknown == "error: train: no such command; did you mean pretrain?"
     assert misspelt == "error: --train.num_stpes: no such field; did you mean --train.num_steps?"
+
+
+@pytest.mark.parametrize("argument", ["--output_dir=/x", "--data.sources=/x", "--dry-run", "--recipe=sd_v1_laion"])
+def test_the_demo_rejects_what_it_sets_itself(argument):
+    assert demo.parse_arguments(["--train.num_steps=3"]).config.train.num_steps == 3
+    with pytest.raises(ConfigError, match=f"^(--)?{argument.partition('=')[0][2:]}[^\n]*$"):
+        demo.parse_arguments([argument])
 
 
 def test_the_run_of_an_active_folder_is_not_delivered(tmp_path, capsys):

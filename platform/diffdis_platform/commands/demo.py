@@ -8,24 +8,29 @@ from pathlib import Path
 
 from diffdis_platform.commands import pretrain, run_page_text
 from diffdis_platform.config.help import CommandHelp
-from diffdis_platform.config.parse import ParsedCommand
+from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.config.pretrain import PretrainConfig
-from diffdis_platform.recipes.demo import DEMO_DATA, DEMO_QUALITY, PREVIEW_CAPTIONS
+from diffdis_platform.recipes.demo import DEMO_DATA, DEMO_QUALITY, PREVIEW_CAPTIONS, demo
 from ray_platform.checkout import checkout_root
-from ray_platform.contracts import UserError
+from ray_platform.contracts import ConfigError, UserError
 
 INTERRUPTED = "stopped; the same command resumes from the last checkpoint"
 
 HELP = CommandHelp(
     "demo",
-    "Build the demo's data, pretrain on it, and report the results. The options are those of `diffdis pretrain`.",
+    "Build the demo's data, pretrain on it, and report the results. The options are those of `diffdis pretrain`, except the two "
+    "that say where the data and the results are.",
     examples=("", "--train.num_steps 1e3"),
-    fields=pretrain.MAIN_FIELDS,
+    fields=tuple(name for name in pretrain.MAIN_FIELDS if name not in ("output_dir", "data.sources")),
 )
 
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[PretrainConfig]:
-    return pretrain.parse_arguments(["--recipe", "demo", *argv], HELP)
+    command = parse(PretrainConfig, argv, HELP, recipes={"demo": demo}, aliases=pretrain.ALIASES)
+    for name, value in (("output_dir", command.config.output_dir), ("data.sources", command.config.data.sources)):
+        if value:
+            raise ConfigError(f"{name}: the demo sets it; leave it out, or use `diffdis pretrain --recipe demo`")
+    return command
 
 
 def main(argv: Sequence[str]) -> int:
