@@ -1,14 +1,21 @@
-"""The sampler of images, and the best of several images by the model itself, by another one, and by none; without a cluster."""
+"""The sampler of images, the command that generates them, and the best of several by the model, another one, or none."""
+
+import json
+from itertools import count
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffdis.config import ObjectiveConfig
 from diffdis.feature_networks import PooledFeatures
+from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask
+from diffdis_platform.cli import run_command
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig
 from diffdis_platform.evaluation.run import plan_evaluation
+from ray_platform import storage
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate.unit_work import WorkerModels
 from tests.support.evaluation_sets import write_image
@@ -102,3 +109,43 @@ def test_images_of_generation_are_chosen_by_another_model(folder, tmp_path):
     assert len(rows["best_number"]) == len(PROMPTS)
     with pytest.raises(ConfigError, match=r"^quality\.best_of: .*generation cannot rank"):
         measure(folder, "joint", tmp_path, best_of=BEST_OF, ranker=str(folder / "generation"))
+
+
+def generate(folder, task, output, *arguments):
+    settings = ["--num_steps", "2", "--guidance_scale", "1", "--batch_size", "2", "--device", "cpu", "--output_dir", str(output)]
+    return run_command("generate", ["--model", str(folder / task), "--captions", *PROMPTS, *settings, *arguments])
+
+
+@pytest.mark.parametrize(("per_prompt", "best_of"), [(1, 1), (2, 1), (2, 3)])
+def test_the_images_of_the_command_are_those_of_a_single_call(folder, tmp_path, per_prompt, best_of):
+    assert generate(folder, "joint", tmp_path, f"--num_images_per_prompt={per_prompt}", f"--best_of={best_of}") == 0
+    settings = {"num_inference_steps": 2, "guidance_scale": 1.0, "batch_size": 2}
+    pipeline = DiffDisPipeline.from_pretrained(folder / "joint")
+    images = pipeline.generate(PROMPTS, num_images_per_prompt=per_prompt, best_of=best_of, **settings)
+    names = json.loads((tmp_path / "captions.json").read_text())
+    assert list(names.values()) == [prompt for prompt in PROMPTS for _ in range(per_prompt)]
+    for name, image in zip(names, images, strict=True):
+        assert np.array_equal(Image.open(tmp_path / name), image)
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "captions.json", "grid.png"}
+
+
+def test_an_interrupted_generation_leaves_the_first_images(folder, tmp_path, monkeypatch, capsys):
+    put, calls = storage.put_folder, count()
+    monkeypatch.setattr(storage, "put_folder", lambda *arguments: put(*arguments) if next(calls) == 0 else interrupt())
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    assert generate(folder, "generation", tmp_path) == 1
+    assert "output_dir" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"000000.png", "000001.png", "captions.json", "grid.png"}
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "word"), [("generation", ["--height", "15"], "height: 15"), ("clip", [], "trained for clip")]
+)
+def test_images_that_a_model_cannot_generate_are_one_line(folder, tmp_path, capsys, task, arguments, word):
+    assert generate(folder, task, tmp_path, *arguments) == 1
+    line = capsys.readouterr().err.splitlines()[-1]  # after the bar of transformers
+    assert line.startswith(f"error: {folder / task}: ")
+    assert word in line

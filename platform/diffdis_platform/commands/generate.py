@@ -3,7 +3,8 @@
 import itertools
 import json
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,11 @@ from ray_platform.contracts import ConfigError, one_line
 from ray_platform.storage_config import StorageConfig
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from diffdis.pipeline import DiffDisPipeline
 
+INTERRUPTED = "stopped; the images so far are in output_dir"
 _MAX_GRID_IMAGES = 64
 
 HELP = CommandHelp(
@@ -107,11 +111,36 @@ def main(argv: Sequence[str]) -> int:
     _check_is_model(config.model)
     from diffdis.image_grid import image_grid
     from ray_platform import storage
-    from ray_platform.terminal import ProgressBar
 
     pipeline = _open_model(config)
     if config.best_of > 1 and pipeline.config.trained_for != "joint":
         raise ConfigError(f"best_of: {config.best_of}, but {config.model} was not trained to score images; use 1")
+    repeated = [caption for caption in captions for _ in range(config.num_images_per_prompt)]
+    names = {f"{index:06d}.png": caption for index, caption in enumerate(repeated)}
+    shown: list[Image] = []
+    done = 0
+    for images in _generate(pipeline, config, captions):
+        with tempfile.TemporaryDirectory(prefix="generate_") as folder:
+            for name, image in zip(list(names)[done:], images, strict=False):
+                image.save(Path(folder) / name)
+            if len(shown) < _MAX_GRID_IMAGES:  # from the first images on, in case that the command is interrupted
+                shown = [*shown, *images][:_MAX_GRID_IMAGES]
+                image_grid(shown, repeated[: len(shown)]).save(Path(folder) / "grid.png")
+                (Path(folder) / "captions.json").write_text(json.dumps(names, indent=1))
+            storage.put_folder(Path(folder), config.output_dir)
+        done += len(images)
+    print(f"done: {done} images, captions.json and grid.png in {config.output_dir}")
+    return 0
+
+
+def _generate(pipeline: "DiffDisPipeline", config: GenerateConfig, captions: Sequence[str]) -> Iterator["list[Image]"]:
+    """Yield the images of `batch_size` captions at a time: the images and the batches of a single call.
+
+    Raises:
+        ConfigError: the model cannot generate such images.
+    """
+    from ray_platform.terminal import ProgressBar
+
     num_images = len(captions) * max(config.best_of, config.num_images_per_prompt)
     total, bar = -(-num_images // config.batch_size) * config.num_steps, ProgressBar()
     steps = itertools.count(1)
@@ -121,29 +150,30 @@ def main(argv: Sequence[str]) -> int:
         return values
 
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline.generate(
-        captions,
-        negative_prompt=config.negative_prompt,
-        num_images_per_prompt=config.num_images_per_prompt,
-        best_of=config.best_of,
-        num_inference_steps=config.num_steps,
-        guidance_scale=config.guidance_scale,
-        height=config.height or None,
-        width=config.width or None,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        callback_on_step_end=show_step,
-    )
-    captions = [caption for caption in captions for _ in range(config.num_images_per_prompt)]
-    with tempfile.TemporaryDirectory(prefix="generate_") as folder:
-        names = {f"{index:06d}.png": caption for index, caption in enumerate(captions)}
-        for name, image in zip(names, images, strict=True):
-            image.save(Path(folder) / name)
-        (Path(folder) / "captions.json").write_text(json.dumps(names, indent=1))
-        image_grid(images[:_MAX_GRID_IMAGES], captions[:_MAX_GRID_IMAGES]).save(Path(folder) / "grid.png")
-        storage.put_folder(Path(folder), config.output_dir)
-    print(f"done: {len(images)} images, captions.json and grid.png in {config.output_dir}")
-    return 0
+    per_caption = 1 if config.best_of > 1 else config.num_images_per_prompt  # indices: one per caption if images are ranked
+    pipeline.warn_about_long_captions(list(dict.fromkeys([*captions, config.negative_prompt])))
+    for start in range(0, len(captions), config.batch_size):
+        part = captions[start : start + config.batch_size]
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* are cut")  # the long captions of this part, again
+                images = pipeline.generate(
+                    part,
+                    negative_prompt=config.negative_prompt,
+                    num_images_per_prompt=config.num_images_per_prompt,
+                    best_of=config.best_of,
+                    num_inference_steps=config.num_steps,
+                    guidance_scale=config.guidance_scale,
+                    height=config.height or None,
+                    width=config.width or None,
+                    seed=config.seed,
+                    indices=range(start * per_caption, (start + len(part)) * per_caption),
+                    batch_size=config.batch_size,
+                    callback_on_step_end=show_step,
+                )
+        except ValueError as error:
+            raise ConfigError(f"{config.model}: {one_line(error)}") from error
+        yield images
 
 
 def _check_is_model(url: str) -> None:
