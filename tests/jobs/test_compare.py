@@ -220,8 +220,8 @@ def test_the_best_of_several_images_next_to_a_single_one(config_of, tmp_path):
     assert config.evaluation_of("joint", 1).quality.ranker == ""
     assert config.evaluation_of("generation", 1).quality.ranker == f"{config.run_dir('clip', 1)}/export"
     assert config.evaluation_of("clip", 1).quality.prompts == ""
-    alone = dataclasses.replace(config, arms=("joint", "generation")).evaluation_of("generation", 1).quality
-    assert (alone.best_of, alone.ranker) == (1, ""), "nothing can rank its images"
+    with pytest.raises(ConfigError, match=r"^evaluation\.quality\.best_of: the arm generation cannot rank"):
+        dataclasses.replace(config, arms=("joint", "generation")).check()
 
     results = {
         "joint": {seed: {"fd": 50.0, "kid": 0.5, "fd_best_of_4": 46.0 + seed, "kid_best_of_4": 0.25} for seed in (0, 1, 2)},
@@ -325,6 +325,8 @@ def test_a_real_comparison_that_is_interrupted_after_the_training_of_its_second_
         ({"arms": ("a",), "own_arms": {"a": {"model.schedule.gamma": 9}}}, "own_arms.a: model.schedule.gamma: 9.0 is not in"),
         ({"pretrain": PretrainConfig(train=TrainConfig(seed=3))}, "pretrain.train.seed: is set by the comparison; use seeds"),
         ({"pretrain": PretrainConfig(output_dir="/x")}, "pretrain.output_dir: is set by the comparison; use output_dir"),
+        ({"evaluation": EvalConfig(steps="all")}, "evaluation.steps: is set by the comparison"),
+        ({"evaluation": EvalConfig(name="a")}, "evaluation.name: is set by the comparison"),
     ],
 )
 def test_invalid_fields_are_rejected_in_one_line(fields, message):

@@ -363,6 +363,12 @@ def test_recipes_and_overrides_are_parsed_from_the_command_line(name, tmp_path):
         (["--recipe", "none"], "no such recipe; choose one of demo_sweep, sd_v1_laion_sweep"),
         ([], "output_dir: empty; give an absolute folder"),
         (["--output_dir", "/x", "--search", "bayes"], "search"),
+        (["--output_dir", "/x", "--pretrain.output_dir", "/y"], "pretrain.output_dir: is set by the sweep; use output_dir"),
+        (["--output_dir", "/x", "--pretrain.tracking.experiment", "y"], "pretrain.tracking: is set by the sweep; use tracking"),
+        (["--output_dir", "/x", "--pretrain.train.resume", "auto"], "pretrain.train.resume: is set by the sweep"),
+        (["--output_dir", "/x", "--pretrain.train.stop_at_step", "9"], "pretrain.train.stop_at_step: is set by the sweep"),
+        (["--output_dir", "/x", "--evaluation.checkpoint", "/y"], "evaluation.checkpoint: is set by the sweep"),
+        (["--output_dir", "/x", "--evaluation.steps", "all"], "evaluation.steps: is set by the sweep"),
         (["--output_dir", "/x", "--objectives", '{"accuracy": "most"}'], "objectives"),
     ],
 )

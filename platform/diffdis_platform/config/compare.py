@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffdis_platform.config.evaluate import EvalConfig
+from diffdis_platform.config.many_runs import reject_fields_of_runs
 from diffdis_platform.config.parse import check_output_dir, with_fields
 from diffdis_platform.config.pretrain import PretrainConfig
 from ray_platform.contracts import ConfigError
@@ -61,19 +62,14 @@ class CompareConfig:
     def check(self) -> None:
         """Check the fields of every arm, and that no field is set that the comparison sets. Raises ConfigError."""
         check_output_dir(self.output_dir)
-        train = self.pretrain.train
-        for name, value, instead in (
-            ("pretrain.output_dir", self.pretrain.output_dir, "output_dir"),
-            ("pretrain.tracking", self.pretrain.tracking != TrackingConfig(), "tracking"),
-            ("pretrain.train.seed", train.seed, "seeds"),
-            ("pretrain.train.resume", train.resume != "none", "nothing: the same command resumes"),
-            ("evaluation.output_dir", self.evaluation.output_dir, "output_dir"),
-            ("evaluation.checkpoint", self.evaluation.checkpoint, "nothing: the model of each run is evaluated"),
-            ("evaluation.tracking", self.evaluation.tracking != TrackingConfig(), "tracking"),
-            ("evaluation.quality.ranker", self.evaluation.quality.ranker, "the arm clip, which ranks images of generation"),
-        ):
-            if value:
-                raise ConfigError(f"{name}: is set by the comparison; use {instead}")
+        reject_fields_of_runs(
+            "comparison",
+            self.pretrain,
+            self.evaluation,
+            ("pretrain.train.seed", self.pretrain.train.seed, "use seeds"),
+            ("evaluation.name", self.evaluation.name, "leave it out: a model has the name of its arm"),
+            ("evaluation.quality.ranker", self.evaluation.quality.ranker, "use the arm clip, which ranks images of generation"),
+        )
         for arm in self.arms:
             for name in self.fields_of(arm):
                 if not name.startswith(("model.", "objective.")) and name != "train.num_steps":
@@ -81,7 +77,12 @@ class CompareConfig:
                         f"own_arms.{arm}: {name} is not a field of model or objective; an arm changes only those, and "
                         "train.num_steps"
                     )
-            self.pretrain_of(arm, self.seeds[0])
+            task = self.pretrain_of(arm, self.seeds[0]).objective.task
+            if task == "generation" and self.evaluation.quality.best_of > 1 and "clip" not in self.arms:
+                raise ConfigError(
+                    f"evaluation.quality.best_of: the arm {arm} cannot rank its images; add the arm clip, whose model can, or "
+                    "use 1"
+                )
 
     def fields_of(self, arm: str) -> dict[str, Any]:
         """Return the fields in which the arm differs from `pretrain`."""
@@ -114,8 +115,7 @@ class CompareConfig:
         if task in ("alignment", "clip"):
             quality = dataclasses.replace(quality, prompts="")
         elif task == "generation" and quality.best_of > 1:  # it cannot rank its own images
-            ranker = f"{self.run_dir('clip', seed)}/export" if "clip" in self.arms else ""
-            quality = dataclasses.replace(quality, ranker=ranker, best_of=quality.best_of if ranker else 1)
+            quality = dataclasses.replace(quality, ranker=f"{self.run_dir('clip', seed)}/export")
         return dataclasses.replace(
             self.evaluation,
             checkpoint=f"{url}/export",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffdis_platform.config.evaluate import EvalConfig
+from diffdis_platform.config.many_runs import reject_fields_of_runs
 from diffdis_platform.config.parse import check_output_dir
 from diffdis_platform.config.pretrain import PretrainConfig
 from ray_platform.metric_registry import Direction, find_metric
@@ -39,7 +40,7 @@ class SweepConfig(SearchConfig):
     objectives: dict[str, Direction] = field(default_factory=lambda: directions("accuracy", "fd_efficientnet_lite0"))
     """Metrics to optimize, each with max or min. The scheduler compares the first one."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    """Training of all trials. The baseline trial has these values."""
+    """Training of all trials. The baseline trial has these values, except train.num_steps, which follows from `samples`."""
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation of a trial at each milestone."""
     registered_model: str = "diffdis-sweep"
@@ -48,5 +49,9 @@ class SweepConfig(SearchConfig):
     """Tracking of the sweep's run and of the runs of its trials."""
 
     def check(self) -> None:
-        """Raise ConfigError for an output_dir that a job cannot write to."""
+        """Raise ConfigError for an output_dir that a job cannot write to, or a field that the sweep sets."""
         check_output_dir(self.output_dir)
+        stops = self.pretrain.train.stop_at_step
+        reject_fields_of_runs(
+            "sweep", self.pretrain, self.evaluation, ("pretrain.train.stop_at_step", stops, "use samples and num_milestones")
+        )
