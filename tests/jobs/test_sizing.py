@@ -297,14 +297,18 @@ def test_a_model_that_cannot_be_built_is_one_line(recipe):
 
 def test_the_command_prints_one_screen_and_writes_all_figures(estimates, capsys, tmp_path):
     """The fixture replaces the counting of parameters and FLOPs."""
-    assert run_command("sizing", ["--recipe", "demo", "--num_gpus", "1", "8", "--json", str(tmp_path / "sizing.json")]) == 0
+    arguments = ["--recipe", "demo", "--num_gpus", "1", "8", "--constants", '{"failures_per_node_day": 0}']
+    assert run_command("sizing", [*arguments, "--json", str(tmp_path / "new" / "sizing.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 30
     assert any(line.startswith("samples/s ") for line in lines)
-    figures = json.loads((tmp_path / "sizing.json").read_text())
+    figures = json.loads((tmp_path / "new" / "sizing.json").read_text(), parse_constant=pytest.fail)
     assert [e["num_gpus"] for e in figures["estimates"]] == [1, 8]
     assert figures["counts"]["trained"] == COUNTS.trained
     assert figures["constants"]["gpu_hour"] == 3
+    assert figures["estimates"][0]["faults"]["best_interval_seconds"] is None, "never, without failures"
+    assert run_command("sizing", [*arguments, "--json", "/proc/sizing.json"]) == 1
+    assert capsys.readouterr().err.startswith("error: /proc/sizing.json: ")
 
 
 DOCS = (ROOT / "docs" / "sizing.md").read_text() if (ROOT / "docs" / "sizing.md").exists() else ""

@@ -1,13 +1,12 @@
 """`diffdis sizing`: predict throughput, memory, storage and cost of a run, without data, weights or a cluster."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.sizing.config import SizingConfig
+from ray_platform.json_values import to_json
 
 if TYPE_CHECKING:
     from diffdis_platform.sizing.counts import Counts
@@ -44,5 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
     print(report(config, counts, estimates))
     if config.json:
-        Path(config.json).write_text(json.dumps(as_json(config, counts, estimates), indent=2) + "\n")
+        from ray_platform import storage
+
+        storage.write_bytes(config.json, to_json(as_json(config, counts, estimates)))
     return 0

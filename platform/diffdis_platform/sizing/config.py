@@ -125,7 +125,7 @@ class SizingConfig:
     constants: dict[str, float] = field(default_factory=dict)
     """Other values of the model's constants, such as '{"mfu": 0.2}'."""
     json: str = ""
-    """File to write all figures to. Empty: none."""
+    """File to write all figures to; local or s3://. Infinite ones are null. Empty: none."""
 
     def __post_init__(self) -> None:
         if not self.num_gpus or min(self.num_gpus) < 1:
