@@ -23,6 +23,7 @@ from ray_platform.tracking import (
     TrackingConfig,
     journal,
     metric_history,
+    node_metrics,
     read_run_record,
     start_run,
     tracking_uri,
@@ -334,19 +335,22 @@ def test_a_worker_writes_through_an_actor_whose_process_may_be_killed(ray_cluste
     assert history(output, run_id, "loss") == [(step, float(step)) for step in range(6)]
 
 
-def test_the_nodes_of_a_run_are_measured(ray_cluster, output, caplog):
+def test_the_nodes_of_a_run_are_measured(ray_cluster, output, caplog, monkeypatch):
+    monkeypatch.setattr(node_metrics, "_MAX_NODES", 2)
     this_node = ray.get_runtime_context().get_node_id()
-    missing = "0" * 56
+    missing, left, unnamed = "0" * 56, "1" * 56, "f" * 56
     name, deadline = "system/node_1/cpu_utilization_percentage", time.monotonic() + 120
     with start_run(TrackingConfig(), output, in_actor=True) as tracker:
-        run_id, metrics = tracker.run_id(), NodeMetrics(tracker, seconds=0.05)
+        run_id, metrics = tracker.run_id(), NodeMetrics(tracker, seconds=1e-9)
+        metrics.poll({missing, left})
         while not history(output, run_id, name):
-            metrics.poll({this_node, missing})
+            metrics.poll({this_node, missing, unnamed})
             assert time.monotonic() < deadline
             time.sleep(0.1)
     run = client_of(output).get_run(run_id)
     assert run.data.tags["node_1"] == socket.gethostname()
     assert 0 < run.data.metrics["system/node_1/system_memory_usage_percentage"] < 100
     assert {"system/node_1/disk_usage_percentage", "system/node_1/network_receive_megabytes"} <= run.data.metrics.keys()
-    assert not caplog.records, "a node that disappears is not a warning"
+    [record] = caplog.records  # not of the node that disappears
+    assert "2 nodes" in record.message
     NodeMetrics(tracker, seconds=0.0).poll({this_node})

@@ -7,7 +7,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class NodeMetrics:
     """Logs the load of a run's nodes from the driver, each measured by an actor on the node.
 
     The nodes are called node_0, node_1, … in the order in which they join, so that runs on different hosts can be compared; the
-    tag of that name contains the host.
+    tag of that name contains the host. After `_MAX_NODES`, a node that joins gets the name of one that has left.
     """
 
     def __init__(self, tracker: Tracker, seconds: float) -> None:
@@ -72,8 +72,9 @@ class NodeMetrics:
         self._tracker, self._seconds = tracker, seconds
         self._nodes: dict[str, MeasuredNode] = {}  # by Ray's node id
         self._last_request = time.monotonic()  # rates need an interval
+        self._warned_of_limit = False
 
-    def poll(self, nodes: Iterable[str]) -> None:
+    def poll(self, nodes: Set[str]) -> None:
         """Log the samples that have arrived, and request new ones of `nodes` if it is time. Returns at once and never raises."""
         if not self._seconds:
             return
@@ -84,7 +85,8 @@ class NodeMetrics:
             if time.monotonic() - self._last_request >= self._seconds:
                 self._last_request = time.monotonic()
                 for node_id in sorted(nodes):
-                    self._request_sample(node_id)
+                    if name := self._name_of(node_id, nodes):
+                        self._request_sample(node_id, name)
         except Exception as error:
             logger.warning("tracking: system metrics stopped; the run continues: %s", one_line(error))
             self._seconds = 0.0
@@ -101,10 +103,21 @@ class NodeMetrics:
             node.has_tag = True
             self._tracker.describe("", {node.name: host})
 
-    def _request_sample(self, node_id: str) -> None:
-        if node_id not in self._nodes and len(self._nodes) == _MAX_NODES:
-            return
-        node = self._nodes.setdefault(node_id, MeasuredNode(f"node_{len(self._nodes)}"))
+    def _name_of(self, node_id: str, nodes: Set[str]) -> str:
+        """Return the name of one of `nodes`; empty if all names are those of other ones."""
+        if node_id in self._nodes:
+            return self._nodes[node_id].name
+        if len(self._nodes) < _MAX_NODES:
+            return f"node_{len(self._nodes)}"
+        if left := next((known for known in self._nodes if known not in nodes), ""):
+            return self._nodes.pop(left).name
+        if not self._warned_of_limit:
+            self._warned_of_limit = True
+            logger.warning("tracking: the load of %d nodes is measured, and not that of the other ones (logged once)", _MAX_NODES)
+        return ""
+
+    def _request_sample(self, node_id: str, name: str) -> None:
+        node = self._nodes.setdefault(node_id, MeasuredNode(name))
         if node.actor is None:
             on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
             node.actor = ray.remote(num_cpus=0)(NodeMonitor).options(scheduling_strategy=on_node).remote()
