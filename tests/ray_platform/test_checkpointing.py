@@ -1,13 +1,15 @@
 """Only complete checkpoints are listed, even if uploads fail; also covers which checkpoint a run resumes from and retention."""
 
 import json
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
-from ray_platform import retry, storage
+from ray_platform import object_store, retry, storage
 from ray_platform.contracts import ConfigError, ConsumedRange, DataError, MixtureState
 from ray_platform.data.ledger import Ledger
 from ray_platform.formats import NewerFormatError
@@ -255,6 +257,37 @@ def test_the_newest_and_the_best_are_kept(tmp_path, policy, saved, left):
         metrics = {} if score is None else {"score": score}
         launches[name].save(step, retention=RetentionPolicy(str(tmp_path), *policy), metrics=metrics)
     assert kept(tmp_path) == left
+
+
+def test_the_requests_in_a_row_do_not_grow_with_the_number_of_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setitem(object_store.PACKAGES, "memory", ("fsspec", "fsspec"))
+    output, thread, requests, inside = f"memory://{tmp_path}/run", threading.get_ident(), [], []
+
+    def count(name):  # `find` is one request, as on S3
+        original = getattr(MemoryFileSystem, name)
+
+        def call(*arguments, **options):
+            if threading.get_ident() != thread or inside:
+                return original(*arguments, **options)
+            requests.append(name)
+            inside.append(name)
+            try:
+                return original(*arguments, **options)
+            finally:
+                inside.clear()
+
+        monkeypatch.setattr(MemoryFileSystem, name, call)
+
+    for name in ("ls", "info", "find", "cat_file"):
+        count(name)
+    policy, numbers = RetentionPolicy(output, 1, "score", keep_every=10), []
+    for step in (10, 20, 30):
+        url, _ = save(output, step, metrics={"score": 1.0})
+        requests.clear()
+        policy.prune(url, Lineage("a"))
+        numbers.append(len(requests))
+    assert len(list_checkpoints(output)) == 3
+    assert len(set(numbers)) == 1, requests
 
 
 def test_the_lineage_and_no_clock_orders_checkpoints(tmp_path):
