@@ -56,13 +56,23 @@ class PooledFeatures:
         """Return float32 [B, d] of RGB uint8 [B, H, W, 3], each image independently, in float32 even under autocast."""
         return self.embed(images).cpu().numpy()
 
-    @torch.no_grad()
     def embed(self, images: np.ndarray) -> torch.Tensor:
         """Return `features` on the network's device, for which the host does not wait."""
+        return self.embed_inputs(self.preprocess(images))
+
+    @torch.no_grad()
+    def preprocess(self, images: np.ndarray) -> torch.Tensor:
+        """Return the network's input [B, ...] for RGB uint8 [B, H, W, 3], each image independently."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"images of {images.dtype} {images.shape}: uint8 [B, H, W, 3] is needed")
         with torch.autocast(self._device.type, enabled=False):
-            return self._network(self._to_input(images, self._device)).float()
+            return self._to_input(images, self._device)
+
+    @torch.no_grad()
+    def embed_inputs(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return float32 [B, d] of the network's input [B, ...], on its device."""
+        with torch.autocast(self._device.type, enabled=False):
+            return self._network(inputs).float()
 
 
 @dataclass(frozen=True)

@@ -240,5 +240,8 @@ class FeatureNetwork(Protocol):
     figure: str  # the name of a distance between its features: "fid" or "fd_<network>"
     protocol: JsonObject  # everything that the features depend on: equal protocols make features comparable
 
-    def features(self, images: np.ndarray) -> np.ndarray:
-        """Return float32 [B, d] of uint8 [B, H, W, 3]."""
+    def preprocess(self, images: np.ndarray) -> torch.Tensor:
+        """Return the network's input [B, ...] for uint8 [B, H, W, 3]. Called from several threads."""
+
+    def embed_inputs(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return float32 [B, d] of the network's input [B, ...]."""

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from diffdis.feature_networks import build_feature_network
+from diffdis.feature_networks import PooledFeatures, build_feature_network
 from diffdis.metrics.image_quality import Moments, frechet_distance
 from diffdis_platform.cli import main
 from diffdis_platform.commands.distance import parse_arguments
@@ -69,6 +71,26 @@ def test_images_of_several_sizes_are_compared_as_they_are(folders, tmp_path):
     expected = frechet_distance(*(Moments.of(features_of(folder)) for folder in folders))
     assert metrics["fd_efficientnet_lite0"] == pytest.approx(expected, rel=1e-3)
     assert {"kid_efficientnet_lite0", "precision_efficientnet_lite0", "recall_efficientnet_lite0"} < metrics.keys()
+
+
+@pytest.mark.parametrize(("to_size", "batches"), [(12, [32, 8]), (None, [8] * 40)])
+def test_images_of_several_sizes_share_the_batches_of_a_network_that_resizes(to_size, batches):
+    def to_input(pixels, device):
+        channels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+        return F.interpolate(channels, to_size) if to_size else channels
+
+    def mean_colors(inputs):
+        sizes.append(len(inputs))
+        return inputs.mean(dim=(2, 3))
+
+    network = PooledFeatures(mean_colors, to_input, torch.device("cpu"), "fd_colors", {})
+    images = [pictures(1, 8 + index, 9, seed=index)[0] for index in range(40)]
+    sizes = []
+    expected = np.concatenate([network.features(image[None]) for image in images])
+    sizes.clear()
+    rows = WorkerModels({"features/colors": lambda device: network}, 1, "cpu").extract_features(["colors"], images)
+    assert np.allclose(rows["features/colors"], expected)
+    assert sizes == batches
 
 
 def test_a_set_has_no_distance_to_itself(folders, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from diffdis.metrics.image_quality import Moments, frechet_distance
 from diffdis_platform.config.evaluate import QualityConfig
@@ -260,7 +261,7 @@ def test_the_best_image_of_each_prompt_is_chosen_by_the_ranker_and_the_first_one
 
     generator = SimpleNamespace(generate_images=generate_images)
     ranker = SimpleNamespace(preprocess=lambda image: image, embed_images=embed_images, embed_texts=embed_texts)
-    network = SimpleNamespace(features=lambda images: images[:, 0, 0, :1].astype(np.float32))
+    network = SimpleNamespace(preprocess=torch.from_numpy, embed_inputs=lambda inputs: inputs[:, 0, 0, :1].float())
     builders = {"model": generator, "ranker": ranker, "features/network": network}
     models = WorkerModels({name: lambda device, each=each: each for name, each in builders.items()}, 1, "cpu")
     arguments = ("model", ("a cat", "a dog"), 7, {"num_steps": 1}, ("network",), "ranker", str(tmp_path), 8)

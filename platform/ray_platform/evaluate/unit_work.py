@@ -56,21 +56,23 @@ class WorkerModels:
         return np.concatenate(results)[:num_rows]
 
     def extract_features(self, networks: Sequence[str], images: Sequence[np.ndarray] | np.ndarray) -> Rows:
-        """Return `features/<network>` [n, d] of n images, in batches of images of one size."""
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for index, image in enumerate(images):
-            by_size.setdefault(image.shape, []).append(index)
-        places = np.argsort(np.concatenate([np.array(indices, dtype=np.int64) for indices in by_size.values()]))
+        """Return `features/<network>` [n, d] of n images of any sizes."""
         rows = {}
         for name in networks:
             key = f"features/{name}"  # a scorer may have the name alone
             network: FeatureNetwork = self[key]
+            inputs = list(self.pool.map(network.preprocess, [image[None] for image in images]))
+            by_shape: dict[torch.Size, list[int]] = {}  # one, unless the network takes images of any size
+            for index, each in enumerate(inputs):
+                by_shape.setdefault(each.shape, []).append(index)
             parts = [
                 self.in_batches(
-                    lambda batch, network=network: network.features(np.stack(batch)), [images[index] for index in indices]
+                    lambda batch, network=network: network.embed_inputs(torch.cat(batch)).cpu().numpy(),
+                    [inputs[index] for index in indices],
                 )
-                for indices in by_size.values()
+                for indices in by_shape.values()
             ]
+            places = np.argsort(np.concatenate(list(by_shape.values())))
             rows[key] = np.concatenate(parts)[places]
         return rows
 
