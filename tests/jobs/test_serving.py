@@ -133,6 +133,15 @@ def test_it_classifies_draws_and_embeds_as_the_pipeline_does(model, exported):
     torch.testing.assert_close(embedded[1:], pipeline.embed_text(["red heart"]))
 
 
+def test_an_error_names_the_row_of_the_input_whatever_the_other_rows_have(model):
+    rows = pd.DataFrame({"image": [None] * 40 + [b"no image"], "caption": ["red heart"] * 41}, index=range(100, 141))
+    with pytest.raises(ValueError, match="image: row 40 is not a JPEG"):
+        model.predict(rows, params={"task": "embed"})
+    rows = pd.DataFrame({"image": [None] * 33 + [png(0)] + [None] * 7, "caption": ["red heart"] * 38 + [None] * 3})
+    with pytest.raises(ValueError, match="caption: missing in row 38"):
+        model.predict(rows, params={"task": "embed", "num_steps": 1})
+
+
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
