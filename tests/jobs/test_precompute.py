@@ -8,6 +8,7 @@ import pytest
 from diffdis_platform.commands.precompute import parse_arguments as parse
 from ray_platform.contracts import ConfigError
 from ray_platform.data import precomputed
+from ray_platform.data.precompute import PrecomputeProgress
 from tests.ray_platform.conftest import samples_of, tar_of
 from tests.support.commands import error_of
 
@@ -53,7 +54,10 @@ def test_the_demos_encoders(ray_cluster, shards, monkeypatch, capfd):
         (("--output_dir", "made"), "output_dir: made; give an absolute folder or an s3:// URL"),
         (("--output_dir", "/x", "--batch_size", "0"), "num_encoders and batch_size: must be at least 1"),
         (("--output_dir", "/x", "--cpus_per_encoder", "0"), "cpus_per_encoder must be above 0"),
-        (("--output_dir", "/x", "--recipe", "none"), "--recipe none: no such recipe"),
+        (
+            ("--output_dir", "/x", "--recipe", "none"),
+            "--recipe none: no such recipe; choose one of demo, sd_v1_laion, sd_v1_laion_joint_mask",
+        ),
         (("--output_dir", "/x", "--num_encoder", "2"), "--num_encoder: no such field; did you mean --num_encoders"),
     ],
 )
@@ -61,7 +65,16 @@ def test_invalid_arguments_are_reported_in_one_line(arguments, message):
     with pytest.raises(ConfigError) as raised:
         parse(arguments)
     assert message in str(raised.value)
+    assert "one_way" not in str(raised.value), "a deprecated recipe"
     assert "\n" not in str(raised.value)
+
+
+def test_shards_that_storage_did_not_return_are_reported_at_the_end(monkeypatch, shards, capsys):
+    progress = PrecomputeProgress(shards_done=3, shards=3, shards_lost=1, samples=10, samples_per_second=5.0, seconds_left=0.0)
+    monkeypatch.setattr("ray_platform.data.precompute.precompute", lambda *_: iter([progress]))
+    monkeypatch.setattr("diffdis_platform.commands.precompute.connect_cluster", lambda _: None)
+    assert run_script(monkeypatch, "--data.sources", str(shards), "--output_dir", str(shards / "out")) is None
+    assert "1 of 3 shards are left out" in capsys.readouterr().out
 
 
 def test_data_that_does_not_fit(monkeypatch, shards):

@@ -142,10 +142,12 @@ def test_a_lost_shard_is_tried_again_by_the_next_run(tmp_path):
     config = DataConfig(sources=(str(folder),), image_size=16, max_skipped_fraction=0.5)
     catalog = build_catalog(config)
     hidden = (folder / "1.tar").rename(tmp_path / "hidden")
-    list(precompute(catalog, config, encoders(), str(tmp_path / "out")))
+    *_, progress = precompute(catalog, config, encoders(), str(tmp_path / "out"))
+    assert (progress.shards_done, progress.shards_lost) == (3, 1)
     assert manifest_of(tmp_path / "out")["rejected"].keys() == {"shard_missing"}
     hidden.rename(folder / "1.tar")
-    list(precompute(catalog, config, encoders(), str(tmp_path / "out")))
+    *_, progress = precompute(catalog, config, encoders(), str(tmp_path / "out"))
+    assert progress.shards_lost == 0
     manifest = manifest_of(tmp_path / "out")
     assert (manifest["samples"], manifest["rejected"]) == (30, {})
 

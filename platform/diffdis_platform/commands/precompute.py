@@ -4,9 +4,9 @@ Without RAY_ADDRESS, this machine's CPUs encode.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffdis.config import DiffDisConfig, resolve_encoder_paths
 from diffdis_platform.commands import check_sources, connect_cluster
@@ -86,13 +86,17 @@ class PrecomputeConfig:
 
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[PrecomputeConfig]:
-    recipes = {name: functools.partial(_from_recipe, name) for name in recipes_of(PretrainConfig)}
+    recipes = {name: _encoding_for(recipe) for name, recipe in recipes_of(PretrainConfig).items()}
     return parse(PrecomputeConfig, argv, HELP, recipes=recipes)
 
 
-def _from_recipe(name: str) -> PrecomputeConfig:
-    recipe = recipes_of(PretrainConfig)[name]()
-    return PrecomputeConfig(model=recipe.model, data=recipe.data)
+def _encoding_for(recipe: Callable[..., PretrainConfig]) -> Callable[..., PrecomputeConfig]:
+    @functools.wraps(recipe)  # also its parameters, and that it is deprecated
+    def build(**parameters: Any) -> PrecomputeConfig:
+        config = recipe(**parameters)
+        return PrecomputeConfig(model=config.model, data=config.data)
+
+    return build
 
 
 def main(argv: Sequence[str]) -> int:
@@ -114,6 +118,11 @@ def main(argv: Sequence[str]) -> int:
         print("all shards were precomputed already")
     else:
         print(f"done: precomputed shards are in {config.output_dir}")
+        if progress.shards_lost:
+            print(
+                f"{progress.shards_lost} of {progress.shards} shards are left out, because storage did not return them (see the "
+                "warnings); run the same command again to add them"
+            )
     return 0
 
 

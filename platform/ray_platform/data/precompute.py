@@ -87,6 +87,7 @@ class PrecomputeProgress:
 
     shards_done: int
     shards: int
+    shards_lost: int  # of shards_done; the next run tries them again
     samples: int  # encoded by this run
     samples_per_second: float
     seconds_left: float
@@ -137,6 +138,7 @@ def precompute(catalog: Catalog, config: DataConfig, encoders: EncoderPool, outp
             yield PrecomputeProgress(
                 shards_done=done,
                 shards=len(units),
+                shards_lost=sum(unit.is_lost for unit in progress.values()),
                 samples=skips.num_good,
                 samples_per_second=(skips.num_good + num_bad(skips.skipped)) / elapsed,
                 seconds_left=elapsed * (len(units) - done) / (done - num_earlier),
