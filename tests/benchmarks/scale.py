@@ -188,7 +188,7 @@ def silent_detector(num_ranks: int) -> HangDetector:
 
 def find_hang(detector: HangDetector) -> float:
     def find() -> None:
-        if detector.find_hang(1.0) is None:
+        if not detector.find_hang(1.0):
             raise SystemExit("the silent ranks are not found")
 
     return seconds(find)

@@ -32,7 +32,6 @@ from ray_platform.train.fault_tolerance import (
     is_final,
     progress_text,
 )
-from ray_platform.train.hang_detector import Hang
 from ray_platform.train.optimizer import LossScale
 from ray_platform.train.worker import Trainer, build_task, train_worker
 from tests.ray_platform.test_checkpointing import save
@@ -358,7 +357,7 @@ def test_workers_are_watched_whatever_fails_meanwhile(watch, monkeypatch, caplog
 def test_without_hang_seconds_no_worker_is_killed(watch, monkeypatch):
     killed, checked = [], threading.Event()
     monkeypatch.setattr(fault_tolerance.ray, "kill", killed.append)
-    detector = Remote(nodes=set, progress=lambda: (-1, {}), find_hang=lambda seconds: Hang("hangs", ["actor"]))
+    detector = Remote(nodes=set, progress=lambda: (-1, {}), find_hang=lambda seconds: "hangs", actors=lambda: ["actor"])
     with watch(detector, lambda nodes: checked.set(), hang_seconds=0):
         assert checked.wait(10)
     assert not killed

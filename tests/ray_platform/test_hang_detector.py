@@ -38,14 +38,14 @@ def detector_of(*heartbeats):
 def test_the_rank_that_the_others_wait_for_is_named(clock):
     reads = heartbeat(1, waits=False, phase="waiting for data")
     detector = detector_of(heartbeat(0), reads, heartbeat(2))
-    assert detector.find_hang(6.0) is None
+    assert detector.find_hang(6.0) == ""
     clock.wait(7)
-    line, actors = detector.find_hang(6.0)
+    line = detector.find_hang(6.0)
     assert "rank 1 (node-a, pid 101) in step 5 hangs while waiting for data, at stream.py:57 _next" in line
     assert "the other 2 of 3 ranks wait" in line
-    assert actors == ["actor 0", "actor 1", "actor 2"]
+    assert detector.actors() == ["actor 0", "actor 1", "actor 2"]
     detector.record(heartbeat(1, step=5))
-    assert detector.find_hang(6.0) is None, "one rank makes progress"
+    assert detector.find_hang(6.0) == "", "one rank makes progress"
 
 
 def test_many_silent_ranks_are_not_compared_with_each_other(clock, monkeypatch):
@@ -53,11 +53,11 @@ def test_many_silent_ranks_are_not_compared_with_each_other(clock, monkeypatch):
     clock.wait(20)
     comparisons = []
     monkeypatch.setattr(Heartbeat, "__eq__", lambda *pair: comparisons.append(pair))
-    line, actors = detector.find_hang(6.0)
+    line = detector.find_hang(6.0)
     assert "rank 7 " in line
     assert "rank 8 " not in line
     assert "42 more ranks" in line
-    assert (len(actors), comparisons) == (50, [])
+    assert comparisons == []
 
 
 @pytest.mark.parametrize("more", [{}, EXPORTING])
@@ -66,7 +66,7 @@ def test_a_silent_rank_is_named_before_busy_ones_and_has_no_more_time(clock, mor
     detector = detector_of(silent, busy)
     clock.wait(20)
     detector.record(busy)
-    line, _ = detector.find_hang(15.0)
+    line = detector.find_hang(15.0)
     assert "rank 1 (node-a, pid 101) in step 5 sends no heartbeats" in line
 
 
@@ -74,10 +74,10 @@ def test_a_slow_phase_has_more_time_but_not_for_ever(clock):
     exports = detector_of(heartbeat(0, waits=False, **EXPORTING), heartbeat(1, **EXPORTING))
     trains = detector_of(heartbeat(0, waits=False), heartbeat(1))
     clock.wait(9)
-    assert exports.find_hang(1.0) is None
-    assert "rank 0" in trains.find_hang(1.0).message
+    assert exports.find_hang(1.0) == ""
+    assert "rank 0" in trains.find_hang(1.0)
     clock.wait(1)
-    assert "rank 0 (node-a, pid 100) in step 5 hangs while exporting the model" in exports.find_hang(1.0).message
+    assert "rank 0 (node-a, pid 100) in step 5 hangs while exporting the model" in exports.find_hang(1.0)
 
 
 def test_an_upload_that_makes_progress_is_not_a_hang(clock):
@@ -85,7 +85,7 @@ def test_an_upload_that_makes_progress_is_not_a_hang(clock):
     for progress in range(3):
         detector.record(heartbeat(0, phase="saving a checkpoint", progress=progress))
         clock.wait(4)
-        assert detector.find_hang(6.0) is None
+        assert detector.find_hang(6.0) == ""
         detector.record(heartbeat(0, phase="saving a checkpoint", progress=progress))
     clock.wait(4)
     assert detector.find_hang(6.0)
@@ -105,7 +105,7 @@ def test_dead_and_removed_ranks_are_not_waited_for(clock):
     assert not detector.all_stopped()
     detector.remove(1)
     assert detector.all_stopped()
-    assert detector.find_hang(1.0) is None
+    assert detector.find_hang(1.0) == ""
 
 
 def test_a_rank_reports_that_it_waits_for_the_others():
@@ -128,9 +128,9 @@ def test_a_detector_whose_process_is_killed_is_restarted_and_judges_again(ray_cl
     processes = [child for child in psutil.Process().children(recursive=True) if "HangDetector" in " ".join(child.cmdline())]
     process = max(processes, key=psutil.Process.create_time)  # that of an earlier run may not have ended yet
     process.kill()
-    assert ray.get(detector.find_hang.remote(0.0)) is None, "it knows no rank yet"
+    assert ray.get(detector.find_hang.remote(0.0)) == "", "it knows no rank yet"
     ray.get([detector.record.remote(heartbeat(0, waits=False)), detector.report_progress.remote(5, {"train/loss": 1.0})])
-    assert ray.get(detector.find_hang.remote(0.0)).message
+    assert ray.get(detector.find_hang.remote(0.0))
     assert ray.get(detector.progress.remote()) == (5, {"train/loss": 1.0})
     logs = [file.read_text() for file in Path(ray_cluster.address_info["session_dir"], "logs").glob("worker-*.err")]
     [line] = {

@@ -4,7 +4,6 @@ The format on storage, its readers, and which checkpoints a run may resume from 
 """
 
 import contextlib
-import enum
 import hashlib
 import heapq
 import json
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
@@ -51,13 +49,11 @@ from ray_platform.train.checkpoint_format import (
 )
 from ray_platform.train.collective import collective, gather_objects
 from ray_platform.train.config import TrainConfig
+from ray_platform.train.engine import Engine
 from ray_platform.train.hang_detector import HeartbeatThread
 from ray_platform.train.optimizer import MOMENTS, WEIGHTS
 from ray_platform.train.resuming import other_shards
 from ray_platform.train.tensor_parts import ReadTensors
-
-if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not need it
-    from ray_platform.train.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +170,7 @@ def add_counts(*counts: Mapping[str, int]) -> dict[str, int]:
 
 
 @collective
-def restore(loaded: LoadedCheckpoint, engine: "Engine", weights_only: bool = False) -> None:
+def restore(loaded: LoadedCheckpoint, engine: Engine, weights_only: bool = False) -> None:
     """Load weights, moments, EMA and loss scale into an engine of any number of ranks and any ZeRO stage, or only the weights.
 
     torch's generator on the CPU is restored, too, when the number of ranks is the same. Raises ConfigError for another model.
@@ -200,31 +196,23 @@ def restore(loaded: LoadedCheckpoint, engine: "Engine", weights_only: bool = Fal
 # --- saving --------------------------------------------------------------------------------------------------------------
 
 
-class Phase(enum.Enum):
-    """Phases of the checkpoint that is being saved."""
-
-    IDLE = enum.auto()
-    SNAPSHOT = enum.auto()  # training waits while every rank copies its tensors
-    UPLOADING = enum.auto()  # in the background, on at least one rank
-    FINALIZING = enum.auto()  # rank 0 writes the manifest and prunes, in the background
-
-
 class CheckpointManager:
-    """Checkpoints of a run, as one of its ranks saves them: IDLE -> SNAPSHOT -> UPLOADING -> FINALIZING -> IDLE.
+    """Checkpoints of a run, as one of its ranks saves them, one at a time.
 
-    `save` takes the snapshot and starts the upload. Training continues, and at every step the ranks agree on whether any of them
-    still uploads (`fault_tolerance.sync_step_status`); `finalize_checkpoint` acts on that. `wait` returns to IDLE.
+    `save` copies the tensors and starts the upload. Training continues, and at every step the ranks agree on whether any of them
+    still uploads (`fault_tolerance.sync_step_status`). If none does, `finalize_checkpoint` has rank 0 write the manifest and
+    prune, also in the background. `wait` returns when all that is done.
     """
 
     def __init__(
-        self, lineage: Lineage, engine: "Engine", state: TrainState, retention: RetentionPolicy, heartbeat: HeartbeatThread
+        self, lineage: Lineage, engine: Engine, state: TrainState, retention: RetentionPolicy, heartbeat: HeartbeatThread
     ):
         """`lineage`: read by rank 0, which alone writes manifests. `state.consumed` is updated by every `save`."""
         self.engine, self.state, self.retention, self.heartbeat = engine, state, retention, heartbeat
         self.lineage = lineage
         launch_dir = storage.join(checkpoints_dir(retention.output_dir), lineage.launch)
         self.rank = dist.get_rank()
-        self.phase = Phase.IDLE
+        self._is_finalized = True  # of the checkpoint that was saved last, if any
         token = gather_objects(secrets.token_hex(4))[0]
         self.uploader = AsyncUploader(launch_dir, self.rank, token, heartbeat.count_progress)
         self._manifest: Manifest
@@ -237,7 +225,6 @@ class CheckpointManager:
         Token, lineage and files of the manifest are filled in here. `consumed` is what this rank consumed since the last call.
         """
         self.wait()  # for the checkpoint before
-        self.phase = Phase.SNAPSHOT
         self.heartbeat.set_phase("saving a checkpoint")
         self._warn_of_missing_metric(manifest)
         self._manifest = self.lineage.place(replace(manifest, token=self.uploader.token))
@@ -249,7 +236,7 @@ class CheckpointManager:
                 tensors[key] = contiguous_on_cpu(tensor)
         if self.rank == 0:
             ledgers = {BASE: self.state.base.to_bytes(), CONSUMED: self.state.consumed.to_bytes()}
-        self.phase = Phase.UPLOADING
+        self._is_finalized = False
         self.uploader.upload(manifest.step, tensors, ledgers, rank_state)
 
     def finalize_checkpoint(self, any_uploading: bool, any_failed: bool) -> None:
@@ -257,9 +244,9 @@ class CheckpointManager:
 
         Every rank passes the same values, which are about all ranks.
         """
-        if self.phase is not Phase.UPLOADING or any_uploading:
+        if self._is_finalized or any_uploading:
             return
-        self.phase = Phase.FINALIZING
+        self._is_finalized = True
         if self.rank == 0:
             self.uploader.finalize(None if any_failed else self._manifest, self.retention, self.lineage)
         if not any_failed:
@@ -268,12 +255,11 @@ class CheckpointManager:
     @collective
     def wait(self) -> str:
         """Wait until the current checkpoint, if any, is finalized. Return the reason why it failed, or an empty string."""
-        if self.phase is Phase.UPLOADING:
+        if not self._is_finalized:
             self.heartbeat.set_phase("waiting for a checkpoint's upload", is_slow=True)
             self.uploader.wait()
             self.finalize_checkpoint(any_uploading=False, any_failed=bool(self._any_failure()))
         self.uploader.wait()
-        self.phase = Phase.IDLE
         return self._any_failure()
 
     @collective

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import torch
@@ -26,10 +26,8 @@ from ray_platform.tracking.node_metrics import NodeMetrics
 from ray_platform.train.checkpoint_format import LossHistory
 from ray_platform.train.collective import collective
 from ray_platform.train.config import TrainConfig
+from ray_platform.train.engine import Update
 from ray_platform.train.failures import OURS, Diverged, Interrupted, find_cause, save_messages
-
-if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not need it
-    from ray_platform.train.engine import Update
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +101,7 @@ class LossMonitor:
             epoch_samples=samples / dist.get_world_size(),
         )
 
-    def record(self, status: StepStatus, update: "Update", step: int, batch: Batch) -> None:
+    def record(self, status: StepStatus, update: Update, step: int, batch: Batch) -> None:
         """Count a step, and save the sample keys of a bad one. One that lowered the loss scale of fp16 is neither good nor bad.
 
         Raises Diverged after `train.max_bad_steps` bad steps in a row.
@@ -284,8 +282,7 @@ class DriverMonitor:
         """
         detector = self.hang_detector
         if self.lease.lost:
-            for actor in ray.get(detector.actors.remote(), timeout=_ANSWER_TIMEOUT_SECONDS):
-                ray.kill(actor)
+            self._kill_workers()
             return
         limit = self.train.max_minutes
         if limit and not self.stop_reason and time.monotonic() - self._started >= 60 * limit:
@@ -297,12 +294,15 @@ class DriverMonitor:
             detector.request_stop.remote(f"node {min(drained)[:8]} is being drained")
         seconds = self.train.hang_seconds
         if seconds and (hang := ray.get(detector.find_hang.remote(seconds), timeout=_ANSWER_TIMEOUT_SECONDS)):
-            self.last_hang = hang.message
-            logger.warning("%s; restarting all workers", hang.message)
-            for actor in hang.actors:
-                ray.kill(actor)
+            self.last_hang = hang
+            logger.warning("%s; restarting all workers", hang)
+            self._kill_workers()
             detector.reset.remote()
         self.node_metrics.poll(nodes)
+
+    def _kill_workers(self) -> None:
+        for actor in ray.get(self.hang_detector.actors.remote(), timeout=_ANSWER_TIMEOUT_SECONDS):
+            ray.kill(actor)
 
     def _print_progress(self) -> None:
         """Show the progress when new metrics have arrived."""

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 
@@ -120,13 +120,6 @@ class HeartbeatThread:
 # --- detector ------------------------------------------------------------------------------------------------------------
 
 
-class Hang(NamedTuple):
-    """A hang: one line that names the rank to blame, and the actors of all ranks."""
-
-    message: str
-    actors: list[Any]
-
-
 @dataclass
 class _Received:
     heartbeat: Heartbeat
@@ -184,9 +177,10 @@ class HangDetector:
     def nodes(self) -> set[str]:
         return {rank.heartbeat.node for rank in self._ranks.values()}
 
-    def find_hang(self, seconds: float) -> Hang | None:
-        """Return a hang when no rank made progress for `seconds`, times `SLOW_PHASE_FACTOR` in slow phases.
+    def find_hang(self, seconds: float) -> str:
+        """Return a line that names the rank to blame for a hang; an empty string when there is none.
 
+        A hang is no progress of any rank for `seconds`, times `SLOW_PHASE_FACTOR` in slow phases.
         A slow phase gives no more time to a rank that is silent, or to the ranks that wait for it. Silent ranks are blamed; if
         there are none, those that do not wait for other ranks.
         """
@@ -202,7 +196,7 @@ class HangDetector:
             return seconds * (SLOW_PHASE_FACTOR if rank.heartbeat.is_slow_phase and not waits_in_vain else 1)
 
         if not ranks or any(now - rank.progressed_at < timeout(rank) for rank in ranks):
-            return None
+            return ""
         busy = [rank.heartbeat for rank in ranks if not rank.heartbeat.waits_for_ranks]
         blamed = sorted(silent or busy, key=lambda heartbeat: heartbeat.rank)
         if blamed:
@@ -212,4 +206,4 @@ class HangDetector:
             cause = f"{names} {how}; the other {len(ranks) - len(blamed)} of {len(ranks)} ranks wait"
         else:
             cause = f"all {len(ranks)} ranks wait for each other; check the network between their nodes"
-        return Hang(f"no step for {seconds:.0f} s: {cause}", self.actors())
+        return f"no step for {seconds:.0f} s: {cause}"

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +14,7 @@ from ray_platform.data.config import DataConfig, FilterConfig
 from ray_platform.data.plan import Item
 from ray_platform.data.source import Sample, open_samples
 from ray_platform.train.collective import collective, gather_objects
-
-if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and the driver does not need it
-    from ray_platform.train.engine import Engine
+from ray_platform.train.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +43,7 @@ def read_heldout(config: DataConfig, sources: tuple[str, ...], limit: int) -> Ba
 
 
 @collective
-def score(engine: "Engine", heldout: Batch, micro_batch_size: int, on_progress: Callable[[], None]) -> dict[str, float]:
+def score(engine: Engine, heldout: Batch, micro_batch_size: int, on_progress: Callable[[], None]) -> dict[str, float]:
     """Return the Task's metrics over all of `heldout`. Every rank embeds a part, and calls `on_progress` per micro-batch."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     indices = list(range(rank, len(heldout.captions), world_size))
@@ -65,7 +62,7 @@ def score(engine: "Engine", heldout: Batch, micro_batch_size: int, on_progress: 
 
 
 @collective
-def generate_previews(engine: "Engine", step: int) -> bytes | None:
+def generate_previews(engine: Engine, step: int) -> bytes | None:
     """Generate the Task's preview images on all ranks. Return one PNG of all images on rank 0; None on the others and on failure.
 
     An error costs a warning and the images of its rank, not the run. Under ZeRO 3, however, a rank that fails inside of the
