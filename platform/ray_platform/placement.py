@@ -19,17 +19,26 @@ logger = logging.getLogger(__name__)
 _UNLIMITED = 10**6  # capacity for a request of no resources
 _LABEL = re.compile(r"[a-zA-Z0-9]([-\w.]{0,61}[a-zA-Z0-9])?", re.ASCII)  # Ray's syntax of keys and values
 
-# Dense 16-bit peak in FLOP/s of accelerators whose name contains the key (the first that matches), from the vendor's data sheets.
+# Dense 16-bit peak in FLOP/s of accelerators, from the vendor's data sheets. `known_accelerator` takes the first that matches.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "A100": 312e12,
     "V100": 125e12,
     "L4": 121e12,
 }
+
+
+def known_accelerator(name: str) -> str:
+    """Return the key of `PEAK_FLOPS` that is a word of `name`, also in a superchip such as GH200; empty for others."""
+    return next((key for key in PEAK_FLOPS if re.search(rf"\bG?{key}\b", name)), "")
+
 
 Labels = Mapping[str, str]  # a node must have all of them; empty: any node
 

@@ -168,7 +168,7 @@ class PoolProgress:
         self.total_cost, self.num_units = self.total_cost - unit.cost, self.num_units - 1
 
     def text(self) -> str:
-        """Return `41%  left 3:12`; without a time until enough was computed to tell."""
+        """Return `41%  left 3.2 min`; without a time until enough was computed to tell."""
         fraction = self.done_cost / self.total_cost if self.total_cost else 1.0
         computed, elapsed = self.done_cost - self.cached_cost, time.monotonic() - self.started
         is_known = computed > 0.05 * (self.total_cost - self.cached_cost)  # the first units also load the models

@@ -9,6 +9,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from ray_platform.units import duration_text
+
 _NUMBER = re.compile(r"[+-]?\d")
 _PROGRESS = re.compile(r"(?P<stage>[a-z]+) (?P<done>\d+)/(?P<total>\d+)(  (?P<text>.*))?")  # a line of ProgressBar
 _SECONDS_BETWEEN_LINES = 30.0  # of progress that `show_output` shows, without a terminal
@@ -69,9 +71,8 @@ def write_line(text: str) -> None:
 
 
 def left_text(seconds: float) -> str:
-    """Return the time that something will still take: `left 3:12`."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"left {minutes}:{seconds:02d}"
+    """Return the time that something will still take: `left 3.2 min`."""
+    return f"left {duration_text(seconds)}"
 
 
 def show_output(lines: Iterable[str], log: TextIO) -> None:

@@ -217,4 +217,4 @@ def test_the_progress_bar_counts_stored_rows_as_done_but_not_as_speed():
     progress.add(unit(Square(2), cost=0.1), cached=False)
     assert progress.text() == "41%", "a small unit does not tell how long the large ones take"
     progress.add(unit(Square(3), cost=1.9), cached=False)
-    assert progress.text() == "60%  left 2:00"
+    assert progress.text() == "60%  left 2.0 min"

@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
+from ray_platform.placement import PEAK_FLOPS
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.statistics import GradientMonitor, ThroughputMeter, activation_statistics, block_of
+from ray_platform.train.statistics import GradientMonitor, ThroughputMeter, activation_statistics, block_of, peak_flops
 from tests.ray_platform.engine_runs import ADAM, GLOBAL_BATCH, SHARDED
 from tests.ray_platform.small_task import SmallTask, samples
 from tests.support.messages import check_message
@@ -20,6 +21,21 @@ def test_slow_first_steps_and_single_outliers_do_not_change_the_remaining_time()
         meter.add({"loss": torch.tensor([1.0, 1.0])}, captions=["a"], waited=0.25 * seconds, worked=0.75 * seconds)
     assert meter.seconds_left(600) == pytest.approx(600.0)
     assert meter.seconds_left(0) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA GH200 480GB", "H200"), ("NVIDIA GB200", "B200"), ("Tesla V100-SXM2-16GB", "V100"),
+        ("NVIDIA A100-SXM4-40GB", "A100"), ("CPU GPU accelerator_type:A100 memory", "A100"),
+        ("NVIDIA L4", "L4"), ("NVIDIA L40", "L40"), ("NVIDIA L40S", "L40S"),
+        ("NVIDIA RTX A1000 Laptop GPU", ""), ("NVIDIA A10", ""), ("NVIDIA H20", ""),
+    ],
+)  # fmt: skip
+def test_the_peak_is_that_of_the_whole_name_of_an_accelerator(monkeypatch, name, known):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == PEAK_FLOPS.get(known, 0.0)
 
 
 def test_names_of_blocks():

@@ -50,9 +50,9 @@ Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'ke
 
 (run_trial pid=43) step 3/9  loss_generation 1.90
 \x1b[36m(RayTrainWorker pid=41)\x1b[0m training from the beginning: 2 workers
-step 10/40  loss_generation 1.20  90 samples/s  left 0:20
-step 20/40  loss_generation 1.10  91 samples/s  left 0:13
-step 40/40  loss_generation 1.00  90 samples/s  left 0:00
+step 10/40  loss_generation 1.20  90 samples/s  left 20.0 s
+step 20/40  loss_generation 1.10  91 samples/s  left 13.2 s
+step 40/40  loss_generation 1.00  90 samples/s  left 0.0 s
 units 1/3  40%
 
 set      acc1
@@ -69,8 +69,8 @@ def test_the_output_of_a_job_is_shown_without_that_of_the_libraries_and_with_few
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
         "training from the beginning: 2 workers",
-        "step 10/40  loss_generation 1.20  90 samples/s  left 0:20",
-        "step 40/40  loss_generation 1.00  90 samples/s  left 0:00",
+        "step 10/40  loss_generation 1.20  90 samples/s  left 20.0 s",
+        "step 40/40  loss_generation 1.00  90 samples/s  left 0.0 s",
         "set      acc1",
         "cifar10  9.5%",
         "",

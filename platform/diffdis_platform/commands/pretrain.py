@@ -61,7 +61,7 @@ def _predict(config: PretrainConfig, described: JsonObject) -> JsonObject:
     from diffdis_platform.sizing.config import SizingConfig
     from diffdis_platform.sizing.counts import count
     from diffdis_platform.sizing.estimate import checkpoint_bytes, estimate
-    from ray_platform.placement import PEAK_FLOPS, total_resources
+    from ray_platform.placement import known_accelerator, total_resources
     from ray_platform.train.config import BatchPlan
 
     train = config.train
@@ -73,7 +73,7 @@ def _predict(config: PretrainConfig, described: JsonObject) -> JsonObject:
     }
     if train.gpus_per_worker:
         resources = " ".join(total_resources(train.placement))  # such as `accelerator_type:A100`
-        gpu = next((name for name in PEAK_FLOPS if name in resources), "H100")
+        gpu = known_accelerator(resources) or "H100"
         samples = max(1, described["samples_to_train_on"])
         inputs: Literal["live", "precomputed"] = "precomputed" if described["precomputed"] else "live"
         result = estimate(SizingConfig(gpu=gpu, inputs=inputs, num_pairs=samples), config, counts, batch)

@@ -12,7 +12,8 @@ from ray_platform.contracts import ConfigError
 
 # GB, of the type with the most memory, from the vendor's data sheets.
 GPU_MEMORY = {
-    "B200": 180, "H100 PCIe": 80, "H100": 80, "H200": 141, "L40S": 48, "A100": 80, "V100": 32, "L4": 24
+    "B200": 180, "H100 PCIe": 80, "H100 NVL": 94, "H100": 80, "H200 NVL": 141, "H200": 141,
+    "L40S": 48, "L40": 48, "A100": 80, "V100": 32, "L4": 24,
 }  # fmt: skip
 _RENAMED = {"issue_us": "launch_us, the host's microseconds per kernel instead of those per parameter tensor and pass"}
 _FRACTIONS = ("mfu", "encoder_mfu", "overlap", "memory_reserve")

@@ -313,7 +313,7 @@ class DriverMonitor:
 
 
 def progress_text(metrics: dict[str, float]) -> str:
-    """Format `loss_generation 0.412  113 samples/s  waiting for data 2 %  stalled 3 %  left 5:32`.
+    """Format `loss_generation 0.412  113 samples/s  waiting for data 2 %  stalled 3 %  left 5.5 min`.
 
     Stalled is the fraction of time spent on checkpoints, scores and previews, shown from 1 % on.
     """

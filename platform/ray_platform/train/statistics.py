@@ -17,7 +17,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from ray_platform.placement import PEAK_FLOPS
+from ray_platform.placement import PEAK_FLOPS, known_accelerator
 from ray_platform.train.collective import collective, gather_objects
 from ray_platform.train.zero import Fragment
 
@@ -97,8 +97,7 @@ def peak_flops(device: torch.device) -> float:
     """Return the dense 16-bit peak in FLOP/s of a known accelerator; 0 for others and for CPUs."""
     if device.type != "cuda":
         return 0.0
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
+    return PEAK_FLOPS.get(known_accelerator(torch.cuda.get_device_name(device)), 0.0)
 
 
 @collective
