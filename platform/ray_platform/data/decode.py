@@ -26,6 +26,7 @@ from ray_platform.data.config import DataConfig
 from ray_platform.data.tar import IMAGE_SUFFIXES
 
 THUMBNAIL_SIZE = 96
+SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that swap width and height
 _JPEG = b"\xff\xd8\xff"
 _JPEG_PIXELS = 0xDA  # the marker before them
 _MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 0  # Pillow's limit for an image that is not a decompression bomb
@@ -126,7 +127,7 @@ def _jpeg(content: memoryview, config: DataConfig) -> tuple[np.ndarray, tuple[in
         if any(what in str(error) for what in ("remature end", "bad Huffman code")):
             raise SampleError("image_undecodable") from None
         return None
-    return turned(pixels, orientation), (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+    return turned(pixels, orientation), (width, height) if orientation in SIDEWAYS else (height, width)
 
 
 def _jpeg_header(content: memoryview) -> tuple[int, int, str]:
@@ -163,12 +164,12 @@ def _orientation(content: memoryview) -> int:
         return 1
     try:
         with _opened(head, ("JPEG",)) as opened:
-            return _exif_orientation(opened)
+            return exif_orientation(opened)
     except Exception as error:
         raise ValueError("a broken header") from error
 
 
-def _exif_orientation(opened: Image.Image) -> int:
+def exif_orientation(opened: Image.Image) -> int:
     """Return the EXIF orientation. 1 is upright and 1 to 8 are valid, but a file may contain anything."""
     try:
         return opened.getexif().get(ExifTags.Base.Orientation, 1)
@@ -182,7 +183,7 @@ def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
         pixels = pixels[::-1]
     if orientation in (2, 3, 7, 8):
         pixels = pixels[:, ::-1]
-    if orientation in (5, 6, 7, 8):
+    if orientation in SIDEWAYS:
         pixels = pixels.swapaxes(0, 1)
     return np.ascontiguousarray(pixels)
 
@@ -192,7 +193,7 @@ def _by_pillow(content: memoryview) -> tuple[np.ndarray, tuple[int, int]]:
     try:
         with _opened(content, FORMATS) as opened:
             opened.load()
-            orientation, image = _exif_orientation(opened), opened
+            orientation, image = exif_orientation(opened), opened
             if image.mode.startswith("I;16"):
                 # Pillow's own conversion would clip 16 bits at 255, which gives a white image.
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

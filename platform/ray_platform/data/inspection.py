@@ -24,7 +24,7 @@ from ray_platform.data import filters
 from ray_platform.data.catalog import Catalog, ShardRange
 from ray_platform.data.causes import BAD_DATA, IGNORED, SHARD_CHANGED, SHARD_CRASHES, RejectedSample, samples_lost
 from ray_platform.data.config import DataConfig
-from ray_platform.data.decode import FORMATS, thumbnail_jpeg
+from ray_platform.data.decode import FORMATS, SIDEWAYS, exif_orientation, thumbnail_jpeg
 from ray_platform.data.plan import Item
 from ray_platform.data.source import Sample, open_samples
 from ray_platform.data.tar import IMAGE_SUFFIXES, Record
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 EXAMPLES = 5  # keys per cause
 THUMBNAILS = 48
 DRY_RUN_SHARDS = 4
-_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 _CAPTION_CHARACTERS = 300  # shown per caption; some captions of the web are whole pages
 
 _PIXELS = (0, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 4096)
@@ -294,7 +293,7 @@ def _count_image(statistics: Statistics, record: Record | Sample | RejectedSampl
             with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
                 width, height = opened.size
                 # If EXIF data did not precede the pixels, asking for it would decode them.
-                if "exif" in opened.info and opened.getexif().get(_ORIENTATION) in _TURNED:
+                if "exif" in opened.info and exif_orientation(opened) in SIDEWAYS:
                     width, height = height, width
         values = {"width": width, "height": height, "aspect_ratio": width / height, "image_bytes": len(content)}
     except Exception:
