@@ -1,4 +1,4 @@
-"""Imported first by every script in this folder: puts the root of the checkout and `platform/` on the path.
+"""Imported by every script in this folder: puts the root of the checkout and `platform/` on the path, and runs a command.
 
 `python jobs/x.py` puts only `jobs/` on the path of the driver; `ray_platform.connect` sets the path of the workers.
 """
@@ -17,3 +17,10 @@ if importlib.util.find_spec("jsonargparse") is None:
     sys.exit(f"error: {sys.executable} does not have this project's packages; run `make setup`, then use .venv/bin/python")
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one bar per loaded file clutters the log
+
+
+def run(command: str) -> None:
+    """Run a command of `diffdis` with the arguments of this process, and exit with its status."""
+    from diffdis_platform.cli import run_command
+
+    sys.exit(run_command(command, sys.argv[1:]))

@@ -1,10 +1,6 @@
 """Encode shards once: `ray job submit --working-dir . -- python jobs/precompute.py --data.sources … --output_dir …`."""
 
-import sys
-
-import _bootstrap  # noqa: F401
-
-from diffdis_platform.cli import run_command
+from _bootstrap import run
 
 if __name__ == "__main__":
-    sys.exit(run_command("precompute", sys.argv[1:]))
+    run("precompute")

@@ -1,10 +1,6 @@
 """Run the whole demo: `make demo`; the same as `diffdis demo`."""
 
-import sys
-
-import _bootstrap  # noqa: F401
-
-from diffdis_platform.cli import run_command
+from _bootstrap import run
 
 if __name__ == "__main__":
-    sys.exit(run_command("demo", sys.argv[1:]))
+    run("demo")

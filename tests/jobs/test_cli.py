@@ -109,4 +109,4 @@ def test_every_script_only_runs_a_command():
     for script in (ROOT / "jobs").glob("[a-z]*.py"):
         text = script.read_text()
         assert text.count("\n") <= 30
-        assert any(f'run_command("{command}"' in text for command in COMMANDS), script
+        assert any(f'run("{command}")' in text for command in COMMANDS), script

@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffdis_platform.config.parse import ParsedCommand
 from ray_platform.contracts import ConfigError, named_field, one_line
@@ -15,6 +15,9 @@ from ray_platform.data.config import DataConfig
 from ray_platform.json_values import JsonObject
 from ray_platform.redaction import redacted
 from ray_platform.tracking import RunRecord
+
+if TYPE_CHECKING:
+    from ray_platform.data.catalog import Catalog
 
 DRY_RUN = {"dry-run": "Check the configuration and the data, and print what would run."}
 
@@ -52,12 +55,12 @@ def check_writable(output_dir: str) -> None:
     preflight.check_writable(output_dir)
 
 
-def check_sources(field: str, data: DataConfig) -> None:
-    """List the sources of `data`, likewise. Raises DataError."""
+def list_sources(field: str, data: DataConfig) -> "Catalog":
+    """Return the shards of the sources of `data`, likewise. Raises DataError."""
     from ray_platform.data.catalog import build_catalog
 
     with named_field(field):
-        build_catalog(data)
+        return build_catalog(data)
 
 
 def run_page_text(record: RunRecord) -> str:

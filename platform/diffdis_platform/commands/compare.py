@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffdis_platform.commands import DRY_RUN, check_sources, connect_cluster, print_plan, typed_command
+from diffdis_platform.commands import DRY_RUN, connect_cluster, list_sources, print_plan, typed_command
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
@@ -31,7 +31,7 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[CompareConfig]:
 
 def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
-    check_sources("pretrain.data.sources", command.config.pretrain.data)
+    list_sources("pretrain.data.sources", command.config.pretrain.data)
     from diffdis_platform.comparison.run import REPORT, SUMMARY, compare, plan_comparison
     from diffdis_platform.comparison.summary import format_summary
     from ray_platform import storage

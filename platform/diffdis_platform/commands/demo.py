@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffdis_platform.commands import pretrain, run_page_text
+from diffdis_platform.commands import run_page_text
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
-from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.config.pretrain import ALIASES, MAIN_FIELDS, PretrainConfig
 from diffdis_platform.recipes.demo import DEMO_DATA, DEMO_QUALITY, PREVIEW_CAPTIONS, demo
 from ray_platform.checkout import checkout_root
 from ray_platform.contracts import ConfigError, UserError
@@ -21,12 +21,12 @@ HELP = CommandHelp(
     "Build the demo's data, pretrain on it, and report the results. The options are those of `diffdis pretrain`, except the two "
     "that say where the data and the results are.",
     examples=("", "--train.num_steps 1e3"),
-    fields=tuple(name for name in pretrain.MAIN_FIELDS if name not in ("output_dir", "data.sources")),
+    fields=tuple(name for name in MAIN_FIELDS if name not in ("output_dir", "data.sources")),
 )
 
 
 def parse_arguments(argv: Sequence[str]) -> ParsedCommand[PretrainConfig]:
-    command = parse(PretrainConfig, argv, HELP, recipes={"demo": demo}, aliases=pretrain.ALIASES)
+    command = parse(PretrainConfig, argv, HELP, recipes={"demo": demo}, aliases=ALIASES)
     for name, value in (("output_dir", command.config.output_dir), ("data.sources", command.config.data.sources)):
         if value:
             raise ConfigError(f"{name}: the demo sets it; leave it out, or use `diffdis pretrain --recipe demo`")

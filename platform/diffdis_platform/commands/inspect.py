@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from diffdis_platform.commands import check_sources, connect_cluster
+from diffdis_platform.commands import connect_cluster, list_sources
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from ray_platform.contracts import ConfigError, DataError
@@ -72,7 +72,7 @@ def inspect(config: InspectConfig) -> "InspectionSummary":
 
 def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv).config
-    check_sources("data.sources", config.data)
+    list_sources("data.sources", config.data)
     connect_cluster(config.output_dir)
     if problem := inspect(config).verdict:
         raise DataError(problem)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from diffdis.config import DiffDisConfig, resolve_encoder_paths
-from diffdis_platform.commands import check_sources, connect_cluster
+from diffdis_platform.commands import connect_cluster, list_sources
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from diffdis_platform.config.pretrain import PretrainConfig, check_model
@@ -102,12 +102,10 @@ def _encoding_for(recipe: Callable[..., PretrainConfig]) -> Callable[..., Precom
 def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv).config
     check_model(resolve_encoder_paths(config.model), config.data)
-    check_sources("data.sources", config.data)
-    from ray_platform.data.catalog import build_catalog
+    catalog = list_sources("data.sources", config.data)
     from ray_platform.data.precompute import check, precompute
     from ray_platform.terminal import ProgressBar
 
-    catalog = build_catalog(config.data)
     check(catalog, config.data)
     encoders = config.encoders()
     connect_cluster(config.output_dir)

@@ -6,19 +6,12 @@ from typing import Literal
 from diffdis_platform.commands import print_plan, run_page_text, typed_command
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
-from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.config.pretrain import ALIASES, MAIN_FIELDS, PretrainConfig
 from diffdis_platform.recipes import recipes_of
 from ray_platform.json_values import JsonObject
 
 INTERRUPTED = "stopped; the same command with --resume auto resumes from the last checkpoint"
 SWITCHES = {"dry-run": "Check the configuration, the data and the workers, and print what would run."}
-ALIASES = {"--resume": "--train.resume", "--profile": "--train.profile"}
-MAIN_FIELDS = (
-    *("output_dir", "data.sources", "data.image_size", "model.warm_start", "objective.task", "objective.lr_unet"),
-    *("objective.lr_new", "train.num_workers", "train.gpus_per_worker", "train.num_steps", "train.micro_batch_size"),
-    *("train.global_batch_size", "train.zero_stage", "train.precision", "train.checkpoint_every", "train.resume"),
-    *("train.profile", "tracking.uri", "tracking.experiment"),
-)
 HELP = CommandHelp(
     "pretrain",
     "Pretrain DiffDis on image-text shards.",
@@ -30,8 +23,8 @@ HELP = CommandHelp(
 )
 
 
-def parse_arguments(argv: Sequence[str], about: CommandHelp = HELP) -> ParsedCommand[PretrainConfig]:
-    return parse(PretrainConfig, argv, about, recipes=recipes_of(PretrainConfig), switches=SWITCHES, aliases=ALIASES)
+def parse_arguments(argv: Sequence[str]) -> ParsedCommand[PretrainConfig]:
+    return parse(PretrainConfig, argv, HELP, recipes=recipes_of(PretrainConfig), switches=SWITCHES, aliases=ALIASES)
 
 
 def main(argv: Sequence[str]) -> int:

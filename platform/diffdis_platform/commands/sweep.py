@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffdis_platform.commands import DRY_RUN, check_sources, connect_cluster, print_plan, typed_command
+from diffdis_platform.commands import DRY_RUN, connect_cluster, list_sources, print_plan, typed_command
 from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.config.sweep import SweepConfig
@@ -32,7 +32,7 @@ def parse_arguments(argv: Sequence[str]) -> ParsedCommand[SweepConfig]:
 
 def main(argv: Sequence[str]) -> int:
     command = parse_arguments(argv)
-    check_sources("pretrain.data.sources", command.config.pretrain.data)
+    list_sources("pretrain.data.sources", command.config.pretrain.data)
     from diffdis_platform.sweeping import REPORT, format_trials, plan_sweep, rebuild_report, run_sweep
     from ray_platform import storage
     from ray_platform.sweep.search import trial_points

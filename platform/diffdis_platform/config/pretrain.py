@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from ray_platform.train.launch import Run
     from ray_platform.train.preflight import RunPlan
 
+ALIASES = {"--resume": "--train.resume", "--profile": "--train.profile"}
+MAIN_FIELDS = (  # explained by `--help`
+    *("output_dir", "data.sources", "data.image_size", "model.warm_start", "objective.task", "objective.lr_unet"),
+    *("objective.lr_new", "train.num_workers", "train.gpus_per_worker", "train.num_steps", "train.micro_batch_size"),
+    *("train.global_batch_size", "train.zero_stage", "train.precision", "train.checkpoint_every", "train.resume"),
+    *("train.profile", "tracking.uri", "tracking.experiment"),
+)
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
