@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from diffdis_platform.config.evaluate import EvalConfig, suite_sets
+from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, suite_sets
+from diffdis_platform.evaluation import quality, run
 from diffdis_platform.evaluation.datasets import open_sets
+from diffdis_platform.evaluation.models import EvaluationModel
 from diffdis_platform.evaluation.run import configs_of_steps
 from ray_platform.contracts import ConfigError
+from ray_platform.evaluate.sets import read_slice
 from tests.support.evaluation_sets import write_own, write_retrieval
 
 ROOT = Path(__file__).parents[2]
@@ -28,12 +31,37 @@ def test_the_checkpoints_of_a_run_by_step(tmp_path, steps, expected):
         configs_of_steps(replace(config, steps="every:7"))
 
 
-def write_checkpoints(run, places):
+def test_checkpoints_share_the_sets_and_no_failures(tmp_path, monkeypatch):
+    def evaluate_one(config, plan, earlier=()):
+        plan.failures[config.checkpoint] = f"step {len(earlier)}"
+        return {"failures": list(plan.failures.values()), "over_training": [*earlier, "score"]}
+
+    write_checkpoints(tmp_path, [("a", 20), ("a", 40)])
+    monkeypatch.setattr(run, "evaluate", evaluate_one)
+    monkeypatch.setattr(run, "open_model", lambda config: EvaluationModel("model", "/model", "digest", lambda device: None))
+    missing = {"mine": "mine: not found"}
+    config = EvalConfig(checkpoint=str(tmp_path), steps="all", output_dir=str(tmp_path / "out"))
+    details = run.evaluate_steps(config, ({}, missing))
+    assert (details["failures"], details["over_training"]) == (["mine: not found", "step 0", "step 1"], ["score"] * 2)
+    assert missing == {"mine": "mine: not found"}
+
+
+@pytest.mark.parametrize(("num_images", "num_slices"), [(2, 1), (4, 2), (9, 3), (30, 3)])
+def test_the_first_prompts_of_a_retrieval_set_are_read(tmp_path, monkeypatch, num_images, num_slices):
+    slices = []
+    monkeypatch.setattr(quality, "read_slice", lambda part: slices.append(part) or read_slice(part))
+    url = str(write_retrieval(tmp_path, "pairs", 9, samples_per_shard=3))
+    prompts = quality.read_prompts(QualityConfig(prompts=url, reference=url, num_images=num_images))
+    assert prompts == [f"image {number}, caption 0" for number in range(min(num_images, 9))]
+    assert len(slices) == num_slices
+
+
+def write_checkpoints(root, places):
     """Write checkpoints that have a manifest only: (launch, step), the oldest first."""
     origin = ROOT / "tests/fixtures/2026_11_29/checkpoints/20261129-120000-aaaaaa/step_00000020/complete.json"
     manifest = json.loads(origin.read_text())
     for counter, (launch, step) in enumerate(places, start=1):
-        folder = run / "checkpoints" / launch / f"step_{step:08d}"
+        folder = root / "checkpoints" / launch / f"step_{step:08d}"
         folder.mkdir(parents=True)
         (folder / "complete.json").write_text(json.dumps(manifest | {"step": step, "counter": counter}))
 

@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     plan = None if config.steps else plan_evaluation(config, opened)
     connect_cluster(config.output_dir)
     storage.write_bytes(storage.join(config.output_dir, "config.yaml"), command.yaml.encode())
-    details = evaluate(config, plan) if plan else evaluate_steps(config)
+    details = evaluate(config, plan) if plan else evaluate_steps(config, opened)
     print(f"\n{render_results(details)}\n")
     print(f"done: {storage.join(config.output_dir, REPORT)}, next to results.csv and results/", flush=True)
     if failures := details.get("failures"):

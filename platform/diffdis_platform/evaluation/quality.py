@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 
 import numpy as np
 
@@ -37,14 +38,15 @@ def read_prompts(config: QualityConfig) -> list[str]:
     """Return the first lines of a text file or first captions of a retrieval set. Raises ConfigError for fewer than two."""
     if config.prompts.endswith((".txt", ".tsv")):
         lines = storage.read_small(config.prompts).decode(errors="replace").splitlines()
-        prompts = [line.strip() for line in lines if line.strip()]
+        texts = (line.strip() for line in lines if line.strip())
     else:
         data = open_evaluation_set("prompts", config.prompts)
         samples = (sample for part in data.slices for sample in read_slice(part))
-        prompts = [sample.captions[0] for sample in samples if isinstance(sample, RawSample) and sample.captions]
+        texts = (sample.captions[0] for sample in samples if isinstance(sample, RawSample) and sample.captions)
+    prompts = list(itertools.islice(texts, config.num_images))
     if len(prompts) < 2:
         raise ConfigError(f"quality.prompts: {config.prompts} has {len(prompts)} prompts; a distance needs at least 2")
-    return prompts[: config.num_images]
+    return prompts
 
 
 # --- The measurement ------------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def plan_evaluation(config: EvalConfig, opened: OpenedSets | None = None) -> Eva
             open_baseline(url, {model.name, *(baseline.name for baseline in baselines)}, config.resize, config.dtype)
         )
     check_not_taken([each.describe() for each in [model, *baselines]], config.output_dir)
-    plan = EvaluationPlan(model, baselines, sets, failures=missing)
+    plan = EvaluationPlan(model, baselines, sets, failures=dict(missing))
     for data in sets.values():
         measurement = ZeroShotMeasurement if data.task == "zeroshot_classification" else RetrievalMeasurement
         for scorer in [*([model] if model.can_score else []), *baselines]:
@@ -136,16 +136,16 @@ def configs_of_steps(config: EvalConfig) -> list[EvalConfig]:
     ]
 
 
-def evaluate_steps(config: EvalConfig) -> EvaluationDetails:
-    """Evaluate several checkpoints of a run one after another. Return the details of the last one.
+def evaluate_steps(config: EvalConfig, opened: OpenedSets) -> EvaluationDetails:
+    """Evaluate several checkpoints of a run one after another on the `opened` sets. Return the details of the last one.
 
     They have the curve over the training, and the failures of all checkpoints.
     """
     first, *others = configs_of_steps(config)
-    details = evaluate(first, plan_evaluation(first))
+    details = evaluate(first, plan_evaluation(first, opened))
     failures = [*details.get("failures", ())]
     for each in others:
-        details = evaluate(each, plan_evaluation(each), details.get("over_training", ()))
+        details = evaluate(each, plan_evaluation(each, opened), details.get("over_training", ()))
         failures += details.get("failures", ())
     details["failures"] = list(dict.fromkeys(failures))
     return details
