@@ -283,9 +283,9 @@ def test_an_evaluation(old, expected):
     details = json.loads((folder / "details.json").read_text())
     assert expected["exact"]["evaluation/metrics_for_tracking"].items() <= metrics_for_tracking(details).items()
     keys = sorted(path.stem for path in (folder / "units").glob("*.npz"))
-    cached = ResultCache(str(folder / "units"), "git-0").read(keys)
-    assert {origin for _, origin in cached.values()} == {("unknown", "unknown")}
-    assert {key: digest(rows) for key, (rows, _) in cached.items()} == expected["exact"]["evaluation/units"]
+    cached = list(ResultCache(str(folder / "units"), "git-0").read(keys))
+    assert {origin for _, _, origin in cached} == {("unknown", "unknown")}
+    assert {key: digest(rows) for key, rows, _ in cached} == expected["exact"]["evaluation/units"]
 
 
 def test_a_comparison_has_nothing_left_to_do(old, expected):

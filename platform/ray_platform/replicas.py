@@ -38,7 +38,7 @@ class UnitWork(Protocol):
 class ResultStore(Protocol):
     """The rows of finished units by their keys, such as `evaluate.result_cache.ResultCache`."""
 
-    def read(self, keys: Sequence[str]) -> dict[str, tuple[Rows, UnitOrigin]]: ...
+    def read(self, keys: Sequence[str]) -> Iterator[tuple[str, Rows, UnitOrigin]]: ...
 
     def write(self, key: str, rows: Rows) -> None: ...
 
@@ -220,20 +220,18 @@ class ReplicaPool:
     def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult]:
         """Yield one result per unit, those of an earlier run first. After a group's first error its other units are dropped.
 
-        An error of a unit's work becomes the error of its group, in one line. Raises ConfigError if the replicas do not
-        fit on the cluster.
+        The units' keys differ. An error of a unit's work becomes the error of its group, in one line. Raises ConfigError if
+        the replicas do not fit on the cluster.
         """
         self.progress = PoolProgress(sum(unit.cost for unit in units), len(units))
-        cached = self.store.read([unit.key for unit in units])
-        remaining = [unit for unit in units if unit.key not in cached]
-        for unit in units:
-            if unit.key in cached:
-                self.progress.add(unit, cached=True)
-                rows, origin = cached.pop(unit.key)
-                yield UnitResult(unit, rows, origin=origin)
+        remaining = {unit.key: unit for unit in units}
+        for key, rows, origin in self.store.read(list(remaining)):
+            unit = remaining.pop(key)
+            self.progress.add(unit, cached=True)
+            yield UnitResult(unit, rows, origin=origin)
         if not remaining:
             return
-        replicas, self.queue, self._running = self.queue.replicas, WorkQueue(remaining), {}
+        replicas, self.queue, self._running = self.queue.replicas, WorkQueue(remaining.values()), {}
         for actor in replicas:
             self.queue.add_replica(actor)
         for _ in range(len(replicas) + len(self._starting), min(self.spec.resolve_num_replicas(), len(remaining))):

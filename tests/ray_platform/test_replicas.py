@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from ray_platform.contracts import ConfigError
+from ray_platform.evaluate import result_cache
 from ray_platform.evaluate.result_cache import ResultCache, cache_key
 from ray_platform.replicas import MAX_DEATHS, PoolProgress, ReplicaPool, ReplicaSpec, WorkQueue, WorkUnit, join_rows
 from ray_platform.terminal import ProgressBar
@@ -199,6 +200,18 @@ def test_units_of_a_failed_group_are_dropped():
     queue.add_replica(0)
     assert [unit.group for unit, _, _ in assigned(queue, dropped)] == ["good"]
     assert [unit.group for unit in dropped] == ["bad", "bad"]
+
+
+def test_stored_rows_are_read_a_few_files_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(result_cache, "_READS_AT_ONCE", 2)
+    store = ResultCache(str(tmp_path), "git-1")
+    for number in range(5):
+        store.write(f"key{number}", {"squares": np.array([number**2])})
+    stored = store.read([f"key{number}" for number in range(6)])
+    assert [next(stored)[:2], next(stored)[:2]] == [("key0", {"squares": [0]}), ("key1", {"squares": [1]})]
+    for number in (2, 4):
+        (tmp_path / f"key{number}.npz").unlink()
+    assert [key for key, _, _ in stored] == ["key3"], "the others were not read before"
 
 
 def test_rows_are_joined_by_place_and_a_unit_without_rows_adds_none():

@@ -184,7 +184,7 @@ def unit(content: bytes) -> Feed:
 
     def feed(folder: Path) -> str:
         (folder / f"{'a' * 32}.npz").write_bytes(content)
-        return f"{len(ResultCache(str(folder), 'git-0').read(['a' * 32]))} of 1 unit taken as done"
+        return f"{len(list(ResultCache(str(folder), 'git-0').read(['a' * 32])))} of 1 unit taken as done"
 
     return feed
 

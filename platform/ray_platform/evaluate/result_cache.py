@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -57,23 +57,22 @@ class ResultCache:
         np.savez(buffer, allow_pickle=False, **rows, **{_RECORD: np.array(record)})
         storage.write_bytes(self._url(key), buffer.getvalue())
 
-    def read(self, keys: Sequence[str]) -> dict[str, tuple[Rows, UnitOrigin]]:
-        """Return the rows that are stored for `keys`, and where they come from.
+    def read(self, keys: Sequence[str]) -> Iterator[tuple[str, Rows, UnitOrigin]]:
+        """Yield the keys whose rows are stored, with the rows and where they come from; few files at a time are in memory.
 
         A file that is damaged, or that newer code wrote, is ignored: its unit is computed again.
         """
         stored = {file.url for file in storage.list_folder(self.folder)} if storage.exists(self.folder) else set()
         keys_by_url = {url: key for key in keys if (url := self._url(key)) in stored or url.partition("://")[2] in stored}
         urls = list(keys_by_url)
-        results: dict[str, tuple[Rows, UnitOrigin]] = {}
         for start in range(0, len(urls), _READS_AT_ONCE):
             for url, content in storage.read_many(urls[start : start + _READS_AT_ONCE]).items():
                 try:
                     rows = read_arrays(content)
-                    results[keys_by_url[url]] = rows, _origin(rows.pop(_RECORD, None), url)
+                    origin = _origin(rows.pop(_RECORD, None), url)
                 except (ValueError, AttributeError, RecursionError, DataError):
                     continue
-        return results
+                yield keys_by_url[url], rows, origin
 
     def _url(self, key: str) -> str:
         return storage.join(self.folder, f"{key}.npz")
