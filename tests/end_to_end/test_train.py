@@ -16,6 +16,7 @@ from diffdis.task import DiffDisTask
 from diffdis_platform.config.export import ExportConfig
 from diffdis_platform.exporting import export
 from ray_platform.contracts import ConfigError
+from ray_platform.data.catalog import build_catalog
 from ray_platform.train.checkpoint_format import read_weights
 from ray_platform.train.heldout import read_heldout
 from tests.support.training import assert_close_losses, diffdis_run, logged_losses, logged_metric, plain_loop
@@ -93,7 +94,7 @@ def test_the_exported_model_has_the_scores_that_were_logged_with_the_ema(tiny_mo
     run.fit()
     model, objective, _ = run.build_task.args
     task = DiffDisTask(dataclasses.replace(model, warm_start=str(tmp_path / "export")), objective)
-    samples = read_heldout(run.data, run.train.heldout_sources, run.train.heldout_samples)
+    samples = read_heldout(build_catalog(run.data), run.data, run.train.heldout_samples)
     with torch.no_grad():
         scores = task.score(task.embed_heldout(task.inputs(samples, torch.device("cpu"))))
     assert {name: logged_metric(tmp_path, name)[-1] for name in scores} == {name: (12, value) for name, value in scores.items()}

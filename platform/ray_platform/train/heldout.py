@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ray_platform.contracts import Batch, DataError, describe_error, one_line
-from ray_platform.data.catalog import build_catalog
+from ray_platform.data.catalog import Catalog
 from ray_platform.data.config import DataConfig, FilterConfig
 from ray_platform.data.plan import Item
 from ray_platform.data.source import Sample, open_samples
@@ -26,18 +26,18 @@ def select_samples(batch: Batch, indices: Sequence[int]) -> Batch:
     return replace(batch, tensors=tensors, captions=[batch.captions[i] for i in indices], keys=[batch.keys[i] for i in indices])
 
 
-def read_heldout(config: DataConfig, sources: tuple[str, ...], limit: int) -> Batch:
-    """Read the first `limit` usable samples of `sources`, square and unfiltered. Raises DataError if there are none."""
-    config = replace(config, sources=sources, weights=(), aspect_ratios=(), filters=FilterConfig(), crop="centre")
+def read_heldout(catalog: Catalog, config: DataConfig, limit: int) -> Batch:
+    """Read the first `limit` usable samples of a catalog, square and unfiltered. Raises DataError if there are none."""
+    config = replace(config, weights=(), aspect_ratios=(), filters=FilterConfig(), crop="centre")
     samples: list[Sample] = []
-    for number, unit in enumerate(build_catalog(config).pools[0]):
+    for number, unit in enumerate(catalog.pools[0]):
         opened = open_samples(Item(0, 0, number, unit, []), config, seed=0)
         read = (opened.sample(index) for index in range(len(opened)))
         samples += [sample for sample in read if isinstance(sample, Sample)][: limit - len(samples)]
         if len(samples) == limit:
             break
     if not samples:
-        raise DataError(f"train.heldout_sources: no sample of {', '.join(sources)} can be used; see jobs/inspect_data.py")
+        raise DataError("train.heldout_sources: no sample of them can be used; see jobs/inspect_data.py")
     tensors = {name: np.stack([sample.tensors[name] for sample in samples]) for name in samples[0].tensors}
     return Batch(tensors, [sample.caption for sample in samples], [sample.key for sample in samples], (), {})
 

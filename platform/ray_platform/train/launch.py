@@ -20,8 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray_platform import storage
 from ray_platform.connect import connect
 from ray_platform.contracts import Batch, TrainingError
-from ray_platform.data.catalog import Catalog, build_catalog, to_json
-from ray_platform.data.config import DataConfig
+from ray_platform.data.catalog import Catalog, to_json
 from ray_platform.lease import Lease
 from ray_platform.names import is_pattern
 from ray_platform.placement import label_selector, start_on_this_node
@@ -117,15 +116,14 @@ class Run(RunPlan):
             return self._fit(catalog, launch, lease, tags)
 
     def _fit(self, catalog: Catalog, launch: str, lease: Lease, tags: dict[str, str]) -> RunRecord:
-        heldout = None
-        if self.train.heldout_sources:
-            heldout = read_heldout(self.data, self.train.heldout_sources, self.train.heldout_samples)
+        heldout_catalog = self._heldout_catalog()
+        heldout = read_heldout(heldout_catalog, self.data, self.train.heldout_samples) if heldout_catalog else None
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor per run for what DriverMonitor does
         connect()
         self.check_capacity()
         storage.write_bytes(storage.join(self.output_dir, CATALOG), to_json(catalog))
         version = code_version()
-        metadata, resume = self._metadata(catalog, version, tags), self.train.resume != "none"
+        metadata, resume = self._metadata(catalog, heldout_catalog, version, tags), self.train.resume != "none"
         with start_run(self.tracking, self.output_dir, metadata, resume=resume, record=True, in_actor=True) as tracker:
             try:
                 self._train(catalog, heldout, tracker, version, launch, lease)
@@ -135,10 +133,12 @@ class Run(RunPlan):
                         storage.delete(self._ray_dir)
             return run_record(self.tracking, self.output_dir, tracker)
 
-    def _metadata(self, catalog: Catalog, version: str, tags: dict[str, str]) -> RunMetadata:
-        """Describe the run in the tracker. Raises DataError if a held-out source is missing."""
+    def _metadata(self, catalog: Catalog, heldout: Catalog | None, version: str, tags: dict[str, str]) -> RunMetadata:
+        """Describe the run in the tracker."""
         recipe, sources = str(self.params.get("recipe", "run")), ", ".join(self.data.sources)
-        datasets = tracked_data(catalog, self.data, self.train)
+        datasets = tracked_data(catalog, self.data.sources, "training")
+        if heldout:
+            datasets += tracked_data(heldout, self.train.heldout_sources, "heldout")
         return RunMetadata(
             f"{dated_name(recipe)}-seed{self.train.seed}",
             describe_run(recipe, self.command, self.train, datasets, self.output_dir),
@@ -252,16 +252,8 @@ def _format_counts(counts: Mapping[str, int]) -> str:
     return f"{samples}{counts['num_shards']:,} shards, {counts['num_bytes'] / 1e6:,.1f} MB"
 
 
-def tracked_data(catalog: Catalog, config: DataConfig, train: TrainConfig) -> list[TrackedData]:
-    """Return the training sources, one by one, and the held-out ones. Raises DataError if a held-out source is missing."""
-    datasets = _of_sources(catalog, config.sources, "training")
-    if train.heldout_sources:
-        heldout = build_catalog(replace(config, sources=train.heldout_sources, weights=()))
-        datasets += _of_sources(heldout, train.heldout_sources, "heldout")
-    return datasets
-
-
-def _of_sources(catalog: Catalog, sources: Sequence[str], context: str) -> list[TrackedData]:
+def tracked_data(catalog: Catalog, sources: Sequence[str], context: str) -> list[TrackedData]:
+    """Describe the sources of a catalog, one by one."""
     datasets = []
     for number, source in enumerate(sources):
         if shards := catalog.of_source(number):  # empty if earlier sources already contain all of its shards
