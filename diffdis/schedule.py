@@ -202,10 +202,14 @@ def sample(
     return latents
 
 
+def text_digest(text: str) -> int:
+    """Return a 63-bit digest, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
 def named_generator(name: str) -> torch.Generator:
     """Return a random generator whose seed depends on `name` alone."""
-    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(text_digest(name))
 
 
 def named_noise(name: str, shape: tuple[int, ...]) -> torch.Tensor:

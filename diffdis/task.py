@@ -128,7 +128,7 @@ class DiffDisTask:
                 raise ValueError("objective.repa_weight: precomputed data has no images; use 0, or data with images")
             encoded["image_features"] = self._image_network.embed(batch.tensors["image"]).to(device)
         return encoded | {
-            "caption_ids": copy_to(device, [np.array([_caption_id(c) for c in batch.captions], dtype=np.int64)])[0],
+            "caption_ids": copy_to(device, [np.array([schedule.text_digest(c) for c in batch.captions], dtype=np.int64)])[0],
             "null_states": self._null_states,
         }
 
@@ -305,12 +305,6 @@ def _quiet(pipeline: DiffDisPipeline) -> DiffDisPipeline:
 def _last_match(patterns: Iterable[str], name: str) -> str:
     """Return the last pattern that matches a parameter's name; empty if none does."""
     return next((pattern for pattern in reversed(list(patterns)) if fnmatch.fnmatch(name, pattern)), "")
-
-
-def _caption_id(caption: str) -> int:
-    """Return a 63-bit digest, equal on every rank for equal captions."""
-    digest = hashlib.blake2b(caption.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 # --- The shortcut: a noised text query may give its text away, so that it can be retrieved without any image -------------------

@@ -220,9 +220,8 @@ class AdamW(torch.optim.AdamW):
         for state, value in self.config.ema_states.items() if updated else ():
             average = get_ema_multi_avg_fn(_decay_at(state, value, self.num_updates + 1))
             average([self.optimizer.state[tensor][state] for _, tensor in updated], tensors, self.num_updates + 1)
-        for run, tensor in updated:
-            if tensor is not run.shard:
-                tensor.grad = None
+        for _, tensor in updated:
+            tensor.grad = None
 
 
 class LossScale:

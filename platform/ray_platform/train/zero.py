@@ -44,8 +44,7 @@ class Fragment:
 
     def of_parameter(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return this fragment's part of `tensor`, which has the shape of the parameter, zero-padded."""
-        flat = (tensor.permute(0, 2, 3, 1) if self.channels_last else tensor).flatten()
-        part = flat[self.start :][: self.size]
+        part = _flatten(tensor, self.channels_last)[self.start :][: self.size]
         return torch.nn.functional.pad(part, (0, self.size - part.numel()))
 
     def shaped(self, elements: torch.Tensor) -> torch.Tensor:
@@ -56,32 +55,33 @@ class Fragment:
         return elements.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
 
 
+def _flatten(tensor: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    return (tensor.permute(0, 2, 3, 1) if channels_last else tensor).flatten()
+
+
 class FlatWeights:
     """The trained parameters of one data type, as views of a flat tensor, and their float32 copies."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], channels_last: bool):
         """With `channels_last`, convolution weights get that layout, which is how they lie in the flat tensors."""
-        self.parameters = parameters
-        self.permuted = [channels_last and parameter.ndim == 4 for parameter in parameters]
-        self.flat = torch.cat([self._flatten(p.detach(), i) for i, p in enumerate(parameters)])
+        self.flat = torch.cat([_flatten(p.detach(), channels_last and p.ndim == 4) for p in parameters])
         # What the optimizer updates, in float32.
         self.master = self.flat.float() if self.flat.dtype != torch.float32 else self.flat
         self.fragments, offset = [], 0
-        for parameter, permuted in zip(parameters, self.permuted, strict=True):
+        for parameter in parameters:
+            permuted = channels_last and parameter.ndim == 4
             fragment = Fragment(parameter, 0, self.master, offset, parameter.numel(), permuted)
             parameter.data = fragment.shaped(self.flat.narrow(0, offset, parameter.numel()))
             self.fragments.append(fragment)
             offset += parameter.numel()
 
-    def _flatten(self, tensor: torch.Tensor, index: int) -> torch.Tensor:
-        return (tensor.permute(0, 2, 3, 1) if self.permuted[index] else tensor).reshape(-1)
-
     def take_gradients(self) -> torch.Tensor:
         """Return the gradients of all parameters, joined, and remove them from the parameters."""
         gradients = []
-        for index, parameter in enumerate(self.parameters):
+        for fragment in self.fragments:
+            parameter = fragment.parameter
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients.append(self._flatten(gradient, index))
+            gradients.append(_flatten(gradient, fragment.channels_last))
             parameter.grad = None
         return torch.cat(gradients)
 
