@@ -71,7 +71,8 @@ def open_image_folder(set_name: str, url: str, overrides: Mapping[str, str]) -> 
             f"PNG (read are {', '.join(_IMAGE_ENDINGS)})"
         )
         texts = texts._replace(warnings=(*texts.warnings, warning))
-    samples = [(name, folders.index(name.partition("/")[0])) for name in sorted(images) if "/" in name]
+    labels = {folder: label for label, folder in enumerate(folders)}
+    samples = [(name, labels[name.partition("/")[0]]) for name in sorted(images) if "/" in name]
     return build_image_set(set_name, url, "image folder", texts, samples, images)
 
 
