@@ -81,12 +81,9 @@ class NetworkOptions:
 
     path: str = ""  # the weights file
     resize: str = ""
-    expected_digest: str = INCEPTION_DIGEST  # the first hex digits of the SHA-256 of the weights file
 
 
-def build_feature_network(
-    name: str, path: str = "", resize: str = "", device: str = "cpu", expected_digest: str = INCEPTION_DIGEST
-) -> PooledFeatures:
+def build_feature_network(name: str, path: str = "", resize: str = "", device: str = "cpu") -> PooledFeatures:
     """Return a feature network.
 
     Args:
@@ -96,7 +93,6 @@ def build_feature_network(
         resize: Inception's way of resizing: "pytorch_fid", "torch_fidelity" or "clean_fid", whose distances for the same images
             differ by up to 6. Empty for the other networks.
         device: A torch device.
-        expected_digest: The first hex digits of the SHA-256 of Inception's weights file.
 
     Raises:
         ValueError: The name is unknown, a file or package is missing, or the weights have another digest.
@@ -113,7 +109,7 @@ def build_feature_network(
                 f"feature network {name!r}: unknown; use {', '.join(FEATURE_NETWORKS)}, the folder of a CLIP or DINOv2 in "
                 "transformers' layout, or the import path module:function"
             ) from None
-    return build(torch.device(device), NetworkOptions(path, resize, expected_digest))
+    return build(torch.device(device), NetworkOptions(path, resize))
 
 
 # --- FID's Inception: TensorFlow's of 2015-12-05, as pytorch-fid ported it ------------------------------------------------------
@@ -229,18 +225,18 @@ class Inception(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def _load_inception(path: str, expected_digest: str) -> tuple[Inception, np.ndarray | None, str]:
+def _load_inception(path: str) -> tuple[Inception, np.ndarray | None, str]:
     """Return the network in eval mode with the weights of a file, its classifier [1008, 2048], and the file's SHA-256.
 
     Raises:
-        ValueError: The digest does not begin with `expected_digest` (other weights give values that look like FID and are not),
+        ValueError: The digest does not begin with INCEPTION_DIGEST (other weights give values that look like FID and are not),
             or tensors are missing.
     """
     with Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(expected_digest):
+    if not digest.startswith(INCEPTION_DIGEST):
         raise ValueError(
-            f"{path}: its SHA-256 begins with {digest[:8]}, not {expected_digest}: other weights do not give FID; take "
+            f"{path}: its SHA-256 begins with {digest[:8]}, not {INCEPTION_DIGEST}: other weights do not give FID; take "
             "pytorch-fid's pt_inception-2015-12-05-6726825d.pth or torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
         )
     weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -310,7 +306,7 @@ def _inception(device: torch.device, options: NetworkOptions) -> PooledFeatures:
             f"feature network inception: no such file {options.path!r}; give pytorch-fid's or torch-fidelity's weights file, "
             "or use efficientnet_lite0, whose distance is not called FID"
         )
-    network, classifier, digest = _load_inception(options.path, options.expected_digest)
+    network, classifier, digest = _load_inception(options.path)
     protocol: dict[str, str | int] = {
         "network": "inception",
         "digest": digest[:16],

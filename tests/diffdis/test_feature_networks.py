@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
+from diffdis import feature_networks
 from diffdis.feature_networks import INCEPTION_DIGEST, RESIZES, Inception, PooledFeatures, _to_efficientnet, build_feature_network
 from diffdis.scorers import ClipScorer
 from tests.diffdis.metrics import peers
@@ -53,7 +54,9 @@ def random_inception(tmp_path_factory):
 
 def inception(random_inception, resize):
     path, digest = random_inception
-    return build_feature_network("inception", path=path, resize=resize, expected_digest=digest)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(feature_networks, "INCEPTION_DIGEST", digest)
+        return build_feature_network("inception", path=path, resize=resize)
 
 
 def test_inception_equals_torch_fidelitys(random_inception):
@@ -195,6 +198,6 @@ def test_what_cannot_be_built_is_named(tmp_path, random_inception):
     assert build_feature_network(f"{__name__}:brightness").figure == "fd_brightness"
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth: not the weights of FID's Inception: .*Missing key"):
-        build_feature_network("inception", path=str(tmp_path / "other.pth"), resize="clean_fid", expected_digest="")
+        inception((str(tmp_path / "other.pth"), ""), "clean_fid")
     with pytest.raises(ValueError, match=r"images of float64 \(1, 8, 8, 3\)"):
         build_feature_network("efficientnet_lite0").features(np.zeros((1, 8, 8, 3)))

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from diffdis import feature_networks
 from diffdis.feature_networks import PooledFeatures, build_feature_network
 from diffdis.metrics.image_quality import Moments, frechet_distance
 from diffdis_platform.cli import main
 from diffdis_platform.commands.distance import parse_arguments
-from diffdis_platform.evaluation import distance, models
+from diffdis_platform.evaluation import distance
 from diffdis_platform.evaluation.distance import measure_distance, plan_distance
 from ray_platform.evaluate.unit_work import WorkerModels
 from tests.diffdis.test_feature_networks import pictures, random_inception  # noqa: F401  (a fixture)
@@ -167,7 +168,7 @@ def test_the_protocols_give_the_numbers_of_their_tools(tools, random_inception, 
     command = [sys.executable, str(TOOLS), *map(str, folders), weights]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     theirs = json.loads(done.stdout.splitlines()[-1])
-    monkeypatch.setattr(models, "build_feature_network", functools.partial(build_feature_network, expected_digest=digest))
+    monkeypatch.setattr(feature_networks, "INCEPTION_DIGEST", digest)
     for protocol in ("pytorch-fid", "clean-fid", "torch-fidelity"):
         config = config_of(*folders, tmp_path, "--networks", '["inception"]', "--inception", weights, "--protocol", protocol)
         ours = measure_here(plan_distance(config))
