@@ -183,7 +183,7 @@ def scores_of(root: Path, clip: Path, resize: Resize) -> tuple[ZeroShotScores, n
     parts = WorkerModels({"clip": lambda device: ClipScorer(clip, device, resize)}, os.cpu_count() or 1, "cpu")
     classes = class_embeddings(parts["clip"].embed_texts, data.classes, data.templates).numpy()
     with ThreadPoolExecutor(UNITS_IN_FLIGHT) as units_under_way:
-        rows = list(units_under_way.map(lambda part: EmbedImages("clip", data.name, part, {}).run(parts), data.slices))
+        rows = list(units_under_way.map(lambda part: EmbedImages("clip", part, {}).run(parts), data.slices))
     labels = np.concatenate([part["labels"] for part in rows])
     images = np.concatenate([part["embeddings"] for part in rows])
     second, best = np.sort(images @ classes.T, axis=1)[:, -2:].T

@@ -346,7 +346,6 @@ def _metrics(plan: DistancePlan) -> dict[str, float]:
         if network.classifier is not None and len(features) >= SPLITS:
             score = inception_score(features @ network.classifier.T)
             metrics |= {"inception_score": score.mean, "inception_score_std": score.std}
-    check_declared(metrics)
     return metrics
 
 

@@ -59,7 +59,7 @@ class SetMeasurement(ABC):
 
     def _image_unit(self, part: DatasetSlice, num_sampled: int | None) -> WorkUnit:
         model, data = self.model, self.data
-        work = EmbedImages(model.identity, data.name, part, model.settings, self.seed, num_sampled)
+        work = EmbedImages(model.identity, part, model.settings, self.seed, num_sampled)
         unit = build_unit(
             self.group, f"{data.name} {part.name}", part.estimated_images if num_sampled is None else num_sampled, work,
             model=model.identity, preprocessing=model.preprocessing, settings=dict(model.settings), seed=self.seed,
@@ -168,17 +168,8 @@ class SetMeasurement(ABC):
 class ZeroShotMeasurement(SetMeasurement):
     """Embeds the classes first, and predicts the classes of each slice's images as soon as both embeddings are available."""
 
-    def __init__(
-        self,
-        model: EvaluationModel,
-        data: EvaluationSet,
-        allow_short: bool = False,
-        seed: int = 0,
-        limit: int = 0,
-        num_examples: int = _MAX_EXAMPLES,
-    ):
+    def __init__(self, model: EvaluationModel, data: EvaluationSet, allow_short: bool = False, seed: int = 0, limit: int = 0):
         super().__init__(model, data, allow_short, seed, limit)
-        self.num_examples = num_examples
         self._class_embeddings: dict[int, np.ndarray] = {}  # first class of a unit -> embeddings
         self._waiting: list[tuple[WorkUnit, Rows]] = []  # images that were embedded before all classes were
         class_units = {first: self._class_unit(first) for first in range(0, len(data.classes), CLASSES_PER_UNIT)}
@@ -267,7 +258,7 @@ class ZeroShotMeasurement(SetMeasurement):
         wrong = np.flatnonzero((true_classes != predicted_classes) & (predicted_classes < len(classes)))
         for pair in wrong[np.argsort(-counts[wrong], kind="stable")[:_MAX_CONFUSIONS]]:
             true, other, count = int(true_classes[pair]), int(predicted_classes[pair]), int(counts[pair])
-            examples = keys[(scores.labels == true) & (scores.predictions[:, 0] == other)][: self.num_examples]
+            examples = keys[(scores.labels == true) & (scores.predictions[:, 0] == other)][:_MAX_EXAMPLES]
             confusions.append(
                 {
                     "true": classes[true],

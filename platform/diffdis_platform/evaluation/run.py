@@ -111,7 +111,7 @@ def _plan_curve(config: EvalConfig, plan: EvaluationPlan) -> list[ZeroShotMeasur
     return [
         ZeroShotMeasurement(
             replace(plan.model, settings={"num_steps": steps, "num_draws": draws, "guidance": config.scoring.guidance}),
-            data, config.allow_short, limit=config.limit, num_examples=0,
+            data, config.allow_short, limit=config.limit,
         )
         for draws in config.curve_draws
         for steps in config.curve_steps

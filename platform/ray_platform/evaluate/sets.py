@@ -8,7 +8,7 @@ import json
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ray_platform import storage
 from ray_platform.contracts import DataError
@@ -266,31 +268,16 @@ def _check_order(known: KnownSet, classes: Sequence[str], source: str) -> tuple[
     similarity = _similarity(classes, published)
     rows, best = linear_sum_assignment(similarity, maximize=True)
     gain = similarity[rows, best] - similarity.diagonal()
-    moved: list[int] = []
-    for cycle in _cycles(best):
-        if gain[cycle].mean() > _MAX_GAIN:
-            moved += cycle
-    if moved:
-        first = min(moved)
+    _, cycle = connected_components(coo_array((np.ones(len(best)), (rows, best))))  # classes that trade places, by numbers
+    moved = np.flatnonzero((np.bincount(cycle, gain) / np.bincount(cycle))[cycle] > _MAX_GAIN)
+    if len(moved):
+        first = moved[0]
         raise DataError(
             f"{known.name}: {source} has its classes in another order than the published set: class {first} is "
             f"{classes[first]!r} instead of {published[first]!r}, and {len(moved)} are elsewhere in all; correct the list, or "
             "use CLIP_benchmark's copy of the set"
         )
     return tuple(published)
-
-
-def _cycles(permutation: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the cycles of two or more places of a permutation."""
-    seen: set[int] = set()
-    for start in range(len(permutation)):
-        cycle, place = [], start
-        while place not in seen:
-            seen.add(place)
-            cycle.append(place)
-            place = int(permutation[place])
-        if len(cycle) > 1:
-            yield cycle
 
 
 def _similarity(names: Sequence[str], others: Sequence[str]) -> np.ndarray:

@@ -151,7 +151,6 @@ class EmbedImages:
     """Embeds the images of a slice, with their labels, or with their captions and the captions' embeddings."""
 
     scorer: str
-    set_name: str
     slice: DatasetSlice
     settings: Mapping[str, float]
     seed: int = 0  # of the noise
@@ -179,7 +178,7 @@ class EmbedImages:
         if readable:
             # The noise of a sample depends on the seed, its set and key, never on a rank or batch.
             prefix = f"seed {self.seed}/" if self.seed else ""
-            noise_keys = [f"{prefix}{self.set_name}/{samples[index].key}" for index in readable]
+            noise_keys = [f"{prefix}{self.slice.schema.set_name}/{samples[index].key}" for index in readable]
             rows["embeddings"] = models.in_batches(
                 lambda batch, keys: scorer.embed_images(np.stack(batch), keys, **self.settings),
                 [images[index] for index in readable],
