@@ -149,7 +149,7 @@ CANNOT_RUN = {  # by the last two arguments; in docs/operations.md
     "--train.num_workers 9": "more workers than shards",
     "--output_dir /dev/null/x": "the output folder cannot be written",
     "--train.heldout_sources /none": "the validation data does not exist",
-    "--train.gpus_per_worker 64": "more GPUs than there are",
+    "--train.gpus_per_worker 1": "more GPUs than there are",
     "--train.cpus_per_worker 1000": "more CPUs than there are",
     "--model.text_encoder.path /none": "an encoder does not exist",
     "--model.warm_start /none": "the weights do not exist",
@@ -171,7 +171,7 @@ CANNOT_RUN = {  # by the last two arguments; in docs/operations.md
         (["--data.sources", "DATA", "--output_dir", "/proc/x"], ConfigError, "output_dir: /proc/x cannot be written"),
         (["--data.sources", "DATA", "--output_dir", "/dev/null/x"], ConfigError, "output_dir: /dev/null/x cannot be written"),
         (["--data.sources", "DATA", "--train.heldout_sources", "/none"], DataError, "train.heldout_sources: /none: no such"),
-        (["--data.sources", "DATA", "--train.gpus_per_worker", "64"], ConfigError, "train.num_workers: .*64 GPUs"),
+        (["--data.sources", "DATA", "--train.gpus_per_worker", "1"], ConfigError, "train.num_workers: .*1 GPUs"),
         (["--data.sources", "DATA", "--train.cpus_per_worker", "1000"], ConfigError, "train.num_workers: .*1000 CPUs"),
         (["--data.sources", "DATA", "--data.cpus_per_read", "1000"], ConfigError, "data.cpus_per_read: .*machine"),
         (["--data.sources", "DATA", "--model.text_encoder.path", "/none"], ConfigError, "model.text_encoder.path: /none"),
@@ -193,7 +193,8 @@ CANNOT_RUN = {  # by the last two arguments; in docs/operations.md
         (["--data.sources", "DATA", "--tracking.uri", "http://127.0.0.1:9"], ConfigError, "tracking.uri: http://127.0.0.1:9 "),
     ],
 )
-def test_what_cannot_run_is_one_line(tmp_path, arguments, error, message):
+def test_what_cannot_run_is_one_line(tmp_path, monkeypatch, arguments, error, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     write_shards(tmp_path / "DATA")
     (tmp_path / "EMPTY").mkdir()
     arguments = [str(tmp_path / a) if a in ("DATA", "EMPTY") else a for a in arguments]
