@@ -202,7 +202,7 @@ def test_what_cannot_run_is_one_line(tmp_path, monkeypatch, arguments, error, me
         run_of(tmp_path, *arguments).dry_run()
     assert "\n" not in str(raised.value)
     if fault := CANNOT_RUN.get(" ".join(arguments[-2:])):
-        check_message(fault, raised.value, RESOURCES=f"{os.cpu_count()} CPUs, {torch.cuda.device_count()} GPUs")
+        check_message(fault, raised.value, RESOURCES=f"{os.cpu_count()} CPUs, 0 GPUs")
 
 
 def test_a_run_that_cannot_start_ends_with_the_line_and_a_status(capsys):
