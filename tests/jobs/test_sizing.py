@@ -206,8 +206,8 @@ def test_one_gpu_has_no_network_and_many_scale_below_linear(estimates):
 
 def test_the_memory_is_that_of_the_type_of_gpu_unless_it_is_given(estimates, monkeypatch):
     monkeypatch.setattr("diffdis_platform.sizing.estimate.memory", lambda *arguments: Memory(60e9, 0, 0, 0))
-    fits = {gpu: estimates("--gpu", gpu, "--num_gpus", "8")[0].fits for gpu in GPU_MEMORY}
-    assert fits == {gpu: gpu not in ("L40S", "L40", "V100", "L4") for gpu in PEAK_FLOPS if gpu in GPU_MEMORY}
+    assert not estimates("--gpu", "L4", "--num_gpus", "8")[0].fits
+    assert estimates("--num_gpus", "8")[0].fits
     assert GPU_MEMORY.keys() == PEAK_FLOPS.keys()
     assert not estimates("--gpu", "H200", "--num_gpus", "8", gpu_memory_gb=70)[0].fits
 
