@@ -361,3 +361,12 @@ def test_without_hang_seconds_no_worker_is_killed(watch, monkeypatch):
     with watch(detector, lambda nodes: checked.set(), hang_seconds=0):
         assert checked.wait(10)
     assert not killed
+
+
+def test_the_progress_is_that_of_the_launch(watch, monkeypatch):
+    shown, done = [], threading.Event()
+    detector = Remote(nodes=set, progress=lambda: (7, {"train/samples_per_second": 1.0}), find_hang=lambda seconds: "")
+    monkeypatch.setattr(fault_tolerance.ProgressBar, "update", lambda bar, unit, *steps: shown.append(steps[:2]) or done.set())
+    with watch(detector, lambda nodes: None, num_steps=100, stop_at_step=50):
+        assert done.wait(10)
+    assert shown == [(7, 50)]

@@ -77,7 +77,9 @@ def test_a_slow_phase_has_more_time_but_not_for_ever(clock):
     assert exports.find_hang(1.0) == ""
     assert "rank 0" in trains.find_hang(1.0)
     clock.wait(1)
-    assert "rank 0 (node-a, pid 100) in step 5 hangs while exporting the model" in exports.find_hang(1.0)
+    line = exports.find_hang(1.0)
+    assert "rank 0 (node-a, pid 100) in step 5 hangs while exporting the model" in line
+    assert " 10 s" in line, "the time without progress, not the limit of other phases"
 
 
 def test_an_upload_that_makes_progress_is_not_a_hang(clock):

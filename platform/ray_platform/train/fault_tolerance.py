@@ -309,7 +309,7 @@ class DriverMonitor:
         step, metrics = ray.get(self.hang_detector.progress.remote(), timeout=_ANSWER_TIMEOUT_SECONDS)
         if step > self._printed_step and "train/samples_per_second" in metrics:
             self._printed_step = step
-            self._bar.update("step", step, self.train.num_steps, progress_text(metrics))
+            self._bar.update("step", step, self.train.last_step, progress_text(metrics))
 
 
 def progress_text(metrics: dict[str, float]) -> str:

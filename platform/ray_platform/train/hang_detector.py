@@ -206,4 +206,4 @@ class HangDetector:
             cause = f"{names} {how}; the other {len(ranks) - len(blamed)} of {len(ranks)} ranks wait"
         else:
             cause = f"all {len(ranks)} ranks wait for each other; check the network between their nodes"
-        return f"no step for {seconds:.0f} s: {cause}"
+        return f"no step for {now - max(rank.progressed_at for rank in ranks):.0f} s: {cause}"
