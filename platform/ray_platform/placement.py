@@ -36,8 +36,8 @@ PEAK_FLOPS = {
 
 
 def known_accelerator(name: str) -> str:
-    """Return the key of `PEAK_FLOPS` that is a word of `name`, also in a superchip such as GH200; empty for others."""
-    return next((key for key in PEAK_FLOPS if re.search(rf"\bG?{key}\b", name)), "")
+    """Return the key of `PEAK_FLOPS` that is a word of `name`, also in variants such as GH200 and V100S; empty for others."""
+    return next((key for key in PEAK_FLOPS if re.search(rf"\bG?{key}[SX]?\b", name)), "")
 
 
 Labels = Mapping[str, str]  # a node must have all of them; empty: any node

@@ -295,8 +295,10 @@ def test_two_models_in_one_folder_neither_overwrite_each_other_nor_mix(models, s
         saved = json.loads((tmp_path / "reports" / model.name / "details.json").read_text())
         assert [each["name"] for each in saved["models"]] == [model.name]
         assert model.url in (tmp_path / "reports" / model.name / "report.html").read_text()
-    with pytest.raises(ConfigError, match=r"name: .*results/good has results of other weights .* give another --name"):
+    with pytest.raises(ConfigError, match=r"name: .*results/good has results with another weights_digest .* give another --name"):
         check_not_taken([replace(other, name="good").describe()], str(tmp_path))
+    with pytest.raises(ConfigError, match=r"name: .*results/good has results with another dtype .*float32, not bfloat16"):
+        check_not_taken([replace(good, dtype="bfloat16").describe()], str(tmp_path))
     check_not_taken([good.describe()], str(tmp_path))
 
 

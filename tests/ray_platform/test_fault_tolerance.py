@@ -230,7 +230,15 @@ def test_failures_in_a_row_are_followed_by_longer_pauses_and_an_outage_of_storag
     outage = StorageError("s3://bucket: cannot reach", "unavailable")
     newest = iter([["run/step_20"], ["run/step_20"], outage, ["run/step_40"], ["run/step_40"]])
     ends = iter([DIED, DIED, DIED, Failed(r0=Interrupted("node a1b2 is being drained")), DIED, None])
-    pauses: list[float] = []
+    starts: list[float] = []
+    now = [0.0]
+
+    def start():
+        starts.append(now[0])
+        return SimpleNamespace(fit=lambda: next_or_raise(ends))
+
+    def sleep(seconds):
+        now[0] += seconds
 
     def next_or_raise(answers):
         if isinstance(answer := next(answers), Exception):
@@ -239,14 +247,33 @@ def test_failures_in_a_row_are_followed_by_longer_pauses_and_an_outage_of_storag
 
     monkeypatch.setattr(ray.train, "TrainingFailedError", Failed)
     monkeypatch.setattr(launch, "list_checkpoints", lambda *_: next_or_raise(newest))
-    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=pauses.append))
-    monkeypatch.setattr(launch.Run, "_trainer", lambda *_: SimpleNamespace(fit=lambda: next_or_raise(ends)))
+    monkeypatch.setattr(fault_tolerance, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(launch.Run, "_trainer", lambda *_: start())
     run = launch.Run(dict, DataConfig(), TrainConfig(max_failures=3), TrackingConfig(), str(tmp_path), {}, dict)
     monitor = SimpleNamespace(last_hang="", stop_reason="", reset_workers=lambda: None)
     run._run_workers(SimpleNamespace(launch="a"), monitor, SimpleNamespace(lost=""))
+    pauses = [after - before for before, after in itertools.pairwise(starts)]
     assert pauses[0] == pauses[3] == pauses[4] == 0 < pauses[1] < pauses[2] <= 60
     assert "cannot reach" in caplog.messages[2]
     assert caplog.messages[2].endswith("resuming from run/step_20")
+
+
+@pytest.mark.parametrize(
+    ("stop_reason", "lost", "kind"), [("stopped by SIGTERM", "", Stopped), ("", "taken over", TrainingError)]
+)
+def test_a_launch_that_has_to_end_does_not_restart_after_a_pause(monkeypatch, stop_reason, lost, kind):
+    policy, _ = restart_policy("run/step_20")
+    policy.pause_seconds = 45.0
+    monitor, lease, slept = SimpleNamespace(stop_reason=""), SimpleNamespace(lost=""), []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        monitor.stop_reason, lease.lost = stop_reason, lost
+
+    monkeypatch.setattr(fault_tolerance, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=sleep))
+    with pytest.raises(kind, match=stop_reason or lost):
+        policy.pause(monitor, lease)
+    assert slept == [fault_tolerance.POLL_SECONDS]
 
 
 def test_a_stopped_run_says_from_where_it_can_be_resumed():

@@ -28,6 +28,7 @@ def test_slow_first_steps_and_single_outliers_do_not_change_the_remaining_time()
     [
         ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA H100 NVL", "H100 NVL"),
         ("NVIDIA GH200 480GB", "H200"), ("NVIDIA GB200", "B200"), ("Tesla V100-SXM2-16GB", "V100"),
+        ("Tesla V100S-PCIE-32GB", "V100"),
         ("NVIDIA A100-SXM4-40GB", "A100"), ("CPU GPU accelerator_type:A100 memory", "A100"),
         ("NVIDIA L4", "L4"), ("NVIDIA L40", "L40"), ("NVIDIA L40S", "L40S"),
         ("NVIDIA RTX A1000 Laptop GPU", ""), ("NVIDIA A10", ""), ("NVIDIA H20", ""),

@@ -101,19 +101,20 @@ def results_folder(output_dir: str, kind: str, model: str) -> str:
 
 
 def check_not_taken(models: Sequence[EvaluatedModel], output_dir: str) -> None:
-    """Raise ConfigError if two models would write to one folder, or if a folder has results of other weights."""
+    """Raise ConfigError if two models would write to one folder, or a folder has results of other weights or another dtype."""
     taken: dict[str, str] = {}  # folder below results/ -> name of the model
     for model in models:
         name, folder = model["name"], results_folder(output_dir, "results", model["name"])
         if (other := taken.setdefault(folder, name)) != name:
             raise ConfigError(f"models: {other!r} and {name!r} would both write to {folder}; give them distinct names")
         files = storage.list_folder(folder, "*.json") if storage.exists(folder) else ()
-        earlier = storage.read_json(files[0].url).get("weights_digest") if files else None
-        if earlier and earlier != model.get("weights_digest"):
-            raise ConfigError(
-                f"name: {folder} has results of other weights than those of {model['pretrained']} (digest {earlier}, not "
-                f"{model.get('weights_digest')}); give another --name, or rename a baseline's folder"
-            )
+        earlier = storage.read_json(files[0].url) if files else {}
+        for field in ("weights_digest", "dtype"):
+            if field in earlier and earlier[field] != model.get(field):
+                raise ConfigError(
+                    f"name: {folder} has results with another {field} than {model['pretrained']} ({earlier[field]}, not "
+                    f"{model.get(field)}); give another --name, or rename a baseline's folder"
+                )
 
 
 def write_results(details: EvaluationDetails, output_dir: str) -> None:

@@ -184,6 +184,16 @@ class RestartPolicy:
             raise TrainingError(f"{line} (failure {self.num_failures} without a new checkpoint; train.max_failures)") from error
         return f"{line}; resuming from {newest or 'where this launch started'}"
 
+    def pause(self, monitor: "DriverMonitor", lease: Lease) -> None:
+        """Wait before a restart. Raises Stopped or TrainingError as soon as this launch is stopped or taken over."""
+        end = time.monotonic() + self.pause_seconds
+        while not monitor.stop_reason and not lease.lost and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        if lease.lost:
+            raise TrainingError(lease.lost)
+        if monitor.stop_reason:
+            raise Stopped(f"{monitor.stop_reason}; {self._resume_advice()}")
+
     def _resume_advice(self) -> str:
         """Say from where the stopped run can be resumed. Storage is asked once, without retries, as the user waits."""
         try:

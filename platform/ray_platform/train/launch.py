@@ -52,7 +52,7 @@ RESIZE_SECONDS = 60.0  # between checks whether an elastic run can have more wor
 def run_worker(spec: WorkerSpec) -> None:
     """Training function that Ray Train runs on every worker.
 
-    Ray Train's controller unpickles it, too, so the engine, whose imports take seconds, is imported by the workers only.
+    Ray Train's controller unpickles it, too, so the training loop and what it needs are imported by the workers only.
     """
     from ray_platform.train.worker import train_worker
 
@@ -196,7 +196,7 @@ class Run(RunPlan):
                     raise TrainingError(lease.lost) from None
                 logger.warning("%s", restarts.record_failure(error, monitor.last_hang, monitor.stop_reason))
                 monitor.reset_workers()
-                time.sleep(restarts.pause_seconds)
+                restarts.pause(monitor, lease)
 
     def _trainer(self, spec: WorkerSpec) -> TorchTrainer:
         train = self.train

@@ -55,6 +55,7 @@ def train_worker(spec: WorkerSpec) -> None:
     try:
         trainer = Trainer(spec, build_task(spec), heartbeat)
         # Never collect modules and the model again: that would pause one rank for a second while the others wait for it.
+        gc.collect()
         gc.freeze()
         trainer.run()
     except torch.OutOfMemoryError as error:
