@@ -30,8 +30,8 @@ class Step(NamedTuple):
     environment: dict[str, str]
 
 
-def steps(extras: str) -> list[Step]:
-    """Return the calls of pip. `extras` are those of pyproject.toml; `dev` also installs libraries that tests compare with."""
+def steps(venv: Path, extras: str) -> list[Step]:
+    """Return the calls of pip. `extras` are those of pyproject.toml; `dev` also installs libraries that only tests use."""
     # torch comes first: resolving it later could select another build and download its CUDA packages.
     packages = ["torch", "setuptools", "wheel", "ninja", "packaging", "hatchling", "editables"]
     calls = [
@@ -44,6 +44,9 @@ def steps(extras: str) -> list[Step]:
         # Without dependencies: torchvision breaks diffusers when it is installed alongside the CPU build of torch.
         peers = ["clip-benchmark", "torch-fidelity", "torchmetrics", "lightning-utilities", "foolbox"]
         calls.append(Step("libraries that tests compare with", ["--no-deps", *peers], {}))
+        # In a folder of its own: diffusers imports bitsandbytes wherever it finds it, which takes each process a second.
+        apart = ["--no-deps", "--upgrade", "--target", str(venv / "apart"), "bitsandbytes"]
+        calls.append(Step("bitsandbytes for its tests", apart, {}))
     return calls
 
 
@@ -139,7 +142,7 @@ def main(venv: Path, extras: str) -> int:
         print(f"error: {venv}: the virtual environment could not be created; see the lines above", file=sys.stderr)
         return 1
     (venv / LOG).write_text("")
-    calls = steps(extras)
+    calls = steps(venv, extras)
     print(f"installing into {venv}: about 1 GB to download (4 GB with CUDA), 3 to 10 minutes, once")
     for number, step in enumerate(calls, 1):
         if status := install(step, f"step {number} of {len(calls)}: {step.title}", venv):

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 LEAK_SAMPLES = 4096  # of (t_e, noise), over all texts
 MAX_TEXTS = 1024
+PREVIEW_STEPS = 20
 TOLERATED_LEAK = 0.10  # above chance: more is warned about
 MAX_DIFFERENCE = 0.02  # of pixels in [0, 1] between two libraries; 0.002 is usual in float32
 
@@ -185,7 +186,9 @@ class DiffDisTask:
         # A rank without a caption generates the first one, too, so that all ranks run the U-Net equally often.
         generated = list(indices) or [0]
         captions = [self.preview_captions[index] for index in generated]
-        images = self._live_pipeline().generate(captions, num_inference_steps=20, guidance_scale=3.0, indices=generated)
+        images = self._live_pipeline().generate(
+            captions, num_inference_steps=PREVIEW_STEPS, guidance_scale=3.0, indices=generated
+        )
         return {index: np.asarray(image) for index, image in zip(indices, images, strict=False)}
 
     def preview_page(self, images: Mapping[int, np.ndarray]) -> bytes:

@@ -30,9 +30,13 @@ def test_without_a_terminal_there_is_a_line_per_step(tmp_path):
     first, *lines = done.stdout.splitlines()
     assert first.startswith(f"installing into {venv}: about ")
     assert [re.sub(r"0:0\d", "0:00", line) for line in lines] == [
-        f"step {number} of 4: {title} … 0:00, 182 MB downloaded"
+        f"step {number} of 5: {title} … 0:00, 182 MB downloaded"
         for number, title in enumerate(
-            ("torch and build tools", "DeepSpeed", "this project and its dependencies", "libraries that tests compare with"), 1
+            (
+                *("torch and build tools", "DeepSpeed", "this project and its dependencies", "libraries that tests compare with"),
+                "bitsandbytes for its tests",
+            ),
+            1,
         )
     ]
     assert "WARNING" in (venv / "install.log").read_text()

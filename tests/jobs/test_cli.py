@@ -11,6 +11,7 @@ from diffdis_platform.cli import COMMANDS, main
 from diffdis_platform.commands import demo
 from ray_platform.contracts import ConfigError
 from ray_platform.lease import Lease
+from tests.support.environments import BITSANDBYTES
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "ray", "mlflow", "diffusers", "transformers", "optuna", "pyarrow"}
@@ -70,7 +71,7 @@ def test_help_and_commands_with_errors_need_no_heavy_library(tmp_path):
 def test_commands_do_not_show_that_a_package_lacks_an_optional_one():
     """bitsandbytes, which diffusers imports, warns as the first line of `make demo`."""
     code = "from diffdis_platform.cli import main; import bitsandbytes; main(['export'])"
-    path = {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}", "PATH": "/usr/bin:/bin"}
+    path = {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}:{BITSANDBYTES}", "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, check=True)
     assert [line for line in done.stderr.splitlines() if "gemm" in line] == []
     assert "error: checkpoint: give a step_" in done.stderr

@@ -2,15 +2,20 @@
 
 import sys
 
-import bitsandbytes
 import pytest
 import torch
 
 from ray_platform.contracts import ConfigError
-from ray_platform.train.adamw_8bit import AdamW8bit, QuantizedTensor
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.preflight import RunPlan
 from tests.ray_platform.engine_runs import BASE, assert_equal, train
+from tests.support.environments import BITSANDBYTES
+
+sys.path.append(BITSANDBYTES)
+
+import bitsandbytes
+
+from ray_platform.train.adamw_8bit import AdamW8bit, QuantizedTensor
 
 
 @pytest.mark.parametrize("signed", [True, False])

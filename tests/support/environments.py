@@ -1,9 +1,11 @@
-"""Virtual environments whose Python records the calls of pip instead of installing packages."""
+"""The virtual environment of the tests, and others whose Python records the calls of pip instead of installing packages."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+BITSANDBYTES = str(Path(sys.prefix) / "apart")  # the folder into which install.py installs it
 
 
 def write_environment(folder: Path, script: str) -> Path:

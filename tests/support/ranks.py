@@ -6,12 +6,15 @@ The ranks are forked from one server that has imported the libraries, because th
 import gc
 import os
 import pickle  # used directly, because torch would put tensors into shared memory, whose manager is slow under load
+import sys
 import tempfile
 import traceback
 from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+
+from tests.support.environments import BITSANDBYTES
 
 _TIMEOUT_S = 180
 _ROOT = Path(__file__).parents[2]
@@ -89,6 +92,7 @@ def whole_state(engine):
 
 def _serve(rank, world_size, folder, asked, answered):
     torch.set_num_threads(1)
+    sys.path.append(BITSANDBYTES)  # diffusers, which the server imported, did not find it
     gc.freeze()  # DeepSpeed collects garbage at every start of ZeRO 3, which takes 0.7 s with all imported modules
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), TORCH_EXTENSIONS_DIR=f"{folder}/extensions"
