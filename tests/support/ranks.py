@@ -82,9 +82,12 @@ def whole_state(engine):
     from ray_platform.train.tensor_parts import TensorJoiner
 
     joiner, tensors = TensorJoiner(), {}
-    local = {key: contiguous_on_cpu(tensor) for key, tensor, _ in engine.local_state()}
+    parts = {key: contiguous_on_cpu(tensor) for key, tensor, _ in engine.local_state()}
+    # As arrays of bytes: pickling and loading tensors takes several times as long.
+    local = {key: (part.reshape(-1).view(torch.uint8).numpy(), part.dtype, part.shape) for key, part in parts.items()}
     for of_rank in gather_objects(local):
-        for key, part in of_rank.items():
+        for key, (content, dtype, shape) in of_rank.items():
+            part = torch.from_numpy(content).view(dtype).reshape(shape)
             tensors |= dict(filter(None, [joiner.add(key, part)]))
     joiner.check_complete()
     return tensors
@@ -93,13 +96,18 @@ def whole_state(engine):
 def _serve(rank, world_size, folder, asked, answered):
     torch.set_num_threads(1)
     sys.path.append(BITSANDBYTES)  # diffusers, which the server imported, did not find it
-    gc.freeze()  # DeepSpeed collects garbage at every start of ZeRO 3, which takes 0.7 s with all imported modules
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), TORCH_EXTENSIONS_DIR=f"{folder}/extensions"
     )
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+    num_modules = 0
     while True:
         function, arguments = pickle.loads(asked.get())
+        if len(sys.modules) > num_modules:
+            # DeepSpeed collects garbage at every start of ZeRO 3, which takes 0.7 s if that includes all imported modules.
+            gc.collect()
+            gc.freeze()
+            num_modules = len(sys.modules)
         try:
             answered.put((rank, True, pickle.dumps(function(rank, *arguments))))
         except Exception:

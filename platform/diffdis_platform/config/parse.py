@@ -281,8 +281,8 @@ def _one_line_errors() -> Iterator[None]:
 def _resolve(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Mapping[str, Any], str]:
     """Return the instantiated values, and the same values as YAML without secrets."""
     values = _parsed(parser, arguments)
-    text = parser.dump(values.clone(with_meta=False), skip_none=False)
-    plain = yaml.safe_load(text)
+    text = parser.dump(values.clone(with_meta=False), skip_unset=False, skip_validation=True)  # they were just validated
+    plain = yaml.load(text, yaml.CSafeLoader)
     check_secrets(plain)
     if (public := redacted_values(plain)) != plain:
         text = yaml.safe_dump(public, sort_keys=False)
