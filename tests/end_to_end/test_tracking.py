@@ -200,7 +200,9 @@ def test_the_pages_show_curves_grids_and_the_model(trained_run, page, tmp_path):
         assert names.index("loss_alignment") < names.index("loss_generation") < names.index("retrieval"), "the losses come first"
         assert "Model training" in names
         assert drawn >= 3, "lines of the losses"
-        assert pages.slider() >= 2, "steps with previews"
+        step, visible = pages.slider()
+        assert step == 12
+        assert visible > 32, "pixels of the preview's height"
         assert "node_0" in pages.machines()
         assert pages.grid("previews/step_00000012.png") > 32, "pixels of the preview's width"
         assert "caption" in pages.model(), "its signature"

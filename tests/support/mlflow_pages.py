@@ -44,17 +44,32 @@ class Pages:
         self.page.locator(LINES).nth(2).wait_for(state="attached")
         return self._text(), self.page.locator(LINES).count()
 
-    def slider(self) -> int:
-        """Return the number of steps of the preview images, below the curves."""
+    def slider(self) -> tuple[int, float]:
+        """Show the preview images of the last step, below the curves. Return that step and the height in view, in pixels.
+
+        Before, the run's parameters are hidden, which MLflow writes above the images: docs/tracking.md says how.
+        """
         self._open(self.curves_page)
+        self._text()
         self.page.get_by_placeholder("Search metric charts").fill("_overview/previews")
         slider = self.page.locator("[role=slider]").first
         slider.wait_for()
-        return int(slider.get_attribute("aria-valuemax") or 0)
+        self.page.locator("[data-component-id$='chartcard.common.tsx_158']").first.click()
+        self.page.get_by_text("Configure", exact=True).click()
+        self.page.get_by_text("Show run parameters").click()
+        self.page.get_by_role("button", name="Save changes").click()
+        last = int(slider.get_attribute("aria-valuemax") or 0)
+        while slider.get_attribute("aria-valuenow") != str(last):
+            slider.press("ArrowRight")
+        image = self.page.locator(f"img[src*='previews%2Bstep%2B{last}']").first
+        image.wait_for()
+        box = image.bounding_box() or {"y": 0.0, "height": 0.0}
+        return last, min(box["height"], self.page.viewport_size["height"] - box["y"])
 
     def machines(self) -> str:
         """Return the text of the system metrics page."""
         self._open(f"{self.run}/system-metrics?{TRAINING_VIEW}")
+        self.page.get_by_placeholder("Search metric charts").fill("system/")  # the previews are shown here, too
         self.page.locator(LINES).first.wait_for(state="attached")
         return self._text()
 
