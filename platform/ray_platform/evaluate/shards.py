@@ -77,7 +77,7 @@ def open_tars(
 ) -> EvaluationSet:
     """Return the set of these tars; large ones have several slices. Raises DataError for an empty file.
 
-    The images of a known set in local tars are counted.
+    The images of a known set in local tars are counted; those of another set are estimated by counting the first local tar.
     """
     if empty := [file.url for file in tars if not file.size]:
         raise DataError(f"{set_name}: {empty[0]} is empty (0 bytes); download the set again")
@@ -91,12 +91,16 @@ def open_tars(
     if known and known.task == task:
         num_images = _count_images(tars)
         bytes_per_image = max(sum(file.size for file in tars) / known.num_images, _MIN_SAMPLE_BYTES)
+        images_per_byte = 1 / bytes_per_image
+    else:
+        first = ordered[0][1]
+        images_per_byte = (_count_images([first]) or 0) / first.size or 1 / bytes_per_image
     parts = []
     for name, file in ordered:
         for start, stop in _cut(file.size, sets.IMAGES_PER_SLICE * bytes_per_image):
             label = name if stop - start == file.size else f"{name}[{start}:{stop}]"
             read = functools.partial(_read_tar, file, name, start, stop)
-            parts.append(SlicePart(label, (stop - start) / bytes_per_image, read))
+            parts.append(SlicePart(label, (stop - start) * images_per_byte, read))
     return sets.build_set(set_name, task, url, layout, dict(ordered), parts, texts, num_images)
 
 

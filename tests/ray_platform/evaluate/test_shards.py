@@ -96,6 +96,13 @@ def test_slices_have_about_as_many_images_whatever_their_size(tmp_path, monkeypa
     assert [part.estimated_images for part in data.slices] == pytest.approx(counts, abs=8)
 
 
+def test_the_images_of_any_local_set_are_estimated(tmp_path):
+    """Otherwise `eval --limit` would have no effect on a set of tiny images."""
+    images = [encoded(picture(seed, 20, 30)) for seed in range(50)]
+    folder = write_wds(tmp_path, "mine", images * 20, labels=[0] * 1000, classes=["a"], templates=["{c}"], samples_per_shard=600)
+    assert sum(part.estimated_images for part in open_own(folder).slices) == pytest.approx(1000, rel=0.02)
+
+
 def test_a_slice_in_which_no_sample_begins_is_empty(tmp_path, monkeypatch):
     image = encoded(picture(0, 300, 400), "PNG")
     folder = write_wds(tmp_path, "mine", [image], labels=[0], classes=["a"], templates=["{c}"])
