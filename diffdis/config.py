@@ -151,7 +151,7 @@ class DiffDisConfig:
         if gamma := self.schedule.gamma:
             if not 0 < gamma <= 1:
                 raise ValueError(f"model.schedule.gamma: {gamma} is not in (0, 1]; use query_snr = gamma sqrt(D), about 2")
-            warnings.warn("model.schedule.gamma is deprecated; use query_snr = gamma sqrt(D)", DeprecationWarning, stacklevel=3)
+            warnings.warn("model.schedule.gamma is deprecated; use query_snr = gamma sqrt(D)", FutureWarning, stacklevel=3)
             schedule = dataclasses.replace(self.schedule, query_snr=gamma * width**0.5, gamma=0.0)
             object.__setattr__(self, "schedule", schedule)
         if unet.sample_size % 2 ** (len(unet.block_out_channels) - 1):

@@ -284,7 +284,7 @@ def test_a_run_is_described_with_what_its_captions_show(make_task, batch):
 
 
 def test_an_old_gamma_is_read_as_query_snr():
-    with pytest.warns(DeprecationWarning, match="query_snr"):
+    with pytest.warns(FutureWarning, match="query_snr"):
         config = DiffDisConfig.from_dict({"schedule": {"gamma": 0.1}})
     assert config.schedule.query_snr == pytest.approx(0.1 * 768**0.5)
     assert config.gamma == pytest.approx(0.1)

@@ -103,8 +103,8 @@ def test_the_verdict_follows_the_scores_and_their_controls():
     assert "not recognize" in verdict(at_chance)
     assert "not sound" in verdict(leak)
     assert "not sound" not in verdict(summary_with(0.05, 3 / 1732)), "one is expected, and three are no rare event"
-    assert "do not have the colors" in verdict(gray)
-    assert "do not have the colors" not in verdict(good)
+    assert "do not have their captions' colors" in verdict(gray)
+    assert "do not have their captions' colors" not in verdict(good)
 
 
 def test_the_recipe_weights_a_channel_by_the_root_of_its_deviation():

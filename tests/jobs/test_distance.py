@@ -137,7 +137,7 @@ def test_a_command_on_a_cluster(folders, tmp_path, ray_cluster, capsys):
         (("--reference", "{tmp}/small.npz"), "reference: {tmp}/small.npz has 3 features, but efficientnet_lite0 has 1,280"),
         (("--networks", '["resnet"]'), "networks: feature network 'resnet': unknown; use efficientnet_lite0"),
         (("--networks", '["{tmp}/a/clip", "{tmp}/b/clip"]'), "networks: two networks have the same name (clip, clip)"),
-        (("--protocol", "tf-fid"), "protocol: Expected a"),
+        (("--protocol", "tf-fid"), "protocol: tf-fid is none of"),
     ],
 )
 def test_an_input_that_cannot_be_compared_is_one_line(arguments, line, folders, tmp_path, capsys):

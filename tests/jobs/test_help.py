@@ -100,6 +100,27 @@ def test_integers_may_be_written_with_an_exponent():
         pretrain.parse_arguments(["--train.num_steps", "1.55e1"])
 
 
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--train.precision=float16", ("train.precision: float16 is none of", "'fp32', 'bf16', 'fp16'")),
+        ("--data.placement=cpu", ("data.placement: cpu is not of type dict", "give JSON")),
+    ],
+)
+def test_a_value_of_another_type_is_told_what_is_expected(argument, words):
+    with pytest.raises(ConfigError) as raised:
+        pretrain.parse_arguments([argument])
+    assert all(word in str(raised.value) for word in words)
+
+
+@pytest.mark.parametrize("version", ["", "format_version: 1\n"])
+def test_a_configuration_of_another_command_is_named(tmp_path, version):
+    """Saved ones have a version, and lose the fields that no longer exist; but sections do not go away."""
+    (tmp_path / "other.yaml").write_text(f"{version}suite: demo\nscoring: {{num_draws: 8}}\n")
+    with pytest.raises(ConfigError, match=r"^--config: .*other\.yaml: scoring is no section of this command; give "):
+        pretrain.parse_arguments(["--config", str(tmp_path / "other.yaml")])
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("script", sorted(path.name for path in JOBS.glob("[a-z]*.py")))
 def test_without_the_packages_a_script_says_how_to_install_them(script):

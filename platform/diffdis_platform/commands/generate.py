@@ -94,6 +94,7 @@ class GenerateConfig:
             return list(self.captions)
         from ray_platform import storage
 
+        check_exists("captions_file", self.captions_file)
         lines = storage.read_small(self.captions_file).decode(errors="replace").splitlines()
         if not (captions := [line.strip() for line in lines if line.strip()]):
             raise ConfigError(f"captions_file: {self.captions_file} holds no caption; write one per line")

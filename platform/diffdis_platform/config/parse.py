@@ -11,9 +11,7 @@ import re
 import sys
 import types
 import typing
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -42,7 +40,7 @@ MAX_CONFIG_VALUES = 100_000  # with YAML aliases expanded
 set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=["*"])
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ParsedCommand(Generic[Config]):
     """A parsed command line."""
 
@@ -175,7 +173,7 @@ def current_name(name: str) -> str:
     """Return today's name of a field, given its dotted name. A former name is deprecated."""
     for former, current in CONFIG_FORMAT.renamed.items():
         if f".{name}".endswith(f".{former}"):
-            warnings.warn(f"{former} is deprecated; use {current}", DeprecationWarning, stacklevel=2)
+            logger.warning("%s is deprecated; use %s", former, current)
             return name.removesuffix(former) + current
     return name
 
@@ -266,7 +264,9 @@ def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         return parser.parse_args(arguments)
     except (ArgumentError, ImportError) as error:  # ImportError: a class_path in a configuration
         message = re.sub(r'^Parser key "([^"]+)"', r"\1", one_line(error))
-        raise ConfigError(re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*)", r"\2 is not of type \1", message)) from None
+        message = re.sub(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", r"\2 is none of \1", message)
+        message = re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*)", r"\2 is not of type \1", message)
+        raise ConfigError(re.sub("is not of type dict$", r"""\g<0>; give JSON such as '{"name": 1}'""", message)) from None
 
 
 @contextlib.contextmanager
@@ -336,6 +336,10 @@ def _file_arguments(
         # Only this parser writes the version to a file and, before that, a complete one with options such as `recipe`.
         is_complete = _is_complete(values, defaults)
         is_saved = VERSION_KEY in values or (is_complete and values.keys() & options)
+        sections = {name for name, value in values.items() if isinstance(value, dict)}
+        foreign = sections - fields.keys()
+        if len(foreign) > len(sections) / 2 or (foreign and not is_saved):
+            raise ConfigError(f"--config: {path}: {min(foreign)} is no section of this command; give one of its own config.yaml")
         current = read_saved(values, fields, path, options) if is_saved else with_current_names(values)
         if is_saved and is_complete:
             _add_defaults(current, defaults, fields)

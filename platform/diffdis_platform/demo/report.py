@@ -311,6 +311,6 @@ def verdict(summary: DemoSummary) -> str:
     else:
         recognition = f"The model recognizes icons that it has not seen, {low:.0f} to {high:.0f} times as often as guessing."
     follows = color["distance_to_own_caption"] < color["distance_to_random_caption"]
-    colors = "have the colors of their captions" if follows else "do not have the colors of their captions"
+    colors = "are closer in color to their captions' icons than to others" if follows else "do not have their captions' colors"
     is_close = images["fd"] < 2 * images["fd_floor"]
     return f"{recognition} Its images {colors}, and {'come close to' if is_close else 'are far from the detail of'} real icons."

@@ -16,7 +16,7 @@ from diffdis_platform.config.evaluate import EvalConfig
 from diffdis_platform.evaluation.datasets import OpenedSets, open_sets
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import EvaluationModel, open_baseline, open_judge, open_model
-from diffdis_platform.evaluation.quality import QualityMeasurement
+from diffdis_platform.evaluation.quality import QualityMeasurement, read_prompts
 from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults, step_scores
 from diffdis_platform.evaluation.units import build_unit
 from ray_platform import storage
@@ -51,6 +51,8 @@ def plan_evaluation(config: EvalConfig, opened: OpenedSets | None = None) -> Eva
     """
     check_declared(ZERO_SHOT_METRICS)
     sets, missing = opened or open_sets(config)
+    if config.quality.prompts:
+        read_prompts(config.quality)  # fails before the checkpoint is exported
     model = open_model(config)
     baselines: list[EvaluationModel] = []
     for url in config.baselines:

@@ -5,8 +5,8 @@ The type that a recipe returns decides which command it belongs to: PretrainConf
 """
 
 import dataclasses
+import logging
 import typing
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,6 +17,8 @@ from diffdis_platform.config.sweep import SweepConfig
 from diffdis_platform.recipes.demo import demo, demo_compare, demo_sweep
 from ray_platform.data.config import DataConfig
 from ray_platform.train.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 # --- The paper's size on LAION-style shards: Stable Diffusion v1's U-Net warm-started, CLIP ViT-L/14's text encoder -------------
 
@@ -57,7 +59,7 @@ def sd_v1_laion_joint_mask() -> PretrainConfig:
 
 def sd_v1_laion_one_way() -> PretrainConfig:
     """Deprecated: the same as sd_v1_laion."""
-    warnings.warn("the recipe sd_v1_laion_one_way is deprecated; use sd_v1_laion", DeprecationWarning, stacklevel=2)
+    logger.warning("the recipe sd_v1_laion_one_way is deprecated; use sd_v1_laion")
     return sd_v1_laion()
 
 
