@@ -166,7 +166,7 @@ CANNOT_RUN = {  # by the last two arguments; in docs/operations.md
         (["--data.sources", "DATA", "--train.num_workers", "9"], ConfigError, "9 workers but only 4 shards"),
         (["--data.sources", "DATA", "--output_dir", "outputs/x"], ConfigError, "output_dir: outputs/x is relative"),
         (["--data.sources", "DATA", "--data.image_size", "64"], ConfigError, "data.image_size: 64, but model.image_size is 32"),
-        (["--data.sources", "DATA", "--train.resume", "/none"], ConfigError, "/none has no complete.json"),
+        (["--data.sources", "DATA", "--train.resume", "/none"], ConfigError, "/none is not a complete checkpoint"),
         (["--data.sources", "DATA", "--output_dir", "s3://b/x"], ConfigError, "tracking.uri"),
         (["--data.sources", "DATA", "--output_dir", "/proc/x"], ConfigError, "output_dir: /proc/x cannot be written"),
         (["--data.sources", "DATA", "--output_dir", "/dev/null/x"], ConfigError, "output_dir: /dev/null/x cannot be written"),

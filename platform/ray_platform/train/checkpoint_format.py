@@ -357,7 +357,7 @@ def candidates(resume: str, output_dir: str, launch: str) -> list[str]:
         return [*own, resume.rstrip("/")]
     if own:  # it has been removed since the run started from it
         return own
-    raise ConfigError(f"train.resume: {resume} has no {COMPLETE}, so it is no complete checkpoint; give a step_* folder, or auto")
+    raise ConfigError(f"train.resume: {resume} is not a complete checkpoint (no {COMPLETE}); give a step_* folder, or auto")
 
 
 @dataclass(frozen=True)
