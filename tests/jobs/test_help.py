@@ -117,7 +117,7 @@ def test_a_value_of_another_type_is_told_what_is_expected(argument, words):
 def test_a_configuration_of_another_command_is_named(tmp_path, version):
     """Saved ones have a version, and lose the fields that no longer exist; but sections do not go away."""
     (tmp_path / "other.yaml").write_text(f"{version}suite: demo\nscoring: {{num_draws: 8}}\n")
-    with pytest.raises(ConfigError, match=r"^--config: .*other\.yaml: scoring is no section of this command; give "):
+    with pytest.raises(ConfigError, match=r"^--config: .*other\.yaml: scoring is not a section of this command; give "):
         pretrain.parse_arguments(["--config", str(tmp_path / "other.yaml")])
 
 

@@ -69,7 +69,6 @@ class Pages:
     def machines(self) -> str:
         """Return the text of the system metrics page."""
         self._open(f"{self.run}/system-metrics?{TRAINING_VIEW}")
-        self.page.get_by_placeholder("Search metric charts").fill("system/")  # the previews are shown here, too
         self.page.locator(LINES).first.wait_for(state="attached")
         return self._text()
 

@@ -45,7 +45,7 @@ def read_prompts(config: QualityConfig) -> list[str]:
         texts = (sample.captions[0] for sample in samples if isinstance(sample, RawSample) and sample.captions)
     prompts = list(itertools.islice(texts, config.num_images))
     if len(prompts) < 2:
-        raise ConfigError(f"quality.prompts: {config.prompts} has {len(prompts)} prompts; give at least 2, one per line")
+        raise ConfigError(f"quality.prompts: {config.prompts} has {len(prompts)} prompts; give at least 2")
     return prompts
 
 
