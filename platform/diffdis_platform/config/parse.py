@@ -339,7 +339,7 @@ def _file_arguments(
         sections = {name for name, value in values.items() if isinstance(value, dict)}
         foreign = sections - fields.keys()
         if len(foreign) > len(sections) / 2 or (foreign and not is_saved):
-            raise ConfigError(f"--config: {path}: {min(foreign)} is not a section of this command; give one of its own config.yaml")
+            raise ConfigError(f"--config: {path}: {min(foreign)} is not a section of this command; give a config.yaml of it")
         current = read_saved(values, fields, path, options) if is_saved else with_current_names(values)
         if is_saved and is_complete:
             _add_defaults(current, defaults, fields)
