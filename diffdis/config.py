@@ -141,8 +141,8 @@ class DiffDisConfig:
     encoder_dtype: Dtype = "float32"
     """dtype of the autoencoder and the text encoder on accelerators; on CPUs they use float32."""
     warm_start: str = ""
-    """Weights that training starts from: a folder in Stable Diffusion's layout (v1 or v2), a U-Net alone, or a model that DiffDis
-    exported. Its autoencoder and text encoder are used unless other paths are given."""
+    """Weights to start from: Stable Diffusion, a U-Net, or a DiffDis export. The folder of a Stable Diffusion has the layout of
+    v1 or v2. The autoencoder and text encoder of the weights are used unless other paths are given."""
     trained_for: TaskName = "joint"
     """What the model can do; training sets it to objective.task."""
 

@@ -61,19 +61,7 @@ def save(
 def load(path: str, variant: str | None) -> tuple[DiffDisConfig, DiffDis, Autoencoder, TextEncoder]:
     """Return the parts of an exported model; see `DiffDisPipeline.from_pretrained`."""
     folder = local_folder(path)
-    if not (folder / CONFIG_NAME).exists():
-        raise FileNotFoundError(f"{folder}: no {CONFIG_NAME} in this folder; give a folder that DiffDis exported")
-    values = read_json(folder / CONFIG_NAME)
-    check_values(folder / CONFIG_NAME, values)
-    try:
-        if (version := values.pop(VERSION_KEY, 1)) > FORMAT_VERSION:
-            raise ValueError(
-                f"{folder}: was exported by a newer version of this code (format {version}, this code reads up to "
-                f"{FORMAT_VERSION}); use that version"
-            )
-        saved = DiffDisConfig.from_dict(values)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / CONFIG_NAME}: does not describe a model ({error}); export it again") from None
+    saved = read_config(folder)
     config = dataclasses.replace(
         saved,
         warm_start="",
@@ -93,6 +81,23 @@ def load(path: str, variant: str | None) -> tuple[DiffDisConfig, DiffDis, Autoen
             f"{folder}: its weights cannot be read ({' '.join(str(error).split())[:300]}); export it again"
         ) from None
     return config, model, build_autoencoder(config.autoencoder), build_text_encoder(config.text_encoder)
+
+
+def read_config(folder: Path) -> DiffDisConfig:
+    """Return the configuration of an exported model. Raises FileNotFoundError and ValueError."""
+    if not (folder / CONFIG_NAME).exists():
+        raise FileNotFoundError(f"{folder}: no {CONFIG_NAME} in this folder; give a folder that DiffDis exported")
+    values = read_json(folder / CONFIG_NAME)
+    check_values(folder / CONFIG_NAME, values)
+    try:
+        if (version := values.pop(VERSION_KEY, 1)) > FORMAT_VERSION:
+            raise ValueError(
+                f"{folder}: was exported by a newer version of this code (format {version}, this code reads up to "
+                f"{FORMAT_VERSION}); use that version"
+            )
+        return DiffDisConfig.from_dict(values)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: does not describe a model ({error}); export it again") from None
 
 
 def opens_in_diffusers(config: DiffDisConfig) -> bool:

@@ -145,14 +145,15 @@ def load_component(
         check_diffusers_model(kind, folder)
         settings["low_cpu_mem_usage"] = False  # needs accelerate, and logs a paragraph without it
     try:
-        model, report = kind.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            variant=_variant(files[0]) or None,
-            use_safetensors=not files[0].endswith(".bin"),
-            output_loading_info=True,
-            **settings,
-        )
+        with without_progress_bars():
+            model, report = kind.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                variant=_variant(files[0]) or None,
+                use_safetensors=not files[0].endswith(".bin"),
+                output_loading_info=True,
+                **settings,
+            )
     except (OSError, RuntimeError, ValueError, SafetensorError, KeyError, EOFError) as error:
         raise ValueError(
             f"{folder}: {files[0]} cannot be loaded ({' '.join(str(error).split())[:300]}); download or export it again"
@@ -167,6 +168,20 @@ def load_component(
         what = f"lacks the tensor {missing[0]}" if missing else f"has a tensor {unexpected[0]} that the model does not have"
         raise ValueError(f"{folder}: {files[0]} {what}; its config.json must describe the weights next to it")
     return model
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of transformers, which shows one for each file that it reads or writes, in however short a time."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def _find_weights(folder: Path, variant: str | None = None) -> list[str]:

@@ -160,7 +160,12 @@ def build_scheduler(scheduler: Any, config: ScheduleConfig) -> Any:
     own = ddim_scheduler(config).config
     kind: Any = getattr(diffusers, scheduler, None) if isinstance(scheduler, str) else type(scheduler)
     if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
-        raise ValueError(f"scheduler: diffusers has no scheduler {scheduler!r}; use one such as DPMSolverMultistepScheduler")
+        names = [
+            name for name in dir(diffusers) if name.endswith("Scheduler") and name.lower().startswith(str(scheduler).lower())
+        ]
+        raise ValueError(
+            f"scheduler: diffusers has no scheduler {scheduler!r}; use {' or '.join(names[:4]) or 'UniPCMultistepScheduler'}"
+        )
     settings = own if isinstance(scheduler, str) else {**scheduler.config, **{name: own[name] for name in _NOISE_SCHEDULE}}
     try:  # many do not know every type of prediction, and say so only in a step
         trial, zeros = kind.from_config(settings), torch.zeros(1, 1, 8, 8)

@@ -21,6 +21,7 @@ from diffdis.pretrained import (
     local_folder,
     read_config,
     read_tensor,
+    without_progress_bars,
 )
 from diffdis.transfer import copy_to
 
@@ -116,7 +117,8 @@ class TextEncoder(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `folder/text_encoder` and `folder/tokenizer` in diffusers' layout, and the projection."""
-        self.model.save_pretrained(folder / "text_encoder")
+        with without_progress_bars():
+            self.model.save_pretrained(folder / "text_encoder")
         if self.config.kind == "clip":
             _add_prefix(folder / "text_encoder" / "model.safetensors")
         self.tokenizer.save_pretrained(folder / "tokenizer")

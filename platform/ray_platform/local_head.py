@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -23,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from ray_platform.contracts import UserError
+from ray_platform.contracts import UserError, one_line
 from ray_platform.terminal import show_output
 from ray_platform.tracking.run_metadata import GIT_VARIABLE, git_state
 
@@ -33,7 +34,6 @@ MARKER = "DIFFDIS_LOCAL_HEAD"  # environment variable of every process of a head
 _HOST = "127.0.0.1"
 _START_TIMEOUT_S = 90.0
 _GRACE_S = 2.0
-_LOG_TAIL_LINES = 30
 # Below the kernel's range for outgoing connections, so that a port chosen here is still free when Ray binds it, seconds later.
 _PORTS = range(20_000, 32_000)
 # Variables that would direct the head or its clients to another cluster or token.
@@ -56,7 +56,7 @@ _RAY_GAVE_UP = "timed out during startup"
 
 
 class HeadError(UserError):
-    """The head did not start. The message ends with the last lines of its log."""
+    """The head did not start. The message names the file with its output."""
 
 
 class LocalHead:
@@ -87,13 +87,9 @@ class LocalHead:
         if _in_main_thread():
             self._handler = signal.signal(signal.SIGTERM, _exit_on_signal) or signal.SIG_DFL
         try:
-            try:
-                self._start()
-            except HeadError as error:
-                if _RAY_GAVE_UP not in str(error):
-                    raise
+            if not self._start():
                 self._end_processes()
-                self._start()
+                self._start(is_last=True)
         except BaseException:
             self._clean_up()
             raise
@@ -134,7 +130,9 @@ class LocalHead:
             *([] if self._num_cpus is None else [f"--num-cpus={self._num_cpus}"]),
         ]
 
-    def _start(self) -> None:
+    def _start(self, is_last: bool = False) -> bool:
+        """Return whether the head is ready. It is not if Ray gave up waiting; then, the last time, raise HeadError, as for any
+        other reason."""
         # The head must not see a RAY_ADDRESS.
         env = {name: value for name, value in self.env.items() if name not in _FOREIGN}
         env |= {name: str(self._ports[name]) for name in _PORT_VARIABLES}
@@ -155,9 +153,14 @@ class LocalHead:
                 problem = (
                     f"was not ready after {_START_TIMEOUT_S:.0f} s" if code is None else f"exited with code {code} at its start"
                 )
-                tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
-                raise HeadError(f"the Ray head {problem}:\n{tail}")
+                output = log.read_text(errors="replace")
+                if _RAY_GAVE_UP in output and not is_last:
+                    return False
+                with tempfile.NamedTemporaryFile("w", prefix="ray-head-", suffix=".log", delete=False) as kept:
+                    kept.write(output)
+                raise HeadError(f"the Ray head {problem}; its output is in {kept.name}: {_last_error(output)}")
             time.sleep(0.05)
+        return True
 
     def _ready(self) -> bool:
         """Return whether the dashboard answers and lists a node that is alive."""
@@ -288,6 +291,12 @@ def submit(head: LocalHead, entrypoint: Sequence[str], working_dir: Path, env_va
         client.terminate()
         client.communicate()
         raise
+
+
+def _last_error(output: str) -> str:
+    """Return the last line of a process's output that reads like an error, or else the last one."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["(empty)"]
+    return one_line(next((line for line in reversed(lines) if re.search("error|fail|timed out", line, re.I)), lines[-1]), 300)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_platform.contracts import ConfigError
+from ray_platform.units import plural
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ class ResourceRequest:
             available = total_resources(self.labels)
             total = ", ".join(f"{available.get(kind, 0):g} {kind}s" for kind in self.amounts)
             raise ConfigError(
-                f"{prefix}num_workers: {num_workers} workers with {each} each do not fit on {describe_nodes(self.labels)} "
-                f"({total}); lower {prefix}num_workers, cpus_per_worker or gpus_per_worker"
+                f"{prefix}num_workers: {plural(num_workers, 'worker')} with {each} each do not fit on "
+                f"{describe_nodes(self.labels)} ({total}); lower {prefix}num_workers, cpus_per_worker or gpus_per_worker"
             )
 
 

@@ -36,6 +36,12 @@ def quantity_text(value: float) -> str:
     return f"{value / scale:.3g} {prefix}".strip()
 
 
+def plural(count: int, noun: str) -> str:
+    """Return the count with its noun: `1 class`, `1,000 classes`."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
+
+
 def number_text(value: float | None) -> str:
     """Return a number of unknown size with three or four significant digits; a dash where it is not defined."""
     if not is_number(value):

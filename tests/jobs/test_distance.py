@@ -124,7 +124,7 @@ def test_a_command_on_a_cluster(folders, tmp_path, ray_cluster, capsys):
     finally:
         (folders[0] / "broken.png").unlink()
     assert again["metrics"] == pytest.approx(details["metrics"])
-    assert "generated: 1 images left out" in distance.render_distance(again)
+    assert "generated: 1 image left out" in distance.render_distance(again)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,7 @@ def test_a_command_on_a_cluster(folders, tmp_path, ray_cluster, capsys):
     [
         (("--generated", ""), "generated: give a folder of images or tars"),
         (("--networks", '["inception"]'), "inception: FID needs the weights pt_inception-2015-12-05-6726825d.pth; without them"),
+        (("--generated", "{tmp}/none", "--networks", "inception"), "generated: {tmp}/none: no such file or folder"),
         (("--generated", "{tmp}/none"), "generated: {tmp}/none: no such file or folder; correct the path"),
         (("--reference", "{tmp}/other.npz"), "reference: {tmp}/other.npz is not an .npz with mu and sigma"),
         (("--reference", "{tmp}/small.npz"), "reference: {tmp}/small.npz has 3 features, but efficientnet_lite0 has 1,280"),
@@ -144,7 +145,8 @@ def test_an_input_that_cannot_be_compared_is_one_line(arguments, line, folders, 
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     np.savez(tmp_path / "small.npz", mu=np.zeros(3), sigma=np.eye(3))
     fields = {"--generated": str(folders[0]), "--reference": str(folders[1]), "--output_dir": str(tmp_path / "out")}
-    fields |= {"--networks": LITE[1]} | {arguments[0]: arguments[1].replace("{tmp}", str(tmp_path))}
+    values = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    fields |= {"--networks": LITE[1]} | dict(zip(values[::2], values[1::2], strict=True))
     assert main(["distance", *(part for pair in fields.items() for part in pair)]) == 1
     (found,) = capsys.readouterr().err.splitlines()
     assert found.startswith(f"error: {line.replace('{tmp}', str(tmp_path))}")

@@ -301,7 +301,7 @@ def refusal(arguments):
         (["--quality.prompts", "{data}/prompts.txt"], ["quality.reference: give the real images"]),
         (
             ["--quality.reference", "{data}/wds_mine", "--quality.prompts", "{data}/one.txt"],
-            ["quality.prompts: ", "one.txt has 1 prompts; give at least 2"],
+            ["quality.prompts: ", "one.txt has 1 prompt; give at least 2"],
         ),
         (
             [

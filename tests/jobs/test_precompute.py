@@ -80,4 +80,4 @@ def test_shards_that_storage_did_not_return_are_reported_at_the_end(monkeypatch,
 def test_data_that_does_not_fit(monkeypatch, shards):
     assert str(run_script(monkeypatch, "--output_dir", "/x")).startswith("error: data.sources: empty")
     ended = run_script(monkeypatch, "--data.sources", str(shards), "--output_dir", "/x", "--data.image_size", "64")
-    assert ended == "error: data.image_size: 64, but model.image_size is 32"
+    assert ended == "error: data.image_size: 64, but model.image_size is 32; make them equal"

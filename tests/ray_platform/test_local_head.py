@@ -1,10 +1,12 @@
 """A real Ray head: jobs run on it only with its token, and it leaves no processes or files behind, however it ends."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -96,23 +98,30 @@ def test_the_head_is_reachable_from_this_machine_alone_and_with_its_token_alone(
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        ("print('no room for a head'); raise SystemExit(3)", r"exited with code 3(.|\n)*no room for a head"),
+        (
+            "print('no room\\nError: no more processes\\nsee the manual'); raise SystemExit(3)",
+            r"^the Ray head exited with code 3 at its start; its output is in (?P<log>\S+): Error: no more processes$",
+        ),
         ("import time; time.sleep(600)", "not ready"),
     ],
 )
-def test_a_start_that_fails_shows_the_log_and_leaves_nothing(monkeypatch, program, message):
+def test_a_start_that_fails_names_its_log_and_leaves_nothing_else(monkeypatch, tmp_path, program, message):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(LocalHead, "_command", lambda self: [sys.executable, "-c", program])
     monkeypatch.setattr(local_head, "_START_TIMEOUT_S", 1.5)
     head = LocalHead()
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(HeadError, match=message), head:
+    with pytest.raises(HeadError, match=message) as raised, head:
         pass
+    if (found := re.search(message, str(raised.value))).groupdict():
+        assert Path(found["log"]).read_text() == "no room\nError: no more processes\nsee the manual\n"
     assert not marked_processes(head.env[MARKER])
     assert not head._folder.exists()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_start_that_ray_gave_up_is_tried_once_more(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     starts = tmp_path / "starts"
     program = f"open({str(starts)!r}, 'a').write('x'); print('The current node timed out during startup.'); raise SystemExit(1)"
     monkeypatch.setattr(LocalHead, "_command", lambda self: [sys.executable, "-c", program])

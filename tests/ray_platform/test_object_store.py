@@ -14,6 +14,7 @@ from ray_platform.contracts import ConfigError, UserError
 from ray_platform.data.causes import lost_cause
 from ray_platform.object_store import open_store
 from ray_platform.storage_config import StorageConfig
+from ray_platform.train.preflight import check_writable
 from tests.support.messages import check_message
 from tests.support.relay import Relay, write_certificates
 from tests.support.s3_server import ACCESS_KEY, PUBLIC_BUCKET, SECRET_KEY
@@ -186,6 +187,9 @@ def test_the_requester_pays(aws):
         assert storage.read_bytes("s3://bucket/file") == b"content"
         assert storage.list_files("s3://bucket/file")[0].size == 7
         assert {error.kind for error in errors_of("s3://another/file")} == {"forbidden"}
+        with pytest.raises(ConfigError, match=r"^output_dir: s3://another/run cannot be written to .access denied; ") as raised:
+            check_writable("s3://another/run")
+        assert "public_buckets" not in str(raised.value), "which are read"
 
 
 def test_buckets_are_named_without_a_scheme():

@@ -26,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
     for name, url in (("generated", config.generated), ("reference", config.reference)):
         if not is_pattern(url):
             check_exists(name, url)
+    config.check_weights()
     check_writable(config.output_dir)
     from diffdis_platform.evaluation.distance import DISTANCE, measure_distance, plan_distance, render_distance
     from ray_platform import storage

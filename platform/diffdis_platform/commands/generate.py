@@ -15,6 +15,7 @@ from diffdis_platform.config.help import CommandHelp
 from diffdis_platform.config.parse import ParsedCommand, check_output_dir, parse
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.storage_config import StorageConfig
+from ray_platform.units import plural
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,6 +32,10 @@ HELP = CommandHelp(
         "--model /runs/demo --captions 'red heart' 'green apple' --output_dir /images",
         "--model s3://bucket/models/1 --captions_file captions.txt --num_images_per_prompt 4 --output_dir s3://bucket/images",
     ),
+    fields=(
+        *("model", "output_dir", "captions", "captions_file", "negative_prompt", "num_images_per_prompt", "best_of", "num_steps"),
+        *("scheduler", "guidance_scale", "height", "width", "seed", "batch_size", "device", "dtype"),
+    ),
 )
 
 
@@ -45,18 +50,17 @@ class GenerateConfig:
     captions: tuple[str, ...] = ()
     """Captions of the images."""
     captions_file: str = ""
-    """Text file with one caption per line, instead of captions; local or s3://."""
+    """File with one caption per line, instead of captions; local or s3://."""
     negative_prompt: str = ""
     """Text that guidance leads away from."""
     num_images_per_prompt: int = 1
     """Images per caption."""
     best_of: int = 1
-    """Above 1: generate so many images per caption, and keep the num_images_per_prompt of them that the model itself finds
-    closest to the caption."""
+    """Images per caption of which the model keeps the num_images_per_prompt that it finds closest to it. 1: all are kept."""
     num_steps: int = 50
     """Steps of the sampler."""
     scheduler: str = ""
-    """Sampler of diffusers, such as DPMSolverMultistepScheduler. Empty: DDIM."""
+    """Sampler of diffusers, such as UniPCMultistepScheduler. Empty: DDIM."""
     guidance_scale: float = 7.5
     """Classifier-free guidance. 1: no guidance."""
     height: int = 0
@@ -64,11 +68,11 @@ class GenerateConfig:
     width: int = 0
     """Width in pixels. 0: the model's size."""
     seed: int = 0
-    """Seed. An image depends on it and on its index, not on the batch."""
+    """Seed. An image depends on it and on its own index alone."""
     batch_size: int = 16
     """Images per forward pass."""
     device: str = ""
-    """Device, such as cuda or cpu. Empty: an accelerator if there is one."""
+    """Device, such as cuda. Empty: an accelerator if there is one."""
     dtype: Dtype = "float32"
     """dtype of the model."""
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -130,7 +134,7 @@ def main(argv: Sequence[str]) -> int:
                 (Path(folder) / "captions.json").write_text(json.dumps(names, indent=1))
             storage.put_folder(Path(folder), config.output_dir)
         done += len(images)
-    print(f"done: {done} images, captions.json and grid.png in {config.output_dir}")
+    print(f"done: {plural(done, 'image')}, captions.json and grid.png in {config.output_dir}")
     return 0
 
 
@@ -188,16 +192,23 @@ def _check_is_model(url: str) -> None:
 def _open_model(config: GenerateConfig) -> "DiffDisPipeline":
     import torch
 
-    from diffdis.export_folder import CONFIG_NAME
+    from diffdis.export_folder import CONFIG_NAME, read_config
     from diffdis.pipeline import DiffDisPipeline
+    from diffdis.schedule import build_scheduler
     from ray_platform import storage
     from ray_platform.cached_folders import cached_folder
 
     try:
         export = storage.join(config.model, "export")
         is_run = storage.exists(storage.join(export, CONFIG_NAME))
-        pipeline = DiffDisPipeline.from_pretrained(cached_folder(export if is_run else config.model))
-        pipeline.scheduler = config.scheduler
+        folder = cached_folder(export if is_run else config.model)
+        schedule = read_config(Path(folder)).schedule
+        try:
+            scheduler = config.scheduler and build_scheduler(config.scheduler, schedule)
+        except ValueError as error:  # it begins with the field
+            raise ConfigError(one_line(error)) from error
+        pipeline = DiffDisPipeline.from_pretrained(folder)
+        pipeline.scheduler = scheduler
         return pipeline.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, config.dtype))
     except (FileNotFoundError, ValueError, RuntimeError) as error:
         raise ConfigError(f"model: {one_line(error)}") from error

@@ -8,6 +8,7 @@ from diffdis_platform.config.parse import ParsedCommand, parse
 from diffdis_platform.config.sweep import SweepConfig
 from diffdis_platform.recipes import recipes_of
 from ray_platform.contracts import DataError
+from ray_platform.units import plural
 
 INTERRUPTED = "stopped; the same command resumes the sweep"
 
@@ -20,7 +21,7 @@ HELP = CommandHelp(
     ),
     fields=(
         *("output_dir", "space", "objectives", "search", "scheduler", "num_trials", "samples", "num_milestones"),
-        *("max_concurrent", "seed", "pretrain.data.sources", "evaluation.data_roots", "registered_model"),
+        *("max_concurrent", "seed", "pretrain.data.sources", "evaluation.data_roots"),
         *("tracking.uri", "tracking.experiment"),
     ),
 )
@@ -50,5 +51,5 @@ def main(argv: Sequence[str]) -> int:
     report = storage.join(command.config.output_dir, REPORT)
     print(f"\n{format_trials(details)}\n\ndone: {report}, next to details.json", flush=True)
     if failed := [f"{trial['name']}: {trial['error']}" for trial in details["trials"] if trial["state"] == "failed"]:
-        raise DataError(f"{len(failed)} trials failed; the same command retries them: " + "; ".join(failed))
+        raise DataError(f"{plural(len(failed), 'trial')} failed; the same command retries them: " + "; ".join(failed))
     return 0

@@ -45,15 +45,18 @@ class DistanceConfig:
             if not text:
                 raise ConfigError(f"{name}: give a folder of images or tars" + ", or an .npz" * (name == "reference"))
         check_output_dir(self.output_dir)
-        if "inception" in self.networks and not self.inception:
-            raise ConfigError(
-                "inception: FID needs the weights pt_inception-2015-12-05-6726825d.pth; without them, use --networks "
-                "'[\"efficientnet_lite0\"]', whose distance is not called FID"
-            )
         check_networks("networks", self.networks)
         if self.num_workers < 0 or self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:
             raise ConfigError("num_workers and gpus_per_worker: at least 0; cpus_per_worker: above 0")
         check_labels("placement", self.placement)
+
+    def check_weights(self) -> None:
+        """Raise ConfigError if Inception's weights are missing. That is best said of sets of images that exist."""
+        if "inception" in self.networks and not self.inception:
+            raise ConfigError(
+                "inception: FID needs the weights pt_inception-2015-12-05-6726825d.pth; without them, use --networks "
+                "efficientnet_lite0, whose distance is not called FID"
+            )
 
     @property
     def resize(self) -> str:

@@ -41,12 +41,12 @@ class QualityConfig:
     """Prompts, reference and networks of the image quality. Without prompts, no images are generated."""
 
     prompts: str = ""
-    """Text file with one prompt per line, or the folder of a retrieval set, whose first captions are used. Empty: no images are
-    generated."""
+    """Text file with one prompt per line, or the folder of a retrieval set. Of a set, the first captions are used. Empty: no
+    images are generated."""
     reference: str = ""
-    """Real images (a folder or tars), or the reference_<network>.npz that an earlier evaluation wrote."""
+    """Real images (a folder or tars), or an earlier reference_<network>.npz. An evaluation writes such a file."""
     num_images: int = 30_000
-    """Maximum number of generated images; the first prompts are used."""
+    """Generated images at most, of the first prompts."""
     num_reference: int = 0
     """Number of real images: a random sample, the same for every model and seed. 0: all."""
     networks: tuple[str, ...] = ("efficientnet_lite0",)
@@ -97,8 +97,8 @@ class EvalConfig:
     """Configuration of an evaluation: model, evaluation sets, settings and workers."""
 
     checkpoint: str = ""
-    """What to evaluate: an exported model, a step_* folder, a run's output_dir for its newest checkpoint, or a CLIP or SigLIP;
-    local or s3://."""
+    """Exported model, checkpoint, output_dir of a run, or a CLIP or SigLIP. A checkpoint is a step_* folder; of an output_dir,
+    the newest one is evaluated. Local or s3://."""
     steps: str = ""
     """Which checkpoints of a run: `all`, or `every:5000` for multiples of 5000. Empty: the newest one."""
     weights: str = "best"
@@ -108,8 +108,8 @@ class EvalConfig:
     name: str = ""
     """Name of the model in the results. Empty: its run or folder, and its step."""
     suite: str = "paper"
-    """Evaluation sets: paper (12 sets and retrieval), quick (four small sets), demo, names of known sets separated by commas, or
-    a YAML file (see docs/evaluation.md)."""
+    """Sets: paper (12 and retrieval), quick (4 small ones), demo, names, or a YAML file. Names are those of known sets, separated
+    by commas; docs/evaluation.md describes the file."""
     class_names: str = ""
     """Text file with one class per line, in label order, for a suite of one set. Empty: the set's own."""
     templates: str = ""
@@ -117,11 +117,11 @@ class EvalConfig:
     data_roots: tuple[str, ...] = ()
     """Folders or s3:// URLs that are searched for evaluation sets."""
     baselines: tuple[str, ...] = ()
-    """Folders of CLIPs and SigLIPs in transformers' layout, scored by the same code on the same sets."""
+    """Folders of CLIPs and SigLIPs, scored by the same code on the same sets. They have transformers' layout."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
     seeds: int = 1
-    """How often the model is measured, each time with other noise; the results contain the spread."""
+    """How often the model is measured, each time with other noise. The results contain the spread."""
     resize: Literal["torch", "pillow"] = "torch"
     """How images of CLIPs are resized. `pillow` gives the pixels of published scores; `torch` takes a fifth of the time and
     differs by 1 gray level, rarely 2, in about 0.3 % of the values."""
@@ -140,7 +140,7 @@ class EvalConfig:
     allow_short: bool = False
     """Score a set with fewer images than published."""
     num_workers: int = 0
-    """Model replicas. 0: as many as the cluster has resources for."""
+    """Model replicas. 0: as many as the cluster has room for."""
     cpus_per_worker: float = 1.0
     """CPUs per replica."""
     gpus_per_worker: float = 0.0

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
 import shutil
 import sys
 import textwrap
@@ -24,7 +25,7 @@ from ray_platform.contracts import ConfigError
 
 ALL = "all"  # the section of `--help-all`
 _WIDTH = 110  # of the help outside of a terminal
-_FLAG_WIDTH = 34
+_FLAG_WIDTH = 36
 _METAVARS = {int: "N", float: "X", str: "TEXT", dict: "JSON"}
 
 # Names that users try -> the fields that they mean, without the sections that only some commands have.
@@ -80,7 +81,7 @@ class Option:
     metavar: str = ""  # empty: the option takes no value
 
 
-_HELP_OPTION = Option("--help", "Explain the main fields, or a section such as data. --help-all: all fields.", "[SECTION]")
+_HELP_OPTION = Option("--help", "Explain the main fields, or a section such as data; --help-all: all.", "[SECTION]")
 
 
 def requested_section(arguments: Sequence[str]) -> str | None:
@@ -123,7 +124,7 @@ def render_help(
         raise ConfigError(f"--help {section}: no such section; use one of {', '.join(near or sections)}, or --help-all")
     parser = argparse.ArgumentParser(
         usage=f"{about.program} [OPTION ...]",
-        description=about.description,
+        description=textwrap.fill(about.description, _WIDTH),
         epilog=_overview(about, kinds, leaves) if not section else None,
         formatter_class=_formatter,
         add_help=False,
@@ -164,8 +165,17 @@ def _overview(about: CommandHelp, kinds: FieldTypes, leaves: Sequence[str]) -> s
     sections = [name for name, kind in kinds.items() if name not in leaves and "." not in name]
     if sections and about.fields:
         counts = [f"{name} ({sum(leaf.startswith(f'{name}.') for leaf in leaves)})" for name in sections]
-        lines += [f"sections, with their number of fields: {', '.join(counts)}", ""]
-    return "\n".join([*lines, "examples:", *(f"  {about.program} {example}" for example in about.examples)])
+        lines += [f"sections (number of fields): {', '.join(counts)}", ""]
+    return "\n".join(
+        [*lines, "examples:", *(_shell_lines(f"  {about.program} {example}".rstrip()) for example in about.examples)]
+    )
+
+
+def _shell_lines(command: str) -> str:
+    """Return a command in lines of the help's width, broken before an option, which a shell joins."""
+    unbroken = re.sub(" (?!--)", "\0", command)
+    lines = textwrap.wrap(unbroken, _WIDTH - 2, subsequent_indent="      ", break_long_words=False, break_on_hyphens=False)
+    return " \\\n".join(lines).replace("\0", " ")
 
 
 def _metavar(kind: Any) -> str:

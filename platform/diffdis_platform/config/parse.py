@@ -266,7 +266,7 @@ def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         message = re.sub(r'^Parser key "([^"]+)"', r"\1", one_line(error))
         message = re.sub(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", r"\2 is none of \1", message)
         message = re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*)", r"\2 is not of type \1", message)
-        raise ConfigError(re.sub("is not of type dict$", r"""\g<0>; give JSON such as '{"name": 1}'""", message)) from None
+        raise ConfigError(re.sub("is not of type dict$", """is not a JSON object such as '{"name": 1}'""", message)) from None
 
 
 @contextlib.contextmanager

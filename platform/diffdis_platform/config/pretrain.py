@@ -115,7 +115,7 @@ def _describe(function: str, *arguments: Any) -> dict[str, Any]:
 def check_model(model: DiffDisConfig, data: DataConfig) -> None:
     """Raise ConfigError if the model and the data do not fit each other, or if the path of weights is missing."""
     if data.image_size != model.image_size:
-        raise ConfigError(f"data.image_size: {data.image_size}, but model.image_size is {model.image_size}")
+        raise ConfigError(f"data.image_size: {data.image_size}, but model.image_size is {model.image_size}; make them equal")
     if not model.text_encoder.path:
         raise ConfigError("model.text_encoder.path: give the folder (or hub name) of the text encoder")
     if model.autoencoder.kind == "kl" and not model.autoencoder.path:

@@ -40,6 +40,7 @@ from ray_platform.metric_registry import check_declared, describe_metric
 from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit, join_rows
 from ray_platform.terminal import ProgressBar, render_table
 from ray_platform.tracking.run_metadata import code_version
+from ray_platform.units import plural
 
 _MAX_STATISTICS = 2**28  # bytes, uncompressed: mu and sigma of 2,048 features have 2**25
 
@@ -251,9 +252,9 @@ class ImageFeatures:
         joined = join_rows(self.rows)
         if len(joined["keys"]) < 2:
             causes = ", ".join(f"{count:,} x {cause}" for cause, count in Counter(joined["causes"].tolist()).items())
+            count = plural(len(joined["keys"]), "image")
             raise DataError(
-                f"{self.name}: {len(joined['keys'])} images of {self.data.url} can be read ({causes or 'it has no more'}); a "
-                "distance needs at least 2"
+                f"{self.name}: {count} of {self.data.url} can be read ({causes or 'it has no more'}); a distance needs at least 2"
             )
         return joined
 
@@ -365,7 +366,7 @@ def render_distance(details: JsonObject) -> str:
     rows += [(describe_metric(name).label, describe_metric(name).text(value)) for name, value in details["metrics"].items()]
     counts = [f"{details[name]['n']:,} {name}" for name in ("generated", "reference") if details[name]["n"]]
     lost = [
-        f"{name}: {count:,} images left out ({cause})"
+        f"{name}: {plural(count, 'image')} left out ({cause})"
         for name in ("generated", "reference")
         for cause, count in details[name].get("unreadable", {}).items()
     ]

@@ -28,6 +28,7 @@ from ray_platform.evaluate.unit_work import GenerateImages, MeasureImages, Ranki
 from ray_platform.json_values import JsonObject
 from ray_platform.replicas import WorkUnit, join_rows
 from ray_platform.report.records import GeneratedSample, QualityPoint
+from ray_platform.units import plural
 
 IMAGES_PER_UNIT = 32
 NUM_SHOWN = 64  # images that are stored for the report in any case
@@ -45,7 +46,7 @@ def read_prompts(config: QualityConfig) -> list[str]:
         texts = (sample.captions[0] for sample in samples if isinstance(sample, RawSample) and sample.captions)
     prompts = list(itertools.islice(texts, config.num_images))
     if len(prompts) < 2:
-        raise ConfigError(f"quality.prompts: {config.prompts} has {len(prompts)} prompts; give at least 2")
+        raise ConfigError(f"quality.prompts: {config.prompts} has {plural(len(prompts), 'prompt')}; give at least 2")
     return prompts
 
 
@@ -167,7 +168,9 @@ class QualityMeasurement:
             return ""
         count, needed = sum(len(rows["keys"]) for rows in self._real.values()), max(2, self.config.num_reference)
         remedy = "lower quality.num_reference" if self.config.num_reference else "give other images"
-        message = f"quality.reference: only {count:,} images of {self.config.reference} can be read, but {needed:,} are needed"
+        message = (
+            f"quality.reference: only {plural(count, 'image')} of {self.config.reference} can be read, but {needed:,} are needed"
+        )
         return "" if count >= needed else f"{message}; {remedy}"
 
     @staticmethod

@@ -13,11 +13,11 @@ class DataConfig:
     """Where the samples are and how they are read. Raises ConfigError for an invalid value."""
 
     sources: tuple[str, ...] = ()
-    """Training data: folders, globs or brace patterns of shards; local paths or URLs (s3://, https://)."""
+    """Shards to train on: folders, globs or brace patterns; local, s3:// or https://."""
     weights: tuple[float, ...] = ()
     """Relative number of samples per source, one value for each. Empty: all sources form one pool."""
     image_size: int = 256
-    """Side of the square images in pixels. With aspect_ratios: the side of a square with the same area."""
+    """Side of square images in pixels, as in model.image_size. With aspect_ratios: the side of a square with the same area."""
     aspect_ratios: tuple[float, ...] = ()
     """Width / height of the buckets, such as 0.75 1 1.33. Empty: all images are square."""
     size_step: int = 64

@@ -20,6 +20,7 @@ from ray_platform.data.catalog import Catalog, ShardRange
 from ray_platform.data.config import DataConfig
 from ray_platform.data.ledger import Ledger, Ranges
 from ray_platform.placement import can_autoscale, describe_nodes, total_resources
+from ray_platform.units import plural
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def check_world_size(catalog: Catalog, world_size: int) -> None:
     """Raise ConfigError if a rank would have nothing to read."""
     if world_size > sum(catalog.num_units):
         raise ConfigError(
-            f"train.num_workers: {world_size} workers but only {len(catalog.shards)} shards; "
+            f"train.num_workers: {world_size} workers but only {plural(len(catalog.shards), 'shard')}; "
             "use fewer workers or write the data as more shards"
         )
 

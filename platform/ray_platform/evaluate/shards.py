@@ -27,6 +27,7 @@ from ray_platform.data.tar import ALL_IMAGE_SUFFIXES, Record, count_images, read
 from ray_platform.evaluate import sets
 from ray_platform.evaluate.sets import ClassTexts, DatasetSlice, EvaluationSet, EvaluationTask, RawSample, Samples, SlicePart
 from ray_platform.storage import StoredFile
+from ray_platform.units import plural
 
 SPLIT = "test"
 _TYPE_FILE, _NUM_SHARDS_FILE = "dataset_type.txt", "nshards.txt"
@@ -144,7 +145,7 @@ def _check_shards(set_name: str, num_shards_url: str, tars: Sequence[StoredFile]
         )
     expected = {f"{number}.tar" for number in range(int(text))}
     existing = {posixpath.basename(file.url) for file in tars}
-    folder, counts = posixpath.dirname(num_shards_url), f"{set_name}: {num_shards_url} counts {len(expected)} shards"
+    folder, counts = posixpath.dirname(num_shards_url), f"{set_name}: {num_shards_url} counts {plural(len(expected), 'shard')}"
     if missing := sorted(expected - existing, key=_sort_key):
         more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
         raise DataError(f"{counts}, but {folder}/{missing[0]}{more} missing; download the set again")

@@ -21,8 +21,8 @@ from ray_platform.report.records import (
     ZeroShotResult,
     is_complete,
 )
-from ray_platform.report.render import plural, render
-from ray_platform.units import duration_text, is_number, number_text, percent_text
+from ray_platform.report.render import render
+from ray_platform.units import duration_text, is_number, number_text, percent_text, plural
 
 _RETRIEVAL = {"image_retrieval_recall": "text → image", "text_retrieval_recall": "image → text"}  # CLIP_benchmark's names
 _NUM_COMPARED = 2  # published models that have a column of their own next to the results

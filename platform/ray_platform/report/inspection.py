@@ -14,7 +14,7 @@ from ray_platform.data.inspection import Histogram, Statistics, Thumbnail
 from ray_platform.formats import FileFormat
 from ray_platform.report.render import render
 from ray_platform.terminal import render_table
-from ray_platform.units import duration_text, size_text
+from ray_platform.units import duration_text, plural, size_text
 
 INSPECTION_FORMAT = FileFormat("inspection result")
 
@@ -125,7 +125,7 @@ class InspectionSummary:
             causes = [f"{cause} {c.samples:,}" for cause, c in self.rejects.items() if is_filtered(cause) == (name == "filtered")]
             row = [f"  {name}", f"{number:,}", f"{number / max(1, samples.inspected):.1%}"]
             counts.append([*row, ", ".join(causes) if name != "used" else ""])
-        lines = [f"{shards.inspected:,} of {shards.in_source:,} shards inspected, {bytes_read}", "", render_table(counts)]
+        lines = [f"{shards.inspected:,} of {plural(shards.in_source, 'shard')} inspected, {bytes_read}", "", render_table(counts)]
         if samples.upscaled:
             fraction = samples.upscaled / samples.used
             lines.append(f"scaled up: {samples.upscaled:,} of the used images ({fraction:.1%}), smaller than training asks for")

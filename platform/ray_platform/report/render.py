@@ -18,7 +18,7 @@ from markupsafe import Markup
 from ray_platform.json_values import flat_fields
 from ray_platform.metric_registry import describe_metric
 from ray_platform.report.records import NestedFields
-from ray_platform.units import NO_VALUE, duration_text, is_number, number_text, percent_text, size_text
+from ray_platform.units import NO_VALUE, duration_text, is_number, number_text, percent_text, plural, size_text
 
 _LONGEST_TEXT = 600  # characters of a text that are displayed
 NUM_COLORS = 6  # of models and arms: the stylesheet's classes m0 to m5
@@ -51,12 +51,6 @@ def choice_text(value: Any) -> str:
 def signed_points(difference: float) -> str:
     """Return +1.2 or −1.2 for a difference of fractions."""
     return f"{round(100 * difference, 1) + 0.0:+.1f}".replace("-", "−")
-
-
-def plural(count: int, noun: str) -> str:
-    """Return the count with its noun: `1 class`, `1,000 classes`."""
-    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{ending}"
 
 
 def field_texts(values: NestedFields) -> Iterator[tuple[str, str]]:

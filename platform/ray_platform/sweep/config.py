@@ -75,14 +75,14 @@ class SearchConfig:
     search: SearchName = "optuna"
     """Search algorithm. `optuna` is TPE on all objectives at once; `grid` needs a list of values for every field."""
     scheduler: SchedulerName = "asha"
-    """Which trials continue at a milestone: the best ones (`asha`) or all (`none`). With `pbt`, the lowest quarter of the trials
-    clones the highest."""
+    """Whether only the best trials continue at a milestone (`asha`). With `none` all do; with `pbt` the lowest quarter clones the
+    highest."""
     reduction: int = 2
     """Reduction factor of ASHA: the best 1 / reduction of the trials continue, and its milestones grow by this factor."""
     num_trials: int = 12
-    """Number of trials, including the baseline, which has the recipe's values. Of a grid: 0, or its number of points."""
+    """Trials, including the baseline with the recipe's values. Of a grid: 0, or its number of points."""
     samples: int = 1_000_000
-    """Budget of a complete trial in samples; train.num_steps follows from it."""
+    """Samples of a complete trial; train.num_steps follows from it."""
     num_milestones: int = 3
     """Evaluations per trial. The last one is at the end of its budget."""
     objectives: dict[str, Direction] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class SearchConfig:
     seed: int = 0
     """Seed of the search. Every trial trains with pretrain.train.seed."""
     max_concurrent: int = 0
-    """Maximum number of trials that run at the same time. 0: as many as the cluster has resources for."""
+    """Trials at the same time. 0: as many as the cluster has room for."""
 
     def __post_init__(self) -> None:
         if self.reduction < 2 or self.num_milestones < 1 or self.samples < 1 or self.max_concurrent < 0:

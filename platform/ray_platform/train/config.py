@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ray_platform.contracts import ConfigError
 from ray_platform.json_values import flat_fields
 from ray_platform.placement import check_labels
+from ray_platform.units import plural
 
 SLOW_PHASE_FACTOR = 10  # how much longer than hang_seconds a rank may take to build, restore, score or export
 _COLLECTIVE_MARGIN_S = 1800  # Ray Train's default timeout of the process group
@@ -57,7 +58,7 @@ class TrainConfig:
     offload_optimizer: bool = False
     """Keep the optimizer's states and its step on the CPU."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the weights that the model computes with. The optimizer and checkpoints keep them in float32."""
+    """Precision that the model computes in. The optimizer and checkpoints keep the weights in float32."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory and costs time."""
     channels_last: bool = False
@@ -139,8 +140,8 @@ class TrainConfig:
     heldout_every: int = 1000
     """Steps between two scores of the validation samples."""
     profile: bool = False
-    """Save profiles of a few steps to output_dir/profile: a torch profiler trace, a table of operators, and on accelerators a
-    snapshot of the memory."""
+    """Save profiles of a few steps to output_dir/profile. They are a torch profiler trace, a table of operators, and on
+    accelerators a snapshot of the memory."""
     profile_steps: tuple[int, int] | None = None
     """First and last step to profile. None: the fifth to the seventh of the launch, as the first ones are not typical."""
     profile_ranks: tuple[int, ...] = (0,)
@@ -151,7 +152,7 @@ class TrainConfig:
     """Seconds without a step on any rank after which the hung rank is reported and all workers restart. Ten times as long while
     building, scoring, generating previews or exporting. 0: no hang detection."""
     resume: str = "none"
-    """`auto`: resume from the newest checkpoint in output_dir, if any. `none`: start anew, and reject an output_dir with
+    """`auto`: resume from output_dir's newest checkpoint, if any. `none`: start anew, and reject an output_dir with
     checkpoints. Anything else: path of a checkpoint to start from; with that of another folder, the same command continues the
     newest checkpoint in output_dir."""
     resume_weights_only: bool = False
@@ -188,8 +189,8 @@ class TrainConfig:
                 f"is not a multiple of train.checkpoint_every, {self.checkpoint_every}",
             ),
             ("stop_at_step", 0 <= self.stop_at_step <= self.num_steps, f"is not from 0 to train.num_steps, {self.num_steps}"),
-            ("num_workers", has_workers, "is neither a number from 1 nor (min, max)"),
-            ("global_batch_size", enough_samples, f"gives {self.max_workers} workers less than one sample each"),
+            ("num_workers", has_workers, "is not a number from 1; with (min, max), min is from 1 and at most max"),
+            ("global_batch_size", enough_samples, f"gives {plural(self.max_workers, 'worker')} less than one sample each"),
             ("gpus_per_worker", self.gpus_per_worker in (0, 1), "is neither 0 nor 1; use one worker per GPU"),
             ("precision", self.precision != "fp16" or self.gpus_per_worker, "needs an accelerator; use fp32 or bf16"),
             ("deepspeed", not self.deepspeed or self.zero_stage, "needs train.zero_stage 1, 2 or 3, which are DeepSpeed's"),

@@ -43,6 +43,7 @@ from ray_platform.train.heldout import read_heldout
 from ray_platform.train.preflight import CATALOG, RunPlan
 from ray_platform.train.resuming import Resumption
 from ray_platform.train.worker_spec import WorkerSpec
+from ray_platform.units import plural
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +235,7 @@ class Run(RunPlan):
 
 def describe_run(recipe: str, command: str, train: TrainConfig, datasets: Iterable[TrackedData], output_dir: str) -> str:
     """Describe a pretraining in Markdown."""
-    workers = f"{train.min_workers} to {train.max_workers} workers" if train.elastic else f"{train.max_workers} workers"
+    workers = f"{train.min_workers} to {train.max_workers} workers" if train.elastic else plural(train.max_workers, "worker")
     if train.max_workers == 1:
         workers = "one worker"
     lines = [
@@ -249,7 +250,7 @@ def describe_run(recipe: str, command: str, train: TrainConfig, datasets: Iterab
 
 def _format_counts(counts: Mapping[str, int]) -> str:
     samples = f"{counts['num_samples']:,} samples, " if "num_samples" in counts else ""
-    return f"{samples}{counts['num_shards']:,} shards, {counts['num_bytes'] / 1e6:,.1f} MB"
+    return f"{samples}{plural(counts['num_shards'], 'shard')}, {counts['num_bytes'] / 1e6:,.1f} MB"
 
 
 def tracked_data(catalog: Catalog, sources: Sequence[str], context: str) -> list[TrackedData]:

@@ -39,6 +39,7 @@ from ray_platform.train.profiling import StepProfiler, count_flops
 from ray_platform.train.resuming import resumed_rewarm, takes_weights_only
 from ray_platform.train.statistics import GradientMonitor, ThroughputMeter, memory_metrics
 from ray_platform.train.worker_spec import SUMMARY, SUMMARY_FORMAT, WorkerSpec
+from ray_platform.units import plural
 
 logger = logging.getLogger(__name__)
 
@@ -253,8 +254,8 @@ class Trainer:
             origin = f"from the weights of {self.loaded_url}"
         self.spec.tracker.log_bytes(json.dumps(self.task.describe(self.first_captions), indent=2).encode(), "model.json")
         logger.info(
-            f"training {origin}: {plan.world_size} workers, ZeRO {self.config.zero_stage}, {plan.global_batch_size} samples per "
-            f"step ({plan.num_micro_batches} x {plan.micro_batch_size} per worker)"
+            f"training {origin}: {plural(plan.world_size, 'worker')}, ZeRO {self.config.zero_stage}, "
+            f"{plan.global_batch_size} samples per step ({plan.num_micro_batches} x {plan.micro_batch_size} per worker)"
         )
         if plan.global_batch_size != requested:
             logger.warning(
