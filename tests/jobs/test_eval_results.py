@@ -12,13 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffdis.config import ObjectiveConfig
-from diffdis.metrics import image_quality
 from diffdis.task import DiffDisTask
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig
-from diffdis_platform.evaluation.distance import feature_metrics, few_images_warning
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import open_baseline, open_model
-from diffdis_platform.evaluation.quality import QualityMeasurement
+from diffdis_platform.evaluation.quality import QualityMeasurement, read_prompts
 from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults, render_results, step_scores
 from diffdis_platform.evaluation.run import write_outputs
 from ray_platform.contracts import ConfigError
@@ -116,23 +114,13 @@ def test_the_results_of_a_set_exist_when_it_is_finished(plan, tmp_path):
     assert states == [({"first"}, True), ({"first", "pairs"}, True), ({"first", "pairs", "last"}, False)]
 
 
-def test_features_that_are_not_finite_are_named():
-    x = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
-    broken = x.copy()
-    broken[[3, 5], 0] = np.nan
-    with pytest.raises(ValueError, match="2 of 40 generated images have NaN features, the first is image 3;"):
-        feature_metrics("fid", broken, x)
-    with pytest.raises(ValueError, match="2 of 40 reference images"):
-        feature_metrics("fid", x, broken)
-
-
 def test_nan_features_of_one_guidance_scale_leave_the_other_results(models, tmp_path):
     (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(12)))
     write_retrieval(tmp_path, "real", 12)
     config = QualityConfig(
         prompts=str(tmp_path / "prompts.txt"), reference=str(tmp_path / "wds_real"), guidance_scales=(1.0, 2.0, 3.0)
     )
-    measurement = QualityMeasurement(models[0], models[0], 16, config, str(tmp_path / "out"))
+    measurement = QualityMeasurement(models[0], models[0], 16, config, read_prompts(config), str(tmp_path / "out"))
     rng = np.random.default_rng(0)
     for unit in measurement.units:
         features = rng.standard_normal((12, 1280)).astype(np.float32)
@@ -155,19 +143,6 @@ def test_nan_features_of_one_guidance_scale_leave_the_other_results(models, tmp_
     assert second["metrics"]["fd_efficientnet_lite0"] > 0
     assert list(failures.values())[1].startswith("images at guidance 1: efficientnet_lite0: 1 of 12 generated images have NaN")
     assert list(failures.values())[2].startswith("images at guidance 2: alignment by the evaluated model itself: CLIPScore of 12")
-
-
-@pytest.mark.parametrize(("num_generated", "has_extrapolation", "has_deviation"), [(30, False, False), (40, True, True)])
-def test_distances_of_few_images(num_generated, has_extrapolation, has_deviation, monkeypatch):
-    """5 images a dimension are needed; KID has a deviation only if subsets differ in both sets."""
-    monkeypatch.setattr(image_quality, "KID_SUBSET_SIZE", 35)
-    rng = np.random.default_rng(0)
-    metrics = feature_metrics("fid", *(rng.standard_normal((n, 8)).astype(np.float32) for n in (num_generated, 50)))
-    assert ("fid_infinity" in metrics, "kid_std" in metrics) == (has_extrapolation, has_deviation)
-    warning = few_images_warning("fid", num_generated, 50, 8)
-    expected = "FID: 30 generated and 50 real images in 8 dimensions; with fewer than 40 of either, the distance is biased"
-    assert warning.startswith("" if has_extrapolation else expected)
-    assert bool(warning) != has_extrapolation
 
 
 def test_an_incomplete_set_has_its_shortfall_next_to_every_figure(models, tmp_path):
@@ -261,7 +236,7 @@ def test_a_baseline_that_is_also_a_feature_network(models, sets, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     config = QualityConfig(str(tmp_path / "prompts.txt"), sets["first"].url, networks=(models[0].url,))
     plan = EvaluationPlan(models[0], [], {"first": sets["first"]}, [ZeroShotMeasurement(models[0], sets["first"])])
-    plan.quality = QualityMeasurement(models[0], None, 16, config, str(tmp_path))
+    plan.quality = QualityMeasurement(models[0], None, 16, config, read_prompts(config), str(tmp_path))
     replica, kinds = WorkerModels(plan.builders, 1, "cpu"), set()
     for unit in plan.measurements[0].units + plan.quality.units[:1]:
         kinds |= unit.work.run(replica).keys()

@@ -1,4 +1,4 @@
-"""The keys of an evaluation's units: rows are reused only for the same data, models and settings."""
+"""The keys of an evaluation's units: rows are reused only for the same data, models and settings. Distances of features."""
 
 import dataclasses
 import io
@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from diffdis.metrics import image_quality
 from diffdis.metrics.image_quality import Moments, frechet_distance
 from diffdis_platform.config.evaluate import QualityConfig
+from diffdis_platform.evaluation.distance import feature_metrics, few_images_warning
 from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroShotMeasurement
 from diffdis_platform.evaluation.models import EvaluationModel
-from diffdis_platform.evaluation.quality import QualityMeasurement
+from diffdis_platform.evaluation.quality import QualityMeasurement, read_prompts
 from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults
 from ray_platform.contracts import ConfigError, DataError
 from ray_platform.evaluate import sets
@@ -124,7 +126,7 @@ def test_the_reference_is_the_whole_folder_or_a_sample_of_all_of_it(tmp_path, mo
     reference = tmp_path / ("mine" if layout == "folder" else "wds_mine")
     sizes = {"num_images": 2, "num_reference": num_reference}
     config = QualityConfig(str(tmp_path / "prompts.txt"), str(reference), guidance_scales=(1.0,), **sizes)
-    measurement = QualityMeasurement(MODEL, None, 32, config, str(tmp_path / "out"))
+    measurement = QualityMeasurement(MODEL, None, 32, config, read_prompts(config), str(tmp_path / "out"))
     models, measured = WorkerModels(measurement.network_builders, 1, "cpu"), 0
     for unit in measurement.units:
         if unit.group == measurement.reference_group:
@@ -145,7 +147,7 @@ def test_too_few_reference_images_are_noticed_before_images_are_generated(tmp_pa
     config = QualityConfig(prompts=str(tmp_path / "prompts.txt"), reference=str(tmp_path / "mine"), num_reference=4)
     for num_reference, keys, words in ((4, ["a", "b", "c"], "only 3 images of"), (0, [], "only 0 images of")):
         config = dataclasses.replace(config, num_reference=num_reference)
-        measurement = QualityMeasurement(MODEL, None, 32, config, str(tmp_path / "out"))
+        measurement = QualityMeasurement(MODEL, None, 32, config, read_prompts(config), str(tmp_path / "out"))
         results = EvaluationResults(EvaluationPlan(MODEL, [], {}, quality=measurement))
         first, *others = WorkQueue(results.units).waiting
         results.add(UnitResult(first, {"keys": np.array(keys), "causes": np.array([])}))
@@ -165,7 +167,7 @@ def test_published_statistics_are_a_reference(tmp_path):
     published, generated = Moments.of(rng.standard_normal((50, 1280))), rng.standard_normal((12, 1280)).astype(np.float32)
     np.savez_compressed(tmp_path / "published.npz", mu=published.mean, sigma=published.covariance)
     config = QualityConfig(str(tmp_path / "prompts.txt"), str(tmp_path / "published.npz"), guidance_scales=(1.0, 2.0))
-    measurement = QualityMeasurement(MODEL, None, 32, config, str(tmp_path / "out"))
+    measurement = QualityMeasurement(MODEL, None, 32, config, read_prompts(config), str(tmp_path / "out"))
     for unit in measurement.units:
         broken = np.where(unit.group == measurement.group_of(2.0), np.nan, 1.0).astype(np.float32)
         measurement.add(unit, {"features/efficientnet_lite0": generated * broken, "seconds": np.ones(1)})
@@ -191,7 +193,7 @@ def test_a_reference_that_does_not_fit_is_one_line(tmp_path):
     ):
         np.savez(tmp_path / "reference.npz", **arrays)
         with pytest.raises(ConfigError, match=rf"^quality\.reference: \S+ {line}"):
-            QualityMeasurement(MODEL, None, 32, config, str(tmp_path / "out"))
+            QualityMeasurement(MODEL, None, 32, config, read_prompts(config), str(tmp_path / "out"))
 
 
 def test_a_sample_depends_on_the_keys_alone():
@@ -210,7 +212,10 @@ def test_reference_images_that_change_at_the_same_size_are_measured_again(tmp_pa
     config = QualityConfig(prompts=str(prompts), reference=str(tmp_path / "mine"), guidance_scales=(1.0,))
 
     def keys() -> dict[str, str]:
-        return {unit.name: unit.key for unit in QualityMeasurement(MODEL, None, 32, config, str(tmp_path / "out")).units}
+        return {
+            unit.name: unit.key
+            for unit in QualityMeasurement(MODEL, None, 32, config, read_prompts(config), str(tmp_path / "out")).units
+        }
 
     os.utime(path, (0, 0))
     before = keys()
@@ -228,7 +233,7 @@ def test_the_best_of_several_images_is_another_unit_and_another_protocol(tmp_pat
     rows, points = {"features/efficientnet_lite0": np.zeros((2, 4)), "seconds": np.ones(2)}, []
     for each in (config, dataclasses.replace(config, best_of=4)):
         ranker = MODEL if each.best_of > 1 else None
-        measurement = QualityMeasurement(MODEL, None, 32, each, str(tmp_path / "out"), ranker)
+        measurement = QualityMeasurement(MODEL, None, 32, each, read_prompts(each), str(tmp_path / "out"), ranker)
         (unit,) = (unit for unit in measurement.units if unit.group == measurement.group_of(1.0))
         measurement.add(unit, rows)
         points.append((unit, measurement.results({measurement.reference_group: "not measured here"})[0]["protocol"]))
@@ -274,3 +279,26 @@ def test_the_best_image_of_each_prompt_is_chosen_by_the_ranker_and_the_first_one
     assert rows["alignment"].tolist() == single["alignment"].tolist() == [0, 1]
     assert [path.name for path in tmp_path.iterdir()] == ["000007.png"]
     assert {settings.get("num_draws") for _, settings in asked} == {4, None}
+
+
+def test_features_that_are_not_finite_are_named():
+    x = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
+    broken = x.copy()
+    broken[[3, 5], 0] = np.nan
+    with pytest.raises(ValueError, match="2 of 40 generated images have NaN features, the first is image 3;"):
+        feature_metrics("fid", broken, x)
+    with pytest.raises(ValueError, match="2 of 40 reference images"):
+        feature_metrics("fid", x, broken)
+
+
+@pytest.mark.parametrize(("num_generated", "has_extrapolation", "has_deviation"), [(30, False, False), (40, True, True)])
+def test_distances_of_few_images(num_generated, has_extrapolation, has_deviation, monkeypatch):
+    """5 images a dimension are needed; KID has a deviation only if subsets differ in both sets."""
+    monkeypatch.setattr(image_quality, "KID_SUBSET_SIZE", 35)
+    rng = np.random.default_rng(0)
+    metrics = feature_metrics("fid", *(rng.standard_normal((n, 8)).astype(np.float32) for n in (num_generated, 50)))
+    assert ("fid_infinity" in metrics, "kid_std" in metrics) == (has_extrapolation, has_deviation)
+    warning = few_images_warning("fid", num_generated, 50, 8)
+    expected = "FID: 30 generated and 50 real images in 8 dimensions; with fewer than 40 of either, the distance is biased"
+    assert warning.startswith("" if has_extrapolation else expected)
+    assert bool(warning) != has_extrapolation

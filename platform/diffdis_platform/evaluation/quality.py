@@ -67,13 +67,14 @@ class QualityMeasurement:
         judge: EvaluationModel | None,
         image_size: int,
         config: QualityConfig,
+        prompts: list[str],
         output_dir: str,
         ranker: EvaluationModel | None = None,
     ):
         """`judge` measures how well an image fits its prompt, and `ranker` chooses the best of several images; None: nothing."""
         self.ranker = ranker
         self.model, self.judge, self.image_size, self.config, self.output_dir = model, judge, image_size, config, output_dir
-        self.prompts = read_prompts(config)
+        self.prompts = prompts
         self.network_builders = network_builders(config.networks, config.inception, config.resize)
         networks = open_networks("quality.networks", self.network_builders)
         self.figures = {name: network.figure for name, network in networks.items()}

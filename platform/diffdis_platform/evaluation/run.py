@@ -51,8 +51,7 @@ def plan_evaluation(config: EvalConfig, opened: OpenedSets | None = None) -> Eva
     """
     check_declared(ZERO_SHOT_METRICS)
     sets, missing = opened or open_sets(config)
-    if config.quality.prompts:
-        read_prompts(config.quality)  # fails before the checkpoint is exported
+    prompts = read_prompts(config.quality) if config.quality.prompts else []  # fails before the checkpoint is exported
     model = open_model(config)
     baselines: list[EvaluationModel] = []
     for url in config.baselines:
@@ -83,7 +82,9 @@ def plan_evaluation(config: EvalConfig, opened: OpenedSets | None = None) -> Eva
         if config.quality.clip:
             judge = open_judge(config.quality.clip, config.resize)
         ranker = _open_ranker(config, model)
-        plan.quality = QualityMeasurement(model, judge, model_config.image_size, config.quality, config.output_dir, ranker)
+        plan.quality = QualityMeasurement(
+            model, judge, model_config.image_size, config.quality, prompts, config.output_dir, ranker
+        )
     return plan
 
 
