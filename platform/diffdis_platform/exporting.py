@@ -21,6 +21,7 @@ from ray_platform.train import checkpoint_format
 from ray_platform.train.checkpoint_format import Manifest
 from ray_platform.train.config import width_state
 from ray_platform.train.posthoc_ema import reconstruct
+from ray_platform.train.zero import name_accelerator
 
 
 def find_checkpoint(checkpoint_url: str) -> tuple[str, Manifest]:
@@ -65,6 +66,7 @@ def export(config: ExportConfig) -> str:
     if state != scored:
         facts["scores"] = {name: value for name, value in facts["scores"].items() if not name.startswith("heldout/")}
     weights = _read_weights(url, state, stored_widths)
+    name_accelerator()
     with tempfile.TemporaryDirectory(prefix="export_") as folder:
         try:
             opened = task.save_pretrained(weights, Path(folder), facts)

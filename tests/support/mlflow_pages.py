@@ -67,10 +67,12 @@ class Pages:
         return last, min(box["height"], self.page.viewport_size["height"] - box["y"])
 
     def machines(self) -> str:
-        """Return the text of the system metrics page."""
+        """Return the text of the system metrics page, scrolled to the curves of the first node."""
         self._open(f"{self.run}/system-metrics?{TRAINING_VIEW}")
         self.page.locator(LINES).first.wait_for(state="attached")
-        return self._text()
+        text = self._text()
+        self.page.get_by_text("system/node_0").first.evaluate("heading => heading.scrollIntoView()")
+        return text
 
     def grid(self, path: str) -> int:
         """Return the width in pixels of the loaded image artifact `path`."""

@@ -165,11 +165,19 @@ class DataParallel:
 UNTESTED = "ZeRO with an untested optimizer"
 
 
+def name_accelerator() -> None:
+    """Tell DeepSpeed that there is no accelerator, before anyone imports it, because it warns about what it does not find.
+
+    transformers imports DeepSpeed, where it is installed, to save a model.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 @functools.cache
 def import_deepspeed() -> Any:
     """Return the package deepspeed, whose import takes seconds that ZeRO 0 does not need to spend."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, at the import
+    name_accelerator()
     import deepspeed
 
     # DeepSpeed would compile the kernels of this table at its first use, although only inference needs them. That takes half a
