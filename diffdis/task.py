@@ -350,7 +350,8 @@ def query_leak(queries: torch.Tensor, config: DiffDisConfig, objective: Objectiv
     if leak.answerable > leak.chance + TOLERATED_LEAK:
         logger.warning(
             "model.schedule.query_snr: %.0f %% of the noised text queries can be answered without the image (chance %.1f %% of "
-            "%d texts), and the model may learn to copy them; use a smaller query_snr or a larger objective.query_timestep_min",
+            "%d texts); if alignment/retrieval_shuffled_images rises above chance, the model copies them: use a smaller "
+            "query_snr or a larger objective.query_timestep_min",
             *(100 * leak.answerable, 100 * leak.chance, leak.num_texts),
         )
     return leak

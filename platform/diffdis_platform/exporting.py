@@ -12,8 +12,8 @@ from diffdis.task import DiffDisTask
 from diffdis.warm_start import resolve_pretrained
 from diffdis_platform.config.export import ExportConfig
 from diffdis_platform.config.fields import field_types
-from diffdis_platform.config.parse import read_saved
 from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.config.saved import read_saved
 from ray_platform import storage
 from ray_platform.cached_folders import with_cached_folders
 from ray_platform.contracts import ConfigError, DataError, describe_error

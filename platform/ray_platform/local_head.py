@@ -230,7 +230,7 @@ def ensure_cluster(output_dir: str) -> None:
 def run_filtered(command: Sequence[str], env: Mapping[str, str], log: Path) -> int:
     """Run a command with its output shown by `show_output` and added to `log`; return its status.
 
-    On Ctrl-C, which the command receives as well, wait until it has ended by itself.
+    On Ctrl-C, which the command receives as well, and on SIGTERM, which it is sent, wait until it has ended by itself.
     """
     process = subprocess.Popen(
         command,
@@ -246,6 +246,10 @@ def run_filtered(command: Sequence[str], env: Mapping[str, str], log: Path) -> i
             show_output(process.stdout or (), file)
         except KeyboardInterrupt:
             show_output(process.stdout or (), file)
+        except SystemExit:
+            process.terminate()
+            show_output(process.stdout or (), file)
+            raise
     return process.returncode
 
 

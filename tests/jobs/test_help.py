@@ -105,6 +105,9 @@ def test_integers_may_be_written_with_an_exponent():
     ("argument", "words"),
     [
         ("--train.precision=float16", ("train.precision: float16 is none of", "'fp32', 'bf16', 'fp16'")),
+        ("--train.num_workers=two", ("train.num_workers: two is not of type int or list, such as '[1, 2]'",)),
+        ("--train.betas=0.9", ("train.betas: 0.9 is not of type list, such as '[1, 2]'",)),
+        ("--data.sources", ("data.sources: no value is given",)),
         ("--data.placement=cpu", ("data.placement: cpu is not a JSON object", "such as '{\"name\": 1}'")),
     ],
 )
@@ -112,6 +115,12 @@ def test_a_value_of_another_type_is_told_what_is_expected(argument, words):
     with pytest.raises(ConfigError) as raised:
         pretrain.parse_arguments([argument])
     assert all(word in str(raised.value) for word in words)
+
+
+def test_an_unknown_field_in_a_file_is_named_with_the_file_and_the_closest_field(tmp_path):
+    (tmp_path / "own.yaml").write_text("train: {num_step: 5}\n")
+    with pytest.raises(ConfigError, match=r"^--config: .*own\.yaml: train\.num_step: no such field; .* --train\.num_steps\?"):
+        pretrain.parse_arguments(["--config", str(tmp_path / "own.yaml")])
 
 
 @pytest.mark.parametrize("version", ["", "format_version: 1\n"])

@@ -170,9 +170,11 @@ def test_a_command_without_a_cluster_shows_its_own_output_and_keeps_the_rest_in_
     assert "INFO worker.py" in log.read_text()
 
 
-def test_an_interrupted_command_ends_by_itself_and_says_how_to_continue(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_ends_by_itself_and_says_how_to_continue(tmp_path, number, code):
     (tmp_path / "command.py").write_text("""
-import time
+import signal, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 print("started")
 try:
     time.sleep(60)
@@ -185,6 +187,7 @@ import os, signal, sys
 from pathlib import Path
 from ray_platform.local_head import run_filtered
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as LocalHead does
 sys.exit(run_filtered([sys.executable, {str(tmp_path / "command.py")!r}], os.environ, Path({str(tmp_path / "log")!r})))
 """
     with subprocess.Popen(
@@ -193,9 +196,12 @@ sys.exit(run_filtered([sys.executable, {str(tmp_path / "command.py")!r}], os.env
     ) as parent:  # fmt: skip
         assert parent.stdout is not None
         assert parent.stdout.readline() == "started\n"
-        os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
+        if number == signal.SIGINT:
+            os.killpg(parent.pid, number)  # as a terminal does
+        else:
+            parent.terminate()
         assert parent.stdout.read() == "stopped; the same command continues\n"
-    assert parent.returncode == 1
+    assert parent.returncode == code
 
 
 def start_and_wait(program: str) -> tuple[subprocess.Popen, str, Path]:

@@ -53,15 +53,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _next_commands(output: Path) -> str:
-    """Return three commands to try with the trained model."""
+    """Return three commands to try with the trained model, which need no active virtual environment."""
+    diffdis = Path(sys.executable).with_name("diffdis")
     sampler = f"--scheduler {DEMO_QUALITY.scheduler} --num_steps {DEMO_QUALITY.num_steps} "
     sampler += f"--guidance_scale {DEMO_QUALITY.guidance_scales[0]:g}"
     return "\n".join(
         [
-            f"  diffdis generate --model {output} --captions 'red heart' 'green apple' {sampler} "
+            f"  {diffdis} generate --model {output} --captions 'red heart' 'green apple' {sampler} "
             f"--output_dir {output / 'images'}",
-            f"  diffdis eval --checkpoint {output} --suite demo --data_roots {DEMO_DATA} --output_dir {output / 'evaluation'}",
-            "  diffdis pretrain --help",
+            f"  {diffdis} eval --checkpoint {output} --suite demo --data_roots {DEMO_DATA} --output_dir {output / 'evaluation'}",
+            f"  {diffdis} pretrain --help",
         ]
     )
 

@@ -15,7 +15,7 @@ from diffdis.image_grid import image_grid
 from diffdis_platform.comparison.summary import CLAIM, ComparisonPlan, ComparisonSummary, Fields, Results, RunFigures, summarize
 from diffdis_platform.config.compare import CompareConfig
 from diffdis_platform.config.evaluate import QualityConfig
-from diffdis_platform.config.parse import with_current_names
+from diffdis_platform.config.saved import with_current_names
 from diffdis_platform.evaluation.datasets import open_sets
 from diffdis_platform.evaluation.distance import read_reference
 from diffdis_platform.evaluation.headline import headline

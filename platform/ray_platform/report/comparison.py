@@ -131,7 +131,9 @@ def _verdict(details: ComparisonDetails, claim: Claim, claimed: Sequence[Differe
         return "", claim.holds, why
     if "adverse" in outcomes:
         return "stop", claim.opposite, why
-    return "null", claim.not_shown if complete and "single" not in outcomes else claim.undecided, why
+    if not complete or "single" in outcomes:
+        return "null", claim.undecided, why
+    return "null", claim.partly if "favorable" in outcomes else claim.not_shown, why
 
 
 def _fields_of(config: NestedFields, arm: str) -> NestedFields:

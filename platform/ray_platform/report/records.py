@@ -318,5 +318,6 @@ class Claim:
     differences: tuple[tuple[str, str, str], ...]  # (metric, first arm, second arm)
     holds: str
     opposite: str  # a difference is significant in the other direction
-    not_shown: str  # an interval includes zero
+    partly: str  # some differences are significant, and the intervals of the others include zero
+    not_shown: str  # all intervals include zero
     undecided: str  # not everything was measured over several seeds

@@ -31,6 +31,9 @@ def test_each_outcome_of_the_claim_has_its_sentence_and_its_intervals(details):
     null = page_of(saved_details("comparison_null"))
     assert CLAIM.not_shown in null.text
     assert null.text.count("which shows no difference") == 2
+    unclear = {"fd_joint_minus_generation": saved_details("comparison_null")["paired"]["fd_joint_minus_generation"]}
+    half = page_of(details | {"claim": {"holds": False, "why": ""}, "paired": details["paired"] | unclear})
+    assert CLAIM.partly in half.text
     paired = {key: dict(zip(("low", "mean", "high", "n"), (-entry["high"], -entry["mean"], -entry["low"], 3), strict=True))
               for key, entry in details["paired"].items()}  # fmt: skip
     opposite = page_of(details | {"claim": {"holds": False, "why": ""}, "paired": paired})
