@@ -1,7 +1,11 @@
-"""HTML pages in a parser and in a browser, untrusted text for injection tests, and saved details of older releases."""
+"""HTML pages in a parser and in a browser, untrusted text for injection tests, and saved details of older releases.
+
+`python -m tests.support.html_page REPORT.html docs/images/NAME_report.png` takes a screenshot for the documentation.
+"""
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -34,6 +38,13 @@ def browser_page(width: int = 1440, height: int = 900) -> Iterator[Any]:
         page.set_default_timeout(90_000)
         yield page
         opened.close()
+
+
+def save_first_screen(page: Any, report: Path, image: Path, height: int = 1000) -> None:
+    """Write what a reader of a report sees first, as the documentation shows it."""
+    page.set_viewport_size({"width": 1200, "height": height})
+    page.goto(report.absolute().as_uri())
+    page.screenshot(path=image)
 
 
 class Page(HTMLParser):
@@ -113,3 +124,8 @@ def check_poison_is_text(html: str, least: int) -> Page:
     assert all(source.startswith("data:image/") for source in page.attributes("src"))
     assert not [text for text in ("url(", "@import") if text in html] + [s for s in page.attributes("style") if EVIL in s]
     return page
+
+
+if __name__ == "__main__":
+    with browser_page() as opened:
+        save_first_screen(opened, Path(sys.argv[1]), Path(sys.argv[2]))
