@@ -23,6 +23,7 @@ _FOREIGN = re.compile(
     |\s+(Query|Request|Follow)\ .*job|\s+ray\ job\ |(Job|Status)\ .*succeeded
     |\[\d{4}-\d\d-\d\d\ |\*{4}|\[(transformers|diffusers)\]\ |\[rank\d+\]:\[W|\[W\d|WARNING:\   # DeepSpeed, torch
     |Failed\ to\ load\ CPU\ gemm  # bitsandbytes
+    |wandb:\ |Done\.\ [\d.]+s$  # W&B
     |\S+\.py:\d+:\ \w*Warning:|.*accelerate`?\ was\ not\ found|.*4x\ the\ maximum  # warnings of Python, diffusers""",
     re.VERBOSE,
 )

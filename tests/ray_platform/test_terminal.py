@@ -45,6 +45,8 @@ Running entrypoint for job diffdis-0123456789ab: python jobs/pretrain.py
 2026-11-30 01:00:00,123\tINFO worker.py:2000 -- Connecting to existing Ray cluster
 \x1b[36m(RayTrainWorker pid=41)\x1b[0m [2026-11-30 01:00:01,123] [WARNING] [engine.py:2304] **** proceed with caution *****
 Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'kernels'
+wandb: Adding directory to artifact (/tmp/run/export)...
+Done. 5.1s
 (RayTrainWorker pid=41) /x/site-packages/diffusers/a.py:12: UserWarning: slow
 (RayTrainWorker pid=41)   model.load()
 
