@@ -141,8 +141,8 @@ class DiffDisConfig:
     encoder_dtype: Dtype = "float32"
     """dtype of the autoencoder and the text encoder on accelerators; on CPUs they use float32."""
     warm_start: str = ""
-    """Weights to start from: Stable Diffusion, a U-Net, or a DiffDis export. The folder of a Stable Diffusion has the layout of
-    v1 or v2. The autoencoder and text encoder of the weights are used unless other paths are given."""
+    """Weights to start from: Stable Diffusion, a U-Net, or a DiffDis export. Stable Diffusion is a folder in the layout of its
+    versions 1 or 2. The autoencoder and text encoder of the weights are used unless other paths are given."""
     trained_for: TaskName = "joint"
     """What the model can do; training sets it to objective.task."""
 

@@ -172,7 +172,7 @@ def load_component(
 
 @contextlib.contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of transformers, which shows one for each file that it reads or writes, in however short a time."""
+    """Hide the progress bars of transformers, which shows one for each file, however small."""
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()

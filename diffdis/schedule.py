@@ -3,9 +3,11 @@
 Timesteps count from 0 to T - 1, as in diffusers.
 """
 
+import difflib
 import hashlib
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -160,9 +162,8 @@ def build_scheduler(scheduler: Any, config: ScheduleConfig) -> Any:
     own = ddim_scheduler(config).config
     kind: Any = getattr(diffusers, scheduler, None) if isinstance(scheduler, str) else type(scheduler)
     if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
-        names = [
-            name for name in dir(diffusers) if name.endswith("Scheduler") and name.lower().startswith(str(scheduler).lower())
-        ]
+        word, names = str(scheduler), [name for name in dir(diffusers) if re.search(r"^(?!Flow).*(?<!Inverse)Scheduler$", name)]
+        names = [name for name in names if name.lower().startswith(word.lower())] or difflib.get_close_matches(word, names)
         raise ValueError(
             f"scheduler: diffusers has no scheduler {scheduler!r}; use {' or '.join(names[:4]) or 'UniPCMultistepScheduler'}"
         )

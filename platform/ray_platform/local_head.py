@@ -131,8 +131,11 @@ class LocalHead:
         ]
 
     def _start(self, is_last: bool = False) -> bool:
-        """Return whether the head is ready. It is not if Ray gave up waiting; then, the last time, raise HeadError, as for any
-        other reason."""
+        """Return whether the head is ready; not, if Ray gave up waiting.
+
+        Raises:
+            HeadError: the head does not start for another reason or, with `is_last`, because Ray gave up.
+        """
         # The head must not see a RAY_ADDRESS.
         env = {name: value for name, value in self.env.items() if name not in _FOREIGN}
         env |= {name: str(self._ports[name]) for name in _PORT_VARIABLES}

@@ -64,7 +64,7 @@ class ResourceRequest:
             available = total_resources(self.labels)
             total = ", ".join(f"{available.get(kind, 0):g} {kind}s" for kind in self.amounts)
             raise ConfigError(
-                f"{prefix}num_workers: {plural(num_workers, 'worker')} with {each} each do not fit on "
+                f"{prefix}num_workers: {plural(num_workers, 'worker')} of {each} do not fit on "
                 f"{describe_nodes(self.labels)} ({total}); lower {prefix}num_workers, cpus_per_worker or gpus_per_worker"
             )
 

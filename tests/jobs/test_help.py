@@ -105,8 +105,10 @@ def test_integers_may_be_written_with_an_exponent():
     ("argument", "words"),
     [
         ("--train.precision=float16", ("train.precision: float16 is none of", "'fp32', 'bf16', 'fp16'")),
-        ("--train.num_workers=two", ("train.num_workers: two is not of type int or list, such as '[1, 2]'",)),
-        ("--train.betas=0.9", ("train.betas: 0.9 is not of type list, such as '[1, 2]'",)),
+        ("--train.num_workers=two", ("train.num_workers: two is not of type int or list; write",)),
+        ("--train.num_workers=[2, x]", ("train.num_workers: [2, 'x'] is not of type int or list; write",)),
+        ("--train.betas=0.9", ("train.betas: 0.9 is not of type list; write '[…, …]'",)),
+        ("--train.num_steps=", ("train.num_steps:  is not of type int",)),
         ("--data.sources", ("data.sources: no value is given",)),
         ("--data.placement=cpu", ("data.placement: cpu is not a JSON object", "such as '{\"name\": 1}'")),
     ],
@@ -120,6 +122,22 @@ def test_a_value_of_another_type_is_told_what_is_expected(argument, words):
 def test_an_unknown_field_in_a_file_is_named_with_the_file_and_the_closest_field(tmp_path):
     (tmp_path / "own.yaml").write_text("train: {num_step: 5}\n")
     with pytest.raises(ConfigError, match=r"^--config: .*own\.yaml: train\.num_step: no such field; .* --train\.num_steps\?"):
+        pretrain.parse_arguments(["--config", str(tmp_path / "own.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("config: /etc/hostname", "config: no such field"),
+        ("dry_run: true", "dry_run: no such field"),
+        ("train: 5", "train: 5 is not a section"),
+        ("model: {schedule: }", "model.schedule: None is not a section"),
+        ("format_version: x", "format_version is 'x'"),
+    ],
+)
+def test_a_file_cannot_contain_options_and_values_in_place_of_sections(tmp_path, content, message):
+    (tmp_path / "own.yaml").write_text(f"{content}\n")
+    with pytest.raises(ConfigError, match=f"^--config: .*{message}"):
         pretrain.parse_arguments(["--config", str(tmp_path / "own.yaml")])
 
 

@@ -115,6 +115,7 @@ def test_a_start_that_fails_names_its_log_and_leaves_nothing_else(monkeypatch, t
         pass
     if (found := re.search(message, str(raised.value))).groupdict():
         assert Path(found["log"]).read_text() == "no room\nError: no more processes\nsee the manual\n"
+    assert len(list(tmp_path.iterdir())) == 1, "the log"
     assert not marked_processes(head.env[MARKER])
     assert not head._folder.exists()
     assert signal.getsignal(signal.SIGTERM) is before

@@ -187,7 +187,9 @@ def test_the_requester_pays(aws):
         assert storage.read_bytes("s3://bucket/file") == b"content"
         assert storage.list_files("s3://bucket/file")[0].size == 7
         assert {error.kind for error in errors_of("s3://another/file")} == {"forbidden"}
-        with pytest.raises(ConfigError, match=r"^output_dir: s3://another/run cannot be written to .access denied; ") as raised:
+        with pytest.raises(
+            ConfigError, match=r"^output_dir: s3://another/run cannot be written to .access denied .403.; "
+        ) as raised:
             check_writable("s3://another/run")
         assert "public_buckets" not in str(raised.value), "which are read"
 

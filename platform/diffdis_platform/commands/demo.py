@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,14 +55,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _next_commands(output: Path) -> str:
     """Return three commands to try with the trained model, which need no active virtual environment."""
-    diffdis = Path(sys.executable).with_name("diffdis")
+    diffdis, folder, data = (shlex.quote(str(path)) for path in (Path(sys.executable).with_name("diffdis"), output, DEMO_DATA))
     sampler = f"--scheduler {DEMO_QUALITY.scheduler} --num_steps {DEMO_QUALITY.num_steps} "
     sampler += f"--guidance_scale {DEMO_QUALITY.guidance_scales[0]:g}"
     return "\n".join(
         [
-            f"  {diffdis} generate --model {output} --captions 'red heart' 'green apple' {sampler} "
-            f"--output_dir {output / 'images'}",
-            f"  {diffdis} eval --checkpoint {output} --suite demo --data_roots {DEMO_DATA} --output_dir {output / 'evaluation'}",
+            f"  {diffdis} generate --model {folder} --captions 'red heart' 'green apple' {sampler} --output_dir {folder}/images",
+            f"  {diffdis} eval --checkpoint {folder} --suite demo --data_roots {data} --output_dir {folder}/evaluation",
             f"  {diffdis} pretrain --help",
         ]
     )

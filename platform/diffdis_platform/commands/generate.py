@@ -56,7 +56,7 @@ class GenerateConfig:
     num_images_per_prompt: int = 1
     """Images per caption."""
     best_of: int = 1
-    """Images per caption of which the model keeps the num_images_per_prompt that it finds closest to it. 1: all are kept."""
+    """Images per caption, of which the model keeps the num_images_per_prompt closest to the caption. 1: all are kept."""
     num_steps: int = 50
     """Steps of the sampler."""
     scheduler: str = ""
@@ -203,12 +203,13 @@ def _open_model(config: GenerateConfig) -> "DiffDisPipeline":
         is_run = storage.exists(storage.join(export, CONFIG_NAME))
         folder = cached_folder(export if is_run else config.model)
         schedule = read_config(Path(folder)).schedule
-        try:
-            scheduler = config.scheduler and build_scheduler(config.scheduler, schedule)
-        except ValueError as error:  # it begins with the field
-            raise ConfigError(one_line(error)) from error
+        if config.scheduler:
+            try:
+                build_scheduler(config.scheduler, schedule)  # fails before the weights are loaded
+            except ValueError as error:  # it begins with the field
+                raise ConfigError(one_line(error)) from error
         pipeline = DiffDisPipeline.from_pretrained(folder)
-        pipeline.scheduler = scheduler
+        pipeline.scheduler = config.scheduler
         return pipeline.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, config.dtype))
     except (FileNotFoundError, ValueError, RuntimeError) as error:
         raise ConfigError(f"model: {one_line(error)}") from error

@@ -51,5 +51,5 @@ def main(argv: Sequence[str]) -> int:
     report = storage.join(command.config.output_dir, REPORT)
     print(f"\n{format_trials(details)}\n\ndone: {report}, next to details.json", flush=True)
     if failed := [f"{trial['name']}: {trial['error']}" for trial in details["trials"] if trial["state"] == "failed"]:
-        raise DataError(f"{plural(len(failed), 'trial')} failed; the same command retries them: " + "; ".join(failed))
+        raise DataError(f"{plural(len(failed), 'trial')} failed; the same command tries again: " + "; ".join(failed))
     return 0

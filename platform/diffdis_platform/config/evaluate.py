@@ -46,7 +46,7 @@ class QualityConfig:
     reference: str = ""
     """Real images (a folder or tars), or an earlier reference_<network>.npz. An evaluation writes such a file."""
     num_images: int = 30_000
-    """Generated images at most, of the first prompts."""
+    """Maximum number of generated images, of the first prompts."""
     num_reference: int = 0
     """Number of real images: a random sample, the same for every model and seed. 0: all."""
     networks: tuple[str, ...] = ("efficientnet_lite0",)
@@ -108,8 +108,8 @@ class EvalConfig:
     name: str = ""
     """Name of the model in the results. Empty: its run or folder, and its step."""
     suite: str = "paper"
-    """Sets: paper (12 and retrieval), quick (4 small ones), demo, names, or a YAML file. Names are those of known sets, separated
-    by commas; docs/evaluation.md describes the file."""
+    """Sets: paper (12 and retrieval), quick (4 small ones), demo, names of sets, or a file. Names are those of known sets,
+    separated by commas; docs/evaluation.md describes the file."""
     class_names: str = ""
     """Text file with one class per line, in label order, for a suite of one set. Empty: the set's own."""
     templates: str = ""

@@ -214,20 +214,20 @@ def value_problem(message: str) -> str:
     """Return jsonargparse's message about a value of the wrong type in the words of a command line."""
     message = re.sub(r'^Parser key "([^"]+)"', r"\1", message)
     message = re.sub(r"^argument --(\S+): expected one argument$", r"\1: no value is given; write one after the flag", message)
-    message = re.sub(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", r"\2 is none of \1", message)
-    message = re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*)", r"\2 is not of type \1", message)
-    if union := re.search(r"Does not validate .* Subtypes: \[(?P<types>.*)\] Errors: .* Given value: (?P<value>.*)", message):
+    if union := re.search(r"Does not validate .* Subtypes: \[(?P<types>.*?)\] Errors: .* Given value: ?(?P<value>.*)", message):
         types = re.sub(r"<class '(\w+)'>", r"\1", union["types"]).replace(", NoneType", "")
         types = re.sub(r"tuple\[[^]]*\]", "tuple", types).replace(", ", " or ")
         message = f"{message[: union.start()]}{union['value']} is not of type {types}"
+    message = re.sub(r"Expected a typing\.Literal\[(.*)\]\. Got value: ?(.*)", r"\2 is none of \1", message)
+    message = re.sub(r"Expected an? <class '(\w+)'>\. Got value: ?(.*)", r"\2 is not of type \1", message)
     message = re.sub("is not of type dict$", """is not a JSON object such as '{"name": 1}'""", message)
-    return re.sub(r"\btuple$", "list, such as '[1, 2]'", message)
+    return re.sub(r"\btuple$", "list; write '[…, …]'", message)
 
 
-def no_such_field(name: str, fields: Collection[str], options: Collection[str] = ()) -> str:
-    """Return what to say about a name that is not a field; see `suggest` for the arguments."""
-    near = [f"--{other}" for other in suggest(name, fields, options)]
-    return "no such field; " + (f"did you mean {' or '.join(near)}?" if near else "see --help-all")
+def no_such_field(name: str, fields: FieldTypes, options: Collection[str] = ()) -> str:
+    """Return what to say about a name that is not a field, with the fields or other options that may be meant."""
+    near = suggest(name, [field for field, kind in fields.items() if not dataclasses.is_dataclass(kind)], options)
+    return "no such field; " + (f"did you mean {' or '.join(f'--{other}' for other in near)}?" if near else "see --help-all")
 
 
 def suggest(name: str, fields: Collection[str], options: Collection[str]) -> list[str]:

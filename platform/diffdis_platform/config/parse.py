@@ -98,7 +98,8 @@ def parse(
         sys.exit()
     parser.add_class_arguments(config_class, default=default)
     options = {option.flag for option in listed}
-    written = {option.removeprefix("--").replace("-", "_") for option in options}  # to a saved configuration, next to the fields
+    # What a saved configuration contains next to the fields. A file does not name another one, which would not be checked.
+    written = {option.removeprefix("--").replace("-", "_") for option in options} - {"config"}
     switch_names = {name.replace("-", "_") for name in switches or {}}
     from_files = _file_arguments(files, fields, written, switch_names, defaults)
     values, text = _resolve(parser, from_files + _normalize(arguments, fields, options))
@@ -254,12 +255,12 @@ def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(prefix: str = "") -> Iterator[None]:
     """Turn the errors of a configuration's own checks into ConfigErrors of one line."""
     try:
         yield
     except ValueError as error:
-        raise ConfigError(one_line(error)) from error
+        raise ConfigError(f"{prefix}{one_line(error)}") from error
 
 
 def _resolve(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Mapping[str, Any], str]:
@@ -292,11 +293,12 @@ def _file_arguments(
         if len(foreign) > len(sections) / 2 or (foreign and not is_saved):
             raise ConfigError(f"--config: {path}: {min(foreign)} is not a section of this command; give a config.yaml of it")
         if is_saved:
-            current = read_saved(values, fields, path, options)
+            with _one_line_errors(f"--config: {path}: "):
+                current = read_saved(values, fields, path, options)
         else:
-            current, unknown = known_fields(with_current_names(values), fields, {*options, *switches})
+            current, unknown = known_fields(with_current_names(values), fields, options - switches)
             if unknown:
-                raise ConfigError(f"--config: {path}: {unknown[0]}: {no_such_field(unknown[0], fields)}")
+                raise ConfigError(f"--config: {path}: {unknown[0]}: {no_such_field(unknown[0], fields, options - switches)}")
         if is_saved and is_complete:
             _add_defaults(current, defaults, fields)
         current = {name: value for name, value in current.items() if name not in switches}  # a dry run saves `dry_run: true`

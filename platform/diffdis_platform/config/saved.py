@@ -5,6 +5,7 @@ import logging
 from collections.abc import Collection
 
 from diffdis_platform.config.fields import FieldTypes
+from ray_platform.contracts import ConfigError
 from ray_platform.formats import VERSION_KEY, FileFormat
 from ray_platform.json_values import JsonObject
 
@@ -54,12 +55,17 @@ def read_saved(values: JsonObject, fields: FieldTypes, url: str, options: Collec
 def known_fields(
     values: JsonObject, fields: FieldTypes, options: Collection[str], prefix: str = ""
 ) -> tuple[JsonObject, list[str]]:
-    """Return the fields of a configuration that exist, and the dotted names of the others."""
+    """Return the fields of a configuration that exist, and the dotted names of the others.
+
+    Raises ConfigError for a section that is a single value.
+    """
     known: JsonObject = {}
     unknown: list[str] = []
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and dataclasses.is_dataclass(fields.get(name)):
+        if dataclasses.is_dataclass(fields.get(name)):
+            if not isinstance(value, dict):
+                raise ConfigError(f"--config: {name}: {value!r} is not a section; indent its fields below it, or leave it out")
             known[key], others = known_fields(value, fields, (), f"{name}.")
             unknown += others
         elif name in fields or name in options:

@@ -75,8 +75,8 @@ class SearchConfig:
     search: SearchName = "optuna"
     """Search algorithm. `optuna` is TPE on all objectives at once; `grid` needs a list of values for every field."""
     scheduler: SchedulerName = "asha"
-    """Whether only the best trials continue at a milestone (`asha`). With `none` all do; with `pbt` the lowest quarter clones the
-    highest."""
+    """Which trials continue at a milestone: the best (`asha`), or all. With `none` all do; with `pbt` the lowest quarter clones
+    the highest."""
     reduction: int = 2
     """Reduction factor of ASHA: the best 1 / reduction of the trials continue, and its milestones grow by this factor."""
     num_trials: int = 12

@@ -42,6 +42,7 @@ from ray_platform.sweep.search import (
 )
 from ray_platform.terminal import ProgressBar, write_line
 from ray_platform.tracking import RunRecord, read_run_record
+from ray_platform.units import plural
 
 _STATE = "state.json"
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class Sweep:
             needed = {kind: amount for kind, amount in largest.amounts.items() if amount}
             available = total_resources(largest.labels)
             raise ConfigError(
-                f"max_concurrent: {max(1, requested)} trials of {_listed(needed)} each do not fit "
+                f"max_concurrent: {plural(max(1, requested), 'trial')} of {_listed(needed)} each do not fit "
                 f"{describe_nodes(largest.labels)}'s {_listed({kind: available.get(kind, 0) for kind in needed})}; "
                 "each trains with its workers and their reads, then evaluates with evaluation.num_workers"
             )

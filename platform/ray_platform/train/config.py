@@ -189,7 +189,7 @@ class TrainConfig:
                 f"is not a multiple of train.checkpoint_every, {self.checkpoint_every}",
             ),
             ("stop_at_step", 0 <= self.stop_at_step <= self.num_steps, f"is not from 0 to train.num_steps, {self.num_steps}"),
-            ("num_workers", has_workers, "is not a number from 1; with (min, max), min is from 1 and at most max"),
+            ("num_workers", has_workers, "is not 1 or more; of (min, max), min is 1 or more, and at most max"),
             ("global_batch_size", enough_samples, f"gives {plural(self.max_workers, 'worker')} less than one sample each"),
             ("gpus_per_worker", self.gpus_per_worker in (0, 1), "is neither 0 nor 1; use one worker per GPU"),
             ("precision", self.precision != "fp16" or self.gpus_per_worker, "needs an accelerator; use fp32 or bf16"),

@@ -236,8 +236,6 @@ class Run(RunPlan):
 def describe_run(recipe: str, command: str, train: TrainConfig, datasets: Iterable[TrackedData], output_dir: str) -> str:
     """Describe a pretraining in Markdown."""
     workers = f"{train.min_workers} to {train.max_workers} workers" if train.elastic else plural(train.max_workers, "worker")
-    if train.max_workers == 1:
-        workers = "one worker"
     lines = [
         f"Pretraining by the recipe `{recipe}`, seed {train.seed}: {train.num_steps:,} steps on {workers}, "
         f"ZeRO {train.zero_stage}.",

@@ -16,14 +16,13 @@ from urllib.parse import urlsplit
 import requests
 
 from ray_platform import storage
-from ray_platform.contracts import ConfigError, DataError, Task, named_field, one_line, root_cause
+from ray_platform.contracts import ConfigError, DataError, Task, UserError, named_field, one_line, root_cause
 from ray_platform.data import precomputed
 from ray_platform.data.catalog import Catalog, build_catalog, difference
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import check_cpus, check_world_size
 from ray_platform.json_values import JsonObject
 from ray_platform.placement import ResourceRequest, is_connected
-from ray_platform.storage_errors import StorageError
 from ray_platform.tracking import ModelPackage, TrackingConfig, tracking_uri
 from ray_platform.tracking.delivery import check_trackers
 from ray_platform.train.config import TrainConfig
@@ -193,9 +192,9 @@ class RunPlan:
 
 def check_writable(output_dir: str) -> None:
     """Raise ConfigError if a file cannot be written below `output_dir` and deleted again. Nothing is left behind."""
+    probe = storage.join(output_dir, f".write_probe_{uuid.uuid4().hex}")
     try:
         if "://" in output_dir:
-            probe = storage.join(output_dir, f".write_probe_{uuid.uuid4().hex}")
             with storage.retrying_for(0):
                 storage.write_bytes(probe, b"")
                 storage.delete(probe)
@@ -204,9 +203,8 @@ def check_writable(output_dir: str) -> None:
         existing = next(path for path in (Path(output_dir), *Path(output_dir).parents) if path.exists())
         with tempfile.TemporaryDirectory(prefix=".write_probe_", dir=existing) as folder:
             (Path(folder) / "file").write_bytes(b"1")
-    except StorageError as error:
-        reason = "access denied; check the bucket's policy and your credentials"  # as for reading, there may be public buckets
-        reason = reason if error.kind == "forbidden" else str(error).partition(": ")[2]
+    except UserError as error:
+        reason = str(error).removeprefix(f"{probe}: ").partition(", or name the bucket")[0]  # as public, which helps to read
         raise ConfigError(f"output_dir: {output_dir} cannot be written to ({reason})") from error
     except OSError as error:
         raise ConfigError(

@@ -166,7 +166,7 @@ UNTESTED = "ZeRO with an untested optimizer"
 
 
 def name_accelerator() -> None:
-    """Tell DeepSpeed that there is no accelerator, before anyone imports it, because it warns about what it does not find.
+    """Tell DeepSpeed that there is no accelerator, before the first import; otherwise it warns that it found none.
 
     transformers imports DeepSpeed, where it is installed, to save a model.
     """

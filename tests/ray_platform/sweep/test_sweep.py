@@ -97,7 +97,7 @@ def test_a_population_clones_weights_and_values_of_the_best(make, notes):
 
 
 def test_trials_that_do_not_fit_the_cluster_are_rejected_in_one_line(make):
-    with pytest.raises(ConfigError, match=r"max_concurrent: 1 trials of 8 CPUs each do not fit the cluster's 4 CPUs"):
+    with pytest.raises(ConfigError, match=r"max_concurrent: 1 trial of 8 CPUs each do not fit the cluster's 4 CPUs"):
         make(cpus=8.0, max_concurrent=0).concurrency()
     with pytest.raises(ConfigError, match=r"max_concurrent: 5 trials of 1 CPUs"):
         make(max_concurrent=5).concurrency()
