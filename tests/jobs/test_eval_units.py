@@ -23,7 +23,7 @@ WORK = ("unit_work", "shards", "image_files", "torchvision_folders")
 SCORERS = ("diffdis.scorers", "diffdis.feature_networks")
 WITHOUT_VALUES = {
     *("contracts", "json_values", "names", "object_store", "placement", "ray_internals", "redaction", "retry"),
-    *("storage", "storage_config", "storage_errors", "formats"),
+    *("storage", "storage_config", "storage_errors", "formats", "units"),
 }
 # Their distributions load bytes as they are stored, or report progress. SciPy reads labels, which are part of a set's digest.
 LIBRARIES_WITHOUT_VALUES = {

@@ -111,7 +111,7 @@ class TestReplicaPool:
     def test_replicas_that_do_not_fit_on_the_cluster(self):
         with pytest.raises(ConfigError, match=r"num_workers: 9 workers .* do not fit .*\(4 CPUs, 0 GPUs\)"):
             ReplicaSpec(no_replica, 9).resolve_num_replicas()
-        with pytest.raises(ConfigError, match=r"num_workers: 1 workers with 1 CPUs and 0\.5 GPUs"):
+        with pytest.raises(ConfigError, match=r"num_workers: 1 worker of 1 CPUs and 0\.5 GPUs"):
             ReplicaSpec(no_replica, gpus=0.5).resolve_num_replicas()
 
 
