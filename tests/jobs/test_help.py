@@ -14,6 +14,8 @@ import pytest
 from diffdis_platform.cli import COMMANDS, main
 from diffdis_platform.commands import pretrain
 from diffdis_platform.config.fields import field_texts, field_types
+from diffdis_platform.config.pretrain import PretrainConfig
+from diffdis_platform.config.saved import read_saved
 from ray_platform.contracts import ConfigError
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -130,7 +132,7 @@ def test_an_unknown_field_in_a_file_is_named_with_the_file_and_the_closest_field
     [
         ("config: /etc/hostname", "config: no such field"),
         ("dry_run: true", "dry_run: no such field"),
-        ("train: 5", "train: 5 is not a section"),
+        ("train: 5", r"own\.yaml: train: 5 is not a section"),
         ("model: {schedule: }", "model.schedule: None is not a section"),
         ("format_version: x", "format_version is 'x'"),
     ],
@@ -139,6 +141,11 @@ def test_a_file_cannot_contain_options_and_values_in_place_of_sections(tmp_path,
     (tmp_path / "own.yaml").write_text(f"{content}\n")
     with pytest.raises(ConfigError, match=f"^--config: .*{message}"):
         pretrain.parse_arguments(["--config", str(tmp_path / "own.yaml")])
+
+
+def test_a_checkpoint_whose_section_is_a_value_is_not_blamed_on_the_command_line():
+    with pytest.raises(ValueError, match=r"^train: 5 is not a section"):
+        read_saved({"train": 5}, field_types(PretrainConfig), "s3://bucket/run/step_1/complete.json")
 
 
 @pytest.mark.parametrize("version", ["", "format_version: 1\n"])

@@ -27,7 +27,7 @@ from diffdis_platform.config.help import (
     render_help,
     requested_section,
     value_problem,
-)  # fmt: skip
+)
 from diffdis_platform.config.saved import CONFIG_FORMAT, current_name, known_fields, read_saved, with_current_names
 from ray_platform.contracts import ConfigError, named_field, one_line
 from ray_platform.formats import VERSION_KEY
@@ -292,13 +292,14 @@ def _file_arguments(
         foreign = sections - fields.keys()
         if len(foreign) > len(sections) / 2 or (foreign and not is_saved):
             raise ConfigError(f"--config: {path}: {min(foreign)} is not a section of this command; give a config.yaml of it")
-        if is_saved:
-            with _one_line_errors(f"--config: {path}: "):
+        unknown: list[str] = []
+        with _one_line_errors(f"--config: {path}: "):
+            if is_saved:
                 current = read_saved(values, fields, path, options)
-        else:
-            current, unknown = known_fields(with_current_names(values), fields, options - switches)
-            if unknown:
-                raise ConfigError(f"--config: {path}: {unknown[0]}: {no_such_field(unknown[0], fields, options - switches)}")
+            else:
+                current, unknown = known_fields(with_current_names(values), fields, options - switches)
+        if unknown:
+            raise ConfigError(f"--config: {path}: {unknown[0]}: {no_such_field(unknown[0], fields, options - switches)}")
         if is_saved and is_complete:
             _add_defaults(current, defaults, fields)
         current = {name: value for name, value in current.items() if name not in switches}  # a dry run saves `dry_run: true`

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Collection
 
 from diffdis_platform.config.fields import FieldTypes
-from ray_platform.contracts import ConfigError
 from ray_platform.formats import VERSION_KEY, FileFormat
 from ray_platform.json_values import JsonObject
 
@@ -44,6 +43,7 @@ def read_saved(values: JsonObject, fields: FieldTypes, url: str, options: Collec
 
     Raises:
         NewerFormatError: a newer version saved it.
+        ValueError: the version is not a number, or a section is a single value.
     """
     CONFIG_FORMAT.check_version(values, url)
     current, unknown = known_fields(with_current_names(values), fields, options)
@@ -57,7 +57,7 @@ def known_fields(
 ) -> tuple[JsonObject, list[str]]:
     """Return the fields of a configuration that exist, and the dotted names of the others.
 
-    Raises ConfigError for a section that is a single value.
+    Raises ValueError for a section that is a single value.
     """
     known: JsonObject = {}
     unknown: list[str] = []
@@ -65,7 +65,7 @@ def known_fields(
         name = f"{prefix}{key}"
         if dataclasses.is_dataclass(fields.get(name)):
             if not isinstance(value, dict):
-                raise ConfigError(f"--config: {name}: {value!r} is not a section; indent its fields below it, or leave it out")
+                raise ValueError(f"{name}: {value!r} is not a section; indent its fields below it, or leave it out")
             known[key], others = known_fields(value, fields, (), f"{name}.")
             unknown += others
         elif name in fields or name in options:
