@@ -6,18 +6,18 @@
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
-from einops import rearrange
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # each [B, heads, N, C / heads]
 
 
 def _split_heads(attention: Attention, x: torch.Tensor) -> torch.Tensor:
-    return rearrange(x, "b n (heads c) -> b heads n c", heads=attention.heads)
+    """[B, n, C] -> [B, heads, n, C / heads]"""
+    return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
 
 
 def _merge_heads(attention: Attention, out: torch.Tensor) -> torch.Tensor:
     """Merge [B, heads, n, c] to [B, n, C] and apply the output projection."""
-    out = attention.to_out[1](attention.to_out[0](rearrange(out, "b heads n c -> b n (heads c)")))
+    out = attention.to_out[1](attention.to_out[0](out.transpose(1, 2).flatten(2)))
     return out if attention.rescale_output_factor == 1 else out / attention.rescale_output_factor
 
 
@@ -44,8 +44,9 @@ def query_attention(attention: Attention, q: torch.Tensor, image: KeysValues) ->
     own_keys, own_values = _split_heads(attention, attention.to_k(q)), _split_heads(attention, attention.to_v(q))
     scores = torch.cat([query @ keys.transpose(-1, -2), (query * own_keys).sum(dim=-1, keepdim=True)], dim=-1)
     weights = scores.softmax(dim=-1).to(values.dtype)  # [B, heads, n, N + 1]
-    out = weights[..., :-1] @ values + weights[..., -1:] * own_values
-    return _merge_heads(attention, out)
+    # The gradient of a split is one concatenation; that of two slices is two tensors full of zeros, and their sum.
+    of_image, own = weights.split([weights.shape[-1] - 1, 1], dim=-1)
+    return _merge_heads(attention, of_image @ values + own * own_values)
 
 
 def joint_attention(attention: Attention, x: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
