@@ -24,17 +24,16 @@ TOP_KERNELS = 15
 Rows = list[dict[str, Any]]
 
 
-def measure_all(results: Connection, jobs: Sequence[tuple[str, PretrainConfig | None]], smoke: bool) -> None:
+def measure_all(results: Connection, jobs: Sequence[tuple[str, PretrainConfig | None]], in_full: str, smoke: bool) -> None:
     """Send (name, what was measured) of each job. The first failure is sent, too, and ends this process.
 
-    A job without a configuration is one of `KERNELS`. The first setting is measured in full.
+    A job without a configuration is one of `KERNELS`. The setting called `in_full` is measured in full.
     """
     sys.stdout = sys.stderr  # DeepSpeed logs to stdout
     begin_alone()
-    settings = [name for name, config in jobs if config is not None]
     for name, config in jobs:
         try:
-            found = measure_step(config, smoke, in_full=name == settings[0]) if config else {"rows": KERNELS[name](smoke)}
+            found = measure_step(config, smoke, in_full=name == in_full) if config else {"rows": KERNELS[name](smoke)}
         except (torch.OutOfMemoryError, RuntimeError, AssertionError) as error:
             results.send((name, {"failed": one_line(error, 200)}))
             return
