@@ -325,6 +325,7 @@ def test_a_real_comparison_that_is_interrupted_after_the_training_of_its_second_
         ({"arms": ("a",), "own_arms": {"a": {"model.schedule.gamma": 9}}}, "own_arms.a: model.schedule.gamma: 9.0 is not in"),
         ({"pretrain": PretrainConfig(train=TrainConfig(seed=3))}, "pretrain.train.seed: is set by the comparison; use seeds"),
         ({"pretrain": PretrainConfig(output_dir="/x")}, "pretrain.output_dir: is set by the comparison; use output_dir"),
+        ({"pretrain": PretrainConfig(train=TrainConfig(max_minutes=9))}, "pretrain.train.max_minutes: .*not the comparison;"),
         ({"evaluation": EvalConfig(steps="all")}, "evaluation.steps: is set by the comparison"),
         ({"evaluation": EvalConfig(name="a")}, "evaluation.name: is set by the comparison"),
     ],

@@ -367,6 +367,7 @@ def test_recipes_and_overrides_are_parsed_from_the_command_line(name, tmp_path):
         (["--output_dir", "/x", "--pretrain.tracking.experiment", "y"], "pretrain.tracking: is set by the sweep; use tracking"),
         (["--output_dir", "/x", "--pretrain.train.resume", "auto"], "pretrain.train.resume: is set by the sweep"),
         (["--output_dir", "/x", "--pretrain.train.stop_at_step", "9"], "pretrain.train.stop_at_step: is set by the sweep"),
+        (["--output_dir", "/x", "--pretrain.train.max_minutes", "9"], "pretrain.train.max_minutes: .*not the sweep; leave"),
         (["--output_dir", "/x", "--evaluation.checkpoint", "/y"], "evaluation.checkpoint: is set by the sweep"),
         (["--output_dir", "/x", "--evaluation.steps", "all"], "evaluation.steps: is set by the sweep"),
         (["--output_dir", "/x", "--objectives", '{"accuracy": "most"}'], "objectives"),

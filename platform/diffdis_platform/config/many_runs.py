@@ -9,7 +9,8 @@ from ray_platform.tracking import TrackingConfig
 
 
 def reject_fields_of_runs(command: str, pretrain: PretrainConfig, evaluation: EvalConfig, *others: tuple[str, Any, str]) -> None:
-    """Raise ConfigError for a field that the command sets for each run, so that a value for all of them would be ignored.
+    """Raise ConfigError for a field that the command sets for each run, so that a value for all of them would be ignored, and for
+    `train.max_minutes`, which limits one training and not the command.
 
     Args:
         command: what sets the fields, such as "comparison".
@@ -30,3 +31,8 @@ def reject_fields_of_runs(command: str, pretrain: PretrainConfig, evaluation: Ev
     ):
         if value:
             raise ConfigError(f"{name}: is set by the {command}; {instead}")
+    if pretrain.train.max_minutes:
+        raise ConfigError(
+            f"pretrain.train.max_minutes: would end a single training, not the {command}; leave it out, stop the command before "
+            "the time limit, and repeat it later: it resumes"
+        )
