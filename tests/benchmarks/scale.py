@@ -59,7 +59,6 @@ from ray_platform.train.checkpoint_format import (
     LossHistory,
     Manifest,
     RankState,
-    RetentionPolicy,
     candidates,
     checkpoint_name,
     checkpoints_dir,
@@ -71,6 +70,7 @@ from ray_platform.train.checkpointing import AsyncUploader, LoadedCheckpoint
 from ray_platform.train.config import TrainConfig
 from ray_platform.train.fault_tolerance import DriverMonitor
 from ray_platform.train.hang_detector import HangDetector, HeartbeatThread
+from ray_platform.train.retention import RetentionPolicy
 from tests.benchmarks.measuring import Measured, in_turns, medians, ratio, seconds
 from tests.support.s3_server import S3Server
 

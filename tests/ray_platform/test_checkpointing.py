@@ -21,7 +21,6 @@ from ray_platform.train.checkpoint_format import (
     LossHistory,
     Manifest,
     RankState,
-    RetentionPolicy,
     candidates,
     list_checkpoints,
     read_manifest,
@@ -32,6 +31,7 @@ from ray_platform.train.checkpoint_format import (
 )
 from ray_platform.train.checkpointing import AsyncUploader, TensorAssignment, TrainState, find_checkpoint
 from ray_platform.train.config import TrainConfig
+from ray_platform.train.retention import RetentionPolicy
 from ray_platform.train.tensor_parts import part_key
 from tests.support.messages import check_message
 
@@ -85,9 +85,9 @@ def save(output, step, *, launch="a", token="aa", world_size=2, retention=None, 
 class Launch:
     """A launch that resumes from a checkpoint, or from the beginning, and saves checkpoints with their lineage."""
 
-    def __init__(self, output, name, origin=""):
+    def __init__(self, output, name, origin="", weights_only=False):
         self.output, self.name = output, name
-        self.lineage = Lineage.read(str(output), name, origin, read_manifest(origin) if origin else None)
+        self.lineage = Lineage.read(str(output), name, origin, read_manifest(origin) if origin else None, weights_only)
 
     def save(self, step, **fields):
         url, _ = save(self.output, step, launch=self.name, lineage=self.lineage, **fields)
@@ -247,6 +247,13 @@ def test_the_one_before_is_taken_when_the_newest_is_deleted_meanwhile(tmp_path, 
             [("a", step, None) for step in (10, 20, 30)] + [("b", step, None) for step in (40, 50)],
             ["b50", "b40", "a20"],
         ),
+        # Permanent ones are kept in addition to the newest and the best, and the best may be one of them.
+        (
+            (1, "score", "max", 20),
+            [("a", step, score) for step, score in ((10, 0.1), (20, 0.2), (30, 0.5), (40, 0.3), (50, 0.1), (60, 0.2))],
+            ["a60", "a40", "a30", "a20"],
+        ),
+        ((1, "score", "max", 20), [("a", 10, 0.1), ("a", 20, 0.5), ("a", 30, 0.2), ("a", 35, 0.1)], ["a35", "a20"]),
     ],
 )
 def test_the_newest_and_the_best_are_kept(tmp_path, policy, saved, left):
@@ -257,6 +264,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path, policy, saved, left):
         metrics = {} if score is None else {"score": score}
         launches[name].save(step, retention=RetentionPolicy(str(tmp_path), *policy), metrics=metrics)
     assert kept(tmp_path) == left
+
+
+def test_an_abandoned_step_does_not_replace_the_best_one_of_the_branch(tmp_path):
+    first, retention = Launch(tmp_path, "a"), RetentionPolicy(str(tmp_path), 1, "score")
+    urls = [first.save(step, metrics={"score": score}) for step, score in ((10, 0.1), (20, 0.2), (30, 0.9))]
+    branch = Launch(tmp_path, "b", urls[1])
+    for step, score in ((25, 0.5), (30, 0.3), (35, 0.4)):
+        branch.save(step, metrics={"score": score}, retention=retention)
+    assert kept(tmp_path) == ["b35", "b25", "a30"]
 
 
 def test_the_requests_in_a_row_do_not_grow_with_the_number_of_checkpoints(tmp_path, monkeypatch):

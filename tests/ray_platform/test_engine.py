@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from ray_platform.contracts import MixtureState
 from ray_platform.train import checkpoint_format
 from ray_platform.train.checkpoint_format import LossHistory, RankState
 from ray_platform.train.config import TrainConfig
+from ray_platform.train.retention import RetentionPolicy
 from ray_platform.train.tensor_parts import TensorJoiner
 from tests.ray_platform.engine_runs import BASE, STAGES, STEPS, assert_equal, train
 from tests.ray_platform.small_task import PictureTask, PixelTask, SmallTask, samples
@@ -159,7 +161,7 @@ def save_checkpoint(manager, step, **metrics):
     """Save a checkpoint. Returns the reason for a failure, or an empty string."""
     manifest = checkpoint_format.Manifest(
         token="", step=step, num_updates=step, samples_seen=0, loss_scale={}, world_size=2, zero_stage=0, global_batch_size=4,
-        seed=0, source_digest="d", metrics=metrics, code_version="c", config={}, files={},
+        seed=0, source_digest="d", metrics=metrics, code_version="c", config={"train": asdict(manager.engine.config)}, files={},
     )  # fmt: skip
     manager.save(manifest, [], RankState.capture({}, LossHistory(), MixtureState()))
     return manager.wait()
@@ -171,7 +173,7 @@ def checkpoint_manager(engine, output, **fields):
 
     train = TrainConfig(**fields)
     state = TrainState.initial(SimpleNamespace(num_units=[3]), train)
-    retention = checkpoint_format.RetentionPolicy(output, train.keep_checkpoints, train.keep_best, train.keep_best_mode)
+    retention = RetentionPolicy(output, train.keep_checkpoints, train.keep_best, train.keep_best_mode)
     lineage = checkpoint_format.Lineage("a")
     return CheckpointManager(lineage, engine, state, retention, HeartbeatThread(None, torch.distributed.get_rank()))
 

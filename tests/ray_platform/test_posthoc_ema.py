@@ -1,5 +1,8 @@
 """Power-function averages and their reconstruction equal averages that are computed from all weights of a run."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from ray_platform.train.config import TrainConfig
 from ray_platform.train.posthoc_ema import power_decay_at, power_of, reconstruct, snapshot_weights
 from tests.ray_platform.engine_runs import BASE
 from tests.ray_platform.small_task import SmallTask, samples
+from tests.ray_platform.test_checkpointing import Launch
 from tests.ray_platform.test_engine import checkpoint_manager, save_checkpoint
 
 WIDTHS = (0.05, 0.1)
@@ -91,6 +95,67 @@ def test_checkpoints_have_several_averages_from_which_another_one_is_reconstruct
         reconstruct(newest, WIDTHS, 0.4)
     with pytest.raises(ConfigError, match=r"^weights: .*train\.ema_widths"):
         reconstruct(newest, (), 0.1)
+
+
+def saved(launch, *steps, abandoned=0.0, widths=WIDTHS):
+    """Save checkpoints of a launch with averages that depend on the step, and return their URLs."""
+    urls = []
+    for step in steps:
+        tensors = {f"ema_width_{width:g}/a": torch.tensor([step * step * width + abandoned]) for width in WIDTHS}
+        config = {"train": {"ema_widths": list(widths)}}
+        urls.append(launch.save(step, tensors=tensors | {"weights/a": torch.zeros(1)}, config=config))
+    return urls
+
+
+def average(url):
+    return reconstruct(url, WIDTHS, 0.07)["a"].item()
+
+
+def change_manifest(url, change):
+    file = Path(url, "complete.json")
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+def test_only_checkpoints_on_the_way_to_the_last_one_count(tmp_path, caplog):
+    """Step 25 is not left, which alone names the step at which the launch branched, as with train.keep_every."""
+    main, elsewhere = tmp_path / "main", tmp_path / "elsewhere"
+    expected = average(saved(Launch(tmp_path / "plain", "p"), 10, 20, 30, 40)[-1])
+    diverged = Launch(main, "a")
+    _, origin = saved(diverged, 10, 20)
+    saved(diverged, 30, 35, abandoned=100.0)
+    branch = Launch(main, "b", origin)
+    unlinked, later, newest = saved(branch, 25, 30, 40)
+    Path(unlinked, "complete.json").unlink()
+    assert average(newest) == expected
+    assert average(saved(Launch(main, "c", later), 40)[0]) == expected, "a launch that resumed the branch"
+
+    cooled = saved(Launch(elsewhere, "d", later), 40)[0]
+    assert average(cooled) == expected, "of checkpoints in two folders"
+    assert not caplog.messages
+    own = average(saved(Launch(tmp_path / "short", "s"), 40)[0])
+    assert own != pytest.approx(expected, abs=1e-3)
+    assert average(saved(Launch(main, "e", later, weights_only=True), 40)[0]) == own
+    main.rename(tmp_path / "moved")
+    assert average(cooled) == own
+    assert len(caplog.messages) == 1
+    assert f"{main}/checkpoints/b up to step 30" in caplog.text
+
+
+def test_checkpoints_of_releases_before_and_of_other_widths(tmp_path):
+    """Before the step of a branch was recorded, the later launch counts where two launches have a step."""
+    expected = average(saved(Launch(tmp_path / "plain", "p"), 10, 20, 30, 40)[-1])
+    diverged = Launch(tmp_path / "main", "a")
+    _, origin = saved(diverged, 10, 20)
+    saved(diverged, 30, 40, abandoned=100.0)
+    urls = saved(Launch(tmp_path / "main", "b", origin), 30, 40)
+    for url in urls:
+        change_manifest(url, lambda values: values.pop("branched_at"))
+    assert average(urls[-1]) == expected
+    short = saved(Launch(tmp_path / "plain", "q"), 5, 10, widths=())[-1]
+    widened = average(saved(Launch(tmp_path / "plain", "r", short), 30, 40)[-1])
+    assert widened == average(saved(Launch(tmp_path / "other", "s"), 30, 40)[-1])
 
 
 def test_fields_that_name_no_average_are_rejected():

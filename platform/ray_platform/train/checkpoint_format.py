@@ -1,4 +1,4 @@
-"""Format of a checkpoint on storage, its readers, and which checkpoints are used and kept. `checkpointing.py` saves and restores.
+"""Format of a checkpoint on storage, its readers, and which checkpoints are used. `checkpointing.py` saves and restores.
 
 A checkpoint is the folder `<output_dir>/checkpoints/<launch>/step_<n>`. It holds tensors in safetensors files (weights, moments,
 EMA and step counts, named `<state>/<parameter>`), one JSON file per rank, the two ledgers, and the manifest `complete.json`,
@@ -14,11 +14,11 @@ import base64
 import contextlib
 import hashlib
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import safetensors.torch
 import torch
@@ -63,6 +63,7 @@ class Manifest:
     parent: str = ""  # checkpoint before it, as `Lineage.parent`
     counter: int = 0  # grows along the lineage; 0: written in format 1
     ancestors: list[str] = field(default_factory=list)  # launches from which its launch descends, oldest first
+    branched_at: dict[str, int] = field(default_factory=dict)  # as `Lineage.branched_at`
     rewarm: dict[str, float] = field(default_factory=dict)  # fields of `optimizer.Rewarm`; empty: the schedule never changed
 
     def to_bytes(self) -> bytes:
@@ -94,6 +95,9 @@ class Manifest:
         if not 1 <= values["world_size"] <= len(values["files"]):
             raise ValueError(f"world_size is {values['world_size']}, but every rank wrote a file")
         values["files"] = {name: tuple(entry) for name, entry in values["files"].items()}
+        # Before this field existed, nothing recorded which steps of an ancestor were abandoned.
+        branched_at = values.get("branched_at", dict.fromkeys(values.get("ancestors", ()), sys.maxsize))
+        values["branched_at"] = {name: int(step) for name, step in branched_at.items()}
         return cls(**values)
 
 
@@ -270,10 +274,10 @@ def list_checkpoints(output_dir: str, launch: str = "*") -> list[str]:
     Checkpoints of format 1 have no counter. They precede all others in age, and are ordered by the names of their launches, which
     sort by time, and their steps. A checkpoint with a damaged manifest comes after the one before it in its launch.
     """
-    return list(_Listing.read(output_dir, f"{launch}/step_*/{COMPLETE}").counters)
+    return list(CheckpointListing.read(output_dir, f"{launch}/step_*/{COMPLETE}").counters)
 
 
-class _Listing(NamedTuple):
+class CheckpointListing(NamedTuple):
     """The checkpoints of a run, by their URLs."""
 
     counters: dict[str, int]  # of the complete ones, newest first
@@ -281,7 +285,7 @@ class _Listing(NamedTuple):
     folders: list[str]  # including incomplete ones
 
     @classmethod
-    def read(cls, output_dir: str, pattern: str = "**") -> "_Listing":
+    def read(cls, output_dir: str, pattern: str = "**") -> "CheckpointListing":
         """List the checkpoints with a file that matches `pattern`: by default all, in one request per 1,000 files on S3."""
         folder, counters = checkpoints_dir(output_dir), dict[str, int]()
         listed = storage.list_folder(folder, pattern) if storage.exists(folder) else ()
@@ -314,11 +318,18 @@ class Lineage:
     ancestors: tuple[str, ...] = ()  # launches in output_dir from which this launch descends, oldest first
     earlier: tuple[str, ...] = ()  # all launches that were in output_dir when this launch started
     counter: int = 0  # of the last checkpoint; before the first one, the highest in output_dir
+    # Last step of each ancestor on the way to this launch, oldest first; an ancestor elsewhere is named by its folder's URL.
+    branched_at: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, output_dir: str, launch: str, loaded: str = "", manifest: Manifest | None = None) -> "Lineage":
-        """Return the lineage of a launch that starts from the checkpoint `loaded` with this manifest, or from the beginning."""
-        folder, listing = f"{checkpoints_dir(output_dir)}/", _Listing.read(output_dir)
+    def read(
+        cls, output_dir: str, launch: str, loaded: str = "", manifest: Manifest | None = None, weights_only: bool = False
+    ) -> "Lineage":
+        """Return the lineage of a launch that starts from the checkpoint `loaded` with this manifest, or from the beginning.
+
+        A launch that takes only the weights has no steps before its own.
+        """
+        folder, listing = f"{checkpoints_dir(output_dir)}/", CheckpointListing.read(output_dir)
         earlier = sorted({split_url(url)[0] for url in listing.folders} - {launch})
         ancestors: list[str] = []
         if manifest and loaded.startswith(folder):
@@ -326,12 +337,24 @@ class Lineage:
             # In format 1, a launch descended from all launches before it.
             before = manifest.ancestors if manifest.counter else [name for name in earlier if name < origin]
             ancestors = [name for name in (*before, origin) if name != launch]
+        branched_at: dict[str, int] = {}
+        if manifest and not weights_only:
+            elsewhere = "" if loaded.startswith(folder) else f"{loaded.rsplit('/', 2)[0]}/"
+            steps = manifest.branched_at | {split_url(loaded)[0]: manifest.step}
+            branched_at = {name if "/" in name else f"{elsewhere}{name}": step for name, step in steps.items()}
+            branched_at.pop(launch, None)
         counter = max(listing.counters.values(), default=0)
-        return cls(launch, loaded.removeprefix(folder), tuple(ancestors), tuple(earlier), counter)
+        return cls(launch, loaded.removeprefix(folder), tuple(ancestors), tuple(earlier), counter, branched_at)
+
+    def includes(self, url: str) -> bool:
+        """Return whether training passed through the checkpoint `url` in output_dir on its way to this launch, or in it."""
+        launch, name = split_url(url)
+        return launch == self.launch or checkpoint_step(name) <= self.branched_at.get(launch, -1)
 
     def place(self, manifest: Manifest) -> Manifest:
         """Return the manifest of the next checkpoint with its place in this lineage."""
-        return replace(manifest, parent=self.parent, counter=self.counter + 1, ancestors=list(self.ancestors))
+        ancestors, branched_at = list(self.ancestors), dict(self.branched_at)
+        return replace(manifest, parent=self.parent, counter=self.counter + 1, ancestors=ancestors, branched_at=branched_at)
 
     def after(self, name: str) -> "Lineage":
         """Return the lineage after the checkpoint `name` was written."""
@@ -358,42 +381,3 @@ def candidates(resume: str, output_dir: str, launch: str) -> list[str]:
     if own:  # it has been removed since the run started from it
         return own
     raise ConfigError(f"train.resume: {resume} is not a complete checkpoint (no {COMPLETE}); give a step_* folder, or auto")
-
-
-@dataclass(frozen=True)
-class RetentionPolicy:
-    """Checkpoints of a run that are kept: the newest ones, the best one by a metric, and one every `keep_every` steps."""
-
-    output_dir: str
-    num_newest: int
-    best_metric: str = ""  # empty: none
-    best_mode: Literal["max", "min"] = "max"
-    keep_every: int = 0  # steps; 0: none
-
-    def prune(self, newest: str, lineage: Lineage) -> None:
-        """Delete the other checkpoints of a lineage, after `newest` was finalized and before the next one starts.
-
-        Those of launches that are not ancestors stay: they are another branch, or a launch that took this run over wrote them.
-        Incomplete ones are deleted if they are in a launch that ended before this one, or older than `newest`.
-        """
-        launches = {*lineage.ancestors, lineage.launch}
-        existing, manifests, folders = _Listing.read(self.output_dir)
-        ordered = [url for url in existing if split_url(url)[0] in launches]
-        kept = {newest, *ordered[: self.num_newest], *self._best(ordered, manifests)}
-        for url in folders:
-            launch, name = split_url(url)
-            is_permanent = self.keep_every and url in existing and checkpoint_step(name) % self.keep_every == 0
-            is_past = launch in lineage.ancestors or (launch == lineage.launch and name < split_url(newest)[1])
-            is_unfinished = launch in lineage.earlier and url not in existing
-            if url not in kept and not is_permanent and (is_past or is_unfinished):
-                storage.delete(storage.join(url, COMPLETE))  # first, so that it is no longer listed
-                storage.delete(url)
-
-    def _best(self, ordered: list[str], manifests: Mapping[str, bytes]) -> list[str]:
-        """Return the checkpoint with the best value, the oldest of equal ones; empty when none has a value."""
-        scores: dict[str, float] = {}
-        for url in reversed(ordered) if self.best_metric else ():
-            with contextlib.suppress(CorruptCheckpoint):
-                scores[url] = read_manifest(url, manifests.get(url, b"")).metrics.get(self.best_metric, math.nan)
-        scores = {url: value for url, value in scores.items() if not math.isnan(value)}
-        return [(max if self.best_mode == "max" else min)(scores, key=lambda url: scores[url])] if scores else []

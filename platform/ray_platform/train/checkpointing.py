@@ -1,6 +1,7 @@
 """Checkpointing: how a run is restored from a checkpoint, and how new ones are saved while training continues.
 
-The format on storage, its readers, and which checkpoints a run may resume from are in `checkpoint_format.py`.
+The format on storage, its readers, and which checkpoints a run may resume from are in `checkpoint_format.py`, and which ones are
+kept in `retention.py`.
 """
 
 import contextlib
@@ -34,7 +35,6 @@ from ray_platform.train.checkpoint_format import (
     LossHistory,
     Manifest,
     RankState,
-    RetentionPolicy,
     candidates,
     checkpoint_name,
     checkpoints_dir,
@@ -53,6 +53,7 @@ from ray_platform.train.engine import Engine
 from ray_platform.train.hang_detector import HeartbeatThread
 from ray_platform.train.optimizer import MOMENTS, WEIGHTS
 from ray_platform.train.resuming import other_shards
+from ray_platform.train.retention import RetentionPolicy
 from ray_platform.train.tensor_parts import ReadTensors
 
 logger = logging.getLogger(__name__)

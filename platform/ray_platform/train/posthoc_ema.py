@@ -4,14 +4,17 @@ The average of width sigma over t updates counts the weights after update tau by
 (gamma + 1) tau^gamma / t^(gamma + 1), whose standard deviation is sigma t.
 """
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from ray_platform.contracts import ConfigError
-from ray_platform.train.checkpoint_format import list_checkpoints, read_manifest, read_weights, split_url
+from ray_platform.train.checkpoint_format import Manifest, list_checkpoints, read_manifest, read_weights
 from ray_platform.train.config import width_state
+
+logger = logging.getLogger(__name__)
 
 MAX_WIDTH = 0.28  # that of gamma = 0, the plain mean, is 1 / sqrt(12)
 
@@ -47,7 +50,7 @@ def snapshot_weights(snapshots: Sequence[tuple[int, float]], num_updates: int, w
 
 
 def reconstruct(url: str, stored: Sequence[float], width: float) -> dict[str, torch.Tensor]:
-    """Return the average of a width at the checkpoint `url`, from those of `stored` widths in the run's checkpoints up to it.
+    """Return the average of a width at the checkpoint `url`, from those of `stored` widths in the checkpoints on the way to it.
 
     Raises ConfigError for a width that cannot be reconstructed.
     """
@@ -56,13 +59,8 @@ def reconstruct(url: str, stored: Sequence[float], width: float) -> dict[str, to
             f"weights: an EMA of the width {width:g} needs a run with train.ema_widths, such as '[0.05, 0.1]', and a width "
             f"between 0 and {MAX_WIDTH}"
         )
-    run_dir = url.rsplit("/", 3)[0]  # above checkpoints/<launch>/<step>
     manifest = read_manifest(url)
-    launches = {*manifest.ancestors, split_url(url)[0]}
-    manifests = {each: read_manifest(each) for each in list_checkpoints(run_dir) if split_url(each)[0] in launches}
-    # Of two launches that reached one step, the result is the same: a resumed run repeats its steps.
-    by_step = {each.num_updates: at for at, each in manifests.items() if 0 < each.num_updates < manifest.num_updates}
-    by_step[manifest.num_updates] = url
+    by_step = _snapshots_before(url, manifest, stored) | {manifest.num_updates: url}
     snapshots = [(n, each) for n in sorted(by_step) for each in stored]
     total: dict[str, torch.Tensor] = {}
     types: dict[str, torch.dtype] = {}
@@ -71,3 +69,31 @@ def reconstruct(url: str, stored: Sequence[float], width: float) -> dict[str, to
             types[name] = tensor.dtype
             total[name] = total.get(name, 0.0) + factor * tensor.double()
     return {name: tensor.to(types[name]) for name, tensor in total.items()}
+
+
+def _snapshots_before(url: str, manifest: Manifest, stored: Sequence[float]) -> dict[int, str]:
+    """Return the checkpoints with averages of the `stored` widths through which training passed on its way to `url`, by updates.
+
+    Logs a warning when another run, from which this one branched, has none of them.
+    """
+    output_dir, _, launch, _ = url.rsplit("/", 3)
+    by_step: dict[int, str] = {}
+    missing = []
+    for ancestor, last_step in (manifest.branched_at | {launch: manifest.step}).items():
+        elsewhere, _, name = ancestor.rpartition("/checkpoints/")
+        manifests = {each: read_manifest(each) for each in list_checkpoints(elsewhere or output_dir, name)}
+        passed = {
+            each.num_updates: at
+            for at, each in manifests.items()
+            if each.step <= last_step and set(stored) <= set(each.config.get("train", {}).get("ema_widths", ()))
+        }
+        if elsewhere and not passed:
+            missing.append(f"{ancestor} up to step {last_step}")
+        by_step |= passed  # of launches whose branches are unknown, the later one's
+    if missing:
+        logger.warning(
+            "weights: no checkpoint with averages of train.ema_widths is left of %s, from which %s branched; the average is "
+            "reconstructed from the later ones, which is less exact",
+            *(", ".join(missing), output_dir),
+        )
+    return {n: at for n, at in by_step.items() if 0 < n < manifest.num_updates}

@@ -26,7 +26,7 @@ from ray_platform.data.plan import Reader
 from ray_platform.data.stream import stream
 from ray_platform.ray_internals import SpilledBytes
 from ray_platform.retry import RETRY_SECONDS
-from ray_platform.train.checkpoint_format import Lineage, LossHistory, Manifest, RankState, RetentionPolicy, read_weights
+from ray_platform.train.checkpoint_format import Lineage, LossHistory, Manifest, RankState, read_weights
 from ray_platform.train.checkpointing import CheckpointManager, TrainState, add_counts, find_checkpoint, restore
 from ray_platform.train.collective import collective, gather_objects
 from ray_platform.train.config import BatchPlan
@@ -37,6 +37,7 @@ from ray_platform.train.hang_detector import HeartbeatThread
 from ray_platform.train.heldout import generate_previews, score, select_samples
 from ray_platform.train.profiling import StepProfiler, count_flops
 from ray_platform.train.resuming import resumed_rewarm, takes_weights_only
+from ray_platform.train.retention import RetentionPolicy
 from ray_platform.train.statistics import GradientMonitor, ThroughputMeter, memory_metrics
 from ray_platform.train.worker_spec import SUMMARY, SUMMARY_FORMAT, WorkerSpec
 from ray_platform.units import plural
@@ -118,7 +119,8 @@ class Trainer:
         lineage = Lineage(spec.launch)
         if self.rank == 0:
             with storage.retrying_for(RETRY_SECONDS):
-                lineage = Lineage.read(spec.output_dir, spec.launch, self.loaded_url, loaded.manifest if loaded else None)
+                manifest = loaded.manifest if loaded else None
+                lineage = Lineage.read(spec.output_dir, spec.launch, self.loaded_url, manifest, weights_only)
         self.checkpoints = CheckpointManager(lineage, self.engine, self.start, retention, heartbeat)
         self.spilled_bytes = SpilledBytes()
         self.profiler: StepProfiler | None = None
