@@ -110,6 +110,21 @@ def test_a_task_learns_the_fraction_of_the_run_that_is_done(two_ranks):
     assert two_ranks.run(progress_on_a_rank) == [[0.0, 0.25]] * 2
 
 
+def rates_on_a_rank(rank):
+    from ray_platform.train.engine import Engine
+    from ray_platform.train.optimizer import Rewarm
+
+    config = TrainConfig(num_steps=9, warmup_steps=0, lr_schedule="constant", rewarm_steps=2, zero_stage=0)
+    engine = Engine(SmallTask(), config, 4, 1, Rewarm(3, 1.0, {"biases": 0.5}))
+    engine.backward([samples(0, 4)], [0])
+    engine.update(3)
+    return engine.learning_rates()
+
+
+def test_a_group_with_another_peak_rises_to_it_and_the_others_stay(two_ranks):
+    assert two_ranks.run(rates_on_a_rank) == [{"matrices": 1e-2, "biases": pytest.approx(1.5e-2)}] * 2
+
+
 def test_a_branch_cools_down_from_the_constant_phase_and_the_main_run_continues():
     main = WSD | {"num_steps": 100, "cooldown_steps": 10}
     whole, branching = train(**main), train(stop=4, **main)[1]

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -71,6 +71,30 @@ def test_a_finished_run_with_more_steps_jumps_or_rises():
     middle = resumption(110, {"train": FINISHED | {"num_steps": 200, "rewarm_steps": 20}}, rewarm={"step": 100, "factor": 0.0003})
     assert resumed_rewarm(middle.manifest, rising) == Rewarm(100, 0.0003)
     assert middle.warnings(rising) == []
+
+
+def test_a_changed_learning_rate_starts_at_the_one_at_which_the_run_stopped():
+    train = TrainConfig(**FINISHED | {"num_steps": 200, "lr_schedule": "constant", "rewarm_steps": 10})
+    saved = {"train": FINISHED | {"num_steps": 200, "lr_schedule": "constant", "rewarm_steps": 10}}
+    before, after = {"unet": 1e-5, "new": 1e-3, "off": 1e-4}, {"unet": 1e-4, "new": 1e-3, "off": 0.0, "added": 1e-2}
+
+    def rates(rewarm, peaks, steps):
+        return {name: [peak * learning_rate_factor(train, n, rewarm, name) for n in steps] for name, peak in peaks.items()}
+
+    def resume(step, current, **fields):
+        return resumed_rewarm(resumption(step, saved, **fields).manifest, train, current)
+
+    rewarm = resume(50, after, peaks=before)
+    found = rates(rewarm, after, range(50, 65))
+    assert found["unet"] == pytest.approx([1e-5 + 9e-6 * min(n, 10) for n in range(1, 16)])
+    assert (found["new"], found["off"], found["added"]) == ([1e-3] * 15, [0.0] * 15, [1e-2] * 15)
+    stored = json.loads(json.dumps(asdict(rewarm)))
+    assert rates(resume(55, after, peaks=after, rewarm=stored), after, range(55, 65)) == rates(rewarm, after, range(55, 65))
+    lowered = rates(resume(55, before, peaks=after, rewarm=stored), before, (55, 64))["unet"]
+    assert lowered == pytest.approx([found["unet"][4] * 0.9 + 1e-6, 1e-5]), "from the middle of the rise"
+    for unchanged in ({"peaks": before}, {}):
+        assert resume(50, before, **unchanged) is None
+    assert resume(50, after) is None, "a checkpoint of a release before does not have them"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from ray_platform import storage
 from ray_platform.contracts import ConfigError, DataError, MixtureState, TrainingFacts, one_line
 from ray_platform.data.ledger import Ledger
 from ray_platform.formats import FileFormat, NewerFormatError
+from ray_platform.json_values import JsonObject
 from ray_platform.names import check_below
 from ray_platform.train.tensor_parts import TensorJoiner
 
@@ -64,7 +65,8 @@ class Manifest:
     counter: int = 0  # grows along the lineage; 0: written in format 1
     ancestors: list[str] = field(default_factory=list)  # launches from which its launch descends, oldest first
     branched_at: dict[str, int] = field(default_factory=dict)  # as `Lineage.branched_at`
-    rewarm: dict[str, float] = field(default_factory=dict)  # fields of `optimizer.Rewarm`; empty: the schedule never changed
+    rewarm: JsonObject = field(default_factory=dict)  # fields of `optimizer.Rewarm`; empty: the schedule never changed
+    peaks: dict[str, float] = field(default_factory=dict)  # learning rate of the Task's parameter groups, by name
 
     def to_bytes(self) -> bytes:
         return json.dumps(MANIFEST_FORMAT.stamp(asdict(self)), indent=1).encode()

@@ -83,8 +83,8 @@ class TrainConfig:
     min_lr_factor: float = 0.0
     """Learning rate at the end of `linear`, `cosine` and `wsd`, as a fraction of the peak."""
     rewarm_steps: int = 0
-    """When a run resumes with another schedule (such as more steps): steps over which the rate rises from the one at which it
-    stopped to that of the new schedule. 0: it jumps."""
+    """When a run resumes with another schedule (such as more steps) or another learning rate: steps over which the rate moves
+    from the one at which it stopped to the new one. 0: it jumps."""
     gradient_clipping: float = 1.0
     """Maximum global norm of the gradients. 0: no clipping."""
     ema_decay: float = 0.0

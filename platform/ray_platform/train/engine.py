@@ -18,7 +18,7 @@ from ray_platform.contracts import Task
 from ray_platform.train import zero
 from ray_platform.train.collective import collective
 from ray_platform.train.config import TrainConfig
-from ray_platform.train.optimizer import MOMENTS, STEP, WEIGHTS, AdamW, LossScale, Rewarm, learning_rate_factor
+from ray_platform.train.optimizer import MOMENTS, STEP, WEIGHTS, AdamW, LossScale, Rewarm
 from ray_platform.train.statistics import BlockGradients, activation_statistics
 from ray_platform.train.tensor_parts import part_key
 from ray_platform.train.zero import DataParallel, Fragment
@@ -43,7 +43,7 @@ class Engine:
     def __init__(
         self, task: Task, config: TrainConfig, micro_batch_size: int, num_micro_batches: int, rewarm: Rewarm | None = None
     ):
-        """`rewarm`: where the learning rate of a resumed run starts to rise to its schedule."""
+        """`rewarm`: where the learning rates of a resumed run start to rise to their schedule."""
         self.task, self.config, self.rewarm = task, config, rewarm
         if config.activation_checkpointing:
             task.enable_activation_checkpointing()
@@ -149,7 +149,7 @@ class Engine:
         """
         observe = self.block_gradients.add if statistics else None
         scale = self.loss_scale.value
-        self.adam.set_learning_rates(learning_rate_factor(self.config, step, self.rewarm))
+        self.adam.set_learning_rates(step, self.rewarm)
         if _clips_itself(self.config):
             norm = self._gradient_norm()
             grad_norm = norm.item()  # the host waits for the accelerator

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -137,10 +137,10 @@ class AdamW(torch.optim.AdamW):
                     run.of_shard(self._states[shard][name]).copy_(self.optimizer.state[tensor][name].part(0, run.size))
         self._is_quantized = False
 
-    def set_learning_rates(self, factor: float) -> None:
-        """Set the rate of each group to `factor` times that of the Task."""
+    def set_learning_rates(self, step: int, rewarm: "Rewarm | None") -> None:
+        """Set the rate of each group to that of the Task times its factor at a step."""
         for group, initial in zip(self.optimizer.param_groups, self.groups, strict=True):
-            group["lr"] = initial["lr"] * factor
+            group["lr"] = initial["lr"] * learning_rate_factor(self.config, step, rewarm, initial["name"])
 
     def local_state(self, parameter: torch.nn.Parameter) -> tuple[Fragment, dict[str, torch.Tensor]] | None:
         """Return this rank's range of a trained parameter, and weights and states by name; None when it holds nothing of it."""
@@ -260,22 +260,24 @@ class LossScale:
 
 @dataclass(frozen=True)
 class Rewarm:
-    """Where a run that resumed with another schedule starts to raise its learning rate to that schedule."""
+    """Where a run that resumed with another schedule or other peaks starts to raise its learning rates to those."""
 
     step: int  # the first one with the new schedule
-    factor: float  # of the learning rates in the step before
+    factor: float  # of the schedule in the step before
+    factors: dict[str, float] = field(default_factory=dict)  # by group: rate in the step before / new peak
 
 
-def learning_rate_factor(config: TrainConfig, step: int, rewarm: Rewarm | None = None) -> float:
-    """Return the factor of every group's learning rate at `step` (from 0).
+def learning_rate_factor(config: TrainConfig, step: int, rewarm: Rewarm | None = None, group: str = "") -> float:
+    """Return the factor of a group's learning rate at `step` (from 0), relative to its peak.
 
-    It is a linear warm-up, then `train.lr_schedule`; from `rewarm.step` on, it moves linearly from `rewarm.factor` to that, in
-    `train.rewarm_steps`.
+    It is a linear warm-up, then `train.lr_schedule`; from `rewarm.step` on, it moves linearly from that of the step before to the
+    schedule, in `train.rewarm_steps`.
     """
     factor = _schedule_factor(config, step)
     if rewarm is None or step >= rewarm.step + config.rewarm_steps:
         return factor
-    return rewarm.factor + (factor - rewarm.factor) * (step - rewarm.step + 1) / config.rewarm_steps
+    start = rewarm.factors.get(group, rewarm.factor)
+    return start + (factor - start) * (step - rewarm.step + 1) / config.rewarm_steps
 
 
 def _schedule_factor(config: TrainConfig, step: int) -> float:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ray_platform import storage
@@ -103,15 +104,23 @@ def other_shards(url: str) -> DataError:
     )
 
 
-def resumed_rewarm(manifest: Manifest, train: TrainConfig) -> Rewarm | None:
-    """Return where the learning rate of a resumed run starts to rise to its schedule; None if the schedule never changed."""
+def resumed_rewarm(manifest: Manifest, train: TrainConfig, peaks: Mapping[str, float] | None = None) -> Rewarm | None:
+    """Return where the learning rates of a resumed run start to rise to their schedule; None if nothing of it ever changed.
+
+    `peaks`: learning rate of each of the Task's parameter groups, by name, where there is a Task.
+    """
     saved_train = manifest.config.get("train", {})
     # A field that a release before this one did not have has its default.
     fields = {name: saved_train.get(name, getattr(TrainConfig, name)) for name in SCHEDULE_FIELDS if saved_train}
     # Without the fields that must fit today's number of steps.
     saved, previous = replace(train, stop_at_step=0, profile_steps=None, **fields), None
-    if manifest.rewarm:
-        previous = Rewarm(int(manifest.rewarm["step"]), manifest.rewarm["factor"])
-    if manifest.step == 0 or all(getattr(saved, name) == getattr(train, name) for name in SCHEDULE_FIELDS):
+    if rewarm := manifest.rewarm:
+        previous = Rewarm(int(rewarm["step"]), rewarm["factor"], rewarm.get("factors", {}))
+    # How much higher the former peak is. A checkpoint of a release before has no peaks.
+    ratios = {name: manifest.peaks.get(name, peak) / peak for name, peak in (peaks or {}).items() if peak}
+    is_same = all(getattr(saved, name) == getattr(train, name) for name in SCHEDULE_FIELDS)
+    if manifest.step == 0 or (is_same and all(ratio == 1 for ratio in ratios.values())):
         return previous
-    return Rewarm(manifest.step, learning_rate_factor(saved, manifest.step - 1, previous))
+    last = manifest.step - 1
+    factors = {name: ratio * learning_rate_factor(saved, last, previous, name) for name, ratio in ratios.items()}
+    return Rewarm(manifest.step, learning_rate_factor(saved, last, previous), factors)

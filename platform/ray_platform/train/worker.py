@@ -96,11 +96,13 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         loaded = find_checkpoint(config.resume, spec.output_dir, spec.launch, spec.catalog.digest)
         weights_only = loaded is not None and takes_weights_only(loaded.url, config)
+        self.peaks = {group["name"]: group["lr"] for group in task.parameter_groups()}
         if loaded is None or weights_only:
             self.start, history, rewarm = TrainState.initial(spec.catalog, config), LossHistory(), None
         else:
             self.start = TrainState.from_checkpoint(loaded, spec.catalog, config)
-            history, rewarm = loaded.loss_history(spec.output_dir, spec.params), resumed_rewarm(loaded.manifest, config)
+            history = loaded.loss_history(spec.output_dir, spec.params)
+            rewarm = resumed_rewarm(loaded.manifest, config, self.peaks)
         heartbeat.step = self.start.step
         self.loaded_url = loaded.url if loaded else ""
         self.plan = BatchPlan.of(self.start.global_batch_size, self.world_size, config.micro_batch_size)
@@ -322,6 +324,7 @@ class Trainer:
             config=self.spec.params,
             files={},
             rewarm=asdict(self.engine.rewarm) if self.engine.rewarm else {},
+            peaks=self.peaks,
         )
 
     @collective
