@@ -10,7 +10,7 @@ import heapq
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -179,11 +179,11 @@ def restore(loaded: LoadedCheckpoint, engine: Engine, weights_only: bool = False
     saved, num_updates = loaded.tensors, loaded.manifest.num_updates
     if weights_only:
         saved, num_updates = {key: tensor for key, tensor in saved.items() if key.startswith(f"{WEIGHTS}/")}, 0
-    missing = engine.load_state(num_updates, ReadTensors(saved, engine.device).join)
+    tensors = ReadTensors(saved, engine.device)
+    missing = engine.load_state(num_updates, tensors.join)
     new = [name.partition("/")[2] for name in missing if name.startswith(f"{WEIGHTS}/")]
+    _check_parameters(loaded.url, engine.task.module, new, tensors.parameters(WEIGHTS))
     untrained = [name.partition("/")[2] for name in missing if name.startswith(f"{MOMENTS[0]}/") and not weights_only]
-    if new and dist.get_rank() == 0:
-        logger.warning("%s lacks %d parameters, which stay as built, such as %s", loaded.url, len(new), new[0])
     if untrained and dist.get_rank() == 0:
         message = "%d parameters are newly trained, such as %s; their moments and step counts start at 0"
         logger.warning(message, len(untrained), untrained[0])
@@ -192,6 +192,26 @@ def restore(loaded: LoadedCheckpoint, engine: Engine, weights_only: bool = False
     engine.loss_scale.load(loaded.manifest.loss_scale)
     if loaded.manifest.world_size == dist.get_world_size():
         torch.set_rng_state(loaded.rank_states[0].rng_tensor())
+
+
+def _check_parameters(url: str, module: torch.nn.Module, new: Sequence[str], saved: Set[str]) -> None:
+    """Warn of parameters that the checkpoint lacks (`new`), or has in addition to those of the module.
+
+    Raises ConfigError when new ones are frozen, so that nothing would ever train them, and when there are both: parameters with
+    other names, as after low-rank adapters were added, would be replaced by those of the module as it was built.
+    """
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    frozen, others = [name for name in new if name not in trained], sorted(saved - module.state_dict().keys())
+    lacks = f"{url} lacks {len(new)} parameters of the model, such as {(frozen or new)[0]}" if new else ""
+    has = f"{len(others)} that the model does not use, such as {others[0]}" if others else ""
+    if frozen or (new and others):
+        raise ConfigError(
+            f"model: {lacks}{has and f', and has {has}'}; use the model that it was trained with, or export the checkpoint and "
+            "give the export as model.warm_start"
+        )
+    if dist.get_rank() == 0:
+        for line in filter(None, (lacks and f"{lacks}; they stay as built", has and f"{url} has {has}")):
+            logger.warning("%s", line)
 
 
 # --- saving --------------------------------------------------------------------------------------------------------------

@@ -72,6 +72,10 @@ class ReadTensors:
                 self._parts.setdefault(name, []).append((rank, key, start))
                 self._whole[name] = shape, dtype
 
+    def parameters(self, state: str) -> set[str]:
+        """Return the parameters, and buffers, of which the state was saved."""
+        return {name.partition("/")[2] for name in self._parts if name.startswith(f"{state}/")}
+
     @collective
     def join(self, name: str, shape: torch.Size) -> torch.Tensor | None:
         """Return a tensor on every rank, sent by those that read its parts; None if it was not saved.
