@@ -204,12 +204,8 @@ class LocalHead:
 
 def marked_processes(marker: str) -> list[psutil.Process]:
     """Return the running processes of the head with this marker."""
-    marked = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARKER) == marker:
-                marked.append(process)
-    return marked
+    processes = psutil.process_iter(["environ"])  # None for a process of another user
+    return [process for process in processes if (process.info["environ"] or {}).get(MARKER) == marker]
 
 
 def ensure_cluster(output_dir: str) -> None:

@@ -25,20 +25,20 @@ from diffdis.metrics.image_quality import (
 )  # fmt: skip
 from diffdis_platform.config.distance import DistanceConfig
 from diffdis_platform.config.evaluate import network_name
-from diffdis_platform.evaluation.units import build_unit
+from diffdis_platform.evaluation.units import build_unit, open_pool
 from ray_platform import storage
 from ray_platform.cached_folders import with_cached_folders
 from ray_platform.contracts import ConfigError, DataError, Rows, one_line
 from ray_platform.evaluate.discovery import open_image_set
-from ray_platform.evaluate.result_cache import ResultCache, read_arrays
+from ray_platform.evaluate.result_cache import read_arrays
 from ray_platform.evaluate.results import check_same_protocol
 from ray_platform.evaluate.sets import EvaluationSet
-from ray_platform.evaluate.unit_work import MeasureImages, WorkerModels
+from ray_platform.evaluate.unit_work import MeasureImages
 from ray_platform.formats import FileFormat
 from ray_platform.json_values import JsonObject, to_json
 from ray_platform.metric_registry import check_declared, describe_metric
-from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit, join_rows
-from ray_platform.terminal import ProgressBar, render_table
+from ray_platform.replicas import WorkUnit, join_rows
+from ray_platform.terminal import render_table
 from ray_platform.tracking.run_metadata import code_version
 from ray_platform.units import plural
 
@@ -303,15 +303,10 @@ def _open_images(name: str, url: str) -> EvaluationSet:
 
 def measure_distance(config: DistanceConfig, plan: DistancePlan) -> JsonObject:
     """Measure on a running Ray, write distance.json, and return its content. Raises DataError."""
-    build = functools.partial(
-        WorkerModels, network_builders(config.networks, config.inception, config.resize), max(1, int(config.cpus_per_worker))
-    )
-    spec = ReplicaSpec(build, config.num_workers, config.cpus_per_worker, config.gpus_per_worker, config.placement)
-    cache = ResultCache(storage.join(config.output_dir, "units", "cuda" if config.gpus_per_worker else "cpu"), code_version())
     units = plan.generated.units(plan.networks)
     if isinstance(plan.reference, ImageFeatures):
         units |= plan.reference.units(plan.networks)
-    with ReplicaPool(spec, cache, ProgressBar()) as pool:
+    with open_pool(config, network_builders(config.networks, config.inception, config.resize)) as pool:
         for result in pool.run([unit for _, _, unit in units.values()]):
             if result.rows is None:
                 raise DataError(f"{result.unit.group}: {result.error}")

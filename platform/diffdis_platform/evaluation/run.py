@@ -1,7 +1,6 @@
 """An evaluation, from its configuration to its report."""
 
 import base64
-import functools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -18,10 +17,9 @@ from diffdis_platform.evaluation.measurements import RetrievalMeasurement, ZeroS
 from diffdis_platform.evaluation.models import EvaluationModel, open_baseline, open_judge, open_model
 from diffdis_platform.evaluation.quality import QualityMeasurement, read_prompts
 from diffdis_platform.evaluation.results import EvaluationPlan, EvaluationResults, step_scores
-from diffdis_platform.evaluation.units import build_unit
+from diffdis_platform.evaluation.units import build_unit, open_pool
 from ray_platform import storage
 from ray_platform.contracts import ConfigError
-from ray_platform.evaluate.result_cache import ResultCache
 from ray_platform.evaluate.results import (
     check_not_taken,
     metrics_for_tracking,
@@ -30,18 +28,17 @@ from ray_platform.evaluate.results import (
     write_results,
 )
 from ray_platform.evaluate.sets import EvaluationSet
-from ray_platform.evaluate.unit_work import Thumbnails, WorkerModels
+from ray_platform.evaluate.unit_work import Thumbnails
 from ray_platform.metric_registry import check_declared
 from ray_platform.redaction import is_redacted, restored
-from ray_platform.replicas import ReplicaPool, ReplicaSpec, WorkUnit
+from ray_platform.replicas import ReplicaPool, WorkUnit
 from ray_platform.report.evaluation import evaluation_page
 from ray_platform.report.records import EvaluationDetails, ExampleImage, StepScore
-from ray_platform.terminal import ProgressBar
 from ray_platform.tracking import RUN_RECORD, RunMetadata, TrackedData, start_run
-from ray_platform.tracking.run_metadata import code_version, dated_name, run_tags
+from ray_platform.tracking.run_metadata import dated_name, run_tags
 from ray_platform.train.checkpoint_format import list_checkpoints, read_manifest
 
-UNITS, REPORT = "units", "report.html"
+REPORT = "report.html"
 
 
 def plan_evaluation(config: EvalConfig, opened: OpenedSets | None = None) -> EvaluationPlan:
@@ -160,12 +157,8 @@ def evaluate(config: EvalConfig, plan: EvaluationPlan, earlier: Sequence[StepSco
     `earlier` are the scores of earlier checkpoints of the run.
     """
     started = time.monotonic()
-    build = functools.partial(WorkerModels, plan.builders, max(1, int(config.cpus_per_worker)))
-    spec = ReplicaSpec(build, config.num_workers, config.cpus_per_worker, config.gpus_per_worker, config.placement)
-    device = "cuda" if config.gpus_per_worker else "cpu"  # their rows differ in the last digits
-    cache = ResultCache(storage.join(config.output_dir, UNITS, device), code_version())
     results = EvaluationResults(plan)
-    with ReplicaPool(spec, cache, ProgressBar()) as pool:
+    with open_pool(config, plan.builders) as pool:
         for result in pool.run(results.units):
             if results.add(result):  # what is finished survives whatever happens to the rest
                 results.write_predictions(config.output_dir)

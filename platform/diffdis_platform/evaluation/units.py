@@ -3,16 +3,23 @@
 import functools
 import hashlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffdis
 import ray_platform
+from diffdis_platform.config.distance import DistanceConfig
+from diffdis_platform.config.evaluate import EvalConfig
+from ray_platform import storage
 from ray_platform.contracts import UnitOrigin
-from ray_platform.evaluate.result_cache import cache_key
-from ray_platform.replicas import UnitWork, WorkUnit
+from ray_platform.evaluate.result_cache import ResultCache, cache_key
+from ray_platform.evaluate.unit_work import WorkerModels
+from ray_platform.replicas import ReplicaPool, ReplicaSpec, UnitWork, WorkUnit
 from ray_platform.report.records import ReuseCounts, ReusedUnits
+from ray_platform.terminal import ProgressBar
+from ray_platform.tracking.run_metadata import code_version
+
 
 # Packages whose code computes rows. Their sources are part of every unit's key: a version that someone must raise by hand is
 # forgotten once, and then an evaluation reports the figures of older code as its own.
@@ -48,6 +55,18 @@ def build_unit(group: str, name: str, cost: float, work: UnitWork, *, runs_first
     """Return a unit; `identity` is everything that its rows depend on, besides the kind of work and the code."""
     key = cache_key(work=type(work).__name__, code=rows_version(), **identity)
     return WorkUnit(name, group, key, cost, work, runs_first)
+
+
+def open_pool(config: EvalConfig | DistanceConfig, builders: Mapping[str, Callable[[str], Any]]) -> ReplicaPool:
+    """Return the replicas that run units, and keep their rows in `config.output_dir`.
+
+    `builders` are the functions that build a model on a device, by the names that units have for it.
+    """
+    build = functools.partial(WorkerModels, builders, max(1, int(config.cpus_per_worker)))
+    spec = ReplicaSpec(build, config.num_workers, config.cpus_per_worker, config.gpus_per_worker, config.placement)
+    device = "cuda" if config.gpus_per_worker else "cpu"  # their rows differ in the last digits
+    cache = ResultCache(storage.join(config.output_dir, "units", device), code_version())
+    return ReplicaPool(spec, cache, ProgressBar())
 
 
 def count_units(origins: Sequence[UnitOrigin | None]) -> ReuseCounts:

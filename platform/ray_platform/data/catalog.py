@@ -110,16 +110,9 @@ class Catalog:
         known = [shard for shard in self.shards if shard.num_samples > 0]
         return sum(s.size for s in known) / sum(s.num_samples for s in known) if known else NOMINAL_BYTES
 
-    @functools.cached_property
-    def _by_source(self) -> Mapping[int, list[Shard]]:
-        shards: dict[int, list[Shard]] = {}
-        for shard, source in zip(self.shards, self.sources, strict=True):
-            shards.setdefault(source, []).append(shard)
-        return shards
-
     def of_source(self, number: int) -> tuple[Shard, ...]:
         """Return the shards of a source, with the names that they have if it is the only source."""
-        shards = self._by_source.get(number, [])
+        shards = [shard for shard, source in zip(self.shards, self.sources, strict=True) if source == number]
         shared = _shared_folder(shard.url for shard in shards)
         return tuple(Shard(shard.url, shard.size, _below(shard.url, shared), shard.num_samples) for shard in shards)
 
