@@ -20,7 +20,6 @@ from ray_platform.report.records import ReuseCounts, ReusedUnits
 from ray_platform.terminal import ProgressBar
 from ray_platform.tracking.run_metadata import code_version
 
-
 # Packages whose code computes rows. Their sources are part of every unit's key: a version that someone must raise by hand is
 # forgotten once, and then an evaluation reports the figures of older code as its own.
 ROW_PACKAGES = ("diffdis", "ray_platform.data", "ray_platform.evaluate")
