@@ -52,6 +52,11 @@ class PooledFeatures:
         self.figure, self.protocol, self.classifier = figure, protocol, classifier
         self._network, self._to_input, self._device = network, to_input, device
 
+    @property
+    def width(self) -> int:
+        """The number d of features, found by a pass over one image."""
+        return self.features(np.zeros((1, 8, 8, 3), dtype=np.uint8)).shape[1]
+
     def features(self, images: np.ndarray) -> np.ndarray:
         """Return float32 [B, d] of RGB uint8 [B, H, W, 3], each image independently, in float32 even under autocast."""
         return self.embed(images).cpu().numpy()
@@ -307,12 +312,8 @@ def _inception(device: torch.device, options: NetworkOptions) -> PooledFeatures:
             "or use efficientnet_lite0, whose distance is not called FID"
         )
     network, classifier, digest = _load_inception(options.path)
-    protocol: dict[str, str | int] = {
-        "network": "inception",
-        "digest": digest[:16],
-        "resize": options.resize,
-        "dim": INCEPTION_WIDTH,
-    }
+    protocol: dict[str, str | int] = {"network": "inception", "digest": digest[:16], "resize": options.resize}
+    protocol["dim"] = INCEPTION_WIDTH
     return PooledFeatures(network.to(device), RESIZES[options.resize], device, "fid", protocol, classifier)
 
 

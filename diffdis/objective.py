@@ -53,16 +53,11 @@ class Objective(nn.Module):
         `num_image_features`: width of the frozen features of `objective.repa_weight`.
         """
         super().__init__()
-        if objective.num_draws > 1 and model.config.query_visibility == "joint":
-            raise ValueError(
-                f"objective.num_draws: {objective.num_draws} query noise samples per image need the one-way mask; "
-                "set model.query_visibility = one_way"
-            )
-        if objective.noised_alignment_weight and model.config.query_visibility == "joint":
-            raise ValueError(
-                f"objective.noised_alignment_weight: {objective.noised_alignment_weight:g} needs the one-way mask; "
-                "set model.query_visibility = one_way"
-            )
+        for name, off in (("num_draws", 1), ("noised_alignment_weight", 0)):
+            if (value := getattr(objective, name)) > off and model.config.query_visibility == "joint":
+                raise ValueError(
+                    f"objective.{name}: {value:g} needs the one-way mask; set model.query_visibility = one_way, or use {off}"
+                )
         channels, weights = model.config.unet.in_channels, objective.channel_weights
         if weights and len(weights) != channels:
             raise ValueError(
@@ -180,9 +175,13 @@ class Objective(nn.Module):
             timesteps = TIMESTEP_SAMPLINGS[config.timestep_sampling](size, num_timesteps, generator, config)
             noise = noise._replace(timesteps=timesteps)
         # On the host, which knows their number without waiting.
-        if config.noised_alignment_weight and len(rows := self._is_recognizable(noise).nonzero()[:, 0]):
+        if config.noised_alignment_weight and len(rows := self.recognizable_rows(noise)):
             noise = noise._replace(noised_rows=rows)
         return StepNoise(*copy_to(latents.device, [x.to(latents.dtype) if x.is_floating_point() else x for x in noise]))
+
+    def recognizable_rows(self, noise: StepNoise) -> torch.Tensor:
+        """Return the indices [M] of the noisy images for `objective.noised_alignment_weight`."""
+        return self._is_recognizable(noise).nonzero()[:, 0]
 
     def _is_recognizable(self, noise: StepNoise) -> torch.Tensor:
         """Return which noisy images have no caption and a timestep below the limit, [B] bool."""

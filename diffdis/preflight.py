@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 from diffdis.config import DiffDisConfig, ObjectiveConfig
+from diffdis.feature_networks import build_feature_network
 from diffdis.model import DiffDis
 from diffdis.objective import Objective
 from diffdis.pretrained import component_folder, describe_weights, local_folder, named_field
@@ -28,10 +29,14 @@ def describe_training(config: DiffDisConfig, objective: ObjectiveConfig) -> dict
             weights["model.autoencoder.path"] = describe_weights(component_folder(config.autoencoder.path, "vae"))
     with named_field("model.text_encoder.path"):
         weights["model.text_encoder.path"] = describe_text_encoder(config.text_encoder)
+    num_image_features = 0
+    if objective.repa_weight:
+        with named_field("objective.repa_network"):
+            num_image_features = build_feature_network(objective.repa_network).width
     with torch.device("meta"):
         model = DiffDis(config, objective.temperature)
         model_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}  # before adapters are added
-        Objective(model, objective).freeze()
+        Objective(model, objective, num_image_features).freeze()
     if config.warm_start:
         with named_field("model.warm_start"):
             unet = describe_weights(component_folder(config.warm_start, "unet"))

@@ -64,10 +64,7 @@ class DiffDisTask:
         model = DiffDis(self.config, objective.temperature)
         with named_field("model.warm_start"):
             self.warm_start = load_warm_start(model, config.warm_start) if config.warm_start else None
-        width = 0
-        if self._image_network:
-            width = self._image_network.features(np.zeros((1, 8, 8, 3), dtype=np.uint8)).shape[1]
-        self.module = Objective(model, objective, width)
+        self.module = Objective(model, objective, self._image_network.width if self._image_network else 0)
         self.module.freeze()
         self._null_states: torch.Tensor | None = None
 

@@ -28,6 +28,7 @@ from ray_platform.placement import PEAK_FLOPS
 from ray_platform.train.config import BatchPlan, TrainConfig
 from ray_platform.train.profiling import count_flops
 from tests.benchmarks import accelerator
+from tests.diffdis.test_auxiliary_losses import NETWORK as COLOR_NETWORK
 from tests.support.ranks import shared_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -61,24 +62,68 @@ def batch(number):
     return Batch({"image": pixels(number)}, captions, ["k"] * number, (), {})
 
 
-CASES = [("joint", "one_way"), pytest.param("clip", "one_way", marks=SLOW), pytest.param("alignment", "joint", marks=SLOW)]
+# Options that change what a step computes. All noisy images are recognizable: chance does not decide on how many there are.
+OPTIONS = {
+    "lora": {"lora_rank": 2},
+    "repa": {"repa_weight": 0.5, "repa_network": COLOR_NETWORK},
+    "dispersive": {"dispersive_weight": 0.5},
+    "caption_contrast": {"caption_contrast_weight": 0.5},
+    "weights": {"generation_weighting": "min_snr", "channel_weights": (1.0,) * 12},
+    "noise": {"noise_offset": 0.1, "timestep_sampling": "logit_normal"},
+    "siglip": {"alignment_loss": "siglip"},
+    "noised_alignment": {"noised_alignment_weight": 1.0, "caption_dropout": 1.0, "noised_alignment_limit": 1000, "num_draws": 2},
+}
+OF_GENERATION = [name for name in OPTIONS if name not in ("siglip", "noised_alignment")]
+CASES = [
+    ("joint", "one_way", list(OPTIONS)),
+    *(
+        pytest.param(*case, marks=SLOW)
+        for case in (
+            *(("joint", "one_way", names) for names in ([], *([name] for name in OPTIONS))),
+            ("joint", "joint", [*OF_GENERATION, "siglip"]),
+            *(
+                ("generation", mask, names)
+                for mask, names in (("joint", []), ("joint", OF_GENERATION), ("one_way", OF_GENERATION))
+            ),
+            *(
+                (task, mask, names)
+                for task in ("alignment", "clip")
+                for mask in ("one_way", "joint")
+                for names in ([], ["lora", "siglip"])
+            ),
+        )
+    ),
+]
 
 
-@pytest.mark.parametrize(("task", "visibility"), [*CASES, pytest.param("generation", "joint", marks=SLOW)])
-def test_operations_parameters_and_activations_are_those_of_a_real_step(recipe, task, visibility):
+@pytest.mark.parametrize(("task", "visibility", "names"), CASES)
+def test_operations_parameters_and_activations_are_those_of_a_real_step(recipe, task, visibility, names):
     """The trainer counts on two samples of its batch, with the module that it then trains."""
-    config = recipe(objective={"task": task}, query_visibility=visibility)
+    options = {field: value for name in names for field, value in OPTIONS[name].items()}
+    config = recipe(objective={"task": task, **options}, query_visibility=visibility)
     built = DiffDisTask(config.model, config.objective)
     counts = count(config)
     assert counts.flops == count_flops(built.module, built.inputs(batch(2), CPU), seed=0) / 2
-    described = built.describe()["parameters"].values()
-    assert counts.trained == sum(part["trained"] for part in described)
-    assert counts.frozen == sum(part["frozen"] for part in described)
+    parameters = list(built.module.parameters())
+    assert counts.trained == sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    assert counts.frozen == sum(parameter.numel() for parameter in parameters) - counts.trained
     real = measure_step(built.module.train(), built.inputs(batch(4), CPU), half=False)  # tensors with data
     operations, launches, most = real
     assert counts.activation_bytes == pytest.approx(most, rel=0.02)
     assert counts.executed_flops * 4 == pytest.approx(operations, rel=1e-6)
     assert counts.launches == pytest.approx(launches, rel=0.01)
+
+
+@SLOW
+def test_adapters_need_little_memory_and_a_network_of_images_needs_time(recipe):
+    plain, adapted = (recipe(objective={"task": "generation", "lora_rank": rank}) for rank in (0, 2))
+    plan = BatchPlan(4, 1, 1)
+    states, adapted_states = (memory(count(config), config.train, plan, live=False).states for config in (plain, adapted))
+    assert adapted_states < 0.5 * states
+    assert count(adapted).trained < 0.1 * count(adapted).frozen
+    with_network = recipe(objective={"task": "generation", "repa_weight": 0.5})
+    efficientnet, of_encoders = count(with_network).encoders, count(plain).encoders.flops
+    assert efficientnet.flops - of_encoders == pytest.approx(0.8e9, rel=0.1), "2 x 0.4 G multiplications (Tan and Le 2019)"
 
 
 def test_views_and_allocations_launch_nothing():

@@ -21,11 +21,14 @@ from transformers import AutoConfig, AutoModel, CLIPTextConfig, CLIPTextModelWit
 
 from diffdis.config import AutoencoderConfig, DiffDisConfig, ObjectiveConfig, TextEncoderConfig
 from diffdis.encoder import PRECOMPUTED
+from diffdis.feature_networks import build_feature_network
 from diffdis.model import DiffDis
 from diffdis.objective import Objective
-from diffdis.pretrained import component_folder, read_config
+from diffdis.pretrained import component_folder, named_field, read_config
+from diffdis.step_records import StepNoise
 from diffdis.warm_start import resolve_pretrained
 from diffdis_platform.config.pretrain import PretrainConfig
+from ray_platform.cached_folders import with_cached_folders
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.train.profiling import count_flops, operation_counter
 
@@ -46,10 +49,11 @@ class Encoders:
     autoencoder_flops: float  # per sample, forward
     text_encoder_flops: float
     peak_bytes: int  # of one micro-batch, in addition to the parameters
+    image_network_flops: float = 0.0  # of objective.repa_network, whose weights and memory are not counted
 
     @property
     def flops(self) -> float:
-        return self.autoencoder_flops + self.text_encoder_flops
+        return self.autoencoder_flops + self.text_encoder_flops + self.image_network_flops
 
 
 @dataclass(frozen=True)
@@ -73,28 +77,52 @@ def count(config: PretrainConfig, num_micro_batches: int = 1) -> Counts:
     train = config.train
     half, again = train.precision != "fp32", train.activation_checkpointing
     try:
-        with FakeTensorMode(shape_env=ShapeEnv()):  # sizes that depend on data become symbols
-            model = resolve_pretrained(config.model) if Path(config.model.warm_start or "-").exists() else config.model
-            return _count(model, config.objective, train.micro_batch_size, half, again, num_micro_batches > 1)
+        model = resolve_pretrained(config.model) if Path(config.model.warm_start or "-").exists() else config.model
+        return _count(model, config.objective, train.micro_batch_size, half, again, num_micro_batches > 1)
     except (ValueError, OSError) as error:
         raise ConfigError(one_line(error)) from error
+
+
+class CountedObjective(Objective):
+    """Objective with the mean number of recognizable noisy images in each step: fake tensors have no values to count them by."""
+
+    def recognizable_rows(self, noise: StepNoise) -> torch.Tensor:
+        fraction = min(1.0, self.objective.noised_alignment_limit / self.model.config.schedule.num_timesteps)
+        return torch.arange(round(len(noise.timesteps) * self.objective.caption_dropout * fraction))
 
 
 @functools.lru_cache(maxsize=8)
 def _count(model: DiffDisConfig, objective: ObjectiveConfig, size: int, half: bool, again: bool, accumulating: bool) -> Counts:
     """Count for micro-batches of `size`, `half` precision, activations computed `again`, and several micro-batches per step."""
-    module = Objective(DiffDis(replace(model, trained_for=objective.task)), objective)
+    width, network_flops = 0, 0
+    if objective.repa_weight:
+        with named_field("objective.repa_network"):
+            network = with_cached_folders(build_feature_network, objective.repa_network)
+        with operation_counter() as counter:  # of one real image: this network need not work with fake tensors
+            width = network.width
+        network_flops = counter.get_total_flops()
+    with torch.device("meta"):  # peft moves adapters to a device, which parameters that are fake tensors refuse
+        module = CountedObjective(DiffDis(replace(model, trained_for=objective.task)), objective, width)
     module.freeze()
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):  # sizes that depend on data become symbols
+        module.to_empty(device="cpu")
+        counts = _count_module(module, width, size, half, again, accumulating)
+    return replace(counts, encoders=replace(counts.encoders, image_network_flops=network_flops))
+
+
+def _count_module(module: Objective, num_image_features: int, size: int, half: bool, again: bool, accumulating: bool) -> Counts:
+    model, objective = module.model.config, module.objective
+    inputs = functools.partial(_inputs, model, num_image_features=num_image_features)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    flops = count_flops(module, _inputs(model, 2), seed=0) / 2  # two samples, as the trainer counts
+    flops = count_flops(module, inputs(2), seed=0) / 2  # two samples, as the trainer counts
     if again:
         module.enable_activation_checkpointing()
-    executed, launches, peak = measure_step(module, _inputs(model, size), half)
+    executed, launches, peak = measure_step(module, inputs(size), half)
     if objective.negatives == "step" and objective.task != "generation" and accumulating:
         with torch.no_grad():
-            more, more_launches, _ = _measure(module, (), lambda: module.predict_queries(_inputs(model, size), 0))
+            more, more_launches, _ = _measure(module, (), lambda: module.predict_queries(inputs(size), 0))
         executed, launches = executed + more, launches + more_launches
-    row = _inputs(model, 1)
+    row = inputs(1)
     return Counts(
         trained=trained,
         frozen=sum(p.numel() for p in module.parameters()) - trained,
@@ -109,10 +137,11 @@ def _count(model: DiffDisConfig, objective: ObjectiveConfig, size: int, half: bo
     )
 
 
-def _inputs(config: DiffDisConfig, size: int) -> dict[str, torch.Tensor]:
+def _inputs(config: DiffDisConfig, size: int, num_image_features: int) -> dict[str, torch.Tensor]:
     """Return tensors with the shapes that `DiffDisTask.inputs` returns."""
     unet, text = config.unet, config.text_encoder
-    return {
+    image_features = {"image_features": torch.randn(size, num_image_features)} if num_image_features else {}
+    return image_features | {
         "latent": torch.randn(size, unet.in_channels, unet.sample_size, unet.sample_size),
         "token_states": torch.randn(size, text.max_length, text.token_dim),
         "query": torch.randn(size, text.embedding_dim),
@@ -127,7 +156,7 @@ def measure_step(module: Objective, inputs: dict[str, torch.Tensor], half: bool)
     The gradients of weights are dropped immediately, because they are counted with the optimizer states.
     """
     for name, parameter in module.named_parameters() if half else ():  # as ray_platform.train.engine.convert_weights does
-        if not name.startswith("model.temperature."):
+        if not name.startswith(("model.temperature.", "alignment.")):
             parameter.data = parameter.data.to(torch.bfloat16)
     for parameter in module.parameters():
         if parameter.requires_grad:
