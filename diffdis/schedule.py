@@ -133,8 +133,11 @@ Predict = Callable[[torch.Tensor, int | torch.Tensor], torch.Tensor]  # (latents
 OnStep = Callable[[int, int, torch.Tensor], torch.Tensor]  # (index of the step, timestep, latents) -> latents
 
 _NOISE_SCHEDULE = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr"),
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
+    "rescale_betas_zero_snr",
 )
+_TOLERANCE = 1e-4  # of abar: some schedulers of diffusers end at 2^-24 instead of 0
+_SAMPLERS = "DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler"  # of every model
 
 
 def ddim_scheduler(config: ScheduleConfig) -> DDIMScheduler:
@@ -157,25 +160,52 @@ def ddim_scheduler(config: ScheduleConfig) -> DDIMScheduler:
 def build_scheduler(scheduler: Any, config: ScheduleConfig) -> Any:
     """Return a scheduler of diffusers with the model's noise schedule, from a name or from a scheduler.
 
-    Raises ValueError if diffusers has no such scheduler, or if it cannot sample with the model's type of prediction.
+    Raises ValueError if diffusers has no such scheduler, or if it cannot sample with the model's noise schedule and its type of
+    prediction.
     """
     own = ddim_scheduler(config).config
     kind: Any = getattr(diffusers, scheduler, None) if isinstance(scheduler, str) else type(scheduler)
-    if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
+    if not _is_scheduler(kind):
         word, names = str(scheduler), [name for name in dir(diffusers) if re.search(r"^(?!Flow).*(?<!Inverse)Scheduler$", name)]
+        names = [name for name in names if _is_scheduler(getattr(diffusers, name))]  # with the packages that it needs
         names = [name for name in names if name.lower().startswith(word.lower())] or difflib.get_close_matches(word, names)
         raise ValueError(
             f"scheduler: diffusers has no scheduler {scheduler!r}; use {' or '.join(names[:4]) or 'UniPCMultistepScheduler'}"
         )
-    settings = own if isinstance(scheduler, str) else {**scheduler.config, **{name: own[name] for name in _NOISE_SCHEDULE}}
-    try:  # many do not know every type of prediction, and say so only in a step
-        trial, zeros = kind.from_config(settings), torch.zeros(1, 1, 8, 8)
-        trial.set_timesteps(20)
-        with torch.random.fork_rng(devices=[]):  # a stochastic one draws noise, which must not change the caller's
-            trial.step(trial.scale_model_input(zeros, trial.timesteps[0]), trial.timesteps[0], zeros)
-    except (NotImplementedError, ValueError, ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"scheduler: {kind.__name__} cannot be used with this model ({error}); use another one") from None
+    settings = own
+    if not isinstance(scheduler, str):  # without `_use_default_values`, for whose fields diffusers would ignore the values below
+        settings = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        settings |= {name: own[name] for name in _NOISE_SCHEDULE}
+    try:
+        _check_scheduler(kind.from_config(settings), config)
+    except Exception as error:  # whatever a scheduler for other models raises
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"scheduler: {kind.__name__} cannot be used with this model ({reason}); use {_SAMPLERS}") from None
     return kind.from_config(settings)
+
+
+def _is_scheduler(kind: Any) -> bool:
+    return diffusers.SchedulerMixin in getattr(kind, "__mro__", ())
+
+
+def _check_scheduler(scheduler: Any, config: ScheduleConfig) -> None:
+    """Raise an exception if the scheduler has another noise schedule than the model, or cannot take a step from noise to image.
+
+    Many ignore fields that they do not know, such as `rescale_betas_zero_snr`. One without `alphas_cumprod` is for models whose
+    noise is scaled in another way: its timesteps or sigmas are not those of the model.
+    """
+    abar, own = alphas_cumprod(config), getattr(scheduler, "alphas_cumprod", None)
+    is_same = own is not None and own.shape == abar.shape and torch.allclose(own.float(), abar, rtol=0, atol=_TOLERANCE)
+    if not is_same or getattr(scheduler.config, "use_flow_sigmas", False):
+        zero_snr = "it ignores zero_terminal_snr, or " if config.zero_terminal_snr else ""
+        raise ValueError(f"{zero_snr}it has a noise schedule of its own")
+    zeros = torch.zeros(1, 1, 8, 8)
+    scheduler.set_timesteps(20)
+    if scheduler.timesteps[0] < scheduler.timesteps[-1]:
+        raise ValueError("its timesteps rise: it turns an image into noise")
+    with torch.random.fork_rng(devices=[]):  # a stochastic one draws noise, which must not change the caller's
+        # Many do not know every type of prediction, and say so only in a step.
+        scheduler.step(scheduler.scale_model_input(zeros, scheduler.timesteps[0]), scheduler.timesteps[0], zeros)
 
 
 def sample_ddim(

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import diffusers
 import numpy as np
@@ -10,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from diffdis.config import DiffDisConfig, HeadConfig, ObjectiveConfig, TextEncoderConfig
+from diffdis import schedule
+from diffdis.config import DiffDisConfig, HeadConfig, ObjectiveConfig, ScheduleConfig, TextEncoderConfig
 from diffdis.metrics.zero_shot import ZeroShotScores, subset_accuracy
 from diffdis.pipeline import DiffDisPipeline
 from diffdis.task import DiffDisTask, check_export
@@ -76,6 +78,41 @@ def test_any_scheduler_of_diffusers_samples(pipeline, name):
 def test_a_scheduler_that_cannot_sample_is_named_before_the_first_step(pipeline, name):
     with pytest.raises(ValueError, match=f"scheduler: .*{name}"):
         pipeline.scheduler = name
+
+
+SAMPLERS = {"DDIM", "DDPM", "DPMSolverMultistep", "EulerDiscrete", "UniPCMultistep"}
+WITHOUT_ZERO_SNR = {"DEISMultistep", "DPMSolverSinglestep", "HeunDiscrete", "LMSDiscrete", "SASolver"}
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("prediction_type", ["sample", pytest.param("v_prediction", marks=pytest.mark.slow)])
+def test_an_accepted_scheduler_has_the_noise_schedule_of_the_model(prediction_type, zero_snr):
+    config = ScheduleConfig(prediction_type=prediction_type, zero_terminal_snr=zero_snr, timestep_spacing="trailing")
+    accepted, messages = set(), []
+    for name in (name for name in dir(diffusers) if name.endswith("Scheduler")):
+        try:
+            scheduler = schedule.build_scheduler(name, config)
+        except ValueError as error:
+            messages.append(f"{name} {error}")
+            continue
+        accepted.add(name.removesuffix("Scheduler"))
+        torch.testing.assert_close(scheduler.alphas_cumprod, schedule.alphas_cumprod(config), rtol=0, atol=1e-4)
+        scheduler.set_timesteps(10)
+        assert scheduler.timesteps[0] > scheduler.timesteps[-1]
+    assert accepted >= SAMPLERS
+    pattern = r"(\w+) scheduler: [^\n]*\1[^\n]*; use (?!\1)\w+Scheduler[^\n]*"
+    assert not [message for message in messages if not re.fullmatch(pattern, message)]
+    assert accepted >= {"EulerAncestralDiscrete"} or prediction_type == "sample"
+    assert accepted & WITHOUT_ZERO_SNR == (set() if zero_snr else WITHOUT_ZERO_SNR)
+
+
+def test_a_schedulers_own_noise_schedule_is_replaced_or_an_error():
+    config = ScheduleConfig()
+    for betas in ({}, {"trained_betas": [0.1] * 1000}, {"rescale_betas_zero_snr": True}, {"beta_schedule": "squaredcos_cap_v2"}):
+        scheduler = schedule.build_scheduler(diffusers.EulerDiscreteScheduler(**betas), config)
+        torch.testing.assert_close(scheduler.alphas_cumprod, schedule.alphas_cumprod(config))
+    with pytest.raises(ValueError, match=r"scheduler: UniPCMultistepScheduler .*noise schedule"):
+        schedule.build_scheduler(diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), config)
 
 
 def test_the_best_image_has_the_highest_score_of_the_model_itself(pipeline):
