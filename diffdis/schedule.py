@@ -284,6 +284,18 @@ def loss_weight(prediction_type: str, abar: torch.Tensor, config: ObjectiveConfi
     return weight * (1 - abar) if prediction_type == "v_prediction" else weight * (1 - abar) / abar
 
 
+def check_terminal_weight(schedule: ScheduleConfig, config: ObjectiveConfig) -> None:
+    """Raise ValueError if sampling starts at a timestep that `objective.generation_weighting` excludes from the loss."""
+    if not schedule.zero_terminal_snr or config.generation_weighting == "none" or config.task in ("alignment", "clip"):
+        return
+    weight = loss_weight(schedule.prediction_type, torch.zeros(1, device="cpu"), config).item()
+    if not 0 < weight < math.inf:
+        raise ValueError(
+            f"objective.generation_weighting: {config.generation_weighting} has weight {weight:g} at the last timestep, where "
+            "sampling starts with model.schedule.zero_terminal_snr; use none or inverse_noise"
+        )
+
+
 def lambda_factor(name: str, progress: float) -> float:
     """Return the factor of objective.lambda_alignment after a fraction `progress` of the run's steps."""
     return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[name]

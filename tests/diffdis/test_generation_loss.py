@@ -11,6 +11,7 @@ from diffusers.training_utils import compute_snr
 from diffdis.config import ObjectiveConfig, ScheduleConfig, tiny
 from diffdis.model import DiffDis
 from diffdis.objective import Objective
+from diffdis.schedule import LOSS_WEIGHTINGS
 
 CPU = torch.device("cpu")
 CHANNEL_WEIGHTS = tuple(float(channel) for channel in range(1, 13))
@@ -51,21 +52,26 @@ def gradients(module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("prediction_type", "weighting", "channel_weights"),
+    ("prediction_type", "weighting", "channel_weights", "zero_snr"),
     [
-        *itertools.product(("epsilon", "v_prediction", "sample"), ("min_snr",), ((),)),
-        ("v_prediction", "none", CHANNEL_WEIGHTS),
-        ("v_prediction", "inverse_noise", ()),
-        ("sample", "none", ()),
-        ("sample", "inverse_noise", CHANNEL_WEIGHTS),
+        *itertools.product(("epsilon", "v_prediction", "sample"), ("min_snr",), ((),), (False,)),
+        ("v_prediction", "none", CHANNEL_WEIGHTS, False),
+        ("v_prediction", "inverse_noise", (), False),
+        ("sample", "none", (), False),
+        ("sample", "inverse_noise", CHANNEL_WEIGHTS, False),
+        ("v_prediction", "none", (), True),
+        ("v_prediction", "inverse_noise", CHANNEL_WEIGHTS, True),
+        ("sample", "inverse_noise", (), True),
     ],
 )
 @pytest.mark.parametrize("task_name", ["generation", "joint"])
-def test_value_and_gradient_equal_the_formula(make_task, batch, prediction_type, weighting, channel_weights, task_name):
+def test_value_and_gradient_equal_the_formula(make_task, batch, prediction_type, weighting, channel_weights, zero_snr, task_name):
     objective = ObjectiveConfig(
         task=task_name, lambda_alignment=0.0, generation_weighting=weighting, channel_weights=channel_weights, noise_offset=0.1
     )
-    task = make_task(objective, schedule=ScheduleConfig(prediction_type=prediction_type))
+    spacing = "trailing" if zero_snr else "leading"
+    schedule = ScheduleConfig(prediction_type=prediction_type, zero_terminal_snr=zero_snr, timestep_spacing=spacing)
+    task = make_task(objective, schedule=schedule)
     module, inputs = task.module, task.inputs(batch, CPU)
     loss, metrics = module(inputs, 3)
     loss.backward()
@@ -151,14 +157,21 @@ def test_zero_terminal_snr_needs_a_prediction_that_exists_without_signal_and_the
         tiny(schedule=dataclasses.replace(schedule, timestep_spacing="trailing"))
 
 
+@pytest.mark.parametrize("weighting", ["none", *LOSS_WEIGHTINGS])
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-def test_the_loss_is_finite_without_any_signal(make_task, batch, prediction_type):
+def test_the_timestep_without_any_signal_is_trained(make_task, batch, prediction_type, weighting):
     schedule = ScheduleConfig(zero_terminal_snr=True, prediction_type=prediction_type, timestep_spacing="trailing")
-    task = make_task(ObjectiveConfig(generation_weighting="min_snr"), schedule=schedule)
+    if weighting == "min_snr":
+        with pytest.raises(ValueError, match=r"^objective\.generation_weighting: min_snr .*last timestep.*use none"):
+            make_task(ObjectiveConfig(generation_weighting=weighting), schedule=schedule)
+        make_task(ObjectiveConfig(task="alignment", generation_weighting=weighting), schedule=schedule)
+        return
+    task = make_task(ObjectiveConfig(generation_weighting=weighting, lambda_alignment=0.0), schedule=schedule)
     inputs = task.inputs(batch, CPU)
     noise = task.module.sample_noise(inputs, 0)
     task.module.sample_noise = lambda *_: noise._replace(timesteps=torch.full_like(noise.timesteps, 999))
     loss, metrics = task.module(inputs, 0)
     loss.backward()
     assert gradients(task.module).isfinite().all()
+    assert gradients(task.module).abs().max() > 0, "sampling starts at this timestep"
     assert metrics["loss_generation"][0] > 0
