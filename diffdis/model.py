@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from diffdis import schedule
 from diffdis.attention import KeysValues, contiguous, image_attention, joint_attention, query_attention
 from diffdis.config import DiffDisConfig, HeadConfig
-from diffdis.image_branch import SelfAttention, build_unet, down_path, spatial_transformers, up_path
+from diffdis.image_branch import SelfAttention, build_unet, down_path, keep_layouts, spatial_transformers, up_path
 
 # --- The text query's half of the dual-stream deep fusion block [P]. At each spatial transformer of the U-Net:
 #     q = FC_in(h_prev + e_t + TimeEmbed(t_e));  K layers of shared self-attention and a separate feed-forward;  h = FC_out(q).
@@ -259,6 +259,13 @@ class DiffDis(nn.Module):
         if config.trained_for != "generation":
             self.temperature = Temperature(temperature)
         self._alphas_cumprod = schedule.alphas_cumprod(config.schedule)
+        self.train()
+
+    def train(self, mode: bool = True) -> "DiffDis":
+        """Set the mode, except that of modules that would change the memory layout in training."""
+        super().train(mode)
+        keep_layouts(self.unet)
+        return self
 
     @property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -274,8 +281,7 @@ class DiffDis(nn.Module):
 
         latent [B, C, H, W], timestep [B], token_states [B, L, D_c] -> [B, C, H, W].
         """
-        dtype = self.unet.conv_in.weight.dtype
-        return self.unet(latent.to(dtype), timestep, token_states.to(dtype), return_dict=False)[0].float()
+        return self.predict_image_and_features(latent, timestep, token_states)[0]
 
     def predict_image_and_features(
         self, latent: torch.Tensor, timestep: torch.Tensor, token_states: torch.Tensor
@@ -283,7 +289,7 @@ class DiffDis(nn.Module):
         """Return the result of `predict_image`, and the features behind the middle block [B, C', H', W']."""
         dtype = self.unet.conv_in.weight.dtype
         states = token_states.to(dtype)
-        down = down_path(self.unet, latent.to(dtype), timestep, states, _attend)
+        down = down_path(self.unet, latent.to(dtype), timestep, states)
         return up_path(self.unet, down, states).float(), down.features
 
     # --- pass B: alignment. The image is clean, its text is empty (`null_states`), and the noisy query is denoised. ------
@@ -362,7 +368,7 @@ class DiffDis(nn.Module):
 
     def clip_image_embedding(self, latent: torch.Tensor, null_states: torch.Tensor) -> torch.Tensor:
         """Return the unit-norm image embedding of the `clip` task. latent [B, C, H, W], null_states [1, L, D_c] -> [B, D]."""
-        return F.normalize(self.pooled(self._clean_image_tokens(latent, null_states, _attend)).float(), dim=-1)
+        return F.normalize(self.pooled(self._clean_image_tokens(latent, null_states)).float(), dim=-1)
 
     def _noised(self, e_t: torch.Tensor, t_e: torch.Tensor) -> torch.Tensor:
         """Return e_t + TimeEmbed(t_e), [B, n, D], in the precision of the weights."""
@@ -380,17 +386,14 @@ class DiffDis(nn.Module):
             out = schedule.x0_from_noise(e_t, out, self.alphas_cumprod[t_e], self.config.gamma)
         return F.normalize(out.float(), dim=-1)
 
-    def _clean_image_tokens(self, latent: torch.Tensor, null_states: torch.Tensor, self_attention: SelfAttention) -> torch.Tensor:
+    def _clean_image_tokens(
+        self, latent: torch.Tensor, null_states: torch.Tensor, self_attention: SelfAttention | None = None
+    ) -> torch.Tensor:
         """Return the middle block's features of the clean image with an empty text, as tokens [B, N, C']."""
         timestep = torch.zeros(len(latent), dtype=torch.long, device=latent.device)  # t_z = 0 [D]
         dtype = self.unet.conv_in.weight.dtype
         token_states = null_states.to(dtype).expand(len(latent), -1, -1)
         return _tokens(down_path(self.unet, latent.to(dtype), timestep, token_states, self_attention).features)
-
-
-def _attend(index: int, layer: int, attention: Attention, x: torch.Tensor) -> torch.Tensor:
-    """Self-attention of image tokens, as in diffusers."""
-    return image_attention(attention, x)[0]
 
 
 def _tokens(features: torch.Tensor) -> torch.Tensor:

@@ -241,7 +241,7 @@ class Objective(nn.Module):
 
     def _alignment_inputs(self, inputs: Inputs, noise: StepNoise) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the clean latents [B, C, H, W], of which some are masked, and the noisy text queries [B, n, D]."""
-        latents = inputs["latent"].masked_fill(noise.drop_image[:, None, None, None], 0.0)
+        latents = torch.where(noise.drop_image[:, None, None, None], 0.0, inputs["latent"])  # keeps the memory layout
         return latents, self.model.noise_query(inputs["query"], noise.query_noise, noise.query_timesteps)
 
     def _generation_loss(

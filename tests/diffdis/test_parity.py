@@ -37,6 +37,11 @@ def test_the_two_halves_of_the_unet_are_the_stock_one_bit_for_bit(make_task, siz
     assert torch.equal(up_path(unet, down, c), expected)
 
 
+def test_an_option_of_the_unet_that_would_be_ignored_is_rejected(make_task, tiny_model):
+    with pytest.raises(ValueError, match="center_input_sample"):
+        make_task(unet=dataclasses.replace(tiny_model.unet, options={"center_input_sample": True}))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_walk_for_both_passes_equals_two(make_task, batch, visibility, checkpointing):
     task = make_task(query_visibility=visibility)
