@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from diffdis.attention import AttentionProcessor
 from diffdis.config import UNetConfig
 
-# Shapes of blocks that are compiled: Stable Diffusion has about 30. Above torch's limit of 8, the others would stay as they are.
-MAX_SHAPES = 64
+# Shapes of blocks of one class that are compiled: Stable Diffusion has about 30, for each of `data.aspect_ratios`. One above the
+# limit, which torch sets to 8, would end the run, as the blocks are compiled with `fullgraph`.
+MAX_SHAPES = 1024
 
 # (index of the spatial transformer, layer, its self-attention, normed input [B, N, C]) -> residual [B, N, C]
 SelfAttention = Callable[[int, int, Attention, torch.Tensor], torch.Tensor]
@@ -192,7 +193,7 @@ def compile_blocks(network: nn.Module, **options: Any) -> None:
     between them stays as it is: random numbers, the loss, and self-attention, which carries the query along under the joint mask.
     `options`: of torch.compile.
     """
-    torch.compiler.config.recompile_limit = MAX_SHAPES
+    torch.compiler.config.recompile_limit = torch.compiler.config.accumulated_recompile_limit = MAX_SHAPES
     transformers = {name: module for name, module in network.named_modules() if isinstance(module, BasicTransformerBlock)}
     up = {module for name, module in transformers.items() if "up_blocks." in name}
     within = {module for block in up for module in block.modules() if module is not block}
