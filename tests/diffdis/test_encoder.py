@@ -51,11 +51,18 @@ def test_cached_captions_are_padded_by_their_own_length_alone(make_task, tiny_mo
 
 def test_an_accelerator_gets_half_precision_and_channels_last_weights(tiny_model, small_vae):
     """The images of a batch are channels-last already, and other weights would be converted at each use."""
-    seen = []
+    seen, config = [], dataclasses.replace(tiny_model, encoder_dtype="float16")
     small_vae.vae.encoder.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     to_latents(small_vae, np.zeros((2, 16, 16, 3), np.uint8), torch.device("cpu"))
-    move_encoders(tiny_model, torch.device("meta"), small_vae)
+    move_encoders(config, torch.device("meta"), small_vae)
     weight = small_vae.vae.encoder.conv_in.weight
-    assert weight.dtype == getattr(torch, tiny_model.encoder_dtype)
+    assert weight.dtype == torch.float16
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_half_precision_changes_latents_by_less_than_a_percent(small_vae):
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    expected = to_latents(small_vae, images, torch.device("cpu"))
+    found = to_latents(small_vae.to(torch.float16), images, torch.device("cpu"))
+    assert 0 < (found - expected).norm() < 0.01 * expected.norm()

@@ -159,17 +159,59 @@ def test_a_step_with_an_infinite_gradient_changes_nothing(states, zero_stage):
     assert_equal(tensors, states[zero_stage])
 
 
-@pytest.mark.parametrize("fields", [{"offload_optimizer": True}, {"channels_last": True}])
 @pytest.mark.parametrize("zero_stage", [1, 3])
-def test_offload_and_another_layout_train_as_well(reference, zero_stage, fields):
-    losses, *_ = train(zero_stage=zero_stage, **fields)
+def test_an_offloaded_optimizer_trains_as_well(reference, zero_stage):
+    losses, *_ = train(zero_stage=zero_stage, offload_optimizer=True)
     torch.testing.assert_close(losses, reference[0], rtol=1e-5, atol=1e-6)
+
+
+def pictures_trained(rank, fields):
+    """Return the losses of three steps, the weights after them, and whether each filter [O, I, h, w] lies as [O, h, w, I]."""
+    from ray_platform.train.engine import Engine
+
+    task, losses = PictureTask(), []
+    engine = Engine(task, TrainConfig(**BASE | fields), 2, 1)
+    for step in range(3):
+        images = torch.randn(2, 2, 6, 2, generator=torch.Generator().manual_seed(2 * step + rank))
+        losses.append(engine.backward([{"x": images}], [0])[0])
+        engine.update(step)
+    filters = [p for p in task.module.parameters() if p.ndim == 4]
+    return losses, whole_state(engine), [p.is_contiguous(memory_format=torch.channels_last) for p in filters]
+
+
+def test_channels_last_weights_train_as_well(two_ranks):
+    (contiguous, other), *_ = zip(*(two_ranks.run(pictures_trained, {"channels_last": c}) for c in (False, True)), strict=True)
+    assert (contiguous[2], other[2]) == ([False, False], [True, True])
+    torch.testing.assert_close(other[:2], contiguous[:2], rtol=1e-4, atol=1e-6)
+    assert contiguous[0][0] > contiguous[0][2]
 
 
 @pytest.mark.slow
 def test_a_compiled_module_trains_as_well(reference):
     losses, *_ = train(zero_stage=2, compile=True)
     torch.testing.assert_close(losses, reference[0], rtol=1e-4, atol=1e-5)
+
+
+def compilations_on_a_rank(rank):
+    """Return the number of compilations after a step, after inference with other batch sizes, and after another step."""
+    from ray_platform.train.engine import Engine
+
+    task, compiled, counts = SmallTask(), [], []
+    engine = Engine(task, TrainConfig(**BASE, compile=True), 4, 1)
+    task.module.compile(dynamic=False, backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    for step in range(2):
+        engine.backward([samples(step, 4)], [0])
+        engine.update(step)
+        counts.append(len(compiled))
+        with engine.inference():
+            for size in (2, 3):
+                task.module(samples(step, size), 0)
+        counts.append(len(compiled))
+    return counts
+
+
+def test_validation_and_previews_compile_nothing():
+    assert shared_ranks(1).run(compilations_on_a_rank) == [[1, 1, 1, 1]]
 
 
 def save_checkpoint(manager, step, **metrics):
@@ -205,7 +247,8 @@ def pictures_saved(rank, output, fields):
     failure = save_checkpoint(checkpoint_manager(engine, output, **fields), 1)
     restored = []
     for zero_stage in (0, 2, 3):
-        other = Engine(PictureTask(), TrainConfig(**fields | {"zero_stage": zero_stage}), 2, 1)
+        stage = {"zero_stage": zero_stage, "channels_last": zero_stage == 0}
+        other = Engine(PictureTask(), TrainConfig(**fields | stage), 2, 1)
         for _, tensor, _ in other.local_state():
             tensor.detach().fill_(7)
         restore(find_checkpoint("auto", output, "b", "d"), other)
@@ -214,12 +257,12 @@ def pictures_saved(rank, output, fields):
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_a_checkpoint_of_channels_last_weights_is_restored_at_any_stage(two_ranks, tmp_path, zero_stage):
-    """Trained weights are channels-last at stage 0, frozen weights at every stage."""
-    fields = {"channels_last": True, "zero_stage": zero_stage, "ema_decay": 0.9}
+def test_a_checkpoint_of_filters_is_restored_at_any_stage(two_ranks, tmp_path, zero_stage):
+    """They are channels-last at stage 0."""
+    fields = {"channels_last": zero_stage == 0, "zero_stage": zero_stage, "ema_decay": 0.9}
     (failure, strided, state, restored), _ = two_ranks.run(pictures_saved, str(tmp_path), fields)
     assert failure == ""
-    assert ("weights/frozen.weight" in strided) == (zero_stage < 3)
+    assert ("weights/frozen.weight" in strided) == (zero_stage == 0)
     assert ("ema/first.weight" in strided) == (zero_stage == 0)
     (url,) = checkpoint_format.list_checkpoints(str(tmp_path))
     manifest = checkpoint_format.read_manifest(url)

@@ -44,6 +44,7 @@ def test_a_global_batch_is_divided_into_micro_batches(arguments, expected):
         {"betas": (0.9, 1.0)}, {"eps": 0.0}, {"min_lr_factor": 1.1}, {"cooldown_steps": 5},
         {"cooldown_steps": 0, "lr_schedule": "wsd"}, {"cooldown_steps": 100, "lr_schedule": "wsd", "num_steps": 150},
         {"deepspeed": {"wall_clock_breakdown": True}, "zero_stage": 0}, {"compile": True, "zero_stage": 3},
+        {"channels_last": True, "zero_stage": 1},
         {"gpus_per_worker": 2}, {"rewarm_steps": -1},
     ],
 )  # fmt: skip

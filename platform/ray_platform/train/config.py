@@ -62,7 +62,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory and costs time."""
     channels_last: bool = False
-    """Store images and convolution weights in the channels-last memory format, which is faster on GPUs."""
+    """Store images and convolution weights in the channels-last memory format, which is faster on GPUs. Only with ZeRO 0."""
     compile: bool = False
     """Compile the model's blocks with torch.compile, from the second step on. Not with ZeRO 3."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -195,6 +195,8 @@ class TrainConfig:
             ("precision", self.precision != "fp16" or self.gpus_per_worker, "needs an accelerator; use fp32 or bf16"),
             ("deepspeed", not self.deepspeed or self.zero_stage, "needs train.zero_stage 1, 2 or 3, which are DeepSpeed's"),
             ("compile", not self.compile or self.zero_stage < 3, "needs train.zero_stage 0, 1 or 2"),
+            # DeepSpeed's flat weights are contiguous, so that convolutions would convert them at each use.
+            ("channels_last", not self.channels_last or not self.zero_stage, "needs train.zero_stage 0"),
             ("offload_optimizer", not self.offload_optimizer or self.zero_stage, "needs train.zero_stage 1, 2 or 3"),
             ("ema_decay", 0 <= self.ema_decay < 1, "is not in [0, 1)"),
             ("ema_decays", all(0 < decay < 1 for decay in self.ema_decays), "are not in (0, 1)"),

@@ -68,7 +68,7 @@ class Engine:
                 config=deepspeed_config(config, micro_batch_size, num_micro_batches),
                 dist_init_required=False,
             )
-        if config.channels_last:  # only now: DeepSpeed broadcasts rank 0's weights, which must be contiguous for that
+        if config.channels_last:  # only now: rank 0's weights are broadcast, which must be contiguous for that
             self._convert_frozen_to_channels_last()
         fragments = self._fragments()
         self.adam.init_state(fragments)
@@ -191,13 +191,14 @@ class Engine:
     def inference(self) -> Iterator[None]:
         """Switch the module to evaluation without gradients, and to the EMA that `train.eval_weights` names, if any.
 
-        All ranks enter and leave the block together, as ZeRO gathers the other weights.
+        Compiled parts run as they are: other batch sizes and modes would compile all of them again in the middle of a run. All
+        ranks enter and leave the block together, as ZeRO gathers the other weights.
         """
         self.engine.eval()
         if self.config.eval_state != WEIGHTS:
             self._swap_ema()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext():
                 yield
         finally:
             if self.config.eval_state != WEIGHTS:
@@ -216,12 +217,9 @@ class Engine:
             self.optimizer.update_lp_params()
 
     def _convert_frozen_to_channels_last(self) -> None:
-        """Convert the frozen convolution weights, unless ZeRO 3 holds them in flat memory.
-
-        So does ZeRO 1 and 2 with the trained ones, which convolutions convert at each use.
-        """
+        """Convert the frozen convolution weights, as `DataParallel` does with the trained ones."""
         for parameter in self.engine.module.parameters():
-            if self.config.zero_stage < 3 and not parameter.requires_grad and parameter.ndim == 4:
+            if not parameter.requires_grad and parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def _to_channels_last(self, inputs: TaskInputs) -> TaskInputs:
