@@ -1,6 +1,7 @@
 """The fields of a training run, the division of its batches, and DeepSpeed's configuration."""
 
 import pytest
+import torch
 
 from ray_platform.contracts import ConfigError
 from ray_platform.train.config import BatchPlan, TrainConfig
@@ -19,6 +20,15 @@ def test_the_configuration_of_deepspeed_can_be_extended():
     config = deepspeed_config(TrainConfig(zero_stage=2, deepspeed=more), 4, 2)
     assert (config["zero_optimization"]["stage"], config["zero_optimization"]["reduce_bucket_size"]) == (2, 7)
     assert config["wall_clock_breakdown"]
+
+
+@pytest.mark.parametrize(("zero_stage", "overlaps"), [(1, False), (2, True), (3, True)])
+def test_zero_1_does_not_wait_for_the_backward_pass_of_a_gpu(monkeypatch, zero_stage, overlaps):
+    """DeepSpeed waits where communication overlaps the backward pass, as that of each micro-batch does under ZeRO 2."""
+    from ray_platform.train.engine import deepspeed_config
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert deepspeed_config(TrainConfig(zero_stage=zero_stage), 4, 2)["zero_optimization"]["overlap_comm"] == overlaps
 
 
 @pytest.mark.parametrize(

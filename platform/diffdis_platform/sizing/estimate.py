@@ -172,7 +172,7 @@ def memory(counts: Counts, train: TrainConfig, plan: BatchPlan, live: bool) -> M
     precision + k W; 1 and 2: w + (w gradients + W gradients + W master weights + k W) / n; 3: (w + w gradients + W master
     weights + k W) / n, and up to `stage3_max_live_parameters` of other ranks' weights. 0 and 1 take W more when gradients are
     accumulated over micro-batches. Offloading moves master weights and moments to the host. The buffers are DeepSpeed's
-    buckets: two if stages 1 and 2 overlap.
+    buckets: two if stage 2 overlaps.
     """
     n, stage, width = plan.world_size, train.zero_stage, number_bytes(train)
     trained, weights, frozen = FULL * counts.trained, width * counts.trained, width * counts.frozen
@@ -187,7 +187,7 @@ def memory(counts: Counts, train: TrainConfig, plan: BatchPlan, live: bool) -> M
         buffers = 0.0
     elif stage < 3:
         states = weights + accumulated + (weights + is_half * trained) / n + sharded + frozen
-        buffers *= 2 if _zero_setting(train, "overlap_comm", True) else 1
+        buffers *= 2 if _zero_setting(train, "overlap_comm", stage == 2) else 1
     else:
         states = 2 * weights / n + sharded + frozen / n
         live_parameters = _zero_setting(train, "stage3_max_live_parameters", 1e9)
@@ -252,8 +252,8 @@ def _traffic(counts: Counts, train: TrainConfig, plan: BatchPlan, num_draws: int
     if train.zero_stage == 0:  # one all-reduce after the backward pass, in float32 if gradients were accumulated
         wider = FULL / number_bytes(train) if k > 1 else 1.0
         return Traffic(0.0, 2 * wider * _gather_seconds(size, 1, n, c) + info, info, 2 * wider * sent)
-    if train.zero_stage == 1:  # gradients once per step, in the last micro-batch's backward pass; then the weights
-        return Traffic(half, half + info, info, 2 * sent)
+    if train.zero_stage == 1:  # gradients once per step, after the backward pass; then the weights
+        return Traffic(0.0, 2 * half + info, info, 2 * sent)
     if train.zero_stage == 2:  # gradients at every micro-batch
         return Traffic(k * half, half + info, info, (k + 1) * sent)
     # Weights for both passes, fetched ahead; a call for nearly every tensor.

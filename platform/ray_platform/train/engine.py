@@ -344,7 +344,10 @@ def deepspeed_config(config: TrainConfig, micro_batch_size: int, num_micro_batch
     has_gpu = torch.cuda.is_available()
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": has_gpu}} if config.offload_optimizer else {}
     clips_itself = _clips_itself(config)
-    zero_options = {"stage": config.zero_stage, "overlap_comm": has_gpu, **offload}
+    # Where communication overlaps the backward pass, the host waits for both at its end. ZeRO 1 sums its gradients once, without
+    # hooks of every parameter.
+    gradients = {"overlap_comm": has_gpu and config.zero_stage > 1, "contiguous_gradients": config.zero_stage > 1}
+    zero_options = {"stage": config.zero_stage, **gradients, **offload}
     generated = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
