@@ -250,9 +250,9 @@ COUNTED = [
 def test_a_step_communicates_and_waits_as_little_as_possible(two_ranks, tiny_model, zero_stage, precision, num_micro, statistics):
     """Texts, InfoNCE's sums, status and gradients; ZeRO 1 and 2 also gather weights and add up the norm of the gradients.
 
-    Each micro-batch gathers its texts and sums, and ZeRO 2 adds up its gradients. The temperature, which stays float32, has its
-    own gradient or weights, and both at ZeRO 1. The host waits for the status, and to know whether the gradients are finite. Statistics add no wait
-    and, at ZeRO 1 and 2, one sum over the ranks.
+    Each micro-batch gathers its texts and sums, and ZeRO 2 adds up its gradients. The temperature, which stays float32, has
+    its own gradient or weights, and both at ZeRO 1. The host waits for the status, and to know whether the gradients are
+    finite. Statistics add no wait and, at ZeRO 1 and 2, one sum over the ranks.
     """
     step, state = two_ranks.run(counts_on_a_rank, tiny_model, precision, zero_stage, num_micro, statistics)[0]
     again, own = num_micro - 1, (precision == "bf16") * (1 + (zero_stage == 1)) + (statistics and zero_stage > 0)
