@@ -162,10 +162,11 @@ def tasks(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[
     return {name: statistics.median(times[2:]) for name, times in seconds.items()}
 
 
-def counts(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[str], zero_stage: int) -> StepCounts:
-    """Return the collective operations of a step, and the places where the host would wait for an accelerator."""
+def counts(rank: int, config: PretrainConfig, images: np.ndarray, captions: list[str], zero_stage: int) -> StepCounts | None:
+    """Return the collective operations of a step, and the places where the host would wait for an accelerator; only on rank 0."""
     task = DiffDisTask(config.model, config.objective)
-    return of_a_step(task, replace(config.train, zero_stage=zero_stage), batches(images, captions, rank, 1))[0]
+    counted = of_a_step(task, replace(config.train, zero_stage=zero_stage), batches(images, captions, rank, 1))
+    return counted and counted[0]
 
 
 def memory(which: str, global_batch: int) -> float:
