@@ -272,8 +272,8 @@ def test_the_bottleneck_is_the_slowest_part(estimates):
     for bound, constants in (("compute", {}), ("S3", {"s3_gb_per_second": 1e-5}), ("network", {"node_gb_per_second": 1e-3})):
         assert estimates("--num_gpus", "8", mfu=1e-4, **constants)[0].bound == bound
     options = ("--num_gpus", "1", "--inputs", "precomputed")
-    for stage, number in (("0", COUNTS.launches), ("2", COUNTS.launches + 2 * COUNTS.num_tensors)):
-        (waiting,) = estimates(*options, fields=["--train.zero_stage", stage], launch_us=500)
+    for stage, number in enumerate(COUNTS.launches + n * COUNTS.num_tensors for n in (0, 1, 2)):
+        (waiting,) = estimates(*options, fields=["--train.zero_stage", str(stage)], launch_us=500)
         assert waiting.bound == "host"
         assert waiting.step_seconds == pytest.approx(number * 500e-6, rel=0.01)
 

@@ -21,7 +21,7 @@ from ray_platform.train.config import BatchPlan, TrainConfig
 
 FULL = 4  # bytes of a number
 _DAY = 86_400.0  # seconds
-_DEEPSPEED_LAUNCHES = 2  # per parameter tensor and micro-batch under ZeRO 1 to 3: tests/benchmarks/host_step.py
+_DEEPSPEED_LAUNCHES = {0: 0, 1: 1, 2: 2, 3: 2}  # by stage, per parameter tensor and micro-batch: tests/benchmarks/host_step.py
 _KEY_AND_CAPTION_BYTES = 100.0  # of a precomputed row, in addition to its tensors; approximate
 _LOADER_PX, _LOADER_TARGET_PX = 448, 256  # of the files and the outputs in tests/benchmarks/loader.py
 
@@ -160,7 +160,7 @@ def estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: Ba
 
 def launches(counts: Counts, train: TrainConfig, plan: BatchPlan) -> int:
     """Return the kernels that the host launches in a step, without the few dozen of an update on flat tensors."""
-    of_deepspeed = _DEEPSPEED_LAUNCHES * counts.num_tensors if train.zero_stage else 0
+    of_deepspeed = _DEEPSPEED_LAUNCHES[train.zero_stage] * counts.num_tensors
     return plan.num_micro_batches * (counts.launches + of_deepspeed)
 
 
