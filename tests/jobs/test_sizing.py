@@ -117,7 +117,7 @@ def test_operations_parameters_and_activations_are_those_of_a_real_step(recipe, 
 @SLOW
 def test_adapters_need_little_memory_and_a_network_of_images_needs_time(recipe):
     plain, adapted = (recipe(objective={"task": "generation", "lora_rank": rank}) for rank in (0, 2))
-    plan = BatchPlan(4, 1, 1)
+    plan = BatchPlan(1, 4, 1)
     states, adapted_states = (memory(count(config), config.train, plan, live=False).states for config in (plain, adapted))
     assert adapted_states < 0.5 * states
     assert count(adapted).trained < 0.1 * count(adapted).frozen
