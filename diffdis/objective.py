@@ -66,7 +66,6 @@ class Objective(nn.Module):
         for name, known in (("generation_weighting", ("none", *LOSS_WEIGHTINGS)), ("timestep_sampling", TIMESTEP_SAMPLINGS)):
             if (value := getattr(objective, name)) not in known:
                 raise ValueError(f"objective.{name}: {value!r} is unknown; use {', '.join(known)}")
-        schedule.check_terminal_weight(model.config.schedule, objective)
         if objective.lora_rank:
             add_adapters(model.unet, objective.lora_rank)
         self.model, self.objective = model, objective

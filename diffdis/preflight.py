@@ -11,6 +11,7 @@ from diffdis.feature_networks import build_feature_network
 from diffdis.model import DiffDis
 from diffdis.objective import Objective
 from diffdis.pretrained import component_folder, describe_weights, local_folder, named_field
+from diffdis.schedule import check_terminal_weight
 from diffdis.text_encoder import describe_text_encoder
 from diffdis.warm_start import ALIGNMENT_WEIGHTS, check_same_unet, resolve_pretrained
 
@@ -23,6 +24,7 @@ def describe_training(config: DiffDisConfig, objective: ObjectiveConfig) -> dict
         ValueError: weights cannot be used or do not fit the model, or two fields contradict each other.
     """
     config = dataclasses.replace(resolve_pretrained(config), trained_for=objective.task)
+    check_terminal_weight(config.schedule, objective)  # only of a new training: earlier checkpoints remain exportable
     weights = {}
     if config.autoencoder.kind == "kl":
         with named_field("model.autoencoder.path"):

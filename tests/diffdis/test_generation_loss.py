@@ -11,6 +11,7 @@ from diffusers.training_utils import compute_snr
 from diffdis.config import ObjectiveConfig, ScheduleConfig, tiny
 from diffdis.model import DiffDis
 from diffdis.objective import Objective
+from diffdis.preflight import describe_training
 from diffdis.schedule import LOSS_WEIGHTINGS
 
 CPU = torch.device("cpu")
@@ -162,9 +163,10 @@ def test_zero_terminal_snr_needs_a_prediction_that_exists_without_signal_and_the
 def test_the_timestep_without_any_signal_is_trained(make_task, batch, prediction_type, weighting):
     schedule = ScheduleConfig(zero_terminal_snr=True, prediction_type=prediction_type, timestep_spacing="trailing")
     if weighting == "min_snr":
+        task = make_task(ObjectiveConfig(generation_weighting=weighting), schedule=schedule)  # a checkpoint can be exported
         with pytest.raises(ValueError, match=r"^objective\.generation_weighting: min_snr .*last timestep.*use none"):
-            make_task(ObjectiveConfig(generation_weighting=weighting), schedule=schedule)
-        make_task(ObjectiveConfig(task="alignment", generation_weighting=weighting), schedule=schedule)
+            describe_training(task.config, task.objective)
+        describe_training(task.config, ObjectiveConfig(task="alignment", generation_weighting=weighting))
         return
     task = make_task(ObjectiveConfig(generation_weighting=weighting, lambda_alignment=0.0), schedule=schedule)
     inputs = task.inputs(batch, CPU)

@@ -305,10 +305,6 @@ def test_a_task_that_cannot_be_built_is_not_tried_again(error):
     assert is_final(raised.value)
 
 
-def bare_task() -> SimpleNamespace:
-    return SimpleNamespace(parameter_groups=list)
-
-
 @pytest.mark.parametrize(("num_steps", "kind"), [(0, ConfigError), (20, AcceleratorFull)])
 def test_a_full_accelerator_is_final_only_before_the_first_step_of_the_run(tmp_path, monkeypatch, num_steps, kind):
     """Also in the first step of new processes, which continue a checkpoint."""
@@ -320,9 +316,10 @@ def test_a_full_accelerator_is_final_only_before_the_first_step_of_the_run(tmp_p
         save(tmp_path, num_steps)
     monkeypatch.setattr(worker, "stream", full)
     monkeypatch.setattr(worker.HeartbeatThread, "start", lambda heartbeat: None)
+    task = SimpleNamespace(parameter_groups=list)
     spec = SimpleNamespace(
         train=TrainConfig(), output_dir=str(tmp_path), launch="a", catalog=SimpleNamespace(digest="d", num_units=[3]), params={},
-        data=None, hang_detector=None, build_task=cloudpickle.dumps(bare_task), tracker=SimpleNamespace(flush=lambda: None),
+        data=None, hang_detector=None, build_task=cloudpickle.dumps(lambda: task), tracker=SimpleNamespace(flush=lambda: None),
     )  # fmt: skip
     with pytest.raises(kind, match=r"train\.micro_batch_size"):
         train_worker(spec)

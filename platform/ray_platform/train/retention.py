@@ -46,7 +46,7 @@ class RetentionPolicy:
             is_past = launch in lineage.ancestors or (launch == lineage.launch and name < split_url(newest)[1])
             is_unfinished = launch in lineage.earlier and url not in existing
             if url not in kept and not is_permanent and (is_past or is_unfinished):
-                storage.delete(storage.join(url, COMPLETE))  # first, so that it is no longer listed
+                storage.delete(storage.join(url, COMPLETE))  # first, so that it is not listed
                 storage.delete(url)
 
     def _best(self, ordered: list[str], manifests: Mapping[str, bytes]) -> list[str]:
