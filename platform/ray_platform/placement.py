@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ray_platform.units import plural
 
 logger = logging.getLogger(__name__)
 
+NOTICE_SECONDS = 60.0  # more than a worker needs to start
 _UNLIMITED = 10**6  # capacity for a request of no resources
 _LABEL = re.compile(r"[a-zA-Z0-9]([-\w.]{0,61}[a-zA-Z0-9])?", re.ASCII)  # Ray's syntax of keys and values
 
@@ -57,6 +59,10 @@ class ResourceRequest:
         needed = {kind: amount for kind, amount in self.amounts.items() if amount}
         return min((int(available.get(kind, 0) / amount + 1e-6) for kind, amount in needed.items()), default=_UNLIMITED)
 
+    def times(self, number: int) -> "ResourceRequest":
+        """Return the request of so many workers at once."""
+        return ResourceRequest(self.labels, {kind: number * amount for kind, amount in self.amounts.items()})
+
     def check_fits(self, num_workers: int, prefix: str = "") -> None:
         """Raise ConfigError if so many workers do not fit: they would wait without a message. `prefix` is that of the fields."""
         if self.capacity() < num_workers and not can_autoscale():
@@ -66,6 +72,33 @@ class ResourceRequest:
             raise ConfigError(
                 f"{prefix}num_workers: {plural(num_workers, 'worker')} of {each} do not fit on "
                 f"{describe_nodes(self.labels)} ({total}); lower {prefix}num_workers, cpus_per_worker or gpus_per_worker"
+            )
+
+
+class StartNotice:
+    """Warns once that workers wait for resources, because other work uses them; Ray itself waits without a message."""
+
+    def __init__(self, request: ResourceRequest):
+        """`request`: what must be free for the first workers to start."""
+        self.request, self._requested_at, self._is_logged = request, time.monotonic(), False
+
+    def check(self) -> None:
+        """Call this again and again while no worker has started."""
+        if self._is_logged or time.monotonic() - self._requested_at < NOTICE_SECONDS:
+            return
+        import ray
+
+        free, total = ray.available_resources(), ray.cluster_resources()
+        needed = {kind: amount for kind, amount in self.request.amounts.items() if amount}
+        # How much is free on the nodes with the labels is not known.
+        if self.request.labels or any(free.get(kind, 0.0) < amount for kind, amount in needed.items()):
+            self._is_logged = True
+            logger.warning(
+                "no worker has started for %.0f s: %s are needed, and %s are free; waiting until other work "
+                "of the cluster ends or nodes are added (`ray status` shows what is used)",
+                NOTICE_SECONDS,
+                " and ".join(f"{amount:g} {kind}s" for kind, amount in needed.items()),
+                ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s" for kind in needed),
             )
 
 

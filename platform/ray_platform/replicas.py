@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_platform.contracts import Rows, UnitOrigin, UserError, describe_error, one_line
-from ray_platform.placement import Labels, ResourceRequest, label_selector
+from ray_platform.placement import Labels, ResourceRequest, StartNotice, label_selector
 from ray_platform.terminal import ProgressBar, left_text
 
 logger = logging.getLogger(__name__)
@@ -76,11 +76,15 @@ class ReplicaSpec:
     gpus: float = 0.0  # per replica
     placement: Labels = field(default_factory=dict)  # labels of the nodes
 
+    @property
+    def request(self) -> ResourceRequest:
+        """What one replica needs."""
+        return ResourceRequest(self.placement, {"CPU": self.cpus, "GPU": self.gpus})
+
     def resolve_num_replicas(self) -> int:
-        """Return the number of replicas to start. Raises ConfigError if they do not fit, as they would wait without a message."""
-        request = ResourceRequest(self.placement, {"CPU": self.cpus, "GPU": self.gpus})
-        request.check_fits(max(1, self.num_replicas))
-        return self.num_replicas or max(1, request.capacity())
+        """Return the number of replicas to start. Raises ConfigError if they can never fit."""
+        self.request.check_fits(max(1, self.num_replicas))
+        return self.num_replicas or max(1, self.request.capacity())
 
 
 class WorkQueue:
@@ -252,6 +256,7 @@ class ReplicaPool:
         self._starting[actor.__ray_ready__.remote()] = actor
 
     def _run_queue(self) -> Iterator[UnitResult]:
+        notice = StartNotice(self.spec.request)
         while True:
             self.queue.assign(self._start_unit, self.progress.drop)
             if not self._running and not self.queue.waiting:
@@ -262,6 +267,8 @@ class ReplicaPool:
                     self.queue.add_replica(self._starting.pop(call))
                 elif (result := self._collect(call)) is not None:
                     yield result
+            if not self.queue.replicas:
+                notice.check()
             if finished:
                 self.bar.update("units", self.progress.units_done, self.progress.num_units, self.progress.text())
 

@@ -2,6 +2,8 @@
 
 import heapq
 import random
+import threading
+import time
 from dataclasses import replace
 from datetime import datetime
 
@@ -9,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
+from ray_platform import placement, replicas
 from ray_platform.contracts import ConfigError
 from ray_platform.evaluate import result_cache
 from ray_platform.evaluate.result_cache import ResultCache, cache_key
@@ -31,8 +34,8 @@ def pool(folder, num_replicas=2, cpus=0.5):
 
 
 def run(units, *arguments):
-    with pool(*arguments) as replicas:
-        return list(replicas.run(units))
+    with pool(*arguments) as opened:
+        return list(opened.run(units))
 
 
 def values(results):
@@ -82,6 +85,23 @@ class TestReplicaPool:
                 assert values(others.run(squares(range(20, 24)))) == [400, 441, 484, 529]
             alive = [psutil.Process(process) for process in second]
         assert not psutil.wait_procs(alive, timeout=20)[1]
+
+    def test_a_run_that_waits_for_other_work_says_so(self, tmp_path, monkeypatch, caplog):
+        monkeypatch.setattr(placement, "NOTICE_SECONDS", 0.0)
+        monkeypatch.setattr(replicas, "_POLL_SECONDS", 0.1)
+        with pool(tmp_path / "cache", 1) as other:
+            list(other.run(squares(range(1))))  # its replica holds half a CPU until the block ends
+
+            def release_when_reported():
+                while not caplog.messages:
+                    time.sleep(0.05)
+                other.__exit__()
+
+            threading.Thread(target=release_when_reported, daemon=True).start()
+            assert values(run(squares(range(2, 3)), tmp_path / "cache", 1, 4.0)) == [4]
+        (message,) = caplog.messages
+        assert "4 CPUs are needed" in message
+        assert "3.5 of 4 CPUs" in message
 
     def test_a_killed_replica_is_replaced_and_nothing_is_lost(self, tmp_path, notes, capsys):
         deadly = [unit(Square(8, str(notes), deaths=1)), unit(Square(9, str(notes), deaths=2))]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ray_platform.contracts import ConfigError
 from ray_platform.json_values import flat_fields
-from ray_platform.placement import check_labels
+from ray_platform.placement import ResourceRequest, check_labels
 from ray_platform.units import plural
 
 SLOW_PHASE_FACTOR = 10  # how much longer than hang_seconds a rank may take to build, restore, score or export
@@ -256,6 +256,11 @@ class TrainConfig:
     def collective_timeout_s(self) -> int:
         """Seconds after which gloo and NCCL abort a collective: later than the hang detector, which names the rank to blame."""
         return int(min(SLOW_PHASE_FACTOR * (self.hang_seconds or math.inf) + _COLLECTIVE_MARGIN_S, _MAX_COLLECTIVE_S))
+
+    @property
+    def worker_request(self) -> ResourceRequest:
+        """What one worker needs, without its reads."""
+        return ResourceRequest(self.placement, {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker})
 
     @property
     def min_workers(self) -> int:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from ray_platform import storage
 from ray_platform.contracts import Batch, ConfigError, DataError, TrainingError, describe_error
 from ray_platform.lease import Lease
+from ray_platform.placement import StartNotice
 from ray_platform.ray_internals import ControllerCallback, draining_nodes
 from ray_platform.retry import RETRY_SECONDS
 from ray_platform.terminal import ProgressBar, left_text
@@ -238,6 +239,7 @@ class DriverMonitor:
         self.hang_detector, self.node_metrics, self.train, self.lease = hang_detector, node_metrics, train, lease
         self.stop_reason = ""  # the workers save, and the run ends
         self._started = time.monotonic()
+        self._start_notice: StartNotice | None = self._new_notice()  # None once workers have started
         self.last_hang = ""  # message about the workers killed since the last `reset_workers`
         self._printed_step, self._bar = -1, ProgressBar(seconds_between_lines=0)
         self._done = threading.Event()
@@ -260,8 +262,11 @@ class DriverMonitor:
 
     def reset_workers(self) -> None:
         """Forget the workers that ended; new ones will start."""
-        self.last_hang = ""
+        self.last_hang, self._start_notice = "", self._new_notice()
         self.hang_detector.reset.remote()
+
+    def _new_notice(self) -> StartNotice:
+        return StartNotice(self.train.worker_request.times(self.train.min_workers))
 
     def _on_sigterm(self, *_: object) -> None:
         self._stop(_STOPPED)
@@ -300,6 +305,10 @@ class DriverMonitor:
         if self.stop_reason:  # again, for workers that were being started
             detector.request_stop.remote(self.stop_reason)
         nodes = ray.get(detector.nodes.remote(), timeout=_ANSWER_TIMEOUT_SECONDS)
+        if nodes:
+            self._start_notice = None
+        elif self._start_notice:
+            self._start_notice.check()
         if drained := draining_nodes() & nodes:
             detector.request_stop.remote(f"node {min(drained)[:8]} is being drained")
         seconds = self.train.hang_seconds

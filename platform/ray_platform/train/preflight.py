@@ -22,7 +22,7 @@ from ray_platform.data.catalog import Catalog, build_catalog, difference
 from ray_platform.data.config import DataConfig
 from ray_platform.data.plan import check_cpus, check_world_size
 from ray_platform.json_values import JsonObject
-from ray_platform.placement import ResourceRequest, is_connected
+from ray_platform.placement import is_connected
 from ray_platform.tracking import ModelPackage, TrackingConfig, tracking_uri
 from ray_platform.tracking.delivery import check_trackers
 from ray_platform.train.config import TrainConfig
@@ -137,8 +137,7 @@ class RunPlan:
         train, data = self.train, self.data
         if not is_connected() and (os.environ.get("RAY_ADDRESS") or train.placement or data.placement):
             return
-        request = ResourceRequest(train.placement, {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker})
-        request.check_fits(train.min_workers, "train.")
+        train.worker_request.check_fits(train.min_workers, "train.")
         # Nodes of the workers may read, too, if they have all labels of data.placement.
         shares_nodes = data.placement.items() <= train.placement.items()
         check_cpus(data, train.min_workers, train.cpus_per_worker if shares_nodes else 0.0)
