@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from diffdis_platform.commands.pretrain import parse_arguments
 from ray_platform import object_store, retry, storage
 from ray_platform.contracts import ConfigError, UserError
 from ray_platform.data.causes import lost_cause
@@ -166,14 +167,16 @@ def test_a_public_bucket_needs_no_credentials(s3_url, s3_server, aws, arrow_read
     url = f"s3://{PUBLIC_BUCKET}/folder/file"
     open_store(url)[0].mkdir(PUBLIC_BUCKET)
     storage.write_bytes(url, b"content")
+    storage.write_bytes(f"s3://{PUBLIC_BUCKET}/config.yaml", b"train: {num_steps: 7}")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         aws.delenv(name)
     assert all("storage.public_buckets" in str(error) for error in errors_of(url))
     aws.setenv("DIFFDIS_PUBLIC_BUCKETS", "")  # restored after the test
-    StorageConfig(public_buckets=(PUBLIC_BUCKET,)).set_variables()
+    arguments = ["--config", f"s3://{PUBLIC_BUCKET}/config.yaml", "--storage.public_buckets", "other", PUBLIC_BUCKET]
+    assert parse_arguments(arguments).config.train.num_steps == 7
     assert [(file.url, file.size) for file in storage.list_files(f"s3://{PUBLIC_BUCKET}/folder")] == [(url, 7)]
     assert storage.read_bytes(url) == storage.read_many([url])[url] == b"content"
-    assert arrow_reads == [f"{PUBLIC_BUCKET}/folder/file"] * 2
+    assert arrow_reads == [f"{PUBLIC_BUCKET}/{name}" for name in ("config.yaml", "folder/file", "folder/file")]
     assert "no S3 credentials" in str(errors_of(f"{s3_url}/ready")[0])  # of any other bucket
 
 

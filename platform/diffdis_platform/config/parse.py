@@ -70,6 +70,8 @@ def parse(
     A field is set with `--dotted.name value`. A list takes one or more values or JSON (`--data.sources a b`), and a boolean field
     without a value means true. If `config_class` has a method `check`, it is called.
 
+    Files of `--config` are read with the arguments that say how buckets are accessed.
+
     Args:
         config_class: dataclass of the configuration; its fields may be dataclasses.
         argv: the arguments after the name of the command.
@@ -88,6 +90,7 @@ def parse(
     arguments = [(aliases or {}).get(flag, flag) + equals + value for flag, equals, value in split]
     fields = field_types(config_class)
     defaults = to_plain(dataclasses.asdict(config_class()))  # type: ignore[call-overload]
+    _set_storage_variables(_with_storage_arguments(config_class(), arguments, fields))
     files = {path: _read_config_file(path) for path in _flag_values(arguments, "--config")}
     parser = ArgumentParser(prog=about.program, exit_on_error=False, add_help=False)
     # In a complete file, the recipe is only a name, which may no longer exist.
@@ -137,6 +140,18 @@ def _add_options(
     for name in switches:
         parser.add_argument(f"--{name}", action="store_true")
     return listed, default
+
+
+def _with_storage_arguments(config: Config, arguments: Sequence[str], fields: FieldTypes) -> Config:
+    """Return `config` with the arguments that say how buckets are accessed."""
+    chunks: list[list[str]] = []
+    for argument in arguments:
+        chunks += [[]] if argument.startswith("--") or not chunks else []
+        chunks[-1].append(argument)
+    sections = tuple(f"--{name}." for name, kind in fields.items() if kind is StorageConfig)
+    given = [argument for chunk in chunks if chunk[0].startswith(sections) for argument in chunk]
+    pairs = [argument.partition("=") for argument in _normalize(given, fields, set())]
+    return with_fields(config, {flag.strip("-+"): value for flag, _, value in pairs}) if pairs else config
 
 
 def _set_storage_variables(config: Any) -> None:
