@@ -79,6 +79,7 @@ def test_help_shows_a_section_the_aliases_and_the_values_of_the_recipe(capsys):
         ("pretrain", "--epochs", ["train.num_steps"]),
         ("pretrain", "--num_steps", ["train.num_steps"]),
         ("pretrain", "--train.num_stpes", ["train.num_steps"]),
+        ("pretrain", "--data.sources+", ["data.sources"]),
         ("pretrain", "--resum", ["train.resume"]),
         ("sweep", "--lr", ["pretrain.objective.lr_unet", "pretrain.objective.lr_new"]),
         ("generate", "--prompt", ["captions", "captions_file"]),
@@ -112,6 +113,8 @@ def test_integers_may_be_written_with_an_exponent():
         ("--train.betas=0.9", ("train.betas: 0.9 is not of type list; write '[…, …]'",)),
         ("--train.num_steps=", ("train.num_steps:  is not of type int",)),
         ("--data.sources", ("data.sources: no value is given",)),
+        ("--train=5", ("--train: 5: this is a section", "--train.num_workers")),
+        ("--model.schedule=own.yaml", ("--model.schedule: own.yaml: this is a section",)),
         ("--data.placement=cpu", ("data.placement: cpu is not a JSON object", "such as '{\"name\": 1}'")),
     ],
 )

@@ -151,7 +151,7 @@ def _with_storage_arguments(config: Config, arguments: Sequence[str], fields: Fi
     sections = tuple(f"--{name}." for name, kind in fields.items() if kind is StorageConfig)
     given = [argument for chunk in chunks if chunk[0].startswith(sections) for argument in chunk]
     pairs = [argument.partition("=") for argument in _normalize(given, fields, set())]
-    return with_fields(config, {flag.strip("-+"): value for flag, _, value in pairs}) if pairs else config
+    return with_fields(config, {flag.removeprefix("--"): value for flag, _, value in pairs}) if pairs else config
 
 
 def _set_storage_variables(config: Any) -> None:
@@ -228,7 +228,7 @@ def _normalize(arguments: Sequence[str], fields: FieldTypes, options: set[str]) 
     while rest:
         argument = rest.pop(0)
         flag, equals, value = argument.partition("=")
-        name = current_name(flag.removeprefix("--").rstrip("+"))
+        name = current_name(flag.removeprefix("--"))
         if not flag.startswith("--") or flag in options:
             value_after = [rest.pop(0)] if flag in ("--config", "--recipe") and not equals and rest else []
             result += [argument, *value_after] if flag != "--config" else []  # see `_file_arguments`
@@ -238,18 +238,20 @@ def _normalize(arguments: Sequence[str], fields: FieldTypes, options: set[str]) 
             values = [value] if equals else []
             while not equals and rest and not rest[0].startswith("--"):
                 values.append(rest.pop(0))
-            result += _field_argument(f"--{name}{'+' * flag.endswith('+')}", fields[name], values)
+            result += _field_argument(f"--{name}", fields[name], values)
     return result
 
 
 def _field_argument(flag: str, kind: Any, values: list[str]) -> list[str]:
     if not values:
         return [f"{flag}=true"] if kind is bool else [flag]
+    if dataclasses.is_dataclass(kind) and not values[0].startswith("{"):
+        raise ConfigError(f"{flag}: {values[0]}: this is a section; set its fields, such as {flag}.{field_names(kind)[0]}")
     members = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     if kind is int or int in typing.get_args(kind):
         values = [_plain_integer(value) for value in values]
     takes_list = is_list(kind) or (len(values) > 1 and any(typing.get_origin(member) is tuple for member in members))
-    if takes_list and not flag.endswith("+") and not (len(values) == 1 and values[0].startswith("[")):
+    if takes_list and not (len(values) == 1 and values[0].startswith("[")):
         texts = str in typing.get_args(kind)
         return [f"{flag}={json.dumps(values) if texts else '[' + ','.join(values) + ']'}"]
     return [f"{flag}={values[0]}", *values[1:]]
