@@ -195,15 +195,20 @@ def _limit_redirects(**_: object) -> None:
 @functools.lru_cache(maxsize=8)
 def _s3fs(environment: Environment, is_public: bool, requester_pays: bool) -> Any:
     settings, session = _s3_settings(environment), AioSession()
+
+    def attempt_more(**_: object) -> None:
+        filesystem.retries = type(filesystem).retries
+
     session.register("before-call.s3.HeadBucket", _limit_redirects)
+    session.register("after-call.s3", attempt_more)
     config = {
         "connect_timeout": CONNECT_TIMEOUT_S,
         "read_timeout": READ_TIMEOUT_S,
-        "retries": {"total_max_attempts": 1},  # s3fs attempts each call five times by itself
+        "retries": {"total_max_attempts": 1},  # of botocore; s3fs attempts each call several times by itself
         "s3": {"addressing_style": settings.addressing_style},
     }
     client = {"region_name": settings.region, "verify": settings.ca_file}
-    return fsspec.filesystem(
+    filesystem = fsspec.filesystem(
         "s3",
         session=session,
         anon=is_public,
@@ -214,6 +219,8 @@ def _s3fs(environment: Environment, is_public: bool, requester_pays: bool) -> An
         client_kwargs={name: value for name, value in client.items() if value},
         config_kwargs=config,
     )
+    filesystem.retries = 1  # until the endpoint has answered: one that does not is reported after a single timeout
+    return filesystem
 
 
 @functools.lru_cache(maxsize=8)

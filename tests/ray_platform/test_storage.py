@@ -1,5 +1,6 @@
 import errno
 import http.server
+import socket
 import threading
 import time
 from pathlib import Path
@@ -272,6 +273,19 @@ def test_a_server_in_trouble_is_unavailable(monkeypatch, endpoint, behavior, fau
     assert "a-secret" not in str(raised.value)
     if fault:
         check_message(fault, raised.value, URL="s3://bucket/file", ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+
+
+def test_an_endpoint_that_never_answers_is_reported_after_one_attempt(monkeypatch, endpoint):
+    monkeypatch.setattr(object_store, "READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(retry, "QUERY_SECONDS", 0.4)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint(f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(storage.StorageError, match="no answer within"):
+            storage.exists("s3://bucket/file")
+        server.setblocking(False)
+        server.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            server.accept()
 
 
 class Outage:

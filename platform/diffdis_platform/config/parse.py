@@ -342,6 +342,7 @@ def _read_config_file(path: str) -> JsonObject:
         from ray_platform import storage
 
         with named_field("--config"):
+            storage.exists(path)  # reports an endpoint that does not answer sooner than a read, which is repeated for minutes
             content = storage.read_small(path, MAX_CONFIG_BYTES)
     else:
         try:
