@@ -62,7 +62,7 @@ class Counts:
 
     trained: int  # parameters
     frozen: int
-    num_tensors: int  # parameters' tensors
+    num_tensors: int  # trained
     launches: int  # of kernels, by the forward and backward pass of one micro-batch
     flops: float  # per sample, forward and backward, as train/flops_per_second counts them
     executed_flops: float  # per sample, including recomputed activations, gradient caching and logged values
@@ -113,7 +113,7 @@ def _count(model: DiffDisConfig, objective: ObjectiveConfig, size: int, half: bo
 def _count_module(module: Objective, num_image_features: int, size: int, half: bool, again: bool, accumulating: bool) -> Counts:
     model, objective = module.model.config, module.objective
     inputs = functools.partial(_inputs, model, num_image_features=num_image_features)
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    trained = [p.numel() for p in module.parameters() if p.requires_grad]
     flops = count_flops(module, inputs(2), seed=0) / 2  # two samples, as the trainer counts
     if again:
         module.enable_activation_checkpointing()
@@ -124,9 +124,9 @@ def _count_module(module: Objective, num_image_features: int, size: int, half: b
         executed, launches = executed + more, launches + more_launches
     row = inputs(1)
     return Counts(
-        trained=trained,
-        frozen=sum(p.numel() for p in module.parameters()) - trained,
-        num_tensors=len(list(module.parameters())),
+        trained=sum(trained),
+        frozen=sum(p.numel() for p in module.parameters()) - sum(trained),
+        num_tensors=len(trained),
         launches=launches,
         flops=flops,
         executed_flops=executed / size,
