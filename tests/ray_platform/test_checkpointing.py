@@ -266,6 +266,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path, policy, saved, left):
     assert kept(tmp_path) == left
 
 
+def test_a_branch_keeps_what_it_passed_through_and_resumes_from_that_first(tmp_path):
+    output, retention = str(tmp_path), RetentionPolicy(str(tmp_path), 2)
+    first = Launch(tmp_path, "a")
+    urls = [first.save(step) for step in (10, 20, 30, 40)]
+    newest = Launch(tmp_path, "b", urls[1]).save(25, retention=retention)
+    assert kept(tmp_path) == ["b25", "a40", "a20"]
+    assert candidates("auto", output, "c") == [newest, urls[1], urls[3]], "the run left the path to step 40"
+
+
 def test_an_abandoned_step_does_not_replace_the_best_one_of_the_branch(tmp_path):
     first, retention = Launch(tmp_path, "a"), RetentionPolicy(str(tmp_path), 1, "score")
     urls = [first.save(step, metrics={"score": score}) for step, score in ((10, 0.1), (20, 0.2), (30, 0.9))]

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple, get_origin, get_type_hints
 
@@ -363,8 +363,19 @@ class Lineage:
         return replace(self, parent=f"{self.launch}/{name}", counter=self.counter + 1)
 
 
+def _abandoned_last(ordered: list[str], manifests: Mapping[str, bytes]) -> list[str]:
+    """Move the checkpoints that training did not pass through on its way to the first one behind the others."""
+    with contextlib.suppress(CorruptCheckpoint, IndexError):
+        newest = read_manifest(ordered[0], manifests.get(ordered[0], b""))
+        lineage = Lineage(split_url(ordered[0])[0], branched_at=newest.branched_at)
+        return sorted(ordered, key=lambda url: not lineage.includes(url))
+    return ordered
+
+
 def candidates(resume: str, output_dir: str, launch: str) -> list[str]:
     """Return the checkpoints that workers may start from, best first; older ones follow in case a newer one is damaged.
+
+    Those that were abandoned, because training branched off before them, come last.
 
     1. Workers that were restarted, or whose number changed: the newest checkpoint of this launch.
     2. `resume` = auto: the newest one in the run's folder.
@@ -372,7 +383,8 @@ def candidates(resume: str, output_dir: str, launch: str) -> list[str]:
        a job that is started again runs the same command.
     4. Neither: an empty list. Training starts from the Task as it was built, which includes its warm start, if any.
     """
-    existing = list_checkpoints(output_dir)
+    listing = CheckpointListing.read(output_dir, f"*/step_*/{COMPLETE}")
+    existing = _abandoned_last(list(listing.counters), listing.manifests)
     own = [url for url in existing if split_url(url)[0] == launch]
     if resume == "auto" or (resume != "none" and not resume.startswith(f"{checkpoints_dir(output_dir)}/")):
         own += [url for url in existing if url not in own]

@@ -39,7 +39,7 @@ class RetentionPolicy:
         ordered = [url for url in existing if split_url(url)[0] in launches]
         passed = [url for url in ordered if lineage.includes(url)]
         best = *self._best(ordered, manifests), *self._best(passed, manifests)  # also when the best of all was abandoned
-        kept = {newest, *ordered[: self.num_newest], *best}
+        kept = {newest, *ordered[: self.num_newest], *passed[: self.num_newest], *best}
         for url in folders:
             launch, name = split_url(url)
             is_permanent = self.keep_every and url in existing and checkpoint_step(name) % self.keep_every == 0
