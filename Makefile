@@ -22,7 +22,7 @@ test: setup
 
 # Compiled modules are kept even where PYTHONDONTWRITEBYTECODE is set: each of Ray's workers would compile them again.
 test-ray test-ranks test-unit: setup
-	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 nice -n $(NICENESS_$@) $(PYTHON) -m pytest -m "$(@:test-%=%) and not slow and not gpu"
+	@CUDA_VISIBLE_DEVICES= PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 nice -n $(NICENESS_$@) $(PYTHON) -m pytest -m "$(@:test-%=%) and not slow and not gpu"
 
 # Tests that take minutes: training runs with injected faults, other tracking stores, all recipes and pages.
 test-slow: setup

@@ -20,6 +20,8 @@ from diffdis.config import AutoencoderConfig
 from diffdis.pretrained import component_folder, load_component
 from diffdis.transfer import copy_to
 
+DECODED_AT_ONCE = 8  # images: at 512 px, each has activations of 0.27 GB in float32, several at a time
+
 
 class HaarAutoencoder(ModelMixin, ConfigMixin):
     """Orthonormal color transform and `levels` orthonormal 2 x 2 Haar transforms, each channel scaled to mean 0 and variance 1.
@@ -130,7 +132,7 @@ def decode_as(autoencoder: Autoencoder, latents: torch.Tensor, output_type: Outp
     """Return latents [B, C, h, w] as images of a type, on the CPU; "latent": as they are."""
     if output_type == "latent":
         return latents
-    images = decode(autoencoder, latents).cpu()
+    images = torch.cat([decode(autoencoder, part).cpu() for part in latents.split(DECODED_AT_ONCE)])
     if output_type == "pil":
         return [Image.fromarray(image) for image in to_uint8(images)]
     images = (images + 1) / 2

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffdis.autoencoder import HaarAutoencoder, build_autoencoder, decode, to_latents, to_uint8
+from diffdis.autoencoder import DECODED_AT_ONCE, HaarAutoencoder, build_autoencoder, decode, decode_as, to_latents, to_uint8
 from diffdis.config import AutoencoderConfig
 
 
@@ -21,6 +21,15 @@ def test_scaled_haar_gives_back_every_pixel():
     mean, std = tuple(np.linspace(-1, 1, 12)), tuple(np.linspace(0.1, 2, 12))
     haar = HaarAutoencoder(1, mean, std)
     assert np.array_equal(to_uint8(decode(haar, to_latents(haar, images, "cpu"))), images)
+
+
+def test_many_latents_are_decoded_in_parts_and_in_order(monkeypatch):
+    haar, latents, sizes = HaarAutoencoder(1), torch.randn(2 * DECODED_AT_ONCE + 1, 12, 8, 8), []
+    expected = (decode(haar, latents) + 1) / 2
+    original = haar.decode_latent
+    monkeypatch.setattr(haar, "decode_latent", lambda part: sizes.append(len(part)) or original(part))
+    torch.testing.assert_close(decode_as(haar, latents, "pt"), expected)
+    assert sizes == [DECODED_AT_ONCE, DECODED_AT_ONCE, 1]
 
 
 def test_wrong_number_of_scales_is_named():

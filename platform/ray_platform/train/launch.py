@@ -69,11 +69,13 @@ _TorchBackend: Any = TorchConfig().backend_cls
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(choose_gloo_interface)
+        if backend_config.backend == "gloo":
+            worker_group.execute(hide_gpus)
         super().on_start(worker_group, backend_config)
 
 
 class ProcessGroupConfig(TorchConfig):
-    """Ray Train's configuration of the process group, which selects gloo's network interface first."""
+    """Ray Train's configuration of the process group, which prepares the workers' environment first."""
 
     @property
     def backend_cls(self) -> type:
@@ -89,6 +91,14 @@ def choose_gloo_interface() -> None:
     for name, addresses in psutil.net_if_addrs().items():
         if any(known.address == address for known in addresses):
             os.environ.setdefault(GLOO_INTERFACE, name)
+
+
+def hide_gpus() -> None:
+    """Hide the node's GPUs from a worker that trains on CPUs: Ray leaves them visible to workers that request none.
+
+    The engine and DeepSpeed would use them, while the Task's inputs are on the CPU.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 # --- run -----------------------------------------------------------------------------------------------------------------

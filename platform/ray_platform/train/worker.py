@@ -47,9 +47,8 @@ logger = logging.getLogger(__name__)
 
 def train_worker(spec: WorkerSpec) -> None:
     """Train one rank to the launch's last step."""
-    if not spec.train.gpus_per_worker:
-        # In every worker, Ray leaves torch with as many threads as the node has cores.
-        torch.set_num_threads(max(1, int(spec.train.cpus_per_worker)))
+    # In every worker, Ray leaves torch with as many threads as the node has cores. An offloaded optimizer uses them, too.
+    torch.set_num_threads(max(1, int(spec.train.cpus_per_worker)))
     # DeepSpeed calls deprecated functions of torch: hundreds of lines that no user can do anything about.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     heartbeat = HeartbeatThread(spec.hang_detector, dist.get_rank())
