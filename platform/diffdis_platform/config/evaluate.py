@@ -207,6 +207,7 @@ def suite_sets(suite: str) -> dict[str, str]:
             )
         return dict.fromkeys(names, "")
     try:
+        storage.exists(suite)  # reports an endpoint that does not answer sooner than a read, which is repeated for minutes
         content: Any = yaml.safe_load(storage.read_small(suite, MAX_CONFIG_BYTES))
         sets = content["sets"]
         found = dict.fromkeys(sets, "") if isinstance(sets, list) else {name: url or "" for name, url in sets.items()}
