@@ -17,8 +17,28 @@ from tests.support.training import write_shards
 
 
 @pytest.mark.parametrize("recipe", recipes_of(PretrainConfig))
-def test_every_recipe_parses_to_itself(recipe):
-    assert parse(["--recipe", recipe]).config == recipes_of(PretrainConfig)[recipe]()
+def test_every_recipe_parses_to_itself_and_has_values_of_the_right_types(recipe, tmp_path):
+    command = parse(["--recipe", recipe])
+    assert command.config == recipes_of(PretrainConfig)[recipe]()
+    (tmp_path / "saved.yaml").write_text(command.yaml)
+    assert parse(["--config", str(tmp_path / "saved.yaml")]).config == command.config  # which checks all types
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ('{"num_step": 3}', "--train.num_step: no such field; did you mean --train.num_steps?"),
+        ('{"num_steps": "x"}', "train.num_steps: x is not of type int"),
+        ("5", "--train: 5: this is a section"),
+        ('{"num_steps"', "--train: .*: this is a section"),
+        ("", "--train: .*: this is a section"),
+    ],
+)
+def test_a_section_is_a_json_object(argument, message):
+    train = parse(["--train", '{"num_steps": 3, "betas": [0.5, 0.9]}', "--train.seed", "7"]).config.train
+    assert (train.num_steps, train.betas, train.seed) == (3, (0.5, 0.9), 7)
+    with pytest.raises(ConfigError, match=message):
+        parse(["--train", *argument.splitlines()])
 
 
 def test_any_field_can_be_overridden():

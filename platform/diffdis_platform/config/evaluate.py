@@ -4,14 +4,13 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 from diffdis.config import Dtype
 from diffdis_platform.config.export import check_weights
-from diffdis_platform.config.parse import MAX_CONFIG_BYTES, check_output_dir
-from ray_platform.contracts import ConfigError, one_line
+from diffdis_platform.config.parse import check_output_dir
+from diffdis_platform.config.saved import read_yaml
+from ray_platform.contracts import ConfigError
 from ray_platform.placement import check_labels
 from ray_platform.storage_config import StorageConfig
 from ray_platform.tracking import TrackingConfig
@@ -190,7 +189,6 @@ def check_networks(field: str, networks: Sequence[str]) -> None:
 
 def suite_sets(suite: str) -> dict[str, str]:
     """Return the folder of each set of a suite, or "" for a set below data_roots. Raises ConfigError."""
-    from ray_platform import storage
     from ray_platform.evaluate.sets import KNOWN_SETS, PAPER_SETS
 
     suites = {"paper": (*PAPER_SETS, *RETRIEVAL), "quick": QUICK, "demo": DEMO}
@@ -206,17 +204,14 @@ def suite_sets(suite: str) -> dict[str, str]:
                 "and not a .yaml file" + (f"; did you mean {short_names[near[0]]}?" if near else "")
             )
         return dict.fromkeys(names, "")
-    try:
-        storage.exists(suite)  # reports an endpoint that does not answer sooner than a read, which is repeated for minutes
-        content: Any = yaml.safe_load(storage.read_small(suite, MAX_CONFIG_BYTES))
-        sets = content["sets"]
-        found = dict.fromkeys(sets, "") if isinstance(sets, list) else {name: url or "" for name, url in sets.items()}
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(
-            f"suite: {suite} is not `sets:` with a list of names, or `name: folder` pairs ({one_line(error)})"
-        ) from None
-    if not found or not all(isinstance(text, str) for pair in found.items() for text in pair):
-        raise ConfigError(f"suite: {suite}: `sets:` needs at least one name, and names and folders must be texts")
+    layout = "a file with `sets:` and a list of names, or `name: folder` pairs"
+    sets = read_yaml("suite", suite, f"give {layout}").get("sets")
+    if not isinstance(sets, list | dict) or not sets:
+        raise ConfigError(f"suite: {suite} is not {layout}")
+    pairs = sets.items() if isinstance(sets, dict) else [(name, "") for name in sets]
+    if not all(isinstance(name, str) and isinstance(url or "", str) for name, url in pairs):
+        raise ConfigError(f"suite: {suite}: names and folders of `sets:` must be texts")
+    found = {name: url or "" for name, url in pairs}
     if odd := [name for name in found if not _SET_NAME.fullmatch(name) or ".." in name.split("/")]:
         raise ConfigError(
             f"suite: {suite}: {odd[0][:120]!r} cannot name a set: up to 100 letters, digits and . - _ in parts joined by /"

@@ -12,7 +12,6 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import yaml
@@ -28,8 +27,8 @@ from diffdis_platform.config.help import (
     requested_section,
     value_problem,
 )
-from diffdis_platform.config.saved import CONFIG_FORMAT, current_name, known_fields, read_saved, with_current_names
-from ray_platform.contracts import ConfigError, named_field, one_line
+from diffdis_platform.config.saved import CONFIG_FORMAT, current_name, known_fields, read_saved, read_yaml, with_current_names
+from ray_platform.contracts import ConfigError, one_line
 from ray_platform.formats import VERSION_KEY
 from ray_platform.json_values import JsonObject, num_values, to_plain
 from ray_platform.redaction import redacted_values
@@ -37,9 +36,6 @@ from ray_platform.storage_config import StorageConfig
 
 Config = TypeVar("Config")
 Recipes = Mapping[str, Callable[..., Config]]
-
-MAX_CONFIG_BYTES = 2**20
-MAX_CONFIG_VALUES = 100_000  # with YAML aliases expanded
 
 
 # A configuration may come from someone else, and `class_path: some.module` in it would import that module.
@@ -91,27 +87,30 @@ def parse(
     fields = field_types(config_class)
     defaults = to_plain(dataclasses.asdict(config_class()))  # type: ignore[call-overload]
     _set_storage_variables(_with_storage_arguments(config_class(), arguments, fields))
-    files = {path: _read_config_file(path) for path in _flag_values(arguments, "--config")}
+    files = {path: read_yaml("--config", path, "give a saved config.yaml") for path in _flag_values(arguments, "--config")}
     parser = ArgumentParser(prog=about.program, exit_on_error=False, add_help=False)
     # In a complete file, the recipe is only a name, which may no longer exist.
     bases = [each for each in files.values() if str(each.get("recipe")) in (recipes or {}) or not _is_complete(each, defaults)]
-    listed, default = _add_options(parser, arguments, bases, recipes or {}, switches or {})
+    listed, base = _add_options(parser, arguments, bases, recipes or {}, switches or {})
     if (section := requested_section(arguments)) is not None:
-        print(render_help(about, section, default or config_class(), fields, listed, aliases or {}), end="")
+        print(render_help(about, section, base or config_class(), fields, listed, aliases or {}), end="")
         sys.exit()
-    parser.add_class_arguments(config_class, default=default)
-    options = {option.flag for option in listed}
+    options = [option.flag for option in listed]
     # What a saved configuration contains next to the fields. A file does not name another one, which would not be checked.
-    written = {option.removeprefix("--").replace("-", "_") for option in options} - {"config"}
+    written = [option.removeprefix("--").replace("-", "_") for option in options if option != "--config"]
     switch_names = {name.replace("-", "_") for name in switches or {}}
-    from_files = _file_arguments(files, fields, written, switch_names, defaults)
-    values, text = _resolve(parser, from_files + _normalize(arguments, fields, options))
-    config = config_class(**{name: values[name] for name in field_names(config_class)})
+    from_files, is_saved = _file_values(files, fields, written, switch_names, defaults)
+    # A field that a saved configuration lacks is newer than the file: it gets its default, not the value of a recipe.
+    start = config_class() if is_saved or base is None else base
+    config, values = _with_given(start, parser, from_files, _normalize(arguments, fields, options))
     given = frozenset(name for name in switch_names if values[name])
     _set_storage_variables(config)
     if check := getattr(config, "check", None):
         check()
-    return ParsedCommand(config, values["recipe"] if recipes else "", given, f"{VERSION_KEY}: {CONFIG_FORMAT.version}\n{text}")
+    saved = {VERSION_KEY: CONFIG_FORMAT.version} | {name: values[name] for name in written}
+    saved |= dataclasses.asdict(config)  # type: ignore[call-overload]
+    text = yaml.safe_dump(redacted_values(saved), sort_keys=False)
+    return ParsedCommand(config, values["recipe"] if recipes else "", given, text)
 
 
 def _add_options(
@@ -150,7 +149,7 @@ def _with_storage_arguments(config: Config, arguments: Sequence[str], fields: Fi
         chunks[-1].append(argument)
     sections = tuple(f"--{name}." for name, kind in fields.items() if kind is StorageConfig)
     given = [argument for chunk in chunks if chunk[0].startswith(sections) for argument in chunk]
-    pairs = [argument.partition("=") for argument in _normalize(given, fields, set())]
+    pairs = [argument.partition("=") for argument in _normalize(given, fields, [])]
     return with_fields(config, {flag.removeprefix("--"): value for flag, _, value in pairs}) if pairs else config
 
 
@@ -169,17 +168,44 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
         ConfigError: an unknown field, a value of the wrong type, or one that the configuration rejects.
     """
     fields = field_types(type(config))
-    arguments = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
-    arguments = _normalize(arguments, fields, set())
-    parser = ArgumentParser(exit_on_error=False)
-    names = list(dict.fromkeys(argument.partition("=")[0].removeprefix("--") for argument in arguments))
-    for name in names:  # a parser of the whole configuration would take most of the time
+    arguments = [_field_argument(name, value) for name, value in values.items()]
+    return _with_given(config, ArgumentParser(exit_on_error=False), [], _normalize(arguments, fields, []))[0]
+
+
+def _with_given(
+    config: Config, parser: ArgumentParser, files: Sequence[JsonObject], arguments: Sequence[str]
+) -> tuple[Config, Namespace]:
+    """Return `config` with the fields that files, or arguments in the place of these, set. Return the options, too.
+
+    Args:
+        config: the configuration to start from.
+        parser: knows the options that are not fields.
+        files: nested values of fields and options, the most important last.
+        arguments: result of `_normalize`.
+    """
+    fields = field_types(type(config))
+    flags = [argument.partition("=")[0].removeprefix("--") for argument in arguments]
+    set_by_files = [name for values in files for name in _leaf_names(values, fields)]
+    names = [name for name in dict.fromkeys([*set_by_files, *flags]) if name in fields]
+    for name in names:  # a parser of all fields would take most of the time of a command's start
         parser.add_argument(f"--{name}", type=fields[name], default=functools.reduce(getattr, name.split("."), config))
-    parsed = _parsed(parser, arguments)
-    check_secrets(values)
+    given = _parsed(parser, [*(f"--config={yaml.safe_dump(values)}" for values in files), *arguments])
+    check_secrets(to_plain(given.clone(with_meta=False).as_dict()))
     with _one_line_errors():
-        built = parser.instantiate(parsed)
-        return _replaced(config, {name: built[name] for name in names})
+        return _replaced(config, {name: given[name] for name in names}), given
+
+
+def _leaf_names(values: JsonObject, fields: FieldTypes, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of the values in nested sections."""
+    for key, value in values.items():
+        if dataclasses.is_dataclass(fields.get(f"{prefix}{key}")):
+            yield from _leaf_names(value, fields, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _field_argument(name: str, value: Any) -> str:
+    return f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _replaced(config: Config, values: JsonObject) -> Config:
@@ -221,7 +247,7 @@ def _option_value(arguments: Sequence[str], files: Sequence[JsonObject], name: s
     return [*given, default][0]
 
 
-def _normalize(arguments: Sequence[str], fields: FieldTypes, options: set[str]) -> list[str]:
+def _normalize(arguments: Sequence[str], fields: FieldTypes, options: Sequence[str]) -> list[str]:
     """Reject unknown flags, join the values of a list to one JSON list, and give a lone boolean flag the value true."""
     result: list[str] = []
     rest = list(arguments)
@@ -231,22 +257,32 @@ def _normalize(arguments: Sequence[str], fields: FieldTypes, options: set[str]) 
         name = current_name(flag.removeprefix("--"))
         if not flag.startswith("--") or flag in options:
             value_after = [rest.pop(0)] if flag in ("--config", "--recipe") and not equals and rest else []
-            result += [argument, *value_after] if flag != "--config" else []  # see `_file_arguments`
+            result += [argument, *value_after] if flag != "--config" else []  # see `_file_values`
         elif name not in fields:
             raise ConfigError(f"{flag}: {no_such_field(name, fields, [option.removeprefix('--') for option in options])}")
         else:
             values = [value] if equals else []
             while not equals and rest and not rest[0].startswith("--"):
                 values.append(rest.pop(0))
-            result += _field_argument(f"--{name}", fields[name], values)
+            if dataclasses.is_dataclass(fields[name]):
+                inner = _section_values(flag, fields[name], values)
+                rest = [_field_argument(f"{name}.{key}", value) for key, value in inner.items()] + rest
+            else:
+                result += _typed_argument(f"--{name}", fields[name], values)
     return result
 
 
-def _field_argument(flag: str, kind: Any, values: list[str]) -> list[str]:
+def _section_values(flag: str, kind: Any, values: list[str]) -> JsonObject:
+    """Return the values of a section that is given as a JSON object."""
+    with contextlib.suppress(ValueError):
+        if isinstance(inner := json.loads(" ".join(values)), dict):
+            return inner
+    raise ConfigError(f"{flag}: {' '.join(values) or 'no value'}: this is a section; set its fields, such as {flag}.{field_names(kind)[0]}")
+
+
+def _typed_argument(flag: str, kind: Any, values: list[str]) -> list[str]:
     if not values:
         return [f"{flag}=true"] if kind is bool else [flag]
-    if dataclasses.is_dataclass(kind) and not values[0].startswith("{"):
-        raise ConfigError(f"{flag}: {values[0]}: this is a section; set its fields, such as {flag}.{field_names(kind)[0]}")
     members = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     if kind is int or int in typing.get_args(kind):
         values = [_plain_integer(value) for value in values]
@@ -280,31 +316,19 @@ def _one_line_errors(prefix: str = "") -> Iterator[None]:
         raise ConfigError(f"{prefix}{one_line(error)}") from error
 
 
-def _resolve(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Mapping[str, Any], str]:
-    """Return the instantiated values, and the same values as YAML without secrets."""
-    values = _parsed(parser, arguments)
-    text = parser.dump(values.clone(with_meta=False), skip_unset=False, skip_validation=True)  # they were just validated
-    plain = yaml.load(text, yaml.CSafeLoader)
-    check_secrets(plain)
-    if (public := redacted_values(plain)) != plain:
-        text = yaml.safe_dump(public, sort_keys=False)
-    with _one_line_errors():
-        return vars(parser.instantiate(values)), text
+def _file_values(
+    files: Mapping[str, JsonObject], fields: FieldTypes, options: list[str], switches: set[str], defaults: JsonObject
+) -> tuple[list[JsonObject], bool]:
+    """Return the fields and options that the files set, and whether one of the files is a complete saved configuration.
 
-
-def _file_arguments(
-    files: Mapping[str, JsonObject], fields: FieldTypes, options: set[str], switches: set[str], defaults: JsonObject
-) -> list[str]:
-    """Return the arguments that stand for the files; those of the command line follow, and so override them.
-
-    They are the fields of a saved config.yaml that still exist. In any other file, all fields must exist. A field that a saved
-    configuration lacks is newer than the file: it gets its default, not the value of a recipe.
+    They are the fields of a saved config.yaml that still exist. In any other file, all fields must exist.
     """
     result = []
+    has_complete = False
     for path, values in files.items():
         # Only this parser writes the version to a file and, before that, a complete one with options such as `recipe`.
         is_complete = _is_complete(values, defaults)
-        is_saved = VERSION_KEY in values or (is_complete and values.keys() & options)
+        is_saved = VERSION_KEY in values or bool(is_complete and values.keys() & set(options))
         sections = {name for name, value in values.items() if isinstance(value, dict)}
         foreign = sections - fields.keys()
         if len(foreign) > len(sections) / 2 or (foreign and not is_saved):
@@ -314,64 +338,14 @@ def _file_arguments(
             if is_saved:
                 current = read_saved(values, fields, path, options)
             else:
-                current, unknown = known_fields(with_current_names(values), fields, options - switches)
+                current, unknown = known_fields(with_current_names(values), fields, set(options) - switches)
         if unknown:
-            raise ConfigError(f"--config: {path}: {unknown[0]}: {no_such_field(unknown[0], fields, options - switches)}")
-        if is_saved and is_complete:
-            _add_defaults(current, defaults, fields)
-        current = {name: value for name, value in current.items() if name not in switches}  # a dry run saves `dry_run: true`
-        result.append(f"--config={yaml.safe_dump(current, sort_keys=False)}")
-    return result
+            raise ConfigError(f"--config: {path}: {unknown[0]}: {no_such_field(unknown[0], fields, set(options) - switches)}")
+        has_complete = has_complete or (is_saved and is_complete)
+        result.append({name: value for name, value in current.items() if name not in switches})  # a dry run saves `dry_run: true`
+    return result, has_complete
 
 
 def _is_complete(values: JsonObject, defaults: JsonObject) -> bool:
     """Return whether a file has most fields, as a saved configuration has. One with fewer was written by hand."""
     return num_values(values) > num_values(defaults) / 3
-
-
-def _add_defaults(section: JsonObject, defaults: JsonObject, fields: FieldTypes, prefix: str = "") -> None:
-    for name, default in defaults.items():
-        value = section.setdefault(name, default)
-        if isinstance(value, dict) and dataclasses.is_dataclass(fields[f"{prefix}{name}"]):
-            _add_defaults(value, default, fields, f"{prefix}{name}.")
-
-
-def _read_config_file(path: str) -> JsonObject:
-    """Return the content of a YAML file of a reasonable size."""
-    if "://" in path:
-        from ray_platform import storage
-
-        with named_field("--config"):
-            storage.exists(path)  # reports an endpoint that does not answer sooner than a read, which is repeated for minutes
-            content = storage.read_small(path, MAX_CONFIG_BYTES)
-    else:
-        try:
-            with Path(path).open("rb") as file:
-                content = file.read(MAX_CONFIG_BYTES + 1)
-        except OSError as error:
-            raise ConfigError(f"--config: {path}: {error.strerror}; give a saved config.yaml") from None
-    if len(content) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"--config: {path} has more than {MAX_CONFIG_BYTES:,} bytes; give a saved config.yaml")
-    try:
-        if _count_values(yaml.compose(content, yaml.SafeLoader), {}) > MAX_CONFIG_VALUES:
-            raise ConfigError(
-                f"--config: {path} has more than {MAX_CONFIG_VALUES:,} values, because its aliases multiply; write them out"
-            )
-        if not isinstance(values := yaml.safe_load(content), dict):
-            raise ConfigError(f"--config: {path} has no fields; give a saved config.yaml")
-        return values
-    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
-        raise ConfigError(f"--config: {path} cannot be read as YAML ({one_line(error)}); give a saved config.yaml") from None
-
-
-def _count_values(node: Any, counts: dict[int, int]) -> int:
-    """Return the number of values in a YAML node with aliases expanded; a node that contains itself counts as too many."""
-    if id(node) not in counts:
-        counts[id(node)] = MAX_CONFIG_VALUES + 1  # for a node that contains itself
-        inner: list[Any] = []
-        if isinstance(node, yaml.MappingNode):
-            inner = [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            inner = node.value
-        counts[id(node)] = 1 + sum(_count_values(part, counts) for part in inner)
-    return counts[id(node)]

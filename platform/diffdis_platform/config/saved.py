@@ -1,14 +1,22 @@
-"""Saved configurations: the version of their format, former names of fields, and fields that no longer exist."""
+"""Saved configurations: reading a file, the version of its format, former names of fields, and fields that do not exist now."""
 
 import dataclasses
 import logging
 from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from diffdis_platform.config.fields import FieldTypes
+from ray_platform.contracts import ConfigError, named_field, one_line
 from ray_platform.formats import VERSION_KEY, FileFormat
 from ray_platform.json_values import JsonObject
 
 logger = logging.getLogger(__name__)
+
+_MAX_BYTES = 2**20
+_MAX_VALUES = 100_000  # with YAML aliases expanded
 
 CONFIG_FORMAT = FileFormat("configuration", renamed={"data.max_skipped_share": "data.max_skipped_fraction"})
 
@@ -73,3 +81,52 @@ def known_fields(
         elif name != VERSION_KEY:
             unknown.append(name)
     return known, unknown
+
+
+def read_yaml(field: str, url: str, remedy: str) -> JsonObject:
+    """Return the content of a YAML file of a reasonable size, local or in a bucket.
+
+    Args:
+        field: the field or option that names the file, for messages.
+        url: the file.
+        remedy: what to give instead, for messages.
+
+    Raises:
+        ConfigError: the file cannot be read, is too large, or is not a mapping.
+        DataError: storage cannot be read.
+    """
+    if "://" in url:
+        from ray_platform import storage
+
+        with named_field(field):
+            storage.exists(url)  # reports an endpoint that does not answer sooner than a read, which is repeated for minutes
+            content = storage.read_small(url, _MAX_BYTES)
+    else:
+        try:
+            with Path(url).open("rb") as file:
+                content = file.read(_MAX_BYTES + 1)
+        except OSError as error:
+            raise ConfigError(f"{field}: {url}: {error.strerror}; {remedy}") from None
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(f"{field}: {url} has more than {_MAX_BYTES:,} bytes; {remedy}")
+    try:
+        if _count_values(yaml.compose(content, yaml.SafeLoader), {}) > _MAX_VALUES:
+            raise ConfigError(f"{field}: {url} has more than {_MAX_VALUES:,} values, as its aliases multiply; write them out")
+        if not isinstance(values := yaml.safe_load(content), dict):
+            raise ConfigError(f"{field}: {url} has no fields; {remedy}")
+        return values
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+        raise ConfigError(f"{field}: {url} cannot be read as YAML ({one_line(error)}); {remedy}") from None
+
+
+def _count_values(node: Any, counts: dict[int, int]) -> int:
+    """Return the number of values in a YAML node with aliases expanded; a node that contains itself counts as too many."""
+    if id(node) not in counts:
+        counts[id(node)] = _MAX_VALUES + 1  # for a node that contains itself
+        inner: list[Any] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        counts[id(node)] = 1 + sum(_count_values(part, counts) for part in inner)
+    return counts[id(node)]
