@@ -112,7 +112,6 @@ def test_integers_may_be_written_with_an_exponent():
         ("--train.num_workers=[2, x]", ("train.num_workers: [2, 'x'] is not of type int or list; write",)),
         ("--train.betas=0.9", ("train.betas: 0.9 is not of type list; write '[…, …]'",)),
         ("--train.num_steps=", ("train.num_steps:  is not of type int",)),
-        ("--data.sources", ("data.sources: no value is given",)),
         ("--train=5", ("--train: 5: this is a section", "--train.num_workers")),
         ("--model.schedule=own.yaml", ("--model.schedule: own.yaml: this is a section",)),
         ("--data.placement=cpu", ("data.placement: cpu is not a JSON object", "such as '{\"name\": 1}'")),
@@ -122,6 +121,25 @@ def test_a_value_of_another_type_is_told_what_is_expected(argument, words):
     with pytest.raises(ConfigError) as raised:
         pretrain.parse_arguments([argument])
     assert all(word in str(raised.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.sources"], "--data.sources: no value: write one value"),
+        (["--train.num_steps", "1", "2"], "--train.num_steps: 1 2: write one value"),
+        (["--output_dir", "/my", "run"], "--output_dir: /my run: write one value after the flag, with quotes"),
+        (["run.yaml", "--train.num_steps", "1"], "run.yaml: not an option"),
+        (["--dry-run", "yes"], "--dry-run: yes: this flag has no value"),
+        (["--dry-run=5"], "--dry-run: 5: this flag has no value"),
+        (["--recipe"], "--recipe: no value: write one value"),
+        (["--config"], "--config: no value: write one value"),
+        (["--config", "--dry-run"], "--config: no value: write one value"),
+    ],
+)
+def test_too_few_and_too_many_values_are_named(arguments, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        pretrain.parse_arguments(arguments)
 
 
 def test_an_unknown_field_in_a_file_is_named_with_the_file_and_the_closest_field(tmp_path):

@@ -213,7 +213,6 @@ def _values_text(kind: Any, value: Any, max_length: int) -> str:
 def value_problem(message: str) -> str:
     """Return jsonargparse's message about a value of the wrong type in the words of a command line."""
     message = re.sub(r'^Parser key "([^"]+)"', r"\1", message)
-    message = re.sub(r"^argument --(\S+): expected one argument$", r"\1: no value is given; write one after the flag", message)
     if union := re.search(r"Does not validate .* Subtypes: \[(?P<types>.*?)\] Errors: .* Given value: ?(?P<value>.*)", message):
         types = re.sub(r"<class '(\w+)'>", r"\1", union["types"]).replace(", NoneType", "")
         types = re.sub(r"tuple\[[^]]*\]", "tuple", types).replace(", ", " or ")

@@ -37,6 +37,8 @@ from ray_platform.storage_config import StorageConfig
 Config = TypeVar("Config")
 Recipes = Mapping[str, Callable[..., Config]]
 
+_ONE_VALUE = "write one value after the flag, with quotes if it contains spaces"
+
 
 # A configuration may come from someone else, and `class_path: some.module` in it would import that module.
 set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=["*"])
@@ -95,14 +97,13 @@ def parse(
     if (section := requested_section(arguments)) is not None:
         print(render_help(about, section, base or config_class(), fields, listed, aliases or {}), end="")
         sys.exit()
-    options = [option.flag for option in listed]
     # What a saved configuration contains next to the fields. A file does not name another one, which would not be checked.
-    written = [option.removeprefix("--").replace("-", "_") for option in options if option != "--config"]
+    written = [option.flag.removeprefix("--").replace("-", "_") for option in listed if option.flag != "--config"]
     switch_names = {name.replace("-", "_") for name in switches or {}}
     from_files, is_saved = _file_values(files, fields, written, switch_names, defaults)
     # A field that a saved configuration lacks is newer than the file: it gets its default, not the value of a recipe.
     start = config_class() if is_saved or base is None else base
-    config, values = _with_given(start, parser, from_files, _normalize(arguments, fields, options))
+    config, values = _with_given(start, parser, from_files, _normalize(arguments, fields, listed))
     given = frozenset(name for name in switch_names if values[name])
     _set_storage_variables(config)
     if check := getattr(config, "check", None):
@@ -232,7 +233,10 @@ def check_output_dir(output_dir: str) -> None:
 def _flag_values(arguments: Sequence[str], flag: str) -> list[str]:
     """Return the values of a flag that decides how the other arguments are parsed."""
     pairs = zip(arguments, [*arguments[1:], ""], strict=False)
-    return [argument.partition("=")[2] or following for argument, following in pairs if argument.partition("=")[0] == flag]
+    values = [argument.partition("=")[2] or following for argument, following in pairs if argument.partition("=")[0] == flag]
+    if any(not value or value.startswith("--") for value in values):
+        raise ConfigError(f"{flag}: no value: {_ONE_VALUE}")
+    return values
 
 
 def _option_value(arguments: Sequence[str], files: Sequence[JsonObject], name: str, default: str) -> str:
@@ -247,28 +251,31 @@ def _option_value(arguments: Sequence[str], files: Sequence[JsonObject], name: s
     return [*given, default][0]
 
 
-def _normalize(arguments: Sequence[str], fields: FieldTypes, options: Sequence[str]) -> list[str]:
+def _normalize(arguments: Sequence[str], fields: FieldTypes, options: Sequence[Option]) -> list[str]:
     """Reject unknown flags, join the values of a list to one JSON list, and give a lone boolean flag the value true."""
+    by_flag = {option.flag: option for option in options}
     result: list[str] = []
     rest = list(arguments)
     while rest:
-        argument = rest.pop(0)
-        flag, equals, value = argument.partition("=")
+        flag, equals, value = rest.pop(0).partition("=")
+        values = [value] if equals else []
+        while not equals and rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        if not flag.startswith("--"):
+            raise ConfigError(f"{flag}: not an option; write --name before a value")
         name = current_name(flag.removeprefix("--"))
-        if not flag.startswith("--") or flag in options:
-            value_after = [rest.pop(0)] if flag in ("--config", "--recipe") and not equals and rest else []
-            result += [argument, *value_after] if flag != "--config" else []  # see `_file_values`
+        if option := by_flag.get(flag):
+            if len(values) != bool(option.metavar):
+                remedy = _ONE_VALUE if option.metavar else "this flag has no value"
+                raise ConfigError(f"{flag}: {' '.join(values) or 'no value'}: {remedy}")
+            result += ["=".join([flag, *values])] if flag != "--config" else []  # see `_file_values`
         elif name not in fields:
-            raise ConfigError(f"{flag}: {no_such_field(name, fields, [option.removeprefix('--') for option in options])}")
+            raise ConfigError(f"{flag}: {no_such_field(name, fields, [each.removeprefix('--') for each in by_flag])}")
+        elif dataclasses.is_dataclass(fields[name]):
+            inner = _section_values(flag, fields[name], values)
+            rest = [_field_argument(f"{name}.{key}", value) for key, value in inner.items()] + rest
         else:
-            values = [value] if equals else []
-            while not equals and rest and not rest[0].startswith("--"):
-                values.append(rest.pop(0))
-            if dataclasses.is_dataclass(fields[name]):
-                inner = _section_values(flag, fields[name], values)
-                rest = [_field_argument(f"{name}.{key}", value) for key, value in inner.items()] + rest
-            else:
-                result += _typed_argument(f"--{name}", fields[name], values)
+            result.append(_typed_argument(f"--{name}", fields[name], values))
     return result
 
 
@@ -277,20 +284,23 @@ def _section_values(flag: str, kind: Any, values: list[str]) -> JsonObject:
     with contextlib.suppress(ValueError):
         if isinstance(inner := json.loads(" ".join(values)), dict):
             return inner
-    raise ConfigError(f"{flag}: {' '.join(values) or 'no value'}: this is a section; set its fields, such as {flag}.{field_names(kind)[0]}")
+    remedy = f"set its fields, such as {flag}.{field_names(kind)[0]}"
+    raise ConfigError(f"{flag}: {' '.join(values) or 'no value'}: this is a section; {remedy}")
 
 
-def _typed_argument(flag: str, kind: Any, values: list[str]) -> list[str]:
-    if not values:
-        return [f"{flag}=true"] if kind is bool else [flag]
+def _typed_argument(flag: str, kind: Any, values: list[str]) -> str:
+    if not values and kind is bool:
+        return f"{flag}=true"
     members = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     if kind is int or int in typing.get_args(kind):
         values = [_plain_integer(value) for value in values]
     takes_list = is_list(kind) or (len(values) > 1 and any(typing.get_origin(member) is tuple for member in members))
-    if takes_list and not (len(values) == 1 and values[0].startswith("[")):
+    if values and takes_list and not (len(values) == 1 and values[0].startswith("[")):
         texts = str in typing.get_args(kind)
-        return [f"{flag}={json.dumps(values) if texts else '[' + ','.join(values) + ']'}"]
-    return [f"{flag}={values[0]}", *values[1:]]
+        return f"{flag}={json.dumps(values) if texts else '[' + ','.join(values) + ']'}"
+    if len(values) != 1:
+        raise ConfigError(f"{flag}: {' '.join(values) or 'no value'}: {_ONE_VALUE}")
+    return f"{flag}={values[0]}"
 
 
 def _plain_integer(text: str) -> str:
