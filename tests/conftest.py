@@ -20,6 +20,8 @@ import pytest
 os.environ["RAY_AUTH_MODE"] = "disabled"
 # By default Ray's workers have a lower priority than other processes, so tiers that run concurrently would starve the Ray tier.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# As in LocalHead: no workers before they are needed.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # Tests send neither Ray's usage statistics nor requests for credentials to a cloud's metadata service.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")

@@ -114,6 +114,8 @@ class LocalHead:
             "RAY_USAGE_STATS_ENABLED": "0",
             # Despite its name: without it Ray replaces 127.0.0.1 by the machine's address and listens on the network.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # Ray would start a worker per CPU that nothing uses: it lacks the runtime environment of our drivers.
+            "RAY_prestart_worker_first_driver": "0",
             # Otherwise Ray's process titles overwrite the environment, including the marker.
             "SPT_NOENV": "1",
         }

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from ray_platform import local_head
 from ray_platform.local_head import MARKER, HeadError, LocalHead, ensure_cluster, marked_processes, submit
@@ -94,6 +95,11 @@ def test_the_head_is_reachable_from_this_machine_alone_and_with_its_token_alone(
         assert rejected.value.code in (401, 403)
     connections = (c for process in marked_processes(head.env[MARKER]) for c in process.net_connections("inet"))
     assert {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+
+
+def test_ray_still_has_the_setting_with_which_it_starts_no_workers_in_advance():
+    """It is not documented, and an unknown one is ignored; so without it only time would be lost."""
+    assert b"prestart_worker_first_driver" in (Path(ray.__file__).parent / "core/src/ray/raylet/raylet").read_bytes()
 
 
 @pytest.mark.parametrize(
