@@ -17,7 +17,7 @@ from diffdis_platform.sizing.config import Constants, DatasetSize, SizingConfig
 from diffdis_platform.sizing.counts import HALF, Counts
 from ray_platform.placement import PEAK_FLOPS
 from ray_platform.terminal import render_table
-from ray_platform.train.config import BatchPlan, TrainConfig
+from ray_platform.train.config import BatchPlan, TrainConfig, ZeroStage
 
 FULL = 4  # bytes of a number
 _DAY = 86_400.0  # seconds
@@ -38,6 +38,14 @@ class Memory:
     @property
     def total(self) -> float:
         return self.states + self.buffers + self.activations + self.encoders
+
+
+@dataclass(frozen=True)
+class SmallerRun:
+    """Settings that need less memory."""
+
+    zero_stage: ZeroStage
+    micro_batch_size: int
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class Estimate:
     node_gb_per_second: float  # read by each node
     memory: Memory
     fits: bool
+    would_fit: SmallerRun | None  # if it does not
     faults: Faults
     shards_tb: float
     precomputed_tb: float
@@ -124,7 +133,8 @@ def estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: Ba
 
     lost = _faults(counts, train, n, plan.global_batch_size / rate, c)
     seconds = config.epochs * data.num_pairs / (rate * lost.useful_fraction) if lost.useful_fraction else math.inf
-    held = memory(counts, train, plan, live)
+    held, available = memory(counts, train, plan, live), 1e9 * c.gpu_memory_gb * (1 - c.memory_reserve)
+    fits = held.total <= available
     kept = train.max_checkpoints + 1  # and the one that is being written
     checkpoints, shards = kept * lost.checkpoint_bytes / 1e12, data.num_pairs * data.pair_bytes / 1e12
     precomputed = 0.0 if live else data.num_pairs * sample_bytes / 1e12
@@ -150,7 +160,8 @@ def estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: Ba
         cpu_nodes=cpu_nodes,
         node_gb_per_second=wanted * sample_bytes / (nodes + cpu_nodes) / 1e9,
         memory=held,
-        fits=held.total <= 1e9 * c.gpu_memory_gb * (1 - c.memory_reserve),
+        fits=fits,
+        would_fit=None if fits else smaller_run(counts, train, plan, live, available),
         faults=lost,
         shards_tb=shards,
         precomputed_tb=precomputed,
@@ -194,6 +205,25 @@ def memory(counts: Counts, train: TrainConfig, plan: BatchPlan, live: bool) -> M
         gathered = width * min(counts.trained + counts.frozen, live_parameters) * (n - 1) / n
     activations = max(counts.activation_bytes, counts.encoders.peak_bytes if live else 0)
     return Memory(states + gathered, buffers, activations, counts.encoders.weight_bytes)
+
+
+def smaller_run(counts: Counts, train: TrainConfig, plan: BatchPlan, live: bool, available: float) -> SmallerRun | None:
+    """Return the largest micro-batch that fits into `available` bytes with the same global batch, and the lowest ZeRO stage with
+    which it does, because each stage has more launches than the one below it. None: nothing fits.
+
+    ZeRO 3 is not tried: it communicates half as much again. Activations are proportional to the micro-batch.
+    """
+    stages: list[ZeroStage] = [0] if train.channels_last else [stage for stage in (0, 1, 2) if stage >= train.zero_stage]
+    sizes = [plan.micro_batch_size >> halvings for halvings in range(plan.micro_batch_size.bit_length())]
+    for size in sizes:
+        smaller = BatchPlan.of(plan.global_batch_size, plan.world_size, size)
+        ratio = smaller.micro_batch_size / plan.micro_batch_size
+        encoders = replace(counts.encoders, peak_bytes=int(counts.encoders.peak_bytes * ratio))
+        scaled = replace(counts, activation_bytes=int(counts.activation_bytes * ratio), encoders=encoders)
+        for stage in stages:
+            if memory(scaled, replace(train, zero_stage=stage), smaller, live).total <= available:
+                return SmallerRun(stage, smaller.micro_batch_size)
+    return None
 
 
 def number_bytes(train: TrainConfig) -> int:
@@ -336,6 +366,7 @@ def report(config: SizingConfig, counts: Counts, estimates: Sequence[Estimate]) 
         ["CPU nodes to add", *(f"{e.cpu_nodes:,}" for e in estimates)],
         ["read from S3 per node, MB/s", *(_number(e.node_gb_per_second * 1e3) for e in estimates)],
         ["memory per GPU, GB", *(f"{e.memory.total / gb:.1f}{'' if e.fits else ' (too much)'}" for e in estimates)],
+        ["  fits with ZeRO stage, samples", *("" if e.fits else _settings(e.would_fit) for e in estimates)],
         ["checkpoint, GB", *(_number(e.faults.checkpoint_bytes / gb) for e in estimates)],
         ["  training pauses for, s", *(_number(e.faults.stall_seconds) for e in estimates)],
         ["  every, min", *(_number(e.faults.interval_seconds / 60) for e in estimates)],
@@ -345,7 +376,12 @@ def report(config: SizingConfig, counts: Counts, estimates: Sequence[Estimate]) 
         ["  precomputed inputs", *(_number(e.precomputed_tb) for e in estimates)],
         ["  checkpoints", *(_number(e.checkpoints_tb) for e in estimates)],
     ]
+    rows = [row for row in rows if any(row[1:])]
     return "\n".join([*head, "", render_table(rows)])
+
+
+def _settings(run: SmallerRun | None) -> str:
+    return f"{run.zero_stage}, {run.micro_batch_size}" if run else "none"
 
 
 def _number(value: float) -> str:

@@ -10,6 +10,8 @@ from ray_platform.json_values import flat_fields
 from ray_platform.placement import ResourceRequest, check_labels
 from ray_platform.units import plural
 
+ZeroStage = Literal[0, 1, 2, 3]
+
 SLOW_PHASE_FACTOR = 10  # how much longer than hang_seconds a rank may take to build, restore, score or export
 _COLLECTIVE_MARGIN_S = 1800  # Ray Train's default timeout of the process group
 _MAX_COLLECTIVE_S = 30 * 24 * 3600
@@ -53,7 +55,7 @@ class TrainConfig:
     global_batch_size: int = 0
     """Samples per optimizer step over all workers. More than num_workers * micro_batch_size is reached by gradient accumulation.
     0: num_workers * micro_batch_size, or the value of the checkpoint from which the run resumes."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: ZeroStage = 1
     """ZeRO stage: what is sharded over the workers. 0: nothing, 1: optimizer states, 2: gradients too, 3: weights too."""
     offload_optimizer: bool = False
     """Keep the optimizer's states and its step on the CPU."""
