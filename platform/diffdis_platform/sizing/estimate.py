@@ -134,7 +134,6 @@ def estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: Ba
     lost = _faults(counts, train, n, plan.global_batch_size / rate, c)
     seconds = config.epochs * data.num_pairs / (rate * lost.useful_fraction) if lost.useful_fraction else math.inf
     held, available = memory(counts, train, plan, live), 1e9 * c.gpu_memory_gb * (1 - c.memory_reserve)
-    fits = held.total <= available
     kept = train.max_checkpoints + 1  # and the one that is being written
     checkpoints, shards = kept * lost.checkpoint_bytes / 1e12, data.num_pairs * data.pair_bytes / 1e12
     precomputed = 0.0 if live else data.num_pairs * sample_bytes / 1e12
@@ -160,8 +159,8 @@ def estimate(config: SizingConfig, run: PretrainConfig, counts: Counts, plan: Ba
         cpu_nodes=cpu_nodes,
         node_gb_per_second=wanted * sample_bytes / (nodes + cpu_nodes) / 1e9,
         memory=held,
-        fits=fits,
-        would_fit=None if fits else smaller_run(counts, train, plan, live, available),
+        fits=held.total <= available,
+        would_fit=smaller_run(counts, train, plan, live, available) if held.total > available else None,
         faults=lost,
         shards_tb=shards,
         precomputed_tb=precomputed,
