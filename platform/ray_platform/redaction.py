@@ -54,9 +54,13 @@ def redacted_traceback(error: BaseException) -> str:
 
 
 def redacted_values(value: Any, name: str = "") -> Any:
-    """Redact all texts in nested mappings and lists. A text whose `name` says that it is a secret is replaced as a whole."""
+    """Redact all texts in nested mappings and lists. A text whose `name` says that it is a secret is replaced as a whole, as are
+    those in a mapping or list of such a name."""
     if isinstance(value, Mapping):
-        return {key: redacted_values(inner, str(key)) for key, inner in value.items()}
+        return {
+            redacted(key) if isinstance(key, str) else key: redacted_values(inner, name if _IS_SECRET.match(name) else str(key))
+            for key, inner in value.items()
+        }
     if isinstance(value, list | tuple):
         return type(value)(redacted_values(inner, name) for inner in value)
     if not isinstance(value, str):

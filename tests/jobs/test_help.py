@@ -112,8 +112,8 @@ def test_integers_may_be_written_with_an_exponent():
         ("--train.num_workers=[2, x]", ("train.num_workers: [2, 'x'] is not of type int or list; write",)),
         ("--train.betas=0.9", ("train.betas: 0.9 is not of type list; write '[…, …]'",)),
         ("--train.num_steps=", ("train.num_steps:  is not of type int",)),
-        ("--train=5", ("--train: 5: this is a section", "--train.num_workers")),
-        ("--model.schedule=own.yaml", ("--model.schedule: own.yaml: this is a section",)),
+        ("--train=5", ("--train: this is a section", "--train.num_workers")),
+        ("--model.schedule=own.yaml", ("--model.schedule: this is a section",)),
         ("--data.placement=cpu", ("data.placement: cpu is not a JSON object", "such as '{\"name\": 1}'")),
     ],
 )
@@ -156,6 +156,10 @@ def test_an_unknown_field_in_a_file_is_named_with_the_file_and_the_closest_field
         ("train: 5", r"own\.yaml: train: 5 is not a section"),
         ("model: {schedule: }", "model.schedule: None is not a section"),
         ("format_version: x", "format_version is 'x'"),
+        ("train: {num_steps: null}", "train.num_steps: null is not a value of this field"),
+        ("output_dir: null", "output_dir: null is not a value of this field"),
+        ("output_dir: !!int abc", "cannot be read as YAML"),
+        ("output_dir: 2020-13-45", "cannot be read as YAML"),
     ],
 )
 def test_a_file_cannot_contain_options_and_values_in_place_of_sections(tmp_path, content, message):

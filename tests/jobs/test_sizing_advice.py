@@ -27,6 +27,7 @@ def needed(zero_stage: int, size: int) -> float:
         (needed(1, 24), SmallerRun(1, 24)),
         (needed(1, 24) - 1, SmallerRun(1, 12)),  # not ZeRO 2, whose second bucket takes more than it shards
         (needed(1, 12) - 1, SmallerRun(2, 12)),  # ZeRO 1 accumulates gradients in float32
+        (needed(2, 8), SmallerRun(2, 8)),
         (needed(2, 3), SmallerRun(2, 3)),
         (needed(2, 1) - 1, None),
     ],
@@ -38,3 +39,8 @@ def test_the_largest_micro_batch_and_the_lowest_stage_that_fit_are_advised(avail
 def test_channels_last_keeps_zero_0():
     train = replace(TRAIN, channels_last=True)
     assert smaller_run(COUNTS, train, BatchPlan(8, 24, 1), True, needed(0, 12)) == SmallerRun(0, 12)
+
+
+def test_a_run_under_zero_3_keeps_it():
+    train = replace(TRAIN, zero_stage=3)
+    assert smaller_run(COUNTS, train, BatchPlan(8, 24, 1), True, needed(3, 12)) == SmallerRun(3, 12)

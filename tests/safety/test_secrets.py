@@ -59,6 +59,10 @@ def test_values_are_hidden_by_their_names():
     config = {"token_dim": 384, "token": "abc", "inner": [{"aws_secret_access_key": "abc"}], "uri": URI, "none": None}
     shown = {"token_dim": 384, "token": "***", "inner": [{"aws_secret_access_key": "***"}], "uri": redacted(URI), "none": None}
     assert redacted_values(config) == shown
+    assert redacted_values({"password": [{"a": "abc"}], "x": {URI: 1, 5: "y"}}) == {
+        "password": [{"a": "***"}],
+        "x": {redacted(URI): 1, 5: "y"},
+    }
 
 
 def test_what_was_hidden_is_found_again_in_what_is_given():

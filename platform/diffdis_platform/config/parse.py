@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Generic, TypeVar
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from diffdis_platform.config.fields import FieldTypes, check_secrets, field_names, field_types
@@ -27,7 +26,16 @@ from diffdis_platform.config.help import (
     requested_section,
     value_problem,
 )
-from diffdis_platform.config.saved import CONFIG_FORMAT, current_name, known_fields, read_saved, read_yaml, with_current_names
+from diffdis_platform.config.saved import (
+    CONFIG_FORMAT,
+    current_name,
+    dump_yaml,
+    known_fields,
+    load_yaml,
+    read_saved,
+    read_yaml,
+    with_current_names,
+)
 from ray_platform.contracts import ConfigError, one_line
 from ray_platform.formats import VERSION_KEY
 from ray_platform.json_values import JsonObject, num_values, to_plain
@@ -37,6 +45,7 @@ from ray_platform.storage_config import StorageConfig
 Config = TypeVar("Config")
 Recipes = Mapping[str, Callable[..., Config]]
 
+_SHOWN = 200  # characters of a wrong value
 _ONE_VALUE = "write one value after the flag, with quotes if it contains spaces"
 
 
@@ -101,17 +110,17 @@ def parse(
     written = [option.flag.removeprefix("--").replace("-", "_") for option in listed if option.flag != "--config"]
     switch_names = {name.replace("-", "_") for name in switches or {}}
     from_files, is_saved = _file_values(files, fields, written, switch_names, defaults)
+    flags, sections = _normalize(arguments, fields, listed)
     # A field that a saved configuration lacks is newer than the file: it gets its default, not the value of a recipe.
     start = config_class() if is_saved or base is None else base
-    config, values = _with_given(start, parser, from_files, _normalize(arguments, fields, listed))
+    config, values = _with_given(start, parser, from_files | sections, flags)
     given = frozenset(name for name in switch_names if values[name])
     _set_storage_variables(config)
     if check := getattr(config, "check", None):
         check()
     saved = {VERSION_KEY: CONFIG_FORMAT.version} | {name: values[name] for name in written}
     saved |= dataclasses.asdict(config)  # type: ignore[call-overload]
-    text = yaml.safe_dump(redacted_values(saved), sort_keys=False)
-    return ParsedCommand(config, values["recipe"] if recipes else "", given, text)
+    return ParsedCommand(config, values["recipe"] if recipes else "", given, dump_yaml(redacted_values(saved)))
 
 
 def _add_options(
@@ -135,7 +144,6 @@ def _add_options(
             parser.add_argument(f"--{name}", default=value)
         default = recipes[recipe](**parameters)
     listed.append(Option("--config", "config.yaml to start from, saved or with only some fields; local or s3://.", "FILE"))
-    parser.add_argument("--config", action="config")
     listed += [Option(f"--{name}", text) for name, text in switches.items()]
     for name in switches:
         parser.add_argument(f"--{name}", action="store_true")
@@ -150,8 +158,7 @@ def _with_storage_arguments(config: Config, arguments: Sequence[str], fields: Fi
         chunks[-1].append(argument)
     sections = tuple(f"--{name}." for name, kind in fields.items() if kind is StorageConfig)
     given = [argument for chunk in chunks if chunk[0].startswith(sections) for argument in chunk]
-    pairs = [argument.partition("=") for argument in _normalize(given, fields, [])]
-    return with_fields(config, {flag.removeprefix("--"): value for flag, _, value in pairs}) if pairs else config
+    return _with_given(config, ArgumentParser(exit_on_error=False), {}, _normalize(given, fields, [])[0])[0] if given else config
 
 
 def _set_storage_variables(config: Any) -> None:
@@ -169,44 +176,66 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
         ConfigError: an unknown field, a value of the wrong type, or one that the configuration rejects.
     """
     fields = field_types(type(config))
-    arguments = [_field_argument(name, value) for name, value in values.items()]
-    return _with_given(config, ArgumentParser(exit_on_error=False), [], _normalize(arguments, fields, []))[0]
+    texts = [f"--{name}={value}" for name, value in values.items() if isinstance(value, str)]
+    arguments, given = _normalize(texts, fields, [])
+    given |= _flat({current_name(name): value for name, value in values.items() if not isinstance(value, str)}, fields)
+    return _with_given(config, ArgumentParser(exit_on_error=False), given, arguments)[0]
 
 
-def _with_given(
-    config: Config, parser: ArgumentParser, files: Sequence[JsonObject], arguments: Sequence[str]
-) -> tuple[Config, Namespace]:
-    """Return `config` with the fields that files, or arguments in the place of these, set. Return the options, too.
+def _with_given(config: Config, parser: ArgumentParser, values: JsonObject, arguments: Sequence[str]) -> tuple[Config, Namespace]:
+    """Return `config` with the given fields, and the values of all options.
 
     Args:
         config: the configuration to start from.
         parser: knows the options that are not fields.
-        files: nested values of fields and options, the most important last.
-        arguments: result of `_normalize`.
+        values: JSON values of fields and options, by dotted name.
+        arguments: flags with their values, which replace `values`.
     """
     fields = field_types(type(config))
     flags = [argument.partition("=")[0].removeprefix("--") for argument in arguments]
-    set_by_files = [name for values in files for name in _leaf_names(values, fields)]
-    names = [name for name in dict.fromkeys([*set_by_files, *flags]) if name in fields]
+    names = [name for name in dict.fromkeys([*values, *flags]) if name in fields]
     for name in names:  # a parser of all fields would take most of the time of a command's start
         parser.add_argument(f"--{name}", type=fields[name], default=functools.reduce(getattr, name.split("."), config))
-    given = _parsed(parser, [*(f"--config={yaml.safe_dump(values)}" for values in files), *arguments])
-    check_secrets(to_plain(given.clone(with_meta=False).as_dict()))
+    try:
+        base = parser.parse_object({name: value for name, value in values.items() if name not in flags})
+        given = parser.parse_args(arguments, namespace=base)
+    except (ArgumentError, ImportError, RecursionError) as error:  # ImportError: a class_path in a configuration
+        raise ConfigError(value_problem(one_line(error))) from None
+    check_secrets(to_plain(given.as_dict()))
     with _one_line_errors():
         return _replaced(config, {name: given[name] for name in names}), given
 
 
-def _leaf_names(values: JsonObject, fields: FieldTypes, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of the values in nested sections."""
+def _flat(values: JsonObject, fields: FieldTypes, options: Sequence[str] = (), prefix: str = "") -> JsonObject:
+    """Return the values of nested sections by dotted name.
+
+    Raises:
+        ConfigError: an unknown name, a value in place of a section, or null or a boolean that the field does not have.
+    """
+    flat: JsonObject = {}
     for key, value in values.items():
-        if dataclasses.is_dataclass(fields.get(f"{prefix}{key}")):
-            yield from _leaf_names(value, fields, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+        name = f"{prefix}{key}"
+        if name not in fields:
+            if name not in options:
+                raise ConfigError(f"--{name}: {no_such_field(name, fields)}")
+        elif dataclasses.is_dataclass(fields[name]):
+            if not isinstance(value, dict):
+                raise _section_problem(f"--{name}", fields[name])
+            flat |= _flat(value, fields, (), f"{name}.")
+            continue
+        # jsonargparse accepts null for every field, and true for 1.
+        elif (value is None and not _may_be_null(fields[name])) or (isinstance(value, bool) and _is_number(fields[name])):
+            raise ConfigError(f"{name}: {json.dumps(value)} is not a value of this field; leave it out for the default")
+        flat[name] = value
+    return flat
 
 
-def _field_argument(name: str, value: Any) -> str:
-    return f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+def _may_be_null(kind: Any) -> bool:
+    return kind in (Any, type(None)) or type(None) in typing.get_args(kind)
+
+
+def _is_number(kind: Any) -> bool:
+    return typing.get_origin(kind) is typing.Literal and isinstance(typing.get_args(kind)[0], int)
 
 
 def _replaced(config: Config, values: JsonObject) -> Config:
@@ -235,7 +264,7 @@ def _flag_values(arguments: Sequence[str], flag: str) -> list[str]:
     pairs = zip(arguments, [*arguments[1:], ""], strict=False)
     values = [argument.partition("=")[2] or following for argument, following in pairs if argument.partition("=")[0] == flag]
     if any(not value or value.startswith("--") for value in values):
-        raise ConfigError(f"{flag}: no value: {_ONE_VALUE}")
+        raise _number_problem(flag, [], _ONE_VALUE)
     return values
 
 
@@ -251,10 +280,15 @@ def _option_value(arguments: Sequence[str], files: Sequence[JsonObject], name: s
     return [*given, default][0]
 
 
-def _normalize(arguments: Sequence[str], fields: FieldTypes, options: Sequence[Option]) -> list[str]:
-    """Reject unknown flags, join the values of a list to one JSON list, and give a lone boolean flag the value true."""
+def _normalize(arguments: Sequence[str], fields: FieldTypes, options: Sequence[Option]) -> tuple[list[str], JsonObject]:
+    """Return the flags, and the fields of sections that are given as a whole.
+
+    The values of a list become one JSON list, and a boolean flag without a value is true. Raises ConfigError for unknown flags
+    and for too few or too many values.
+    """
     by_flag = {option.flag: option for option in options}
-    result: list[str] = []
+    flags: list[str] = []
+    sections: JsonObject = {}
     rest = list(arguments)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
@@ -262,30 +296,35 @@ def _normalize(arguments: Sequence[str], fields: FieldTypes, options: Sequence[O
         while not equals and rest and not rest[0].startswith("--"):
             values.append(rest.pop(0))
         if not flag.startswith("--"):
-            raise ConfigError(f"{flag}: not an option; write --name before a value")
+            raise ConfigError(f"{one_line(flag, _SHOWN)}: not an option; write --name before a value")
         name = current_name(flag.removeprefix("--"))
         if option := by_flag.get(flag):
             if len(values) != bool(option.metavar):
-                remedy = _ONE_VALUE if option.metavar else "this flag has no value"
-                raise ConfigError(f"{flag}: {' '.join(values) or 'no value'}: {remedy}")
-            result += ["=".join([flag, *values])] if flag != "--config" else []  # see `_file_values`
+                raise _number_problem(flag, values, _ONE_VALUE if option.metavar else "this flag has no value")
+            flags += ["=".join([flag, *values])] if flag != "--config" else []  # see `_file_values`
         elif name not in fields:
             raise ConfigError(f"{flag}: {no_such_field(name, fields, [each.removeprefix('--') for each in by_flag])}")
         elif dataclasses.is_dataclass(fields[name]):
-            inner = _section_values(flag, fields[name], values)
-            rest = [_field_argument(f"{name}.{key}", value) for key, value in inner.items()] + rest
+            sections |= _flat({name: _section_values(flag, fields[name], values)}, fields)
         else:
-            result.append(_typed_argument(f"--{name}", fields[name], values))
-    return result
+            flags.append(_typed_argument(f"--{name}", fields[name], values))
+    return flags, sections
 
 
 def _section_values(flag: str, kind: Any, values: list[str]) -> JsonObject:
-    """Return the values of a section that is given as a JSON object."""
+    """Return the values of a section that is given as a JSON or YAML object."""
     with contextlib.suppress(ValueError):
-        if isinstance(inner := json.loads(" ".join(values)), dict):
+        if isinstance(inner := load_yaml(" ".join(values)), dict):
             return inner
-    remedy = f"set its fields, such as {flag}.{field_names(kind)[0]}"
-    raise ConfigError(f"{flag}: {' '.join(values) or 'no value'}: this is a section; {remedy}")
+    raise _section_problem(flag, kind)
+
+
+def _section_problem(flag: str, kind: Any) -> ConfigError:
+    return ConfigError(f"{flag}: this is a section; give a JSON object, or its fields, such as {flag}.{field_names(kind)[0]}")
+
+
+def _number_problem(flag: str, values: Sequence[str], remedy: str) -> ConfigError:
+    return ConfigError(f"{flag}: {one_line(' '.join(values), _SHOWN) if values else 'no value'}: {remedy}")
 
 
 def _typed_argument(flag: str, kind: Any, values: list[str]) -> str:
@@ -299,7 +338,7 @@ def _typed_argument(flag: str, kind: Any, values: list[str]) -> str:
         texts = str in typing.get_args(kind)
         return f"{flag}={json.dumps(values) if texts else '[' + ','.join(values) + ']'}"
     if len(values) != 1:
-        raise ConfigError(f"{flag}: {' '.join(values) or 'no value'}: {_ONE_VALUE}")
+        raise _number_problem(flag, values, _ONE_VALUE)
     return f"{flag}={values[0]}"
 
 
@@ -308,13 +347,6 @@ def _plain_integer(text: str) -> str:
     if re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d{1,2}", text) and (value := Decimal(text)) == int(value):
         return str(int(value))
     return text
-
-
-def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    try:
-        return parser.parse_args(arguments)
-    except (ArgumentError, ImportError) as error:  # ImportError: a class_path in a configuration
-        raise ConfigError(value_problem(one_line(error))) from None
 
 
 @contextlib.contextmanager
@@ -328,12 +360,13 @@ def _one_line_errors(prefix: str = "") -> Iterator[None]:
 
 def _file_values(
     files: Mapping[str, JsonObject], fields: FieldTypes, options: list[str], switches: set[str], defaults: JsonObject
-) -> tuple[list[JsonObject], bool]:
-    """Return the fields and options that the files set, and whether one of the files is a complete saved configuration.
+) -> tuple[JsonObject, bool]:
+    """Return the fields and options that the files set by dotted name, the last one first in importance, and whether one of
+    the files is a complete saved configuration.
 
     They are the fields of a saved config.yaml that still exist. In any other file, all fields must exist.
     """
-    result = []
+    result: JsonObject = {}
     has_complete = False
     for path, values in files.items():
         # Only this parser writes the version to a file and, before that, a complete one with options such as `recipe`.
@@ -352,7 +385,11 @@ def _file_values(
         if unknown:
             raise ConfigError(f"--config: {path}: {unknown[0]}: {no_such_field(unknown[0], fields, set(options) - switches)}")
         has_complete = has_complete or (is_saved and is_complete)
-        result.append({name: value for name, value in current.items() if name not in switches})  # a dry run saves `dry_run: true`
+        current = {name: value for name, value in current.items() if name not in switches}  # a dry run saves `dry_run: true`
+        try:
+            result |= _flat(current, fields, options)
+        except ConfigError as error:
+            raise ConfigError(f"--config: {path}: {error}") from None
     return result, has_complete
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,20 @@ logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 2**20
 _MAX_VALUES = 100_000  # with YAML aliases expanded
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-5 as a number, as YAML 1.2 does."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that `_Loader` would read as numbers."""
+
+
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 CONFIG_FORMAT = FileFormat("configuration", renamed={"data.max_skipped_share": "data.max_skipped_fraction"})
 
@@ -110,13 +125,28 @@ def read_yaml(field: str, url: str, remedy: str) -> JsonObject:
     if len(content) > _MAX_BYTES:
         raise ConfigError(f"{field}: {url} has more than {_MAX_BYTES:,} bytes; {remedy}")
     try:
-        if _count_values(yaml.compose(content, yaml.SafeLoader), {}) > _MAX_VALUES:
-            raise ConfigError(f"{field}: {url} has more than {_MAX_VALUES:,} values, as its aliases multiply; write them out")
-        if not isinstance(values := yaml.safe_load(content), dict):
-            raise ConfigError(f"{field}: {url} has no fields; {remedy}")
-        return values
-    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+        num_values = _count_values(yaml.compose(content, _Loader), {})
+        values = load_yaml(content) if num_values <= _MAX_VALUES else {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{field}: {url} cannot be read as YAML ({one_line(error)}); {remedy}") from None
+    if num_values > _MAX_VALUES:
+        raise ConfigError(f"{field}: {url} has more than {_MAX_VALUES:,} values, counting each alias; write fewer")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{field}: {url} has no fields; {remedy}")
+    return values
+
+
+def load_yaml(content: str | bytes) -> Any:
+    """Return the value of a YAML document. Raises ValueError."""
+    try:
+        return yaml.load(content, _Loader)  # noqa: S506 (it is a SafeLoader)
+    except Exception as error:  # PyYAML raises errors of any type for the content of a tag
+        raise ValueError(one_line(error)) from None
+
+
+def dump_yaml(values: JsonObject) -> str:
+    """Return a YAML document that `load_yaml` reads as the same values, in the same order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def _count_values(node: Any, counts: dict[int, int]) -> int:

@@ -210,18 +210,19 @@ def smaller_run(counts: Counts, train: TrainConfig, plan: BatchPlan, live: bool,
     """Return the largest micro-batch that fits into `available` bytes with the same global batch, and the lowest ZeRO stage with
     which it does, because each stage has more launches than the one below it. None: nothing fits.
 
-    ZeRO 3 is not tried: it communicates half as much again. Activations are proportional to the micro-batch.
+    ZeRO 3 is tried only for a run that has it: it communicates half as much again. Activations are taken as proportional to the
+    micro-batch.
     """
-    stages: list[ZeroStage] = [0] if train.channels_last else [stage for stage in (0, 1, 2) if stage >= train.zero_stage]
-    sizes = [plan.micro_batch_size >> halvings for halvings in range(plan.micro_batch_size.bit_length())]
-    for size in sizes:
-        smaller = BatchPlan.of(plan.global_batch_size, plan.world_size, size)
-        ratio = smaller.micro_batch_size / plan.micro_batch_size
+    stages: list[ZeroStage] = [stage for stage in (0, 1, 2) if stage >= train.zero_stage] or [train.zero_stage]
+    if train.channels_last:
+        stages = [0]
+    for size in (size for size in range(plan.micro_batch_size, 0, -1) if plan.samples % size == 0):
+        smaller, ratio = BatchPlan(plan.world_size, size, plan.samples // size), size / plan.micro_batch_size
         encoders = replace(counts.encoders, peak_bytes=int(counts.encoders.peak_bytes * ratio))
         scaled = replace(counts, activation_bytes=int(counts.activation_bytes * ratio), encoders=encoders)
         for stage in stages:
             if memory(scaled, replace(train, zero_stage=stage), smaller, live).total <= available:
-                return SmallerRun(stage, smaller.micro_batch_size)
+                return SmallerRun(stage, size)
     return None
 
 
