@@ -361,8 +361,8 @@ def _one_line_errors(prefix: str = "") -> Iterator[None]:
 def _file_values(
     files: Mapping[str, JsonObject], fields: FieldTypes, options: list[str], switches: set[str], defaults: JsonObject
 ) -> tuple[JsonObject, bool]:
-    """Return the fields and options that the files set by dotted name, the last one first in importance, and whether one of
-    the files is a complete saved configuration.
+    """Return the fields and options that the files set, by dotted name, and whether one of the files is a complete saved
+    configuration. A later file replaces values of an earlier one.
 
     They are the fields of a saved config.yaml that still exist. In any other file, all fields must exist.
     """
