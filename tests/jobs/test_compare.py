@@ -12,11 +12,7 @@ from diffdis_platform.cli import run_command
 from diffdis_platform.commands.compare import parse_arguments as parse
 from diffdis_platform.comparison import run as comparison
 from diffdis_platform.comparison.run import compare, plan_comparison
-from diffdis_platform.comparison.summary import (
-    best_of_differences,
-    confidence_interval,
-    format_summary,
-)
+from diffdis_platform.comparison.summary import CLAIM, best_of_differences, confidence_interval, format_summary
 from diffdis_platform.config.compare import ARMS, CompareConfig
 from diffdis_platform.config.evaluate import EvalConfig, QualityConfig, ScoringConfig
 from diffdis_platform.config.pretrain import PretrainConfig
@@ -128,7 +124,8 @@ def test_a_comparison_measures_what_is_missing_and_summarizes_all(measured, conf
     difference = {"mean": -4.0, "low": -4.0, "high": -4.0, "n": 2, "detectable": 0.0}
     assert summary["paired"]["fd_joint_minus_generation"] == difference
     assert summary["claim"]["holds"]
-    assert "the claim holds: accuracy_joint_minus_alignment is +0.125" in format_summary(summary)
+    assert f"{CLAIM.holds}: accuracy_joint_minus_alignment is +0.125" in format_summary(summary)
+    assert CLAIM.undecided in format_summary(summary | {"paired": {}, "claim": {"holds": False, "why": "not measured: …"}})
     page = (tmp_path / "report.html").read_text()
     assert "generation" in page
     client = MlflowClient(read(larger, "mlflow.json")["tracking_uri"])

@@ -10,7 +10,8 @@ from typing import Any, TypedDict, cast
 from scipy import optimize, stats
 
 from ray_platform.metric_registry import describe_metric, find_metric
-from ray_platform.report.records import ArmResult, Claim, ClaimResult, PairedDifference
+from ray_platform.report.comparison import claim_verdict
+from ray_platform.report.records import ArmResult, Claim, ClaimResult, ComparisonDetails, PairedDifference
 from ray_platform.terminal import render_table
 
 CLAIM = Claim(
@@ -197,7 +198,7 @@ def format_summary(summary: ComparisonSummary) -> str:
         interval = "no interval" if low is None else f"{low:+.4g} to {high:+.4g}"
         least = "-" if detectable is None else f"{detectable:.3g}"
         differences.append([name, f"{difference['mean']:+.4g}", interval, least, str(difference["n"])])
-    verdict = "the claim holds" if summary["claim"]["holds"] else "the claim does not hold"
+    _, verdict, _ = claim_verdict(cast(ComparisonDetails, summary), CLAIM)
     return "\n\n".join([render_table(rows), render_table(differences), f"{verdict}: {summary['claim']['why']}"])
 
 

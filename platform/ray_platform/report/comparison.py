@@ -23,8 +23,7 @@ def comparison_page(details: ComparisonDetails, claim: Claim | None = None) -> s
     }
     scores = [metric for metric, values in means.items() if values and not metric.is_cost]
     differences = _differences(details)
-    known = {(each.metric.name, each.first, each.second): each for each in differences}
-    claimed = [known[key] for key in claim.differences if key in known] if claim else []
+    claimed = _claimed(differences, claim) if claim else []
     fields = {name: _fields_of(config, name) for name in arms}
     return render(
         "comparison.html.j2",
@@ -36,7 +35,7 @@ def comparison_page(details: ComparisonDetails, claim: Claim | None = None) -> s
         seeds={seed for arm in arms.values() for seed in arm["seeds"]},
         samples=[run["samples"] for run in runs if "samples" in run],
         claimed=claimed,
-        verdict=_verdict(details, claim, claimed) if claim else None,
+        verdict=claim_verdict(details, claim) if claim else None,
         paired=_paired_plots(details, differences),
         runs=[(metric, _runs_plot(details, metric)) for metric in scores],
         fields=fields,
@@ -123,8 +122,14 @@ def _best_of(details: ComparisonDetails, fields: Mapping[str, NestedFields]) -> 
     return tables
 
 
-def _verdict(details: ComparisonDetails, claim: Claim, claimed: Sequence[Difference]) -> tuple[str, str, str]:
+def _claimed(differences: Sequence[Difference], claim: Claim) -> list[Difference]:
+    known = {(each.metric.name, each.first, each.second): each for each in differences}
+    return [known[key] for key in claim.differences if key in known]
+
+
+def claim_verdict(details: ComparisonDetails, claim: Claim) -> tuple[str, str, str]:
     """Return the CSS class and the sentence of the claim's outcome, and what else explains it."""
+    claimed = _claimed(_differences(details), claim)
     complete, outcomes = len(claimed) == len(claim.differences), {difference.outcome for difference in claimed}
     why = "" if complete else details["claim"]["why"]
     if details["claim"]["holds"]:
