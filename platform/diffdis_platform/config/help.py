@@ -47,6 +47,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("wandb", "mlflow", "tracker", "report_to"), ("tracking.backends", "tracking.uri")),
     **dict.fromkeys(("cfg", "cfg_scale", "guidance"), ("guidance_scale", "guidance_scales")),
     **dict.fromkeys(("ema",), ("ema_decay",)),
+    **dict.fromkeys(("url", "tracking_uri", "mlflow_uri"), ("tracking.uri",)),
+    **dict.fromkeys(("val_every", "eval_every", "validation_every"), ("heldout_every",)),
     **dict.fromkeys(("zero", "deepspeed_stage", "stage"), ("zero_stage",)),
 }
 
@@ -238,15 +240,15 @@ def suggest(name: str, fields: Collection[str], options: Collection[str]) -> lis
         options: names of other options.
     """
     word = name.replace("-", "_").lower()
-    targets = (word, *SYNONYMS.get(word, ()))
+    section, _, last = word.rpartition(".")
+    targets = dict.fromkeys((word, last, *SYNONYMS.get(last, ())))
     same = [field for target in targets for field in fields if field == target or field.endswith(f".{target}")]
     if same:
         return list(dict.fromkeys(same))[:3]
-    by_last_word: dict[str, str] = {}
+    by_last_word = {option: option for option in options}
     for field in fields:
         by_last_word.setdefault(field.rpartition(".")[2], field)
-    if near := difflib.get_close_matches(name, [*fields, *options], n=1, cutoff=0.75):
-        return near
-    if near := difflib.get_close_matches(word.rpartition(".")[2], by_last_word, n=1, cutoff=0.75):
+    if near := difflib.get_close_matches(last, by_last_word, n=1, cutoff=0.75):
         return [by_last_word[near[0]]]
-    return difflib.get_close_matches(name, [*fields, *options], n=1, cutoff=0.5)
+    longer = [f for f in fields if difflib.get_close_matches(last, f.rpartition(".")[2].split("_"), n=1, cutoff=0.8)]
+    return sorted(longer, key=lambda field: not field.startswith(f"{section}."))[:3]
