@@ -349,6 +349,9 @@ def test_the_command_prints_one_screen_and_writes_all_figures(estimates, capsys,
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 30
     assert any(line.startswith("samples/s ") for line in lines)
+    assert not any("fits with" in line for line in lines)
+    assert run_command("sizing", ["--recipe", "demo", "--num_gpus", "1", "--constants", '{"gpu_memory_gb": 0.42}']) == 0
+    assert re.search(r"\(too much\) *\n +fits with ZeRO stage, samples +0, 16 *\n", capsys.readouterr().out)
     figures = json.loads((tmp_path / "new" / "sizing.json").read_text(), parse_constant=pytest.fail)
     assert [e["num_gpus"] for e in figures["estimates"]] == [1, 8]
     assert figures["counts"]["trained"] == COUNTS.trained

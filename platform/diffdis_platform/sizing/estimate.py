@@ -376,7 +376,7 @@ def report(config: SizingConfig, counts: Counts, estimates: Sequence[Estimate]) 
         ["  precomputed inputs", *(_number(e.precomputed_tb) for e in estimates)],
         ["  checkpoints", *(_number(e.checkpoints_tb) for e in estimates)],
     ]
-    rows = [row for row in rows if any(row[1:])]
+    rows = [row for row in rows if any(row[1:])]  # without the smaller runs, if all fit
     return "\n".join([*head, "", render_table(rows)])
 
 
